@@ -1,0 +1,179 @@
+"""Who holds which images.
+
+Every partition is a matrix of class counts, one row a client, and one dealer that hands
+out that many images: disjoint while the data last, the test images in the same mix.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from pfedgpa_app.randomness import numpy_generator
+
+logger = logging.getLogger("pfedgpa")
+
+
+@dataclass(frozen=True)
+class ClientSplit:
+    """The indices of one client's images; ``group`` is hidden from server and methods.
+
+    ``train`` and ``validation`` index the training split, ``test`` the test split.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    group: int
+
+
+def round_counts(shares: np.ndarray, total: int) -> np.ndarray:
+    """Whole counts that sum to ``total`` in proportion to ``shares``, by largest remainder.
+
+    Args:
+        shares: non-negative, [..., C]; each row is normalised here.
+    """
+    exact = shares / shares.sum(axis=-1, keepdims=True) * total
+    exact = np.round(exact, 9)  # 2.9999999996 must count as 3
+    counts = np.floor(exact).astype(int)
+    missing = total - counts.sum(axis=-1, keepdims=True)
+    order = np.argsort(-(exact - counts), axis=-1, kind="stable")
+    place = np.argsort(order, axis=-1, kind="stable")
+    return counts + (place < missing)
+
+
+def dominant_groups(num_classes: int) -> list[list[int]]:
+    """The dominant classes of each hidden group (the split of pFedGPA's family).
+
+    10 classes: the five overlapping triples (0,1,2) (2,3,4) … (8,9,0) of FedPAC's code;
+    62 (EMNIST by class): digits, upper case, lower case; otherwise five overlapping windows.
+    """
+    if num_classes == 62:
+        return [list(range(10)), list(range(10, 36)), list(range(36, 62))]
+    groups = min(5, num_classes)
+    edges = [g * num_classes // groups for g in range(groups + 1)]
+    return [
+        sorted({c % num_classes for c in range(edges[g], edges[g + 1] + 1)}) for g in range(groups)
+    ]
+
+
+def class_shares(
+    kind: str,
+    num_clients: int,
+    num_classes: int,
+    rng: np.random.Generator,
+    *,
+    uniform_share: float = 0.2,
+    alpha: float = 0.5,
+    shards: int = 2,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each client's class mix.
+
+    Returns:
+        shares [clients, classes], each row summing to 1, and each client's hidden group
+        (0 for all where the partition has none).
+    """
+    groups = np.zeros(num_clients, dtype=int)
+    if kind == "iid":
+        return np.full((num_clients, num_classes), 1 / num_classes), groups
+    if kind == "dirichlet":
+        shares = rng.dirichlet(np.full(num_classes, alpha), size=num_clients)
+        return shares, groups
+    if kind == "shards":
+        slots = num_clients * shards
+        classes = rng.permutation(np.arange(slots) % num_classes).reshape(num_clients, shards)
+        shares = np.zeros((num_clients, num_classes))
+        np.add.at(shares, (np.arange(num_clients)[:, None], classes), 1 / shards)
+        return shares, groups
+    if kind != "dominant":
+        raise ValueError(f"no partition called {kind!r}")
+    dominant = dominant_groups(num_classes)
+    groups = np.arange(num_clients) % len(dominant)
+    shares = np.full((num_clients, num_classes), uniform_share / num_classes)
+    for client, group in enumerate(groups):
+        shares[client, dominant[group]] += (1 - uniform_share) / len(dominant[group])
+    return shares, groups
+
+
+def deal(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+    """Hand out ``counts[i, c]`` images of class c to each client i.
+
+    Each class is shuffled once and dealt in turn; no image is dealt twice to anyone before
+    its class is used up, and then the class is dealt again from its start, with a warning.
+
+    Returns:
+        one index array a client, sorted.
+    """
+    dealt: list[list[np.ndarray]] = [[] for _ in counts]
+    for c in range(counts.shape[1]):
+        pool = rng.permutation(np.flatnonzero(labels == c))
+        wanted = counts[:, c]
+        if wanted.sum() and not len(pool):
+            raise ValueError(f"class {c} has no images, but clients are to hold some")
+        if wanted.max(initial=0) > len(pool):
+            raise ValueError(
+                f"class {c} has {len(pool)} images, but one client is to hold {wanted.max()}"
+            )
+        if wanted.sum() > len(pool):
+            logger.warning(
+                "class %d: clients ask for %d images in all, there are %d: some are shared",
+                c,
+                wanted.sum(),
+                len(pool),
+            )
+        start = 0
+        for client, n in enumerate(wanted):
+            dealt[client].append(pool[(start + np.arange(n)) % max(1, len(pool))])
+            start += n
+    return [np.sort(np.concatenate(parts)) for parts in dealt]
+
+
+def partition(
+    train_labels: np.ndarray,
+    test_labels: np.ndarray,
+    num_classes: int,
+    num_clients: int,
+    *,
+    kind: str = "dominant",
+    train_per_client: int = 600,
+    test_per_client: int = 600,
+    validation_share: float = 0.1,
+    uniform_share: float = 0.2,
+    alpha: float = 0.5,
+    shards: int = 2,
+    seed: int = 0,
+) -> list[ClientSplit]:
+    """Deal a data set to clients of equal size; see ``class_shares`` for the kinds.
+
+    A client's validation images are a random share of its training images.
+    """
+    shares, groups = class_shares(
+        kind,
+        num_clients,
+        num_classes,
+        numpy_generator(seed, "partition"),
+        uniform_share=uniform_share,
+        alpha=alpha,
+        shards=shards,
+    )
+    train = deal(
+        train_labels, round_counts(shares, train_per_client), numpy_generator(seed, "deal-train")
+    )
+    test = deal(
+        test_labels, round_counts(shares, test_per_client), numpy_generator(seed, "deal-test")
+    )
+    held_out = round(train_per_client * validation_share)
+    splits = []
+    for client in range(num_clients):
+        shuffled = numpy_generator(seed, "validation", client).permutation(train[client])
+        splits.append(
+            ClientSplit(
+                train=np.sort(shuffled[held_out:]),
+                validation=np.sort(shuffled[:held_out]),
+                test=test[client],
+                group=int(groups[client]),
+            )
+        )
+    return splits

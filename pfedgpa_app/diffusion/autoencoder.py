@@ -1,0 +1,142 @@
+"""From uploads to few numbers and back: drift removal and the exact linear autoencoder.
+
+Only N uploads exist, so everything about P weights is known from N×N inner products;
+weights are read in blocks of columns and no P×P matrix is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BLOCK = 8192  # columns read at a time
+
+
+def _blocks(size: int) -> Iterator[slice]:
+    for start in range(0, size, _BLOCK):
+        yield slice(start, min(size, start + _BLOCK))
+
+
+@dataclass(frozen=True)
+class Deltas:
+    """Uploads less their round's drift: ``vectors[j] − means[index[j]]``, never made whole.
+
+    vectors [N, P] and means [R, P] are float32; ``index`` [N] is each upload's round, in the
+    order of ``rounds``.
+    """
+
+    vectors: Tensor
+    means: Tensor
+    index: Tensor
+    rounds: tuple[int, ...]
+
+    def columns(self, block: slice) -> Tensor:
+        """[N, block] in float64."""
+        return (self.vectors[:, block] - self.means[self.index, block]).double()
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """[len(rows), P] in float32."""
+        return self.vectors[rows] - self.means[self.index[rows]]
+
+    def gram(self) -> Tensor:
+        """Inner products [N, N] in float64."""
+        gram = torch.zeros(len(self.vectors), len(self.vectors), dtype=torch.float64)
+        for block in _blocks(self.vectors.shape[1]):
+            part = self.columns(block)
+            gram.addmm_(part, part.T)
+        return gram
+
+
+def remove_drift(vectors: Tensor, rounds: Tensor, clients: Tensor) -> Deltas:
+    """Subtract what all clients share in a round, comparable between rounds.
+
+    θ_ir = μ_r + u_i + e_ir with u_i ~ N(0, σ²), e ~ N(0, σ²): the best linear predictor of
+    μ_r. When every client uploads in every round it is exactly the round's mean; when few
+    do, it does not mistake who took part for drift.
+    """
+    names, index = rounds.unique(return_inverse=True)
+    _, who = clients.unique(return_inverse=True)
+    n, r, c = len(vectors), len(names), int(who.max()) + 1
+    design = torch.zeros(n, r + c, dtype=torch.float64)
+    design[torch.arange(n), index] = 1
+    design[torch.arange(n), r + who] = 1
+    ridge = torch.diag(torch.cat([torch.zeros(r), torch.ones(c)]).double())
+    solve = torch.linalg.solve(design.T @ design + ridge, design.T)[:r]
+    means = torch.empty(r, vectors.shape[1])
+    for block in _blocks(vectors.shape[1]):
+        means[:, block] = (solve @ vectors[:, block].double()).float()
+    return Deltas(vectors, means, index, tuple(int(x) for x in names))
+
+
+def choose_rank(deltas: Deltas, clients: Tensor, head: slice) -> int:
+    """Directions in which clients' classifiers differ by more than their noise.
+
+    Counts the eigenvalues of the clients' mean heads above twice their median: what a client
+    merely memorised spreads evenly over directions, what it shares with others does not, and
+    it shows most clearly in the last layer. At least 2, at most clients − 1.
+    """
+    names, who = clients.unique(return_inverse=True)
+    n = len(names)
+    if n < 3:
+        return max(1, n - 1)
+    means = torch.zeros(n, head.stop - head.start, dtype=torch.float64)
+    means.index_add_(0, who, deltas.columns(head))
+    means /= who.bincount()[:, None]
+    means -= means.mean(0)
+    eigenvalues = torch.linalg.eigvalsh(means @ means.T).flip(0)[: n - 1]
+    gap = int((eigenvalues > 2 * eigenvalues.median()).sum())
+    return min(max(2, gap), n - 1)
+
+
+@dataclass(frozen=True)
+class LinearAutoencoder:
+    """The exact linear autoencoder: principal directions of the deltas, latents at unit variance.
+
+    components [k, P] are orthonormal, scale [k] is each latent's deviation before scaling.
+    """
+
+    components: Tensor
+    scale: Tensor
+    spread: float  # root mean square of one weight's delta
+
+    @classmethod
+    def fit(cls, deltas: Deltas, rank: int) -> LinearAutoencoder:
+        """From the eigenvectors of the Gram matrix, O(N²P); the rank is cut to what exists."""
+        n, p = deltas.vectors.shape
+        eigenvalues, vectors = torch.linalg.eigh(deltas.gram())
+        eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
+        spread = float((eigenvalues.clamp(min=0).sum() / (n * p)).sqrt())
+        rounding = 1e-13 * float(torch.linalg.vector_norm(deltas.vectors)) ** 2  # of float32
+        real = int((eigenvalues > max(rounding, 1e-9 * float(eigenvalues[0]))).sum())
+        k = min(rank, real)
+        eigenvalues, vectors = eigenvalues[:k], vectors[:, :k]
+        components = torch.empty(k, p)
+        for block in _blocks(p):
+            part = (vectors / eigenvalues.sqrt()).T @ deltas.columns(block)
+            components[:, block] = part.float()
+        # eigh leaves each sign open: a direction's largest weight is positive, whoever uploads
+        largest = components.abs().argmax(1, keepdim=True) if k else torch.empty(0, 1).long()
+        components *= components.gather(1, largest).sign()
+        return cls(components, (eigenvalues / n).sqrt().float(), spread)
+
+    def encode(self, deltas: Tensor) -> Tensor:
+        """[M, P] → [M, k]."""
+        return deltas @ self.components.T / self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[M, k] → [M, P]."""
+        return (latents * self.scale) @ self.components
+
+    def encode_all(self, deltas: Deltas) -> Tensor:
+        """Every upload's latent [N, k], read by blocks."""
+        latents = torch.zeros(len(deltas.vectors), len(self.scale), dtype=torch.float64)
+        for block in _blocks(self.components.shape[1]):
+            latents.addmm_(deltas.columns(block), self.components[:, block].double().T)
+        return (latents / self.scale.double()).float()
+
+    def latent_noise(self, input_noise: float) -> Tensor:
+        """What noise of ``input_noise`` × the deltas' spread on every weight is in latents [k]."""
+        return input_noise * self.spread / self.scale

@@ -1,0 +1,147 @@
+"""The newest uploads as flat vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How named tensors lie in one vector, in the order of the names."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, weights: Weights) -> Layout:
+        """The layout of ``weights``."""
+        tensors = weights.values()
+        return cls(
+            tuple(weights), tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors)
+        )
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers in each tensor."""
+        return [shape.numel() for shape in self.shapes]
+
+    def flatten(self, weights: Weights) -> Tensor:
+        """One float32 vector [P].
+
+        Raises:
+            ValueError: other names or shapes than the layout's.
+        """
+        if Layout.of(weights) != self:
+            raise ValueError("weights of another layout")
+        return torch.cat([weights[name].detach().reshape(-1).float() for name in self.names])
+
+    def unflatten(self, vector: Tensor) -> Weights:
+        """The named tensors of ``vector`` [P], as copies."""
+        parts = vector.split(self.sizes)
+        return {
+            name: part.reshape(shape).to(dtype).clone()
+            for name, part, shape, dtype in zip(
+                self.names, parts, self.shapes, self.dtypes, strict=True
+            )
+        }
+
+    def head(self) -> slice:
+        """Where the last matrix-shaped tensor lies: the classifier of a feed-forward network."""
+        end = 0
+        found = slice(0, sum(self.sizes))
+        for shape, size in zip(self.shapes, self.sizes, strict=True):
+            if len(shape) == 2:
+                found = slice(end, end + size)
+            end += size
+        return found
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One upload: ``vector`` [P] float32.
+
+    ``round_mean`` [P], the plain mean of its round's uploads, is kept once the round has left
+    the window: without it an old upload could not be told from the population's drift.
+    """
+
+    server_round: int
+    client: int
+    vector: Tensor
+    layout: Layout
+    round_mean: Tensor | None = None
+
+    def weights(self) -> Weights:
+        """The upload as named tensors."""
+        return self.layout.unflatten(self.vector)
+
+
+class Buffer:
+    """The uploads of the ``window`` newest rounds, and each client's newest, however old."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.layout: Layout | None = None
+        self._entries: dict[tuple[int, int], Entry] = {}
+        self._stale: dict[int, Entry] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, server_round: int, client: int, weights: Weights) -> None:
+        """Keep an upload, instead of an earlier one of the same client and round.
+
+        Raises:
+            ValueError: another layout than the first upload's, or numbers that are not finite.
+        """
+        layout = self.layout or Layout.of(weights)
+        vector = layout.flatten(weights)
+        if not bool(torch.isfinite(vector).all()):
+            raise ValueError(f"upload of client {client} in round {server_round} is not finite")
+        self.layout = layout
+        self._entries[server_round, client] = Entry(server_round, client, vector, layout)
+        self._stale.pop(client, None)
+
+    def drop_old(self, server_round: int) -> None:
+        """Forget rounds that left the window at ``server_round``, but no client's newest upload."""
+        newest = self.newest()
+        leaving: dict[int, list[Entry]] = {}
+        for (r, _), entry in sorted(self._entries.items()):
+            if r <= server_round - self.window:
+                leaving.setdefault(r, []).append(entry)
+        for r, entries in leaving.items():
+            kept = [entry for entry in entries if newest[entry.client] is entry]
+            if kept:
+                mean = torch.stack([entry.vector for entry in entries]).mean(0)
+                for entry in kept:
+                    self._stale[entry.client] = replace(entry, round_mean=mean)
+            for entry in entries:
+                del self._entries[r, entry.client]
+
+    def newest(self) -> dict[int, Entry]:
+        """Each client's newest upload, keyed by client."""
+        newest = dict(self._stale)
+        for (_, client), entry in sorted(self._entries.items()):
+            newest[client] = entry
+        return newest
+
+    def stack(self) -> tuple[Layout, Tensor, Tensor, Tensor]:
+        """The window as (layout, vectors [N, P], rounds [N], clients [N]), by round and client.
+
+        Raises:
+            ValueError: nothing is buffered.
+        """
+        if self.layout is None or not self._entries:
+            raise ValueError("no uploads are buffered")
+        entries = [self._entries[key] for key in sorted(self._entries)]
+        return (
+            self.layout,
+            torch.stack([e.vector for e in entries]),
+            torch.tensor([e.server_round for e in entries]),
+            torch.tensor([e.client for e in entries]),
+        )

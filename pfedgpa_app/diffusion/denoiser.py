@@ -1,0 +1,119 @@
+"""Denoisers: a trained network and two closed forms, all ``(z_t [M, k], t) -> ε̂ [M, k]``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from pfedgpa_app.diffusion.schedule import Schedule
+
+Denoiser = Callable[[Tensor, int], Tensor]
+
+
+class GaussianDenoiser:
+    """The exact ε of a population N(μ, Σ), the linear-Gaussian (PPCA) baseline.
+
+    E[z_0|z_t] = μ + √ᾱ Σ (ᾱΣ + (1−ᾱ)I)^{-1} (z_t − √ᾱ μ).
+    """
+
+    def __init__(self, mean: Tensor, covariance: Tensor, schedule: Schedule) -> None:
+        self.mean = mean
+        self.variances, self.axes = torch.linalg.eigh(covariance)
+        self.schedule = schedule
+
+    @classmethod
+    def fit(cls, latents: Tensor, schedule: Schedule) -> GaussianDenoiser:
+        """The Gaussian of the latents' [N, k] own mean and covariance."""
+        mean = latents.mean(0)
+        centred = latents - mean
+        return cls(mean, centred.T @ centred / len(latents), schedule)
+
+    def __call__(self, z: Tensor, t: int) -> Tensor:
+        signal, noise = self.schedule.signal(t), self.schedule.noise(t)
+        gain = signal * self.variances / (signal**2 * self.variances + noise**2)
+        centred = (z - signal * self.mean) @ self.axes
+        clean = self.mean + (centred * gain) @ self.axes.T
+        return self.schedule.eps_from_clean(z, clean, t)
+
+
+class FiniteSetDenoiser:
+    """The exact ε of points blurred by N(0, τ²I): what an over-fitted network tends to.
+
+    E[z_0|z_t] = Σ_j w_j [z_j + g (z_t − √ᾱ z_j)], w = softmax_j(−‖z_t − √ᾱ z_j‖² / 2s),
+    s = ᾱτ² + 1 − ᾱ, g = √ᾱ τ² / s; τ = 0 is the finite set itself.
+    """
+
+    def __init__(self, points: Tensor, schedule: Schedule, blur: float = 0.0) -> None:
+        self.points, self.schedule, self.blur = points, schedule, blur
+
+    def _spread(self, t: int) -> float:
+        return self.schedule.signal(t) ** 2 * self.blur**2 + self.schedule.noise(t) ** 2
+
+    def weights(self, z: Tensor, t: int) -> Tensor:
+        """The posterior weight [M, N] of each point."""
+        distance = torch.cdist(z, self.schedule.signal(t) * self.points).square()
+        return torch.softmax(-distance / (2 * self._spread(t)), dim=1)
+
+    def __call__(self, z: Tensor, t: int) -> Tensor:
+        signal = self.schedule.signal(t)
+        gain = signal * self.blur**2 / self._spread(t)
+        centre = self.weights(z, t) @ self.points
+        clean = centre + gain * (z - signal * centre)
+        return self.schedule.eps_from_clean(z, clean, t)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    def forward(self, h: Tensor, time: Tensor) -> Tensor:
+        out: Tensor = h + self.net(h + time)
+        return out
+
+
+class ResidualMLP(nn.Module):
+    """v-prediction from z_t [M, k] and t [M]: residual blocks around a sinusoidal time embedding.
+
+    Nothing is clipped: weights have no natural range.
+    """
+
+    EMBEDDING = 64
+
+    def __init__(self, dimensions: int, width: int, blocks: int, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.time = nn.Sequential(
+            nn.Linear(self.EMBEDDING, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        self.inward = nn.Linear(dimensions, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
+        self.outward = nn.Linear(width, dimensions)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        half = self.EMBEDDING // 2
+        rates = torch.exp(-math.log(10_000) * torch.arange(half, device=z.device) / half)
+        angles = (t * (1000 / self.steps))[:, None] * rates
+        time = self.time(torch.cat([angles.sin(), angles.cos()], dim=1).to(z.dtype))
+        h = self.inward(z)
+        for block in self.blocks:
+            h = block(h, time)
+        out: Tensor = self.outward(h)
+        return out
+
+
+class NetworkDenoiser:
+    """A trained v-network as a denoiser."""
+
+    def __init__(self, network: nn.Module, schedule: Schedule) -> None:
+        self.network, self.schedule = network.eval(), schedule
+
+    @torch.no_grad()
+    def __call__(self, z: Tensor, t: int) -> Tensor:
+        v = self.network(z, torch.full((len(z),), float(t), device=z.device))
+        return self.schedule.eps_from_v(z, v, t)

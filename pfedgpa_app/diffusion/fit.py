@@ -1,0 +1,247 @@
+"""Learn the distribution of clients' weights; then make each client its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from pfedgpa_app.diffusion.autoencoder import (
+    Deltas,
+    LinearAutoencoder,
+    choose_rank,
+    remove_drift,
+)
+from pfedgpa_app.diffusion.buffer import Buffer, Layout, Weights
+from pfedgpa_app.diffusion.denoiser import (
+    Denoiser,
+    FiniteSetDenoiser,
+    GaussianDenoiser,
+    NetworkDenoiser,
+    ResidualMLP,
+)
+from pfedgpa_app.diffusion.inversion import regenerate
+from pfedgpa_app.diffusion.schedule import Schedule
+from pfedgpa_app.randomness import torch_generator
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a weight distribution is learned; see ``PFedGPASettings`` for the meanings."""
+
+    rank: int | None = None
+    strength: int | None = None
+    own_weight: float = 0.5
+    denoiser: str = "mlp"
+    schedule: str = "linear"
+    diffusion_steps: int = 1000
+    fit_steps: int = 2000
+    fit_batch_size: int = 256
+    fit_learning_rate: float = 1e-3
+    width: int = 256
+    blocks: int = 3
+    ema: float = 0.999
+    input_noise: float = 0.0
+    latent_noise: float = 0.1
+
+
+def fit_network(
+    latents: Tensor,
+    noise: Tensor,
+    schedule: Schedule,
+    settings: FitSettings,
+    seed: int,
+    device: torch.device,
+) -> NetworkDenoiser:
+    """Train a residual MLP on the DDPM objective in its v-form, by AdamW with one cycle and EMA.
+
+    E‖v − v_φ(√ᾱ_t z + √(1−ᾱ_t) ε, t)‖², t uniform in 1..T, z a latent plus the augmentation.
+
+    Args:
+        latents: [N, k] at unit variance; their order does not matter.
+        noise: deviation of the augmentation in each direction [k].
+    """
+    generator = torch_generator(seed, "fit")
+    order = torch.arange(len(latents))
+    for column in range(latents.shape[1] - 1, -1, -1):  # sorted by content, not by client
+        order = order[latents[order, column].argsort(stable=True)]
+    latents, noise = latents[order].to(device), noise.to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        network = ResidualMLP(
+            latents.shape[1], settings.width, settings.blocks, schedule.steps
+        ).to(device)
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.fit_learning_rate)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, settings.fit_learning_rate, total_steps=max(2, settings.fit_steps)
+    )
+    alpha_bar = schedule.alpha_bar.float().to(device)
+    batch, k = settings.fit_batch_size, latents.shape[1]
+    for _ in range(settings.fit_steps):
+        rows = torch.randint(len(latents), (batch,), generator=generator).to(device)
+        t = torch.randint(1, schedule.steps + 1, (batch,), generator=generator).to(device)
+        jitter, eps = torch.randn(2, batch, k, generator=generator).to(device)
+        z = latents[rows] + noise * jitter
+        signal, sigma = alpha_bar[t].sqrt()[:, None], (1 - alpha_bar[t]).sqrt()[:, None]
+        v = network(signal * z + sigma * eps, t.float())
+        optimiser.zero_grad()
+        F.mse_loss(v, signal * eps - sigma * z).backward()
+        optimiser.step()
+        cycle.step()
+        average.update_parameters(network)
+    return NetworkDenoiser(average.module, schedule)
+
+
+def calibrate_strength(
+    latents: Tensor,
+    clients: Tensor,
+    newest: Tensor,
+    schedule: Schedule,
+    own_weight: float,
+    seed: int,
+    draws: int = 20,
+) -> int:
+    """The smallest t0 at which noise hides each newest latent among others' enough.
+
+    Enough: under the uploads' own empirical distribution, the posterior weight on a client's
+    own uploads falls to ``own_weight`` on average. Needs no data, labels or groups.
+
+    Args:
+        latents: [N, k]; clients: [N]; newest: rows [M] of each client's newest upload.
+    """
+    noise = torch.randn(draws, latents.shape[1], generator=torch_generator(seed, "strength"))
+    points = FiniteSetDenoiser(latents, schedule)
+    own = (clients[newest][:, None] == clients).float()
+
+    def weight(t: int) -> float:
+        noisy = schedule.add_noise(latents[newest], noise[:, None], t)
+        weights = points.weights(noisy.view(-1, latents.shape[1]), t).view(draws, *own.shape)
+        return float((weights * own).sum(2).mean())
+
+    low, high = 1, schedule.steps  # the weight falls as t rises
+    while low < high:
+        middle = (low + high) // 2
+        if weight(middle) <= own_weight:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+class WeightDistribution:
+    """A learned distribution of clients' weights, and each client's place in it.
+
+    Attributes:
+        rank, strength: as given, or as chosen.
+        latents [N, k], clients [N], rounds [N]: the buffered uploads.
+        newest: clients with an upload, in rising order; newest_latents [M, k]: their newest.
+        anchor [P]: the population's newest mean, to which decoded deltas are added.
+    """
+
+    def __init__(
+        self, buffer: Buffer, settings: FitSettings, seed: int, device: str | torch.device = "cpu"
+    ) -> None:
+        """Fit the distribution to the buffer.
+
+        Raises:
+            ValueError: nothing is buffered.
+        """
+        self.seed = seed
+        self.layout, vectors, self.rounds, self.clients = buffer.stack()
+        deltas = remove_drift(vectors, self.rounds, self.clients)
+        self.anchor = deltas.means[-1]
+        rank = settings.rank or choose_rank(deltas, self.clients, self.layout.head())
+        self.autoencoder = LinearAutoencoder.fit(deltas, rank)
+        self.rank = len(self.autoencoder.scale)  # less than asked for where uploads span less
+        self.latents = self.autoencoder.encode_all(deltas)
+        self.newest = sorted(buffer.newest())
+        self._newest_deltas = _newest_deltas(buffer, deltas)
+        self.newest_latents = self.autoencoder.encode(self._newest_deltas)
+        self.schedule = Schedule(settings.diffusion_steps, settings.schedule)
+        self.strength = self._strength(settings)
+        self.denoiser = self._fit(settings, torch.device(device))
+
+    def _strength(self, settings: FitSettings) -> int:
+        if settings.strength is not None:
+            return settings.strength
+        if not self.rank:
+            return 0
+        place = {
+            client: row for row, client in enumerate(self.clients.tolist())
+        }  # rows are by round: the last one is the newest
+        rows = [place[client] for client in self.newest if client in place]
+        return calibrate_strength(
+            self.latents,
+            self.clients,
+            torch.tensor(rows),
+            self.schedule,
+            settings.own_weight,
+            self.seed,
+        )
+
+    def _fit(self, settings: FitSettings, device: torch.device) -> Denoiser:
+        augmentation = self.autoencoder.latent_noise(settings.input_noise) + settings.latent_noise
+        if not self.rank or settings.denoiser == "gaussian":
+            return GaussianDenoiser.fit(self.latents, self.schedule)
+        if settings.denoiser == "finite-set":
+            return FiniteSetDenoiser(self.latents, self.schedule, blur=settings.latent_noise)
+        return fit_network(
+            self.latents, augmentation, self.schedule, settings, self.seed, device
+        )
+
+    def generate(
+        self,
+        mode: str = "tweedie",
+        *,
+        strength: int | None = None,
+        keep: float = 0.0,
+        draws: int = 1,
+        residual_keep: float = 0.0,
+    ) -> dict[int, Weights]:
+        """Weights for every client that ever uploaded: invert its newest latent, denoise, decode.
+
+        Args:
+            strength: t0; None: the calibrated one. See ``regenerate`` for the other knobs.
+            residual_keep: share of the upload's part outside the latent directions added back.
+        """
+        latents = self.generate_latents(mode, strength=strength, keep=keep, draws=draws)
+        decoded = self.autoencoder.decode(latents)
+        if residual_keep:
+            inside = self.autoencoder.decode(self.newest_latents)
+            decoded += residual_keep * (self._newest_deltas - inside)
+        decoded += self.anchor
+        return {
+            client: self.layout.unflatten(vector)
+            for client, vector in zip(self.newest, decoded, strict=True)
+        }
+
+    def generate_latents(
+        self, mode: str, *, strength: int | None = None, keep: float = 0.0, draws: int = 1
+    ) -> Tensor:
+        """The latents [M, k] that ``generate`` decodes, in the order of ``newest``."""
+        if not self.rank:
+            return self.newest_latents
+        return regenerate(
+            self.newest_latents,
+            self.denoiser,
+            self.schedule,
+            torch_generator(self.seed, "generate", mode),
+            mode=mode,
+            strength=self.strength if strength is None else strength,
+            keep=keep,
+            draws=draws,
+        )
+
+
+def _newest_deltas(buffer: Buffer, deltas: Deltas) -> Tensor:
+    """Every client's newest upload less its round's mean [M, P], in rising order of clients."""
+    place = {server_round: i for i, server_round in enumerate(deltas.rounds)}
+    rows = []
+    for _, entry in sorted(buffer.newest().items()):
+        mean = entry.round_mean  # set once the round has left the window
+        rows.append(entry.vector - (deltas.means[place[entry.server_round]] if mean is None else mean))
+    return torch.stack(rows)

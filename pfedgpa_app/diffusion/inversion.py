@@ -1,0 +1,174 @@
+"""Carry a client's latent into the diffusion model's noise and back.
+
+A perfect inversion decoded by the same model is the identity for any network, so it
+aggregates nothing. What aggregates is what the code leaves to the model: the strength t0,
+the share of stored noise that is replayed, and the mean of several decodings.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.diffusion.denoiser import Denoiser
+from pfedgpa_app.diffusion.schedule import Schedule
+
+MODES = (
+    "identity",
+    "sample",
+    "invert",
+    "edit-friendly",
+    "ddim",
+    "sdedit",
+    "tweedie",
+    "translate",
+)
+_CODE_NUMBERS = 2**24  # numbers of stored noise held at a time
+
+
+def regenerate(
+    latents: Tensor,
+    denoiser: Denoiser,
+    schedule: Schedule,
+    generator: torch.Generator,
+    *,
+    mode: str = "tweedie",
+    strength: int,
+    keep: float = 1.0,
+    draws: int = 1,
+    ddim_steps: int = 50,
+    decode_with: Denoiser | None = None,
+) -> Tensor:
+    """Each client's latent after inversion and denoising; same shape and dtype.
+
+    All clients share the noise of a draw, so that permuting clients permutes the result and
+    equal uploads stay equal; only ``sample``, which has no upload to start from, draws for
+    each client.
+
+    Args:
+        latents: clean latents [M, k].
+        generator: on the CPU, whatever the latents' device.
+        mode: ``identity``: the latent itself. ``sample``: from pure noise, no inversion.
+            ``invert``: DPM-Encoder (Wu & De la Torre 2023, the paper's citation): noise the
+            latent along the forward posterior, store what the reverse step misses, replay
+            ``keep`` of it. ``edit-friendly``: the same with independently noised latents
+            (Huberman-Spiegelglas et al. 2024). ``ddim``: deterministic, up and down.
+            ``sdedit``: noise to t0, then the reverse process with fresh noise (Meng et al.
+            2022). ``tweedie``: the posterior mean of z_0 at t0. ``translate``: ``invert``
+            with all noise replayed, decoded by ``decode_with``.
+        strength: t0 in 0..T; 0 is the identity. ``sample`` always starts from T.
+        keep: share of the stored noise replayed (``invert`` and ``edit-friendly``).
+        draws: decodings averaged; ``tweedie`` draws in antithetic pairs.
+
+    Raises:
+        ValueError: an unknown mode, a value out of range, or ``translate`` without a model.
+    """
+    if mode not in MODES:
+        raise ValueError(f"no inversion called {mode!r}; there are {', '.join(MODES)}")
+    if not 0 <= strength <= schedule.steps or not 0 <= keep <= 1 or draws < 1:
+        raise ValueError("wants 0 <= strength <= T, 0 <= keep <= 1 and draws >= 1")
+    if (mode == "translate") != (decode_with is not None):
+        raise ValueError("translate, and only translate, decodes with another model")
+    m, k = latents.shape
+
+    def normal(rows: int) -> Tensor:
+        noise = torch.randn(rows, k, generator=generator, dtype=latents.dtype)
+        return noise.to(latents.device)
+
+    if mode == "sample":
+        chains = reverse(normal(draws * m), denoiser, schedule, schedule.steps, normal)
+        return chains.view(draws, m, k).mean(0)
+    if mode == "identity" or strength == 0:
+        return latents.clone()
+    if mode == "ddim":
+        return _ddim(latents, denoiser, schedule, strength, ddim_steps)
+    if mode == "tweedie":
+        noise = normal((draws + 1) // 2)
+        noise = torch.cat([noise, -noise])[:draws] if draws > 1 else noise
+        noisy = schedule.add_noise(latents, noise[:, None], strength).view(-1, k)
+        clean = schedule.clean(noisy, denoiser(noisy, strength), strength)
+        return clean.view(draws, m, k).mean(0)
+
+    total = torch.zeros_like(latents)
+    at_once = max(1, _CODE_NUMBERS // (strength * m * k))
+    for start in range(0, draws, at_once):
+        count = min(at_once, draws - start)
+
+        def shared(_: int, count: int = count) -> Tensor:
+            return normal(count)[:, None].expand(count, m, k).reshape(-1, k)
+
+        start_from = latents.repeat(count, 1)
+        if mode == "sdedit":
+            noisy = schedule.add_noise(start_from, shared(0), strength)
+            out = reverse(noisy, denoiser, schedule, strength, shared)
+        else:
+            friendly, share = mode == "edit-friendly", 1.0 if mode == "translate" else keep
+            code = encode(start_from, denoiser, schedule, strength, shared, independent=friendly)
+            out = decode(code, decode_with or denoiser, schedule, keep=share)
+        total += out.view(count, m, k).sum(0)
+    return total / draws
+
+
+def reverse(z: Tensor, denoiser: Denoiser, schedule: Schedule, start: int, normal) -> Tensor:  # type: ignore[no-untyped-def]
+    """DDPM's ancestral sampling from z_start to z_0 (the paper's eq. 6, corrected)."""
+    for t in range(start, 0, -1):
+        z = schedule.reverse_mean(z, denoiser(z, t), t)
+        if t > 1:
+            z = z + float(schedule.sigma[t]) * normal(len(z))
+    return z
+
+
+Code = tuple[Tensor, list[Tensor]]  # z_t0 and the residuals r_t0, …, r_1
+
+
+def encode(
+    latents: Tensor,
+    denoiser: Denoiser,
+    schedule: Schedule,
+    strength: int,
+    normal,  # type: ignore[no-untyped-def]
+    *,
+    independent: bool = False,
+) -> Code:
+    """DPM-Encoder: noised latents from the true posterior and what μ_φ misses of each.
+
+    r_t = z_{t−1} − μ_φ(z_t, t) stands for σ_t u_t and needs no division by σ_1 = 0. The next
+    step starts from μ_φ + r_t as the decoder will see it, so that rounding cannot pile up.
+    """
+    rows = len(latents)
+    z = code = schedule.add_noise(latents, normal(rows), strength)
+    residuals = []
+    for t in range(strength, 0, -1):
+        if t == 1:
+            target = latents
+        elif independent:
+            target = schedule.add_noise(latents, normal(rows), t - 1)
+        else:
+            mean = schedule.posterior_mean(z, latents, t)
+            target = mean + float(schedule.sigma[t]) * normal(rows)
+        predicted = schedule.reverse_mean(z, denoiser(z, t), t)
+        residuals.append(target - predicted)
+        z = predicted + residuals[-1]
+    return code, residuals
+
+
+def decode(code: Code, denoiser: Denoiser, schedule: Schedule, *, keep: float = 1.0) -> Tensor:
+    """Replay ``keep`` of the stored residuals along the reverse process."""
+    z, residuals = code
+    for t, residual in zip(range(len(residuals), 0, -1), residuals, strict=True):
+        z = schedule.reverse_mean(z, denoiser(z, t), t) + keep * residual
+    return z
+
+
+def _ddim(z: Tensor, denoiser: Denoiser, schedule: Schedule, strength: int, steps: int) -> Tensor:
+    """Up to t0 by DDIM inversion and down again; ε(·, 0) is undefined, so ε(·, t_1) begins."""
+    times = sorted({max(1, round(strength * (i + 1) / steps)) for i in range(steps)})
+    first = times[0]
+    eps = denoiser(schedule.signal(first) * z, first)
+    z = schedule.add_noise(z, eps, first)
+    for t, to in zip(times[:-1], times[1:], strict=True):
+        z = schedule.ddim_step(z, denoiser(z, t), t, to)
+    down = times[::-1]
+    for t, to in zip(down, [*down[1:], 0], strict=True):
+        z = schedule.ddim_step(z, denoiser(z, t), t, to)
+    return z

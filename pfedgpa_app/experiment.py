@@ -1,0 +1,201 @@
+"""One run: every configured method on one partition and seed, from round 1 to the last plot."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord
+from flwr.serverapp import Grid
+from safetensors.torch import save_file
+
+from pfedgpa_app.config import Config, Resolved
+from pfedgpa_app.data.client import load_dataset, load_partition
+from pfedgpa_app.methods import method_class
+from pfedgpa_app.methods.base import Method
+from pfedgpa_app.models import Weights, build, network_name, weights_of
+from pfedgpa_app.results import plots
+from pfedgpa_app.results.log import RunLog, mean
+from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
+from pfedgpa_app.roster import Roster
+from pfedgpa_app.strategy import FinalScore, Personalised, candidates
+
+logger = logging.getLogger("pfedgpa")
+
+
+def run_folder(config: Config) -> Path:
+    """Where the run's results go, absolute; a named folder must not hold another run's.
+
+    Raises:
+        FileExistsError: it does.
+    """
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    dataset = Path(config.dataset.replace(":", "-")).name
+    name = config.run_name or f"{dataset}-{config.num_clients}c-s{config.seed}-{stamp}"
+    folder = (Path(config.out_dir).expanduser() / name).absolute()
+    if (folder / "config.json").exists():
+        raise FileExistsError(
+            f"run-name = {name!r}: {folder} holds another run's results; choose another name"
+        )
+    return folder
+
+
+def save_weights(path: Path, weights: dict[int, Weights], common: Weights) -> None:
+    """Clients' weights as ``client-3/NAME``; those who have the common ones, once, as ``global/NAME``."""
+    tensors = {}
+    for client, mine in weights.items():
+        prefix = "global" if mine is common else f"client-{client}"
+        tensors |= {f"{prefix}/{name}": tensor.contiguous() for name, tensor in mine.items()}
+    if tensors:
+        path.parent.mkdir(exist_ok=True)
+        save_file(tensors, path)
+
+
+def run(grid: Grid, resolved: Resolved) -> Path:
+    """Run everything; returns the folder of the results.
+
+    Whatever goes wrong, results so far are on disk and the error goes on to the caller.
+    """
+    config = resolved.config
+    folder = run_folder(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(resolved.as_dict(), indent=2) + "\n")
+    federations: dict[str, list[str]] = {}
+    for name in config.method:
+        federations.setdefault(method_class(name).federation(config), []).append(name)
+    evaluations = len({method_class(m).weights_from or m for m in config.method})
+    per_evaluation = 1 + sum(c.epochs for c in candidates(config)) / config.local_epochs / 2
+    work = len(federations) * config.num_server_rounds + evaluations * per_evaluation
+    log = RunLog(folder, config.num_server_rounds, work)
+    try:
+        log.event("start", f"results: {folder}")
+        _Run(grid, config, folder, log, per_evaluation).everything(federations)
+    except Exception as error:
+        log.event("failed", f"{error}")
+        raise
+    log.event("done", f"results are in {folder}")
+    return folder
+
+
+class _Run:
+    """What the steps of one run share."""
+
+    def __init__(
+        self, grid: Grid, config: Config, folder: Path, log: RunLog, per_evaluation: float
+    ) -> None:
+        self.config, self.folder, self.log = config, folder, log
+        self.per_evaluation = per_evaluation
+        self.dataset = load_dataset(config)
+        self.splits = load_partition(config)
+        network = network_name(config.model, self.dataset.shape)
+        self.initial = weights_of(build(network, len(self.dataset.classes), config.seed))
+        self.roster = Roster(grid, config.num_clients, config.timeout)
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, Outcome] = {}
+
+    def everything(self, federations: dict[str, list[str]]) -> None:
+        for federation, names in federations.items():
+            self.federation(federation, names)
+        rows = [self.rows[name] for name in self.config.method]
+        results = {name: self.results[name] for name in self.config.method}
+        plots.accuracy_over_rounds(self.folder / "accuracy.png", self.log, results)
+        plots.before_and_after(self.folder / "clients.png", results)
+        table = text_table(rows)
+        (self.folder / "table.md").write_text(table + "\n")
+        self.log.event("table", table)
+
+    def federation(self, name: str, methods: list[str]) -> None:
+        """Run one federation's rounds, then make and evaluate each of its methods' weights."""
+        runner_class = method_class(name)
+        state = runner_class.begin(self.config, self.initial)
+        strategy = Personalised(
+            runner_class(self.config, state), name, self.roster, self.config, self.log
+        )
+        strategy.start(
+            grid=self.roster.grid,
+            initial_arrays=ArrayRecord(self.initial),
+            num_rounds=self.config.num_server_rounds,
+            timeout=self.config.timeout,
+        )
+        scores: dict[str, tuple[dict[int, FinalScore], int]] = {}
+        for method_name in methods:
+            method = method_class(method_name)(self.config, state)
+            started = time.perf_counter()
+            weights = method.personalise()
+            seconds = time.perf_counter() - started
+            save_weights(
+                self.folder / "weights" / f"{method_name}.safetensors",
+                weights,
+                getattr(state, "global_weights", {}),
+            )
+            source = method.weights_from or method_name
+            if source not in scores:
+                scores[source] = strategy.finish(weights, method_name)
+                self.log.advance(self.per_evaluation)
+            self.record(method_name, method, strategy, scores[source], seconds)
+        fitted = getattr(state, "fitted", None)
+        if fitted is not None:
+            plots.latents(self.folder / "latents.png", fitted, self.splits)
+        if self.config.save_uploads and hasattr(state, "buffer"):
+            layout, vectors, rounds, clients = state.buffer.stack()
+            save_file(
+                {"vectors": vectors, "rounds": rounds, "clients": clients},
+                self.folder / "uploads.safetensors",
+                {"layout": json.dumps([[n, list(s)] for n, s in zip(layout.names, layout.shapes)])},
+            )
+
+    def record(
+        self,
+        name: str,
+        method: Method,
+        strategy: Personalised,
+        scored: tuple[dict[int, FinalScore], int],
+        seconds: float,
+    ) -> None:
+        """Add the method to the summary, which is on disk after each method."""
+        scores, hand_over = scored
+        result = outcome(scores, type(method), self.config)
+        last_round = set(strategy.sample(self.config.num_server_rounds))
+        took_part = [a for c, a in zip(result.clients, result.before, strict=True) if c in last_round]
+        last_five = [a for r, a, _ in self.log.curves[strategy.name]][-5:]
+        more: dict[str, Any] = {}
+        fitted = getattr(method.state, "fitted", None)
+        if fitted is not None and name.startswith("pfedgpa"):
+            more = {"rank": fitted.rank, "strength": fitted.strength}
+        self.results[name] = result
+        self.rows[name] = summary_entry(
+            name,
+            type(method),
+            result,
+            self.config,
+            dataset=self.dataset.name,
+            accuracy_before_ft_participants=round(mean(took_part), 4),
+            accuracy_mean_of_last_five_rounds=(
+                round(mean(last_five), 4) if name == strategy.name else None
+            ),
+            server_seconds=round(strategy.server_seconds + seconds, 3),
+            bytes_up=strategy.bytes_up,
+            bytes_down=strategy.bytes_down + hand_over,
+            **more,
+        )
+        self.log.event(
+            "method",
+            f"{method.title}: {result.before.mean():.1f} % before fine-tuning, "
+            f"{result.after.mean():.1f} % after",
+        )
+        with (self.folder / "clients.jsonl").open("a") as out:
+            for row, client in enumerate(result.clients):
+                record = {
+                    "method": name,
+                    "client": client,
+                    "before_ft": result.before[row],
+                    "after_ft": result.after[row],
+                    "kept": result.kept[row],
+                }
+                out.write(json.dumps(record) + "\n")
+        summary = [self.rows[n] for n in self.config.method if n in self.rows]
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

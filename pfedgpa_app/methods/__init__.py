@@ -1,0 +1,31 @@
+"""The methods: one file each, its server half beside its client half.
+
+``METHODS`` is the registry: a method's name and where its class is.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from pfedgpa_app.methods.base import Method
+
+METHODS = {
+    "local": "local:Local",
+    "fedavg": "fedavg:FedAvg",
+    "fedavg-ft": "fedavg:FedAvgFT",
+    "fedavg-ft-tuned": "fedavg:FedAvgFTTuned",
+    "last-upload": "controls:LastUpload",
+    "client-mean": "controls:ClientMean",
+    "group-mean": "controls:GroupMean",
+    "pfedgpa": "pfedgpa:PFedGPA",
+    "pfedgpa-inverted": "pfedgpa:PFedGPAInverted",
+    "pfedgpa-sampled": "pfedgpa:PFedGPASampled",
+}
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of the method called ``name``, a key of ``METHODS``."""
+    module, attribute = METHODS[name].split(":")
+    return cast("type[Method]", getattr(import_module(f"{__name__}.{module}"), attribute))

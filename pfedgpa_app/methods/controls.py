@@ -1,0 +1,57 @@
+"""Cheap ways to make clients' weights from FedAvg's uploads, which a generative one must beat."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from pfedgpa_app.data.client import load_partition
+from pfedgpa_app.methods.fedavg import FedAvg
+from pfedgpa_app.models import Weights
+
+logger = logging.getLogger("pfedgpa")
+
+
+class LastUpload(FedAvg):
+    """Each client keeps its newest upload; FedAvg's model where there is none (identity)."""
+
+    title = "last upload"
+
+    def personalise(self) -> dict[int, Weights]:
+        newest = self.state.buffer.newest()
+        return {
+            client: newest[client].weights() if client in newest else self.state.global_weights
+            for client in range(self.config.num_clients)
+        }
+
+
+class ClientMean(FedAvg):
+    """Each client gets the mean of its own buffered uploads; FedAvg's model where none are."""
+
+    title = "client mean"
+
+    def members(self) -> list[list[int]]:
+        """For each client, the clients whose uploads are averaged for it."""
+        return [[client] for client in range(self.config.num_clients)]
+
+    def personalise(self) -> dict[int, Weights]:
+        layout, vectors, _, clients = self.state.buffer.stack()
+        weights = {}
+        for client, members in enumerate(self.members()):
+            rows = torch.isin(clients, torch.tensor(members))
+            weights[client] = (
+                layout.unflatten(vectors[rows].mean(0)) if rows.any() else self.state.global_weights
+            )
+        return weights
+
+
+class GroupMean(ClientMean):
+    """An oracle, no method: the mean over the client's true hidden group, which no server knows."""
+
+    title = "group mean (analysis only)"
+    analysis_only = True
+
+    def members(self) -> list[list[int]]:
+        groups = [split.group for split in load_partition(self.config)]
+        return [[j for j, other in enumerate(groups) if other == g] for g in groups]

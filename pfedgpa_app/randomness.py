@@ -1,0 +1,32 @@
+"""Every random number of a run comes from one seed, through a named stream.
+
+A stream is named by what it is for, such as ``("train", round, client)``, so the
+order in which clients happen to be served can never change a result.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+
+Name = str | int
+
+
+def _entropy(seed: int, names: tuple[Name, ...]) -> np.random.SeedSequence:
+    words = [zlib.crc32(name.encode()) if isinstance(name, str) else int(name) for name in names]
+    return np.random.SeedSequence([seed, *words])
+
+
+def numpy_generator(seed: int, *names: Name) -> np.random.Generator:
+    """A NumPy generator for the stream ``names`` of the run's ``seed``."""
+    return np.random.default_rng(_entropy(seed, names))
+
+
+def torch_generator(
+    seed: int, *names: Name, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A torch generator for the stream ``names`` of the run's ``seed``."""
+    state = _entropy(seed, names).generate_state(2, np.uint32)
+    return torch.Generator(device=device).manual_seed(int(state[0]) << 31 ^ int(state[1]))

@@ -1,0 +1,101 @@
+"""The run's pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pfedgpa_app.data.partition import ClientSplit
+from pfedgpa_app.diffusion.fit import WeightDistribution
+from pfedgpa_app.results.log import RunLog
+from pfedgpa_app.results.tables import Outcome
+
+
+def _figure(width: float = 7, height: float = 4.2) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def accuracy_over_rounds(path: Path, log: RunLog, results: dict[str, Outcome]) -> None:
+    """Each federation's mean accuracy, and where each method ended before fine-tuning."""
+    figure, axes = _figure()
+    for name, points in log.curves.items():
+        rounds, everyone, _ = zip(*points, strict=True)
+        axes.plot(rounds, everyone, label=f"{name} (all rounds)")
+    for i, (name, result) in enumerate(results.items()):
+        if name not in log.curves:
+            axes.plot(log.rounds, result.before.mean(), "o^sDvP*X<>"[i % 10], label=name)
+    axes.set(xlabel="round", ylabel="accuracy before fine-tuning, mean of clients (%)")
+    axes.legend(fontsize="small", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def before_and_after(path: Path, results: dict[str, Outcome]) -> None:
+    """Every client before and after fine-tuning, method by method (as the paper's Fig. 4)."""
+    columns = min(3, len(results))
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes, (name, result) in zip(grid.flat, results.items(), strict=False):
+        x = np.arange(len(result.clients))
+        axes.bar(x - 0.2, result.before, 0.4, label="before fine-tuning")
+        axes.bar(x + 0.2, result.after, 0.4, label="after")
+        axes.set_title(name, fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(grid.flat)[len(results) :]:
+        axes.set_visible(False)
+    lowest = min(min(r.before.min(), r.after.min()) for r in results.values())
+    grid[0, 0].set_ylim(max(0, lowest - 5), 100)
+    grid[0, 0].legend(fontsize="x-small", frameon=False)
+    figure.supxlabel("client", fontsize="medium")
+    figure.supylabel("accuracy (%)", fontsize="medium")
+    figure.savefig(path, dpi=150)
+
+
+def latents(path: Path, fitted: WeightDistribution, splits: list[ClientSplit]) -> None:
+    """Buffered uploads, each client's newest, and what it was sent, in two latent dimensions.
+
+    Colours show the hidden groups, which server and methods never see.
+    """
+    if fitted.rank < 2:
+        return
+    figure, axes = _figure(6, 5)
+    groups = np.array([split.group for split in splits])
+    everything, clients = fitted.latents.numpy(), fitted.clients.numpy()
+    colours = np.array([f"C{g % 10}" for g in groups])
+    axes.scatter(everything[:, 0], everything[:, 1], s=6, alpha=0.25, c=colours[clients])
+    newest = fitted.newest_latents.numpy()
+    sent = fitted.generate_latents("tweedie", draws=64).numpy()
+    for row, client in enumerate(fitted.newest):
+        axes.annotate(
+            "",
+            sent[row, :2],
+            newest[row, :2],
+            arrowprops={"arrowstyle": "->", "color": "0.6", "linewidth": 0.8},
+        )
+        axes.annotate(str(client), newest[row, :2], fontsize="x-small")
+    axes.scatter(newest[:, 0], newest[:, 1], s=22, c=colours[fitted.newest], label="newest upload")
+    axes.scatter(
+        sent[:, 0], sent[:, 1], s=40, marker="x", c=colours[fitted.newest], label="generated"
+    )
+    axes.set(xlabel="latent 1", ylabel="latent 2", title="Clients' weights in latent space")
+    axes.legend(fontsize="small", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def partition(path: Path, counts: np.ndarray, classes: tuple[str, ...]) -> None:
+    """Class counts [clients, classes] as stacked bars."""
+    figure, axes = _figure(max(6, 0.25 * len(counts)), 4)
+    bottom = np.zeros(len(counts))
+    for c, name in enumerate(classes):
+        axes.bar(np.arange(len(counts)), counts[:, c], bottom=bottom, label=name, width=0.9)
+        bottom += counts[:, c]
+    axes.set(xlabel="client", ylabel="training images")
+    if len(classes) <= 20:
+        figure.legend(loc="outside right upper", fontsize="x-small", frameon=False)
+    figure.savefig(path, dpi=150)

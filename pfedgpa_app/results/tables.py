@@ -1,0 +1,124 @@
+"""From clients' counts to the figures of a table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.methods.base import Method
+from pfedgpa_app.strategy import Candidate, FinalScore, candidates
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method came to: accuracies in percent, one a client in the order of ``clients``."""
+
+    clients: list[int]
+    before: np.ndarray
+    after: np.ndarray  # by the method's own fine-tuning
+    as_in_training: np.ndarray
+    tuned: np.ndarray | None  # by the way that pooled validation chose; None without a grid
+    kept: np.ndarray  # each client's better of before and after, by its own validation images
+    fine_tuning: Candidate
+    tuned_by: Candidate | None
+
+
+def outcome(scores: dict[int, FinalScore], method: type[Method], config: Config) -> Outcome:
+    """Choose by validation images, report test images."""
+    clients = sorted(scores)
+    images = np.array([scores[c].test_images for c in clients])[:, None]
+    test = 100 * np.array([scores[c].test for c in clients]) / images
+    validation = np.array([scores[c].validation for c in clients])
+    ways = [Candidate(0, 0.0), *candidates(config)]
+    gentle = ways.index(Candidate(config.fine_tune_epochs, config.fine_tune_learning_rate), 1)
+    training = ways.index(Candidate(config.local_epochs, config.learning_rate), 1)
+    tuned = None
+    if config.fine_tune_grid_epochs:
+        grid = [
+            i
+            for i, way in enumerate(ways)
+            if way.epochs <= config.fine_tune_grid_epochs
+            and (not i or way.learning_rate in config.fine_tune_grid_learning_rates)
+        ]
+        pooled = validation.sum(0)
+        # the gentlest of the best, so that a tie does not fine-tune more than it must
+        tuned = min(grid, key=lambda i: (-pooled[i], ways[i].epochs * ways[i].learning_rate))
+    chosen = {"gentle": gentle, "training": training, "tuned": tuned}[method.fine_tuning]
+    chosen = gentle if chosen is None else chosen
+    better = validation[:, chosen] > validation[:, 0]
+    return Outcome(
+        clients,
+        test[:, 0],
+        test[:, chosen],
+        test[:, training],
+        None if tuned is None else test[:, tuned],
+        np.where(better, test[:, chosen], test[:, 0]),
+        ways[chosen],
+        None if tuned is None else ways[tuned],
+    )
+
+
+def _way(way: Candidate | None) -> dict[str, float] | None:
+    return way and {"epochs": way.epochs, "learning_rate": way.learning_rate}
+
+
+def summary_entry(
+    name: str, method: type[Method], result: Outcome, config: Config, **more: Any
+) -> dict[str, Any]:
+    """One method's entry of ``summary.json``; accuracies in percent, means over clients."""
+
+    def average(values: np.ndarray | None) -> float | None:
+        return None if values is None else round(float(values.mean()), 4)
+
+    return {
+        "method": name,
+        "title": method.title,
+        "analysis_only": method.analysis_only,
+        "num_clients": config.num_clients,
+        "rounds": config.num_server_rounds,
+        "seed": config.seed,
+        "accuracy_before_ft": average(result.before),
+        "accuracy_after_ft": average(result.after),
+        "accuracy_kept": average(result.kept),
+        "accuracy_after_ft_as_in_training": average(result.as_in_training),
+        "accuracy_after_ft_tuned": average(result.tuned),
+        "accuracy_worst_client": round(float(result.after.min()), 4),
+        "accuracy_worst_client_before_ft": round(float(result.before.min()), 4),
+        "accuracy_worst_client_kept": round(float(result.kept.min()), 4),
+        "spread_before_ft": round(float(result.before.std()), 4),
+        "spread_after_ft": round(float(result.after.std()), 4),
+        "fine_tuning": _way(result.fine_tuning),
+        "fine_tuning_tuned": _way(result.tuned_by),
+        **more,
+    }
+
+
+def text_table(rows: list[dict[str, Any]]) -> str:
+    """The final table, in Markdown that also reads well in a terminal."""
+    header = ["method", "before FT", "after FT", "kept", "worst client before / after FT"]
+    tuned = any(row["accuracy_after_ft_tuned"] is not None for row in rows)
+    if tuned:
+        header.insert(3, "tuned FT")
+    lines = [header]
+    for row in rows:
+        cells = [
+            row["title"],
+            f"{row['accuracy_before_ft']:.1f} ± {row['spread_before_ft']:.1f}",
+            f"{row['accuracy_after_ft']:.1f} ± {row['spread_after_ft']:.1f}",
+            f"{row['accuracy_kept']:.1f}",
+            f"{row['accuracy_worst_client_before_ft']:.1f} / {row['accuracy_worst_client']:.1f}",
+        ]
+        if tuned:
+            value = row["accuracy_after_ft_tuned"]
+            cells.insert(3, "–" if value is None or math.isnan(value) else f"{value:.1f}")
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )

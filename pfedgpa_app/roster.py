@@ -1,0 +1,162 @@
+"""Which client lives on which Flower node, and how messages reach it.
+
+Flower's node ids are random; a client is a partition. Usually there is a node for each
+client. A simulation with fewer nodes (Flower's default is two) hosts several clients on
+each, one message a node at a time, so that a node's state is never written by two at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from pfedgpa_app.models import Weights
+
+logger = logging.getLogger("pfedgpa")
+
+Config = dict[str, str | int | float | bool]
+
+
+class RosterError(RuntimeError):
+    """The federation's nodes cannot serve the configured clients."""
+
+
+class OneAtATime(Grid):
+    """A grid on which no node has two messages at once; otherwise the grid it wraps."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send in waves of one message a node; ``timeout`` seconds are for each wave."""
+        waves: list[list[Message]] = []
+        sent_to: Counter[int] = Counter()
+        for message in messages:
+            wave = sent_to[message.metadata.dst_node_id]
+            sent_to[message.metadata.dst_node_id] += 1
+            if wave == len(waves):
+                waves.append([])
+            waves[wave].append(message)
+        return [
+            reply for wave in waves for reply in self._grid.send_and_receive(wave, timeout=timeout)
+        ]
+
+    def set_run(self, run: Run) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(message_ids)
+
+
+class Roster:
+    """The clients 0..n−1, and how to send to them and collect from them."""
+
+    def __init__(self, grid: Grid, num_clients: int, timeout: float) -> None:
+        """Ask every node who it is, until all are there.
+
+        Raises:
+            RosterError: no node, or too few in a deployment, within ``timeout`` seconds.
+        """
+        self.grid, self.timeout = OneAtATime(grid), timeout
+        partitions = self._discover(num_clients)
+        hosts = [node for _, node in sorted((p, node) for node, p in partitions.items())]
+        self.node_of = {client: hosts[client % len(hosts)] for client in range(num_clients)}
+        if len(hosts) < num_clients:
+            logger.warning(
+                "%d nodes host %d clients in turn; for one node a client use "
+                "`pfedgpa run`, or flwr run . --federation-config "
+                "'num-supernodes=%d client-resources-num-cpus=1'",
+                len(hosts),
+                num_clients,
+                num_clients,
+            )
+
+    def _discover(self, num_clients: int) -> dict[int, int]:
+        """{node id: partition id}, once the nodes have stopped arriving."""
+        deadline = time.monotonic() + min(self.timeout, 120)
+        nodes: set[int] = set()
+        while time.monotonic() < deadline:
+            seen, nodes = nodes, set(self.grid.get_node_ids())
+            if nodes and (len(nodes) >= num_clients or nodes == seen):
+                break
+            time.sleep(0.5)
+        if not nodes:
+            raise RosterError("no node has connected: start the SuperNodes first")
+        questions = [
+            Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
+            for node in sorted(nodes)
+        ]
+        answers: dict[int, int] = {}
+        for reply in self.grid.send_and_receive(questions, timeout=self.timeout):
+            if reply.has_error():
+                logger.warning("a node does not answer: %s", reply.error.reason[:300])
+            else:
+                node = reply.metadata.src_node_id
+                answers[node] = int(reply.content.metric_records["node"]["partition-id"])  # type: ignore[arg-type]
+        if not answers:
+            raise RosterError("no node answers: the ClientApp fails to start, see the log above")
+        if len(set(answers.values())) < len(answers):
+            raise RosterError(
+                "two nodes have the same partition-id: give each its own in --node-config"
+            )
+        return answers
+
+    def message(self, client: int, kind: str, weights: Weights, config: Config) -> Message:
+        """A message of its own for ``client``: nothing is shared between recipients."""
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord(weights),
+                "config": ConfigRecord({**config, "client": client}),
+            }
+        )
+        return Message(
+            content, dst_node_id=self.node_of[client], message_type=kind, ttl=self.timeout
+        )
+
+    def exchange(self, messages: dict[int, Message]) -> dict[int, Message]:
+        """Send one message a client and return the replies by client; silent ones are absent."""
+        received = self.grid.send_and_receive(list(messages.values()), timeout=self.timeout)
+        return match(messages, received)
+
+
+def match(sent: dict[int, Message], received: Iterable[Message]) -> dict[int, Message]:
+    """Replies by client, in rising order.
+
+    By the message replied to, not by sender: a reply that the server made for a dead node
+    comes from node 1.
+    """
+    client_of = {message.metadata.message_id: client for client, message in sent.items()}
+    by_client = {}
+    for reply in received:
+        client = client_of.get(reply.metadata.reply_to_message_id)
+        if client is not None:
+            by_client[client] = reply
+    return dict(sorted(by_client.items()))

@@ -1,0 +1,263 @@
+"""The Flower strategy that all methods share: one model a client, checked uploads, evaluation."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.methods.base import Method, Upload
+from pfedgpa_app.models import Weights
+from pfedgpa_app.randomness import numpy_generator
+from pfedgpa_app.results.log import RunLog
+from pfedgpa_app.roster import Roster, match
+
+logger = logging.getLogger("pfedgpa")
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class NoUploadsError(RuntimeError):
+    """A round ended without one usable upload: the run cannot go on."""
+
+
+def check_upload(reply: Message, expected: Weights) -> tuple[Upload | None, str]:
+    """The reply's upload, or None and what is wrong with it.
+
+    Args:
+        expected: tensors of the names, shapes and dtypes that an upload must have.
+    """
+    if reply.has_error():
+        reason = _ANSI.sub("", reply.error.reason or "no reason given").strip()
+        return None, f"failed (code {reply.error.code}): {reason[-300:]}"
+    records, metrics = reply.content.array_records, reply.content.metric_records.get("metrics")
+    if list(records) != ["arrays"]:
+        return None, f"sent array records {sorted(records)} instead of ['arrays']"
+    examples = metrics.get("num-examples") if metrics is not None else None
+    if not isinstance(examples, int) or examples < 1:
+        return None, f"sent num-examples {examples!r} instead of a whole number above 0"
+    try:
+        weights: Weights = dict(records["arrays"].to_torch_state_dict())
+    except Exception as error:  # whatever malformed bytes make NumPy raise
+        return None, f"sent arrays that cannot be read: {error}"
+    missing, extra = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
+    if missing or extra:
+        return None, f"sent tensors with missing names {missing} and extra names {extra}"
+    for name, like in expected.items():
+        tensor = weights[name]
+        if tensor.shape != like.shape:
+            return None, f"sent {name} of shape {list(tensor.shape)}, not {list(like.shape)}"
+        if tensor.dtype != like.dtype:
+            return None, f"sent {name} as {tensor.dtype}, not {like.dtype}"
+        if not bool(torch.isfinite(tensor).all()):
+            return None, f"sent {name} with numbers that are not finite"
+    return Upload({name: weights[name] for name in expected}, examples), ""
+
+
+def array_bytes(message: Message) -> int:
+    """Bytes of the arrays that a message carries, as they travel."""
+    records = message.content.array_records.values()
+    return sum(len(array.data) for record in records for array in record.values())
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to fine-tune."""
+
+    epochs: int
+    learning_rate: float
+
+
+def candidates(config: Config) -> list[Candidate]:
+    """What every client tries after the last round, each with its own epochs counted from 0.
+
+    The run's gentle setting, a round's own training, and the grid that validation chooses from.
+    """
+    wanted = [
+        Candidate(config.fine_tune_epochs, config.fine_tune_learning_rate),
+        Candidate(config.local_epochs, config.learning_rate),
+    ]
+    for rate in config.fine_tune_grid_learning_rates:
+        wanted += [Candidate(e + 1, rate) for e in range(config.fine_tune_grid_epochs)]
+    return list(dict.fromkeys(wanted))
+
+
+@dataclass(frozen=True)
+class FinalScore:
+    """One client's counts after the last round; index 0 is before fine-tuning, then ``candidates``.
+
+    Counts are of correct predictions.
+    """
+
+    test: list[int]
+    test_images: int
+    validation: list[int]
+    validation_images: int
+
+
+class Personalised(Strategy):
+    """Runs one federation: every client may be sent weights of its own.
+
+    Replies that cannot be used are named in the log and left out; a round without any
+    usable reply ends the run.
+    """
+
+    def __init__(
+        self, method: Method, name: str, roster: Roster, config: Config, log: RunLog
+    ) -> None:
+        self.method, self.name, self.roster, self.config, self.log = (
+            method,
+            name,
+            roster,
+            config,
+            log,
+        )
+        self.server_seconds = 0.0
+        self.bytes_up = self.bytes_down = 0
+        self._sent: dict[int, Message] = {}
+        self._participants: dict[int, dict[str, float]] = {}
+
+    def summary(self) -> None:
+        logger.info("federation %s: %d clients", self.name, self.config.num_clients)
+
+    def sample(self, server_round: int) -> list[int]:
+        """The round's clients, in rising order."""
+        n = self.config.num_clients
+        size = max(1, round(self.config.fraction_train * n))
+        rng = numpy_generator(self.config.seed, "sample", server_round)
+        return sorted(int(c) for c in rng.choice(n, size, replace=False))
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        settings = {"method": self.name, "round": server_round}
+        self._sent = {
+            client: self.roster.message(
+                client, MessageType.TRAIN, self.method.download(client), settings
+            )
+            for client in self.sample(server_round)
+        }
+        self._round_down = sum(array_bytes(message) for message in self._sent.values())
+        return list(self._sent.values())
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        uploads: dict[int, Upload] = {}
+        self._participants, rejected = {}, {}
+        expected, round_up = self.method.expected_upload(), 0
+        answers = match(self._sent, replies)
+        for client in self._sent:
+            if client not in answers:
+                rejected[client] = f"did not answer within {self.config.timeout:g} s"
+                continue
+            upload, reason = check_upload(answers[client], expected)
+            if upload is None:
+                rejected[client] = reason
+                continue
+            uploads[client] = upload
+            round_up += array_bytes(answers[client])
+            loss = answers[client].content.metric_records["metrics"].get("loss", float("nan"))
+            self._participants[client] = {"train_loss": float(loss)}  # type: ignore[arg-type]
+        self.bytes_up += round_up
+        self.bytes_down += self._round_down
+        for client, reason in rejected.items():
+            self.log.rejected(self.name, server_round, client, reason)
+        if not uploads:
+            raise NoUploadsError(
+                f"round {server_round} of {self.name}: none of {len(self._sent)} clients sent a "
+                "usable upload; the first: "
+                + "; ".join(f"client {c} {reason}" for c, reason in list(rejected.items())[:3])
+            )
+        started = time.perf_counter()
+        self.method.aggregate(server_round, uploads)
+        self.server_seconds += time.perf_counter() - started
+        loss = sum(p["train_loss"] for p in self._participants.values()) / len(uploads)
+        metrics = {
+            "train-loss": loss,
+            "uploads": len(uploads),
+            "rejected": len(rejected),
+            "bytes-up": round_up,
+            "bytes-down": self._round_down,
+        }
+        return None, MetricRecord(metrics)
+
+    def _evaluated(self, server_round: int) -> bool:
+        rounds, every = self.config.num_server_rounds, self.config.evaluate_every
+        return server_round > rounds - 5 or server_round % every == 0 or server_round == 1
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        settings = {"method": self.name, "round": server_round}
+        clients = range(self.config.num_clients) if self._evaluated(server_round) else []
+        self._sent = {
+            client: self.roster.message(
+                client, MessageType.EVALUATE, self.method.download(client), settings
+            )
+            for client in clients
+        }
+        return list(self._sent.values())
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        scores: dict[int, dict[str, float]] = {}
+        for client, reply in match(self._sent, replies).items():
+            if reply.has_error():
+                self.log.rejected(self.name, server_round, client, check_upload(reply, {})[1])
+                continue
+            counts = reply.content.metric_records["metrics"]
+            images = counts["images"]
+            scores[client] = {
+                "accuracy": 100 * counts["correct"] / images,  # type: ignore[operator]
+                "test_loss": counts["loss"] / images,  # type: ignore[operator, dict-item]
+            }
+        self.log.round(self.name, server_round, self._participants, scores)
+        if not scores:
+            return None
+        return MetricRecord({"accuracy": sum(s["accuracy"] for s in scores.values()) / len(scores)})
+
+    def finish(self, weights: dict[int, Weights], method: str) -> tuple[dict[int, FinalScore], int]:
+        """Evaluate every client with its own ``weights``, before and after each fine-tuning.
+
+        Returns:
+            each answering client's counts, and the bytes that the hand-over took.
+
+        Raises:
+            NoUploadsError: no client answers.
+        """
+        tried = candidates(self.config)
+        settings = {
+            "method": self.name,
+            "round": self.config.num_server_rounds,
+            "epochs": [c.epochs for c in tried],
+            "learning-rates": [c.learning_rate for c in tried],
+        }
+        messages = {
+            client: self.roster.message(client, "evaluate.final", mine, settings)
+            for client, mine in weights.items()
+        }
+        scores, sent = {}, sum(array_bytes(message) for message in messages.values())
+        for client, reply in self.roster.exchange(messages).items():
+            if reply.has_error():
+                reason = check_upload(reply, {})[1]
+                self.log.rejected(method, self.config.num_server_rounds, client, reason)
+                continue
+            counts = reply.content.metric_records["metrics"]
+            scores[client] = FinalScore(
+                test=list(counts["test"]),  # type: ignore[arg-type]
+                test_images=int(counts["test-images"]),  # type: ignore[arg-type]
+                validation=list(counts["validation"]),  # type: ignore[arg-type]
+                validation_images=int(counts["validation-images"]),  # type: ignore[arg-type]
+            )
+        if not scores:
+            raise NoUploadsError(f"{method}: no client could evaluate its weights")
+        return scores, sent
