@@ -63,7 +63,10 @@ class RunLog:
         """``work`` more rounds are done; the seconds that are left at the recent pace."""
         now = time.monotonic()
         pace = (now - self._last) / work
-        self._pace = pace if not self._done else 0.8 * self._pace + 0.2 * pace
+        if self._done <= 2:  # the first round starts the clients and says little
+            self._pace = pace
+        else:
+            self._pace = 0.8 * self._pace + 0.2 * pace
         self._done, self._last = self._done + work, now
         return max(0.0, self._work - self._done) * self._pace
 

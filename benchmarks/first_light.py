@@ -1,0 +1,102 @@
+"""The README's comparison: two data sets, several seeds, every method on the same federation.
+
+    python benchmarks/first_light.py --data-dir DATA [--cifar10 imagefolder:cifar10]
+
+Runs that are complete are skipped, so it can be stopped and started again. Writes
+``first_light.md`` and ``first_light.json`` beside this file's results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+COLUMNS = {
+    "before FT": "accuracy_before_ft",
+    "FT as in training": "accuracy_after_ft_as_in_training",
+    "gentle FT, kept if better": "accuracy_kept",
+    "tuned FT": "accuracy_after_ft_tuned",
+    "worst client before FT": "accuracy_worst_client_before_ft",
+    "worst client kept": "accuracy_worst_client_kept",
+}
+
+
+def run(conf: str, dataset: str, seed: int, data_dir: Path, out: Path) -> list[dict[str, Any]]:
+    """One seed's ``summary.json``, run now unless it is there."""
+    folder = out / f"{conf}-s{seed}"
+    if not _complete(folder):
+        if folder.exists():
+            folder.rename(folder.with_name(f"{folder.name}-broken-{folder.stat().st_mtime_ns}"))
+        command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--conf", conf]
+        command += ["--app", str(HERE.parent), f"dataset={dataset}", f"seed={seed}"]
+        command += [f"data-dir={data_dir}", f"out-dir={out}", f"run-name={folder.name}"]
+        command += ["save-uploads=true"]
+        subprocess.run(command, check=True)
+    summary: list[dict[str, Any]] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+def _complete(folder: Path) -> bool:
+    events = folder / "events.jsonl"
+    return events.exists() and '"kind": "done"' in events.read_text()
+
+
+def table(seeds: list[list[dict[str, Any]]]) -> str:
+    """Means over seeds, ± their standard deviation."""
+    lines = ["| method | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    for rows in zip(*seeds, strict=True):
+        cells = [rows[0]["title"]]
+        for column in COLUMNS.values():
+            values = np.array([row[column] for row in rows])
+            deviation = values.std(ddof=1) if len(values) > 1 else 0.0
+            cells.append(f"{values.mean():.2f} ± {deviation:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing and write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--cifar10", default="cifar10", help="or imagefolder:PATH")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "runs")
+    options = parser.parse_args()
+    sets = {"first-light-cifar10": options.cifar10, "first-light-fashion-mnist": "fashion-mnist"}
+    collected: dict[str, list[list[dict[str, Any]]]] = {conf: [] for conf in sets}
+    for seed in options.seeds:
+        for conf, dataset in sets.items():
+            data_dir, out = options.data_dir.absolute(), options.out.absolute()
+            collected[conf].append(run(conf, dataset, seed, data_dir, out))
+            _write(collected, sets)
+
+
+def _write(collected: dict[str, list[list[dict[str, Any]]]], sets: dict[str, str]) -> None:
+    results = HERE / "results"
+    results.mkdir(exist_ok=True)
+    (results / "first_light.json").write_text(json.dumps(collected, indent=1) + "\n")
+    parts = []
+    for conf, summaries in collected.items():
+        if summaries:
+            chosen = ", ".join(
+                f"seed {row['seed']}: rank {row['rank']}, t0 {row['strength']}"
+                for rows in summaries
+                for row in rows
+                if row["method"] == "pfedgpa"
+            )
+            parts.append(
+                f"### {conf} ({sets[conf]}), {len(summaries)} seeds\n\n{table(summaries)}\n\n"
+                f"Chosen without labels: {chosen}.\n"
+            )
+    (results / "first_light.md").write_text("\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""The ``pfedgpa`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pfedgpa_app import __version__
+from pfedgpa_app.config import APP_DIR, KEYS, ConfigError, resolve
+
+
+def parse_overrides(texts: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` settings; a value is TOML, and what is not valid TOML is text.
+
+    A text may hold several settings, as Flower's --run-config does: ``'seed=1 method="local"'``.
+
+    Raises:
+        ConfigError: no ``KEY=VALUE``, or a key that does not exist.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        for part in _split(text):
+            key, found, value = part.partition("=")
+            if not found:
+                raise ConfigError(f"{part!r}: settings are given as KEY=VALUE")
+            try:
+                settings[key] = tomllib.loads(f"v = {value}")["v"]
+            except tomllib.TOMLDecodeError:
+                settings[key] = value
+    return settings
+
+
+def _split(text: str) -> list[str]:
+    """At spaces before a KEY=, so that values may hold spaces."""
+    parts: list[str] = []
+    for word in text.split(" "):
+        if parts and word.partition("=")[0] not in KEYS:
+            parts[-1] += " " + word
+        else:
+            parts.append(word)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 1 the run failed, 2 refused."""
+    parser = argparse.ArgumentParser(
+        prog="pfedgpa", description="Personalised federated learning by generated weights."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    settings_help = "settings, as in seed=1 method=local,pfedgpa; see: pfedgpa settings"
+
+    run = commands.add_parser("run", help="run an experiment on Flower's simulation")
+    run.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings_help)
+    run.add_argument("-c", "--run-config", action="append", default=[], help="the same")
+    run.add_argument("--conf", help="experiment in conf/, or a YAML file")
+    run.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
+
+    commands.add_parser("settings", help="print every setting, its default and meaning")
+
+    draw = commands.add_parser("partition", help="draw who holds which classes")
+    draw.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings_help)
+    draw.add_argument("--conf", help="experiment in conf/, or a YAML file")
+    draw.add_argument("--out", type=Path, default=Path("partition.png"), help="the picture")
+
+    options = parser.parse_args(arguments)
+    if options.command == "settings":
+        _print_settings()
+        return 0
+    try:
+        overrides = parse_overrides(options.settings + getattr(options, "run_config", []))
+        if options.conf:
+            overrides["conf"] = options.conf
+        if options.command == "partition":
+            return _draw_partition(overrides, options.out)
+        return _run(overrides, options.app.absolute())
+    except ConfigError as error:
+        print(f"pfedgpa: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _print_settings() -> None:
+    for key in KEYS.values():
+        default = "auto" if key.default is None else key.default
+        if isinstance(default, tuple):
+            default = ",".join(map(str, default))
+        choices = f" ({', '.join(key.rules['choices'])})" if key.rules["choices"] else ""
+        print(f"{key.name} = {default!r}\n    {key.rules['help']}{choices}")
+
+
+def _draw_partition(overrides: dict[str, Any], out: Path) -> int:
+    import numpy as np
+
+    from pfedgpa_app.data.client import load_dataset, load_partition
+    from pfedgpa_app.data.datasets import DataError
+    from pfedgpa_app.results.plots import partition
+
+    try:
+        config = resolve(overrides).config
+        data, splits = load_dataset(config), load_partition(config)
+    except (ConfigError, DataError, ValueError) as error:
+        print(f"pfedgpa: {error}", file=sys.stderr)
+        return 2
+    held = [np.concatenate([split.train, split.validation]) for split in splits]
+    counts = np.array([np.bincount(data.train_labels[h], minlength=len(data.classes)) for h in held])
+    partition(out, counts, data.classes)
+    print(f"wrote {out.absolute()}")
+    return 0
+
+
+def _run(overrides: dict[str, Any], app: Path) -> int:
+    from pfedgpa_app.data.datasets import DataError
+    from pfedgpa_app.launcher import LaunchError, launch
+
+    try:
+        launch(overrides, app)
+    except (ConfigError, DataError, FileExistsError) as error:
+        print(f"pfedgpa: {error}", file=sys.stderr)
+        return 2
+    except LaunchError as error:
+        print(f"pfedgpa: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+if __name__ == "__main__":
+    raise SystemExit(main())
