@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -26,11 +28,12 @@ class Visit:
         torch.set_num_threads(1)  # clients share the cores; more threads only contend
         self.message, self.context = message, context
         self.config: Config = resolve_cached(context.run_config).config
-        self.asked = message.content.config_records["config"]
-        self.client, self.round = int(self.asked["client"]), int(self.asked["round"])  # type: ignore[arg-type]
-        self.method = method_class(str(self.asked["method"]))
+        asked: Any = message.content.config_records["config"]
+        self.asked = asked
+        self.client, self.round = int(asked["client"]), int(asked["round"])
+        self.method = method_class(str(asked["method"]))
         self.weights: Weights = dict(message.content.array_records["arrays"].to_torch_state_dict())
-        self._state_key = f"{self.asked['method']}.{self.client}"
+        self._state_key = f"{asked['method']}.{self.client}"
         kept = context.state.array_records.get(self._state_key)
         self.state: Weights = dict(kept.to_torch_state_dict()) if kept else {}
 
@@ -42,7 +45,7 @@ class Visit:
         network = network_name(self.config.model, dataset.shape)
         model = build(network, len(dataset.classes), self.config.seed)
         device = training.device_for(self.config.device)
-        return model.to(device, memory_format=torch.channels_last)
+        return model.to(device).to(memory_format=torch.channels_last)
 
     def evaluated_model(self) -> torch.nn.Module:
         model = self.model()
@@ -109,8 +112,9 @@ def evaluate_final(message: Message, context: Context) -> Message:
     """Evaluate before fine-tuning and after each way of it; the fine-tuned copies are dropped."""
     visit = Visit(message, context)
     data = visit.data()
-    ways = list(zip(visit.asked["epochs"], visit.asked["learning-rates"], strict=True))  # type: ignore[arg-type]
-    test, validation = {}, {}
+    ways = list(zip(visit.asked["epochs"], visit.asked["learning-rates"], strict=True))
+    test: dict[tuple[int, float], int] = {}
+    validation: dict[tuple[int, float], int] = {}
 
     def score(way: tuple[int, float], model: torch.nn.Module) -> None:
         test[way] = training.evaluate(model, data.test).correct

@@ -108,7 +108,9 @@ def _draw_partition(overrides: dict[str, Any], out: Path) -> int:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 2
     held = [np.concatenate([split.train, split.validation]) for split in splits]
-    counts = np.array([np.bincount(data.train_labels[h], minlength=len(data.classes)) for h in held])
+    counts = np.array(
+        [np.bincount(data.train_labels[h], minlength=len(data.classes)) for h in held]
+    )
     partition(out, counts, data.classes)
     print(f"wrote {out.absolute()}")
     return 0
@@ -127,6 +129,7 @@ def _run(overrides: dict[str, Any], app: Path) -> int:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 1
     return 0
+
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -291,7 +291,7 @@ def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
         raise ConfigError(f"{path}: must map settings to values")
 
     values: dict[str, Any] = {name: key.default for name, key in KEYS.items()}
-    sources = {name: "default" for name in KEYS}
+    sources = dict.fromkeys(KEYS, "default")
     for source, layer in ((path.name, dict(_flatten(loaded))), ("run-config", overrides)):
         for name, value in layer.items():
             values[name] = _parse(_known(name, source), value, source)

@@ -45,8 +45,8 @@ def run_folder(config: Config) -> Path:
 
 
 def save_weights(path: Path, weights: dict[int, Weights], common: Weights) -> None:
-    """Clients' weights as ``client-3/NAME``; those who have the common ones, once, as ``global/NAME``."""
-    tensors = {}
+    """Clients' weights as ``client-3/NAME``; the common ones once, as ``global/NAME``."""
+    tensors: Weights = {}
     for client, mine in weights.items():
         prefix = "global" if mine is common else f"client-{client}"
         tensors |= {f"{prefix}/{name}": tensor.contiguous() for name, tensor in mine.items()}
@@ -145,13 +145,17 @@ class _Run:
             save_file(
                 {"vectors": vectors, "rounds": rounds, "clients": clients},
                 self.folder / "uploads.safetensors",
-                {"layout": json.dumps([[n, list(s)] for n, s in zip(layout.names, layout.shapes)])},
+                {
+                    "layout": json.dumps(
+                        [[n, list(s)] for n, s in zip(layout.names, layout.shapes, strict=True)]
+                    )
+                },
             )
 
     def record(
         self,
         name: str,
-        method: Method,
+        method: Method[Any],
         strategy: Personalised,
         scored: tuple[dict[int, FinalScore], int],
         seconds: float,
@@ -160,7 +164,9 @@ class _Run:
         scores, hand_over = scored
         result = outcome(scores, type(method), self.config)
         last_round = set(strategy.sample(self.config.num_server_rounds))
-        took_part = [a for c, a in zip(result.clients, result.before, strict=True) if c in last_round]
+        took_part = [
+            a for c, a in zip(result.clients, result.before, strict=True) if c in last_round
+        ]
         last_five = [a for r, a, _ in self.log.curves[strategy.name]][-5:]
         more: dict[str, Any] = {}
         fitted = getattr(method.state, "fitted", None)

@@ -210,7 +210,9 @@ def preflight(config: Config) -> None:
         raise ConfigError(str(error)) from error
 
 
-def launch(run_config: Mapping[str, Any], app: Path = APP_DIR, console: Console | None = None) -> Path:
+def launch(
+    run_config: Mapping[str, Any], app: Path = APP_DIR, console: Console | None = None
+) -> Path:
     """Run the app in ``app`` and return the folder of its results, once it has succeeded.
 
     Raises:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -20,7 +21,7 @@ from pfedgpa_app.models import Weights
 
 logger = logging.getLogger("pfedgpa")
 
-Config = dict[str, str | int | float | bool]
+Settings = dict[str, Any]  # what a ConfigRecord takes
 
 
 class RosterError(RuntimeError):
@@ -117,10 +118,11 @@ class Roster:
         answers: dict[int, int] = {}
         for reply in self.grid.send_and_receive(questions, timeout=self.timeout):
             if reply.has_error():
-                logger.warning("a node does not answer: %s", reply.error.reason[:300])
+                logger.warning("a node does not answer: %s", (reply.error.reason or "")[:300])
             else:
                 node = reply.metadata.src_node_id
-                answers[node] = int(reply.content.metric_records["node"]["partition-id"])  # type: ignore[arg-type]
+                record: Any = reply.content.metric_records["node"]
+                answers[node] = int(record["partition-id"])
         if not answers:
             raise RosterError("no node answers: the ClientApp fails to start, see the log above")
         if len(set(answers.values())) < len(answers):
@@ -129,12 +131,12 @@ class Roster:
             )
         return answers
 
-    def message(self, client: int, kind: str, weights: Weights, config: Config) -> Message:
+    def message(self, client: int, kind: str, weights: Weights, settings: Settings) -> Message:
         """A message of its own for ``client``: nothing is shared between recipients."""
         content = RecordDict(
             {
                 "arrays": ArrayRecord(weights),
-                "config": ConfigRecord({**config, "client": client}),
+                "config": ConfigRecord({**settings, "client": client}),
             }
         )
         return Message(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -18,7 +20,7 @@ from pfedgpa_app.methods.base import Method, Upload
 from pfedgpa_app.models import Weights
 from pfedgpa_app.randomness import numpy_generator
 from pfedgpa_app.results.log import RunLog
-from pfedgpa_app.roster import Roster, match
+from pfedgpa_app.roster import Roster, Settings, match
 
 logger = logging.getLogger("pfedgpa")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -110,7 +112,7 @@ class Personalised(Strategy):
     """
 
     def __init__(
-        self, method: Method, name: str, roster: Roster, config: Config, log: RunLog
+        self, method: Method[Any], name: str, roster: Roster, config: Config, log: RunLog
     ) -> None:
         self.method, self.name, self.roster, self.config, self.log = (
             method,
@@ -137,7 +139,7 @@ class Personalised(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        settings = {"method": self.name, "round": server_round}
+        settings: Settings = {"method": self.name, "round": server_round}
         self._sent = {
             client: self.roster.message(
                 client, MessageType.TRAIN, self.method.download(client), settings
@@ -164,8 +166,8 @@ class Personalised(Strategy):
                 continue
             uploads[client] = upload
             round_up += array_bytes(answers[client])
-            loss = answers[client].content.metric_records["metrics"].get("loss", float("nan"))
-            self._participants[client] = {"train_loss": float(loss)}  # type: ignore[arg-type]
+            sent: Any = answers[client].content.metric_records["metrics"]
+            self._participants[client] = {"train_loss": float(sent.get("loss", math.nan))}
         self.bytes_up += round_up
         self.bytes_down += self._round_down
         for client, reason in rejected.items():
@@ -180,7 +182,7 @@ class Personalised(Strategy):
         self.method.aggregate(server_round, uploads)
         self.server_seconds += time.perf_counter() - started
         loss = sum(p["train_loss"] for p in self._participants.values()) / len(uploads)
-        metrics = {
+        metrics: dict[str, Any] = {
             "train-loss": loss,
             "uploads": len(uploads),
             "rejected": len(rejected),
@@ -196,7 +198,7 @@ class Personalised(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        settings = {"method": self.name, "round": server_round}
+        settings: Settings = {"method": self.name, "round": server_round}
         clients = range(self.config.num_clients) if self._evaluated(server_round) else []
         self._sent = {
             client: self.roster.message(
@@ -214,11 +216,11 @@ class Personalised(Strategy):
             if reply.has_error():
                 self.log.rejected(self.name, server_round, client, check_upload(reply, {})[1])
                 continue
-            counts = reply.content.metric_records["metrics"]
+            counts: Any = reply.content.metric_records["metrics"]
             images = counts["images"]
             scores[client] = {
-                "accuracy": 100 * counts["correct"] / images,  # type: ignore[operator]
-                "test_loss": counts["loss"] / images,  # type: ignore[operator, dict-item]
+                "accuracy": 100 * counts["correct"] / images,
+                "test_loss": counts["loss"] / images,
             }
         self.log.round(self.name, server_round, self._participants, scores)
         if not scores:
@@ -235,7 +237,7 @@ class Personalised(Strategy):
             NoUploadsError: no client answers.
         """
         tried = candidates(self.config)
-        settings = {
+        settings: Settings = {
             "method": self.name,
             "round": self.config.num_server_rounds,
             "epochs": [c.epochs for c in tried],
@@ -251,12 +253,12 @@ class Personalised(Strategy):
                 reason = check_upload(reply, {})[1]
                 self.log.rejected(method, self.config.num_server_rounds, client, reason)
                 continue
-            counts = reply.content.metric_records["metrics"]
+            counts: Any = reply.content.metric_records["metrics"]
             scores[client] = FinalScore(
-                test=list(counts["test"]),  # type: ignore[arg-type]
-                test_images=int(counts["test-images"]),  # type: ignore[arg-type]
-                validation=list(counts["validation"]),  # type: ignore[arg-type]
-                validation_images=int(counts["validation-images"]),  # type: ignore[arg-type]
+                test=list(counts["test"]),
+                test_images=int(counts["test-images"]),
+                validation=list(counts["validation"]),
+                validation_images=int(counts["validation-images"]),
             )
         if not scores:
             raise NoUploadsError(f"{method}: no client could evaluate its weights")

@@ -158,8 +158,8 @@ def _decode(path: Path, files: list[tuple[str, str, int, int]], size: int) -> np
 
     def pixels(file: str) -> np.ndarray:
         try:
-            with Image.open(path / file) as image:
-                image = image.convert("L" if image.mode in ("1", "L") else "RGB")
+            with Image.open(path / file) as opened:
+                image = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
                 if size:
                     image = image.resize((size, size), Image.Resampling.BILINEAR)
                 array = np.asarray(image)
@@ -204,7 +204,10 @@ def _imagefolder(path: Path, size: int) -> Dataset:
             shutil.rmtree(building, ignore_errors=True)
 
     def array(split: str, kind: str) -> np.ndarray:
-        return np.load(cache / f"{split}_{kind}.npy", mmap_mode="r" if kind == "images" else None)
+        loaded: np.ndarray = np.load(
+            cache / f"{split}_{kind}.npy", mmap_mode="r" if kind == "images" else None
+        )
+        return loaded
 
     return Dataset(
         f"imagefolder:{path.name}",

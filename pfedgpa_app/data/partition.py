@@ -41,7 +41,8 @@ def round_counts(shares: np.ndarray, total: int) -> np.ndarray:
     missing = total - counts.sum(axis=-1, keepdims=True)
     order = np.argsort(-(exact - counts), axis=-1, kind="stable")
     place = np.argsort(order, axis=-1, kind="stable")
-    return counts + (place < missing)
+    rounded: np.ndarray = counts + (place < missing)
+    return rounded
 
 
 def dominant_groups(num_classes: int) -> list[list[int]]:

@@ -22,9 +22,7 @@ class Layout:
     def of(cls, weights: Weights) -> Layout:
         """The layout of ``weights``."""
         tensors = weights.values()
-        return cls(
-            tuple(weights), tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors)
-        )
+        return cls(tuple(weights), tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors))
 
     @property
     def sizes(self) -> list[int]:

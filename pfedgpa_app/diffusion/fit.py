@@ -15,7 +15,7 @@ from pfedgpa_app.diffusion.autoencoder import (
     choose_rank,
     remove_drift,
 )
-from pfedgpa_app.diffusion.buffer import Buffer, Layout, Weights
+from pfedgpa_app.diffusion.buffer import Buffer, Weights
 from pfedgpa_app.diffusion.denoiser import (
     Denoiser,
     FiniteSetDenoiser,
@@ -71,9 +71,9 @@ def fit_network(
     latents, noise = latents[order].to(device), noise.to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        network = ResidualMLP(
-            latents.shape[1], settings.width, settings.blocks, schedule.steps
-        ).to(device)
+        network = ResidualMLP(latents.shape[1], settings.width, settings.blocks, schedule.steps).to(
+            device
+        )
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.fit_learning_rate)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
@@ -189,9 +189,7 @@ class WeightDistribution:
             return GaussianDenoiser.fit(self.latents, self.schedule)
         if settings.denoiser == "finite-set":
             return FiniteSetDenoiser(self.latents, self.schedule, blur=settings.latent_noise)
-        return fit_network(
-            self.latents, augmentation, self.schedule, settings, self.seed, device
-        )
+        return fit_network(self.latents, augmentation, self.schedule, settings, self.seed, device)
 
     def generate(
         self,
@@ -243,5 +241,7 @@ def _newest_deltas(buffer: Buffer, deltas: Deltas) -> Tensor:
     rows = []
     for _, entry in sorted(buffer.newest().items()):
         mean = entry.round_mean  # set once the round has left the window
-        rows.append(entry.vector - (deltas.means[place[entry.server_round]] if mean is None else mean))
+        rows.append(
+            entry.vector - (deltas.means[place[entry.server_round]] if mean is None else mean)
+        )
     return torch.stack(rows)

@@ -7,6 +7,9 @@ the share of stored noise that is replayed, and the mean of several decodings.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,7 @@ MODES = (
     "tweedie",
     "translate",
 )
+Noise = Callable[[int], Tensor]  # rows wanted -> standard normal [rows, k]
 _CODE_NUMBERS = 2**24  # numbers of stored noise held at a time
 
 
@@ -109,7 +113,7 @@ def regenerate(
     return total / draws
 
 
-def reverse(z: Tensor, denoiser: Denoiser, schedule: Schedule, start: int, normal) -> Tensor:  # type: ignore[no-untyped-def]
+def reverse(z: Tensor, denoiser: Denoiser, schedule: Schedule, start: int, normal: Noise) -> Tensor:
     """DDPM's ancestral sampling from z_start to z_0 (the paper's eq. 6, corrected)."""
     for t in range(start, 0, -1):
         z = schedule.reverse_mean(z, denoiser(z, t), t)
@@ -126,7 +130,7 @@ def encode(
     denoiser: Denoiser,
     schedule: Schedule,
     strength: int,
-    normal,  # type: ignore[no-untyped-def]
+    normal: Noise,
     *,
     independent: bool = False,
 ) -> Code:
@@ -166,7 +170,7 @@ def _ddim(z: Tensor, denoiser: Denoiser, schedule: Schedule, strength: int, step
     first = times[0]
     eps = denoiser(schedule.signal(first) * z, first)
     z = schedule.add_noise(z, eps, first)
-    for t, to in zip(times[:-1], times[1:], strict=True):
+    for t, to in itertools.pairwise(times):
         z = schedule.ddim_step(z, denoiser(z, t), t, to)
     down = times[::-1]
     for t, to in zip(down, [*down[1:], 0], strict=True):

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from pfedgpa_app.methods.base import Method
@@ -25,7 +25,7 @@ METHODS = {
 }
 
 
-def method_class(name: str) -> type[Method]:
+def method_class(name: str) -> type[Method[Any]]:
     """The class of the method called ``name``, a key of ``METHODS``."""
     module, attribute = METHODS[name].split(":")
-    return cast("type[Method]", getattr(import_module(f"{__name__}.{module}"), attribute))
+    return cast("type[Method[Any]]", getattr(import_module(f"{__name__}.{module}"), attribute))

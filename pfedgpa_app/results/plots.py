@@ -74,11 +74,11 @@ def latents(path: Path, fitted: WeightDistribution, splits: list[ClientSplit]) -
     for row, client in enumerate(fitted.newest):
         axes.annotate(
             "",
-            sent[row, :2],
-            newest[row, :2],
+            tuple(sent[row, :2]),
+            tuple(newest[row, :2]),
             arrowprops={"arrowstyle": "->", "color": "0.6", "linewidth": 0.8},
         )
-        axes.annotate(str(client), newest[row, :2], fontsize="x-small")
+        axes.annotate(str(client), tuple(newest[row, :2]), fontsize="x-small")
     axes.scatter(newest[:, 0], newest[:, 1], s=22, c=colours[fitted.newest], label="newest upload")
     axes.scatter(
         sent[:, 0], sent[:, 1], s=40, marker="x", c=colours[fitted.newest], label="generated"

@@ -27,7 +27,7 @@ class Outcome:
     tuned_by: Candidate | None
 
 
-def outcome(scores: dict[int, FinalScore], method: type[Method], config: Config) -> Outcome:
+def outcome(scores: dict[int, FinalScore], method: type[Method[Any]], config: Config) -> Outcome:
     """Choose by validation images, report test images."""
     clients = sorted(scores)
     images = np.array([scores[c].test_images for c in clients])[:, None]
@@ -63,11 +63,11 @@ def outcome(scores: dict[int, FinalScore], method: type[Method], config: Config)
 
 
 def _way(way: Candidate | None) -> dict[str, float] | None:
-    return way and {"epochs": way.epochs, "learning_rate": way.learning_rate}
+    return None if way is None else {"epochs": way.epochs, "learning_rate": way.learning_rate}
 
 
 def summary_entry(
-    name: str, method: type[Method], result: Outcome, config: Config, **more: Any
+    name: str, method: type[Method[Any]], result: Outcome, config: Config, **more: Any
 ) -> dict[str, Any]:
     """One method's entry of ``summary.json``; accuracies in percent, means over clients."""
 
