@@ -12,10 +12,13 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from pfedgpa_app.config import resolve
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = {
@@ -28,19 +31,34 @@ COLUMNS = {
 }
 
 
+# FedAvg's rounds are run once; generation starts from the uploads that they left, and can be
+# repeated without them (delete the folder ending in -generated).
+STEPS = {
+    "": "local,fedavg,fedavg-ft,fedavg-ft-tuned,last-upload,client-mean,group-mean",
+    "-generated": "pfedgpa,pfedgpa-inverted,pfedgpa-sampled",
+}
+
+
 def run(conf: str, dataset: str, seed: int, data_dir: Path, out: Path) -> list[dict[str, Any]]:
-    """One seed's ``summary.json``, run now unless it is there."""
-    folder = out / f"{conf}-s{seed}"
-    if not _complete(folder):
-        if folder.exists():
-            folder.rename(folder.with_name(f"{folder.name}-broken-{folder.stat().st_mtime_ns}"))
-        command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--conf", conf]
-        command += ["--app", str(HERE.parent), f"dataset={dataset}", f"seed={seed}"]
-        command += [f"data-dir={data_dir}", f"out-dir={out}", f"run-name={folder.name}"]
-        command += ["save-uploads=true"]
-        subprocess.run(command, check=True)
-    summary: list[dict[str, Any]] = json.loads((folder / "summary.json").read_text())
-    return summary
+    """One seed's rows, in the order of the experiment's methods; run now unless they are there."""
+    rows: dict[str, dict[str, Any]] = {}
+    federated = out / f"{conf}-s{seed}"
+    for step, methods in STEPS.items():
+        folder = out / f"{conf}-s{seed}{step}"
+        if not _complete(folder):
+            if folder.exists():
+                folder.rename(folder.with_name(f"{folder.name}-broken-{time.time_ns()}"))
+            command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--conf", conf]
+            command += ["--app", str(HERE.parent), f"dataset={dataset}", f"seed={seed}"]
+            command += [f"data-dir={data_dir}", f"out-dir={out}", f"run-name={folder.name}"]
+            command += [f"method={methods}"]
+            command += [
+                f"uploads={federated / 'uploads.safetensors'}" if step else "save-uploads=true"
+            ]
+            subprocess.run(command, check=True)
+        summary = json.loads((folder / "summary.json").read_text())
+        rows |= {row["method"]: row for row in summary}
+    return [rows[name] for name in resolve({"conf": conf}).config.method]
 
 
 def _complete(folder: Path) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from pfedgpa_app.data import DATASET_HELP, is_known_dataset
-from pfedgpa_app.methods import METHODS
+from pfedgpa_app.methods import METHODS, method_class
 
 APP_DIR = Path(__file__).resolve().parents[1]
 Scalar = str | int | float | bool
@@ -53,6 +53,11 @@ class PFedGPASettings:
     )
     buffer_rounds: int = setting(20, "uploads of so many newest rounds are learned from", low=1)
     rank: int | None = setting(None, "latent dimensions, or auto", low=1)
+    directions: str = setting(
+        "shared",
+        "what latents see: what clients with like classifiers share, or principal directions",
+        choices=("shared", "principal"),
+    )
     inversion: str = setting(
         "tweedie",
         "how an upload is carried through the diffusion model",
@@ -81,7 +86,7 @@ class PFedGPASettings:
     fit_learning_rate: float = setting(1e-3, "peak learning rate of the denoiser", above=0)
     width: int = setting(256, "hidden width of the denoiser", low=1)
     blocks: int = setting(3, "residual blocks of the denoiser", low=1)
-    ema: float = setting(0.999, "decay of the averaged denoiser", low=0, high=0.999999)
+    ema: float = setting(0.99, "decay of the averaged denoiser", low=0, high=0.999999)
     input_noise: float = setting(
         0.0, "noise on the uploads in training, in units of their spread", low=0
     )
@@ -146,6 +151,9 @@ class Config:
     )
     timeout: float = setting(3600.0, "seconds that a round waits for replies", above=0)
     save_uploads: bool = setting(False, "keep the buffered uploads beside the results")
+    uploads: str = setting(
+        "", "make weights from a run's uploads.safetensors instead of running FedAvg's rounds"
+    )
     pfedgpa: PFedGPASettings = field(default_factory=PFedGPASettings)
 
 
@@ -327,6 +335,11 @@ def _check(config: Config) -> None:
         raise ConfigError(f"method = {','.join(config.method)}: names a method twice")
     if not is_known_dataset(config.dataset):
         raise ConfigError(f"dataset = {config.dataset!r}: must be {DATASET_HELP}")
+    others = {m: f for m in config.method if (f := method_class(m).federation(config)) != "fedavg"}
+    if config.uploads and others:
+        raise ConfigError(
+            f"uploads: holds FedAvg's rounds, but {', '.join(others)} has rounds of its own"
+        )
     strength, steps = config.pfedgpa.strength, config.pfedgpa.diffusion_steps
     if strength is not None and strength > steps:
         raise ConfigError(

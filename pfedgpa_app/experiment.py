@@ -18,7 +18,7 @@ from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.methods import method_class
 from pfedgpa_app.methods.base import Method
 from pfedgpa_app.models import Weights, build, network_name, weights_of
-from pfedgpa_app.results import plots
+from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import RunLog, mean
 from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
 from pfedgpa_app.roster import Roster
@@ -69,11 +69,12 @@ def run(grid: Grid, resolved: Resolved) -> Path:
         federations.setdefault(method_class(name).federation(config), []).append(name)
     evaluations = len({method_class(m).weights_from or m for m in config.method})
     per_evaluation = 1 + sum(c.epochs for c in candidates(config)) / config.local_epochs / 2
-    work = len(federations) * config.num_server_rounds + evaluations * per_evaluation
+    rounds = 0 if config.uploads else len(federations) * config.num_server_rounds
+    work = rounds + evaluations * per_evaluation
     log = RunLog(folder, config.num_server_rounds, work)
     try:
         log.event("start", f"results: {folder}")
-        _Run(grid, config, folder, log, per_evaluation).everything(federations)
+        _Run(grid, resolved, folder, log, per_evaluation).everything(federations)
     except Exception as error:
         log.event("failed", f"{error}")
         raise
@@ -85,9 +86,10 @@ class _Run:
     """What the steps of one run share."""
 
     def __init__(
-        self, grid: Grid, config: Config, folder: Path, log: RunLog, per_evaluation: float
+        self, grid: Grid, resolved: Resolved, folder: Path, log: RunLog, per_evaluation: float
     ) -> None:
-        self.config, self.folder, self.log = config, folder, log
+        self.resolved, self.folder, self.log = resolved, folder, log
+        config = self.config = resolved.config
         self.per_evaluation = per_evaluation
         self.dataset = load_dataset(config)
         self.splits = load_partition(config)
@@ -115,12 +117,28 @@ class _Run:
         strategy = Personalised(
             runner_class(self.config, state), name, self.roster, self.config, self.log
         )
-        strategy.start(
-            grid=self.roster.grid,
-            initial_arrays=ArrayRecord(self.initial),
-            num_rounds=self.config.num_server_rounds,
-            timeout=self.config.timeout,
-        )
+        if self.config.uploads:
+            path = Path(self.config.uploads).expanduser().absolute()
+            state, costs = uploads.load(path, state, self.resolved)
+            strategy.bytes_up, strategy.bytes_down = (
+                int(costs["bytes_up"]),
+                int(costs["bytes_down"]),
+            )
+            strategy.server_seconds = costs["server_seconds"]
+        else:
+            strategy.start(
+                grid=self.roster.grid,
+                initial_arrays=ArrayRecord(self.initial),
+                num_rounds=self.config.num_server_rounds,
+                timeout=self.config.timeout,
+            )
+        if self.config.save_uploads and name == "fedavg":
+            costs = {
+                "bytes_up": strategy.bytes_up,
+                "bytes_down": strategy.bytes_down,
+                "server_seconds": strategy.server_seconds,
+            }
+            uploads.save(self.folder / uploads.FILE, state, self.resolved, costs)
         scores: dict[str, tuple[dict[int, FinalScore], int]] = {}
         for method_name in methods:
             method = method_class(method_name)(self.config, state)
@@ -140,17 +158,6 @@ class _Run:
         fitted = getattr(state, "fitted", None)
         if fitted is not None:
             plots.latents(self.folder / "latents.png", fitted, self.splits)
-        if self.config.save_uploads and hasattr(state, "buffer"):
-            layout, vectors, rounds, clients = state.buffer.stack()
-            save_file(
-                {"vectors": vectors, "rounds": rounds, "clients": clients},
-                self.folder / "uploads.safetensors",
-                {
-                    "layout": json.dumps(
-                        [[n, list(s)] for n, s in zip(layout.names, layout.shapes, strict=True)]
-                    )
-                },
-            )
 
     def record(
         self,
@@ -167,7 +174,7 @@ class _Run:
         took_part = [
             a for c, a in zip(result.clients, result.before, strict=True) if c in last_round
         ]
-        last_five = [a for r, a, _ in self.log.curves[strategy.name]][-5:]
+        last_five = [a for r, a, _ in self.log.curves.get(strategy.name, [])][-5:]
         more: dict[str, Any] = {}
         fitted = getattr(method.state, "fitted", None)
         if fitted is not None and name.startswith("pfedgpa"):
@@ -181,7 +188,7 @@ class _Run:
             dataset=self.dataset.name,
             accuracy_before_ft_participants=round(mean(took_part), 4),
             accuracy_mean_of_last_five_rounds=(
-                round(mean(last_five), 4) if name == strategy.name else None
+                round(mean(last_five), 4) if last_five and name == strategy.name else None
             ),
             server_seconds=round(strategy.server_seconds + seconds, 3),
             bytes_up=strategy.bytes_up,

@@ -206,6 +206,8 @@ def preflight(config: Config) -> None:
         data = load_dataset(config)
         network_name(config.model, data.shape)
         load_partition(config)
+        if config.uploads and not Path(config.uploads).expanduser().is_file():
+            raise ConfigError(f"uploads = {config.uploads!r}: no such file")
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -234,6 +236,8 @@ def launch(
     }
     if (conf := Path(str(settings.get("conf", "demo"))).expanduser()).is_file():
         settings["conf"] = str(conf.absolute())
+    if config.uploads:
+        settings["uploads"] = str(Path(config.uploads).expanduser().absolute())
     overrides = " ".join(f"{key}={_toml(value)}" for key, value in settings.items())
     # max-num-cpus of Ray is the machine's; one CPU a client keeps torch to one thread each
     federation = f"num-supernodes={config.num_clients} client-resources-num-cpus=1"

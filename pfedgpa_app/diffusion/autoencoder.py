@@ -15,9 +15,9 @@ from torch import Tensor
 _BLOCK = 8192  # columns read at a time
 
 
-def _blocks(size: int) -> Iterator[slice]:
-    for start in range(0, size, _BLOCK):
-        yield slice(start, min(size, start + _BLOCK))
+def _blocks(end: int, first: int = 0) -> Iterator[slice]:
+    for start in range(first, end, _BLOCK):
+        yield slice(start, min(end, start + _BLOCK))
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class Deltas:
         """[len(rows), P] in float32."""
         return self.vectors[rows] - self.means[self.index[rows]]
 
-    def gram(self) -> Tensor:
-        """Inner products [N, N] in float64."""
+    def gram(self, columns: slice = slice(None)) -> Tensor:
+        """Inner products [N, N] in float64, over all weights or some ``columns``."""
         gram = torch.zeros(len(self.vectors), len(self.vectors), dtype=torch.float64)
-        for block in _blocks(self.vectors.shape[1]):
+        first, last, _ = columns.indices(self.vectors.shape[1])
+        for block in _blocks(last, first):
             part = self.columns(block)
             gram.addmm_(part, part.T)
         return gram
@@ -71,31 +72,12 @@ def remove_drift(vectors: Tensor, rounds: Tensor, clients: Tensor) -> Deltas:
     return Deltas(vectors, means, index, tuple(int(x) for x in names))
 
 
-def choose_rank(deltas: Deltas, clients: Tensor, head: slice) -> int:
-    """Directions in which clients' classifiers differ by more than their noise.
-
-    Counts the eigenvalues of the clients' mean heads above twice their median: what a client
-    merely memorised spreads evenly over directions, what it shares with others does not, and
-    it shows most clearly in the last layer. At least 2, at most clients − 1.
-    """
-    names, who = clients.unique(return_inverse=True)
-    n = len(names)
-    if n < 3:
-        return max(1, n - 1)
-    means = torch.zeros(n, head.stop - head.start, dtype=torch.float64)
-    means.index_add_(0, who, deltas.columns(head))
-    means /= who.bincount()[:, None]
-    means -= means.mean(0)
-    eigenvalues = torch.linalg.eigvalsh(means @ means.T).flip(0)[: n - 1]
-    gap = int((eigenvalues > 2 * eigenvalues.median()).sum())
-    return min(max(2, gap), n - 1)
-
-
 @dataclass(frozen=True)
 class LinearAutoencoder:
-    """The exact linear autoencoder: principal directions of the deltas, latents at unit variance.
+    """The exact linear autoencoder on a span of deltas, latents at unit variance.
 
-    components [k, P] are orthonormal, scale [k] is each latent's deviation before scaling.
+    components [k, P] are orthonormal, scale [k] is each latent's deviation before scaling,
+    largest first; latents are uncorrelated over the uploads they were fitted to.
     """
 
     components: Tensor
@@ -103,24 +85,29 @@ class LinearAutoencoder:
     spread: float  # root mean square of one weight's delta
 
     @classmethod
-    def fit(cls, deltas: Deltas, rank: int) -> LinearAutoencoder:
-        """From the eigenvectors of the Gram matrix, O(N²P); the rank is cut to what exists."""
+    def fit(cls, deltas: Deltas, gram: Tensor, combinations: Tensor) -> LinearAutoencoder:
+        """On the span of ``combinations`` [N, K] of the deltas; O(NPk) beyond the Gram matrix.
+
+        The principal axes within the span, from the N×N Gram matrix alone. Directions that
+        do not exist in float32 (of identical uploads, say) are dropped.
+        """
         n, p = deltas.vectors.shape
-        eigenvalues, vectors = torch.linalg.eigh(deltas.gram())
-        eigenvalues, vectors = eigenvalues.flip(0), vectors.flip(1)
-        spread = float((eigenvalues.clamp(min=0).sum() / (n * p)).sqrt())
         rounding = 1e-13 * float(torch.linalg.vector_norm(deltas.vectors)) ** 2  # of float32
-        real = int((eigenvalues > max(rounding, 1e-9 * float(eigenvalues[0]))).sum())
-        k = min(rank, real)
-        eigenvalues, vectors = eigenvalues[:k], vectors[:, :k]
-        components = torch.empty(k, p)
+        lengths, axes = torch.linalg.eigh(combinations.T @ gram @ combinations)
+        real = lengths > max(rounding, 1e-9 * float(lengths[-1]))
+        orthonormal = combinations @ axes[:, real] / lengths[real].sqrt()
+        projected = gram @ orthonormal
+        variances, rotation = torch.linalg.eigh(projected.T @ projected / n)
+        coefficients = orthonormal @ rotation.flip(1)
+        components = torch.empty(coefficients.shape[1], p)
         for block in _blocks(p):
-            part = (vectors / eigenvalues.sqrt()).T @ deltas.columns(block)
-            components[:, block] = part.float()
+            components[:, block] = (coefficients.T @ deltas.columns(block)).float()
         # eigh leaves each sign open: a direction's largest weight is positive, whoever uploads
-        largest = components.abs().argmax(1, keepdim=True) if k else torch.empty(0, 1).long()
-        components *= components.gather(1, largest).sign()
-        return cls(components, (eigenvalues / n).sqrt().float(), spread)
+        if len(components):
+            largest = components.abs().argmax(1, keepdim=True)
+            components *= components.gather(1, largest).sign()
+        spread = float((gram.trace().clamp(min=0) / (n * p)).sqrt())
+        return cls(components, variances.flip(0).clamp(min=0).sqrt().float(), spread)
 
     def encode(self, deltas: Tensor) -> Tensor:
         """[M, P] → [M, k]."""

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
-from pfedgpa_app.diffusion.autoencoder import (
-    Deltas,
-    LinearAutoencoder,
-    choose_rank,
-    remove_drift,
-)
+from pfedgpa_app.diffusion.autoencoder import Deltas, LinearAutoencoder, remove_drift
 from pfedgpa_app.diffusion.buffer import Buffer, Weights
 from pfedgpa_app.diffusion.denoiser import (
     Denoiser,
@@ -23,7 +19,12 @@ from pfedgpa_app.diffusion.denoiser import (
     NetworkDenoiser,
     ResidualMLP,
 )
-from pfedgpa_app.diffusion.inversion import regenerate
+from pfedgpa_app.diffusion.directions import (
+    choose_rank,
+    principal_directions,
+    shared_directions,
+)
+from pfedgpa_app.diffusion.inversion import calibrate_strength, regenerate
 from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.randomness import torch_generator
 
@@ -33,6 +34,7 @@ class FitSettings:
     """How a weight distribution is learned; see ``PFedGPASettings`` for the meanings."""
 
     rank: int | None = None
+    directions: str = "shared"
     strength: int | None = None
     own_weight: float = 0.5
     denoiser: str = "mlp"
@@ -43,7 +45,7 @@ class FitSettings:
     fit_learning_rate: float = 1e-3
     width: int = 256
     blocks: int = 3
-    ema: float = 0.999
+    ema: float = 0.99
     input_noise: float = 0.0
     latent_noise: float = 0.1
 
@@ -64,6 +66,23 @@ def fit_network(
         latents: [N, k] at unit variance; their order does not matter.
         noise: deviation of the augmentation in each direction [k].
     """
+    threads = torch.get_num_threads()
+    if device.type == "cpu":  # layers this small run many times slower on contended threads
+        torch.set_num_threads(1)
+    try:
+        return _fit_network(latents, noise, schedule, settings, seed, device)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fit_network(
+    latents: Tensor,
+    noise: Tensor,
+    schedule: Schedule,
+    settings: FitSettings,
+    seed: int,
+    device: torch.device,
+) -> NetworkDenoiser:
     generator = torch_generator(seed, "fit")
     order = torch.arange(len(latents))
     for column in range(latents.shape[1] - 1, -1, -1):  # sorted by content, not by client
@@ -74,7 +93,13 @@ def fit_network(
         network = ResidualMLP(latents.shape[1], settings.width, settings.blocks, schedule.steps).to(
             device
         )
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+
+    def follow(averaged: Any, current: Any, updates: Any) -> None:
+        """An average that warms up: early weights must not linger in a short training."""
+        decay = min(settings.ema, (1 + int(updates)) / (10 + int(updates)))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    average = AveragedModel(network, multi_avg_fn=follow)
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.fit_learning_rate)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, settings.fit_learning_rate, total_steps=max(2, settings.fit_steps)
@@ -94,42 +119,6 @@ def fit_network(
         cycle.step()
         average.update_parameters(network)
     return NetworkDenoiser(average.module, schedule)
-
-
-def calibrate_strength(
-    latents: Tensor,
-    clients: Tensor,
-    newest: Tensor,
-    schedule: Schedule,
-    own_weight: float,
-    seed: int,
-    draws: int = 20,
-) -> int:
-    """The smallest t0 at which noise hides each newest latent among others' enough.
-
-    Enough: under the uploads' own empirical distribution, the posterior weight on a client's
-    own uploads falls to ``own_weight`` on average. Needs no data, labels or groups.
-
-    Args:
-        latents: [N, k]; clients: [N]; newest: rows [M] of each client's newest upload.
-    """
-    noise = torch.randn(draws, latents.shape[1], generator=torch_generator(seed, "strength"))
-    points = FiniteSetDenoiser(latents, schedule)
-    own = (clients[newest][:, None] == clients).float()
-
-    def weight(t: int) -> float:
-        noisy = schedule.add_noise(latents[newest], noise[:, None], t)
-        weights = points.weights(noisy.view(-1, latents.shape[1]), t).view(draws, *own.shape)
-        return float((weights * own).sum(2).mean())
-
-    low, high = 1, schedule.steps  # the weight falls as t rises
-    while low < high:
-        middle = (low + high) // 2
-        if weight(middle) <= own_weight:
-            high = middle
-        else:
-            low = middle + 1
-    return low
 
 
 class WeightDistribution:
@@ -154,14 +143,28 @@ class WeightDistribution:
         self.layout, vectors, self.rounds, self.clients = buffer.stack()
         deltas = remove_drift(vectors, self.rounds, self.clients)
         self.anchor = deltas.means[-1]
-        rank = settings.rank or choose_rank(deltas, self.clients, self.layout.head())
-        self.autoencoder = LinearAutoencoder.fit(deltas, rank)
+        self.schedule = Schedule(settings.diffusion_steps, settings.schedule)
+        gram, head_gram = deltas.gram(), deltas.gram(self.layout.head())
+        rank = settings.rank or choose_rank(head_gram, self.clients)
+        if settings.directions == "principal":
+            combinations = principal_directions(gram, rank)
+        else:
+            combinations = shared_directions(
+                gram,
+                head_gram,
+                self.clients,
+                rank,
+                self.schedule,
+                own_weight=settings.own_weight,
+                blur=settings.latent_noise,
+                seed=seed,
+            )
+        self.autoencoder = LinearAutoencoder.fit(deltas, gram, combinations)
         self.rank = len(self.autoencoder.scale)  # less than asked for where uploads span less
         self.latents = self.autoencoder.encode_all(deltas)
         self.newest = sorted(buffer.newest())
         self._newest_deltas = _newest_deltas(buffer, deltas)
         self.newest_latents = self.autoencoder.encode(self._newest_deltas)
-        self.schedule = Schedule(settings.diffusion_steps, settings.schedule)
         self.strength = self._strength(settings)
         self.denoiser = self._fit(settings, torch.device(device))
 

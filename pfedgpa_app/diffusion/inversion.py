@@ -13,8 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pfedgpa_app.diffusion.denoiser import Denoiser
+from pfedgpa_app.diffusion.denoiser import Denoiser, FiniteSetDenoiser
 from pfedgpa_app.diffusion.schedule import Schedule
+from pfedgpa_app.randomness import torch_generator
 
 MODES = (
     "identity",
@@ -176,3 +177,40 @@ def _ddim(z: Tensor, denoiser: Denoiser, schedule: Schedule, strength: int, step
     for t, to in zip(down, [*down[1:], 0], strict=True):
         z = schedule.ddim_step(z, denoiser(z, t), t, to)
     return z
+
+
+def calibrate_strength(
+    latents: Tensor,
+    clients: Tensor,
+    newest: Tensor,
+    schedule: Schedule,
+    own_weight: float,
+    seed: int,
+    draws: int = 20,
+) -> int:
+    """The smallest t0 at which noise hides each newest latent among others' enough.
+
+    Enough: under the uploads' own empirical distribution, the posterior weight on a client's
+    own uploads falls to ``own_weight`` on average. Needs no data, labels or groups.
+
+    Args:
+        latents: [N, k]; clients: [N]; newest: rows [M] of each client's newest upload.
+    """
+    generator = torch_generator(seed, "strength")
+    noise = torch.randn(draws, latents.shape[1], generator=generator, dtype=latents.dtype)
+    points = FiniteSetDenoiser(latents, schedule)
+    own = (clients[newest][:, None] == clients).to(latents.dtype)
+
+    def weight(t: int) -> float:
+        noisy = schedule.add_noise(latents[newest], noise[:, None], t)
+        weights = points.weights(noisy.view(-1, latents.shape[1]), t).view(draws, *own.shape)
+        return float((weights * own).sum(2).mean())
+
+    low, high = 1, schedule.steps  # the weight falls as t rises
+    while low < high:
+        middle = (low + high) // 2
+        if weight(middle) <= own_weight:
+            high = middle
+        else:
+            low = middle + 1
+    return low

@@ -1,0 +1,104 @@
+"""Which few directions of weight space the latents see, and how many.
+
+Directions are combinations [N, k] of the N deltas, found from N×N inner products. They
+decide what a latent can say, and with it most of what denoising can gain: directions along
+which clients differ only by what each memorised must not be among them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.diffusion.denoiser import FiniteSetDenoiser
+from pfedgpa_app.diffusion.inversion import calibrate_strength, regenerate
+from pfedgpa_app.diffusion.schedule import Schedule
+from pfedgpa_app.randomness import torch_generator
+
+
+def client_means(clients: Tensor) -> Tensor:
+    """Combinations [n, N] that make each client's mean delta, less the mean of all clients."""
+    _, who = clients.unique(return_inverse=True)
+    means = torch.nn.functional.one_hot(who).T.double()
+    means /= means.sum(1, keepdim=True)
+    return means - means.mean(0)
+
+
+def choose_rank(head_gram: Tensor, clients: Tensor) -> int:
+    """Directions in which clients' classifiers differ by more than their noise.
+
+    Counts the eigenvalues of the clients' mean heads above twice their median: what a client
+    merely memorised spreads evenly over directions, what it shares with others does not, and
+    it shows most clearly in the last layer. At least 2, at most clients − 1.
+    """
+    means = client_means(clients)
+    n = len(means)
+    if n < 3:
+        return max(1, n - 1)
+    eigenvalues = torch.linalg.eigvalsh(means @ head_gram @ means.T).flip(0)[: n - 1]
+    gap = int((eigenvalues > 2 * eigenvalues.median()).sum())
+    return min(max(2, gap), n - 1)
+
+
+def principal_directions(gram: Tensor, rank: int) -> Tensor:
+    """The deltas' principal directions: with rank N the autoencoder is exact."""
+    return torch.linalg.eigh(gram).eigenvectors[:, -rank:]
+
+
+def shared_directions(
+    gram: Tensor,
+    head_gram: Tensor,
+    clients: Tensor,
+    rank: int,
+    schedule: Schedule,
+    *,
+    own_weight: float,
+    blur: float,
+    seed: int,
+    refinements: int = 1,
+) -> Tensor:
+    """Whole-network directions that clients with like classifiers share.
+
+    The principal scores of the clients' mean heads say who is like whom; regressing the whole
+    networks' client means on these scores keeps what goes with them and averages out what each
+    client memorised. Once refined: scores are replaced by the clients' latents, denoised by
+    the exact finite-set denoiser, which gathers like clients further.
+
+    Args:
+        clients: [N], rows in the order of rounds. ``own_weight`` and ``blur`` are the
+            denoiser's; rank is cut to clients − 1.
+
+    Returns:
+        combinations [N, k].
+    """
+    means = client_means(clients)
+    _, who = clients.unique(return_inverse=True)
+    newest = torch.tensor([int((who == i).nonzero()[-1]) for i in range(len(means))])
+    rank = min(rank, max(1, len(means) - 1))
+    scores = torch.linalg.eigh(means @ head_gram @ means.T).eigenvectors[:, -rank:]
+    for _ in range(refinements):
+        latents = _whitened(gram, means.T @ scores)
+        if not latents.shape[1]:
+            break
+        strength = calibrate_strength(latents, clients, newest, schedule, own_weight, seed)
+        denoised = regenerate(
+            latents[newest],
+            FiniteSetDenoiser(latents, schedule, blur),
+            schedule,
+            torch_generator(seed, "directions"),
+            mode="tweedie",
+            strength=strength,
+            draws=64,
+        )
+        scores = torch.linalg.qr(denoised - denoised.mean(0)).Q
+    return means.T @ scores
+
+
+def _whitened(gram: Tensor, combinations: Tensor) -> Tensor:
+    """All uploads' latents [N, k] on the span of ``combinations``, uncorrelated, unit variance."""
+    lengths, axes = torch.linalg.eigh(combinations.T @ gram @ combinations)
+    real = lengths > 1e-9 * lengths[-1].clamp(min=1e-30)
+    projected = gram @ (combinations @ axes[:, real] / lengths[real].sqrt())
+    left, sizes, _ = torch.linalg.svd(projected, full_matrices=False)
+    kept: Tensor = left[:, sizes > 1e-9 * sizes.max()] * len(gram) ** 0.5
+    return kept

@@ -1,0 +1,36 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # small matrices: more threads only contend
+
+
+def _real(name: str) -> Path:
+    root = os.environ.get("PFEDGPA_DATA")
+    if not root or not (Path(root) / name).is_dir():
+        pytest.skip(f"needs real data: set PFEDGPA_DATA to a folder that holds {name}")
+    return Path(root)
+
+
+@pytest.fixture
+def fashion_mnist() -> Path:
+    """The data folder, with Fashion-MNIST in it."""
+    return _real("FashionMNIST")
+
+
+@pytest.fixture
+def emnist() -> Path:
+    """The data folder, with EMNIST in it."""
+    return _real("EMNIST")
+
+
+@pytest.fixture
+def cifar10_folder() -> Path:
+    """The data folder, with CIFAR-10 as images in it."""
+    return _real("cifar10")
