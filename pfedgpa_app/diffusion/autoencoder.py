@@ -72,6 +72,26 @@ def remove_drift(vectors: Tensor, rounds: Tensor, clients: Tensor) -> Deltas:
     return Deltas(vectors, means, index, tuple(int(x) for x in names))
 
 
+def principal_axes(gram: Tensor, combinations: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Orthonormal directions within a span, along which the deltas are uncorrelated.
+
+    Args:
+        gram: the deltas' inner products [N, N].
+        combinations: [N, K], the span's directions as combinations of deltas.
+        floor: squared length below which a direction counts as none.
+
+    Returns:
+        coefficients [N, k ≤ K] of the directions, and the deltas' deviations [k] along them,
+        largest first; all latents are ``gram @ coefficients / deviations``.
+    """
+    lengths, axes = torch.linalg.eigh(combinations.T @ gram @ combinations)
+    real = lengths > max(floor, 1e-9 * float(lengths[-1]))
+    orthonormal = combinations @ axes[:, real] / lengths[real].sqrt()
+    projected = gram @ orthonormal
+    variances, rotation = torch.linalg.eigh(projected.T @ projected / len(gram))
+    return orthonormal @ rotation.flip(1), variances.flip(0).clamp(min=0).sqrt()
+
+
 @dataclass(frozen=True)
 class LinearAutoencoder:
     """The exact linear autoencoder on a span of deltas, latents at unit variance.
@@ -93,12 +113,7 @@ class LinearAutoencoder:
         """
         n, p = deltas.vectors.shape
         rounding = 1e-13 * float(torch.linalg.vector_norm(deltas.vectors)) ** 2  # of float32
-        lengths, axes = torch.linalg.eigh(combinations.T @ gram @ combinations)
-        real = lengths > max(rounding, 1e-9 * float(lengths[-1]))
-        orthonormal = combinations @ axes[:, real] / lengths[real].sqrt()
-        projected = gram @ orthonormal
-        variances, rotation = torch.linalg.eigh(projected.T @ projected / n)
-        coefficients = orthonormal @ rotation.flip(1)
+        coefficients, deviations = principal_axes(gram, combinations, rounding)
         components = torch.empty(coefficients.shape[1], p)
         for block in _blocks(p):
             components[:, block] = (coefficients.T @ deltas.columns(block)).float()
@@ -107,7 +122,7 @@ class LinearAutoencoder:
             largest = components.abs().argmax(1, keepdim=True)
             components *= components.gather(1, largest).sign()
         spread = float((gram.trace().clamp(min=0) / (n * p)).sqrt())
-        return cls(components, variances.flip(0).clamp(min=0).sqrt().float(), spread)
+        return cls(components, deviations.float(), spread)
 
     def encode(self, deltas: Tensor) -> Tensor:
         """[M, P] → [M, k]."""

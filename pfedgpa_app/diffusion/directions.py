@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pfedgpa_app.diffusion.autoencoder import principal_axes
 from pfedgpa_app.diffusion.denoiser import FiniteSetDenoiser
 from pfedgpa_app.diffusion.inversion import calibrate_strength, regenerate
 from pfedgpa_app.diffusion.schedule import Schedule
@@ -41,8 +42,9 @@ def choose_rank(head_gram: Tensor, clients: Tensor) -> int:
 
 
 def principal_directions(gram: Tensor, rank: int) -> Tensor:
-    """The deltas' principal directions: with rank N the autoencoder is exact."""
-    return torch.linalg.eigh(gram).eigenvectors[:, -rank:]
+    """The principal directions of what ``gram`` holds: with rank N the autoencoder is exact."""
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
+    return vectors[:, -rank:]
 
 
 def shared_directions(
@@ -75,11 +77,12 @@ def shared_directions(
     _, who = clients.unique(return_inverse=True)
     newest = torch.tensor([int((who == i).nonzero()[-1]) for i in range(len(means))])
     rank = min(rank, max(1, len(means) - 1))
-    scores = torch.linalg.eigh(means @ head_gram @ means.T).eigenvectors[:, -rank:]
+    scores = principal_directions(means @ head_gram @ means.T, rank)
     for _ in range(refinements):
-        latents = _whitened(gram, means.T @ scores)
-        if not latents.shape[1]:
+        coefficients, deviations = principal_axes(gram, means.T @ scores)
+        if not len(deviations):
             break
+        latents = gram @ coefficients / deviations
         strength = calibrate_strength(latents, clients, newest, schedule, own_weight, seed)
         denoised = regenerate(
             latents[newest],
@@ -92,13 +95,3 @@ def shared_directions(
         )
         scores = torch.linalg.qr(denoised - denoised.mean(0)).Q
     return means.T @ scores
-
-
-def _whitened(gram: Tensor, combinations: Tensor) -> Tensor:
-    """All uploads' latents [N, k] on the span of ``combinations``, uncorrelated, unit variance."""
-    lengths, axes = torch.linalg.eigh(combinations.T @ gram @ combinations)
-    real = lengths > 1e-9 * lengths[-1].clamp(min=1e-30)
-    projected = gram @ (combinations @ axes[:, real] / lengths[real].sqrt())
-    left, sizes, _ = torch.linalg.svd(projected, full_matrices=False)
-    kept: Tensor = left[:, sizes > 1e-9 * sizes.max()] * len(gram) ** 0.5
-    return kept

@@ -1,0 +1,245 @@
+"""Buffer, drift removal, the linear autoencoder and the weight distribution as a whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pfedgpa_app.diffusion.autoencoder import LinearAutoencoder, remove_drift
+from pfedgpa_app.diffusion.buffer import Buffer, Layout
+from pfedgpa_app.diffusion.directions import choose_rank, principal_directions
+from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
+
+SHAPES = {"body": (20, 30), "bias": (20,), "head": (5, 20)}
+GROUPS, CLIENTS, ROUNDS = 4, 12, 6
+
+
+def uploads(seed: int = 0, clients: int = CLIENTS) -> torch.Tensor:
+    """[rounds, clients, P]: drift a round, a group's direction, a client's own, and noise."""
+    rng = torch.Generator().manual_seed(seed)
+    p = sum(torch.Size(s).numel() for s in SHAPES.values())
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, p, generator=rng)
+
+    group = torch.arange(clients) % GROUPS
+    drift = 0.5 * normal(ROUNDS).cumsum(0)[:, None]
+    return (
+        drift + 0.3 * normal(GROUPS)[group] + 0.1 * normal(clients) + 0.2 * normal(ROUNDS, clients)
+    )
+
+
+def unflatten(vector: torch.Tensor) -> dict[str, torch.Tensor]:
+    like = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    return Layout.of(like).unflatten(vector)
+
+
+def buffer(vectors: torch.Tensor, taking_part: torch.Tensor | None = None) -> Buffer:
+    filled = Buffer(ROUNDS)
+    for r in range(vectors.shape[0]):
+        for c in range(vectors.shape[1]):
+            if taking_part is None or taking_part[r, c]:
+                filled.add(r, c, unflatten(vectors[r, c]))
+        filled.drop_old(r)
+    return filled
+
+
+def distribution(vectors: torch.Tensor, **settings: object) -> WeightDistribution:
+    chosen = {"denoiser": "finite-set", **settings}
+    return WeightDistribution(buffer(vectors), FitSettings(**chosen), seed=0)
+
+
+def generated(fitted: WeightDistribution, mode: str = "tweedie", **knobs: object) -> torch.Tensor:
+    weights = fitted.generate(mode, **{"draws": 16, **knobs})
+    return torch.stack([fitted.layout.flatten(weights[c]) for c in fitted.newest])
+
+
+class TestBuffer:
+    def test_round_trip_keeps_shapes_and_dtypes(self) -> None:
+        weights = {"a": torch.randn(2, 3), "b": torch.tensor(4.0), "c": torch.randn(3).half()}
+        layout = Layout.of(weights)
+        back = layout.unflatten(layout.flatten(weights))
+        for name, tensor in weights.items():
+            assert torch.equal(back[name], tensor)
+            assert back[name].dtype == tensor.dtype
+
+    def test_keeps_the_window_and_each_clients_newest(self) -> None:
+        kept = Buffer(2)
+        for server_round, client in ((1, 0), (1, 1), (2, 1), (3, 1), (4, 1)):
+            kept.add(server_round, client, {"w": torch.tensor([float(server_round + client)])})
+            kept.drop_old(server_round)
+        _, _, rounds, clients = kept.stack()
+        assert rounds.tolist() == [3, 4]
+        assert clients.tolist() == [1, 1]
+        newest = kept.newest()
+        assert newest[0].server_round == 1
+        assert newest[0].round_mean == pytest.approx(1.5)  # of uploads 1 and 2 in round 1
+        assert newest[1].server_round == 4
+
+    def test_refuses_what_is_not_finite_or_of_another_layout(self) -> None:
+        kept = Buffer(2)
+        kept.add(1, 0, {"w": torch.zeros(2)})
+        for bad in ({"w": torch.tensor([1.0, float("nan")])}, {"w": torch.zeros(3)}):
+            with pytest.raises(ValueError):
+                kept.add(1, 1, bad)
+        assert len(kept) == 1
+
+    def test_the_head_is_the_last_matrix(self) -> None:
+        layout = Layout.of({name: torch.zeros(shape) for name, shape in SHAPES.items()})
+        assert layout.head() == slice(620, 720)
+
+
+class TestDrift:
+    def test_full_participation_subtracts_the_round_mean(self) -> None:
+        vectors = uploads()
+        deltas = remove_drift(*buffer(vectors).stack()[1:])
+        assert torch.allclose(deltas.means, vectors.mean(1), atol=1e-5)
+
+    def test_partial_participation_is_not_mistaken_for_drift(self) -> None:
+        # clients differ a lot, there is no drift at all: means must stay nearly put although
+        # other clients take part in each round, where plain round means jump about
+        rng = torch.Generator().manual_seed(0)
+        own = torch.randn(20, 1, 50, generator=rng).transpose(0, 1)
+        vectors = own + 0.01 * torch.randn(15, 20, 50, generator=rng)
+        part = torch.rand(15, 20, generator=rng) < 0.4
+        filled = Buffer(15)
+        for r, c in part.nonzero().tolist():
+            filled.add(r, c, {"w": vectors[r, c]})
+        _, stacked, rounds, clients = filled.stack()
+        means = remove_drift(stacked, rounds, clients).means
+        plain = torch.stack([vectors[r, part[r]].mean(0) for r in range(15)])
+        assert means.std(0).mean() < 0.35 * plain.std(0).mean()
+
+
+class TestAutoencoder:
+    def test_exact_at_full_rank(self) -> None:
+        deltas = remove_drift(*buffer(uploads()).stack()[1:])
+        gram = deltas.gram()
+        coder = LinearAutoencoder.fit(deltas, gram, principal_directions(gram, len(gram)))
+        assert len(coder.scale) == ROUNDS * (CLIENTS - 1)  # each round's mean is gone
+        latents = coder.encode_all(deltas)
+        rows = deltas.rows(torch.arange(len(gram)))
+        assert torch.allclose(coder.encode(rows), latents, atol=1e-3)
+        assert torch.allclose(coder.decode(latents), rows, atol=1e-4)
+        assert torch.allclose(latents.var(0, correction=0), torch.ones(latents.shape[1]), atol=1e-3)
+
+    def test_is_the_singular_value_decomposition(self) -> None:
+        deltas = remove_drift(*buffer(uploads()).stack()[1:])
+        gram = deltas.gram()
+        coder = LinearAutoencoder.fit(deltas, gram, principal_directions(gram, 3))
+        _, sizes, right = torch.linalg.svd(deltas.rows(torch.arange(len(gram))).double())
+        assert torch.allclose(coder.scale.double(), sizes[:3] / len(gram) ** 0.5, rtol=1e-5)
+        overlap = (coder.components.double() @ right[:3].T).abs()
+        assert torch.allclose(overlap, torch.eye(3).double(), atol=1e-4)
+
+    def test_error_falls_with_the_rank(self) -> None:
+        deltas = remove_drift(*buffer(uploads()).stack()[1:])
+        gram, rows = deltas.gram(), deltas.rows(torch.arange(ROUNDS * CLIENTS))
+        errors = []
+        for rank in (1, 3, 8, 20):
+            coder = LinearAutoencoder.fit(deltas, gram, principal_directions(gram, rank))
+            errors.append(float((coder.decode(coder.encode(rows)) - rows).square().sum()))
+        assert errors == sorted(errors, reverse=True)
+
+    def test_rank_counts_the_groups(self) -> None:
+        _, vectors, rounds, clients = buffer(uploads(clients=16)).stack()
+        deltas = remove_drift(vectors, rounds, clients)
+        head = slice(620, 720)
+        assert choose_rank(deltas.gram(head), clients) == GROUPS - 1
+
+
+class TestDistribution:
+    def test_gathers_groups_better_than_averaging_ones_own(self) -> None:
+        vectors = uploads()
+        fitted = distribution(vectors)
+        group = torch.arange(CLIENTS) % GROUPS
+        truth = torch.stack([vectors[-1][group == g].mean(0) for g in group])
+        own = vectors.sub(vectors.mean(1, keepdim=True)).mean(0) + vectors[-1].mean(0)
+        noise_free = torch.stack(
+            [own[group == g].mean(0) for g in group]
+        )  # what the group shares, over all rounds
+        assert truth.shape == noise_free.shape
+        ours = (generated(fitted) - noise_free).square().sum()
+        assert ours < 0.5 * (own - noise_free).square().sum()
+
+    def test_same_seed_same_weights(self) -> None:
+        settings = {"denoiser": "mlp", "fit_steps": 30, "width": 16}
+        one, two = (generated(distribution(uploads(), **settings)) for _ in range(2))
+        assert torch.equal(one, two)
+
+    @pytest.mark.parametrize(
+        ("settings", "tolerance"),
+        [
+            ({"denoiser": "finite-set"}, 1e-3),
+            ({"denoiser": "gaussian"}, 1e-3),
+            ({"denoiser": "mlp", "fit_steps": 50, "width": 32}, 1e-2),
+        ],
+    )
+    def test_permuting_clients_permutes_the_output(
+        self, settings: dict[str, object], tolerance: float
+    ) -> None:
+        vectors = uploads()
+        order = torch.randperm(CLIENTS, generator=torch.Generator().manual_seed(5))
+        straight = generated(distribution(vectors, **settings))
+        permuted = generated(distribution(vectors[:, order], **settings))
+        assert torch.allclose(permuted, straight[order], atol=tolerance)
+
+    def test_equal_uploads_get_equal_weights(self) -> None:
+        vectors = uploads()
+        vectors[:, 1] = vectors[:, 0]
+        out = generated(distribution(vectors))
+        assert torch.allclose(out[0], out[1], atol=1e-6)
+
+    def test_a_common_shift_shifts_everyone(self) -> None:
+        shift = torch.randn(uploads().shape[-1], generator=torch.Generator().manual_seed(9))
+        out, shifted = (generated(distribution(uploads() + s)) for s in (0, shift))
+        assert torch.allclose(shifted, out + shift, atol=1e-3)
+
+    def test_scaling_the_differences_scales_the_result(self) -> None:
+        vectors = uploads()
+        centre = vectors.mean(1, keepdim=True)
+        out = generated(distribution(vectors)) - centre[-1]
+        scaled = generated(distribution(centre + 3 * (vectors - centre))) - centre[-1]
+        assert torch.allclose(scaled, 3 * out, atol=1e-2)
+
+    def test_full_rank_identity_returns_the_newest_uploads(self) -> None:
+        vectors = uploads()
+        fitted = distribution(vectors, directions="principal", rank=ROUNDS * CLIENTS, strength=0)
+        assert torch.allclose(generated(fitted, "identity"), vectors[-1], atol=1e-3)
+
+    def test_kept_residual_returns_the_newest_uploads_at_any_rank(self) -> None:
+        fitted = distribution(uploads(), strength=0)
+        out = generated(fitted, "identity", residual_keep=1.0)
+        assert torch.allclose(out, uploads()[-1], atol=1e-4)
+
+    def test_full_strength_is_the_population_mean(self) -> None:
+        out = generated(distribution(uploads(), denoiser="gaussian", strength=1000))
+        mean = uploads()[-1].mean(0)
+        assert (out - mean).square().sum() < 1e-3 * (uploads()[-1] - mean).square().sum()
+
+    def test_idle_clients_are_served_from_their_last_upload(self) -> None:
+        vectors = uploads()
+        taking_part = torch.ones(ROUNDS, CLIENTS, dtype=torch.bool)
+        taking_part[1:, 0] = False  # client 0 only ever took part in round 0
+        filled = buffer(vectors, taking_part)
+        filled.window = ROUNDS - 1
+        filled.drop_old(ROUNDS - 1)
+        fitted = WeightDistribution(filled, FitSettings(denoiser="finite-set"), seed=0)
+        assert 0 not in fitted.clients
+        assert fitted.newest == list(range(CLIENTS))
+        out = generated(fitted)
+        group = torch.arange(CLIENTS) % GROUPS
+        same = (out[0] - out[group == 0][1:]).square().sum(1).mean()
+        other = (out[0] - out[group != 0]).square().sum(1).mean()
+        assert same < 0.5 * other
+
+    @pytest.mark.parametrize("clients", [1, 2, 3])
+    def test_few_clients(self, clients: int) -> None:
+        out = generated(distribution(uploads()[:, :clients]))
+        assert out.shape[0] == clients
+        assert torch.isfinite(out).all()
+
+    def test_identical_uploads_come_back(self) -> None:
+        vectors = uploads()[:, :1].expand(ROUNDS, 4, -1)
+        out = generated(distribution(vectors))
+        assert torch.allclose(out, vectors[-1], atol=1e-6)
