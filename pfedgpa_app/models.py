@@ -46,7 +46,7 @@ def fashion(classes: int = 10) -> nn.Sequential:
 
 
 def digits(classes: int = 10) -> nn.Sequential:
-    """1×8×8 → classes; 5,722 weights for 10 classes."""
+    """1×8×8 → classes; 5,510 weights for 10 classes."""
     return _network([_conv(1, 16, 3, 1)], 256, 20, classes)
 
 
