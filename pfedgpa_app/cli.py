@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tomllib
 from pathlib import Path
@@ -67,6 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     draw.add_argument("--out", type=Path, default=Path("partition.png"), help="the picture")
 
     options = parser.parse_args(arguments)
+    # a background job has SIGINT ignored, and SIGTERM must stop what was started, too
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.default_int_handler)
     if options.command == "settings":
         _print_settings()
         return 0

@@ -195,7 +195,7 @@ class TestDatasets:
         assert load(f"imagefolder:{root}", "", image_size=28).shape == (3, 28, 28)
 
     def test_imagefolder_refuses_what_is_none(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match="no folder .*train"):
+        with pytest.raises(DataError, match=r"no folder .*train"):
             load(f"imagefolder:{tmp_path}", "")
         root = make_images(tmp_path / "own")
         (root / "test" / "cow").mkdir()

@@ -1,0 +1,309 @@
+"""Whole federations in this process: the real strategy and ClientApp over a local Grid."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from safetensors.torch import load_file
+
+from pfedgpa_app.config import resolve
+from pfedgpa_app.diffusion.fit import WeightDistribution
+from pfedgpa_app.experiment import run
+from pfedgpa_app.methods.base import Upload
+from pfedgpa_app.methods.fedavg import weighted_mean
+from pfedgpa_app.strategy import NoUploadsError, check_upload
+from tests.local_grid import LocalGrid
+
+SMALL: dict[str, Any] = {
+    "num-clients": 4,
+    "num-server-rounds": 4,
+    "train-per-client": 60,
+    "test-per-client": 40,
+    "validation-share": 0.2,
+    "batch-size": 20,
+    "pfedgpa.fit-steps": 20,
+    "pfedgpa.width": 16,
+    "pfedgpa.draws": 4,
+}
+
+
+def federate(
+    out: Path, tamper: Any = None, nodes: int | None = None, **settings: Any
+) -> tuple[Path, LocalGrid]:
+    """Run the demo at a small size; ``settings`` by their names with underscores."""
+    named = {name.replace("_", "-"): value for name, value in settings.items()}
+    run_config = SMALL | {"out-dir": str(out), "run-name": "run"} | named
+    resolved = resolve(run_config)
+    grid = LocalGrid(run_config, nodes or resolved.config.num_clients, tamper)
+    return run(grid, resolved), grid
+
+
+def summary(folder: Path) -> dict[str, dict[str, Any]]:
+    return {row["method"]: row for row in json.loads((folder / "summary.json").read_text())}
+
+
+def records(folder: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
+
+
+def train_messages(grid: LocalGrid, method: str = "fedavg") -> list[Message]:
+    return [
+        m
+        for m in grid.sent
+        if m.metadata.message_type == "train"
+        and m.content.config_records["config"]["method"] == method
+    ]
+
+
+class TestResults:
+    def test_everything_is_written(self, tmp_path: Path) -> None:
+        folder, _ = federate(tmp_path)
+        files = {p.name for p in folder.iterdir()}
+        assert files == {
+            "config.json",
+            "metrics.jsonl",
+            "events.jsonl",
+            "clients.jsonl",
+            "summary.json",
+            "table.md",
+            "accuracy.png",
+            "clients.png",
+            "latents.png",
+            "weights",
+        }
+        rows = summary(folder)
+        assert list(rows) == ["local", "fedavg", "fedavg-ft", "pfedgpa"]
+        for row in rows.values():
+            assert 0 < row["accuracy_worst_client"] <= row["accuracy_after_ft"] <= 100
+            assert (row["dataset"], row["num_clients"], row["rounds"]) == ("digits", 4, 4)
+        # one record a round and client of each federation
+        keys = [(r["federation"], r["round"], r["client"]) for r in records(folder)]
+        assert len(set(keys)) == len(keys) == 2 * 4 * 4
+        weights = load_file(folder / "weights" / "pfedgpa.safetensors")
+        assert {name.split("/")[0] for name in weights} == {f"client-{c}" for c in range(4)}
+        common = load_file(folder / "weights" / "fedavg.safetensors")
+        assert {name.split("/")[0] for name in common} == {"global"}
+        config = json.loads((folder / "config.json").read_text())
+        assert config["num-clients"] == {"value": 4, "from": "run-config"}
+        assert config["learning-rate"]["from"] == "demo.yaml"
+
+    def test_same_seed_same_run(self, tmp_path: Path) -> None:
+        one, _ = federate(tmp_path / "1", seed=3)
+        two, _ = federate(tmp_path / "2", seed=3)
+        other, _ = federate(tmp_path / "3", seed=4)
+        for file in ("metrics.jsonl", "clients.jsonl"):
+            assert records(one, file) == records(two, file)
+            assert records(one, file) != records(other, file)
+        names = ("fedavg", "pfedgpa")
+        for weights in (f"weights/{name}.safetensors" for name in names):
+            first, second = load_file(one / weights), load_file(two / weights)
+            assert all(torch.equal(first[name], second[name]) for name in first)
+
+    def test_clients_hosted_in_turn_get_the_same_results(self, tmp_path: Path) -> None:
+        one, _ = federate(tmp_path / "1")
+        two, grid = federate(tmp_path / "2", nodes=2)
+        assert len(grid.contexts) == 2
+        assert records(one) == records(two)
+
+    def test_generation_from_saved_uploads(self, tmp_path: Path) -> None:
+        methods = "fedavg,client-mean,pfedgpa"
+        one, _ = federate(tmp_path / "1", method=methods, save_uploads=True)
+        uploads = str(one / "uploads.safetensors")
+        two, grid = federate(tmp_path / "2", method=methods, uploads=uploads)
+        assert not train_messages(grid)
+        assert records(one, "clients.jsonl") == records(two, "clients.jsonl")
+        for name in methods.split(","):
+            for key in ("bytes_up", "bytes_down", "accuracy_before_ft"):
+                assert summary(one)[name][key] == summary(two)[name][key]
+        with pytest.raises(ValueError, match="learning-rate"):
+            federate(tmp_path / "3", method=methods, uploads=uploads, learning_rate=0.5)
+
+
+class TestMethods:
+    def test_weighted_mean(self) -> None:
+        uploads = {
+            0: Upload({"w": torch.tensor([1.0, 2.0])}, 30),
+            1: Upload({"w": torch.tensor([5.0, 0.0])}, 10),
+        }
+        assert weighted_mean(uploads)["w"].tolist() == [2.0, 1.5]
+
+    def test_bytes_are_fedavgs(self, tmp_path: Path) -> None:
+        folder, grid = federate(tmp_path, method="fedavg,pfedgpa")
+        rows = summary(folder)
+        assert rows["pfedgpa"]["bytes_up"] == rows["fedavg"]["bytes_up"]
+        assert rows["pfedgpa"]["bytes_down"] == rows["fedavg"]["bytes_down"]
+        # counted apart: 5,510 float32 and what NumPy's format adds, down in every round and once
+        # at the end, up in every round
+        one = 4 * 5510
+        assert 4 * 4 * one < rows["pfedgpa"]["bytes_up"] < 4 * 4 * one * 1.05
+        assert 5 * 4 * one < rows["pfedgpa"]["bytes_down"] < 5 * 4 * one * 1.05
+        # nothing but the network's own tensors ever travels
+        names = set(load_file(folder / "weights" / "fedavg.safetensors"))
+        for message in grid.sent:
+            for record in message.content.array_records.values():
+                assert {f"global/{name}" for name in record} == names
+
+    def test_generating_every_round_costs_no_more_bytes(self, tmp_path: Path) -> None:
+        settings = {"pfedgpa.generate-from": 2}
+        folder, grid = federate(tmp_path, method="fedavg,pfedgpa", **settings)
+        rows = summary(folder)
+        assert rows["pfedgpa"]["bytes_up"] == rows["fedavg"]["bytes_up"]
+        assert rows["pfedgpa"]["bytes_down"] == rows["fedavg"]["bytes_down"]
+        assert rows["pfedgpa"]["accuracy_mean_of_last_five_rounds"] is not None
+        # from round 3 on every client trains from weights of its own
+        sent: dict[int, set[bytes]] = {}
+        for message in train_messages(grid, "pfedgpa"):
+            server_round = message.content.config_records["config"]["round"]
+            weight = message.content.array_records["arrays"]["fc1.weight"]
+            sent.setdefault(server_round, set()).add(weight.data)
+        assert [len(sent[r]) for r in (1, 2, 3, 4)] == [1, 1, 4, 4]
+
+    def test_local_only_sends_nothing_and_keeps_its_state(self, tmp_path: Path) -> None:
+        folder, grid = federate(tmp_path, method="local")
+        row = summary(folder)["local"]
+        assert row["bytes_up"] == row["bytes_down"] == 0
+        losses = [r["train_loss"] for r in records(folder) if r["client"] == 0]
+        assert losses == sorted(losses, reverse=True)
+        assert all("local." in key for c in grid.contexts.values() for key in c.state.array_records)
+
+    def test_controls(self, tmp_path: Path) -> None:
+        methods = "fedavg,last-upload,client-mean,group-mean,pfedgpa-inverted,pfedgpa-sampled"
+        folder, _ = federate(tmp_path, method=methods, save_uploads=True, num_clients=6)
+        stored = load_file(folder / "uploads.safetensors")
+        mine = stored["clients"] == 5  # groups repeat after five clients: 5 is with 0
+        group = mine | (stored["clients"] == 0)
+        last = mine & (stored["rounds"] == 4)
+        for name, rows in (("client-mean", mine), ("group-mean", group), ("last-upload", last)):
+            weights = load_file(folder / "weights" / f"{name}.safetensors")
+            names = [k.removeprefix("global/") for k in stored if k.startswith("global/")]
+            sizes = {k: stored[f"global/{k}"].numel() for k in names}
+            order = [k.split("/")[1] for k in weights if k.startswith("client-5/")]
+            assert set(order) == set(sizes)
+            total = sum(float(weights[f"client-5/{k}"].double().sum()) for k in names)
+            assert total == pytest.approx(
+                float(stored["vectors"][rows].mean(0).double().sum()), abs=1e-3
+            )
+        assert summary(folder)["group-mean"]["analysis_only"]
+
+    def test_partial_participation(self, tmp_path: Path) -> None:
+        settings = {"fraction_train": 0.3, "num_clients": 6, "method": "fedavg,pfedgpa"}
+        folder, grid = federate(tmp_path, **settings)
+        assert len(train_messages(grid)) == 4 * 2
+        evaluated = [r for r in records(folder) if r["round"] == 4]
+        assert len(evaluated) == 6  # all clients, not the participants alone
+        assert sum(r["participated"] for r in evaluated) == 2
+        seen = {r["client"] for r in records(folder) if r["participated"]}
+        weights = load_file(folder / "weights" / "pfedgpa.safetensors")
+        own = {name.split("/")[0] for name in weights} - {"global"}
+        assert own == {f"client-{c}" for c in seen}  # the others are served FedAvg's model
+        assert ("global/fc1.weight" in weights) == (len(seen) < 6)
+
+    def test_the_better_by_validation_is_kept(self, tmp_path: Path) -> None:
+        # a fine-tuning that destroys: before must be kept wherever validation shows it
+        settings = {"fine_tune_learning_rate": 50.0, "fine_tune_epochs": 2, "method": "fedavg"}
+        folder, _ = federate(tmp_path, num_server_rounds=8, **settings)
+        row = summary(folder)["fedavg"]
+        assert row["accuracy_after_ft"] < 0.6 * row["accuracy_before_ft"]
+        assert row["accuracy_kept"] > row["accuracy_before_ft"] - 5
+
+
+def reply_with(message: Message, arrays: dict[str, Array], **metrics: Any) -> Message:
+    content = RecordDict(
+        {
+            "arrays": ArrayRecord(arrays),
+            "metrics": MetricRecord({"num-examples": 10, "loss": 1.0} | metrics),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+def spoil(kind: str, message: Message, reply: Message) -> Message | None:
+    """The reply of client 1 in round 4 (others untouched), made bad in one way."""
+    config = message.content.config_records["config"]
+    if message.metadata.message_type != "train" or config["client"] != 1 or config["round"] != 4:
+        return reply
+    arrays = dict(reply.content.array_records["arrays"])
+    weight = arrays["fc1.weight"].numpy().copy()
+    if kind == "silent":
+        return None
+    if kind == "missing":
+        del arrays["fc1.bias"]
+    elif kind == "extra":
+        arrays["fc9.bias"] = arrays["fc1.bias"]
+    elif kind == "shape":
+        arrays["fc1.weight"] = Array(weight[:5].copy())
+    elif kind == "dtype":
+        arrays["fc1.weight"] = Array(weight.astype("float64"))
+    elif kind in ("nan", "inf"):
+        weight[0, 0] = float(kind)
+        arrays["fc1.weight"] = Array(weight)
+    elif kind == "garbage":
+        arrays["fc1.weight"] = Array(
+            dtype="float32", shape=(20, 256), stype="numpy.ndarray", data=b"no array"
+        )
+    return reply_with(message, arrays, **({"num-examples": 0} if kind == "examples" else {}))
+
+
+BAD = {
+    "silent": "did not answer",
+    "missing": "missing names ['fc1.bias']",
+    "extra": "extra names ['fc9.bias']",
+    "shape": "fc1.weight of shape [5, 256], not [20, 256]",
+    "dtype": "fc1.weight as torch.float64",
+    "nan": "fc1.weight with numbers that are not finite",
+    "inf": "fc1.weight with numbers that are not finite",
+    "garbage": "cannot be read",
+    "examples": "num-examples 0",
+}
+
+
+class TestBadUploads:
+    @pytest.mark.parametrize("kind", BAD)
+    def test_is_rejected_by_name_and_the_round_goes_on(
+        self, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[WeightDistribution] = []
+        original = WeightDistribution.__init__
+
+        def spy(self: WeightDistribution, *args: Any, **more: Any) -> None:
+            original(self, *args, **more)
+            seen.append(self)
+
+        monkeypatch.setattr(WeightDistribution, "__init__", spy)
+        folder, _ = federate(tmp_path, lambda m, r: spoil(kind, m, r), method="pfedgpa")
+        warnings = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
+        assert len(warnings) == 1
+        assert "round 4: client 1 " in warnings[0]
+        assert BAD[kind] in warnings[0]
+        # nothing of it entered the buffer, and client 1 is served from its upload of round 3
+        buffered = set(zip(seen[0].rounds.tolist(), seen[0].clients.tolist(), strict=True))
+        assert buffered == {(r, c) for r in range(1, 5) for c in range(4)} - {(4, 1)}
+        assert seen[0].newest == [0, 1, 2, 3]
+        assert torch.isfinite(seen[0].latents).all()
+
+    def test_no_uploads_at_all_ends_the_run_with_results_on_disk(self, tmp_path: Path) -> None:
+        def fail(message: Message, reply: Message) -> Message | None:
+            config = message.content.config_records["config"]
+            late = config["round"] == 3 and config["method"] == "fedavg"
+            return None if late and message.metadata.message_type == "train" else reply
+
+        with pytest.raises(NoUploadsError, match=r"round 3 of fedavg: none of 4 clients"):
+            federate(tmp_path, fail, method="local,fedavg")
+        folder = tmp_path / "run"
+        assert list(summary(folder)) == ["local"]
+        assert max(r["round"] for r in records(folder) if r["federation"] == "fedavg") == 2
+        assert records(folder, "events.jsonl")[-1]["kind"] == "failed"
+
+    def test_a_failing_client_is_named(self, tmp_path: Path) -> None:
+        folder, grid = federate(tmp_path, method="fedavg", num_server_rounds=1)
+        message = train_messages(grid)[0]
+        bad = Message(RecordDict({"other": ArrayRecord()}), reply_to=message)
+        upload, reason = check_upload(bad, {})
+        assert upload is None
+        assert "['other']" in reason
+        assert folder.exists()
