@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -9,6 +11,10 @@ from pfedgpa_app.config import resolve
 from pfedgpa_app.experiment import run
 
 app = ServerApp()
+
+logger = logging.getLogger("pfedgpa")  # what the run says goes where Flower's words go
+logger.setLevel(logging.INFO)
+logger.handlers = logging.getLogger("flwr").handlers
 
 
 @app.main()

@@ -67,7 +67,13 @@ def main(arguments: list[str] | None = None) -> int:
     draw.add_argument("--conf", help="experiment in conf/, or a YAML file")
     draw.add_argument("--out", type=Path, default=Path("partition.png"), help="the picture")
 
-    options = parser.parse_args(arguments)
+    # settings may stand before and after options, which argparse's subcommands cannot mix
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "settings" or any(word.startswith("-") for word in rest):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        options.settings += rest
     # a background job has SIGINT ignored, and SIGTERM must stop what was started, too
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, signal.default_int_handler)

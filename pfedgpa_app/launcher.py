@@ -62,7 +62,9 @@ class Flower:
     """A SuperLink in simulation mode that lives as long as the ``with`` block."""
 
     def __init__(self, log: Path) -> None:
-        self.home = Path(tempfile.mkdtemp(prefix="pfedgpa-"))
+        # Ray makes sockets below its folder, whose whole paths may have 107 characters
+        where = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 20 else "/tmp"
+        self.home = Path(tempfile.mkdtemp(prefix="pfedgpa-", dir=where))
         self.port, self.log = free_port(), log
         bin_dir = Path(sys.executable).parent
         self.env = os.environ | {

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,6 @@ LIMIT = 400  # seconds; a run takes about 30
 
 
 def pfedgpa(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    temporary = folder / "tmp"
-    temporary.mkdir(parents=True, exist_ok=True)
     return subprocess.run(
         [sys.executable, "-m", "pfedgpa_app.cli", "run", *SETTINGS, *arguments],
         cwd=folder,
@@ -152,10 +151,11 @@ def test_a_failed_run_says_so_and_exits_with_1(
 
 
 def test_an_interrupted_run_stops_what_it_started(tmp_path: Path) -> None:
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))
     process = subprocess.Popen(
         [sys.executable, "-m", "pfedgpa_app.cli", "run", *SETTINGS, "num-server-rounds=100000"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(APP_DIR), "TMPDIR": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": str(APP_DIR), "TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -164,10 +164,11 @@ def test_an_interrupted_run_stops_what_it_started(tmp_path: Path) -> None:
     for line in process.stdout:
         if "round 2/" in line:
             break
-    (home,) = tmp_path.glob("pfedgpa-*")
+    (home,) = temporary.glob("pfedgpa-*")
     assert len(_processes_of(home)) > 3  # SuperLink, simulation, Ray
     process.send_signal(signal.SIGTERM)
     process.stdout.read()
     assert process.wait(timeout=60) == 130
     assert _processes_of(home) == []
     assert not home.exists()
+    temporary.rmdir()
