@@ -1,0 +1,89 @@
+"""Time and memory of pFedGPA's server step: encode, fit, invert, decode.
+
+    python benchmarks/server_step.py [--clients 20] [--rounds 20] [--weights 107690]
+
+Prints one JSON line: seconds in all and in parts, the buffer's bytes, and the peak of memory
+beyond what the process held before the step, as a multiple of the buffer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+
+import torch
+
+from pfedgpa_app.diffusion.autoencoder import remove_drift
+from pfedgpa_app.diffusion.buffer import Buffer
+from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def synthetic(clients: int, rounds: int, weights: int) -> Buffer:
+    """Uploads of clients in five groups, with a head of 1,290 numbers at the end."""
+    rng = torch.Generator().manual_seed(0)
+    group = 0.02 * torch.randn(5, weights, generator=rng)
+    own = 0.01 * torch.randn(clients, weights, generator=rng)
+    buffer = Buffer(rounds)
+    head = 1280
+    for r in range(rounds):
+        drift = 0.05 * torch.randn(weights, generator=rng)
+        for c in range(clients):
+            noise = 0.02 * torch.randn(weights, generator=rng)
+            vector = drift + group[c % 5] + own[c] + noise
+            named = {"body": vector[:-head], "head": vector[-head:].reshape(10, head // 10)}
+            buffer.add(r, c, named)
+    return buffer
+
+
+def main() -> None:
+    """Run the step once and print what it took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--weights", type=int, default=107_690)
+    options = parser.parse_args()
+    # what torch loads at its first matrix product and training step is not the step's
+    small = synthetic(4, 3, 2000)
+    WeightDistribution(small, FitSettings(fit_steps=2), seed=0).generate("tweedie", draws=2)
+    buffer = synthetic(options.clients, options.rounds, options.weights)
+    size = options.clients * options.rounds * options.weights * 4
+    before = peak_bytes()
+    started = time.perf_counter()
+    fitted = WeightDistribution(buffer, FitSettings(), seed=0)
+    fit = time.perf_counter() - started
+    generated = fitted.generate("tweedie", draws=64)
+    total = time.perf_counter() - started
+    extra = peak_bytes() - before
+    started = time.perf_counter()
+    remove_drift(*buffer.stack()[1:]).gram()
+    gram = time.perf_counter() - started
+    print(
+        json.dumps(
+            {
+                "clients": options.clients,
+                "rounds": options.rounds,
+                "weights": options.weights,
+                "rank": fitted.rank,
+                "strength": fitted.strength,
+                "seconds": round(total, 2),
+                "seconds_fit": round(fit, 2),
+                "seconds_gram_alone": round(gram, 2),
+                "seconds_generate": round(total - fit, 2),
+                "buffer_bytes": size,
+                "extra_bytes": extra,
+                "extra_over_buffer": round(extra / size, 2),
+                "generated": len(generated),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
