@@ -77,7 +77,7 @@ class TestResults:
             "weights",
         }
         rows = summary(folder)
-        assert list(rows) == ["local", "fedavg", "fedavg-ft", "pfedgpa"]
+        assert list(rows) == ["local", "fedavg", "fedavg-ft", "client-mean", "pfedgpa"]
         for row in rows.values():
             assert 0 < row["accuracy_worst_client"] <= row["accuracy_after_ft"] <= 100
             assert (row["dataset"], row["num_clients"], row["rounds"]) == ("digits", 4, 4)

@@ -69,7 +69,7 @@ def test_the_demo_runs_where_the_user_is_and_leaves_nothing_running(
     assert "fedavg round 4/4" in done.stdout
     assert "left" in done.stdout
     assert "| pFedGPA" in done.stdout
-    assert list(summary(folder)) == ["local", "fedavg", "fedavg-ft", "pfedgpa"]
+    assert list(summary(folder)) == ["local", "fedavg", "fedavg-ft", "client-mean", "pfedgpa"]
     assert records(folder) == in_process  # Ray or not: the same numbers, to the last digit
     names = {p.name for p in folder.iterdir()}
     assert {"accuracy.png", "clients.png", "latents.png", "table.md", "weights"} <= names
