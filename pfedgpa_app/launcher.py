@@ -7,6 +7,7 @@ own, on a free port, with a home that is deleted with it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -148,11 +149,11 @@ class Flower:
 
     def __exit__(self, *_: object) -> None:
         for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-            for pid in _processes_of(self.home):
-                try:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.superlink.pid, sign)
+            for pid in _processes_of(self.home):  # Ray's have left the group
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, sign)
-                except ProcessLookupError:
-                    continue
             deadline = time.monotonic() + patience
             while time.monotonic() < deadline and _processes_of(self.home):
                 self.superlink.poll()  # a zombie of ours has no environment left

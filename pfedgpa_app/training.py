@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pfedgpa_app.data.client import Images
+from pfedgpa_app.data.images import Images
 
 EVALUATION_BATCH = 1000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 from pfedgpa_app import cli
-from pfedgpa_app.config import APP_DIR, KEYS, ConfigError, resolve
+from pfedgpa_app.config import APP_DIR, KEYS, ConfigError, PFedGPASettings, resolve
+from pfedgpa_app.diffusion.fit import FitSettings
 from pfedgpa_app.methods import METHODS, method_class
 
 
@@ -45,6 +47,11 @@ class TestLayers:
     @pytest.mark.parametrize("conf", sorted(p.stem for p in (APP_DIR / "conf").glob("*.yaml")))
     def test_every_experiment_is_valid(self, conf: str) -> None:
         assert resolve({"conf": conf}).config.conf == conf
+
+    def test_the_core_has_the_settings_defaults(self) -> None:
+        # diffusion/ knows nothing of config.py, so its own defaults must not drift apart
+        for field in dataclasses.fields(FitSettings):
+            assert getattr(PFedGPASettings(), field.name) == field.default
 
     def test_methods_exist(self) -> None:
         for name in METHODS:

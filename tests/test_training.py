@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pfedgpa_app import models, training
-from pfedgpa_app.data.client import Images
+from pfedgpa_app.data.images import Images
 from pfedgpa_app.randomness import numpy_generator, torch_generator
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,18 @@ class FitSettings:
     latent_noise: float = 0.1
 
 
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On the CPU: layers this small run up to twenty times slower on contended threads."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def fit_network(
     latents: Tensor,
     noise: Tensor,
@@ -66,23 +80,6 @@ def fit_network(
         latents: [N, k] at unit variance; their order does not matter.
         noise: deviation of the augmentation in each direction [k].
     """
-    threads = torch.get_num_threads()
-    if device.type == "cpu":  # layers this small run many times slower on contended threads
-        torch.set_num_threads(1)
-    try:
-        return _fit_network(latents, noise, schedule, settings, seed, device)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _fit_network(
-    latents: Tensor,
-    noise: Tensor,
-    schedule: Schedule,
-    settings: FitSettings,
-    seed: int,
-    device: torch.device,
-) -> NetworkDenoiser:
     generator = torch_generator(seed, "fit")
     order = torch.arange(len(latents))
     for column in range(latents.shape[1] - 1, -1, -1):  # sorted by content, not by client
@@ -118,7 +115,7 @@ def _fit_network(
         optimiser.step()
         cycle.step()
         average.update_parameters(network)
-    return NetworkDenoiser(average.module, schedule)
+    return NetworkDenoiser(average.module.cpu(), schedule)  # latents are few: generate there
 
 
 class WeightDistribution:
@@ -192,7 +189,10 @@ class WeightDistribution:
             return GaussianDenoiser.fit(self.latents, self.schedule)
         if settings.denoiser == "finite-set":
             return FiniteSetDenoiser(self.latents, self.schedule, blur=settings.latent_noise)
-        return fit_network(self.latents, augmentation, self.schedule, settings, self.seed, device)
+        with _one_thread(device):
+            return fit_network(
+                self.latents, augmentation, self.schedule, settings, self.seed, device
+            )
 
     def generate(
         self,
