@@ -142,6 +142,7 @@ class _Run:
         scores: dict[str, tuple[dict[int, FinalScore], int]] = {}
         for method_name in methods:
             method = method_class(method_name)(self.config, state)
+            self.log.event("status", f"{method.title}: making and evaluating clients' weights")
             started = time.perf_counter()
             weights = method.personalise()
             seconds = time.perf_counter() - started

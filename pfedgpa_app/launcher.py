@@ -188,7 +188,7 @@ class Watcher:
         self.last = event["kind"]
         if self.last == "failed":
             return  # said at the end, once
-        if self.last == "round" and self.status:
+        if self.last in ("round", "status") and self.status:
             self.status.update(event["text"], spinner="dots")
         else:
             self.console.print(event["text"], markup=False, highlight=False, soft_wrap=True)
@@ -253,11 +253,13 @@ def launch(
                 "run", str(app), CONNECTION, "--federation-config", federation, "-c", overrides
             )
             run_id = str(answer["run-id"])
-            follower = flower.follow(run_id)
-            while follower.poll() is None:
-                watcher.look()
-                time.sleep(0.2)
-            status = flower.flwr("ls", CONNECTION, "--run-id", run_id)["runs"][0]
+            status: dict[str, Any] = {"status": ""}
+            while not str(status["status"]).startswith("finished"):
+                follower = flower.follow(run_id)  # a log stream may break off before the run ends
+                while follower.poll() is None:
+                    watcher.look()
+                    time.sleep(0.2)
+                status = flower.flwr("ls", CONNECTION, "--run-id", run_id)["runs"][0]
     finally:
         watcher.close()
     if not str(status["status"]).startswith("finished:completed") or watcher.last != "done":
