@@ -21,6 +21,7 @@ from pfedgpa_app.models import Weights
 
 logger = logging.getLogger("pfedgpa")
 
+ARRIVAL = 3.0  # seconds without a new node, after which no more are waited for
 Settings = dict[str, Any]  # what a ConfigRecord takes
 
 
@@ -84,7 +85,8 @@ class Roster:
         """Ask every node who it is, until all are there.
 
         Raises:
-            RosterError: no node, or too few in a deployment, within ``timeout`` seconds.
+            RosterError: no node within ``timeout`` seconds, none that answers, or two that
+                claim the same partition.
         """
         self.grid, self.timeout = OneAtATime(grid), timeout
         partitions = self._discover(num_clients)
@@ -101,14 +103,15 @@ class Roster:
             )
 
     def _discover(self, num_clients: int) -> dict[int, int]:
-        """{node id: partition id}, once the nodes have stopped arriving."""
-        deadline = time.monotonic() + min(self.timeout, 120)
+        """{node id: partition id}, once all are there or none has arrived for a while."""
+        now = arrived = started = time.monotonic()
         nodes: set[int] = set()
-        while time.monotonic() < deadline:
-            seen, nodes = nodes, set(self.grid.get_node_ids())
-            if nodes and (len(nodes) >= num_clients or nodes == seen):
+        while now - started < min(self.timeout, 120):
+            now, seen, nodes = time.monotonic(), nodes, set(self.grid.get_node_ids())
+            arrived = now if nodes != seen else arrived
+            if len(nodes) >= num_clients or (nodes and now - arrived > ARRIVAL):
                 break
-            time.sleep(0.5)
+            time.sleep(0.1)
         if not nodes:
             raise RosterError("no node has connected: start the SuperNodes first")
         questions = [

@@ -114,15 +114,10 @@ class Personalised(Strategy):
     def __init__(
         self, method: Method[Any], name: str, roster: Roster, config: Config, log: RunLog
     ) -> None:
-        self.method, self.name, self.roster, self.config, self.log = (
-            method,
-            name,
-            roster,
-            config,
-            log,
-        )
+        self.method, self.name, self.roster = method, name, roster
+        self.config, self.log = config, log
         self.server_seconds = 0.0
-        self.bytes_up = self.bytes_down = 0
+        self.bytes_up = self.bytes_down = self._round_down = 0
         self._sent: dict[int, Message] = {}
         self._participants: dict[int, dict[str, float]] = {}
 
