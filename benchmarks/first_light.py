@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 COLUMNS = {
     "before FT": "accuracy_before_ft",
     "FT as in training": "accuracy_after_ft_as_in_training",
-    "gentle FT, kept if better": "accuracy_kept",
+    "kept by validation": "accuracy_kept",
     "tuned FT": "accuracy_after_ft_tuned",
     "worst client before FT": "accuracy_worst_client_before_ft",
     "worst client kept": "accuracy_worst_client_kept",
@@ -34,16 +34,19 @@ COLUMNS = {
 # FedAvg's rounds are run once; generation starts from the uploads that they left, and can be
 # repeated without them (delete the folder ending in -generated).
 STEPS = {
-    "": "local,fedavg,fedavg-ft,fedavg-ft-tuned,last-upload,client-mean,group-mean",
-    "-generated": "pfedgpa,pfedgpa-inverted,pfedgpa-sampled",
+    "": "method=local,fedavg,fedavg-ft,fedavg-ft-tuned,last-upload,client-mean,group-mean",
+    "-generated": "method=pfedgpa,pfedgpa-inverted,pfedgpa-sampled",
 }
+PRINCIPAL = "method=pfedgpa pfedgpa.directions=principal"  # the ablation, with --principal
 
 
-def run(conf: str, dataset: str, seed: int, data_dir: Path, out: Path) -> list[dict[str, Any]]:
+def run(
+    conf: str, dataset: str, seed: int, data_dir: Path, out: Path, steps: dict[str, str]
+) -> list[dict[str, Any]]:
     """One seed's rows, in the order of the experiment's methods; run now unless they are there."""
     rows: dict[str, dict[str, Any]] = {}
     federated = out / f"{conf}-s{seed}"
-    for step, methods in STEPS.items():
+    for step, settings in steps.items():
         folder = out / f"{conf}-s{seed}{step}"
         if not _complete(folder):
             if folder.exists():
@@ -51,14 +54,17 @@ def run(conf: str, dataset: str, seed: int, data_dir: Path, out: Path) -> list[d
             command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--conf", conf]
             command += ["--app", str(HERE.parent), f"dataset={dataset}", f"seed={seed}"]
             command += [f"data-dir={data_dir}", f"out-dir={out}", f"run-name={folder.name}"]
-            command += [f"method={methods}"]
+            command += [settings]
             command += [
                 f"uploads={federated / 'uploads.safetensors'}" if step else "save-uploads=true"
             ]
             subprocess.run(command, check=True)
         summary = json.loads((folder / "summary.json").read_text())
+        if step == "-principal":
+            summary[0] |= {"method": "principal", "title": "pFedGPA on principal directions"}
         rows |= {row["method"]: row for row in summary}
-    return [rows[name] for name in resolve({"conf": conf}).config.method]
+    order = [*resolve({"conf": conf}).config.method, "principal"]
+    return [rows[name] for name in order if name in rows]
 
 
 def _complete(folder: Path) -> bool:
@@ -86,13 +92,15 @@ def main() -> None:
     parser.add_argument("--cifar10", default="cifar10", help="or imagefolder:PATH")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "runs")
+    parser.add_argument("--principal", action="store_true", help="the ablation of directions, too")
     options = parser.parse_args()
+    steps = STEPS | ({"-principal": PRINCIPAL} if options.principal else {})
     sets = {"first-light-cifar10": options.cifar10, "first-light-fashion-mnist": "fashion-mnist"}
     collected: dict[str, list[list[dict[str, Any]]]] = {conf: [] for conf in sets}
     for seed in options.seeds:
         for conf, dataset in sets.items():
             data_dir, out = options.data_dir.absolute(), options.out.absolute()
-            collected[conf].append(run(conf, dataset, seed, data_dir, out))
+            collected[conf].append(run(conf, dataset, seed, data_dir, out, steps))
             _write(collected, sets)
 
 
