@@ -30,6 +30,12 @@ class NoUploadsError(RuntimeError):
     """A round ended without one usable upload: the run cannot go on."""
 
 
+def failure(reply: Message) -> str:
+    """Why an error reply says that the client failed, in one short text."""
+    reason = _ANSI.sub("", reply.error.reason or "no reason given").strip()
+    return f"failed (code {reply.error.code}): {reason[-300:]}"
+
+
 def check_upload(reply: Message, expected: Weights) -> tuple[Upload | None, str]:
     """The reply's upload, or None and what is wrong with it.
 
@@ -37,8 +43,7 @@ def check_upload(reply: Message, expected: Weights) -> tuple[Upload | None, str]
         expected: tensors of the names, shapes and dtypes that an upload must have.
     """
     if reply.has_error():
-        reason = _ANSI.sub("", reply.error.reason or "no reason given").strip()
-        return None, f"failed (code {reply.error.code}): {reason[-300:]}"
+        return None, failure(reply)
     records, metrics = reply.content.array_records, reply.content.metric_records.get("metrics")
     if list(records) != ["arrays"]:
         return None, f"sent array records {sorted(records)} instead of ['arrays']"
@@ -209,7 +214,7 @@ class Personalised(Strategy):
         scores: dict[int, dict[str, float]] = {}
         for client, reply in match(self._sent, replies).items():
             if reply.has_error():
-                self.log.rejected(self.name, server_round, client, check_upload(reply, {})[1])
+                self.log.rejected(self.name, server_round, client, failure(reply))
                 continue
             counts: Any = reply.content.metric_records["metrics"]
             images = counts["images"]
@@ -245,7 +250,7 @@ class Personalised(Strategy):
         scores, sent = {}, sum(array_bytes(message) for message in messages.values())
         for client, reply in self.roster.exchange(messages).items():
             if reply.has_error():
-                reason = check_upload(reply, {})[1]
+                reason = failure(reply)
                 self.log.rejected(method, self.config.num_server_rounds, client, reason)
                 continue
             counts: Any = reply.content.metric_records["metrics"]

@@ -25,6 +25,12 @@ def client_means(clients: Tensor) -> Tensor:
     return means - means.mean(0)
 
 
+def newest_rows(clients: Tensor) -> Tensor:
+    """Each client's last row [n], in rising order of clients; rows are in the order of rounds."""
+    last = {client: row for row, client in enumerate(clients.tolist())}
+    return torch.tensor([last[client] for client in sorted(last)])
+
+
 def choose_rank(head_gram: Tensor, clients: Tensor) -> int:
     """Directions in which clients' classifiers differ by more than their noise.
 
@@ -74,8 +80,7 @@ def shared_directions(
         combinations [N, k].
     """
     means = client_means(clients)
-    _, who = clients.unique(return_inverse=True)
-    newest = torch.tensor([int((who == i).nonzero()[-1]) for i in range(len(means))])
+    newest = newest_rows(clients)
     rank = min(rank, max(1, len(means) - 1))
     scores = principal_directions(means @ head_gram @ means.T, rank)
     for _ in range(refinements):

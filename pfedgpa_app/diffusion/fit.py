@@ -23,6 +23,7 @@ from pfedgpa_app.diffusion.denoiser import (
 )
 from pfedgpa_app.diffusion.directions import (
     choose_rank,
+    newest_rows,
     principal_directions,
     shared_directions,
 )
@@ -170,14 +171,10 @@ class WeightDistribution:
             return settings.strength
         if not self.rank:
             return 0
-        place = {
-            client: row for row, client in enumerate(self.clients.tolist())
-        }  # rows are by round: the last one is the newest
-        rows = [place[client] for client in self.newest if client in place]
         return calibrate_strength(
             self.latents,
             self.clients,
-            torch.tensor(rows),
+            newest_rows(self.clients),
             self.schedule,
             settings.own_weight,
             self.seed,
