@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -46,16 +47,41 @@ def device_for(setting: str) -> torch.device:
     return torch.device(setting)
 
 
-def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random crop after padding by 4 and random horizontal flip, each image its own draw."""
-    n, _, height, width = images.shape
-    top, left = torch.randint(0, 9, (2, n), generator=generator).to(images.device)
-    flip = torch.rand(n, generator=generator).to(images.device) < 0.5
-    rows = top[:, None] + torch.arange(height, device=images.device)
-    columns = left[:, None] + torch.arange(width, device=images.device)
-    columns = torch.where(flip[:, None], columns.flip(1), columns)
+def batches(
+    size: int, recipe: Recipe, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """What each step of a client learns from: the only place where training draws.
+
+    Each epoch is one shuffled pass over ``size`` images, a short last batch included.
+
+    Args:
+        generator: on the CPU.
+
+    Yields:
+        the batch's indices [B], and under augmentation each image's crop [3, B].
+    """
+    for _ in range(recipe.epochs):
+        order = torch.randperm(size, generator=generator)
+        for batch in order.split(recipe.batch_size):
+            yield batch, draw_crops(len(batch), generator) if recipe.augment else None
+
+
+def draw_crops(n: int, generator: torch.Generator) -> Tensor:
+    """Each image's offset from the top and the left (0..8) and whether it is flipped, [3, n]."""
+    offsets = torch.randint(0, 9, (2, n), generator=generator)
+    flip = torch.rand(n, generator=generator) < 0.5
+    return torch.cat([offsets, flip[None].long()])
+
+
+def crop_and_flip(images: Tensor, crops: Tensor) -> Tensor:
+    """Images [n, C, H, W] padded by 4, cropped and mirrored as ``crops`` [3, n] says."""
+    _, _, height, width = images.shape
+    top, left, flip = crops[:, :, None].to(images.device)
+    rows = top + torch.arange(height, device=images.device)
+    columns = left + torch.arange(width, device=images.device)
+    columns = torch.where(flip > 0, columns.flip(1), columns)
     padded = F.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
-    index = torch.arange(n, device=images.device)[:, None, None]
+    index = torch.arange(len(images), device=images.device)[:, None, None]
     return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
@@ -65,10 +91,7 @@ def train(
     recipe: Recipe,
     generator: torch.Generator,
 ) -> float:
-    """Train ``model`` in place; each epoch is one shuffled pass, a short last batch included.
-
-    Args:
-        generator: on the CPU; draws the batches and the augmentation.
+    """Train ``model`` in place on ``batches``.
 
     Returns:
         the mean loss over all images of all epochs (0 without a step).
@@ -81,19 +104,18 @@ def train(
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
-    images, labels = data.images.to(device), data.labels.to(device)
+    data = data.to(device)
+    images, labels = data.floats(), data.labels
     total = torch.zeros((), device=device)
-    for _ in range(recipe.epochs):
-        order = torch.randperm(len(data), generator=generator)
-        for batch in order.split(recipe.batch_size):
-            x = images[batch]
-            if recipe.augment:
-                x = crop_and_flip(x, generator)
-            optimiser.zero_grad()
-            loss = F.cross_entropy(model(x), labels[batch])
-            loss.backward()
-            optimiser.step()
-            total += loss.detach() * len(batch)
+    for batch, crops in batches(len(data), recipe, generator):
+        x = images[batch]
+        if crops is not None:
+            x = crop_and_flip(x, crops)
+        optimiser.zero_grad()
+        loss = F.cross_entropy(model(x), labels[batch])
+        loss.backward()
+        optimiser.step()
+        total += loss.detach() * len(batch)
     return float(total) / max(1, recipe.epochs * len(data))
 
 
@@ -104,9 +126,8 @@ def evaluate(model: nn.Module, data: Images) -> Score:
     device = next(model.parameters()).device
     correct, loss = 0, 0.0
     for start in range(0, len(data), EVALUATION_BATCH):
-        x = data.images[start : start + EVALUATION_BATCH].to(device)
-        y = data.labels[start : start + EVALUATION_BATCH].to(device)
-        logits = model(x)
-        correct += int((logits.argmax(1) == y).sum())
-        loss += float(F.cross_entropy(logits, y, reduction="sum"))
+        batch = data[start : start + EVALUATION_BATCH].to(device)
+        logits = model(batch.floats())
+        correct += int((logits.argmax(1) == batch.labels).sum())
+        loss += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
     return Score(correct, loss, len(data))

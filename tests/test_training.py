@@ -52,6 +52,13 @@ class TestModels:
                 models.network_name(model, shape)
 
 
+class Plain(Images):
+    """Numbers that reach the network as they are."""
+
+    def floats(self) -> torch.Tensor:
+        return self.pixels
+
+
 class TestTraining:
     def test_one_step_by_hand(self) -> None:
         # logits (w·x, 0) with w = 0: p = 1/2, gradient (p − 1)·x = −1/2·3; plus decay 0.1·w = 0
@@ -61,7 +68,7 @@ class TestTraining:
         with torch.no_grad():
             model.weight.zero_()
         model.weight.register_hook(lambda g: g * torch.tensor([[1.0], [0.0]]))
-        data = Images(torch.tensor([[3.0]]), torch.tensor([0]))
+        data = Plain(torch.tensor([[3.0]]), torch.tensor([0]))
         recipe = training.Recipe(2, 0.1, 1, momentum=0.5, weight_decay=0.1)
         training.train(model, data, recipe, torch.Generator())
         assert model.weight[0].item() == pytest.approx(0.340308, abs=1e-5)
@@ -76,7 +83,7 @@ class TestTraining:
                 return super().forward(x)
 
         model = Spy(1, 2)
-        data = Images(torch.arange(7.0)[:, None], torch.zeros(7, dtype=torch.long))
+        data = Plain(torch.arange(7.0)[:, None], torch.zeros(7, dtype=torch.long))
         recipe = training.Recipe(2, 1e-12, 3)
         loss = training.train(model, data, recipe, torch.Generator().manual_seed(0))
         assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7))
@@ -86,7 +93,8 @@ class TestTraining:
 
     def test_crop_and_flip_are_shifts_and_mirrors(self) -> None:
         image = torch.arange(1.0, 1 + 3 * 32 * 32).view(1, 3, 32, 32)
-        out = training.crop_and_flip(image.expand(200, -1, -1, -1), torch.Generator())
+        crops = training.draw_crops(200, torch.Generator())
+        out = training.crop_and_flip(image.expand(200, -1, -1, -1), crops)
         padded = nn.functional.pad(image, (4, 4, 4, 4))[0]
         allowed = set()
         for top in range(9):
@@ -101,7 +109,7 @@ class TestTraining:
         model = nn.Identity()
         model.register_parameter("unused", nn.Parameter(torch.zeros(1)))
         logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
-        score = training.evaluate(model, Images(logits, torch.tensor([0, 1, 1])))
+        score = training.evaluate(model, Plain(logits, torch.tensor([0, 1, 1])))
         assert (score.correct, score.images) == (2, 3)
         assert score.accuracy == pytest.approx(200 / 3)
 

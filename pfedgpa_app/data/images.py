@@ -1,8 +1,9 @@
-"""Images as networks take them."""
+"""Images as clients hold them, and as networks take them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -17,18 +18,41 @@ NORMALISATION = {
 
 @dataclass(frozen=True)
 class Images:
-    """Normalised images [N, C, H, W] float32 (channels last in memory) and labels [N]."""
+    """Pixels [N, C, H, W] uint8 (channels last in memory) and labels [N] int64.
 
-    images: Tensor
+    They stay bytes, a quarter of what floats take, until a network asks for them.
+    """
+
+    pixels: Tensor
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __getitem__(self, part: slice) -> Self:
+        return replace(self, pixels=self.pixels[part], labels=self.labels[part])
 
-def normalised(pixels: np.ndarray, labels: np.ndarray) -> Images:
-    """From pixels [N, C, H, W] uint8 and labels [N] int64."""
-    images = torch.from_numpy(np.ascontiguousarray(pixels)).float() / 255
-    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in NORMALISATION[images.shape[1]])
-    images = ((images - mean) / std).contiguous(memory_format=torch.channels_last)
-    return Images(images, torch.from_numpy(labels))
+    def to(self, device: torch.device) -> Self:
+        """The same images on ``device``."""
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
+
+    def floats(self) -> Tensor:
+        """All of them as networks take them, [N, C, H, W] float32."""
+        return normalised(self.pixels)
+
+
+def images_of(pixels: np.ndarray, labels: np.ndarray, held: np.ndarray) -> Images:
+    """The images ``held`` (indices) of a data set's pixels [N, C, H, W] uint8 and labels [N]."""
+    taken = torch.from_numpy(np.ascontiguousarray(pixels[held]))
+    return Images(
+        taken.contiguous(memory_format=torch.channels_last), torch.from_numpy(labels[held])
+    )
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """float32 with about zero mean and unit variance, from pixels [..., C, H, W] uint8."""
+    mean, std = (
+        torch.tensor(v, device=pixels.device).view(-1, 1, 1)
+        for v in NORMALISATION[pixels.shape[-3]]
+    )
+    return pixels.float().div_(255).sub_(mean).div_(std)

@@ -55,7 +55,8 @@ class RunLog:
 
     def event(self, kind: str, text: str, **more: Any) -> None:
         """Say something to whoever watches."""
-        self._append(EVENTS, {"kind": kind, "text": text, **more})
+        now = round(time.time(), 3)
+        self._append(EVENTS, {"kind": kind, "text": text, "time": now, **more})
         if kind != "warning":
             logger.info(text)
 
