@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     settings_help = "settings, as in seed=1 method=local,pfedgpa; see: pfedgpa settings"
 
-    run = commands.add_parser("run", help="run an experiment on Flower's simulation")
+    run = commands.add_parser("run", help="run an experiment")
     run.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings_help)
     run.add_argument("-c", "--run-config", action="append", default=[], help="the same")
     run.add_argument("--conf", help="experiment in conf/, or a YAML file")
@@ -128,7 +128,8 @@ def _draw_partition(overrides: dict[str, Any], out: Path) -> int:
 
 def _run(overrides: dict[str, Any], app: Path) -> int:
     from pfedgpa_app.data.datasets import DataError
-    from pfedgpa_app.launcher import LaunchError, launch
+    from pfedgpa_app.engine import LaunchError
+    from pfedgpa_app.launcher import launch
 
     try:
         launch(overrides, app)

@@ -129,6 +129,14 @@ class Config:
     model: str = setting(
         "auto", "network; auto: by image shape", choices=("auto", "digits", "fashion", "cifar")
     )
+    engine: str = setting(
+        "auto",
+        "what serves the clients under `pfedgpa run`; auto: batched with a GPU, else process",
+        choices=("auto", "ray", "process", "batched"),
+    )
+    workers: int | None = setting(
+        None, "clients served at the same time by ray and process; auto: one a core", low=1
+    )
     device: str = setting("auto", "auto: a GPU when there is one", choices=("auto", "cpu", "cuda"))
     num_server_rounds: int = setting(200, "rounds", low=1)
     fraction_train: float = setting(1.0, "share of clients sampled each round", above=0, high=1)

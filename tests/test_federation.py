@@ -17,7 +17,7 @@ from pfedgpa_app.experiment import run
 from pfedgpa_app.methods.base import Upload
 from pfedgpa_app.methods.fedavg import weighted_mean
 from pfedgpa_app.strategy import NoUploadsError, check_upload
-from tests.local_grid import LocalGrid
+from tests.local_grid import InProcessGrid
 
 SMALL: dict[str, Any] = {
     "num-clients": 4,
@@ -34,12 +34,12 @@ SMALL: dict[str, Any] = {
 
 def federate(
     out: Path, tamper: Any = None, nodes: int | None = None, **settings: Any
-) -> tuple[Path, LocalGrid]:
+) -> tuple[Path, InProcessGrid]:
     """Run the demo at a small size; ``settings`` by their names with underscores."""
     named = {name.replace("_", "-"): value for name, value in settings.items()}
     run_config = SMALL | {"out-dir": str(out), "run-name": "run"} | named
     resolved = resolve(run_config)
-    grid = LocalGrid(run_config, nodes or resolved.config.num_clients, tamper)
+    grid = InProcessGrid(run_config, nodes or resolved.config.num_clients, tamper)
     return run(grid, resolved), grid
 
 
@@ -51,7 +51,7 @@ def records(folder: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / file).read_text().splitlines()]
 
 
-def train_messages(grid: LocalGrid, method: str = "fedavg") -> list[Message]:
+def train_messages(grid: InProcessGrid, method: str = "fedavg") -> list[Message]:
     return [
         m
         for m in grid.sent

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pfedgpa_app.config import APP_DIR
-from pfedgpa_app.launcher import _processes_of, free_port
+from pfedgpa_app.engine.ray import _processes_of, free_port
 from tests.test_federation import SMALL, federate, records, summary
 
 SETTINGS = [f"{key}={value}" for key, value in SMALL.items()]

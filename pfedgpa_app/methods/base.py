@@ -12,9 +12,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
+from pfedgpa_app import training
 from pfedgpa_app.config import Config
 from pfedgpa_app.data.client import ClientData
-from pfedgpa_app.models import Weights
+from pfedgpa_app.models import Weights, weights_of
 from pfedgpa_app.training import Recipe
 
 S = TypeVar("S")
@@ -90,14 +91,36 @@ class Method(Generic[S]):
         """Every client's weights after the last round."""
         return {client: self.download(client) for client in range(self.config.num_clients)}
 
-    # client half
+    # client half: where local SGD starts, what becomes of its end, what is evaluated; {} stands
+    # for the network as the run's seed initialises it
 
     @staticmethod
-    def train(task: ClientTask) -> tuple[Weights, float]:
-        """One round on a client: what it uploads, and its training loss."""
-        raise NotImplementedError
+    def start(weights: Weights, state: Weights) -> Weights:
+        """What a client trains from, given its download and its own state."""
+        return weights
+
+    @staticmethod
+    def upload(trained: Weights, state: Weights) -> Weights:
+        """What a client sends back; what it keeps for the next round goes into ``state``."""
+        return trained
 
     @staticmethod
     def evaluated(weights: Weights, state: Weights) -> Weights:
         """The weights that a client is evaluated with, from its download and its own state."""
         return weights
+
+    @classmethod
+    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+        """One round on a client: what it uploads, and its training loss.
+
+        A method whose round is more than this replaces it, and is then never batched.
+        """
+        if start := cls.start(task.weights, task.state):
+            task.model.load_state_dict(start)
+        loss = training.train(task.model, task.data.train, task.recipe, task.generator)
+        return cls.upload(weights_of(task.model), task.state), loss
+
+    @classmethod
+    def is_plain_sgd(cls) -> bool:
+        """Whether a round is SGD on all weights, so that clients can train as one batched model."""
+        return cls.train.__func__ is Method.train.__func__  # type: ignore[attr-defined]

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pfedgpa_app import training
 from pfedgpa_app.config import Config
 from pfedgpa_app.diffusion.buffer import Buffer
 from pfedgpa_app.diffusion.fit import WeightDistribution
-from pfedgpa_app.methods.base import ClientTask, Method, Upload
-from pfedgpa_app.models import Weights, weights_of
+from pfedgpa_app.methods.base import Method, Upload
+from pfedgpa_app.models import Weights
 
 
 @dataclass
@@ -70,12 +69,6 @@ class FedAvg(Method[FedAvgState]):
         for client, upload in uploads.items():
             self.state.buffer.add(server_round, client, upload.weights)
         self.state.buffer.drop_old(server_round)
-
-    @staticmethod
-    def train(task: ClientTask) -> tuple[Weights, float]:
-        task.model.load_state_dict(task.weights)
-        loss = training.train(task.model, task.data.train, task.recipe, task.generator)
-        return weights_of(task.model), loss
 
 
 class FedAvgFT(FedAvg):

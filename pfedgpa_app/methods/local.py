@@ -6,10 +6,9 @@ server: nothing · evaluated: the client's own network.
 
 from __future__ import annotations
 
-from pfedgpa_app import training
 from pfedgpa_app.config import Config
-from pfedgpa_app.methods.base import ClientTask, Method, Upload
-from pfedgpa_app.models import Weights, weights_of
+from pfedgpa_app.methods.base import Method, Upload
+from pfedgpa_app.models import Weights
 
 
 class Local(Method[None]):
@@ -32,12 +31,13 @@ class Local(Method[None]):
         pass
 
     @staticmethod
-    def train(task: ClientTask) -> tuple[Weights, float]:
-        if task.state:
-            task.model.load_state_dict(task.state)
-        loss = training.train(task.model, task.data.train, task.recipe, task.generator)
-        task.state.update(weights_of(task.model))
-        return {}, loss
+    def start(weights: Weights, state: Weights) -> Weights:
+        return state
+
+    @staticmethod
+    def upload(trained: Weights, state: Weights) -> Weights:
+        state.update(trained)
+        return {}
 
     @staticmethod
     def evaluated(weights: Weights, state: Weights) -> Weights:

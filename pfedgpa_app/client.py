@@ -1,0 +1,168 @@
+"""A client's side of each message: what it is asked, what it knows, what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from torch import nn
+
+from pfedgpa_app import training
+from pfedgpa_app.config import Config, resolve_cached
+from pfedgpa_app.data.client import ClientData, load_client, load_dataset
+from pfedgpa_app.methods import method_class
+from pfedgpa_app.models import Weights, build, network_name, weights_of
+from pfedgpa_app.randomness import torch_generator
+
+Metrics = dict[str, int | float | list[int] | list[float]]
+Way = tuple[int, float]  # epochs and learning rate of a fine-tuning
+
+
+def build_model(config: Config) -> nn.Module:
+    """The run's network, initialised from its seed, where the ``device`` setting says."""
+    dataset = load_dataset(config)
+    network = network_name(config.model, dataset.shape)
+    model = build(network, len(dataset.classes), config.seed)
+    return model.to(training.device_for(config.device)).to(memory_format=torch.channels_last)
+
+
+def recipe(config: Config, epochs: int, learning_rate: float) -> training.Recipe:
+    """How the run's clients train for so many epochs at that rate."""
+    c = config
+    return training.Recipe(
+        epochs, learning_rate, c.batch_size, c.momentum, c.weight_decay, c.augment
+    )
+
+
+class Visit:
+    """One message to one client: what every handler needs of it."""
+
+    def __init__(self, message: Message, context: Context) -> None:
+        torch.set_num_threads(1)  # clients share the cores; more threads only contend
+        self.message, self.context = message, context
+        self.config: Config = resolve_cached(context.run_config).config
+        asked: Any = message.content.config_records["config"]
+        self.client, self.round = int(asked["client"]), int(asked["round"])
+        self.ways: list[Way] = list(
+            zip(asked.get("epochs", []), asked.get("learning-rates", []), strict=True)
+        )
+        self.method = method_class(str(asked["method"]))
+        self.weights: Weights = dict(message.content.array_records["arrays"].to_torch_state_dict())
+        self._state_key = f"{asked['method']}.{self.client}"
+        kept = context.state.array_records.get(self._state_key)
+        self.state: Weights = dict(kept.to_torch_state_dict()) if kept else {}
+
+    def data(self) -> ClientData:
+        """What this client holds."""
+        return load_client(self.config, self.client)
+
+    def recipe(self) -> training.Recipe:
+        """How it trains in a round."""
+        return recipe(self.config, self.config.local_epochs, self.config.learning_rate)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Its random stream for ``purpose`` in this round."""
+        return torch_generator(self.config.seed, purpose, self.round, self.client)
+
+    def evaluated(self) -> Weights:
+        """What it is evaluated with; {} for the network as initialised."""
+        return self.method.evaluated(self.weights, self.state)
+
+    def keep_state(self) -> None:
+        """What it keeps for its next visit."""
+        if self.state:
+            self.context.state[self._state_key] = ArrayRecord(self.state)
+
+    def reply(self, metrics: Metrics, weights: Weights | None = None) -> Message:
+        """The answer."""
+        content = RecordDict({"metrics": MetricRecord(metrics)})
+        if weights is not None:
+            content["arrays"] = ArrayRecord(weights)
+        return Message(content, reply_to=self.message)
+
+    def trained(self, weights: Weights, loss: float) -> Message:
+        """The answer to a round."""
+        self.keep_state()
+        return self.reply({"num-examples": len(self.data().train), "loss": loss}, weights)
+
+    def scored(self, score: training.Score) -> Message:
+        """The answer to an evaluation."""
+        return self.reply({"correct": score.correct, "loss": score.loss, "images": score.images})
+
+    def compared(self, test: list[training.Score], validation: list[training.Score]) -> Message:
+        """The answer to the final evaluation: before fine-tuning, then after each way of it."""
+        return self.reply(
+            {
+                "test": [score.correct for score in test],
+                "test-images": test[0].images,
+                "validation": [score.correct for score in validation],
+                "validation-images": validation[0].images,
+            }
+        )
+
+
+class Cohort(Protocol):
+    """Clients that learn at the same time: one network each, and the images that each holds."""
+
+    def load(self, weights: Sequence[Weights]) -> None:
+        """Set every client's weights; {} stands for the network as initialised."""
+
+    def train(
+        self, recipe: training.Recipe, generators: Sequence[torch.Generator]
+    ) -> Sequence[float]:
+        """Local SGD on the training images; every client's mean loss."""
+
+    def evaluate(self, part: str) -> Sequence[training.Score]:
+        """Every client's score on its own images of ``part``, a field of ``ClientData``."""
+
+
+class Single:
+    """A cohort of one."""
+
+    def __init__(self, visit: Visit) -> None:
+        self._data, self.model = visit.data(), build_model(visit.config)
+        self._initial = weights_of(self.model)
+
+    def load(self, weights: Sequence[Weights]) -> None:
+        self.model.load_state_dict(weights[0] or self._initial)
+
+    def train(
+        self, recipe: training.Recipe, generators: Sequence[torch.Generator]
+    ) -> Sequence[float]:
+        return [training.train(self.model, self._data.train, recipe, generators[0])]
+
+    def evaluate(self, part: str) -> Sequence[training.Score]:
+        return [training.evaluate(self.model, getattr(self._data, part))]
+
+
+def compare_ways(cohort: Cohort, visits: Sequence[Visit]) -> list[Message]:
+    """Evaluate before fine-tuning and after each way of it; the fine-tuned copies are dropped.
+
+    Ways of one learning rate share their epochs: two epochs go on from one.
+    """
+    config, ways = visits[0].config, visits[0].ways
+    before: Way = (0, 0.0)
+    test: dict[Way, Sequence[training.Score]] = {}
+    validation: dict[Way, Sequence[training.Score]] = {}
+
+    def score(way: Way) -> None:
+        test[way], validation[way] = cohort.evaluate("test"), cohort.evaluate("validation")
+
+    weights = [visit.evaluated() for visit in visits]
+    cohort.load(weights)
+    score(before)
+    for rate in dict.fromkeys(rate for _, rate in ways):
+        cohort.load(weights)
+        generators = [visit.generator("fine-tune") for visit in visits]
+        for epoch in range(max(epochs for epochs, r in ways if r == rate) + 1):
+            if epoch:
+                cohort.train(recipe(config, 1, rate), generators)
+            if (epoch, rate) in ways:
+                score((epoch, rate))
+    order = [before, *ways]
+    return [
+        visit.compared([test[way][i] for way in order], [validation[way][i] for way in order])
+        for i, visit in enumerate(visits)
+    ]

@@ -1,0 +1,43 @@
+"""Engines: what carries messages between the strategy and the clients of one machine.
+
+ray       Flower's own simulation; also the way to many machines
+process   a Grid in one process with a pool of single-threaded worker processes
+batched   a Grid in one process that trains a round's clients as one batched model
+"""
+
+from __future__ import annotations
+
+import os
+
+# Asks the driver's library, not CUDA itself, so that a process can still be forked afterwards.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+
+class LaunchError(RuntimeError):
+    """A run could not be started, or failed; the text is for the user."""
+
+
+def gpu_for(device: str) -> bool:
+    """Whether the ``device`` setting means a GPU on this machine.
+
+    Raises:
+        ConfigError: it wants one, and there is none.
+    """
+    import torch
+
+    from pfedgpa_app.config import ConfigError
+
+    if device == "cpu":
+        return False
+    if torch.cuda.is_available():
+        return True
+    if device == "cuda":
+        raise ConfigError("device = 'cuda': torch sees no GPU on this machine")
+    return False
+
+
+def engine_for(engine: str, device: str) -> str:
+    """The engine that the ``engine`` setting means on this machine."""
+    if engine != "auto":
+        return engine
+    return "batched" if gpu_for(device) else "process"

@@ -1,0 +1,101 @@
+"""Flower's Grid without a network: nodes that are contexts in this process."""
+
+from __future__ import annotations
+
+import traceback
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+RUN_ID = 1
+# ids neither start at 0 nor follow the partitions, as in Flower
+FIRST_NODE, NODE_STEP = 1_000_003, -7
+
+
+def identify() -> None:
+    """Tell Flower who this process is: its messages cannot be made without."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, 1, 1
+
+
+class LocalGrid(Grid):
+    """A federation of ``nodes`` nodes, one a partition; a subclass says how messages are served.
+
+    Attributes:
+        contexts: each node's context; what a client keeps between rounds lives there.
+    """
+
+    def __init__(self, run_config: dict[str, Any], nodes: int) -> None:
+        identify()
+        self._run = Run.create_empty(RUN_ID)
+        self._replies: dict[str, Message] = {}
+        self.contexts = {
+            node: Context(
+                run_id=RUN_ID,
+                node_id=node,
+                state=RecordDict(),
+                run_config=run_config,
+                node_config={"partition-id": i, "num-partitions": nodes},
+            )
+            for i, node in enumerate(range(FIRST_NODE, FIRST_NODE + nodes * NODE_STEP, NODE_STEP))
+        }
+
+    @abstractmethod
+    def serve(self, messages: list[Message], timeout: float | None) -> list[Message]:
+        """Have the clients answer; replies come in any order, silent clients' not at all."""
+
+    def set_run(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        return self._run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = self._addressed(messages)
+        for reply in self.serve(sent, None):
+            self._replies[reply.metadata.reply_to_message_id] = reply
+        return [message.metadata.message_id for message in sent]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        return self.serve(self._addressed(messages), timeout)
+
+    @staticmethod
+    def _addressed(messages: Iterable[Message]) -> list[Message]:
+        """The messages, each with an id of its own, as Flower's link state gives them."""
+        addressed = list(messages)
+        for message in addressed:
+            message.metadata.__dict__["_message_id"] = uuid4().hex
+        return addressed
+
+
+def raised(message: Message, error: BaseException) -> Message:
+    """The reply to ``message`` when the ClientApp raised, as Flower makes it."""
+    where = "".join(traceback.format_exception(error)[-2:])
+    reason = f"{type(error)}:<'{error}'>\n{where}"
+    code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+    return Message(Error(code=code, reason=reason), reply_to=message)

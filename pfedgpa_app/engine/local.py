@@ -1,0 +1,87 @@
+"""Run the app's two doors in a process of their own, over a grid without a network."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, RecordDict
+from flwr.common.config import get_project_config
+from flwr.supercore.object_ref import load_app
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.engine import LaunchError, gpu_for
+from pfedgpa_app.engine.grid import RUN_ID
+from pfedgpa_app.engine.process import ProcessGrid, context_for
+
+logger = logging.getLogger("pfedgpa")
+
+
+def load_door(app: Path, door: str) -> Any:
+    """The Flower app's "serverapp" or "clientapp", as its pyproject.toml names it."""
+    reference = get_project_config(app)["tool"]["flwr"]["app"]["components"][door]
+    return load_app(reference, LaunchError, app)
+
+
+def run(
+    app: Path, settings: Mapping[str, Any], config: Config, log: Path, look: Callable[[], None]
+) -> str:
+    """Run the app in ``app`` with ``settings``; ``look`` is called while it runs.
+
+    Returns:
+        why the run did not complete, or "".
+    """
+    start = context_for(gpu_for(config.device))
+    server = start.Process(target=_serve, args=(app, dict(settings), config, log))
+    server.start()
+    try:
+        while server.exitcode is None:
+            look()
+            server.join(0.2)
+    finally:
+        server.terminate()
+        server.join(20)
+        server.kill()
+        server.join()
+    return "" if server.exitcode == 0 else f"the server ended with exit status {server.exitcode}"
+
+
+def _serve(app: Path, settings: dict[str, Any], config: Config, log: Path) -> None:
+    """The server process: both doors and, between them, a grid."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides when to stop
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    load_client = functools.partial(load_door, app, "clientapp")
+    server_app = load_door(app, "serverapp")
+    context = Context(RUN_ID, 1, {}, RecordDict(), settings)
+    gpu = gpu_for(config.device)
+    if config.engine == "batched":
+        from pfedgpa_app.engine.batched import BatchedGrid
+
+        server_app(grid=BatchedGrid(load_client(), settings, config), context=context)
+        return
+    load_client()  # before the workers are forked: imported once
+    with ProcessGrid(load_client, settings, config.num_clients, config.workers, gpu) as grid:
+        server_app(grid=grid, context=context)
+
+
+def _end_with_launcher() -> None:
+    """A launcher that was killed cannot end the run; then the run ends itself."""
+    launcher = multiprocessing.parent_process()
+    if launcher is not None:
+        wait([launcher.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+        os._exit(1)
