@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings_help)
     run.add_argument("-c", "--run-config", action="append", default=[], help="the same")
     run.add_argument("--conf", help="experiment in conf/, or a YAML file")
+    run.add_argument("--engine", help="auto, ray, process or batched; the same as engine=")
     run.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
 
     commands.add_parser("settings", help="print every setting, its default and meaning")
@@ -84,6 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
         overrides = parse_overrides(options.settings + getattr(options, "run_config", []))
         if options.conf:
             overrides["conf"] = options.conf
+        if getattr(options, "engine", None):
+            overrides["engine"] = options.engine
         if options.command == "partition":
             return _draw_partition(overrides, options.out)
         return _run(overrides, options.app.absolute())

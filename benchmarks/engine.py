@@ -1,0 +1,218 @@
+"""What each engine adds to the bare training: ratios taken in one run.
+
+    python benchmarks/engine.py --data-dir DATA [--cifar10 imagefolder:cifar10] [--engines ...]
+
+The bare loop trains the round's clients (load weights, local SGD) with as many single-threaded
+workers as the machine has cores, in processes of its own, and is timed before, between and
+after the engines' runs. Everything is FedAvg on CIFAR-10, 600 images × 2 epochs a client and
+round. Prints the table and writes ``results/engine.{md,json}``.
+
+    start-up     from the command to the first client's training: end of round 1 less a round
+    round        median over the rounds without evaluation, after the first
+    ratio        round over the bare loop's median
+    evaluation   what evaluating every client adds to a round
+    memory       peak resident memory of all the run's processes; shared pages count once (PSS)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from itertools import pairwise
+from multiprocessing.pool import Pool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pfedgpa_app import training
+from pfedgpa_app.client import build_model, recipe
+from pfedgpa_app.config import Config, resolve
+from pfedgpa_app.data.client import load_client
+from pfedgpa_app.engine import gpu_for
+from pfedgpa_app.engine.process import available_cores
+from pfedgpa_app.models import weights_of
+from pfedgpa_app.randomness import torch_generator
+from pfedgpa_app.results.log import EVENTS
+
+HERE = Path(__file__).resolve().parent
+ROUNDS, LAST_EVALUATED = 16, 5
+FEDERATIONS = {"20 clients": (20, 1.0), "100 clients at 30 %": (100, 0.3)}
+
+
+def settings(dataset: str, data_dir: Path, clients: int, fraction: float) -> dict[str, Any]:
+    """The benchmark's federation; only the last five rounds and the first are evaluated."""
+    return {
+        "conf": "cifar10-20",
+        "method": "fedavg",
+        "dataset": dataset,
+        "data-dir": str(data_dir),
+        "num-clients": clients,
+        "fraction-train": fraction,
+        "train-per-client": 600,
+        "validation-share": 0.0,
+        "augment": False,
+        "num-server-rounds": ROUNDS,
+        "evaluate-every": 1000,
+        "fine-tune-epochs": 0,
+    }
+
+
+def _train_one(config: Config, client: int) -> None:
+    torch.set_num_threads(1)
+    model, data = build_model(config), load_client(config, client)
+    way = recipe(config, config.local_epochs, config.learning_rate)
+    training.train(model, data.train, way, torch_generator(0, client))
+    weights_of(model)
+
+
+class Bare:
+    """The plain loop, over and over, in workers that have the data and nothing else to do."""
+
+    def __init__(self, config: Config, pool: Pool) -> None:
+        self.config, self.pool = config, pool
+        self.clients = round(config.num_clients * config.fraction_train)
+        self.seconds: list[float] = []
+        self.measure(1)
+        self.seconds = []
+
+    def measure(self, rounds: int) -> None:
+        """Time so many rounds."""
+        for _ in range(rounds):
+            started = time.perf_counter()
+            work = [(self.config, client) for client in range(self.clients)]
+            self.pool.starmap(_train_one, work, chunksize=1)
+            self.seconds.append(time.perf_counter() - started)
+
+
+def _resident(mark: str) -> int:
+    """Bytes that the processes whose environment or command line holds ``mark`` keep in memory."""
+    total = 0
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            known = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
+            if mark.encode() in known:
+                rollup = (process / "smaps_rollup").read_text()
+                line = next(x for x in rollup.splitlines() if x.startswith("Pss:"))
+                total += int(line.split()[1]) * 1024
+        except (OSError, StopIteration):
+            continue
+    return total
+
+
+def run(engine: str, chosen: dict[str, Any], out: Path) -> dict[str, Any]:
+    """One run through the command line, as a user starts it."""
+    mark = f"PFEDGPA_BENCHMARK={engine}-{time.time_ns()}"
+    name, value = mark.split("=")
+    command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--app", str(HERE.parent)]
+    command += ["--engine", engine, f"out-dir={out}", f"run-name={value}"]
+    command += [f"{key}={json.dumps(v) if v in (True, False) else v}" for key, v in chosen.items()]
+    peak, done = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(2.0):
+            peak = max(peak, _resident(mark))
+
+    started = time.time()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    finished = subprocess.run(
+        command, env=os.environ | {name: value}, capture_output=True, text=True
+    )
+    done.set()
+    watcher.join()
+    if finished.returncode:
+        raise SystemExit(f"{engine}: {finished.stdout}{finished.stderr}")
+    events = [json.loads(line) for line in (out / value / EVENTS).read_text().splitlines()]
+    ends = [event["time"] for event in events if event["kind"] == "round"]
+    lengths = [b - a for a, b in pairwise(ends)]  # rounds 2, 3, …
+    plain, evaluated = lengths[:-LAST_EVALUATED], lengths[-LAST_EVALUATED:]
+    return {
+        "engine": engine,
+        "startup_seconds": round(ends[0] - started - statistics.median(evaluated), 2),
+        "round_seconds": round(statistics.median(plain), 3),
+        "rounds": [round(s, 3) for s in plain],
+        "evaluation_seconds": round(statistics.median(evaluated) - statistics.median(plain), 3),
+        "peak_bytes": peak,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """As Markdown."""
+    lines = [
+        "| federation | engine | start-up | round | ratio to the bare loop | evaluation | memory |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for part in results:
+        bare = part["bare_seconds"]
+        low, high = min(part["bare"]), max(part["bare"])
+        lines.append(
+            f"| {part['federation']} | bare loop, {part['workers']} workers | | {bare:.2f} s "
+            f"({low:.2f}–{high:.2f}) | 1 | | |"
+        )
+        for row in part["runs"]:
+            lines.append(
+                f"| {part['federation']} | {row['engine']} | {row['startup_seconds']:.1f} s "
+                f"| {row['round_seconds']:.2f} s | {row['round_seconds'] / bare:.2f} "
+                f"| {row['evaluation_seconds']:.2f} s ({row['images']} images) "
+                f"| {row['peak_bytes'] / 2**30:.2f} GiB |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--cifar10", default="cifar10", help="or imagefolder:PATH")
+    parser.add_argument("--engines", nargs="+", default=None)
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each engine")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+    engines = options.engines or ["process", "ray", *(["batched"] if gpu_for("auto") else [])]
+    results = []
+    for federation, (clients, fraction) in FEDERATIONS.items():
+        chosen = settings(options.cifar10, options.data_dir.absolute(), clients, fraction)
+        config = resolve(chosen).config
+        load_client(config, 0)  # builds the machine's cache, if need be
+        workers = available_cores()
+        rows = []
+        with (
+            multiprocessing.get_context("spawn").Pool(workers) as pool,
+            tempfile.TemporaryDirectory() as out,
+        ):
+            bare = Bare(config, pool)
+            for _ in range(options.repeats):
+                for engine in engines:
+                    bare.measure(4)
+                    row = run(engine, chosen, Path(out))
+                    rows.append(row | {"images": clients * config.test_per_client})
+            bare.measure(4)
+        results.append(
+            {
+                "federation": federation,
+                "workers": workers,
+                "bare_seconds": round(statistics.median(bare.seconds), 3),
+                "bare": [round(s, 3) for s in bare.seconds],
+                "runs": rows,
+            }
+        )
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "engine.json").write_text(json.dumps(results, indent=1) + "\n")
+        (options.out / "engine.md").write_text(table(results) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
