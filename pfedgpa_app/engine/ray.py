@@ -23,6 +23,8 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from flwr.common.config import get_project_config
+
 from pfedgpa_app.config import Config
 from pfedgpa_app.engine import LaunchError, gpu_for
 
@@ -65,6 +67,9 @@ class Flower:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            # two Python processes at once that no client could use: ours have an environment
+            "RAY_prestart_worker_first_driver": "0",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
             "RAY_TMPDIR": str(self.home / "ray"),
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONUNBUFFERED": "1",
@@ -153,6 +158,23 @@ class Flower:
         shutil.rmtree(self.home, ignore_errors=True)
 
 
+def stage(app: Path, folder: Path) -> Path:
+    """A copy of the app's files in ``folder``: Flower looks at every file below an app's folder,
+    and data sets that lie there, too, can be a hundred thousand."""
+    config = get_project_config(app)
+    doors = config["tool"]["flwr"]["app"]["components"].values()
+    parts = {door.partition(":")[0].partition(".")[0] for door in doors}
+    parts |= {Path(__file__).parents[1].name, "conf"}
+    folder.mkdir()
+    for entry in app.iterdir():
+        if entry.is_file():
+            shutil.copy(entry, folder)
+        elif entry.name in parts:
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(entry, folder / entry.name, ignore=ignored)
+    return folder
+
+
 def run(
     app: Path, settings: Mapping[str, Any], config: Config, log: Path, look: Callable[[], None]
 ) -> str:
@@ -169,8 +191,9 @@ def run(
     if gpu_for(config.device):
         federation += " client-resources-num-gpus=0.1"
     with Flower(log) as flower:
+        staged = stage(app, flower.home / "app")
         answer = flower.flwr(
-            "run", str(app), CONNECTION, "--federation-config", federation, "-c", overrides
+            "run", str(staged), CONNECTION, "--federation-config", federation, "-c", overrides
         )
         run_id = str(answer["run-id"])
         status: dict[str, Any] = {"status": ""}

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from pfedgpa_app.data.partition import ClientSplit
 from pfedgpa_app.diffusion.fit import WeightDistribution
 from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.results.tables import Outcome
 
+if TYPE_CHECKING:  # imported when the first picture is drawn: a run's start need not wait for it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def _canvas(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
 
 def _figure(width: float = 7, height: float = 4.2) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = _canvas(width, height)
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -39,7 +48,7 @@ def before_and_after(path: Path, results: dict[str, Outcome]) -> None:
     """Every client before and after fine-tuning, method by method (as the paper's Fig. 4)."""
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.6 * rows), layout="constrained")
+    figure = _canvas(3.6 * columns, 2.6 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes, (name, result) in zip(grid.flat, results.items(), strict=False):
         x = np.arange(len(result.clients))
