@@ -125,7 +125,7 @@ def train(
     """
     model.train()
     device = next(model.parameters()).device
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     velocity: list[Tensor | None] = [None for _ in parameters]
     data = data.to(device)
     images, labels = data.floats(), data.labels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Self
 
 import numpy as np
@@ -49,10 +50,13 @@ def images_of(pixels: np.ndarray, labels: np.ndarray, held: np.ndarray) -> Image
     )
 
 
+@lru_cache
+def _mean_and_std(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(v).view(-1, 1, 1).to(device) for v in NORMALISATION[channels])
+    return mean, std
+
+
 def normalised(pixels: Tensor) -> Tensor:
     """float32 with about zero mean and unit variance, from pixels [..., C, H, W] uint8."""
-    mean, std = (
-        torch.tensor(v, device=pixels.device).view(-1, 1, 1)
-        for v in NORMALISATION[pixels.shape[-3]]
-    )
+    mean, std = _mean_and_std(pixels.shape[-3], pixels.device)
     return pixels.float().div_(255).sub_(mean).div_(std)

@@ -1,0 +1,327 @@
+"""The batched engine: the clients of a round as one model with a leading client axis.
+
+On a GPU a small network's step is mostly waiting for its kernels to start; C clients in one
+step wait once. The images stay on the device, and each kind of step is captured once as a
+CUDA graph and replayed. On a CPU there is nothing to gain (two to four times slower than one
+client after another), only to test.
+
+Draws, recipe and update are the clients' own (``training``), so that results agree with one
+client after another up to the order of float32 sums.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from flwr.app import Message
+from flwr.clientapp import ClientApp
+from torch import Tensor, nn
+
+from pfedgpa_app.client import Visit, build_model, compare_ways
+from pfedgpa_app.config import Config
+from pfedgpa_app.data.client import ClientData, load_client
+from pfedgpa_app.data.images import Images, normalised
+from pfedgpa_app.engine.grid import LocalGrid, raised
+from pfedgpa_app.models import Weights, weights_of
+from pfedgpa_app.training import Recipe, Score, batches, crop_and_flip, sgd_step
+
+logger = logging.getLogger("pfedgpa")
+
+IMAGES_AT_ONCE = 6000  # in one step over all clients: some 3 GB of activations of CIFAR's CNN
+
+
+class Columns(torch.autograd.Function):
+    """The k×k neighbourhoods of images [N, I, H, W] as columns [N, I·k·k, L].
+
+    torch's unfold starts a kernel for every image of a batch on a GPU; this is one copy. The
+    gradient is torch's fold, which has no such loop.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+        ctx.geometry = x.shape[2:], kernel, padding
+        padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+        windows = padded.unfold(2, kernel[0], 1).unfold(3, kernel[1], 1)  # N I h w kh kw
+        n, inputs, h, w = windows.shape[:4]
+        return windows.permute(0, 1, 4, 5, 2, 3).reshape(n, inputs * kernel[0] * kernel[1], h * w)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        size, kernel, padding = ctx.geometry
+        return F.fold(gradients[0], size, kernel, padding=padding), None, None
+
+
+def _convolution(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Client c's images x[c] under its own kernels: [C, B, I, H, W] and [C, O, I, k, k].
+
+    As matrix products: cuDNN's grouped convolutions train slowly.
+    """
+    clients, batch, _, height, width = x.shape
+    kernel, padding = layer.kernel_size, layer.padding
+    assert isinstance(padding, tuple)
+    columns: Tensor = Columns.apply(x.flatten(0, 1), kernel, padding)
+    out: Tensor = weight.flatten(2)[:, None] @ columns.unflatten(0, (clients, batch))
+    if bias is not None:
+        out = out + bias[:, None, :, None]
+    h = height + 2 * padding[0] - kernel[0] + 1
+    w = width + 2 * padding[1] - kernel[1] + 1
+    return out.unflatten(-1, (h, w))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[C, B, I] under [C, O, I]."""
+    out = x @ weight.mT
+    return out if bias is None else out + bias[:, None]
+
+
+def _supported(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.Conv2d):
+        plain = layer.stride == (1, 1) and layer.dilation == (1, 1) and layer.groups == 1
+        return plain and isinstance(layer.padding, tuple) and layer.padding_mode == "zeros"
+    if isinstance(layer, nn.Flatten):
+        return layer.start_dim == 1 and layer.end_dim == -1
+    return isinstance(layer, (nn.Linear, nn.MaxPool2d, nn.LeakyReLU, nn.ReLU))
+
+
+def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """A chain's layers in order, with their names' prefixes."""
+    for name, layer in model.named_children():
+        if isinstance(layer, nn.Sequential):
+            yield from _layers(layer, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}.", layer
+
+
+def can_batch(model: nn.Module) -> bool:
+    """Whether ``model`` is a chain of layers that have a batched form here."""
+    return isinstance(model, nn.Sequential) and all(
+        _supported(layer) for _, layer in _layers(model)
+    )
+
+
+def forward(model: nn.Module, weights: Weights, x: Tensor) -> Tensor:
+    """Each client's logits [C, B, K] for its images x [C, B, I, H, W] under weights[name][c]."""
+    for name, layer in _layers(model):
+        if isinstance(layer, nn.Conv2d):
+            x = _convolution(layer, x, weights[f"{name}weight"], weights.get(f"{name}bias"))
+        elif isinstance(layer, nn.Linear):
+            x = _linear(x, weights[f"{name}weight"], weights.get(f"{name}bias"))
+        else:  # has no weights: clients are just more images
+            x = layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    return x
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each image's cross-entropy [C, B]."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Every client's images on the device, one tensor a part: [clients, n, C, H, W]."""
+
+    parts: dict[str, Images]
+
+    @classmethod
+    def of(cls, config: Config, device: torch.device) -> Bank | None:
+        """None where clients hold unequal numbers of images."""
+        clients = [load_client(config, client) for client in range(config.num_clients)]
+        parts = {}
+        for part in (field.name for field in fields(ClientData)):
+            held: list[Images] = [getattr(client, part) for client in clients]
+            if len({len(images) for images in held}) > 1:
+                return None
+            stacked = (torch.stack([getattr(i, f) for i in held]) for f in ("pixels", "labels"))
+            parts[part] = Images(*(tensor.to(device) for tensor in stacked))
+        return cls(parts)
+
+
+class Step:
+    """One SGD step of a cohort on ``batch`` images a client, over buffers that stay in place.
+
+    On a GPU the step is captured as a CUDA graph at its second call and replayed from then on.
+    """
+
+    def __init__(self, cohort: Batch, recipe: Recipe, batch: int) -> None:
+        self.cohort, self.recipe = cohort, recipe
+        whole = {"dtype": torch.long, "device": cohort.device}
+        self.index = torch.zeros(cohort.size, batch, **whole)  # type: ignore[call-overload]
+        self.crops = torch.zeros(3, cohort.size * batch, **whole)  # type: ignore[call-overload]
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def _step(self) -> None:
+        cohort, images = self.cohort, self.cohort.bank.parts["train"]
+        x = normalised(images.pixels[cohort.rows, self.index])
+        if self.recipe.augment:
+            x = crop_and_flip(x.flatten(0, 1), self.crops).unflatten(0, x.shape[:2])
+        parameters = [tensor.requires_grad_() for tensor in cohort.weights.values()]
+        logits = forward(cohort.model, cohort.weights, x)
+        losses = _losses(logits, images.labels[cohort.rows, self.index])
+        # clients share no weight, so the sum's gradient is each client's own
+        gradients = torch.autograd.grad(losses.mean(1).sum(), parameters)
+        sgd_step(parameters, gradients, list(cohort.velocity), self.recipe)
+        cohort.total += losses.detach().sum(1)
+
+    def __call__(self, index: Tensor, crops: Tensor | None) -> None:
+        """Every client's step on its own images ``index`` [C, B], cropped as [3, C·B]."""
+        self.index.copy_(index)
+        if crops is not None:
+            self.crops.copy_(crops)
+        self._calls += 1
+        if not self.index.is_cuda:
+            self._step()
+        elif self._graph is not None:
+            self._graph.replay()
+        elif self._calls == 1:  # lets torch make its workspaces, off the captured stream
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._step()
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=self.cohort.pool):
+                self._step()
+            self._graph.replay()  # capturing only records
+
+
+class Batch:
+    """A cohort (``client.Cohort``) of ``size`` clients that train as one model.
+
+    Attributes:
+        weights: {name: [size, …]}, changed in place.
+        velocity: SGD's momentum of each of them.
+        rows: which of the bank's clients these are, [size, 1].
+        total: each client's losses, summed over the images of a training.
+    """
+
+    def __init__(self, model: nn.Module, bank: Bank, size: int) -> None:
+        self.model, self.bank, self.size = model, bank, size
+        self.device = next(model.parameters()).device
+        self.initial = weights_of(model)
+        self.weights: Weights = {
+            name: torch.empty(size, *tensor.shape, device=self.device)
+            for name, tensor in self.initial.items()
+        }
+        self.velocity = [torch.zeros_like(tensor) for tensor in self.weights.values()]
+        self.rows = torch.zeros(size, 1, dtype=torch.long, device=self.device)
+        self.total = torch.zeros(size, device=self.device)
+        # graphs of one cohort never run at once, and keep nothing in their memory between runs
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._steps: dict[tuple[Recipe, int], Step] = {}
+
+    def seat(self, clients: Sequence[int]) -> None:
+        """Whose images the cohort learns from and is evaluated on from now on."""
+        self.rows.copy_(torch.tensor(clients)[:, None])
+
+    def load(self, weights: Sequence[Weights]) -> None:
+        for name, mine in self.weights.items():
+            mine.detach().copy_(torch.stack([(w or self.initial)[name] for w in weights]))
+
+    def train(self, recipe: Recipe, generators: Sequence[torch.Generator]) -> list[float]:
+        size = self.bank.parts["train"].labels.shape[1]
+        recipe_of_a_step = replace(recipe, epochs=1)
+        self.total.zero_()
+        for tensor in self.velocity:
+            tensor.zero_()
+        for drawn in zip(*(batches(size, recipe, g) for g in generators), strict=True):
+            index = torch.stack([batch for batch, _ in drawn])
+            crops = [crop for _, crop in drawn if crop is not None]
+            key = recipe_of_a_step, index.shape[1]
+            if key not in self._steps:
+                self._steps[key] = Step(self, *key)
+            self._steps[key](index, torch.cat(crops, 1) if crops else None)
+        return (self.total / max(1, recipe.epochs * size)).tolist()
+
+    @torch.no_grad()
+    def evaluate(self, part: str) -> list[Score]:
+        images, rows = self.bank.parts[part], self.rows[:, 0]
+        n, at_once = images.labels.shape[1], max(1, IMAGES_AT_ONCE // self.size)
+        correct = torch.zeros(self.size, dtype=torch.long, device=self.device)
+        loss = torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        for start in range(0, n, at_once):
+            pixels = images.pixels[rows, start : start + at_once]
+            labels = images.labels[rows, start : start + at_once]
+            logits = forward(self.model, self.weights, normalised(pixels))
+            correct += (logits.argmax(-1) == labels).sum(1)
+            loss += _losses(logits, labels).double().sum(1)
+        return [Score(c, s, n) for c, s in zip(correct.tolist(), loss.tolist(), strict=True)]
+
+    def trained(self) -> list[Weights]:
+        """Every client's weights, on the CPU."""
+        cpu = {name: tensor.detach().cpu() for name, tensor in self.weights.items()}
+        return [{name: t[i].clone() for name, t in cpu.items()} for i in range(self.size)]
+
+
+class BatchedGrid(LocalGrid):
+    """Serves a round's messages together; what cannot be batched goes through the ClientApp."""
+
+    def __init__(self, app: ClientApp, run_config: dict[str, Any], config: Config) -> None:
+        super().__init__(run_config, config.num_clients)
+        self.app, self.config = app, config
+        self.model = build_model(config)
+        self.bank = Bank.of(config, next(self.model.parameters()).device)
+        self._cohorts: dict[int, Batch] = {}
+        self._said: set[str] = set()
+        if not can_batch(self.model):
+            self._say("every client learns on its own: the network has layers without batched form")
+        if self.bank is None:
+            self._say("every client learns on its own: they hold unequal numbers of images")
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning("batched engine: %s", text)
+
+    def serve(self, messages: list[Message], timeout: float | None) -> list[Message]:
+        replies = []
+        at_once = max(1, IMAGES_AT_ONCE // self.config.batch_size)
+        for kind in dict.fromkeys(message.metadata.message_type for message in messages):
+            alike = [m for m in messages if m.metadata.message_type == kind]
+            for start in range(0, len(alike), at_once):
+                replies += self._answer(kind, alike[start : start + at_once])
+        return replies
+
+    def _answer(self, kind: str, messages: list[Message]) -> list[Message]:
+        if kind == "query" or self.bank is None or not can_batch(self.model):
+            return [self._alone(message) for message in messages]
+        try:
+            visits = [Visit(m, self.contexts[m.metadata.dst_node_id]) for m in messages]
+            method = visits[0].method
+            if kind == "train" and not method.is_plain_sgd():
+                self._say(f"{method.title}: clients train one after another, not by plain SGD")
+                return [self._alone(message) for message in messages]
+            if len(visits) not in self._cohorts:
+                self._cohorts[len(visits)] = Batch(self.model, self.bank, len(visits))
+            cohort = self._cohorts[len(visits)]
+            cohort.seat([visit.client for visit in visits])
+            if kind == "train":
+                return self._train(cohort, visits)
+            if kind == "evaluate":
+                cohort.load([visit.evaluated() for visit in visits])
+                return [v.scored(s) for v, s in zip(visits, cohort.evaluate("test"), strict=True)]
+            return compare_ways(cohort, visits)
+        except Exception as error:
+            return [raised(message, error) for message in messages]
+
+    @staticmethod
+    def _train(cohort: Batch, visits: list[Visit]) -> list[Message]:
+        """``Method.train`` of all visits at once."""
+        cohort.load([v.method.start(v.weights, v.state) for v in visits])
+        losses = cohort.train(visits[0].recipe(), [v.generator("train") for v in visits])
+        return [
+            visit.trained(visit.method.upload(weights, visit.state), loss)
+            for visit, weights, loss in zip(visits, cohort.trained(), losses, strict=True)
+        ]
+
+    def _alone(self, message: Message) -> Message:
+        try:
+            return self.app(message, self.contexts[message.metadata.dst_node_id])
+        except Exception as error:
+            return raised(message, error)
