@@ -68,9 +68,8 @@ def _convolution(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | Non
     out: Tensor = weight.flatten(2)[:, None] @ columns.unflatten(0, (clients, batch))
     if bias is not None:
         out = out + bias[:, None, :, None]
-    h = height + 2 * padding[0] - kernel[0] + 1
-    w = width + 2 * padding[1] - kernel[1] + 1
-    return out.unflatten(-1, (h, w))
+    height, width = height + 2 * padding[0] + 1, width + 2 * padding[1] + 1
+    return out.view(clients, batch, -1, height - kernel[0], width - kernel[1])
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,338 @@
+"""The engines: the same clients, whoever carries their messages."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import torch
+from flwr.app import Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+import client_app
+from pfedgpa_app import client, models, training
+from pfedgpa_app.config import resolve
+from pfedgpa_app.data.client import ClientData
+from pfedgpa_app.data.images import Images
+from pfedgpa_app.engine import batched, engine_for, gpu_for
+from pfedgpa_app.engine.batched import Bank, Batch, BatchedGrid, Columns
+from pfedgpa_app.engine.grid import LocalGrid
+from pfedgpa_app.engine.process import ProcessGrid
+from pfedgpa_app.experiment import run
+from pfedgpa_app.methods.base import ClientTask
+from pfedgpa_app.methods.fedavg import FedAvg
+from pfedgpa_app.models import Weights
+from pfedgpa_app.randomness import torch_generator
+from pfedgpa_app.training import Recipe
+from tests.test_federation import SMALL, federate, records
+
+
+def settings(out: Path, **more: Any) -> dict[str, Any]:
+    return SMALL | {"out-dir": str(out), "run-name": "run"} | more
+
+
+@pytest.fixture(scope="module")
+def in_turn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference: one client after another, in this process."""
+    return federate(tmp_path_factory.mktemp("in-turn"))[0]
+
+
+class TestProcessEngine:
+    def test_the_same_numbers_to_the_last_digit(self, tmp_path: Path, in_turn: Path) -> None:
+        chosen = settings(tmp_path)
+        with ProcessGrid(lambda: client_app.app, chosen, 4, workers=3) as grid:
+            folder = run(grid, resolve(chosen))
+        for file in ("metrics.jsonl", "clients.jsonl"):
+            assert records(folder, file) == records(in_turn, file)
+        # what local-only's clients keep is with the grid, not with the worker that served them
+        kept = [context.state.array_records for context in grid.contexts.values()]
+        assert all(any(key.startswith("local.") for key in state) for state in kept)
+
+    def test_clients_that_fail_cost_their_own_reply_only(self) -> None:
+        with served(obey, workers=2) as ask:
+            for _ in range(2):  # the second round has all its workers again
+                replies = ask(["fine", "raise", "exit", "kill", "fine", "forget"])
+                assert [replies[i].has_error() for i in range(6)] == [
+                    False, True, True, True, False, False,
+                ]  # fmt: skip
+                assert replies[1].error.code == 2
+                assert "no idea" in (replies[1].error.reason or "")
+                assert replies[2].error.code == replies[3].error.code == 8
+                assert "exit status 3" in (replies[2].error.reason or "")
+                assert "exit status -9" in (replies[3].error.reason or "")
+
+    def test_state_survives_failures(self) -> None:
+        with served(obey, workers=1) as ask:
+            counts = []
+            for command in ("fine", "fine", "raise", "kill", "fine"):
+                reply = ask([command])[0]
+                if not reply.has_error():
+                    counts.append(reply.content.metric_records["m"]["visits"])
+            assert counts == [1, 2, 3]
+
+    def test_a_late_client_is_not_waited_for_and_does_not_delay_the_next_round(self) -> None:
+        with served(obey, workers=2) as ask:
+            started = time.monotonic()
+            replies = ask(["hang", "fine", "fine", "fine"], timeout=3.0)
+            assert sorted(replies) == [1, 2, 3]
+            replies = ask(["fine", "fine", "fine", "fine"], timeout=20.0)
+            assert sorted(replies) == [0, 1, 2, 3]
+            assert time.monotonic() - started < 60  # "hang" takes 1,000 seconds
+
+    def test_workers_are_single_threaded_and_as_many_as_asked(self) -> None:
+        with served(obey, workers=3) as ask:
+            replies = ask(["fine"] * 12)
+            metrics = [replies[i].content.metric_records["m"] for i in range(12)]
+            assert {m["threads"] for m in metrics} == {1}
+            pids = {m["pid"] for m in metrics}
+            assert len(pids) <= 3
+            assert os.getpid() not in pids
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(int(pid), 0)  # type: ignore[arg-type]
+
+
+def obey() -> ClientApp:
+    """A ClientApp whose message tells it what to do."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        command = message.content.config_records["config"]["command"]
+        if command == "raise":
+            raise RuntimeError("no idea")
+        if command == "exit":
+            raise SystemExit(3)
+        if command == "kill":
+            os.kill(os.getpid(), 9)
+        if command == "hang":
+            time.sleep(1000)
+        visits = int(context.state.metric_records.get("m", {"visits": 0})["visits"]) + 1
+        context.state["m"] = MetricRecord({"visits": visits})
+        record = MetricRecord(
+            {"visits": visits, "pid": os.getpid(), "threads": torch.get_num_threads()}
+        )
+        return Message(RecordDict({"m": record}), reply_to=message)
+
+    return app
+
+
+class served:
+    """``ask(commands)`` has node i obey commands[i]; its replies are by i."""
+
+    def __init__(self, load_app: Callable[[], ClientApp], workers: int) -> None:
+        self.grid = ProcessGrid(load_app, {}, 12, workers)
+
+    def __enter__(self) -> Self:
+        self.grid.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.grid.__exit__()
+
+    def __call__(self, commands: list[str], timeout: float | None = 60.0) -> dict[int, Message]:
+        from flwr.app import ConfigRecord
+
+        messages = [
+            Message(
+                RecordDict({"config": ConfigRecord({"command": command})}),
+                dst_node_id=node,
+                message_type=MessageType.TRAIN,
+            )
+            for node, command in zip(self.grid.get_node_ids(), commands, strict=False)
+        ]
+        replies = self.grid.send_and_receive(messages, timeout=timeout)
+        place = {m.metadata.message_id: i for i, m in enumerate(messages)}
+        return {place[r.metadata.reply_to_message_id]: r for r in replies}
+
+
+def random_clients(shape: tuple[int, int, int], sizes: dict[str, int], n: int) -> list[ClientData]:
+    rng = torch.Generator().manual_seed(5)
+
+    def images(size: int) -> Images:
+        pixels = torch.randint(0, 256, (size, *shape), generator=rng, dtype=torch.uint8)
+        return Images(
+            pixels.contiguous(memory_format=torch.channels_last),
+            torch.randint(0, 10, (size,), generator=rng),
+        )
+
+    return [ClientData(**{part: images(size) for part, size in sizes.items()}) for _ in range(n)]
+
+
+class TestBatchedEngine:
+    @pytest.mark.parametrize("network", ["digits", "fashion", "cifar"])
+    def test_agrees_with_one_client_after_another(
+        self, network: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shape = next(s for s, name in models.SHAPES.items() if name == network)
+        # 23 images in batches of 10: the last batch of an epoch is short
+        clients = random_clients(shape, {"train": 23, "validation": 0, "test": 17}, 4)
+        monkeypatch.setattr(batched, "load_client", lambda config, i: clients[i])
+        monkeypatch.setattr(batched, "IMAGES_AT_ONCE", 15)  # evaluation in several parts
+        config = resolve({"num-clients": 4, "dataset": "digits"}).config
+        model = models.build(network, 10, 0)
+        initial = models.weights_of(model)
+        bank = Bank.of(config, torch.device("cpu"))
+        assert bank is not None
+        own: list[Weights] = [
+            {},
+            {name: tensor * 1.1 for name, tensor in initial.items()},
+            {name: tensor * 0.9 for name, tensor in initial.items()},
+        ]
+        recipe = Recipe(2, 0.05, 10, momentum=0.5, weight_decay=0.01, augment=shape[0] == 3)
+        cohort = Batch(model, bank, 3)
+        cohort.seat([0, 2, 3])
+        for purpose in (1, 2):  # a second training starts afresh: momentum, weights, sums
+            cohort.load(own)
+            losses = cohort.train(recipe, [torch_generator(purpose, i) for i in range(3)])
+            scores, weights = cohort.evaluate("test"), cohort.trained()
+            for i, holder in enumerate((0, 2, 3)):
+                alone = models.build(network, 10, 0)
+                alone.load_state_dict(own[i] or initial)
+                start = models.weights_of(alone)
+                data = clients[holder]
+                loss = training.train(alone, data.train, recipe, torch_generator(purpose, i))
+                assert losses[i] == pytest.approx(loss, rel=1e-4)
+                for name, tensor in models.weights_of(alone).items():
+                    moved = (tensor - start[name]).abs().max()
+                    assert (weights[i][name] - tensor).abs().max() < 0.01 * moved
+                expected = training.evaluate(alone, data.test)
+                assert scores[i].images == expected.images == 17
+                assert abs(scores[i].correct - expected.correct) <= 1
+                assert scores[i].loss == pytest.approx(expected.loss, rel=1e-3)
+            assert [s.images for s in cohort.evaluate("validation")] == [0, 0, 0]
+
+    def test_one_step_agrees_to_rounding(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clients = random_clients((3, 32, 32), {"train": 8, "validation": 0, "test": 1}, 2)
+        monkeypatch.setattr(batched, "load_client", lambda config, i: clients[i])
+        model = models.build("cifar", 10, 0)
+        bank = Bank.of(resolve({"num-clients": 2}).config, torch.device("cpu"))
+        assert bank is not None
+        cohort = Batch(model, bank, 2)
+        cohort.seat([1, 0])
+        cohort.load([{}, {}])
+        recipe = Recipe(1, 1.0, 8)
+        cohort.train(recipe, [torch_generator(0, i) for i in range(2)])
+        for mine, data in zip(cohort.trained(), reversed(clients), strict=True):
+            alone = models.build("cifar", 10, 0)
+            training.train(alone, data.train, recipe, torch.Generator())
+            for name, tensor in models.weights_of(alone).items():
+                torch.testing.assert_close(mine[name], tensor, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("padding", [(0, 0), (1, 1), (2, 1)])
+    def test_columns_are_torchs_and_so_is_their_gradient(self, padding: tuple[int, int]) -> None:
+        x = torch.randn(3, 2, 7, 6, dtype=torch.float64, requires_grad=True)
+        columns = Columns.apply(x, (3, 2), padding)
+        assert torch.equal(columns, nn.functional.unfold(x, (3, 2), padding=padding))
+        assert torch.autograd.gradcheck(lambda t: Columns.apply(t, (3, 2), padding), (x,))
+
+    def test_a_run_comes_to_the_same(self, tmp_path: Path, in_turn: Path) -> None:
+        chosen = settings(tmp_path)
+        resolved = resolve(chosen)
+        grid = BatchedGrid(refusing(), chosen, resolved.config)
+        folder = run(grid, resolved)
+        for mine, theirs in zip(records(folder), records(in_turn), strict=True):
+            for key in ("federation", "round", "client", "participated"):
+                assert mine[key] == theirs[key]
+            assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+            assert mine["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-3)
+            assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=2.6)  # 1 of 40
+        ours, references = (records(f, "clients.jsonl") for f in (folder, in_turn))
+        assert [(r["method"], r["client"]) for r in ours] == [
+            (r["method"], r["client"]) for r in references
+        ]
+        for key in ("before_ft", "after_ft"):
+            for mine, theirs in zip(ours, references, strict=True):
+                # pFedGPA's fit magnifies the last digits of the uploads
+                assert mine[key] == pytest.approx(theirs[key], abs=5.1)
+
+    def test_partial_participation_and_chunks(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        chosen = settings(tmp_path, **{"fraction-train": 0.5, "num-clients": 6, "method": "fedavg"})
+        reference, _ = federate(
+            tmp_path / "in-turn", fraction_train=0.5, num_clients=6, method="fedavg"
+        )
+        monkeypatch.setattr(batched, "IMAGES_AT_ONCE", 50)  # two clients of 20 images a step
+        resolved = resolve(chosen)
+        grid = BatchedGrid(refusing(), chosen, resolved.config)
+        folder = run(grid, resolved)
+        for mine, theirs in zip(records(folder), records(reference), strict=True):
+            assert mine["participated"] == theirs["participated"]
+            if mine["participated"]:
+                assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+            assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=2.6)
+
+    def test_what_is_not_plain_sgd_falls_back_and_says_so(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class Peculiar(FedAvg):
+            title = "peculiar"
+
+            @classmethod
+            def train(cls, task: ClientTask) -> tuple[Weights, float]:
+                return super().train(task)
+
+        monkeypatch.setattr(client, "method_class", lambda name: Peculiar)
+        assert FedAvg.is_plain_sgd()
+        assert not Peculiar.is_plain_sgd()
+        chosen = settings(tmp_path, method="fedavg")
+        resolved = resolve(chosen)
+        folder = run(BatchedGrid(client_app.app, chosen, resolved.config), resolved)
+        reference, _ = federate(tmp_path / "in-turn", method="fedavg")
+        losses = [[r["train_loss"] for r in records(f)] for f in (folder, reference)]
+        assert losses[0] == losses[1]  # trained by the ClientApp: the same to the last digit
+        assert caplog.text.count("batched engine: peculiar: clients train one after another") == 1
+
+    def test_networks_without_a_batched_form_are_known(self) -> None:
+        for name in models.NETWORKS:
+            assert batched.can_batch(models.build(name, 10, 0))
+        for layer in (nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, stride=2), nn.Flatten(0)):
+            assert not batched.can_batch(nn.Sequential(layer))
+        assert not batched.can_batch(nn.Linear(2, 2))
+
+    def test_unequal_clients_fall_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clients = random_clients((1, 8, 8), {"train": 8, "validation": 2, "test": 3}, 1)
+        clients += random_clients((1, 8, 8), {"train": 9, "validation": 2, "test": 3}, 1)
+        monkeypatch.setattr(batched, "load_client", lambda config, i: clients[i])
+        assert Bank.of(resolve({"num-clients": 2}).config, torch.device("cpu")) is None
+
+
+def refusing() -> ClientApp:
+    """Answers who it is, and nothing else: what is asked of it was not batched."""
+    app = ClientApp()
+    app.query()(client_app.who)
+    return app
+
+
+class TestChoice:
+    def test_auto_goes_by_the_hardware(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert engine_for("auto", "auto") == "process"
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert engine_for("auto", "auto") == engine_for("auto", "cuda") == "batched"
+        assert engine_for("auto", "cpu") == "process"
+        assert engine_for("ray", "auto") == "ray"
+
+    def test_a_gpu_that_is_not_there_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match="torch sees no GPU"):
+            gpu_for("cuda")
+
+
+def test_every_grid_names_its_nodes_unlike_partitions() -> None:
+    class Silent(LocalGrid):
+        def serve(self, messages: list[Message], timeout: float | None) -> list[Message]:
+            return []
+
+    grid = Silent({}, 5)
+    nodes = list(grid.get_node_ids())
+    assert len(set(nodes)) == 5
+    assert [grid.contexts[n].node_config["partition-id"] for n in nodes] == list(range(5))
+    assert nodes != sorted(nodes)
+    assert not set(nodes) & set(range(5))
