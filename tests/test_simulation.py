@@ -1,4 +1,4 @@
-"""Real Flower simulations on Ray, each by a process of its own, as a user starts them."""
+"""Whole runs on each engine, each by a process of its own, as a user starts them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -53,16 +53,16 @@ def broken_app(folder: Path, file: str, old: str, new: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def in_process(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The same federation without Ray."""
-    folder, _ = federate(tmp_path_factory.mktemp("local"), dataset="digits")
-    return records(folder)
+def in_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same federation, one client after another in this process."""
+    return federate(tmp_path_factory.mktemp("local"), dataset="digits")[0]
 
 
+@pytest.mark.parametrize("engine", ["ray", "process", "batched"])
 def test_the_demo_runs_where_the_user_is_and_leaves_nothing_running(
-    tmp_path: Path, in_process: list[dict[str, Any]]
+    engine: str, tmp_path: Path, in_process: Path
 ) -> None:
-    done = pfedgpa(tmp_path)
+    done = pfedgpa(tmp_path, "--engine", engine, "device=cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     folder = results(tmp_path)
     assert str(folder) in done.stdout
@@ -70,7 +70,11 @@ def test_the_demo_runs_where_the_user_is_and_leaves_nothing_running(
     assert "left" in done.stdout
     assert "| pFedGPA" in done.stdout
     assert list(summary(folder)) == ["local", "fedavg", "fedavg-ft", "client-mean", "pfedgpa"]
-    assert records(folder) == in_process  # Ray or not: the same numbers, to the last digit
+    if engine != "batched":  # whoever carries the messages: the same numbers, to the last digit
+        assert records(folder) == records(in_process)
+        assert records(folder, "clients.jsonl") == records(in_process, "clients.jsonl")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["engine"] == {"value": engine, "from": "run-config"}
     names = {p.name for p in folder.iterdir()}
     assert {"accuracy.png", "clients.png", "latents.png", "table.md", "weights"} <= names
     assert not [p for p in Path("/proc").glob("[0-9]*") if _runs_in(p, str(tmp_path))]
@@ -84,7 +88,7 @@ def _runs_in(process: Path, mark: str) -> bool:
 
 
 def test_plain_flwr_run_does_the_same_on_flowers_two_default_nodes(
-    tmp_path: Path, in_process: list[dict[str, Any]]
+    tmp_path: Path, in_process: Path
 ) -> None:
     home = tmp_path / "home"
     env = os.environ | {
@@ -107,7 +111,7 @@ def test_plain_flwr_run_does_the_same_on_flowers_two_default_nodes(
         )
         folder = results(tmp_path)  # in the user's folder, not in a copy of the app
         assert f"results are in {folder}" in done.stdout + done.stderr
-        assert records(folder) == in_process
+        assert records(folder) == records(in_process)
     finally:
         for pid in _processes_of(home):
             os.kill(pid, signal.SIGTERM)
@@ -137,11 +141,12 @@ def test_plain_flwr_run_does_the_same_on_flowers_two_default_nodes(
     ],
     ids=["ServerApp raises", "ServerApp exits", "every client raises"],
 )
+@pytest.mark.parametrize("engine", ["ray", "process"])
 def test_a_failed_run_says_so_and_exits_with_1(
-    tmp_path: Path, file: str, old: str, new: str, words: str
+    engine: str, tmp_path: Path, file: str, old: str, new: str, words: str
 ) -> None:
     app = broken_app(tmp_path, file, old, new)
-    done = pfedgpa(tmp_path, "--app", str(app), "method=fedavg")
+    done = pfedgpa(tmp_path, "--app", str(app), "--engine", engine, "method=fedavg")
     assert done.returncode == 1, done.stdout + done.stderr
     assert words in done.stderr
     assert "flower" in done.stderr.lower()  # where the log is
@@ -150,12 +155,13 @@ def test_a_failed_run_says_so_and_exits_with_1(
         assert json.loads((results(tmp_path) / "config.json").read_text())
 
 
-def test_an_interrupted_run_stops_what_it_started(tmp_path: Path) -> None:
-    temporary = Path(tempfile.mkdtemp(dir="/tmp"))
+def started(folder: Path, engine: str, env: dict[str, str]) -> subprocess.Popen[str]:
+    """An endless run that has come to its second round."""
+    endless = [*SETTINGS, "--engine", engine, "workers=2", "num-server-rounds=100000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pfedgpa_app.cli", "run", *SETTINGS, "num-server-rounds=100000"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(APP_DIR), "TMPDIR": str(temporary)},
+        [sys.executable, "-m", "pfedgpa_app.cli", "run", *endless],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(APP_DIR)} | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -164,11 +170,96 @@ def test_an_interrupted_run_stops_what_it_started(tmp_path: Path) -> None:
     for line in process.stdout:
         if "round 2/" in line:
             break
+    return process
+
+
+def test_an_interrupted_ray_run_stops_what_it_started(tmp_path: Path) -> None:
+    temporary = Path(tempfile.mkdtemp(dir="/tmp"))
+    process = started(tmp_path, "ray", {"TMPDIR": str(temporary)})
     (home,) = temporary.glob("pfedgpa-*")
     assert len(_processes_of(home)) > 3  # SuperLink, simulation, Ray
     process.send_signal(signal.SIGTERM)
-    process.stdout.read()
+    process.communicate()
     assert process.wait(timeout=60) == 130
     assert _processes_of(home) == []
     assert not home.exists()
     temporary.rmdir()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_process_run_stops_what_it_started(
+    sign: signal.Signals, tmp_path: Path
+) -> None:
+    process = started(tmp_path, "process", {})
+    children = descendants(process.pid)
+    assert len(children) == 3  # the server and two workers
+    process.send_signal(sign)
+    process.communicate()
+    assert process.wait(timeout=60) == (-9 if sign == signal.SIGKILL else 130)
+    deadline = time.monotonic() + 30  # a killed launcher's server notices by itself
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, children))
+
+
+def descendants(pid: int) -> list[int]:
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = status.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(status.parent.name)] = int(fields[1])
+    found, frontier = [], [pid]
+    while frontier:
+        frontier = [child for child, parent in parents.items() if parent in frontier]
+        found += frontier
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def test_a_ray_cluster_of_two_nodes_serves_a_run(tmp_path: Path, in_process: Path) -> None:
+    home = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's sockets want a short path
+    ray = str(Path(sys.executable).parent / "ray")
+    address = f"127.0.0.1:{free_port()}"
+    env = os.environ | {
+        "FLWR_HOME": str(home),  # marks the cluster's processes
+        "PYTHONPATH": str(APP_DIR),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # several nodes of one machine have one address
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+    }
+
+    def node(*arguments: str) -> None:
+        options = ["--num-cpus=1", "--node-ip-address=127.0.0.1", *arguments]
+        subprocess.run([ray, "start", *options], env=env, check=True, capture_output=True)
+
+    try:
+        node("--head", f"--port={address[10:]}", "--include-dashboard=false", f"--temp-dir={home}")
+        node(f"--address={address}")
+        done = subprocess.run(
+            [sys.executable, "-m", "pfedgpa_app.cli", "run", *SETTINGS, "--engine", "ray"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(APP_DIR), "RAY_ADDRESS": address},
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert records(results(tmp_path)) == records(in_process)
+        # one actor on each node: the run has no Ray of its own
+        logs = [log.read_text() for log in home.glob("session_*/logs/worker-*.out")]
+        assert sum("ClientAppActor" in log for log in logs) == 2
+    finally:
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            for pid in _processes_of(home):
+                os.kill(pid, sign)
+            time.sleep(2)
+        shutil.rmtree(home, ignore_errors=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,12 +18,12 @@ from flwr.app import Context, RecordDict
 from flwr.common.config import get_project_config
 from flwr.supercore.object_ref import load_app
 
-from pfedgpa_app.config import Config
+from pfedgpa_app.config import Config, resolve
 from pfedgpa_app.engine import LaunchError, gpu_for
 from pfedgpa_app.engine.grid import RUN_ID
 from pfedgpa_app.engine.process import ProcessGrid, context_for
 
-logger = logging.getLogger("pfedgpa")
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def load_door(app: Path, door: str) -> Any:
@@ -40,8 +40,11 @@ def run(
     Returns:
         why the run did not complete, or "".
     """
-    start = context_for(gpu_for(config.device))
-    server = start.Process(target=_serve, args=(app, dict(settings), config, log))
+    ours = (app / PACKAGE.name).resolve() == PACKAGE
+    if not ours:  # an app with a package of its own: nothing that is imported here may be used
+        sys.path.insert(0, str(app))
+    start = context_for(fork=ours and not gpu_for(config.device))
+    server = start.Process(target=_serve, args=(app, dict(settings), log))
     server.start()
     try:
         while server.exitcode is None:
@@ -55,7 +58,7 @@ def run(
     return "" if server.exitcode == 0 else f"the server ended with exit status {server.exitcode}"
 
 
-def _serve(app: Path, settings: dict[str, Any], config: Config, log: Path) -> None:
+def _serve(app: Path, settings: dict[str, Any], log: Path) -> None:
     """The server process: both doors and, between them, a grid."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides when to stop
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -66,14 +69,15 @@ def _serve(app: Path, settings: dict[str, Any], config: Config, log: Path) -> No
     load_client = functools.partial(load_door, app, "clientapp")
     server_app = load_door(app, "serverapp")
     context = Context(RUN_ID, 1, {}, RecordDict(), settings)
-    gpu = gpu_for(config.device)
+    config = resolve(settings).config
     if config.engine == "batched":
         from pfedgpa_app.engine.batched import BatchedGrid
 
         server_app(grid=BatchedGrid(load_client(), settings, config), context=context)
         return
     load_client()  # before the workers are forked: imported once
-    with ProcessGrid(load_client, settings, config.num_clients, config.workers, gpu) as grid:
+    fork = not gpu_for(config.device)
+    with ProcessGrid(load_client, settings, config.num_clients, config.workers, fork) as grid:
         server_app(grid=grid, context=context)
 
 

@@ -29,9 +29,12 @@ from pfedgpa_app.engine.grid import LocalGrid, identify, raised
 LoadApp = Callable[[], ClientApp]
 
 
-def context_for(gpu: bool) -> Any:
-    """How processes are started: forked where that is safe, so that nothing is imported twice."""
-    return multiprocessing.get_context("fork" if sys.platform == "linux" and not gpu else "spawn")
+def context_for(fork: bool) -> Any:
+    """How processes are started: forked, so that nothing is imported twice, or afresh.
+
+    CUDA does not survive a fork, nor does macOS's Accelerate.
+    """
+    return multiprocessing.get_context("fork" if fork and sys.platform == "linux" else "spawn")
 
 
 def available_cores() -> int:
@@ -89,11 +92,11 @@ class ProcessGrid(LocalGrid):
         run_config: dict[str, Any],
         nodes: int,
         workers: int | None = None,
-        gpu: bool = False,
+        fork: bool = True,
     ) -> None:
-        """``load_app`` runs in each worker; with ``gpu`` workers may use CUDA."""
+        """``load_app`` runs in each worker; forked workers cannot use CUDA."""
         super().__init__(run_config, nodes)
-        self._start, self._load_app = context_for(gpu), load_app
+        self._start, self._load_app = context_for(fork), load_app
         self._size = min(nodes, workers or available_cores())
         self._workers: list[_Worker] = []
 
