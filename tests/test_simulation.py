@@ -233,8 +233,6 @@ def test_a_ray_cluster_of_two_nodes_serves_a_run(tmp_path: Path, in_process: Pat
         "FLWR_HOME": str(home),  # marks the cluster's processes
         "PYTHONPATH": str(APP_DIR),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # several nodes of one machine have one address
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
     }
 
     def node(*arguments: str) -> None:
@@ -254,9 +252,9 @@ def test_a_ray_cluster_of_two_nodes_serves_a_run(tmp_path: Path, in_process: Pat
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert records(results(tmp_path)) == records(in_process)
-        # one actor on each node: the run has no Ray of its own
-        logs = [log.read_text() for log in home.glob("session_*/logs/worker-*.out")]
-        assert sum("ClientAppActor" in log for log in logs) == 2
+        # two actors, each taking the whole of a node: the run has no Ray of its own
+        logs = {log.name: log.read_text() for log in home.glob("session_*/logs/worker-*.out")}
+        assert sum("ClientAppActor" in log for log in logs.values()) == 2
     finally:
         for sign in (signal.SIGTERM, signal.SIGKILL):
             for pid in _processes_of(home):
