@@ -32,13 +32,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from joblib import cpu_count
 
 from pfedgpa_app import training
 from pfedgpa_app.client import build_model, recipe
 from pfedgpa_app.config import Config, resolve
 from pfedgpa_app.data.client import load_client
 from pfedgpa_app.engine import gpu_for
-from pfedgpa_app.engine.process import available_cores
 from pfedgpa_app.models import weights_of
 from pfedgpa_app.randomness import torch_generator
 from pfedgpa_app.results.log import EVENTS
@@ -186,7 +186,7 @@ def main() -> None:
         chosen = settings(options.cifar10, options.data_dir.absolute(), clients, fraction)
         config = resolve(chosen).config
         load_client(config, 0)  # builds the machine's cache, if need be
-        workers = available_cores()
+        workers = int(cpu_count())
         rows = []
         with (
             multiprocessing.get_context("spawn").Pool(workers) as pool,

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pfedgpa_app.config import resolve
+from pfedgpa_app.results.log import is_done
+from pfedgpa_app.results.tables import seeds_table
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = {
@@ -48,7 +48,7 @@ def run(
     federated = out / f"{conf}-s{seed}"
     for step, settings in steps.items():
         folder = out / f"{conf}-s{seed}{step}"
-        if not _complete(folder):
+        if not is_done(folder):
             if folder.exists():
                 folder.rename(folder.with_name(f"{folder.name}-broken-{time.time_ns()}"))
             command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--conf", conf]
@@ -65,24 +65,6 @@ def run(
         rows |= {row["method"]: row for row in summary}
     order = [*resolve({"conf": conf}).config.method, "principal"]
     return [rows[name] for name in order if name in rows]
-
-
-def _complete(folder: Path) -> bool:
-    events = folder / "events.jsonl"
-    return events.exists() and '"kind": "done"' in events.read_text()
-
-
-def table(seeds: list[list[dict[str, Any]]]) -> str:
-    """Means over seeds, ± their standard deviation."""
-    lines = ["| method | " + " | ".join(COLUMNS) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
-    for rows in zip(*seeds, strict=True):
-        cells = [rows[0]["title"]]
-        for column in COLUMNS.values():
-            values = np.array([row[column] for row in rows])
-            deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-            cells.append(f"{values.mean():.2f} ± {deviation:.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -117,10 +99,9 @@ def _write(collected: dict[str, list[list[dict[str, Any]]]], sets: dict[str, str
                 for row in rows
                 if row["method"] == "pfedgpa"
             )
-            parts.append(
-                f"### {conf} ({sets[conf]}), {len(summaries)} seeds\n\n{table(summaries)}\n\n"
-                f"Chosen without labels: {chosen}.\n"
-            )
+            title = f"### {conf} ({sets[conf]}), {len(summaries)} seeds"
+            table = seeds_table(summaries, COLUMNS)
+            parts.append(f"{title}\n\n{table}\n\nChosen without labels: {chosen}.\n")
     (results / "first_light.md").write_text("\n".join(parts))
 
 

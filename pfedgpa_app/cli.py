@@ -12,6 +12,8 @@ from typing import Any
 from pfedgpa_app import __version__
 from pfedgpa_app.config import APP_DIR, KEYS, ConfigError, resolve
 
+YAML = (".yaml", ".yml")
+
 
 def parse_overrides(texts: list[str]) -> dict[str, Any]:
     """``KEY=VALUE`` settings; a value is TOML, and what is not valid TOML is text.
@@ -61,6 +63,32 @@ def main(arguments: list[str] | None = None) -> int:
     run.add_argument("--engine", help="auto, ray, process or batched; the same as engine=")
     run.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
 
+    sweep = commands.add_parser(
+        "sweep",
+        help="run every combination of settings, as many at once as the machine carries",
+        description="Runs every combination. Finished runs are skipped, so a sweep that was "
+        "stopped goes on where it was.",
+    )
+    sweep.add_argument(
+        "settings",
+        nargs="*",
+        metavar="FILE or KEY=VALUE",
+        help="a YAML file with settings: (for all runs) and over: (lists to combine); "
+        + settings_help,
+    )
+    sweep.add_argument(
+        "--over",
+        action="append",
+        default=[],
+        metavar="KEY=V1,V2",
+        help="vary a setting; several --over are combined",
+    )
+    sweep.add_argument("--conf", help="experiment in conf/, or a YAML file")
+    sweep.add_argument("--engine", help="auto, ray, process or batched; the same as engine=")
+    sweep.add_argument("--out", type=Path, help="where the runs' folders and the tables go")
+    sweep.add_argument("--jobs", type=int, help="runs at a time; default: as the cores allow")
+    sweep.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
+
     commands.add_parser("settings", help="print every setting, its default and meaning")
 
     draw = commands.add_parser("partition", help="draw who holds which classes")
@@ -82,13 +110,20 @@ def main(arguments: list[str] | None = None) -> int:
         _print_settings()
         return 0
     try:
-        overrides = parse_overrides(options.settings + getattr(options, "run_config", []))
+        files = [word for word in options.settings if "=" not in word and word.endswith(YAML)]
+        words = [word for word in options.settings if word not in files]
+        if options.command != "sweep":
+            files, words = [], options.settings
+        overrides = parse_overrides(words + getattr(options, "run_config", []))
         if options.conf:
             overrides["conf"] = options.conf
         if getattr(options, "engine", None):
             overrides["engine"] = options.engine
         if options.command == "partition":
             return _draw_partition(overrides, options.out)
+        if options.command == "sweep":
+            return _sweep(overrides, [Path(file) for file in files], options)
+        _end_with_parent()
         return _run(overrides, options.app.absolute())
     except ConfigError as error:
         print(f"pfedgpa: {error}", file=sys.stderr)
@@ -143,6 +178,57 @@ def _run(overrides: dict[str, Any], app: Path) -> int:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _sweep(overrides: dict[str, Any], files: list[Path], options: argparse.Namespace) -> int:
+    from pfedgpa_app.data.datasets import DataError
+    from pfedgpa_app.sweep import read, sweep
+
+    settings: dict[str, Any] = {}
+    over: dict[str, list[Any]] = {}
+    for file in files:
+        shared, varied = read(file)
+        settings, over = settings | shared, over | varied
+    for text in options.over:
+        key, found, values = text.partition("=")
+        if not found or key not in KEYS:
+            raise ConfigError(f"--over {text!r}: wants KEY=V1,V2 with a setting's name")
+        over[key] = [parse_overrides([f"{key}={value}"])[key] for value in values.split(",")]
+    if not over:
+        raise ConfigError("nothing to sweep over: give a file with over:, or --over KEY=V1,V2")
+    if options.jobs is not None and options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs}: must be >= 1")
+    name = files[0].stem if files else "sweep"
+    out = options.out or Path("results") / name
+    for key in ("out-dir", "run-name"):
+        if key in settings | overrides:
+            raise ConfigError(f"{key}: a sweep names its runs' folders itself; use --out")
+    try:
+        done = sweep(settings | overrides, over, out, options.app.absolute(), options.jobs)
+    except DataError as error:
+        print(f"pfedgpa: {error}", file=sys.stderr)
+        return 2
+    return 0 if done else 1
+
+
+def _end_with_parent() -> None:
+    """A run that a sweep started stops when the sweep is gone, however it went."""
+    import os
+    import threading
+    import time
+
+    from pfedgpa_app.sweep import PARENT
+
+    parent = os.environ.get(PARENT)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -44,6 +44,14 @@ def run_folder(config: Config) -> Path:
     return folder
 
 
+def federations(config: Config) -> dict[str, list[str]]:
+    """{federation: its methods}: methods whose rounds are alike run them once."""
+    shared: dict[str, list[str]] = {}
+    for name in config.method:
+        shared.setdefault(method_class(name).federation(config), []).append(name)
+    return shared
+
+
 def save_weights(path: Path, weights: dict[int, Weights], common: Weights) -> None:
     """Clients' weights as ``client-3/NAME``; the common ones once, as ``global/NAME``."""
     tensors: Weights = {}
@@ -64,17 +72,15 @@ def run(grid: Grid, resolved: Resolved) -> Path:
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(resolved.as_dict(), indent=2) + "\n")
-    federations: dict[str, list[str]] = {}
-    for name in config.method:
-        federations.setdefault(method_class(name).federation(config), []).append(name)
+    shared = federations(config)
     evaluations = len({method_class(m).weights_from or m for m in config.method})
     per_evaluation = 1 + sum(c.epochs for c in candidates(config)) / config.local_epochs / 2
-    rounds = 0 if config.uploads else len(federations) * config.num_server_rounds
+    rounds = 0 if config.uploads else len(shared) * config.num_server_rounds
     work = rounds + evaluations * per_evaluation
     log = RunLog(folder, config.num_server_rounds, work)
     try:
         log.event("start", f"results: {folder}")
-        _Run(grid, resolved, folder, log, per_evaluation).everything(federations)
+        _Run(grid, resolved, folder, log, per_evaluation).everything(shared)
     except Exception as error:
         log.event("failed", f"{error}")
         raise

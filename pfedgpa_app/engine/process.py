@@ -37,11 +37,6 @@ def context_for(fork: bool) -> Any:
     return multiprocessing.get_context("fork" if fork and sys.platform == "linux" else "spawn")
 
 
-def available_cores() -> int:
-    """Cores that this process may use, by affinity and container limits."""
-    return int(cpu_count())
-
-
 def _work(load_app: LoadApp, connection: Connection) -> None:
     """A worker's life: serve one message after another until the server is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when to stop
@@ -97,7 +92,7 @@ class ProcessGrid(LocalGrid):
         """``load_app`` runs in each worker; forked workers cannot use CUDA."""
         super().__init__(run_config, nodes)
         self._start, self._load_app = context_for(fork), load_app
-        self._size = min(nodes, workers or available_cores())
+        self._size = min(nodes, workers or int(cpu_count()))
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Self:

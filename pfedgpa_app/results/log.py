@@ -21,6 +21,19 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def last_event(folder: Path) -> dict[str, Any]:
+    """The newest whole event of the run in ``folder``; {} before the first."""
+    events = folder / EVENTS
+    lines = events.read_text().splitlines(keepends=True) if events.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    return dict(json.loads(whole[-1])) if whole else {}
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the run in ``folder`` came to its end."""
+    return last_event(folder).get("kind") == "done"
+
+
 def mean(values: list[float]) -> float:
     """NaN for no values."""
     return sum(values) / len(values) if values else float("nan")
@@ -56,7 +69,9 @@ class RunLog:
     def event(self, kind: str, text: str, **more: Any) -> None:
         """Say something to whoever watches."""
         now = round(time.time(), 3)
-        self._append(EVENTS, {"kind": kind, "text": text, "time": now, **more})
+        progress = round(self._done / self._work, 4) if self._work else 1.0
+        record = {"kind": kind, "text": text, "time": now, "progress": progress}
+        self._append(EVENTS, record | more)
         if kind != "warning":
             logger.info(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,3 +123,22 @@ def text_table(rows: list[dict[str, Any]]) -> str:
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines
     )
+
+
+def seeds_table(seeds: Sequence[Sequence[Mapping[str, Any]]], columns: Mapping[str, str]) -> str:
+    """Mean ± standard deviation over seeds, in Markdown.
+
+    Args:
+        seeds: each seed's entries of ``summary.json``, the same methods in the same order.
+        columns: {heading: key of an entry}; a column without any value is left out.
+    """
+    shown = {h: k for h, k in columns.items() if all(r[k] is not None for s in seeds for r in s)}
+    lines = ["| method | " + " | ".join(shown) + " |", "| --- " * (len(shown) + 1) + "|"]
+    for rows in zip(*seeds, strict=True):
+        cells = [rows[0]["title"]]
+        for key in shown.values():
+            values = np.array([row[key] for row in rows])
+            deviation = values.std(ddof=1) if len(values) > 1 else 0.0
+            cells.append(f"{values.mean():.2f} ± {deviation:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

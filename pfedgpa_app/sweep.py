@@ -1,0 +1,358 @@
+"""Sweeps: many runs that share one machine.
+
+A sweep is every combination of the settings it varies. Each run is a ``pfedgpa run`` of its
+own in a folder named after its settings, so a sweep that was stopped goes on where it was:
+runs that are done are skipped, one that was broken off starts again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+from joblib import cpu_count
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from pfedgpa_app.config import Config, ConfigError, Resolved, resolve
+from pfedgpa_app.engine import engine_for
+from pfedgpa_app.experiment import federations
+from pfedgpa_app.launcher import preflight
+from pfedgpa_app.results.log import clock, is_done, last_event
+from pfedgpa_app.results.tables import seeds_table
+
+PARENT = "PFEDGPA_PARENT"  # tells a run which process it must not outlive
+LOOK = 0.5  # seconds between looks at the runs
+# how a run is carried out may differ from what a finished run says; its results do not
+FREE = {"conf", "engine", "workers", "out-dir", "run-name", "data-dir", "download", "timeout"}
+COLUMNS = {
+    "before FT": "accuracy_before_ft",
+    "after FT": "accuracy_after_ft",
+    "kept by validation": "accuracy_kept",
+    "tuned FT": "accuracy_after_ft_tuned",
+    "worst client before FT": "accuracy_worst_client_before_ft",
+}
+
+Settings = dict[str, Any]
+
+
+def read(path: Path) -> tuple[Settings, dict[str, list[Any]]]:
+    """A sweep's file: ``settings:`` that all runs share and ``over:`` with lists to combine.
+
+    Raises:
+        ConfigError: no such file, or another form.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(loaded, dict) or loaded.keys() - {"settings", "over"}:
+        raise ConfigError(f"{path}: wants settings: and over:, and nothing else")
+    settings, over = loaded.get("settings") or {}, loaded.get("over") or {}
+    if not isinstance(settings, dict) or not isinstance(over, dict):
+        raise ConfigError(f"{path}: settings: and over: must map settings to values")
+    for key, values in over.items():
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{path}: over: {key}: wants a list of values")
+    return settings, over
+
+
+@dataclass
+class Run:
+    """One run of a sweep."""
+
+    name: str
+    settings: Settings
+    varied: Settings
+    resolved: Resolved
+    folder: Path
+
+    @property
+    def config(self) -> Config:
+        return self.resolved.config
+
+    @property
+    def work(self) -> float:
+        """About how long it takes, in images trained on."""
+        c = self.config
+        trained = max(1, round(c.fraction_train * c.num_clients)) * c.train_per_client
+        return len(federations(c)) * c.num_server_rounds * c.local_epochs * trained
+
+    def differences(self) -> list[str]:
+        """Settings in which the finished run in its folder differs from this one."""
+        there = json.loads((self.folder / "config.json").read_text())
+        here = json.loads(json.dumps(self.resolved.as_dict()))
+        return [
+            f"{key} = {there.get(key, {}).get('value')!r} there, {entry['value']!r} here"
+            for key, entry in here.items()
+            if key not in FREE and there.get(key, {}).get("value") != entry["value"]
+        ]
+
+
+def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> list[Run]:
+    """Every combination of ``over`` on top of ``settings``, the last key varying fastest.
+
+    Raises:
+        ConfigError: a combination that cannot run, or a folder with another run's results.
+    """
+    runs = []
+    for values in itertools.product(*over.values()):
+        varied = dict(zip(over, values, strict=True))
+        chosen = settings | varied
+        name = _name(chosen, varied)
+        folder = (out / name).absolute()
+        chosen |= {"out-dir": str(folder.parent), "run-name": name}
+        run = Run(name, chosen, varied, resolve(chosen), folder)
+        if is_done(folder) and (differences := run.differences()):
+            raise ConfigError(
+                f"{folder} holds a run with other settings ({'; '.join(differences)}): "
+                "choose another --out, or delete it"
+            )
+        runs.append(run)
+    names = [run.name for run in runs]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"over: the same run twice: {', '.join(sorted(twice))}")
+    return runs
+
+
+def _name(settings: Settings, varied: Settings) -> str:
+    def text(value: Any) -> str:
+        whole = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+        return "".join(c if c.isalnum() or c in "-.+" else "-" for c in whole)
+
+    parts = [text(Path(str(settings.get("conf", "demo"))).stem)]
+    parts += [f"{key}={text(value)}" for key, value in varied.items() if key != "conf"]
+    return "_".join(parts)
+
+
+def shares(runs: Sequence[Run], jobs: int | None, cores: int) -> tuple[int, int | None]:
+    """How many runs go at once, and how many workers each has (None: as its settings say).
+
+    Runs on the process engine share the cores, one worker each while there are enough runs:
+    while one run's server works, another's client trains. Ray and a GPU serve one run at a time.
+    """
+    engines = {engine_for(run.config.engine, run.config.device) for run in runs}
+    asked = {run.config.workers for run in runs} - {None}
+    if engines != {"process"}:
+        return jobs or 1, None
+    if asked:
+        most = max(w for w in asked if w)
+        return jobs or max(1, cores // most), None
+    at_once = jobs or max(1, min(cores, len(runs)))
+    return at_once, max(1, cores // at_once)
+
+
+class Show(Protocol):
+    """Tells the user how the sweep goes."""
+
+    def begin(self, run: Run, text: str) -> None: ...
+    def update(self, run: Run, event: Mapping[str, Any], text: str) -> None: ...
+    def end(self, run: Run, outcome: str, text: str) -> None: ...
+
+
+class Lines:
+    """One line when a run starts and one when it ends."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, run: Run, text: str) -> None:
+        self._say(f"{text}  {run.name}: started")
+
+    def update(self, run: Run, event: Mapping[str, Any], text: str) -> None:
+        pass
+
+    def end(self, run: Run, outcome: str, text: str) -> None:
+        self._say(f"{text}  {run.name}: {outcome}")
+
+
+class Bars(Lines):
+    """A live bar for each run that goes, and one for the sweep, below the lines."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[now]}"))
+        self.progress = Progress(*columns, console=console, transient=True)
+        self.tasks: dict[str, TaskID] = {}
+        self.progress.start()
+
+    def begin(self, run: Run, text: str) -> None:
+        self.tasks[run.name] = self.progress.add_task(run.name, total=1, now="starting")
+
+    def update(self, run: Run, event: Mapping[str, Any], text: str) -> None:
+        now = f"{event.get('text', '').splitlines()[0] if event else 'starting'}  ({text})"
+        self.progress.update(
+            self.tasks[run.name], completed=event.get("progress", 0), now=now.replace("[", "\\[")
+        )
+
+    def end(self, run: Run, outcome: str, text: str) -> None:
+        self.progress.remove_task(self.tasks.pop(run.name))
+        super().end(run, outcome, text)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self.progress.stop()
+
+
+class Sweep:
+    """Runs what is not done, so many at once, and keeps count."""
+
+    def __init__(
+        self, runs: Sequence[Run], app: Path, jobs: int, workers: int | None, show: Show
+    ) -> None:
+        self.runs, self.app, self.jobs, self.workers, self.show = runs, app, jobs, workers, show
+        self.waiting = [run for run in runs if not is_done(run.folder)]
+        self.done = len(runs) - len(self.waiting)
+        self.going: list[tuple[Run, subprocess.Popen[str]]] = []
+        self.failed: dict[str, str] = {}
+        self._started = time.monotonic()
+        self._finished_work = 0.0
+
+    def everything(self) -> None:
+        """Returns when no run is left; whatever happens, none goes on behind it."""
+        try:
+            while self.waiting or self.going:
+                while self.waiting and len(self.going) < self.jobs:
+                    self._begin(self.waiting.pop(0))
+                time.sleep(LOOK)
+                for run, process in list(self.going):
+                    self.show.update(run, last_event(run.folder), self.state())
+                    if process.poll() is not None:
+                        self._end(run, process)
+        finally:
+            for _, process in self.going:
+                process.terminate()
+            for _, process in self.going:
+                process.communicate()
+
+    def _begin(self, run: Run) -> None:
+        if run.folder.exists():  # broken off: it is not done
+            shutil.rmtree(run.folder)
+        command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--app", str(self.app)]
+        env = os.environ | {PARENT: str(os.getpid())}
+        settings = dict(run.settings)
+        if self.workers:
+            settings["workers"] = self.workers
+            env["OMP_NUM_THREADS"] = str(self.workers)  # the server's share, too
+        command += [f"{key}={_argument(value)}" for key, value in settings.items()]
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the sweep, which then stops its runs
+        )
+        self.going.append((run, process))
+        self.show.begin(run, self.state())
+
+    def _end(self, run: Run, process: subprocess.Popen[str]) -> None:
+        _, said = process.communicate()
+        self.going.remove((run, process))
+        self._finished_work += run.work
+        if process.returncode == 0:
+            self.done += 1
+            outcome = _headline(run.folder)
+        else:
+            outcome = f"failed: {said.strip()[-500:] or f'exit status {process.returncode}'}"
+            self.failed[run.name] = outcome
+        self.show.end(run, outcome, self.state())
+
+    def state(self) -> str:
+        """``3/9 done, 12:31 left``."""
+        partly = {run.name: last_event(run.folder).get("progress", 0.0) for run, _ in self.going}
+        begun = sum(run.work * partly[run.name] for run, _ in self.going)
+        left = sum(run.work for run in self.waiting) - begun
+        left += sum(run.work for run, _ in self.going)
+        text = f"{self.done}/{len(self.runs)} done"
+        if (worked := self._finished_work + begun) > 0:
+            elapsed = time.monotonic() - self._started
+            text += f", {clock(left / worked * elapsed)} left"
+        return text
+
+
+def _argument(value: Any) -> str:
+    """As ``KEY=VALUE`` wants it."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def _headline(folder: Path) -> str:
+    rows = json.loads((folder / "summary.json").read_text())
+    return ", ".join(f"{row['method']} {row['accuracy_before_ft']:.1f}" for row in rows)
+
+
+def summarise(runs: Sequence[Run], out: Path) -> str:
+    """Write ``sweep.json`` (every finished run's rows) and ``sweep.md`` (means over seeds)."""
+    finished = [run for run in runs if is_done(run.folder)]
+    rows = {run.name: json.loads((run.folder / "summary.json").read_text()) for run in finished}
+    record = [{"run": r.name, "varied": r.varied, "summary": rows[r.name]} for r in finished]
+    (out / "sweep.json").write_text(json.dumps(record, indent=1) + "\n")
+    parts = []
+    for varied, alike in _groups(finished):
+        title = ", ".join(f"{key} = {value}" for key, value in varied.items()) or "all runs"
+        seeds = ", ".join(str(run.config.seed) for run in alike)
+        table = seeds_table([rows[run.name] for run in alike], COLUMNS)
+        parts.append(f"### {title}\n\nSeeds {seeds}.\n\n{table}\n")
+    (out / "sweep.md").write_text("\n".join(parts))
+    return "\n".join(parts)
+
+
+def _groups(runs: Sequence[Run]) -> Iterator[tuple[Settings, list[Run]]]:
+    """Runs that differ in nothing but the seed."""
+    groups: dict[str, tuple[Settings, list[Run]]] = {}
+    for run in runs:
+        varied = {key: value for key, value in run.varied.items() if key != "seed"}
+        groups.setdefault(json.dumps(varied), (varied, []))[1].append(run)
+    yield from groups.values()
+
+
+def sweep(
+    settings: Settings,
+    over: Mapping[str, Sequence[Any]],
+    out: Path,
+    app: Path,
+    jobs: int | None = None,
+    console: Console | None = None,
+) -> bool:
+    """Run every combination that is not done yet; whether all of them are done now.
+
+    Raises:
+        ConfigError, DataError: refused before any run started.
+    """
+    console = console or Console()
+    runs = expand(settings, over, out)
+    for run in runs:
+        preflight(run.config)
+    jobs, workers = shares(runs, jobs, int(cpu_count()))
+    out.mkdir(parents=True, exist_ok=True)
+    show = Bars(console) if console.is_terminal else Lines(console)
+    going = Sweep(runs, app, jobs, workers, show)
+    if skipped := going.done:
+        console.print(f"{skipped} of {len(runs)} runs are done already", highlight=False)
+    try:
+        going.everything()
+    finally:
+        if isinstance(show, Bars):
+            show.close()
+        table = summarise(runs, out)
+    console.print(table, markup=False, highlight=False, soft_wrap=True)
+    for name, outcome in going.failed.items():
+        console.print(f"{name}: {outcome}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"results are in {out.absolute()}", highlight=False, soft_wrap=True)
+    return not going.failed

@@ -1,0 +1,189 @@
+"""Sweeps: many runs on one machine, stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pfedgpa_app.config import APP_DIR, ConfigError
+from pfedgpa_app.results.log import is_done
+from pfedgpa_app.results.tables import seeds_table
+from pfedgpa_app.sweep import PARENT, Run, expand, read, shares
+from tests.test_federation import SMALL
+from tests.test_simulation import alive, descendants
+
+QUICK = SMALL | {"method": "fedavg", "num-server-rounds": 2, "device": "cpu"}
+
+
+def runs(tmp_path: Path, over: dict[str, list[Any]], **more: Any) -> list[Run]:
+    return expand(QUICK | {k.replace("_", "-"): v for k, v in more.items()}, over, tmp_path)
+
+
+class TestPlan:
+    def test_every_combination_in_a_folder_of_its_own(self, tmp_path: Path) -> None:
+        over = {"conf": ["demo"], "seed": [0, 1], "pfedgpa.rank": ["auto", 3]}
+        planned = runs(tmp_path, over)
+        assert [run.name for run in planned] == [
+            "demo_seed=0_pfedgpa.rank=auto",
+            "demo_seed=0_pfedgpa.rank=3",
+            "demo_seed=1_pfedgpa.rank=auto",
+            "demo_seed=1_pfedgpa.rank=3",
+        ]
+        assert [run.config.seed for run in planned] == [0, 0, 1, 1]
+        assert [run.config.pfedgpa.rank for run in planned] == [None, 3, None, 3]
+        assert planned[0].settings["run-name"] == planned[0].folder.name
+        (odd,) = runs(tmp_path, {"dataset": ["imagefolder:/my/images, of cats"]})
+        assert odd.folder.parent == tmp_path  # whatever a value holds
+
+    def test_bad_plans_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="seed = -1"):
+            runs(tmp_path, {"seed": [0, -1]})
+        with pytest.raises(ConfigError, match="same run twice"):
+            runs(tmp_path, {"seed": [0, 0]})
+        for text, words in (
+            ("over: {seed: 3}", "wants a list"),
+            ("seeds: [1]", "wants settings: and over:"),
+            ("over: [1]", "must map"),
+            ("{", "cannot be read"),
+        ):
+            (tmp_path / "plan.yaml").write_text(text)
+            with pytest.raises(ConfigError, match=words):
+                read(tmp_path / "plan.yaml")
+        with pytest.raises(ConfigError, match="cannot be read"):
+            read(tmp_path / "none.yaml")
+
+    def test_the_machine_is_shared_out_and_never_oversubscribed(self, tmp_path: Path) -> None:
+        over = {"seed": list(range(10))}
+        many, one = runs(tmp_path, over), runs(tmp_path, {"seed": [0]})
+        assert shares(many, None, cores=4) == (4, 1)
+        assert shares(many, None, cores=32) == (10, 3)
+        assert shares(many, 3, cores=16) == (3, 5)
+        assert shares(one, None, cores=4) == (1, 4)
+        assert shares(runs(tmp_path, over, workers=2), None, cores=8) == (4, None)
+        assert shares(runs(tmp_path, over, engine="ray"), None, cores=8) == (1, None)
+        assert shares(runs(tmp_path, over, engine="batched"), None, cores=8) == (1, None)
+        for jobs in (None, 1, 2, 3, 8, 50):
+            for cores in (1, 2, 8, 12):
+                at_once, workers = shares(many, jobs, cores)
+                assert workers
+                assert at_once * workers <= max(cores, jobs or 0)
+
+    def test_means_over_seeds(self) -> None:
+        def row(title: str, a: float, b: float | None) -> dict[str, Any]:
+            return {"title": title, "a": a, "b": b}
+
+        seeds = [[row("x", 1.0, 2.0), row("y", 5.0, None)], [row("x", 3.0, 2.0), row("y", 5.0, 1)]]
+        # mean 2, deviation sqrt(((1 − 2)² + (3 − 2)²) / (2 − 1)) = 1.41; b is not in every row
+        assert seeds_table(seeds, {"A": "a", "B": "b"}).splitlines() == [
+            "| method | A |",
+            "| --- | --- |",
+            "| x | 2.00 ± 1.41 |",
+            "| y | 5.00 ± 0.00 |",
+        ]
+
+
+def command(*arguments: str, **settings: Any) -> list[str]:
+    named = QUICK | {key.replace("_", "-"): value for key, value in settings.items()}
+    words = [f"{key}={value}" for key, value in named.items()]
+    return [sys.executable, "-m", "pfedgpa_app.cli", "sweep", *words, *arguments, "--out", "out"]
+
+
+def sweep(folder: Path, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments, **settings),
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(APP_DIR)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def test_a_sweep_skips_what_is_done_and_repeats_what_was_broken_off(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "--over", "seed=0,1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2/2 done" in done.stdout
+    assert "left" in done.stdout
+    first, second = (tmp_path / "out" / f"demo_seed={seed}" for seed in (0, 1))
+    accuracies = [
+        json.loads((f / "summary.json").read_text())[0]["accuracy_before_ft"]
+        for f in (first, second)
+    ]
+    mean = sum(accuracies) / 2
+    table = (tmp_path / "out" / "sweep.md").read_text()
+    assert f"| FedAvg | {mean:.2f} ± " in table
+    assert "Seeds 0, 1." in table
+    # one is broken off: its last event is gone, and half a line is left
+    events = (second / "events.jsonl").read_text().splitlines(keepends=True)
+    (second / "events.jsonl").write_text("".join(events[:-2]) + events[-2][:20])
+    assert not is_done(second)
+    old = (first / "events.jsonl").stat().st_mtime_ns
+    results = (second / "metrics.jsonl").read_text()
+    again = sweep(tmp_path, "--over", "seed=0,1")
+    assert again.returncode == 0
+    assert "1 of 2 runs are done already" in again.stdout
+    assert "demo_seed=0: started" not in again.stdout
+    assert (first / "events.jsonl").stat().st_mtime_ns == old
+    assert is_done(second)
+    assert (second / "metrics.jsonl").read_text() == results  # from its start, not appended
+    other = sweep(tmp_path, "--over", "seed=0,1", learning_rate=0.5)
+    assert other.returncode == 2
+    assert "learning-rate = 0.02 there, 0.5 here" in other.stderr
+
+
+def test_a_failed_run_does_not_stop_the_others(tmp_path: Path) -> None:
+    # a learning rate that drives the weights to infinity: no usable upload
+    done = sweep(tmp_path, "--over", "learning-rate=0.02,1e30", "--jobs", "1")
+    assert done.returncode == 1
+    assert "1/2 done" in done.stdout
+    assert "failed: pfedgpa: the run failed: round 1 of fedavg: none of 4 clients" in done.stdout
+    assert is_done(tmp_path / "out" / "demo_learning-rate=0.02")
+    assert "learning-rate = 0.02" in (tmp_path / "out" / "sweep.md").read_text()
+
+
+def test_what_cannot_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    for arguments, words in (
+        (["--over", "sed=1"], "setting's name"),
+        (["--over", "seed=1,x"], "wants a whole number"),
+        ([], "nothing to sweep over"),
+        (["--over", "train-per-client=60,90000"], "one client is to hold"),
+        (["--over", "seed=1", "--jobs", "0"], "--jobs 0"),
+        (["--over", "seed=1", "run-name=mine"], "use --out"),
+    ):
+        done = sweep(tmp_path, *arguments)
+        assert done.returncode == 2, arguments
+        assert words in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_sweep_leaves_nothing_running(sign: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("--over", "seed=0,1", num_server_rounds=100000),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(APP_DIR)},
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    metrics = list((tmp_path / "out").glob("*/metrics.jsonl"))
+    while not metrics and time.monotonic() < deadline:
+        time.sleep(0.2)
+        metrics = list((tmp_path / "out").glob("*/metrics.jsonl"))
+    assert metrics
+    children = descendants(process.pid)
+    assert len(children) >= 3  # a run, its server and its worker
+    process.send_signal(sign)
+    assert process.wait(timeout=60) == (-9 if sign == signal.SIGKILL else 130)
+    deadline = time.monotonic() + 60
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, children))
+    assert PARENT not in os.environ
