@@ -2,16 +2,18 @@
 
     python benchmarks/engine.py --data-dir DATA [--cifar10 imagefolder:cifar10] [--engines ...]
 
-The bare loop trains the round's clients (load weights, local SGD) with as many single-threaded
-workers as the machine has cores, in processes of its own, and is timed before, between and
-after the engines' runs. Everything is FedAvg on CIFAR-10, 600 images × 2 epochs a client and
-round. Prints the table and writes ``results/engine.{md,json}``.
+The bare loop trains the round's clients (build the network, local SGD) with as many
+single-threaded workers as the machine has cores, in processes of its own, and is timed before,
+between and after the engines' runs; with ``--device cuda`` it trains them one after another on
+the GPU. Everything is FedAvg on CIFAR-10, 600 images × 2 epochs a client and round, and
+pFedGPA's server step at the end. Prints the table and writes ``results/engine.{md,json}``.
 
     start-up     from the command to the first client's training: end of round 1 less a round
     round        median over the rounds without evaluation, after the first
     ratio        round over the bare loop's median
     evaluation   what evaluating every client adds to a round
-    memory       peak resident memory of all the run's processes; shared pages count once (PSS)
+    memory       peak of all the run's processes, the server step included: shared pages counted
+                 once (PSS), and in every process that maps them (RSS)
 """
 
 from __future__ import annotations
@@ -44,23 +46,24 @@ from pfedgpa_app.randomness import torch_generator
 from pfedgpa_app.results.log import EVENTS
 
 HERE = Path(__file__).resolve().parent
-ROUNDS, LAST_EVALUATED = 16, 5
+LAST_EVALUATED = 5
 FEDERATIONS = {"20 clients": (20, 1.0), "100 clients at 30 %": (100, 0.3)}
 
 
-def settings(dataset: str, data_dir: Path, clients: int, fraction: float) -> dict[str, Any]:
+def settings(options: argparse.Namespace, clients: int, fraction: float) -> dict[str, Any]:
     """The benchmark's federation; only the last five rounds and the first are evaluated."""
     return {
         "conf": "cifar10-20",
-        "method": "fedavg",
-        "dataset": dataset,
-        "data-dir": str(data_dir),
+        "method": "fedavg,pfedgpa",
+        "dataset": options.cifar10,
+        "data-dir": str(options.data_dir.absolute()),
+        "device": options.device,
         "num-clients": clients,
         "fraction-train": fraction,
         "train-per-client": 600,
         "validation-share": 0.0,
         "augment": False,
-        "num-server-rounds": ROUNDS,
+        "num-server-rounds": options.rounds,
         "evaluate-every": 1000,
         "fine-tune-epochs": 0,
     }
@@ -93,19 +96,19 @@ class Bare:
             self.seconds.append(time.perf_counter() - started)
 
 
-def _resident(mark: str) -> int:
-    """Bytes that the processes whose environment or command line holds ``mark`` keep in memory."""
-    total = 0
+def _resident(mark: str) -> tuple[int, int]:
+    """PSS and RSS in bytes of the processes whose environment holds ``mark``."""
+    totals = {"Pss:": 0, "Rss:": 0}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            known = (process / "environ").read_bytes() + (process / "cmdline").read_bytes()
-            if mark.encode() in known:
-                rollup = (process / "smaps_rollup").read_text()
-                line = next(x for x in rollup.splitlines() if x.startswith("Pss:"))
-                total += int(line.split()[1]) * 1024
-        except (OSError, StopIteration):
+            if mark.encode() in (process / "environ").read_bytes():
+                for line in (process / "smaps_rollup").read_text().splitlines():
+                    name, _, rest = line.partition(" ")
+                    if name in totals:
+                        totals[name] += int(rest.split()[0]) * 1024
+        except OSError:
             continue
-    return total
+    return totals["Pss:"], totals["Rss:"]
 
 
 def run(engine: str, chosen: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -115,12 +118,11 @@ def run(engine: str, chosen: dict[str, Any], out: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--app", str(HERE.parent)]
     command += ["--engine", engine, f"out-dir={out}", f"run-name={value}"]
     command += [f"{key}={json.dumps(v) if v in (True, False) else v}" for key, v in chosen.items()]
-    peak, done = 0, threading.Event()
+    seen, done = [(0, 0)], threading.Event()
 
     def watch() -> None:
-        nonlocal peak
         while not done.wait(2.0):
-            peak = max(peak, _resident(mark))
+            seen.append(_resident(mark))
 
     started = time.time()
     watcher = threading.Thread(target=watch)
@@ -142,14 +144,15 @@ def run(engine: str, chosen: dict[str, Any], out: Path) -> dict[str, Any]:
         "round_seconds": round(statistics.median(plain), 3),
         "rounds": [round(s, 3) for s in plain],
         "evaluation_seconds": round(statistics.median(evaluated) - statistics.median(plain), 3),
-        "peak_bytes": peak,
+        "peak_pss_bytes": max(pss for pss, _ in seen),
+        "peak_rss_bytes": max(rss for _, rss in seen),
     }
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """As Markdown."""
     lines = [
-        "| federation | engine | start-up | round | ratio to the bare loop | evaluation | memory |",
+        "| federation | engine | start-up | round | ratio to the bare loop | evaluation | memory: PSS (RSS) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for part in results:
@@ -162,9 +165,9 @@ def table(results: list[dict[str, Any]]) -> str:
         for row in part["runs"]:
             lines.append(
                 f"| {part['federation']} | {row['engine']} | {row['startup_seconds']:.1f} s "
-                f"| {row['round_seconds']:.2f} s | {row['round_seconds'] / bare:.2f} "
+                f"| {row['round_seconds']:.2f} s | {row['round_seconds'] / bare:.3g} "
                 f"| {row['evaluation_seconds']:.2f} s ({row['images']} images) "
-                f"| {row['peak_bytes'] / 2**30:.2f} GiB |"
+                f"| {row['peak_pss_bytes'] / 2**30:.2f} ({row['peak_rss_bytes'] / 2**30:.2f}) GiB |"
             )
     return "\n".join(lines)
 
@@ -177,16 +180,19 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--cifar10", default="cifar10", help="or imagefolder:PATH")
     parser.add_argument("--engines", nargs="+", default=None)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=2, help="runs of each engine")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     options = parser.parse_args()
-    engines = options.engines or ["process", "ray", *(["batched"] if gpu_for("auto") else [])]
+    gpu = gpu_for(options.device)
+    engines = options.engines or (["batched"] if gpu else ["process", "ray"])
     results = []
     for federation, (clients, fraction) in FEDERATIONS.items():
-        chosen = settings(options.cifar10, options.data_dir.absolute(), clients, fraction)
+        chosen = settings(options, clients, fraction)
         config = resolve(chosen).config
         load_client(config, 0)  # builds the machine's cache, if need be
-        workers = int(cpu_count())
+        workers = 1 if gpu else int(cpu_count())
         rows = []
         with (
             multiprocessing.get_context("spawn").Pool(workers) as pool,

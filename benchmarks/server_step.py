@@ -48,15 +48,17 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--weights", type=int, default=107_690)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    device = torch.device(options.device)
     # what torch loads at its first matrix product and training step is not the step's
     small = synthetic(4, 3, 2000)
-    WeightDistribution(small, FitSettings(fit_steps=2), seed=0).generate("tweedie", draws=2)
+    WeightDistribution(small, FitSettings(fit_steps=2), 0, device).generate("tweedie", draws=2)
     buffer = synthetic(options.clients, options.rounds, options.weights)
     size = options.clients * options.rounds * options.weights * 4
     before = peak_bytes()
     started = time.perf_counter()
-    fitted = WeightDistribution(buffer, FitSettings(), seed=0)
+    fitted = WeightDistribution(buffer, FitSettings(), 0, device)
     fit = time.perf_counter() - started
     generated = fitted.generate("tweedie", draws=64)
     total = time.perf_counter() - started
