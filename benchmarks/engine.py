@@ -152,7 +152,8 @@ def run(engine: str, chosen: dict[str, Any], out: Path) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     """As Markdown."""
     lines = [
-        "| federation | engine | start-up | round | ratio to the bare loop | evaluation | memory: PSS (RSS) |",
+        "| federation | engine | start-up | round | ratio to the bare loop | evaluation "
+        "| memory: PSS (RSS) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for part in results:

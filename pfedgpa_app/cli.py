@@ -47,8 +47,7 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 the run failed, 2 refused."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pfedgpa", description="Personalised federated learning by generated weights."
     )
@@ -95,7 +94,12 @@ def main(arguments: list[str] | None = None) -> int:
     draw.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings_help)
     draw.add_argument("--conf", help="experiment in conf/, or a YAML file")
     draw.add_argument("--out", type=Path, default=Path("partition.png"), help="the picture")
+    return parser
 
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0 done, 1 the run failed, 2 refused."""
+    parser = _parser()
     # settings may stand before and after options, which argparse's subcommands cannot mix
     options, rest = parser.parse_known_args(arguments)
     if options.command == "settings" or any(word.startswith("-") for word in rest):

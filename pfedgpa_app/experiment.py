@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from pfedgpa_app.config import Config, Resolved
 from pfedgpa_app.data.client import load_dataset, load_partition
+from pfedgpa_app.engine.grid import LocalGrid
 from pfedgpa_app.methods import method_class
 from pfedgpa_app.methods.base import Method
 from pfedgpa_app.models import Weights, build, network_name, weights_of
@@ -80,6 +81,10 @@ def run(grid: Grid, resolved: Resolved) -> Path:
     log = RunLog(folder, config.num_server_rounds, work)
     try:
         log.event("start", f"results: {folder}")
+        if config.engine not in ("auto", "ray") and not isinstance(grid, LocalGrid):
+            text = f"engine = {config.engine} is for `pfedgpa run`; Flower carries this run itself"
+            log.event("warning", text)
+            logger.warning(text)
         _Run(grid, resolved, folder, log, per_evaluation).everything(shared)
     except Exception as error:
         log.event("failed", f"{error}")

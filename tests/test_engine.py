@@ -66,6 +66,20 @@ class TestProcessEngine:
                 assert "exit status 3" in (replies[2].error.reason or "")
                 assert "exit status -9" in (replies[3].error.reason or "")
 
+    def test_a_reply_that_is_none_is_an_error(self) -> None:
+        with served(obey, workers=1) as ask:
+            reply = ask(["nothing"])[0]
+            assert "returned None instead of a Message" in (reply.error.reason or "")
+
+    def test_a_worker_that_died_idle_is_replaced(self) -> None:
+        with served(obey, workers=1) as ask:
+            pid = ask(["fine"])[0].content.metric_records["m"]["pid"]
+            os.kill(int(pid), 9)  # type: ignore[arg-type]
+            time.sleep(0.5)
+            first, second = ask(["fine", "fine"]).values()
+            assert first.error.code == 8
+            assert not second.has_error()
+
     def test_state_survives_failures(self) -> None:
         with served(obey, workers=1) as ask:
             counts = []
@@ -110,6 +124,8 @@ def obey() -> ClientApp:
             raise SystemExit(3)
         if command == "kill":
             os.kill(os.getpid(), 9)
+        if command == "nothing":
+            return None  # type: ignore[return-value]
         if command == "hang":
             time.sleep(1000)
         visits = int(context.state.metric_records.get("m", {"visits": 0})["visits"]) + 1

@@ -8,6 +8,7 @@ client's round some hundred).
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 import sys
@@ -52,6 +53,8 @@ def _work(load_app: LoadApp, connection: Connection) -> None:
             return
         try:
             reply = app(message, context)
+            if not isinstance(reply, Message):
+                raise TypeError(f"the ClientApp returned {reply!r} instead of a Message")
             answer = reply, context.state
         except Exception as error:
             answer = raised(message, error), None
@@ -119,7 +122,8 @@ class ProcessGrid(LocalGrid):
                 if worker.message is None and queue:
                     worker.message = queue.popleft()
                     context = self.contexts[worker.message.metadata.dst_node_id]
-                    worker.connection.send((worker.message, context))
+                    with contextlib.suppress(BrokenPipeError):  # seen below, as its end
+                        worker.connection.send((worker.message, context))
             busy = [worker for worker in self._workers if worker.message is not None]
             if not busy:
                 return replies
