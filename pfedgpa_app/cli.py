@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 import tomllib
@@ -171,10 +172,17 @@ def _draw_partition(overrides: dict[str, Any], out: Path) -> int:
 def _run(overrides: dict[str, Any], app: Path) -> int:
     from pfedgpa_app.data.datasets import DataError
     from pfedgpa_app.engine import LaunchError
-    from pfedgpa_app.launcher import launch
 
     try:
-        launch(overrides, app)
+        with contextlib.ExitStack() as stack:
+            flower = None
+            if overrides.get("engine") == "ray":  # it comes up while we import and check
+                from pfedgpa_app.engine.ray import Flower
+
+                flower = stack.enter_context(Flower())
+            from pfedgpa_app.launcher import launch
+
+            launch(overrides, app, flower=flower)
     except (ConfigError, DataError, FileExistsError) as error:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 2

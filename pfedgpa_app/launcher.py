@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,8 @@ from rich.console import Console
 from pfedgpa_app.config import APP_DIR, Config, ConfigError, resolve
 from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.datasets import resolve_data_dir
-from pfedgpa_app.engine import LaunchError, engine_for, gpu_for
+from pfedgpa_app.engine import LaunchError, engine_for, gpu_for, local, ray
+from pfedgpa_app.engine.ray import Flower
 from pfedgpa_app.experiment import run_folder
 from pfedgpa_app.models import network_name
 from pfedgpa_app.results.log import EVENTS
@@ -73,9 +75,15 @@ def preflight(config: Config) -> None:
 
 
 def launch(
-    run_config: Mapping[str, Any], app: Path = APP_DIR, console: Console | None = None
+    run_config: Mapping[str, Any],
+    app: Path = APP_DIR,
+    console: Console | None = None,
+    flower: Flower | None = None,
 ) -> Path:
     """Run the app in ``app`` and return the folder of its results, once it has succeeded.
+
+    Args:
+        flower: for the ray engine, if one has been started already.
 
     Raises:
         ConfigError, DataError, FileExistsError: refused before anything started.
@@ -101,13 +109,10 @@ def launch(
         settings["conf"] = str(conf.absolute())
     if config.uploads:
         settings["uploads"] = str(Path(config.uploads).expanduser().absolute())
-    if engine == "ray":
-        from pfedgpa_app.engine.ray import run
-    else:
-        from pfedgpa_app.engine.local import run
+    carry = functools.partial(ray.run, flower=flower) if engine == "ray" else local.run
     watcher = Watcher(folder / EVENTS, console)
     try:
-        failure = run(app, settings, resolve(settings).config, folder / LOG, watcher.look)
+        failure = carry(app, settings, resolve(settings).config, folder / LOG, watcher.look)
     finally:
         watcher.close()
     if failure or watcher.last != "done":

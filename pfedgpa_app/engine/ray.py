@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -52,13 +53,16 @@ def _processes_of(home: Path) -> list[int]:
 
 
 class Flower:
-    """A SuperLink in simulation mode that lives as long as the ``with`` block."""
+    """A SuperLink in simulation mode that lives as long as the ``with`` block.
 
-    def __init__(self, log: Path) -> None:
+    It takes a second to come up; ``wait_until_ready`` before it is used.
+    """
+
+    def __init__(self) -> None:
         # Ray makes sockets below its folder, whose whole paths may have 107 characters
         where = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 20 else "/tmp"
         self.home = Path(tempfile.mkdtemp(prefix="pfedgpa-", dir=where))
-        self.port, self.log = free_port(), log
+        self.port, self.log = free_port(), self.home / "superlink.log"
         bin_dir = Path(sys.executable).parent
         self.env = os.environ | {
             "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -74,6 +78,9 @@ class Flower:
             "RAY_USAGE_STATS_ENABLED": "0",
             "PYTHONUNBUFFERED": "1",
         }
+        if "RAY_ADDRESS" not in self.env:
+            # Ray listens on every interface: it shall obey only who knows this run's token
+            self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
     def __enter__(self) -> Flower:
         (self.home / "ray").mkdir()
@@ -83,25 +90,25 @@ class Flower:
         )
         command = ["flower-superlink", "--insecure", "--simulation", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--disable-runtime-dependency-installation"]
-        self._log = self.log.open("ab")
         # its folder is its own: Ray workers import from there first, and must find nothing
-        self.superlink = subprocess.Popen(
-            command,
-            cwd=self.home,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            self._wait_until_ready()
-        except BaseException:
-            self.__exit__()
-            raise
+        with self.log.open("ab") as log:
+            self.superlink = subprocess.Popen(
+                command,
+                cwd=self.home,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         return self
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
+        """Return when it listens.
+
+        Raises:
+            LaunchError: it ended, or took a minute.
+        """
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             if self.superlink.poll() is not None:
@@ -111,7 +118,8 @@ class Flower:
                     return
             except (URLError, OSError):
                 time.sleep(0.1)
-        raise LaunchError(f"Flower's SuperLink did not start; its log: {self.log}")
+        said = self.log.read_text(errors="replace")[-2000:]
+        raise LaunchError(f"Flower's SuperLink did not start:\n{said}")
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
         """Run a ``flwr`` command that answers in JSON."""
@@ -131,16 +139,17 @@ class Flower:
             raise LaunchError(f"flwr {arguments[0]} failed: {answer.get('error-message', answer)}")
         return answer
 
-    def follow(self, run_id: str) -> subprocess.Popen[bytes]:
-        """Copy the run's log to ``log``; the process ends when the run does."""
-        return subprocess.Popen(
-            ["flwr", "log", run_id, CONNECTION, "--stream"],
-            cwd=self.home,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+    def follow(self, run_id: str, log: Path) -> subprocess.Popen[bytes]:
+        """Append the run's log to ``log``; the process ends when the run does."""
+        with log.open("ab") as out:
+            return subprocess.Popen(
+                ["flwr", "log", run_id, CONNECTION, "--stream"],
+                cwd=self.home,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
 
     def __exit__(self, *_: object) -> None:
         for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
@@ -154,7 +163,6 @@ class Flower:
                 self.superlink.poll()  # a zombie of ours has no environment left
                 time.sleep(0.1)
         self.superlink.wait()
-        self._log.close()
         shutil.rmtree(self.home, ignore_errors=True)
 
 
@@ -176,9 +184,17 @@ def stage(app: Path, folder: Path) -> Path:
 
 
 def run(
-    app: Path, settings: Mapping[str, Any], config: Config, log: Path, look: Callable[[], None]
+    app: Path,
+    settings: Mapping[str, Any],
+    config: Config,
+    log: Path,
+    look: Callable[[], None],
+    flower: Flower | None = None,
 ) -> str:
     """Run the app in ``app`` with ``settings``; ``look`` is called while it runs.
+
+    Args:
+        flower: one that has been started already; it stays the caller's.
 
     Returns:
         why the run did not complete, or "".
@@ -190,15 +206,16 @@ def run(
         federation += f" init-args-num-cpus={config.workers}"
     if gpu_for(config.device):
         federation += " client-resources-num-gpus=0.1"
-    with Flower(log) as flower:
+    with contextlib.nullcontext(flower) if flower else Flower() as flower:
         staged = stage(app, flower.home / "app")
+        flower.wait_until_ready()
         answer = flower.flwr(
             "run", str(staged), CONNECTION, "--federation-config", federation, "-c", overrides
         )
         run_id = str(answer["run-id"])
         status: dict[str, Any] = {"status": ""}
         while not str(status["status"]).startswith("finished"):
-            follower = flower.follow(run_id)  # a log stream may break off before the run ends
+            follower = flower.follow(run_id, log)  # a log stream may break off before the run ends
             while follower.poll() is None:
                 look()
                 time.sleep(0.2)
