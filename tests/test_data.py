@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pfedgpa_app.data import datasets
 from pfedgpa_app.data.datasets import DataError, load
 from pfedgpa_app.data.partition import (
     class_shares,
@@ -212,8 +213,25 @@ class TestDatasets:
         with pytest.raises(DataError, match="download=true"):
             load(name, str(tmp_path))
 
-    def test_fashion_mnist(self, fashion_mnist: Path) -> None:
+    def test_a_cache_that_cannot_be_written_is_done_without(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "file").write_text("no folder")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+        data = load(f"imagefolder:{make_images(tmp_path / 'own')}", "")
+        assert data.train_images.shape == (8, 3, 32, 32)
+        assert "cannot be kept there" in caplog.text
+
+    def test_fashion_mnist(self, fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         data = load("fashion-mnist", str(fashion_mnist))
+        # a second process reads neither the original files nor torchvision
+        load.cache_clear()
+        monkeypatch.setattr(datasets, "_torchvision", None)
+        again = load("fashion-mnist", str(fashion_mnist))
+        assert isinstance(again.train_images, np.memmap)
+        assert np.array_equal(data.train_images, again.train_images)
+        assert np.array_equal(data.test_labels, again.test_labels)
+        assert data.classes == again.classes
         assert data.train_images.shape == (60000, 1, 28, 28)
         assert data.test_images.shape == (10000, 1, 28, 28)
         assert len(data.classes) == 10

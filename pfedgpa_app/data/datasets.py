@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -20,6 +21,9 @@ from pfedgpa_app.data import EMNIST_SPLITS
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "cifar-10-batches-py"}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
+
+
+logger = logging.getLogger("pfedgpa")
 
 
 class DataError(RuntimeError):
@@ -224,23 +228,35 @@ def _cached(identity: Any, read: Callable[[], Dataset]) -> Dataset:
     cache = home / f"2-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     if not cache.is_dir():
         data = read()
-        home.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(dir=home))
         try:
-            for name in ARRAYS:
-                np.save(building / f"{name}.npy", getattr(data, name))
-            about = {"name": data.name, "classes": data.classes}
-            (building / "about.json").write_text(json.dumps(about))
-            try:
-                building.rename(cache)  # atomic: nobody ever sees half a cache
-            except OSError:
-                if not cache.is_dir():  # else another process was faster, with the same content
-                    raise
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+            _store(data, cache)
+        except OSError as error:
+            logger.warning(
+                "%s: data sets cannot be kept there for other processes: %s", home, error
+            )
+            return data
     about = json.loads((cache / "about.json").read_text())
     arrays = {
         name: np.load(cache / f"{name}.npy", mmap_mode="r" if "images" in name else None)
         for name in ARRAYS
     }
     return Dataset(about["name"], tuple(about["classes"]), **arrays)
+
+
+def _store(data: Dataset, cache: Path) -> None:
+    """Write ``data`` to the folder ``cache``, which nobody ever sees half full."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=cache.parent))
+    try:
+        for name in ARRAYS:
+            np.save(building / f"{name}.npy", getattr(data, name))
+        (building / "about.json").write_text(
+            json.dumps({"name": data.name, "classes": data.classes})
+        )
+        try:
+            building.rename(cache)
+        except OSError:
+            if not cache.is_dir():  # else another process was faster, with the same content
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
