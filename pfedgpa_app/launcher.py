@@ -29,11 +29,11 @@ class Watcher:
         self.events, self.console = events, console
         self.place, self.last = 0, ""
         self.status = console.status("starting") if console.is_terminal else None
-        if self.status:
-            self.status.start()
 
     def look(self) -> None:
         """Show what is new."""
+        if self.status:  # its thread begins here, after an engine has forked
+            self.status.start()
         if not self.events.exists():
             return
         with self.events.open() as file:

@@ -180,10 +180,15 @@ def random_clients(shape: tuple[int, int, int], sizes: dict[str, int], n: int) -
     return [ClientData(**{part: images(size) for part, size in sizes.items()}) for _ in range(n)]
 
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]  # there, steps are captured and replayed
+
+
 class TestBatchedEngine:
+    @pytest.mark.parametrize("device", DEVICES)
     @pytest.mark.parametrize("network", ["digits", "fashion", "cifar"])
     def test_agrees_with_one_client_after_another(
-        self, network: str, monkeypatch: pytest.MonkeyPatch
+        self, network: str, device: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         shape = next(s for s, name in models.SHAPES.items() if name == network)
         # 23 images in batches of 10: the last batch of an epoch is short
@@ -191,9 +196,9 @@ class TestBatchedEngine:
         monkeypatch.setattr(batched, "load_client", lambda config, i: clients[i])
         monkeypatch.setattr(batched, "IMAGES_AT_ONCE", 15)  # evaluation in several parts
         config = resolve({"num-clients": 4, "dataset": "digits"}).config
-        model = models.build(network, 10, 0)
+        model = models.build(network, 10, 0).to(device)
         initial = models.weights_of(model)
-        bank = Bank.of(config, torch.device("cpu"))
+        bank = Bank.of(config, torch.device(device))
         assert bank is not None
         own: list[Weights] = [
             {},

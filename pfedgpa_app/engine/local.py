@@ -62,7 +62,6 @@ def _serve(app: Path, settings: dict[str, Any], log: Path) -> None:
     """The server process: both doors and, between them, a grid."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides when to stop
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    threading.Thread(target=_end_with_launcher, daemon=True).start()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -73,19 +72,25 @@ def _serve(app: Path, settings: dict[str, Any], log: Path) -> None:
     if config.engine == "batched":
         from pfedgpa_app.engine.batched import BatchedGrid
 
+        _end_with_launcher()
         server_app(grid=BatchedGrid(load_client(), settings, config), context=context)
         return
     load_client()  # before the workers are forked: imported once
     fork = not gpu_for(config.device)
     with ProcessGrid(load_client, settings, config.num_clients, config.workers, fork) as grid:
+        _end_with_launcher()  # a thread, which is better not there when workers are forked
         server_app(grid=grid, context=context)
 
 
 def _end_with_launcher() -> None:
     """A launcher that was killed cannot end the run; then the run ends itself."""
     launcher = multiprocessing.parent_process()
-    if launcher is not None:
-        wait([launcher.sentinel])
+    assert launcher is not None
+
+    def watch(sentinel: int) -> None:
+        wait([sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(20)
         os._exit(1)
+
+    threading.Thread(target=watch, args=(launcher.sentinel,), daemon=True).start()
