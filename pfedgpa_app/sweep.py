@@ -22,7 +22,9 @@ from typing import Any, Protocol
 import yaml
 from joblib import cpu_count
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from pfedgpa_app.config import Config, ConfigError, Resolved, resolve
 from pfedgpa_app.engine import engine_for
@@ -180,23 +182,30 @@ class Lines:
 
 
 class Bars(Lines):
-    """A live bar for each run that goes, and one for the sweep, below the lines."""
+    """A live bar for each run that goes, and one line for the sweep, below the lines."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[now]}"))
-        self.progress = Progress(*columns, console=console, transient=True)
+        self.progress = Progress(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=24)),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[now]}", table_column=Column(no_wrap=True)),
+            console=console,
+            transient=True,
+        )
+        self.sweep = self.progress.add_task("sweep", total=None, now="")
         self.tasks: dict[str, TaskID] = {}
         self.progress.start()
 
     def begin(self, run: Run, text: str) -> None:
-        self.tasks[run.name] = self.progress.add_task(run.name, total=1, now="starting")
+        self.tasks[run.name] = self.progress.add_task(escape(run.name), total=1, now="starting")
+        self.progress.update(self.sweep, now=text)
 
     def update(self, run: Run, event: Mapping[str, Any], text: str) -> None:
-        now = f"{event.get('text', '').splitlines()[0] if event else 'starting'}  ({text})"
-        self.progress.update(
-            self.tasks[run.name], completed=event.get("progress", 0), now=now.replace("[", "\\[")
-        )
+        now = escape(event["text"].splitlines()[0]) if event else "starting"
+        completed = event.get("progress", 0)
+        self.progress.update(self.tasks[run.name], completed=completed, now=now)
+        self.progress.update(self.sweep, now=text)
 
     def end(self, run: Run, outcome: str, text: str) -> None:
         self.progress.remove_task(self.tasks.pop(run.name))
