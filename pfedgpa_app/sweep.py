@@ -7,6 +7,8 @@ runs that are done are skipped, one that was broken off starts again.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -29,8 +31,8 @@ from rich.table import Column
 from pfedgpa_app.config import Config, ConfigError, Resolved, resolve
 from pfedgpa_app.engine import engine_for
 from pfedgpa_app.experiment import federations
-from pfedgpa_app.launcher import preflight
-from pfedgpa_app.results.log import clock, is_done, last_event
+from pfedgpa_app.launcher import LOG, preflight
+from pfedgpa_app.results.log import EVENTS, clock, is_done, last_event
 from pfedgpa_app.results.tables import seeds_table
 
 PARENT = "PFEDGPA_PARENT"  # tells a run which process it must not outlive
@@ -90,6 +92,10 @@ class Run:
         trained = max(1, round(c.fraction_train * c.num_clients)) * c.train_per_client
         return len(federations(c)) * c.num_server_rounds * c.local_epochs * trained
 
+    def is_begun(self) -> bool:
+        """Whether its folder holds what a run leaves."""
+        return any((self.folder / file).exists() for file in (EVENTS, LOG))
+
     def differences(self) -> list[str]:
         """Settings in which the finished run in its folder differs from this one."""
         there = json.loads((self.folder / "config.json").read_text())
@@ -120,6 +126,8 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
                 f"{folder} holds a run with other settings ({'; '.join(differences)}): "
                 "choose another --out, or delete it"
             )
+        if folder.exists() and any(folder.iterdir()) and not run.is_begun():
+            raise ConfigError(f"{folder} exists, and is not a run's folder: choose another --out")
         runs.append(run)
     names = [run.name for run in runs]
     if twice := {name for name in names if names.count(name) > 1}:
@@ -350,6 +358,24 @@ def sweep(
         preflight(run.config)
     jobs, workers = shares(runs, jobs, int(cpu_count()))
     out.mkdir(parents=True, exist_ok=True)
+    with _only_one(out):
+        return _run_all(runs, out, app, jobs, workers, console)
+
+
+@contextlib.contextmanager
+def _only_one(out: Path) -> Iterator[None]:
+    """Refuse a second sweep in ``out`` while one goes; a dead one leaves no trace."""
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(f"{out}: another sweep is running there") from error
+        yield
+
+
+def _run_all(
+    runs: list[Run], out: Path, app: Path, jobs: int, workers: int | None, console: Console
+) -> bool:
     show = Bars(console) if console.is_terminal else Lines(console)
     going = Sweep(runs, app, jobs, workers, show)
     if skipped := going.done:

@@ -16,7 +16,7 @@ import pytest
 from pfedgpa_app.config import APP_DIR, ConfigError
 from pfedgpa_app.results.log import is_done
 from pfedgpa_app.results.tables import seeds_table
-from pfedgpa_app.sweep import PARENT, Run, expand, read, shares
+from pfedgpa_app.sweep import PARENT, Run, _only_one, expand, read, shares
 from tests.test_federation import SMALL
 from tests.test_simulation import alive, descendants
 
@@ -59,6 +59,18 @@ class TestPlan:
                 read(tmp_path / "plan.yaml")
         with pytest.raises(ConfigError, match="cannot be read"):
             read(tmp_path / "none.yaml")
+
+    def test_what_is_not_ours_is_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "demo_seed=0").mkdir()
+        runs(tmp_path, {"seed": [0]})  # empty: as a run leaves it that was killed at once
+        (tmp_path / "demo_seed=0" / "thesis.tex").write_text("years of work")
+        with pytest.raises(ConfigError, match="not a run's folder"):
+            runs(tmp_path, {"seed": [0]})
+        refused = pytest.raises(ConfigError, match="another sweep")
+        with _only_one(tmp_path), refused, _only_one(tmp_path):
+            pass
+        with _only_one(tmp_path):
+            pass
 
     def test_the_machine_is_shared_out_and_never_oversubscribed(self, tmp_path: Path) -> None:
         over = {"seed": list(range(10))}
