@@ -229,7 +229,7 @@ def _end_with_parent() -> None:
     import threading
     import time
 
-    from pfedgpa_app.sweep import PARENT
+    from pfedgpa_app.engine import PARENT
 
     parent = os.environ.get(PARENT)
     if parent is None:

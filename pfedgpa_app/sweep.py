@@ -29,13 +29,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from pfedgpa_app.config import Config, ConfigError, Resolved, resolve
-from pfedgpa_app.engine import engine_for
+from pfedgpa_app.engine import PARENT, engine_for
 from pfedgpa_app.experiment import federations
 from pfedgpa_app.launcher import LOG, preflight
 from pfedgpa_app.results.log import EVENTS, clock, is_done, last_event
 from pfedgpa_app.results.tables import seeds_table
 
-PARENT = "PFEDGPA_PARENT"  # tells a run which process it must not outlive
 LOOK = 0.5  # seconds between looks at the runs
 # how a run is carried out may differ from what a finished run says; its results do not
 FREE = {"conf", "engine", "workers", "out-dir", "run-name", "data-dir", "download", "timeout"}
@@ -364,7 +363,7 @@ def sweep(
 
 @contextlib.contextmanager
 def _only_one(out: Path) -> Iterator[None]:
-    """Refuse a second sweep in ``out`` while one goes; a dead one leaves no trace."""
+    """Refuse a second sweep in ``out`` while one goes; the system frees a dead one's lock."""
     with (out / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,6 +12,8 @@ import os
 # Asks the driver's library, not CUDA itself, so that a process can still be forked afterwards.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
+PARENT = "PFEDGPA_PARENT"  # environment: the process that a run must not outlive
+
 
 class LaunchError(RuntimeError):
     """A run could not be started, or failed; the text is for the user."""
