@@ -43,7 +43,7 @@ from pfedgpa_app.data.client import load_client
 from pfedgpa_app.engine import gpu_for
 from pfedgpa_app.models import weights_of
 from pfedgpa_app.randomness import torch_generator
-from pfedgpa_app.results.log import EVENTS
+from pfedgpa_app.results.log import EVENTS, METRICS
 
 HERE = Path(__file__).resolve().parent
 LAST_EVALUATED = 5
@@ -121,8 +121,9 @@ def run(engine: str, chosen: dict[str, Any], out: Path) -> dict[str, Any]:
     seen, done = [(0, 0)], threading.Event()
 
     def watch() -> None:
-        while not done.wait(2.0):
-            seen.append(_resident(mark))
+        while not done.wait(5.0):
+            if (out / value / METRICS).exists():  # counting pages would slow the start
+                seen.append(_resident(mark))
 
     started = time.time()
     watcher = threading.Thread(target=watch)
