@@ -24,6 +24,7 @@ class Outcome:
     as_in_training: np.ndarray
     tuned: np.ndarray | None  # by the way that pooled validation chose; None without a grid
     kept: np.ndarray  # each client's better of before and after, by its own validation images
+    validation: dict[str, float]  # pooled over clients: {"before_ft", "after_ft", "after_ft_tuned"}
     fine_tuning: Candidate
     tuned_by: Candidate | None
 
@@ -51,6 +52,10 @@ def outcome(scores: dict[int, FinalScore], method: type[Method[Any]], config: Co
     chosen = {"gentle": gentle, "training": training, "tuned": tuned}[method.fine_tuning]
     chosen = gentle if chosen is None else chosen
     better = validation[:, chosen] > validation[:, 0]
+    held = sum(scores[c].validation_images for c in clients)
+    ways_scored = {"before_ft": 0, "after_ft": chosen}
+    if tuned is not None:
+        ways_scored["after_ft_tuned"] = tuned
     return Outcome(
         clients,
         test[:, 0],
@@ -58,6 +63,7 @@ def outcome(scores: dict[int, FinalScore], method: type[Method[Any]], config: Co
         test[:, training],
         None if tuned is None else test[:, tuned],
         np.where(better, test[:, chosen], test[:, 0]),
+        {k: 100 * int(validation[:, i].sum()) / held for k, i in ways_scored.items() if held},
         ways[chosen],
         None if tuned is None else ways[tuned],
     )
@@ -92,6 +98,7 @@ def summary_entry(
         "accuracy_worst_client_kept": round(float(result.kept.min()), 4),
         "spread_before_ft": round(float(result.before.std()), 4),
         "spread_after_ft": round(float(result.after.std()), 4),
+        "validation": {key: round(value, 4) for key, value in result.validation.items()},
         "fine_tuning": _way(result.fine_tuning),
         "fine_tuning_tuned": _way(result.tuned_by),
         **more,
