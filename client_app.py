@@ -5,8 +5,7 @@ from __future__ import annotations
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from pfedgpa_app.client import Single, Visit, build_model, compare_ways
-from pfedgpa_app.methods.base import ClientTask
+from pfedgpa_app.client import Single, Visit, compare_ways
 
 app = ClientApp()
 
@@ -24,14 +23,7 @@ def who(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """One round of the method's client half."""
     visit = Visit(message, context)
-    task = ClientTask(
-        visit.weights,
-        build_model(visit.config),
-        visit.data(),
-        visit.recipe(),
-        visit.generator("train"),
-        visit.state,
-    )
+    task = visit.task()
     weights, loss = visit.method.train(task)
     return visit.trained(weights, loss)
 

@@ -37,7 +37,7 @@ import torch
 from joblib import cpu_count
 
 from pfedgpa_app import training
-from pfedgpa_app.client import build_model, recipe
+from pfedgpa_app.client import build_model
 from pfedgpa_app.config import Config, resolve
 from pfedgpa_app.data.client import load_client
 from pfedgpa_app.engine import gpu_for
@@ -72,7 +72,7 @@ def settings(options: argparse.Namespace, clients: int, fraction: float) -> dict
 def _train_one(config: Config, client: int) -> None:
     torch.set_num_threads(1)
     model, data = build_model(config), load_client(config, client)
-    way = recipe(config, config.local_epochs, config.learning_rate)
+    way = training.recipe(config, config.local_epochs, config.learning_rate)
     training.train(model, data.train, way, torch_generator(0, client))
     weights_of(model)
 

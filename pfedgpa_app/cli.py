@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pfedgpa_app import __version__
-from pfedgpa_app.config import APP_DIR, KEYS, ConfigError, resolve
+from pfedgpa_app.config import APP_DIR, keys, resolve
+from pfedgpa_app.settings import ConfigError
 
 YAML = (".yaml", ".yml")
 
@@ -41,7 +42,7 @@ def _split(text: str) -> list[str]:
     """At spaces before a KEY=, so that values may hold spaces."""
     parts: list[str] = []
     for word in text.split(" "):
-        if parts and word.partition("=")[0] not in KEYS:
+        if parts and word.partition("=")[0] not in keys():
             parts[-1] += " " + word
         else:
             parts.append(word)
@@ -139,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _print_settings() -> None:
-    for key in KEYS.values():
+    for key in keys().values():
         default = "auto" if key.default is None else key.default
         if isinstance(default, tuple):
             default = ",".join(map(str, default))
@@ -203,7 +204,7 @@ def _sweep(overrides: dict[str, Any], files: list[Path], options: argparse.Names
         settings, over = settings | shared, over | varied
     for text in options.over:
         key, found, values = text.partition("=")
-        if not found or key not in KEYS:
+        if not found or key not in keys():
             raise ConfigError(f"--over {text!r}: wants KEY=V1,V2 with a setting's name")
         over[key] = [parse_overrides([f"{key}={value}"])[key] for value in values.split(",")]
     if not over:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,11 +16,11 @@ from pfedgpa_app import training
 from pfedgpa_app.config import Config, resolve_cached
 from pfedgpa_app.data.client import ClientData, load_client, load_dataset
 from pfedgpa_app.methods import method_class
-from pfedgpa_app.models import Weights, build, network_name, weights_of
+from pfedgpa_app.methods.base import ClientTask, Way
+from pfedgpa_app.models import Weights, build, last_layers, load, network_name, weights_of
 from pfedgpa_app.randomness import torch_generator
 
 Metrics = dict[str, int | float | list[int] | list[float]]
-Way = tuple[int, float]  # epochs and learning rate of a fine-tuning
 
 
 def build_model(config: Config) -> nn.Module:
@@ -26,14 +29,6 @@ def build_model(config: Config) -> nn.Module:
     network = network_name(config.model, dataset.shape)
     model = build(network, len(dataset.classes), config.seed)
     return model.to(training.device_for(config.device)).to(memory_format=torch.channels_last)
-
-
-def recipe(config: Config, epochs: int, learning_rate: float) -> training.Recipe:
-    """How the run's clients train for so many epochs at that rate."""
-    c = config
-    return training.Recipe(
-        epochs, learning_rate, c.batch_size, c.momentum, c.weight_decay, c.augment
-    )
 
 
 class Visit:
@@ -45,9 +40,7 @@ class Visit:
         self.config: Config = resolve_cached(context.run_config).config
         asked: Any = message.content.config_records["config"]
         self.client, self.round = int(asked["client"]), int(asked["round"])
-        self.ways: list[Way] = list(
-            zip(asked.get("epochs", []), asked.get("learning-rates", []), strict=True)
-        )
+        self.ways = [Way(**way) for way in json.loads(asked.get("ways", "[]"))]
         self.method = method_class(str(asked["method"]))
         self.weights: Weights = dict(message.content.array_records["arrays"].to_torch_state_dict())
         self._state_key = f"{asked['method']}.{self.client}"
@@ -58,16 +51,17 @@ class Visit:
         """What this client holds."""
         return load_client(self.config, self.client)
 
-    def recipe(self) -> training.Recipe:
-        """How it trains in a round."""
-        return recipe(self.config, self.config.local_epochs, self.config.learning_rate)
+    def task(self) -> ClientTask:
+        """What it needs to train."""
+        model, draws = build_model(self.config), partial(self.generator, "train")
+        return ClientTask(self.config, self.weights, model, self.data(), draws, self.state)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Its random stream for ``purpose`` in this round."""
         return torch_generator(self.config.seed, purpose, self.round, self.client)
 
     def evaluated(self) -> Weights:
-        """What it is evaluated with; {} for the network as initialised."""
+        """What it is evaluated with; weights not among them are as initialised."""
         return self.method.evaluated(self.weights, self.state)
 
     def keep_state(self) -> None:
@@ -104,10 +98,16 @@ class Visit:
 
 
 class Cohort(Protocol):
-    """Clients that learn at the same time: one network each, and the images that each holds."""
+    """Clients that learn at the same time: one network each, and the images that each holds.
+
+    Attributes:
+        initial: the network's weights as the run's seed initialises them.
+    """
+
+    initial: Weights
 
     def load(self, weights: Sequence[Weights]) -> None:
-        """Set every client's weights; {} stands for the network as initialised."""
+        """Set every client's weights; those not given are as the run's seed initialises them."""
 
     def train(
         self, recipe: training.Recipe, generators: Sequence[torch.Generator]
@@ -123,10 +123,10 @@ class Single:
 
     def __init__(self, visit: Visit) -> None:
         self._data, self.model = visit.data(), build_model(visit.config)
-        self._initial = weights_of(self.model)
+        self.initial = weights_of(self.model)
 
     def load(self, weights: Sequence[Weights]) -> None:
-        self.model.load_state_dict(weights[0] or self._initial)
+        load(self.model, self.initial | weights[0])
 
     def train(
         self, recipe: training.Recipe, generators: Sequence[torch.Generator]
@@ -140,10 +140,11 @@ class Single:
 def compare_ways(cohort: Cohort, visits: Sequence[Visit]) -> list[Message]:
     """Evaluate before fine-tuning and after each way of it; the fine-tuned copies are dropped.
 
-    Ways of one learning rate share their epochs: two epochs go on from one.
+    Ways that differ in their epochs only share them: two epochs go on from one.
     """
     config, ways = visits[0].config, visits[0].ways
-    before: Way = (0, 0.0)
+    names = list(cohort.initial)
+    before = Way(0, 0.0)
     test: dict[Way, Sequence[training.Score]] = {}
     validation: dict[Way, Sequence[training.Score]] = {}
 
@@ -153,14 +154,19 @@ def compare_ways(cohort: Cohort, visits: Sequence[Visit]) -> list[Message]:
     weights = [visit.evaluated() for visit in visits]
     cohort.load(weights)
     score(before)
-    for rate in dict.fromkeys(rate for _, rate in ways):
+    for kind in dict.fromkeys(replace(way, epochs=1) for way in ways):
+        only = last_layers(names, 1) if kind.part == "head" else ()
+        epoch = training.recipe(config, 1, kind.learning_rate, only)
+        if kind.full_batch:
+            epoch = replace(epoch, batch_size=config.train_per_client)
         cohort.load(weights)
         generators = [visit.generator("fine-tune") for visit in visits]
-        for epoch in range(max(epochs for epochs, r in ways if r == rate) + 1):
-            if epoch:
-                cohort.train(recipe(config, 1, rate), generators)
-            if (epoch, rate) in ways:
-                score((epoch, rate))
+        wanted = {way.epochs for way in ways if replace(way, epochs=1) == kind}
+        for done in range(max(wanted) + 1):
+            if done:
+                cohort.train(epoch, generators)
+            if done in wanted:
+                score(replace(kind, epochs=done))
     order = [before, *ways]
     return [
         visit.compared([test[way][i] for way in order], [validation[way][i] for way in order])

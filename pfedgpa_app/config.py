@@ -12,85 +12,23 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from pfedgpa_app.data import DATASET_HELP, is_known_dataset
-from pfedgpa_app.methods import METHODS, method_class
+from pfedgpa_app.methods import METHODS, federation_of, method_class
+from pfedgpa_app.settings import LEARNING_RATES, ConfigError, setting
+
+if TYPE_CHECKING:
+    from pfedgpa_app.methods.pfedgpa import PFedGPASettings
 
 APP_DIR = Path(__file__).resolve().parents[1]
 Scalar = str | int | float | bool
-
-
-class ConfigError(ValueError):
-    """A setting is unknown, of the wrong type or out of range; the text is for the user."""
-
-
-def setting(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float = -math.inf,
-) -> Any:
-    """A setting; ``low <= value <= high`` and ``value > above``. ``None`` reads "auto"."""
-    rules = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
-    return field(default=default, metadata=rules)
-
-
-@dataclass(frozen=True)
-class PFedGPASettings:
-    """Settings that only pFedGPA understands (keys ``pfedgpa.*``)."""
-
-    generate_from: int = setting(
-        0, "first round that ends with generation; 0: only the final round", low=0
-    )
-    buffer_rounds: int = setting(20, "uploads of so many newest rounds are learned from", low=1)
-    rank: int | None = setting(None, "latent dimensions, or auto", low=1)
-    directions: str = setting(
-        "shared",
-        "what latents see: what clients with like classifiers share, or principal directions",
-        choices=("shared", "principal"),
-    )
-    inversion: str = setting(
-        "tweedie",
-        "how an upload is carried through the diffusion model",
-        choices=("identity", "sample", "invert", "edit-friendly", "ddim", "sdedit", "tweedie"),
-    )
-    strength: int | None = setting(
-        None, "t0: how far an upload is noised, 0..diffusion-steps, or auto", low=0
-    )
-    own_weight: float = setting(
-        0.5, "auto strength: posterior weight left on a client's own uploads", above=0, high=1
-    )
-    keep: float = setting(0.0, "share of the stored noise replayed by invert", low=0, high=1)
-    draws: int = setting(64, "decodings averaged for each client", low=1)
-    residual_keep: float = setting(
-        0.0, "share of what the autoencoder cannot express that is added back", low=0, high=1
-    )
-    denoiser: str = setting(
-        "mlp",
-        "the trained network, or a closed form",
-        choices=("mlp", "gaussian", "finite-set"),
-    )
-    schedule: str = setting("linear", "noise schedule", choices=("linear", "cosine"))
-    diffusion_steps: int = setting(1000, "T, the length of the noise schedule", low=2)
-    fit_steps: int = setting(2000, "optimiser steps of the denoiser", low=1)
-    fit_batch_size: int = setting(256, "latents a step", low=1)
-    fit_learning_rate: float = setting(1e-3, "peak learning rate of the denoiser", above=0)
-    width: int = setting(256, "hidden width of the denoiser", low=1)
-    blocks: int = setting(3, "residual blocks of the denoiser", low=1)
-    ema: float = setting(0.99, "decay of the averaged denoiser", low=0, high=0.999999)
-    input_noise: float = setting(
-        0.0, "noise on the uploads in training, in units of their spread", low=0
-    )
-    latent_noise: float = setting(0.1, "noise on the unit-variance latents in training", low=0)
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -145,7 +83,7 @@ class Config:
     )
     local_epochs: int = setting(2, "epochs a client trains each round", low=1)
     batch_size: int = setting(50, "images a step", low=1)
-    learning_rate: float = setting(0.01, "SGD learning rate", above=0)
+    learning_rate: float = setting(0.01, "SGD learning rate", above=0, grid=LEARNING_RATES)
     momentum: float = setting(0.5, "SGD momentum", low=0, high=0.999)
     weight_decay: float = setting(5e-4, "SGD weight decay", low=0)
     augment: bool = setting(False, "random crop and flip of training images")
@@ -158,11 +96,25 @@ class Config:
         (0.001, 0.002, 0.005, 0.02), "learning rates that tuned fine-tuning tries", above=0
     )
     timeout: float = setting(3600.0, "seconds that a round waits for replies", above=0)
+    save_weights: bool = setting(
+        True, "write what the server makes for each client beside the results"
+    )
     save_uploads: bool = setting(False, "keep the buffered uploads beside the results")
     uploads: str = setting(
         "", "make weights from a run's uploads.safetensors instead of running FedAvg's rounds"
     )
-    pfedgpa: PFedGPASettings = field(default_factory=PFedGPASettings)
+    sections: tuple[Any, ...] = ()  # every method's own settings
+
+    def of(self, kind: type[S]) -> S:
+        """One method's own settings, ``kind`` being their class in the method's file."""
+        return next((section for section in self.sections if type(section) is kind), kind())
+
+    @property
+    def pfedgpa(self) -> PFedGPASettings:
+        """What pFedGPA's server goes by, and how many uploads FedAvg's keeps for it."""
+        from pfedgpa_app.methods.pfedgpa import PFedGPASettings
+
+        return self.of(PFedGPASettings)
 
 
 @dataclass(frozen=True)
@@ -173,17 +125,28 @@ class _Key:
     rules: Mapping[str, Any]
 
 
-def _keys(cls: type, prefix: str = "") -> Iterator[_Key]:
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        name = prefix + f.name.replace("_", "-")
-        if dataclasses.is_dataclass(hints[f.name]):
-            yield from _keys(typing.cast(type, hints[f.name]), name + ".")
-        else:
+def _fields(kind: type, prefix: str = "") -> Iterator[_Key]:
+    hints = typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        if f.metadata:
+            name = prefix + f.name.replace("_", "-")
             yield _Key(name, hints[f.name], f.default, f.metadata)
 
 
-KEYS: dict[str, _Key] = {key.name: key for key in _keys(Config)}
+@lru_cache(maxsize=1)
+def sections() -> dict[str, type]:
+    """{method: the class of its own settings}, for every method that has some."""
+    classes = {name: method_class(name) for name in METHODS}
+    return {name: vars(c)["settings"] for name, c in classes.items() if "settings" in vars(c)}
+
+
+@lru_cache(maxsize=1)
+def keys() -> dict[str, _Key]:
+    """Every setting by the name that users write; methods' own are ``METHOD.SETTING``."""
+    found = list(_fields(Config))
+    for section, kind in sections().items():
+        found += _fields(kind, section + ".")
+    return {key.name: key for key in found}
 
 
 def _parse(key: _Key, value: Any, source: str) -> Any:
@@ -244,13 +207,13 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def _known(name: str, source: str) -> _Key:
-    if name not in KEYS:
-        near = difflib.get_close_matches(name, KEYS, n=1)
+    if name not in keys():
+        near = difflib.get_close_matches(name, keys(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(
             f"{name} ({source}): no such setting{hint} All settings: pfedgpa settings"
         )
-    return KEYS[name]
+    return keys()[name]
 
 
 def conf_path(conf: str) -> Path:
@@ -275,14 +238,13 @@ class Resolved:
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """``{key: {"value": …, "from": …}}``, JSON-ready."""
-        values = dict(_flatten(dataclasses.asdict(self.config)))
-        return {
-            name: {
-                "value": "auto" if (v := values[name.replace("-", "_")]) is None else v,
-                "from": self.sources[name],
-            }
-            for name in KEYS
-        }
+        shown = {}
+        for name in keys():
+            section, _, field = name.rpartition(".")
+            holder = self.config.of(sections()[section]) if section else self.config
+            value = getattr(holder, field.replace("-", "_"))
+            shown[name] = {"value": "auto" if value is None else value, "from": self.sources[name]}
+        return shown
 
 
 def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
@@ -298,7 +260,7 @@ def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
     overrides = {k: v for k, v in _flatten(run_config or {}) if v != ""}
     for name in overrides:
         _known(name, "run-config")
-    path = conf_path(str(overrides.get("conf", KEYS["conf"].default)))
+    path = conf_path(str(overrides.get("conf", keys()["conf"].default)))
     try:
         loaded = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
@@ -306,20 +268,22 @@ def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: must map settings to values")
 
-    values: dict[str, Any] = {name: key.default for name, key in KEYS.items()}
-    sources = dict.fromkeys(KEYS, "default")
+    values: dict[str, Any] = {name: key.default for name, key in keys().items()}
+    sources = dict.fromkeys(keys(), "default")
     for source, layer in ((path.name, dict(_flatten(loaded))), ("run-config", overrides)):
         for name, value in layer.items():
             values[name] = _parse(_known(name, source), value, source)
             sources[name] = source
-    prefix = "pfedgpa."
-    nested = {n[len(prefix) :]: v for n, v in values.items() if n.startswith(prefix)}
-    flat = {n: v for n, v in values.items() if "." not in n}
 
-    def fields(mapping: Mapping[str, Any]) -> dict[str, Any]:
-        return {n.replace("-", "_"): v for n, v in mapping.items()}
+    def made(kind: type[S], prefix: str = "", **more: Any) -> S:
+        names = {
+            key.name: key.name[len(prefix) :].replace("-", "_") for key in _fields(kind, prefix)
+        }
+        return kind(**{field: values[name] for name, field in names.items()}, **more)
 
-    config = Config(**fields(flat), pfedgpa=PFedGPASettings(**fields(nested)))
+    own: tuple[Any, ...] = tuple(made(kind, name + ".") for name, kind in sections().items())
+    config = made(Config, sections=own)
+    _refuse_idle(config, overrides)
     _check(config)
     return Resolved(config, types.MappingProxyType(sources))
 
@@ -334,6 +298,18 @@ def resolve_cached(run_config: Mapping[str, Any]) -> Resolved:
     return _resolve_items(tuple(sorted(run_config.items())))
 
 
+def _refuse_idle(config: Config, overrides: Mapping[str, Any]) -> None:
+    """Refuse a method's own settings, given for this run, that no method of it reads."""
+    for name in overrides:
+        section = name.rpartition(".")[0]
+        known = [method_class(method) for method in config.method if method in METHODS]
+        if section and not any(section in method.reads() for method in known):
+            raise ConfigError(
+                f"{name} (run-config): none of this run's methods ({', '.join(config.method)}) "
+                f"reads the settings of {section}"
+            )
+
+
 def _check(config: Config) -> None:
     """Refuse what each value alone cannot show."""
     for name in config.method:
@@ -343,21 +319,13 @@ def _check(config: Config) -> None:
         raise ConfigError(f"method = {','.join(config.method)}: names a method twice")
     if not is_known_dataset(config.dataset):
         raise ConfigError(f"dataset = {config.dataset!r}: must be {DATASET_HELP}")
-    others = {m: f for m in config.method if (f := method_class(m).federation(config)) != "fedavg"}
+    others = {m: f for m in config.method if (f := federation_of(m, config)) != "fedavg"}
     if config.uploads and others:
         raise ConfigError(
             f"uploads: holds FedAvg's rounds, but {', '.join(others)} has rounds of its own"
         )
-    strength, steps = config.pfedgpa.strength, config.pfedgpa.diffusion_steps
-    if strength is not None and strength > steps:
-        raise ConfigError(
-            f"pfedgpa.strength = {strength}: must be at most pfedgpa.diffusion-steps = {steps}"
-        )
-    if config.pfedgpa.generate_from > config.num_server_rounds:
-        raise ConfigError(
-            f"pfedgpa.generate-from = {config.pfedgpa.generate_from}: must be at most "
-            f"num-server-rounds = {config.num_server_rounds}"
-        )
+    for name in config.method:
+        method_class(name).check(config)
     if config.fine_tune_grid_epochs and not config.validation_share:
         raise ConfigError(
             "fine-tune-grid-epochs > 0 chooses by validation: validation-share must be > 0"

@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 from pfedgpa_app.config import Config, Resolved
 from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.engine.grid import LocalGrid
-from pfedgpa_app.methods import method_class
+from pfedgpa_app.methods import federation_of, method_class
 from pfedgpa_app.methods.base import Method
 from pfedgpa_app.models import Weights, build, network_name, weights_of
 from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import RunLog, mean
 from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
 from pfedgpa_app.roster import Roster
-from pfedgpa_app.strategy import FinalScore, Personalised, candidates
+from pfedgpa_app.strategy import FinalScore, Personalised, ways
 
 logger = logging.getLogger("pfedgpa")
 
@@ -49,7 +49,7 @@ def federations(config: Config) -> dict[str, list[str]]:
     """{federation: its methods}: methods whose rounds are alike run them once."""
     shared: dict[str, list[str]] = {}
     for name in config.method:
-        shared.setdefault(method_class(name).federation(config), []).append(name)
+        shared.setdefault(federation_of(name, config), []).append(name)
     return shared
 
 
@@ -58,7 +58,7 @@ def save_weights(path: Path, weights: dict[int, Weights], common: Weights) -> No
     tensors: Weights = {}
     for client, mine in weights.items():
         prefix = "global" if mine is common else f"client-{client}"
-        tensors |= {f"{prefix}/{name}": tensor.contiguous() for name, tensor in mine.items()}
+        tensors |= {f"{prefix}/{name}": tensor.clone() for name, tensor in mine.items()}
     if tensors:
         path.parent.mkdir(exist_ok=True)
         save_file(tensors, path)
@@ -75,7 +75,7 @@ def run(grid: Grid, resolved: Resolved) -> Path:
     (folder / "config.json").write_text(json.dumps(resolved.as_dict(), indent=2) + "\n")
     shared = federations(config)
     evaluations = len({method_class(m).weights_from or m for m in config.method})
-    per_evaluation = 1 + sum(c.epochs for c in candidates(config)) / config.local_epochs / 2
+    per_evaluation = 1 + sum(way.epochs for way in ways(config)) / config.local_epochs / 2
     rounds = 0 if config.uploads else len(shared) * config.num_server_rounds
     work = rounds + evaluations * per_evaluation
     log = RunLog(folder, config.num_server_rounds, work)
@@ -157,11 +157,12 @@ class _Run:
             started = time.perf_counter()
             weights = method.personalise()
             seconds = time.perf_counter() - started
-            save_weights(
-                self.folder / "weights" / f"{method_name}.safetensors",
-                weights,
-                getattr(state, "global_weights", {}),
-            )
+            if self.config.save_weights:
+                save_weights(
+                    self.folder / "weights" / f"{method_name}.safetensors",
+                    weights,
+                    getattr(state, "global_weights", {}),
+                )
             source = method.weights_from or method_name
             if source not in scores:
                 scores[source] = strategy.finish(weights, method_name)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pfedgpa_app.config import APP_DIR, Config, ConfigError, resolve
+from pfedgpa_app.config import APP_DIR, Config, resolve
 from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.datasets import resolve_data_dir
 from pfedgpa_app.engine import LaunchError, engine_for, gpu_for, local, ray
@@ -18,6 +18,7 @@ from pfedgpa_app.engine.ray import Flower
 from pfedgpa_app.experiment import run_folder
 from pfedgpa_app.models import network_name
 from pfedgpa_app.results.log import EVENTS
+from pfedgpa_app.settings import ConfigError
 
 LOG = "flower.log"
 

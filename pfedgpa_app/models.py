@@ -7,6 +7,7 @@ and pooling first leaves it a quarter of the work.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -81,3 +82,28 @@ def build(name: str, classes: int, seed: int) -> nn.Module:
 def weights_of(model: nn.Module) -> Weights:
     """A detached copy of the model's tensors, on the CPU."""
     return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+
+
+def load(model: nn.Module, weights: Weights) -> None:
+    """Set ``weights`` by name; the network's others stay as they are.
+
+    Raises:
+        RuntimeError: a name that the network does not have, or another shape.
+    """
+    refused = model.load_state_dict(weights, strict=False).unexpected_keys
+    if refused:
+        raise RuntimeError(f"the network has no weights named {', '.join(refused)}")
+
+
+def layers(names: Iterable[str]) -> list[list[str]]:
+    """The names of weights by the layer they belong to, in the network's order."""
+    of: dict[str, list[str]] = {}
+    for name in names:
+        of.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(of.values())
+
+
+def last_layers(names: Iterable[str], count: int) -> list[str]:
+    """The names of the weights of the last ``count`` layers; the last one is the head."""
+    every = layers(names)
+    return [name for layer in every[len(every) - min(count, len(every)) :] for name in layer]

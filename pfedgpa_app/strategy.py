@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.methods.base import Method, Upload
+from pfedgpa_app.methods import method_class
+from pfedgpa_app.methods.base import Method, Upload, Way
 from pfedgpa_app.models import Weights
 from pfedgpa_app.randomness import numpy_generator
 from pfedgpa_app.results.log import RunLog
@@ -74,31 +76,26 @@ def array_bytes(message: Message) -> int:
     return sum(len(array.data) for record in records for array in record.values())
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A way to fine-tune."""
-
-    epochs: int
-    learning_rate: float
-
-
-def candidates(config: Config) -> list[Candidate]:
+def ways(config: Config) -> list[Way]:
     """What every client tries after the last round, each with its own epochs counted from 0.
 
-    The run's gentle setting, a round's own training, and the grid that validation chooses from.
+    The run's gentle setting, a round's own training, what the run's methods' papers do, and
+    the grid that validation chooses from.
     """
     wanted = [
-        Candidate(config.fine_tune_epochs, config.fine_tune_learning_rate),
-        Candidate(config.local_epochs, config.learning_rate),
+        Way(config.fine_tune_epochs, config.fine_tune_learning_rate),
+        Way(config.local_epochs, config.learning_rate),
     ]
+    own = (method_class(name).own_fine_tuning(config) for name in config.method)
+    wanted += [way for way in own if way]
     for rate in config.fine_tune_grid_learning_rates:
-        wanted += [Candidate(e + 1, rate) for e in range(config.fine_tune_grid_epochs)]
+        wanted += [Way(e + 1, rate) for e in range(config.fine_tune_grid_epochs)]
     return list(dict.fromkeys(wanted))
 
 
 @dataclass(frozen=True)
 class FinalScore:
-    """One client's counts after the last round; index 0 is before fine-tuning, then ``candidates``.
+    """One client's counts after the last round; index 0 is before fine-tuning, then ``ways``.
 
     Counts are of correct predictions.
     """
@@ -202,7 +199,7 @@ class Personalised(Strategy):
         clients = range(self.config.num_clients) if self._evaluated(server_round) else []
         self._sent = {
             client: self.roster.message(
-                client, MessageType.EVALUATE, self.method.download(client), settings
+                client, MessageType.EVALUATE, self.method.evaluation_download(client), settings
             )
             for client in clients
         }
@@ -236,12 +233,10 @@ class Personalised(Strategy):
         Raises:
             NoUploadsError: no client answers.
         """
-        tried = candidates(self.config)
         settings: Settings = {
             "method": self.name,
             "round": self.config.num_server_rounds,
-            "epochs": [c.epochs for c in tried],
-            "learning-rates": [c.learning_rate for c in tried],
+            "ways": json.dumps([asdict(way) for way in ways(self.config)]),
         }
         messages = {
             client: self.roster.message(client, "evaluate.final", mine, settings)

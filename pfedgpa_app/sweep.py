@@ -28,16 +28,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from pfedgpa_app.config import Config, ConfigError, Resolved, resolve
+from pfedgpa_app.config import Config, Resolved, resolve
 from pfedgpa_app.engine import PARENT, engine_for
 from pfedgpa_app.experiment import federations
 from pfedgpa_app.launcher import LOG, preflight
 from pfedgpa_app.results.log import EVENTS, clock, is_done, last_event
 from pfedgpa_app.results.tables import seeds_table
+from pfedgpa_app.settings import ConfigError
 
 LOOK = 0.5  # seconds between looks at the runs
 # how a run is carried out may differ from what a finished run says; its results do not
 FREE = {"conf", "engine", "workers", "out-dir", "run-name", "data-dir", "download", "timeout"}
+FREE |= {"save-weights", "save-uploads"}
 COLUMNS = {
     "before FT": "accuracy_before_ft",
     "after FT": "accuracy_after_ft",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.sgd import sgd
 
+from pfedgpa_app.config import Config
 from pfedgpa_app.data.images import Images
+from pfedgpa_app.models import Weights
 
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Correction = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Sequence[Tensor]]
 EVALUATION_BATCH = 1000
 
 
@@ -25,6 +29,15 @@ class Recipe:
     momentum: float = 0.5
     weight_decay: float = 0.0
     augment: bool = False
+    only: tuple[str, ...] = ()  # the weights that are trained; () for all
+
+
+def recipe(config: Config, epochs: int, learning_rate: float, only: Sequence[str] = ()) -> Recipe:
+    """How the run's clients train for so many epochs at that rate."""
+    c = config
+    return Recipe(
+        epochs, learning_rate, c.batch_size, c.momentum, c.weight_decay, c.augment, tuple(only)
+    )
 
 
 @dataclass(frozen=True)
@@ -112,32 +125,69 @@ def sgd_step(
     )
 
 
+def drawn(
+    data: Images, recipe: Recipe, generator: torch.Generator, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each step's images [B, C, H, W] and labels [B] on ``device``, as ``batches`` says."""
+    data = data.to(device)
+    images, labels = data.floats(), data.labels
+    for batch, crops in batches(len(data), recipe, generator):
+        x = images[batch]
+        yield (x if crops is None else crop_and_flip(x, crops)), labels[batch]
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of images x [B, C, H, W] with labels y [B]."""
+    return F.cross_entropy(model(x), y)
+
+
 def train(
     model: nn.Module,
     data: Images,
     recipe: Recipe,
     generator: torch.Generator,
+    loss_of: Loss = cross_entropy,
+    correct: Correction | None = None,
 ) -> float:
     """Train ``model`` in place on ``batches``.
+
+    What is not trained gets no gradient, no momentum and no decay: it does not move at all.
+
+    Args:
+        loss_of: the loss of a batch, given the model, its images and labels.
+        correct: each step's gradients anew, given the trained weights and gradients by name.
 
     Returns:
         the mean loss over all images of all epochs (0 without a step).
     """
     model.train()
+    trained = dict(model.named_parameters())
+    if recipe.only:
+        trained = {name: trained[name] for name in recipe.only}
+    parameters: list[Tensor] = list(trained.values())
     device = next(model.parameters()).device
-    parameters: list[Tensor] = list(model.parameters())
     velocity: list[Tensor | None] = [None for _ in parameters]
-    data = data.to(device)
-    images, labels = data.floats(), data.labels
     total = torch.zeros((), device=device)
-    for batch, crops in batches(len(data), recipe, generator):
-        x = images[batch]
-        if crops is not None:
-            x = crop_and_flip(x, crops)
-        loss = F.cross_entropy(model(x), labels[batch])
-        sgd_step(parameters, torch.autograd.grad(loss, parameters), velocity, recipe)
-        total += loss.detach() * len(batch)
+    for x, y in drawn(data, recipe, generator, device):
+        loss = loss_of(model, x, y)
+        gradients: Sequence[Tensor] = torch.autograd.grad(loss, parameters)
+        if correct is not None:
+            gradients = correct(trained, dict(zip(trained, gradients, strict=True)))
+        sgd_step(parameters, gradients, velocity, recipe)
+        total += loss.detach() * len(y)
     return float(total) / max(1, recipe.epochs * len(data))
+
+
+def pull_to(anchor: Weights, strength: float) -> Correction:
+    """Add strength·(θ − anchor): the gradient of (strength/2)·‖θ − anchor‖²."""
+
+    def correct(trained: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [
+            gradient + strength * (trained[name].detach() - anchor[name].to(gradient))
+            for name, gradient in gradients.items()
+        ]
+
+    return correct
 
 
 @torch.no_grad()

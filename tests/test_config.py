@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from pfedgpa_app import cli
-from pfedgpa_app.config import APP_DIR, KEYS, ConfigError, PFedGPASettings, resolve
+from pfedgpa_app.config import APP_DIR, keys, resolve
 from pfedgpa_app.diffusion.fit import FitSettings
-from pfedgpa_app.methods import METHODS, method_class
+from pfedgpa_app.methods import METHODS, federation_of, method_class
+from pfedgpa_app.methods.pfedgpa import PFedGPASettings
+from pfedgpa_app.settings import ConfigError
 
 
 class TestLayers:
@@ -34,14 +36,14 @@ class TestLayers:
         # Flower lets --run-config override listed keys only
         app = tomllib.loads((APP_DIR / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
 
-        def keys(table: dict[str, Any], prefix: str = "") -> set[str]:
+        def names(table: dict[str, Any], prefix: str = "") -> set[str]:
             found = set()
             for name, value in table.items():
                 nested = isinstance(value, dict)
-                found |= keys(value, f"{prefix}{name}.") if nested else {prefix + name}
+                found |= names(value, f"{prefix}{name}.") if nested else {prefix + name}
             return found
 
-        assert keys(app["config"]) == set(KEYS)
+        assert names(app["config"]) == set(keys())
         assert resolve(app["config"]).config == resolve({}).config
 
     @pytest.mark.parametrize("conf", sorted(p.stem for p in (APP_DIR / "conf").glob("*.yaml")))
@@ -57,7 +59,7 @@ class TestLayers:
         for name in METHODS:
             method = method_class(name)
             assert method.title
-            assert method.federation(resolve({}).config) in METHODS
+            assert federation_of(name, resolve({}).config) in METHODS
 
 
 class TestRefusals:
@@ -158,7 +160,7 @@ class TestCommandLine:
     def test_prints_every_setting(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["settings"]) == 0
         printed = capsys.readouterr().out
-        assert all(f"{key} = " in printed for key in KEYS)
+        assert all(f"{key} = " in printed for key in keys())
 
     def test_draws_a_partition(self, tmp_path: Path) -> None:
         picture = tmp_path / "p.png"

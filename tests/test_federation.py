@@ -15,7 +15,7 @@ from pfedgpa_app.config import resolve
 from pfedgpa_app.diffusion.fit import WeightDistribution
 from pfedgpa_app.experiment import run
 from pfedgpa_app.methods.base import Upload
-from pfedgpa_app.methods.fedavg import weighted_mean
+from pfedgpa_app.methods.averaging import weighted_mean
 from pfedgpa_app.strategy import NoUploadsError, check_upload
 from tests.local_grid import InProcessGrid
 
@@ -38,6 +38,10 @@ def federate(
     """Run the demo at a small size; ``settings`` by their names with underscores."""
     named = {name.replace("_", "-"): value for name, value in settings.items()}
     run_config = SMALL | {"out-dir": str(out), "run-name": "run"} | named
+    if not any(
+        m.startswith(("pfedgpa", "fedavg")) for m in run_config.get("method", "pfedgpa").split(",")
+    ):
+        run_config = {k: v for k, v in run_config.items() if not k.startswith("pfedgpa.")}
     resolved = resolve(run_config)
     grid = InProcessGrid(run_config, nodes or resolved.config.num_clients, tamper)
     return run(grid, resolved), grid

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from pfedgpa_app.config import APP_DIR, ConfigError
+from pfedgpa_app.config import APP_DIR
 from pfedgpa_app.engine import PARENT
 from pfedgpa_app.results.log import is_done
 from pfedgpa_app.results.tables import seeds_table
+from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.sweep import Run, _only_one, expand, read, shares
 from tests.test_federation import SMALL
 from tests.test_simulation import alive, descendants

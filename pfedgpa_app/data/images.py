@@ -30,7 +30,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, part: slice) -> Self:
+    def __getitem__(self, part: slice | Tensor) -> Self:
         return replace(self, pixels=self.pixels[part], labels=self.labels[part])
 
     def to(self, device: torch.device) -> Self:

@@ -27,7 +27,7 @@ def gpu_for(device: str) -> bool:
     """
     import torch
 
-    from pfedgpa_app.config import ConfigError
+    from pfedgpa_app.settings import ConfigError
 
     if device == "cpu":
         return False

@@ -148,6 +148,7 @@ class Step:
 
     def __init__(self, cohort: Batch, recipe: Recipe, batch: int) -> None:
         self.cohort, self.recipe = cohort, recipe
+        self.names = recipe.only or tuple(cohort.weights)
         whole = {"dtype": torch.long, "device": cohort.device}
         self.index = torch.zeros(cohort.size, batch, **whole)  # type: ignore[call-overload]
         self.crops = torch.zeros(3, cohort.size * batch, **whole)  # type: ignore[call-overload]
@@ -159,12 +160,13 @@ class Step:
         x = normalised(images.pixels[cohort.rows, self.index])
         if self.recipe.augment:
             x = crop_and_flip(x.flatten(0, 1), self.crops).unflatten(0, x.shape[:2])
-        parameters = [tensor.requires_grad_() for tensor in cohort.weights.values()]
+        parameters = [cohort.weights[name].requires_grad_() for name in self.names]
         logits = forward(cohort.model, cohort.weights, x)
         losses = _losses(logits, images.labels[cohort.rows, self.index])
         # clients share no weight, so the sum's gradient is each client's own
         gradients = torch.autograd.grad(losses.mean(1).sum(), parameters)
-        sgd_step(parameters, gradients, list(cohort.velocity), self.recipe)
+        velocity: list[Tensor | None] = [cohort.velocity[name] for name in self.names]
+        sgd_step(parameters, gradients, velocity, self.recipe)
         cohort.total += losses.detach().sum(1)
 
     def __call__(self, index: Tensor, crops: Tensor | None) -> None:
@@ -208,7 +210,7 @@ class Batch:
             name: torch.empty(size, *tensor.shape, device=self.device)
             for name, tensor in self.initial.items()
         }
-        self.velocity = [torch.zeros_like(tensor) for tensor in self.weights.values()]
+        self.velocity = {name: torch.zeros_like(t) for name, t in self.weights.items()}
         self.rows = torch.zeros(size, 1, dtype=torch.long, device=self.device)
         self.total = torch.zeros(size, device=self.device)
         # graphs of one cohort never run at once, and keep nothing in their memory between runs
@@ -221,13 +223,14 @@ class Batch:
 
     def load(self, weights: Sequence[Weights]) -> None:
         for name, mine in self.weights.items():
-            mine.detach().copy_(torch.stack([(w or self.initial)[name] for w in weights]))
+            stacked = torch.stack([w.get(name, self.initial[name]) for w in weights])
+            mine.detach().copy_(stacked)
 
     def train(self, recipe: Recipe, generators: Sequence[torch.Generator]) -> list[float]:
         size = self.bank.parts["train"].labels.shape[1]
         recipe_of_a_step = replace(recipe, epochs=1)
         self.total.zero_()
-        for tensor in self.velocity:
+        for tensor in self.velocity.values():
             tensor.zero_()
         for drawn in zip(*(batches(size, recipe, g) for g in generators), strict=True):
             index = torch.stack([batch for batch, _ in drawn])
@@ -313,9 +316,11 @@ class BatchedGrid(LocalGrid):
     def _train(cohort: Batch, visits: list[Visit]) -> list[Message]:
         """``Method.train`` of all visits at once."""
         cohort.load([v.method.start(v.weights, v.state) for v in visits])
-        losses = cohort.train(visits[0].recipe(), [v.generator("train") for v in visits])
+        generators, losses = [v.generator("train") for v in visits], [0.0] * len(visits)
+        for recipe in visits[0].method.recipes(visits[0].config, list(cohort.initial)):
+            losses = cohort.train(recipe, generators)
         return [
-            visit.trained(visit.method.upload(weights, visit.state), loss)
+            visit.trained(visit.method.upload(weights, visit.weights, visit.state), loss)
             for visit, weights, loss in zip(visits, cohort.trained(), losses, strict=True)
         ]
 

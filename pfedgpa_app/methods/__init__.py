@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    from pfedgpa_app.config import Config
     from pfedgpa_app.methods.base import Method
 
 METHODS = {
@@ -16,6 +17,20 @@ METHODS = {
     "fedavg": "fedavg:FedAvg",
     "fedavg-ft": "fedavg:FedAvgFT",
     "fedavg-ft-tuned": "fedavg:FedAvgFTTuned",
+    "fedprox": "fedprox:FedProx",
+    "scaffold": "scaffold:Scaffold",
+    "fedper": "fedper:FedPer",
+    "fedrep": "fedrep:FedRep",
+    "lg-fedavg": "lg_fedavg:LGFedAvg",
+    "fedbabu": "fedbabu:FedBABU",
+    "fedala": "fedala:FedALA",
+    "fedproto": "fedproto:FedProto",
+    "ditto": "ditto:Ditto",
+    "pfedme": "pfedme:PFedMe",
+    "per-fedavg": "per_fedavg:PerFedAvg",
+    "cfl": "cfl:ClusteredFL",
+    "fedfomo": "fedfomo:FedFomo",
+    "pfedhn": "pfedhn:PFedHN",
     "last-upload": "controls:LastUpload",
     "client-mean": "controls:ClientMean",
     "group-mean": "controls:GroupMean",
@@ -29,3 +44,8 @@ def method_class(name: str) -> type[Method[Any]]:
     """The class of the method called ``name``, a key of ``METHODS``."""
     module, attribute = METHODS[name].split(":")
     return cast("type[Method[Any]]", getattr(import_module(f"{__name__}.{module}"), attribute))
+
+
+def federation_of(name: str, config: Config) -> str:
+    """The name of the federation whose rounds the method called ``name`` uses."""
+    return method_class(name).federation(config) or name

@@ -1,4 +1,4 @@
-"""What a method is: a server half over explicit state, and a client half without any.
+"""What a method is: a server half over explicit state, and a client half over the client's own.
 
 Methods whose rounds are alike share one federation: the rounds run once, and each of them
 then makes its clients' weights from the same server state.
@@ -6,8 +6,9 @@ then makes its clients' weights from the same server state.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from torch import nn
 from pfedgpa_app import training
 from pfedgpa_app.config import Config
 from pfedgpa_app.data.client import ClientData
-from pfedgpa_app.models import Weights, weights_of
+from pfedgpa_app.models import Weights, load, weights_of
+from pfedgpa_app.settings import MethodSettings
 from pfedgpa_app.training import Recipe
 
 S = TypeVar("S")
@@ -29,16 +31,41 @@ class Upload:
     examples: int
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way to fine-tune after the last round."""
+
+    epochs: int
+    learning_rate: float
+    part: str = "all"  # what is trained: "all", or "head", the last layer
+    full_batch: bool = False  # one step an epoch, on all training images
+
+
 @dataclass
 class ClientTask:
     """Everything that a client half may use in one round."""
 
+    config: Config
     weights: Weights  # as downloaded
     model: nn.Module  # the network, initialised from the run's seed
     data: ClientData
-    recipe: Recipe
-    generator: torch.Generator
+    generator: Callable[[], torch.Generator]  # this round's draws; each call starts them afresh
     state: Weights = field(default_factory=dict)  # stays on the client between rounds
+
+    def load(self, weights: Weights) -> None:
+        """Set the network's ``weights``; those not among them stay as they are."""
+        load(self.model, weights)
+
+    def sgd(self, recipes: Sequence[Recipe], **how: Any) -> float:
+        """Train by one recipe after the other; ``how`` goes to ``training.train``.
+
+        Returns:
+            the mean loss of the last one.
+        """
+        generator, loss = self.generator(), 0.0
+        for recipe in recipes:
+            loss = training.train(self.model, self.data.train, recipe, generator, **how)
+        return loss
 
 
 class Method(Generic[S]):
@@ -46,14 +73,17 @@ class Method(Generic[S]):
 
     Attributes:
         title: how tables call it.
-        rounds: the federation whose rounds it uses; methods that name the same share them.
+        settings: the class of its own settings, if it has some.
+        rounds: the federation whose rounds it uses, itself if empty; methods that name the
+            same share them.
         weights_from: the method whose clients' weights it evaluates, if not its own.
         fine_tuning: which fine-tuning its after-fine-tuning accuracy means: "gentle" (the
-            run's setting), "training" (as in a round) or "tuned" (by validation).
+            run's setting), "training" (as in a round), "tuned" (by validation) or "own".
         analysis_only: it uses what no server knows, and is no contender.
     """
 
     title = ""
+    settings: ClassVar[type[Any]] = MethodSettings
     rounds = ""
     weights_from: str | None = None
     fine_tuning = "gentle"
@@ -62,6 +92,23 @@ class Method(Generic[S]):
     def __init__(self, config: Config, state: S) -> None:
         self.config = config
         self.state = state
+
+    # settings
+
+    @classmethod
+    def reads(cls) -> set[str]:
+        """The methods whose own settings it goes by."""
+        from pfedgpa_app.config import sections
+
+        return {name for name, kind in sections().items() if kind is cls.settings}
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Refuse what its settings' ranges alone cannot show.
+
+        Raises:
+            ConfigError: it cannot run so.
+        """
 
     # server half
 
@@ -72,7 +119,7 @@ class Method(Generic[S]):
 
     @classmethod
     def federation(cls, config: Config) -> str:
-        """The name of the federation whose rounds this method needs."""
+        """The name of the federation whose rounds this method needs; "" for its own."""
         return cls.rounds
 
     def expected_upload(self) -> Weights:
@@ -80,47 +127,72 @@ class Method(Generic[S]):
         raise NotImplementedError
 
     def download(self, client: int) -> Weights:
-        """What ``client`` is sent: to train from, and to be evaluated with."""
+        """What ``client`` is sent to train from."""
         raise NotImplementedError
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Take in a round's accepted uploads, keyed by client in rising order."""
         raise NotImplementedError
 
-    def personalise(self) -> dict[int, Weights]:
-        """Every client's weights after the last round."""
-        return {client: self.download(client) for client in range(self.config.num_clients)}
+    def evaluation_download(self, client: int) -> Weights:
+        """What ``client`` is sent to be evaluated."""
+        return self.download(client)
 
-    # client half: where local SGD starts, what becomes of its end, what is evaluated; {} stands
-    # for the network as the run's seed initialises it
+    def personalise(self) -> dict[int, Weights]:
+        """What every client is sent to be evaluated after the last round."""
+        return {c: self.evaluation_download(c) for c in range(self.config.num_clients)}
+
+    # client half. What is downloaded is shared and what else the network has is the client's
+    # own; weights that are in neither place are as the run's seed initialises them.
 
     @staticmethod
     def start(weights: Weights, state: Weights) -> Weights:
         """What a client trains from, given its download and its own state."""
-        return weights
+        return weights | state
 
     @staticmethod
-    def upload(trained: Weights, state: Weights) -> Weights:
+    def upload(trained: Weights, weights: Weights, state: Weights) -> Weights:
         """What a client sends back; what it keeps for the next round goes into ``state``."""
-        return trained
+        state.update({name: t for name, t in trained.items() if name not in weights})
+        return {name: trained[name] for name in weights}
 
     @staticmethod
     def evaluated(weights: Weights, state: Weights) -> Weights:
         """The weights that a client is evaluated with, from its download and its own state."""
-        return weights
+        return weights | state
+
+    @classmethod
+    def learning_rate(cls, config: Config) -> float:
+        """Of its rounds: its own, or the run's."""
+        own: float | None = getattr(config.of(cls.settings), "learning_rate", None)
+        return own or config.learning_rate
+
+    @classmethod
+    def recipes(cls, config: Config, names: Sequence[str]) -> list[Recipe]:
+        """How a round's SGD goes, one recipe after the other.
+
+        Args:
+            names: of the network's weights, in order.
+        """
+        return [training.recipe(config, config.local_epochs, cls.learning_rate(config))]
 
     @classmethod
     def train(cls, task: ClientTask) -> tuple[Weights, float]:
         """One round on a client: what it uploads, and its training loss.
 
-        A method whose round is more than this replaces it, and is then never batched.
+        A method whose round is more than SGD by its ``recipes`` replaces this, and is then
+        never batched.
         """
-        if start := cls.start(task.weights, task.state):
-            task.model.load_state_dict(start)
-        loss = training.train(task.model, task.data.train, task.recipe, task.generator)
-        return cls.upload(weights_of(task.model), task.state), loss
+        task.load(cls.start(task.weights, task.state))
+        loss = task.sgd(cls.recipes(task.config, list(task.model.state_dict())))
+        return cls.upload(weights_of(task.model), task.weights, task.state), loss
 
     @classmethod
     def is_plain_sgd(cls) -> bool:
-        """Whether a round is SGD on all weights, so that clients can train as one batched model."""
+        """Whether a round is SGD by recipes, so that clients can train as one batched model."""
         return cls.train.__func__ is Method.train.__func__  # type: ignore[attr-defined]
+
+    @classmethod
+    def own_fine_tuning(cls, config: Config) -> Way | None:
+        """How its paper fine-tunes, if it says so."""
+        return None

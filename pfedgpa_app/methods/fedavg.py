@@ -4,79 +4,85 @@ shared: all weights · kept: nothing · client: local-epochs of SGD from the glo
 server: the mean weighted by training images · evaluated: the global weights on each
 client's test images; with fine-tuning: each client's fine-tuned copy, discarded afterwards.
 
-FedAvg-FT has three definitions in the wild. Ours fine-tunes the whole network: "as in
-training" takes a round's epochs and learning rate (FedPAC), "tuned" those that the clients'
-pooled validation images choose.
+FedAvg-FT has three definitions in the wild. The default fine-tunes the whole network as a
+round trains it (FedPAC's code); FedRep's code is fine-tune-part=head, fine-tune-epochs=10,
+FedBABU's fine-tune-epochs=5, fine-tune-learning-rate=0.001. "Tuned" takes the epochs and the
+learning rate that the clients' pooled validation images choose.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from pfedgpa_app.config import Config
 from pfedgpa_app.diffusion.buffer import Buffer
 from pfedgpa_app.diffusion.fit import WeightDistribution
-from pfedgpa_app.methods.base import Method, Upload
+from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.base import Upload, Way
 from pfedgpa_app.models import Weights
+from pfedgpa_app.settings import setting
 
 
 @dataclass
-class FedAvgState:
+class FedAvgState(Shared):
     """What FedAvg's server knows: the mean, and the newest uploads for those who learn from them.
 
     ``generated`` and ``fitted`` are pFedGPA's; they stay empty under FedAvg's rounds.
     """
 
-    global_weights: Weights
     buffer: Buffer
     generated: dict[int, Weights] = field(default_factory=dict)
     fitted: WeightDistribution | None = None
 
 
-def weighted_mean(uploads: dict[int, Upload]) -> Weights:
-    """Σ_i n_i w_i / Σ_i n_i, summed in float64 in the order of the clients."""
-    total = sum(upload.examples for upload in uploads.values())
-    first = next(iter(uploads.values())).weights
-    mean = {}
-    for name, like in first.items():
-        summed = torch.zeros(like.shape, dtype=torch.float64)
-        for upload in uploads.values():
-            summed += upload.weights[name].double() * (upload.examples / total)
-        mean[name] = summed.to(like.dtype)
-    return mean
-
-
-class FedAvg(Method[FedAvgState]):
+class FedAvg(Averaging[FedAvgState]):
     """One model for all clients."""
 
     title = "FedAvg"
     rounds = "fedavg"
 
     @classmethod
+    def reads(cls) -> set[str]:
+        return super().reads() | {"pfedgpa"}  # how many uploads are kept
+
+    @classmethod
     def begin(cls, config: Config, initial: Weights) -> FedAvgState:
         return FedAvgState(initial, Buffer(config.pfedgpa.buffer_rounds))
 
-    def expected_upload(self) -> Weights:
-        return self.state.global_weights
-
-    def download(self, client: int) -> Weights:
-        return self.state.global_weights
-
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
-        self.state.global_weights = weighted_mean(uploads)
+        super().aggregate(server_round, uploads)
         for client, upload in uploads.items():
             self.state.buffer.add(server_round, client, upload.weights)
         self.state.buffer.drop_old(server_round)
+
+
+@dataclass(frozen=True)
+class FedAvgFTSettings:
+    """How FedAvg-FT fine-tunes."""
+
+    fine_tune_epochs: int | None = setting(None, "epochs of fine-tuning; auto: local-epochs", low=0)
+    fine_tune_learning_rate: float | None = setting(
+        None, "its learning rate; auto: the run's", above=0
+    )
+    fine_tune_part: str = setting(
+        "all", "what is fine-tuned: the network, or its last layer", choices=("all", "head")
+    )
 
 
 class FedAvgFT(FedAvg):
     """FedAvg, then each client fine-tunes as it trains in a round."""
 
     title = "FedAvg-FT (as in training)"
+    settings = FedAvgFTSettings
     weights_from = "fedavg"
-    fine_tuning = "training"
+    fine_tuning = "own"
+
+    @classmethod
+    def own_fine_tuning(cls, config: Config) -> Way:
+        own = config.of(FedAvgFTSettings)
+        epochs = config.local_epochs if own.fine_tune_epochs is None else own.fine_tune_epochs
+        rate = own.fine_tune_learning_rate or config.learning_rate
+        return Way(epochs, rate, own.fine_tune_part)
 
 
 class FedAvgFTTuned(FedAvg):

@@ -6,39 +6,28 @@ server: nothing · evaluated: the client's own network.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from pfedgpa_app.config import Config
-from pfedgpa_app.methods.base import Method, Upload
-from pfedgpa_app.models import Weights
+from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.base import Upload
+from pfedgpa_app.settings import MethodSettings
 
 
-class Local(Method[None]):
+@dataclass(frozen=True)
+class LocalSettings(MethodSettings):
+    """Nothing but the learning rate."""
+
+
+class Local(Averaging[Shared]):
     """The reference that federation has to beat; as many steps as the others take."""
 
     title = "local-only"
-    rounds = "local"
+    settings = LocalSettings
 
     @classmethod
-    def begin(cls, config: Config, initial: Weights) -> None:
-        return None
-
-    def expected_upload(self) -> Weights:
-        return {}
-
-    def download(self, client: int) -> Weights:
-        return {}
+    def shared(cls, config: Config, names: list[str]) -> list[str]:
+        return []
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         pass
-
-    @staticmethod
-    def start(weights: Weights, state: Weights) -> Weights:
-        return state
-
-    @staticmethod
-    def upload(trained: Weights, state: Weights) -> Weights:
-        state.update(trained)
-        return {}
-
-    @staticmethod
-    def evaluated(weights: Weights, state: Weights) -> Weights:
-        return state

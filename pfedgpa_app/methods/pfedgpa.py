@@ -13,19 +13,85 @@ on from what was generated for them (the paper's Algorithm 1).
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
 from pfedgpa_app.methods.base import Upload
 from pfedgpa_app.methods.fedavg import FedAvg
 from pfedgpa_app.models import Weights
+from pfedgpa_app.settings import ConfigError, setting
 from pfedgpa_app.training import device_for
+
+
+@dataclass(frozen=True)
+class PFedGPASettings:
+    """What pFedGPA's server goes by."""
+
+    generate_from: int = setting(
+        0, "first round that ends with generation; 0: only the final round", low=0
+    )
+    buffer_rounds: int = setting(20, "uploads of so many newest rounds are learned from", low=1)
+    rank: int | None = setting(None, "latent dimensions, or auto", low=1)
+    directions: str = setting(
+        "shared",
+        "what latents see: what clients with like classifiers share, or principal directions",
+        choices=("shared", "principal"),
+    )
+    inversion: str = setting(
+        "tweedie",
+        "how an upload is carried through the diffusion model",
+        choices=("identity", "sample", "invert", "edit-friendly", "ddim", "sdedit", "tweedie"),
+    )
+    strength: int | None = setting(
+        None, "t0: how far an upload is noised, 0..diffusion-steps, or auto", low=0
+    )
+    own_weight: float = setting(
+        0.5, "auto strength: posterior weight left on a client's own uploads", above=0, high=1
+    )
+    keep: float = setting(0.0, "share of the stored noise replayed by invert", low=0, high=1)
+    draws: int = setting(64, "decodings averaged for each client", low=1)
+    residual_keep: float = setting(
+        0.0, "share of what the autoencoder cannot express that is added back", low=0, high=1
+    )
+    denoiser: str = setting(
+        "mlp",
+        "the trained network, or a closed form",
+        choices=("mlp", "gaussian", "finite-set"),
+    )
+    schedule: str = setting("linear", "noise schedule", choices=("linear", "cosine"))
+    diffusion_steps: int = setting(1000, "T, the length of the noise schedule", low=2)
+    fit_steps: int = setting(2000, "optimiser steps of the denoiser", low=1)
+    fit_batch_size: int = setting(256, "latents a step", low=1)
+    fit_learning_rate: float = setting(1e-3, "peak learning rate of the denoiser", above=0)
+    width: int = setting(256, "hidden width of the denoiser", low=1)
+    blocks: int = setting(3, "residual blocks of the denoiser", low=1)
+    ema: float = setting(0.99, "decay of the averaged denoiser", low=0, high=0.999999)
+    input_noise: float = setting(
+        0.0, "noise on the uploads in training, in units of their spread", low=0
+    )
+    latent_noise: float = setting(0.1, "noise on the unit-variance latents in training", low=0)
 
 
 class PFedGPA(FedAvg):
     """The posterior mean at a calibrated strength, unless settings say otherwise."""
 
     title = "pFedGPA"
+    settings = PFedGPASettings
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        own = config.pfedgpa
+        if own.strength is not None and own.strength > own.diffusion_steps:
+            raise ConfigError(
+                f"pfedgpa.strength = {own.strength}: must be at most pfedgpa.diffusion-steps = "
+                f"{own.diffusion_steps}"
+            )
+        if own.generate_from > config.num_server_rounds:
+            raise ConfigError(
+                f"pfedgpa.generate-from = {own.generate_from}: must be at most "
+                f"num-server-rounds = {config.num_server_rounds}"
+            )
 
     @classmethod
     def federation(cls, config: Config) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.methods.base import Method
-from pfedgpa_app.strategy import Candidate, FinalScore, candidates
+from pfedgpa_app.methods.base import Method, Way
+from pfedgpa_app.strategy import FinalScore, ways
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Outcome:
     tuned: np.ndarray | None  # by the way that pooled validation chose; None without a grid
     kept: np.ndarray  # each client's better of before and after, by its own validation images
     validation: dict[str, float]  # pooled over clients: {"before_ft", "after_ft", "after_ft_tuned"}
-    fine_tuning: Candidate
-    tuned_by: Candidate | None
+    fine_tuning: Way
+    tuned_by: Way | None
 
 
 def outcome(scores: dict[int, FinalScore], method: type[Method[Any]], config: Config) -> Outcome:
@@ -35,27 +35,31 @@ def outcome(scores: dict[int, FinalScore], method: type[Method[Any]], config: Co
     images = np.array([scores[c].test_images for c in clients])[:, None]
     test = 100 * np.array([scores[c].test for c in clients]) / images
     validation = np.array([scores[c].validation for c in clients])
-    ways = [Candidate(0, 0.0), *candidates(config)]
-    gentle = ways.index(Candidate(config.fine_tune_epochs, config.fine_tune_learning_rate), 1)
-    training = ways.index(Candidate(config.local_epochs, config.learning_rate), 1)
+    tried = [Way(0, 0.0), *ways(config)]
+    gentle = tried.index(Way(config.fine_tune_epochs, config.fine_tune_learning_rate), 1)
+    training = tried.index(Way(config.local_epochs, config.learning_rate), 1)
+    own = method.own_fine_tuning(config)
     tuned = None
     if config.fine_tune_grid_epochs:
         grid = [
             i
-            for i, way in enumerate(ways)
+            for i, way in enumerate(tried)
             if way.epochs <= config.fine_tune_grid_epochs
+            and (way.part, way.full_batch) == ("all", False)
             and (not i or way.learning_rate in config.fine_tune_grid_learning_rates)
         ]
         pooled = validation.sum(0)
         # the gentlest of the best, so that a tie does not fine-tune more than it must
-        tuned = min(grid, key=lambda i: (-pooled[i], ways[i].epochs * ways[i].learning_rate))
-    chosen = {"gentle": gentle, "training": training, "tuned": tuned}[method.fine_tuning]
+        tuned = min(grid, key=lambda i: (-pooled[i], tried[i].epochs * tried[i].learning_rate))
+    by_kind = {"gentle": gentle, "training": training, "tuned": tuned}
+    by_kind["own"] = tried.index(own, 1) if own else None
+    chosen = by_kind[method.fine_tuning]
     chosen = gentle if chosen is None else chosen
     better = validation[:, chosen] > validation[:, 0]
     held = sum(scores[c].validation_images for c in clients)
-    ways_scored = {"before_ft": 0, "after_ft": chosen}
+    scored = {"before_ft": 0, "after_ft": chosen}
     if tuned is not None:
-        ways_scored["after_ft_tuned"] = tuned
+        scored["after_ft_tuned"] = tuned
     return Outcome(
         clients,
         test[:, 0],
@@ -63,14 +67,14 @@ def outcome(scores: dict[int, FinalScore], method: type[Method[Any]], config: Co
         test[:, training],
         None if tuned is None else test[:, tuned],
         np.where(better, test[:, chosen], test[:, 0]),
-        {k: 100 * int(validation[:, i].sum()) / held for k, i in ways_scored.items() if held},
-        ways[chosen],
-        None if tuned is None else ways[tuned],
+        {k: 100 * int(validation[:, i].sum()) / held for k, i in scored.items() if held},
+        tried[chosen],
+        None if tuned is None else tried[tuned],
     )
 
 
-def _way(way: Candidate | None) -> dict[str, float] | None:
-    return None if way is None else {"epochs": way.epochs, "learning_rate": way.learning_rate}
+def _way(way: Way | None) -> dict[str, Any] | None:
+    return None if way is None else asdict(way)
 
 
 def summary_entry(
@@ -90,6 +94,9 @@ def summary_entry(
         "seed": config.seed,
         "accuracy_before_ft": average(result.before),
         "accuracy_after_ft": average(result.after),
+        "accuracy_as_its_paper": average(
+            result.before if method.fine_tuning == "gentle" else result.after
+        ),
         "accuracy_kept": average(result.kept),
         "accuracy_after_ft_as_in_training": average(result.as_in_training),
         "accuracy_after_ft_tuned": average(result.tuned),

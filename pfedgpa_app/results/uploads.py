@@ -9,15 +9,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pfedgpa_app.config import KEYS, ConfigError, Resolved
+from pfedgpa_app.config import Resolved, keys
 from pfedgpa_app.methods.fedavg import FedAvgState
 from pfedgpa_app.models import Weights
+from pfedgpa_app.settings import ConfigError
 
 FILE = "uploads.safetensors"
 FORMAT = "pfedgpa-uploads-1"
 # settings that may differ between the run that kept the uploads and the one that takes them
 _FREE = ("conf", "method", "out-dir", "run-name", "data-dir", "download", "device", "timeout")
-_FREE_PREFIXES = ("pfedgpa.", "fine-tune-", "evaluate-every", "uploads", "save-uploads")
+_FREE_PREFIXES = ("pfedgpa.", "fine-tune-", "evaluate-every", "uploads", "save-")
 
 
 def _fixed(resolved: Resolved) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def load(
             f"uploads = {str(path)!r}: format {metadata.get('format')!r}, not {FORMAT}"
         )
     theirs, ours = json.loads(metadata["settings"]), _fixed(resolved)
-    for name in KEYS:
+    for name in keys():
         if theirs.get(name) != ours.get(name):
             raise ConfigError(
                 f"uploads = {str(path)!r}: made with {name} = {theirs.get(name)!r}, but this run "

@@ -1,0 +1,47 @@
+"""Ditto (Li et al. 2021, Algorithm 1): a global model, and a personal one that is held near it.
+
+shared: all weights · kept: the personal weights v, on the client · client: local-epochs of SGD
+on the global weights w, and as many on F_i(v) + (λ/2)‖v − w‖², w being what it was sent · server:
+FedAvg's mean (the paper leaves the aggregator open) · evaluated: v; a client that was never
+sampled has none yet and is evaluated with w.
+
+With λ = 0, v is what local-only trains; with λ·η = 1, v stays one step from w.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.base import ClientTask
+from pfedgpa_app.models import Weights, weights_of
+from pfedgpa_app.settings import MethodSettings, setting
+from pfedgpa_app.training import pull_to
+
+
+@dataclass(frozen=True)
+class DittoSettings(MethodSettings):
+    """How near personal weights stay."""
+
+    lam: float = setting(
+        1.0, "λ, weight of the distance to the global weights", low=0, grid=(0.01, 0.1, 1.0)
+    )
+
+
+class Ditto(Averaging[Shared]):
+    """FedAvg, and beside it a personal model a client."""
+
+    title = "Ditto"
+    settings = DittoSettings
+
+    @classmethod
+    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+        recipes = cls.recipes(task.config, list(task.weights))
+        personal = task.state or weights_of(task.model)  # at first: as the run's seed says
+        task.load(personal)
+        held = pull_to(task.weights, task.config.of(DittoSettings).lam)
+        task.sgd(recipes, correct=held)
+        task.state.update(weights_of(task.model))
+        task.load(task.weights)
+        loss = task.sgd(recipes)
+        return weights_of(task.model), loss

@@ -1,0 +1,100 @@
+"""FedALA (Zhang et al. 2023, Algorithm 1): each client mixes the global model into its own.
+
+shared: all weights · kept: the client's own last layers, and what share W of each of their
+weights it takes from the global model · client: learns W on a part of its training images
+(adaptive local aggregation: Θ̂ = Θ_old + (Θ − Θ_old)⊙W, W ← clip(W − η∇_Θ̂ L ⊙ (Θ − Θ_old), 0, 1)),
+then trains from Θ̂ · server: the mean weighted by training images · evaluated: Θ̂, the newest
+global model mixed by the client's newest W.
+
+The lower layers are the global ones. In a client's first mixing W, which starts at 1, is learned
+until its loss is steady, later for one pass (the authors' code). With η = 0 the method is FedAvg.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.base import ClientTask
+from pfedgpa_app.models import Weights, last_layers, weights_of
+from pfedgpa_app.settings import MethodSettings, setting
+from pfedgpa_app.training import cross_entropy, drawn
+
+SHARE = "share/"  # before the name of the weight that W is for
+STEADY, LOSSES, MOST_PASSES = 0.1, 10, 100  # the authors' threshold, over so many; our bound
+
+
+@dataclass(frozen=True)
+class FedALASettings(MethodSettings):
+    """What is mixed, and how that is learned."""
+
+    layers: int = setting(1, "p: so many last layers are mixed", low=1)
+    eta: float = setting(1.0, "η, the step of W; 0 is FedAvg", low=0)
+    data_share: float = setting(
+        0.8, "share of the training images W is learned on", above=0, high=1
+    )
+
+
+def mixed(weights: Weights, state: Weights) -> Weights:
+    """Θ̂; the global weights where the client has none of its own."""
+    shares = {n.removeprefix(SHARE): w for n, w in state.items() if n.startswith(SHARE)}
+    return weights | {n: state[n].lerp(weights[n], w) for n, w in shares.items()}
+
+
+class FedALA(Averaging[Shared]):
+    """FedAvg whose clients take over no more than helps them."""
+
+    title = "FedALA"
+    settings = FedALASettings
+
+    @classmethod
+    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+        top = last_layers(task.weights, task.config.of(FedALASettings).layers)
+        if task.state:
+            cls.learn_shares(task, top)
+        task.load(mixed(task.weights, task.state))
+        loss = task.sgd(cls.recipes(task.config, list(task.weights)))
+        trained = weights_of(task.model)
+        task.state.update({name: trained[name] for name in top})
+        return trained, loss
+
+    @classmethod
+    def learn_shares(cls, task: ClientTask, top: list[str]) -> None:
+        """Adaptive local aggregation: improve W, which is in the client's state."""
+        own = task.config.of(FedALASettings)
+        first = SHARE + top[0] not in task.state
+        parameters = dict(task.model.named_parameters())
+        device = next(iter(parameters.values())).device
+        change = {n: (task.weights[n] - task.state[n]).to(device) for n in top}
+        share = {
+            n: task.state.get(SHARE + n, torch.ones_like(task.weights[n])).to(device) for n in top
+        }
+        task.load(mixed(task.weights, task.state))
+        [recipe, *_] = cls.recipes(task.config, list(task.weights))
+        once, generator = replace(recipe, epochs=1, augment=False), task.generator()
+        images = task.data.train
+        held = max(1, round(own.data_share * len(images)))
+        sample = images[torch.randperm(len(images), generator=generator)[:held]]
+        losses: list[float] = []
+        while len(losses) < (MOST_PASSES if first else 1):
+            for x, y in drawn(sample, once, generator, device):
+                loss = cross_entropy(task.model, x, y)
+                gradients: tuple[Tensor, ...] = torch.autograd.grad(
+                    loss, [parameters[n] for n in top]
+                )
+                with torch.no_grad():
+                    for n, gradient in zip(top, gradients, strict=True):
+                        share[n] = (share[n] - own.eta * gradient * change[n]).clamp_(0, 1)
+                        parameters[n].copy_(task.state[n].to(device) + change[n] * share[n])
+            losses.append(float(loss.detach()))
+            if len(losses) > LOSSES and np.std(losses[-LOSSES:]) < STEADY:
+                break
+        task.state.update({SHARE + n: w.cpu() for n, w in share.items()})
+
+    @staticmethod
+    def evaluated(weights: Weights, state: Weights) -> Weights:
+        return mixed(weights, state)

@@ -1,0 +1,54 @@
+"""FedBABU (Oh et al. 2022, Algorithm 1): the body is trained under a head that never moves.
+
+shared: the body · kept: nothing; the head is the same for all, as the run's seed initialises it ·
+client: local-epochs of SGD on the body only · server: the body's mean, weighted by training
+images · evaluated: after fine-tuning the whole network; before it, the accuracy is a diagnostic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pfedgpa_app import training
+from pfedgpa_app.config import Config
+from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.base import Way
+from pfedgpa_app.models import Weights, last_layers
+from pfedgpa_app.settings import MethodSettings, setting
+from pfedgpa_app.training import Recipe
+
+
+@dataclass(frozen=True)
+class FedBABUSettings(MethodSettings):
+    """How the whole network is fine-tuned after the last round."""
+
+    fine_tune_epochs: int = setting(5, "epochs of fine-tuning", low=0)
+    fine_tune_learning_rate: float = setting(0.001, "its learning rate", above=0)
+
+
+class FedBABU(Averaging[Shared]):
+    """Clients share a body that was trained under random, fixed classifiers."""
+
+    title = "FedBABU"
+    settings = FedBABUSettings
+    fine_tuning = "own"
+
+    @classmethod
+    def shared(cls, config: Config, names: list[str]) -> list[str]:
+        head = last_layers(names, 1)
+        return [name for name in names if name not in head]
+
+    @classmethod
+    def recipes(cls, config: Config, names: Sequence[str]) -> list[Recipe]:
+        body = cls.shared(config, list(names))
+        return [training.recipe(config, config.local_epochs, cls.learning_rate(config), body)]
+
+    @staticmethod
+    def upload(trained: Weights, weights: Weights, state: Weights) -> Weights:
+        return {name: trained[name] for name in weights}
+
+    @classmethod
+    def own_fine_tuning(cls, config: Config) -> Way:
+        own = config.of(FedBABUSettings)
+        return Way(own.fine_tune_epochs, own.fine_tune_learning_rate)

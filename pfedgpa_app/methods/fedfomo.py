@@ -1,0 +1,129 @@
+"""FedFomo (Zhang et al. 2021, Algorithm 1): each client mixes in whose models help it.
+
+shared: clients' models, M of them to each client · kept: the client's own weights · client: on its
+validation images w_n = (L_i(θ_i) − L_i(θ_n)) / ‖θ_n − θ_i‖ for each model it is sent; with
+w⁺ = max(w, 0)/Σ max(w, 0) it goes to θ_i + Σ w⁺_n (θ_n − θ_i) and trains on from there · server:
+keeps every client's newest model and adds up w in an affinity matrix; a client is sent the M
+models of its highest affinities, each replaced by a random one with probability ε, which falls
+by ``decay`` a round · evaluated: the client's own weights after training.
+
+Clients see each other's models, which FedAvg's never do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app import training
+from pfedgpa_app.config import Config
+from pfedgpa_app.methods.base import ClientTask, Method, Upload
+from pfedgpa_app.models import Weights, weights_of
+from pfedgpa_app.randomness import numpy_generator
+from pfedgpa_app.settings import ConfigError, MethodSettings, setting
+
+AFFINITY = "affinity"
+
+
+@dataclass(frozen=True)
+class FedFomoSettings(MethodSettings):
+    """Which models a client gets to see."""
+
+    models: int = setting(5, "M: so many clients' models are sent to each", low=1)
+    explore: float = setting(0.3, "ε: chance that a model sent is a random one", low=0, high=1)
+    decay: float = setting(0.05, "by how much ε falls a round", low=0)
+
+
+@dataclass
+class FomoState:
+    """Clients' newest models, their affinities [n, n], and who is sent whose next."""
+
+    initial: Weights
+    affinity: Tensor
+    models: dict[int, Weights] = field(default_factory=dict)
+    sent: dict[int, list[int]] = field(default_factory=dict)
+
+
+class FedFomo(Method[FomoState]):
+    """First-order optimal mixing of clients' models."""
+
+    title = "FedFomo"
+    settings = FedFomoSettings
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        if not config.validation_share:
+            raise ConfigError("fedfomo weighs models by validation: validation-share must be > 0")
+
+    @classmethod
+    def begin(cls, config: Config, initial: Weights) -> FomoState:
+        return FomoState(initial, torch.zeros(config.num_clients, config.num_clients))
+
+    def expected_upload(self) -> Weights:
+        slots = torch.zeros(self.config.of(FedFomoSettings).models)
+        return self.state.initial | {AFFINITY: slots}
+
+    def download(self, client: int) -> Weights:
+        return {
+            f"{slot}/{name}": tensor
+            for slot, other in enumerate(self.state.sent.get(client, []))
+            for name, tensor in self.state.models[other].items()
+        }
+
+    def evaluation_download(self, client: int) -> Weights:
+        return {}
+
+    def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        state, own = self.state, self.config.of(FedFomoSettings)
+        for client, upload in uploads.items():
+            others = state.sent.get(client, [])
+            state.affinity[client, others] += upload.weights[AFFINITY][: len(others)]
+            state.models[client] = {n: upload.weights[n] for n in state.initial}
+        explore = max(0.0, own.explore - own.decay * (server_round - 1))
+        rng = numpy_generator(self.config.seed, "fedfomo", server_round)
+        state.sent = {}
+        for client in range(self.config.num_clients):
+            others = [i for i in state.models if i != client]
+            others = [others[i] for i in rng.permutation(len(others))]  # ties: by chance
+            best = sorted(others, key=lambda i: -float(state.affinity[client, i]))
+            chosen = best[: own.models]
+            left = [i for i in others if i not in chosen]
+            for slot in range(len(chosen)):
+                if left and rng.random() < explore:
+                    chosen[slot] = left.pop()
+            state.sent[client] = chosen
+
+    @classmethod
+    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+        theta = task.state or weights_of(task.model)
+        slots = task.config.of(FedFomoSettings).models
+        theta, affinity = cls.mix(task, theta, slots)
+        task.load(theta)
+        loss = task.sgd(cls.recipes(task.config, list(theta)))
+        task.state.update(weights_of(task.model))
+        return task.state | {AFFINITY: affinity}, loss
+
+    @staticmethod
+    def mix(task: ClientTask, theta: Weights, slots: int) -> tuple[Weights, Tensor]:
+        """θ_i with what helps of the models it was sent, and what each is worth to it [M]."""
+
+        def loss_of(weights: Weights) -> float:
+            task.load(weights)
+            return training.evaluate(task.model, task.data.validation).loss / held
+
+        held, worth = max(1, len(task.data.validation)), torch.zeros(slots)
+        own, others = loss_of(theta), []
+        for slot in range(slots):
+            other = {n: task.weights[k] for n in theta if (k := f"{slot}/{n}") in task.weights}
+            if other:
+                others.append(other)
+                apart = sum(float((other[n] - theta[n]).square().sum()) for n in theta) ** 0.5
+                worth[slot] = (own - loss_of(other)) / max(apart, 1e-12)
+        helpful = worth.clamp_min(0)
+        if helpful.any():
+            shares = (helpful / helpful.sum()).tolist()
+            pairs = list(zip(shares, others, strict=False))
+            theta = {n: t + sum(s * (o[n] - t) for s, o in pairs) for n, t in theta.items()}
+        return theta, worth

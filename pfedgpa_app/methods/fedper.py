@@ -1,0 +1,34 @@
+"""FedPer (Arivazhagan et al. 2019): a shared body under personal last layers.
+
+shared: the body · kept: the last ``head-layers`` layers, on the client · client: local-epochs of
+SGD on both · server: the body's mean, weighted by training images · evaluated: the global body
+under the client's own head. All heads start alike; with none of them the method is FedAvg.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.models import last_layers
+from pfedgpa_app.settings import MethodSettings, setting
+
+
+@dataclass(frozen=True)
+class FedPerSettings(MethodSettings):
+    """What is personal."""
+
+    head_layers: int = setting(1, "K_P: so many last layers are personal", low=0)
+
+
+class FedPer(Averaging[Shared]):
+    """Clients share all but their last layers."""
+
+    title = "FedPer"
+    settings = FedPerSettings
+
+    @classmethod
+    def shared(cls, config: Config, names: list[str]) -> list[str]:
+        personal = last_layers(names, config.of(FedPerSettings).head_layers)
+        return [name for name in names if name not in personal]

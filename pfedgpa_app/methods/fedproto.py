@@ -1,0 +1,127 @@
+"""FedProto (Tan et al. 2022, Algorithm 1): clients share what their classes look like.
+
+shared: prototypes, the mean feature of each class · kept: all weights, on the client · client:
+local-epochs of SGD on F_i + λ·‖feature − global prototype of its class‖² (mean over features, as
+in the authors' code; classes without a global prototype count nothing), then its own prototypes
+over its training images · server: each class's mean, weighted by the images of that class ·
+evaluated: the class of the nearest global prototype, or with predict=classifier the client's own
+last layer.
+
+The nearest prototype is a linear layer: argmin_k ‖f − C_k‖² = argmax_k 2C_k·f − ‖C_k‖².
+The server learns class means of features, which say more of the data than a count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.methods.base import ClientTask, Method, Upload
+from pfedgpa_app.models import Weights, last_layers, weights_of
+from pfedgpa_app.settings import MethodSettings, setting
+
+NEVER = -1e9  # the logit of a class that nobody has shown
+
+
+@dataclass(frozen=True)
+class FedProtoSettings(MethodSettings):
+    """How prototypes are used."""
+
+    lam: float = setting(
+        1.0, "λ, weight of the distance to the global prototypes", low=0, grid=(0.1, 1.0, 10.0)
+    )
+    predict: str = setting(
+        "prototype",
+        "by the nearest global prototype, or by the client's own last layer",
+        choices=("prototype", "classifier"),
+    )
+
+
+@dataclass
+class Prototypes:
+    """Global prototypes [K, D], how many images each rests on [K], and the last layer's names."""
+
+    means: Tensor
+    counts: Tensor
+    head: list[str]
+
+
+def features_of(model: nn.Module) -> nn.Sequential:
+    """All but the last layer."""
+    assert isinstance(model, nn.Sequential)
+    return model[:-1]
+
+
+class FedProto(Method[Prototypes]):
+    """Clients agree on classes, not on weights."""
+
+    title = "FedProto"
+    settings = FedProtoSettings
+
+    @classmethod
+    def begin(cls, config: Config, initial: Weights) -> Prototypes:
+        head = last_layers(initial, 1)
+        weight = initial[head[0]]
+        return Prototypes(torch.zeros_like(weight), torch.zeros(len(weight)), head)
+
+    def expected_upload(self) -> Weights:
+        return {"means": self.state.means, "counts": self.state.counts}
+
+    def download(self, client: int) -> Weights:
+        return self.expected_upload()
+
+    def evaluation_download(self, client: int) -> Weights:
+        if self.config.of(FedProtoSettings).predict == "classifier" or not self.state.counts.any():
+            return {}
+        means, unseen = self.state.means, self.state.counts == 0
+        bias = (-means.square().sum(1)).masked_fill(unseen, NEVER)
+        return dict(zip(self.state.head, (2 * means, bias), strict=True))
+
+    def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        counts = torch.stack([u.weights["counts"] for u in uploads.values()]).clamp_min(0)
+        means = torch.stack([u.weights["means"] for u in uploads.values()])
+        total = counts.sum(0)
+        mean = (counts[:, :, None] * means).sum(0) / total.clamp_min(1)[:, None]
+        shown = total > 0  # the others stay as they were
+        self.state.means = torch.where(shown[:, None], mean, self.state.means)
+        self.state.counts = torch.where(shown, total, self.state.counts)
+
+    @classmethod
+    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+        device = next(task.model.parameters()).device
+        means, known = task.weights["means"].to(device), (task.weights["counts"] > 0).to(device)
+        lam = task.config.of(FedProtoSettings).lam
+
+        def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            assert isinstance(model, nn.Sequential)
+            features = model[:-1](x)
+            apart = (features - means[y]).square().mean(1) * known[y]
+            loss: Tensor = F.cross_entropy(model[-1](features), y) + lam * apart.mean()
+            return loss
+
+        task.load(task.state)
+        recipes = cls.recipes(task.config, list(task.model.state_dict()))
+        loss = task.sgd(recipes, loss_of=loss_of)
+        task.state.update(weights_of(task.model))
+        return cls.prototypes(task, len(means)), loss
+
+    @staticmethod
+    @torch.no_grad()
+    def prototypes(task: ClientTask, classes: int) -> Weights:
+        """The client's own prototypes [K, D] and how many images each rests on [K]."""
+        task.model.eval()
+        device = next(task.model.parameters()).device
+        images = task.data.train.to(device)
+        features = features_of(task.model)(images.floats())
+        member = F.one_hot(images.labels, classes).to(features)
+        counts = member.sum(0)
+        means = member.T @ features / counts.clamp_min(1)[:, None]
+        return {"means": means.cpu(), "counts": counts.cpu()}
+
+    @staticmethod
+    def evaluated(weights: Weights, state: Weights) -> Weights:
+        return state | weights

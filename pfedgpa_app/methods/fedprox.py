@@ -1,0 +1,39 @@
+"""FedProx (Li et al. 2020, "Federated Optimization in Heterogeneous Networks", Algorithm 2).
+
+shared: all weights · kept: nothing · client: SGD on F_i(θ) + (μ/2)‖θ − w‖², w being what it was
+sent · server: FedAvg's mean (with clients sampled uniformly, weighting by training images is
+what the paper's sampling by size comes to) · evaluated: the global weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.base import ClientTask
+from pfedgpa_app.models import Weights, weights_of
+from pfedgpa_app.settings import MethodSettings, setting
+from pfedgpa_app.training import pull_to
+
+
+@dataclass(frozen=True)
+class FedProxSettings(MethodSettings):
+    """How strongly clients are held."""
+
+    mu: float = setting(
+        0.01, "μ, weight of the proximal term; 0 is FedAvg", low=0, grid=(0.001, 0.01, 0.1, 1.0)
+    )
+
+
+class FedProx(Averaging[Shared]):
+    """FedAvg whose clients are held near the global weights."""
+
+    title = "FedProx"
+    settings = FedProxSettings
+
+    @classmethod
+    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+        task.load(task.weights)
+        held = pull_to(task.weights, task.config.of(FedProxSettings).mu)
+        loss = task.sgd(cls.recipes(task.config, list(task.weights)), correct=held)
+        return weights_of(task.model), loss

@@ -1,0 +1,56 @@
+"""FedRep (Collins et al. 2021, Algorithm 1): first the head learns, then the shared body.
+
+shared: the body · kept: the last layer, on the client · client: head-epochs on the head while the
+body stands still, then body-epochs on the body while the head stands still · server: the plain
+mean of the bodies · evaluated: the global body under the client's own head; after fine-tuning:
+the head trained on for ``fine-tune-epochs``, as the authors' code does after the last round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pfedgpa_app import training
+from pfedgpa_app.config import Config
+from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.base import Way
+from pfedgpa_app.models import last_layers
+from pfedgpa_app.settings import MethodSettings, setting
+from pfedgpa_app.training import Recipe
+
+
+@dataclass(frozen=True)
+class FedRepSettings(MethodSettings):
+    """How a round is divided."""
+
+    head_epochs: int = setting(10, "τ: epochs on the head, the body standing still", low=0)
+    body_epochs: int = setting(1, "epochs on the body, the head standing still", low=1)
+    fine_tune_epochs: int = setting(10, "epochs on the head after the last round", low=0)
+
+
+class FedRep(Averaging[Shared]):
+    """Clients share a representation and fit their own head to it."""
+
+    title = "FedRep"
+    settings = FedRepSettings
+    fine_tuning = "own"
+    uniform = True
+
+    @classmethod
+    def shared(cls, config: Config, names: list[str]) -> list[str]:
+        head = last_layers(names, 1)
+        return [name for name in names if name not in head]
+
+    @classmethod
+    def recipes(cls, config: Config, names: Sequence[str]) -> list[Recipe]:
+        own, rate = config.of(FedRepSettings), cls.learning_rate(config)
+        return [
+            training.recipe(config, own.head_epochs, rate, last_layers(names, 1)),
+            training.recipe(config, own.body_epochs, rate, cls.shared(config, list(names))),
+        ]
+
+    @classmethod
+    def own_fine_tuning(cls, config: Config) -> Way:
+        epochs = config.of(FedRepSettings).fine_tune_epochs
+        return Way(epochs, cls.learning_rate(config), "head")

@@ -1,0 +1,42 @@
+"""LG-FedAvg (Liang et al. 2020, Algorithm 1): local representations under a global head.
+
+shared: the last ``global-layers`` layers · kept: the rest, on the client · client: local-epochs of
+SGD on both · server: the mean of the shared layers, weighted by training images · evaluated: the
+client's own layers under the global ones. From scratch, where the authors' code starts from a
+trained FedAvg model.
+
+Two definitions are in the wild. The text of the paper shares the last layers: the default. The
+authors' CIFAR-10 script shares the convolutions and keeps the linear layers: share=first,
+global-layers=3. With all layers shared the method is FedAvg.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.models import last_layers, layers
+from pfedgpa_app.settings import MethodSettings, setting
+
+
+@dataclass(frozen=True)
+class LGFedAvgSettings(MethodSettings):
+    """What is global."""
+
+    share: str = setting("last", "which end of the network is global", choices=("last", "first"))
+    global_layers: int = setting(1, "so many layers of that end are global", low=1)
+
+
+class LGFedAvg(Averaging[Shared]):
+    """Clients share their last layers only."""
+
+    title = "LG-FedAvg"
+    settings = LGFedAvgSettings
+
+    @classmethod
+    def shared(cls, config: Config, names: list[str]) -> list[str]:
+        own = config.of(LGFedAvgSettings)
+        if own.share == "last":
+            return last_layers(names, own.global_layers)
+        return [name for layer in layers(names)[: own.global_layers] for name in layer]

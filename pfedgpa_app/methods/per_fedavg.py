@@ -1,0 +1,73 @@
+"""Per-FedAvg (Fallah et al. 2020, Algorithm 1), first order: weights from which one step adapts.
+
+shared: all weights · kept: nothing · client: pairs of batches; θ' = θ − α∇f(θ; first), then
+θ ← θ − β∇f(θ'; second), the Hessian left out (FO-MAML) · server: the plain mean · evaluated:
+after one gradient step of size α on the client's training images; before it, the accuracy is a
+diagnostic. Never on test images, as the pFedMe repository's version did.
+
+β is ``learning-rate``. A round goes through the batches of local-epochs, two at a step; with
+α = 0 and the first of each pair left out it is FedAvg.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.base import ClientTask, Way
+from pfedgpa_app.models import Weights, weights_of
+from pfedgpa_app.settings import MethodSettings, setting
+from pfedgpa_app.training import cross_entropy, drawn, sgd_step
+
+
+@dataclass(frozen=True)
+class PerFedAvgSettings(MethodSettings):
+    """The step that clients adapt with."""
+
+    alpha: float | None = setting(None, "α, the adaptation's step; auto: the learning rate", low=0)
+
+
+def alpha_of(config: Config) -> float:
+    """α."""
+    own = config.of(PerFedAvgSettings).alpha
+    return PerFedAvg.learning_rate(config) if own is None else own
+
+
+class PerFedAvg(Averaging[Shared]):
+    """The start from which each client's one step leads furthest."""
+
+    title = "Per-FedAvg"
+    settings = PerFedAvgSettings
+    fine_tuning = "own"
+    uniform = True
+
+    @classmethod
+    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+        task.load(task.weights)
+        [recipe] = cls.recipes(task.config, list(task.weights))
+        parameters: list[Tensor] = list(task.model.parameters())
+        velocity: list[Tensor | None] = [None for _ in parameters]
+        alpha, total, images = alpha_of(task.config), 0.0, 0
+        task.model.train()
+        batches = drawn(task.data.train, recipe, task.generator(), parameters[0].device)
+        for x, y in batches:
+            x2, y2 = next(batches, (x, y))  # an odd last batch serves for both
+            theta = [p.detach().clone() for p in parameters]
+            inner = torch.autograd.grad(cross_entropy(task.model, x, y), parameters)
+            with torch.no_grad():
+                torch._foreach_sub_(parameters, inner, alpha=alpha)
+            loss = cross_entropy(task.model, x2, y2)
+            outer = torch.autograd.grad(loss, parameters)
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, theta)
+            sgd_step(parameters, outer, velocity, recipe)
+            total, images = total + float(loss.detach()) * len(y2), images + len(y2)
+        return weights_of(task.model), total / max(1, images)
+
+    @classmethod
+    def own_fine_tuning(cls, config: Config) -> Way:
+        return Way(1, alpha_of(config), full_batch=True)

@@ -1,0 +1,156 @@
+"""pFedHN (Shamsian et al. 2021, Algorithm 1): a hypernetwork makes each client's weights.
+
+shared: the hypernetwork φ and the clients' embeddings v_i, all of them on the server · kept:
+nothing · client: local-epochs of SGD from θ_i = h_φ(v_i) · server: for each client a step on φ and
+v_i by the vector–Jacobian product of θ_i with Δθ_i = θ_i − (what came back) · evaluated: h_φ(v_i),
+for a client that was never sampled, too.
+
+The paper visits one client a step. Here a round's clients train at once, so that every product is
+taken at the φ that made θ_i, and the round's steps (one a client, in their order, with momentum
+and decay) follow. With gradients g_1 … g_S given, SGD is linear in (φ, velocity, g): its end is
+a·φ + b·velocity + Σ c_k g_k, and Σ c_k g_k is the gradient of Σ c_k ⟨Δθ_k, h_φ(v_k)⟩: two passes
+through the hypernetwork, whatever the number of clients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.diffusion.buffer import Layout
+from pfedgpa_app.methods.base import Method, Upload
+from pfedgpa_app.models import Weights
+from pfedgpa_app.randomness import torch_generator
+from pfedgpa_app.settings import MethodSettings, setting
+
+
+@dataclass(frozen=True)
+class PFedHNSettings(MethodSettings):
+    """The hypernetwork and its optimiser; the authors' values."""
+
+    embedding: int | None = setting(None, "size of an embedding; auto: 1 + clients/4", low=1)
+    hidden: int = setting(100, "width of the hypernetwork", low=1)
+    hidden_layers: int = setting(3, "its hidden layers after the first", low=0)
+    server_learning_rate: float = setting(
+        0.01, "the hypernetwork's learning rate", above=0, grid=(0.005, 0.01, 0.05)
+    )
+    server_momentum: float = setting(0.9, "its momentum", low=0, high=0.999)
+    server_weight_decay: float = setting(1e-3, "its weight decay", low=0)
+    clip: float = setting(50.0, "largest norm of a client's gradient of it", above=0)
+
+
+class Hypernetwork(nn.Module):
+    """Clients [S] → weights [S, P]. One output layer for all tensors is one for each: their
+    initialisation depends on the input's width only."""
+
+    def __init__(self, clients: int, size: int, own: PFedHNSettings) -> None:
+        super().__init__()
+        embedding = own.embedding or int(1 + clients / 4)
+        self.embeddings = nn.Embedding(clients, embedding)
+        layers: list[nn.Module] = [nn.Linear(embedding, own.hidden)]
+        for _ in range(own.hidden_layers):
+            layers += [nn.ReLU(), nn.Linear(own.hidden, own.hidden)]
+        self.trunk = nn.Sequential(*layers)
+        self.output = nn.Linear(own.hidden, size)
+
+    def features(self, clients: Tensor) -> Tensor:
+        """What the output layer sees, [S, hidden]."""
+        features: Tensor = self.trunk(self.embeddings(clients))
+        return features
+
+    def forward(self, clients: Tensor) -> Tensor:
+        weights: Tensor = self.output(self.features(clients))
+        return weights
+
+
+@dataclass
+class HypernetworkState:
+    """The hypernetwork, its optimiser's velocity, and what it makes for every client [n, P]."""
+
+    like: Weights
+    network: Hypernetwork
+    velocity: list[Tensor]
+    made: Tensor
+
+
+def sgd_coefficients(
+    steps: int, learning_rate: float, momentum: float, weight_decay: float
+) -> np.ndarray:
+    """``steps`` steps of SGD with given gradients as one linear map, [2, 2 + steps].
+
+    Row 0 gives the parameter, row 1 the velocity, each from (parameter, velocity, g_1 … g_S):
+    v ← m·v + g + λ·p, then p ← p − η·v.
+    """
+    parameter, velocity = np.eye(2, 2 + steps)
+    for k in range(steps):
+        velocity = momentum * velocity + weight_decay * parameter
+        velocity[2 + k] += 1
+        parameter = parameter - learning_rate * velocity
+    return np.stack([parameter, velocity])
+
+
+class PFedHN(Method[HypernetworkState]):
+    """Weights made by a network that learns from how clients change them."""
+
+    title = "pFedHN"
+    settings = PFedHNSettings
+
+    @classmethod
+    def begin(cls, config: Config, initial: Weights) -> HypernetworkState:
+        size = sum(Layout.of(initial).sizes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_generator(config.seed, "pfedhn").initial_seed())
+            network = Hypernetwork(config.num_clients, size, config.of(PFedHNSettings))
+        velocity = [torch.zeros_like(p) for p in network.parameters()]
+        with torch.no_grad():
+            made = network(torch.arange(config.num_clients))
+        return HypernetworkState(initial, network, velocity, made)
+
+    def expected_upload(self) -> Weights:
+        return self.state.like
+
+    def download(self, client: int) -> Weights:
+        return Layout.of(self.state.like).unflatten(self.state.made[client])
+
+    def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        state, own = self.state, self.config.of(PFedHNSettings)
+        clients = torch.tensor(list(uploads))
+        layout = Layout.of(state.like)
+        back = torch.stack([layout.flatten(upload.weights) for upload in uploads.values()])
+        change = state.made[clients] - back
+        change *= self._clipped(clients, change)[:, None]
+        coefficients = sgd_coefficients(
+            len(clients), own.server_learning_rate, own.server_momentum, own.server_weight_decay
+        )
+        parameters = list(state.network.parameters())
+        old = [p.detach().clone() for p in parameters]
+        made = state.network(clients)
+        sums = []
+        for of_gradients in torch.from_numpy(coefficients[:, 2:]).to(change):
+            objective = (of_gradients[:, None] * change * made).sum()
+            sums.append(torch.autograd.grad(objective, parameters, retain_graph=True))
+        with torch.no_grad():
+            for p, v, before, to_p, to_v in zip(
+                parameters, state.velocity, old, *sums, strict=True
+            ):
+                (pp, pv), (vp, vv) = coefficients[:, :2]
+                p.copy_(pp * before + pv * v + to_p)
+                v.copy_(vp * before + vv * v + to_v)
+            state.made = state.network(torch.arange(self.config.num_clients))
+
+    def _clipped(self, clients: Tensor, change: Tensor) -> Tensor:
+        """By what each client's gradient of the hypernetwork is scaled down, [S]."""
+        network = self.state.network
+        features = network.features(clients)
+        # of the output layer: Δθ ⊗ (features, 1); of the rest: back from (its weights)ᵀ Δθ
+        square = change.square().sum(1) * (features.detach().square().sum(1) + 1)
+        back = change @ network.output.weight.detach()
+        rest = [*network.embeddings.parameters(), *network.trunk.parameters()]
+        for k in range(len(clients)):
+            gradients = torch.autograd.grad(features[k], rest, back[k], retain_graph=True)
+            square[k] += torch.stack([g.square().sum() for g in gradients]).sum()
+        return (self.config.of(PFedHNSettings).clip / square.sqrt().clamp_min(1e-12)).clamp_max(1)

@@ -1,0 +1,86 @@
+"""pFedMe (Dinh et al. 2020, Algorithm 1): personal weights from a Moreau envelope.
+
+shared: all weights · kept: the personal weights θ_i, on the client · client: at each batch K
+gradient steps towards θ̃ = argmin f(θ) + (λ/2)‖θ − w_i‖², then w_i ← w_i − ηλ(w_i − θ̃); it sends
+w_i, not θ · server: w ← (1 − β)w + β·(plain mean of the w_i) · evaluated: θ_i; a client that was
+never sampled has none yet and is evaluated with w.
+
+As in the authors' code θ goes on from batch to batch within a round and starts a round from w.
+η is ``learning-rate``, the step of the inner problem ``personal-learning-rate``; momentum, which
+the paper does not have, is not used. With K = 1 and ηλ = 1 the method is FedAvg without momentum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.methods.averaging import Averaging, Shared, weighted_mean
+from pfedgpa_app.methods.base import ClientTask, Upload
+from pfedgpa_app.models import Weights, weights_of
+from pfedgpa_app.settings import ConfigError, MethodSettings, setting
+from pfedgpa_app.training import cross_entropy, drawn, pull_to, sgd_step
+
+
+@dataclass(frozen=True)
+class PFedMeSettings(MethodSettings):
+    """The two problems' step sizes, and what binds them."""
+
+    learning_rate: float = setting(0.005, "η, the step of w_i", above=0)
+    personal_learning_rate: float = setting(
+        0.09, "the step of the inner problem", above=0, grid=(0.02, 0.05, 0.09)
+    )
+    lam: float = setting(15.0, "λ, weight of the distance to w_i", low=0)
+    steps: int = setting(5, "K, inner steps on each batch", low=1)
+    beta: float = setting(1.0, "β, how far the server goes to the mean; 0: not at all", low=0)
+
+
+class PFedMe(Averaging[Shared]):
+    """Clients' own optima near the global weights."""
+
+    title = "pFedMe"
+    settings = PFedMeSettings
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        own = config.of(PFedMeSettings)
+        if own.lam * own.learning_rate > 1:
+            raise ConfigError(
+                f"pfedme.lam = {own.lam:g} and pfedme.learning-rate = {own.learning_rate:g}: their "
+                "product must be at most 1, or w_i oversteps θ"
+            )
+
+    def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        beta, mean = self.config.of(PFedMeSettings).beta, weighted_mean(uploads, uniform=True)
+        self.state.global_weights = {
+            name: mean[name] if beta == 1 else w.lerp(mean[name], beta)
+            for name, w in self.state.global_weights.items()
+        }
+
+    @classmethod
+    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+        own = task.config.of(PFedMeSettings)
+        task.load(task.weights)
+        [recipe] = cls.recipes(task.config, list(task.weights))
+        inner = replace(recipe, learning_rate=own.personal_learning_rate, momentum=0.0)
+        theta = dict(task.model.named_parameters())
+        parameters: list[Tensor] = list(theta.values())
+        w = {name: t.detach().clone() for name, t in theta.items()}
+        prox = pull_to(w, own.lam)
+        task.model.train()
+        total, images = 0.0, 0
+        for x, y in drawn(task.data.train, recipe, task.generator(), parameters[0].device):
+            for _ in range(own.steps):
+                loss = cross_entropy(task.model, x, y)
+                gradients: Sequence[Tensor] = torch.autograd.grad(loss, parameters)
+                gradients = prox(theta, dict(zip(theta, gradients, strict=True)))
+                sgd_step(parameters, gradients, [None] * len(parameters), inner)
+            for name, t in theta.items():
+                w[name].lerp_(t.detach(), own.learning_rate * own.lam)
+            total, images = total + float(loss.detach()) * len(y), images + len(y)
+        task.state.update(weights_of(task.model))
+        return {name: t.cpu() for name, t in w.items()}, total / max(1, images)

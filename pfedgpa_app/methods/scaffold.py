@@ -1,0 +1,106 @@
+"""SCAFFOLD (Karimireddy et al. 2020, Algorithm 1, option II).
+
+shared: all weights and the server's control variate c · kept: the client's control variate c_i ·
+client: SGD on gradients g − c_i + c; then c_i⁺ = c_i − c + (x − y)/(Kη) · server: the plain mean
+of the clients' weights, scaled by the global step size; c ← c + Σ_S (c_i⁺ − c_i)/N with N all
+clients, not those of the round · evaluated: the global weights.
+
+(x − y)/(Kη) estimates the mean gradient of the round's K steps. Under momentum m step k's
+gradient moves the weights by (1 − m^{K−k+1})/(1 − m) times η over the steps left, so that the
+sum of these factors takes K's place; without momentum they are all 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.config import Config
+from pfedgpa_app.methods.averaging import weighted_mean
+from pfedgpa_app.methods.base import ClientTask, Method, Upload
+from pfedgpa_app.models import Weights, weights_of
+from pfedgpa_app.settings import MethodSettings, setting
+from pfedgpa_app.training import Recipe
+
+CONTROL = "control/"  # before the name of the weight that a control variate is for
+
+
+@dataclass(frozen=True)
+class ScaffoldSettings(MethodSettings):
+    """The server's own step."""
+
+    global_step: float = setting(1.0, "η_g, the server's step size", above=0)
+
+
+@dataclass
+class ScaffoldState:
+    """The server's weights x and control variate c."""
+
+    global_weights: Weights
+    control: Weights
+
+
+def effective_steps(steps: int, momentum: float) -> float:
+    """By how many times η a constant gradient moves the weights in ``steps`` steps."""
+    return sum((1 - momentum ** (steps - k)) / (1 - momentum) for k in range(steps))
+
+
+def steps_of(recipe: Recipe, images: int) -> int:
+    """How many steps a client takes."""
+    return recipe.epochs * -(-images // recipe.batch_size)
+
+
+class Scaffold(Method[ScaffoldState]):
+    """FedAvg whose clients correct for how their own data pull."""
+
+    title = "SCAFFOLD"
+    settings = ScaffoldSettings
+
+    @classmethod
+    def begin(cls, config: Config, initial: Weights) -> ScaffoldState:
+        return ScaffoldState(initial, {n: torch.zeros_like(t) for n, t in initial.items()})
+
+    def expected_upload(self) -> Weights:
+        return self.download(0)
+
+    def download(self, client: int) -> Weights:
+        control = {CONTROL + name: c for name, c in self.state.control.items()}
+        return self.state.global_weights | control
+
+    def evaluation_download(self, client: int) -> Weights:
+        return self.state.global_weights
+
+    def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        mean = weighted_mean(uploads, uniform=True)
+        share = len(uploads) / self.config.num_clients
+        step = self.config.of(ScaffoldSettings).global_step
+        for name, x in self.state.global_weights.items():
+            self.state.global_weights[name] = mean[name] if step == 1 else x.lerp(mean[name], step)
+            self.state.control[name] = self.state.control[name] + share * mean[CONTROL + name]
+
+    @classmethod
+    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+        x = {n: t for n, t in task.weights.items() if not n.startswith(CONTROL)}
+        c = {n: task.weights[CONTROL + n] for n in x}
+        c_i = {n: task.state.get(CONTROL + n, torch.zeros_like(t)) for n, t in x.items()}
+        device = next(task.model.parameters()).device
+        shift = {n: (c[n] - c_i[n]).to(device) for n in x}
+
+        def correct(_: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Sequence[Tensor]:
+            return [g + shift[n] for n, g in gradients.items()]
+
+        task.load(x)
+        [recipe] = cls.recipes(task.config, list(x))
+        loss = task.sgd([recipe], correct=correct)
+        y = weights_of(task.model)
+        steps = effective_steps(steps_of(recipe, len(task.data.train)), recipe.momentum)
+        change = {n: -c[n] + (x[n] - y[n]) / (steps * recipe.learning_rate) for n in x}
+        task.state.update({CONTROL + n: c_i[n] + change[n] for n in x})
+        return y | {CONTROL + n: change[n] for n in x}, loss
+
+    @staticmethod
+    def evaluated(weights: Weights, state: Weights) -> Weights:
+        return weights
