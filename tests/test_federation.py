@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from pfedgpa_app.config import resolve
 from pfedgpa_app.diffusion.fit import WeightDistribution
 from pfedgpa_app.experiment import run
-from pfedgpa_app.methods.base import Upload
 from pfedgpa_app.methods.averaging import weighted_mean
+from pfedgpa_app.methods.base import Upload
 from pfedgpa_app.strategy import NoUploadsError, check_upload
 from tests.local_grid import InProcessGrid
 
