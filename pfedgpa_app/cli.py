@@ -90,6 +90,35 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--jobs", type=int, help="runs at a time; default: as the cores allow")
     sweep.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
 
+    compare = commands.add_parser(
+        "compare",
+        help="every method on the same partitions and seeds, in one table with the paper's figures",
+        description="Runs what is not done yet, then writes compare.md. Stop it and start it again "
+        "whenever you like.",
+    )
+    compare.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings_help)
+    compare.add_argument("--conf", help="experiments, separated by commas; default: all compare-*")
+    compare.add_argument("--methods", help="separated by commas; default: all")
+    compare.add_argument(
+        "--seeds", help="separated by commas; default: 0,1,2 for the main methods, else 0"
+    )
+    compare.add_argument("--out", type=Path, default=Path("results/compare"), help="where to")
+    compare.add_argument("--jobs", type=int, help="runs at a time; default: as the cores allow")
+    compare.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
+
+    tune = commands.add_parser(
+        "tune",
+        help="choose methods' main settings on validation images, and keep them in the experiment",
+        description="Runs a small grid for each method, then writes the chosen values into the "
+        "experiment's YAML file and the search's results beside it.",
+    )
+    tune.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings_help)
+    tune.add_argument("--conf", required=True, help="experiment in conf/, or a YAML file")
+    tune.add_argument("--methods", help="separated by commas; default: all that can be tuned")
+    tune.add_argument("--out", type=Path, help="where the runs go; default: results/tune-CONF")
+    tune.add_argument("--jobs", type=int, help="runs at a time; default: as the cores allow")
+    tune.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
+
     commands.add_parser("settings", help="print every setting, its default and meaning")
 
     draw = commands.add_parser("partition", help="draw who holds which classes")
@@ -121,6 +150,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command != "sweep":
             files, words = [], options.settings
         overrides = parse_overrides(words + getattr(options, "run_config", []))
+        if options.command == "compare":
+            return _compare(overrides, options)
+        if options.command == "tune":
+            return _tune(overrides, options, arguments)
         if options.conf:
             overrides["conf"] = options.conf
         if getattr(options, "engine", None):
@@ -209,19 +242,69 @@ def _sweep(overrides: dict[str, Any], files: list[Path], options: argparse.Names
         over[key] = [parse_overrides([f"{key}={value}"])[key] for value in values.split(",")]
     if not over:
         raise ConfigError("nothing to sweep over: give a file with over:, or --over KEY=V1,V2")
-    if options.jobs is not None and options.jobs < 1:
-        raise ConfigError(f"--jobs {options.jobs}: must be >= 1")
+    _check_runs(settings | overrides, options)
     name = files[0].stem if files else "sweep"
     out = options.out or Path("results") / name
-    for key in ("out-dir", "run-name"):
-        if key in settings | overrides:
-            raise ConfigError(f"{key}: a sweep names its runs' folders itself; use --out")
     try:
         done = sweep(settings | overrides, over, out, options.app.absolute(), options.jobs)
     except DataError as error:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 2
     return 0 if done else 1
+
+
+def _check_runs(settings: dict[str, Any], options: argparse.Namespace) -> None:
+    """Refuse what many runs cannot have."""
+    if options.jobs is not None and options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs}: must be >= 1")
+    for key in ("out-dir", "run-name"):
+        if key in settings:
+            raise ConfigError(f"{key}: many runs' folders are named for them; use --out")
+
+
+def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
+    from pfedgpa_app.compare import EXPERIMENTS, plan, table
+    from pfedgpa_app.data.datasets import DataError
+    from pfedgpa_app.sweep import carry_out
+
+    _check_runs(overrides, options)
+    experiments = options.conf.split(",") if options.conf else EXPERIMENTS
+    methods = options.methods.split(",") if options.methods else None
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else None
+    except ValueError as error:
+        raise ConfigError(f"--seeds {options.seeds}: wants whole numbers") from error
+    runs = plan(experiments, methods, seeds, overrides, options.out)
+    try:
+        done = carry_out(runs, options.out, options.app.absolute(), options.jobs)
+    except DataError as error:
+        print(f"pfedgpa: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if (text := table(runs)) and options.out.is_dir():
+            (options.out / "compare.md").write_text(text)
+    print(text)
+    return 0 if done else 1
+
+
+def _tune(overrides: dict[str, Any], options: argparse.Namespace, words: list[str] | None) -> int:
+    from pfedgpa_app.data.datasets import DataError
+    from pfedgpa_app.tune import tunable, tune
+
+    _check_runs(overrides, options)
+    config = resolve({"conf": options.conf}).config
+    methods = options.methods.split(",") if options.methods else tunable(config)
+    out = options.out or Path("results") / f"tune-{Path(options.conf).stem}"
+    command = " ".join(["pfedgpa", *(words or sys.argv[1:])])
+    app = options.app.absolute()
+    try:
+        chosen = tune(options.conf, methods, overrides, out, app, options.jobs, command)
+    except DataError as error:
+        print(f"pfedgpa: {error}", file=sys.stderr)
+        return 2
+    for key, value in chosen.items():
+        print(f"{key} = {value}")
+    return 0
 
 
 def _end_with_parent() -> None:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from pfedgpa_app.config import Config, Resolved, resolve
+from pfedgpa_app.config import Config, Resolved, keys, resolve
 from pfedgpa_app.engine import PARENT, engine_for
 from pfedgpa_app.experiment import federations
 from pfedgpa_app.launcher import LOG, preflight
+from pfedgpa_app.methods import method_class
 from pfedgpa_app.results.log import EVENTS, clock, is_done, last_event
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.settings import ConfigError
@@ -101,10 +103,15 @@ class Run:
         """Settings in which the finished run in its folder differs from this one."""
         there = json.loads((self.folder / "config.json").read_text())
         here = json.loads(json.dumps(self.resolved.as_dict()))
+        defaults = {name: "auto" if k.default is None else k.default for name, k in keys().items()}
+        read = {"", *(s for name in self.config.method for s in method_class(name).reads())}
         return [
             f"{key} = {there.get(key, {}).get('value')!r} there, {entry['value']!r} here"
             for key, entry in here.items()
-            if key not in FREE and there.get(key, {}).get("value") != entry["value"]
+            if key not in FREE
+            and key.rpartition(".")[0] in read
+            # a setting that was not there yet was what is now its default
+            and there.get(key, {"value": defaults[key]})["value"] != entry["value"]
         ]
 
 
@@ -130,8 +137,7 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
         if folder.exists() and any(folder.iterdir()) and not run.is_begun():
             raise ConfigError(f"{folder} exists, and is not a run's folder: choose another --out")
         runs.append(run)
-    names = [run.name for run in runs]
-    if twice := {name for name in names if names.count(name) > 1}:
+    if twice := [name for name, n in Counter(run.name for run in runs).items() if n > 1]:
         raise ConfigError(f"over: the same run twice: {', '.join(sorted(twice))}")
     return runs
 
@@ -353,8 +359,18 @@ def sweep(
     Raises:
         ConfigError, DataError: refused before any run started.
     """
+    return carry_out(expand(settings, over, out), out, app, jobs, console)
+
+
+def carry_out(
+    runs: list[Run], out: Path, app: Path, jobs: int | None, console: Console | None = None
+) -> bool:
+    """Do the ``runs`` that are not done yet; whether all of them are done now.
+
+    Raises:
+        ConfigError, DataError: refused before any run started.
+    """
     console = console or Console()
-    runs = expand(settings, over, out)
     for run in runs:
         preflight(run.config)
     jobs, workers = shares(runs, jobs, int(cpu_count()))

@@ -1,0 +1,142 @@
+"""Every method on the same partitions and seeds, in one table with the paper's figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pfedgpa_app.config import resolve
+from pfedgpa_app.methods import METHODS, federation_of
+from pfedgpa_app.results.log import is_done
+from pfedgpa_app.settings import ConfigError
+from pfedgpa_app.sweep import Run, Settings, expand
+
+EXPERIMENTS = ("compare-cifar10", "compare-fashion-mnist")
+# the methods of the paper's Table 1, and what they are measured against: three seeds
+MAIN = (
+    *("local", "fedavg", "fedavg-ft", "fedavg-ft-tuned", "fedper", "fedrep", "lg-fedavg"),
+    *("fedbabu", "pfedhn", "last-upload", "client-mean", "pfedgpa", "group-mean"),
+)
+SEEDS = (0, 1, 2)
+
+# Lai et al., AAAI 2025, Table 1: {data set: {method: with 10, 20 and 100 clients}}
+PAPER: dict[str, dict[str, tuple[float, float, float]]] = {
+    "emnist": {
+        "local": (70.85, 70.45, 73.73),
+        "fedavg": (71.10, 72.89, 74.60),
+        "fedavg-ft": (81.91, 85.09, 86.52),
+        "fedper": (74.56, 76.61, 77.08),
+        "fedrep": (74.22, 74.37, 76.54),
+        "lg-fedavg": (71.23, 70.90, 76.25),
+        "fedbabu": (80.28, 83.92, 84.39),
+        "pfedhn": (77.33, 81.79, 77.23),
+        "pfedgpa": (82.53, 84.70, 88.22),
+    },
+    "fashion-mnist": {
+        "local": (85.11, 84.89, 85.48),
+        "fedavg": (81.90, 82.96, 83.93),
+        "fedavg-ft": (88.45, 89.39, 89.28),
+        "fedper": (87.13, 87.20, 88.65),
+        "fedrep": (88.69, 88.27, 88.42),
+        "lg-fedavg": (85.28, 85.25, 85.96),
+        "fedbabu": (87.44, 88.86, 89.43),
+        "pfedhn": (87.69, 86.84, 86.25),
+        "pfedgpa": (88.90, 89.18, 90.08),
+    },
+    "cifar10": {
+        "local": (63.83, 64.38, 65.41),
+        "fedavg": (64.13, 68.51, 69.87),
+        "fedavg-ft": (71.76, 76.46, 76.55),
+        "fedper": (63.20, 63.68, 69.43),
+        "fedrep": (64.71, 65.85, 67.63),
+        "lg-fedavg": (64.20, 64.94, 65.41),
+        "fedbabu": (69.42, 74.25, 75.32),
+        "pfedhn": (71.43, 75.41, 77.12),
+        "pfedgpa": (72.95, 78.54, 78.33),
+    },
+}
+COLUMNS = {
+    "as its paper evaluates": "accuracy_as_its_paper",
+    "before FT": "accuracy_before_ft",
+    "tuned FT": "accuracy_after_ft_tuned",
+    "kept by validation": "accuracy_kept",
+    "worst client before FT": "accuracy_worst_client_before_ft",
+}
+
+
+def plan(
+    experiments: Sequence[str],
+    methods: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    settings: Settings,
+    out: Path,
+) -> list[Run]:
+    """The comparison's runs, one a federation, the first seed of everything first.
+
+    Args:
+        methods: which to compare; None for all.
+        seeds: which seeds; None for three of the main methods and one of the others.
+
+    Raises:
+        ConfigError: a method that does not exist.
+    """
+    chosen = list(dict.fromkeys(METHODS if methods is None else methods))
+    if unknown := [name for name in chosen if name not in METHODS]:
+        raise ConfigError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    runs = []
+    for seed in dict.fromkeys(SEEDS if seeds is None else seeds):
+        every = seeds is not None or seed == SEEDS[0]
+        wanted = [name for name in chosen if every or name in MAIN]
+        for experiment in experiments:
+            shared: dict[str, list[str]] = {}
+            config = resolve({"conf": experiment}).config
+            for name in wanted:
+                shared.setdefault(federation_of(name, config), []).append(name)
+            for group in shared.values():
+                over: dict[str, list[Any]] = {
+                    "conf": [experiment],
+                    "method": [group],
+                    "seed": [seed],
+                }
+                runs += expand(settings, over, out)
+    return runs
+
+
+def _published(row: Mapping[str, Any]) -> str:
+    for dataset, figures in PAPER.items():
+        if dataset in row["dataset"] and row["method"] in figures:
+            sizes = dict(zip((10, 20, 100), figures[row["method"]], strict=True))
+            return f"{sizes[row['num_clients']]:.2f}" if row["num_clients"] in sizes else "–"
+    return "–"
+
+
+def table(runs: Sequence[Run]) -> str:
+    """One table an experiment, in Markdown: means ± standard deviations over finished seeds."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for run in runs:
+        if is_done(run.folder):
+            for row in json.loads((run.folder / "summary.json").read_text()):
+                found.setdefault(run.config.conf, {}).setdefault(row["method"], []).append(row)
+    parts = []
+    for experiment, methods in found.items():
+        some = next(iter(methods.values()))[0]
+        parts.append(
+            f"### {some['dataset']}, {some['num_clients']} clients, {some['rounds']} rounds "
+            f"({experiment})\n"
+        )
+        parts.append("| method | seeds | " + " | ".join([*COLUMNS, "the paper's figure"]) + " |")
+        parts.append("| --- " * (len(COLUMNS) + 3) + "|")
+        for name in (name for name in METHODS if name in methods):
+            rows = methods[name]
+            cells = [rows[0]["title"], str(len(rows))]
+            for key in COLUMNS.values():
+                values = np.array([row[key] for row in rows if row[key] is not None])
+                spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
+                cells.append(f"{values.mean():.2f}{spread}" if len(values) else "–")
+            parts.append("| " + " | ".join([*cells, _published(rows[0])]) + " |")
+        parts.append("")
+    return "\n".join(parts)

@@ -1,0 +1,125 @@
+"""Choose every method's main settings on validation images, and keep them in its experiment.
+
+A method's main settings are those declared with a ``grid``. They are searched one after the
+other, the learning rate first: a few runs each, where all combinations would be many.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from pfedgpa_app.config import Config, conf_path, keys
+from pfedgpa_app.methods import METHODS, federation_of
+from pfedgpa_app.results.log import is_done
+from pfedgpa_app.settings import ConfigError
+from pfedgpa_app.sweep import Run, Settings, carry_out, expand
+
+MARK = "# Chosen on validation images by: "
+DEFAULTS: Settings = {"seed": 100, "validation-share": 0.2, "save-weights": False}
+
+
+def main_settings(method: str) -> dict[str, tuple[Any, ...]]:
+    """{setting: values to try} of a method; FedAvg's learning rate is the run's."""
+    if method == "fedavg":
+        return {"learning-rate": keys()["learning-rate"].rules["grid"]}
+    grids = {name: key.rules["grid"] for name, key in keys().items()}
+    return {name: g for name, g in grids.items() if g and name.startswith(method + ".")}
+
+
+def tunable(config: Config) -> list[str]:
+    """The methods that have rounds of their own and something to choose."""
+    return [m for m in METHODS if federation_of(m, config) == m and main_settings(m)]
+
+
+def score(run: Run) -> float:
+    """The best accuracy on validation images, before or after a fine-tuning, in percent."""
+    if not is_done(run.folder):
+        return -math.inf  # it failed: the weights went to infinity
+    values = json.loads((run.folder / "summary.json").read_text())[0]["validation"].values()
+    return max(values, default=-math.inf)
+
+
+def tune(
+    conf: str,
+    methods: Sequence[str],
+    settings: Settings,
+    out: Path,
+    app: Path,
+    jobs: int | None,
+    command: str,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Search; write what was chosen into the experiment and how it went beside it.
+
+    Raises:
+        ConfigError: a method without main settings, or settings that cannot run.
+    """
+    for method in methods:
+        if method not in METHODS or not main_settings(method):
+            raise ConfigError(f"tune: {method} is no method with settings to choose")
+    if "fedavg" in methods and len(methods) > 1:  # its learning rate is the others' default
+        rest = [method for method in methods if method != "fedavg"]
+        first = tune(conf, ["fedavg"], settings, out, app, jobs, command, console)
+        return first | tune(conf, rest, settings, out, app, jobs, command, console)
+    path, console = conf_path(conf), console or Console()
+    base = DEFAULTS | settings | {"conf": conf}
+    chosen: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    for step in range(max(len(main_settings(method)) for method in methods)):
+        going: dict[str, tuple[str, list[Run]]] = {}
+        for method in methods:
+            grids = list(main_settings(method).items())
+            if step < len(grids):
+                key, values = grids[step]
+                fixed = {name: [value] for name, value in chosen[method].items()}
+                over = {"method": [method], **fixed, key: list(values)}
+                going[method] = key, expand(base, over, out)
+        carry_out([run for _, runs in going.values() for run in runs], out, app, jobs, console)
+        for method, (key, runs) in going.items():
+            best = max(runs, key=score)  # the first of equals
+            if score(best) == -math.inf:
+                raise ConfigError(f"tune: no run of {method} came to its end; see {out}")
+            chosen[method][key] = best.varied[key]
+    flat = {key: value for own in chosen.values() for key, value in own.items()}
+    _keep(path, flat, command)
+    path.with_suffix(".search.md").write_text(_report(out, conf, command))
+    return flat
+
+
+def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:
+    """Write ``chosen`` below the mark, keeping what earlier searches chose for others."""
+    text, _, below = path.read_text().partition(MARK)
+    earlier = yaml.safe_load(below.partition("\n")[2]) or {}
+    block = yaml.safe_dump(earlier | dict(chosen), sort_keys=False)
+    path.write_text(f"{text}{MARK}{command}\n{block}")
+
+
+def _rows(out: Path, conf: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for folder in sorted(path.parent for path in out.glob("*/summary.json")):
+        config = json.loads((folder / "config.json").read_text())
+        row = json.loads((folder / "summary.json").read_text())[0]
+        if is_done(folder) and config["conf"]["value"] == conf:
+            names = main_settings(row["method"])
+            yield row["title"], ", ".join(f"{n} = {config[n]['value']}" for n in names), row
+
+
+def _report(out: Path, conf: str, command: str) -> str:
+    lines = [
+        f"Made by `{command}`.\n",
+        "Accuracy on the clients' pooled validation images in %; the largest of a method's three "
+        "figures decides.\n",
+        "| method | settings | rounds | before FT | its own FT | tuned FT |",
+        "| --- " * 6 + "|",
+    ]
+    for title, names, row in _rows(out, conf):
+        shown = row["validation"]
+        kinds = ("before_ft", "after_ft", "after_ft_tuned")
+        cells = [f"{shown[kind]:.2f}" for kind in kinds if kind in shown]
+        lines.append("| " + " | ".join([title, names, str(row["rounds"]), *cells]) + " |")
+    return "\n".join(lines) + "\n"
