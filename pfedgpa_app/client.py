@@ -12,7 +12,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import nn
 
-from pfedgpa_app import training
+from pfedgpa_app import memory, training
 from pfedgpa_app.config import Config, resolve_cached
 from pfedgpa_app.data.client import ClientData, load_client, load_dataset
 from pfedgpa_app.methods import method_class
@@ -44,8 +44,7 @@ class Visit:
         self.method = method_class(str(asked["method"]))
         self.weights: Weights = dict(message.content.array_records["arrays"].to_torch_state_dict())
         self._state_key = f"{asked['method']}.{self.client}"
-        kept = context.state.array_records.get(self._state_key)
-        self.state: Weights = dict(kept.to_torch_state_dict()) if kept else {}
+        self.state = memory.recall(context, self._state_key)
 
     def data(self) -> ClientData:
         """What this client holds."""
@@ -66,8 +65,7 @@ class Visit:
 
     def keep_state(self) -> None:
         """What it keeps for its next visit."""
-        if self.state:
-            self.context.state[self._state_key] = ArrayRecord(self.state)
+        memory.keep(self.context, self._state_key, self.state)
 
     def reply(self, metrics: Metrics, weights: Weights | None = None) -> Message:
         """The answer."""

@@ -1,7 +1,8 @@
 """Choose every method's main settings on validation images, and keep them in its experiment.
 
-A method's main settings are those declared with a ``grid``. They are searched one after the
-other, the learning rate first: a few runs each, where all combinations would be many.
+A method's class names its main settings (``tuned``), their declarations the values to try
+(``grid``). They are searched one after the other: a few runs each, where all combinations
+would be many.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from pfedgpa_app.config import Config, conf_path, keys
-from pfedgpa_app.methods import METHODS, federation_of
+from pfedgpa_app.methods import METHODS, federation_of, method_class
 from pfedgpa_app.results.log import is_done
 from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.sweep import Run, Settings, carry_out, expand
@@ -27,10 +28,9 @@ DEFAULTS: Settings = {"seed": 100, "validation-share": 0.2, "save-weights": Fals
 
 def main_settings(method: str) -> dict[str, tuple[Any, ...]]:
     """{setting: values to try} of a method; FedAvg's learning rate is the run's."""
-    if method == "fedavg":
-        return {"learning-rate": keys()["learning-rate"].rules["grid"]}
-    grids = {name: key.rules["grid"] for name, key in keys().items()}
-    return {name: g for name, g in grids.items() if g and name.startswith(method + ".")}
+    own = "" if method == "fedavg" else f"{method}."
+    names = [own + name for name in method_class(method).tuned]
+    return {name: keys()[name].rules["grid"] for name in names if name in keys()}
 
 
 def tunable(config: Config) -> list[str]:

@@ -23,7 +23,7 @@ def test_deployed_processes_come_to_the_same_numbers(tmp_path: Path) -> None:
     more: dict[str, Any] = {
         "num-clients": 2,
         "num-server-rounds": 2,
-        "method": "fedavg,client-mean",
+        "method": "fedavg,client-mean,scaffold",
         "dataset": "digits",
     }
     reference, _ = federate(
@@ -56,11 +56,15 @@ def test_deployed_processes_come_to_the_same_numbers(tmp_path: Path) -> None:
             *("--port", str(link), "--disable-runtime-dependency-installation"),
         )
         for node in range(2):
+            its = f'partition-id={node} num-partitions=2 state-dir="{home}/state"'
             start(
                 "flower-supernode",
                 *loopback,
                 *("--superlink", f"127.0.0.1:{link}", "--port", str(free_port())),
-                *("--node-config", f"partition-id={node} num-partitions=2"),
+                *(
+                    "--node-config",
+                    f'partition-id={node} num-partitions=2 state-dir="{home}/state"',
+                ),
             )
         _wait_for(f"http://127.0.0.1:{link}/health")
         app = stage(APP_DIR, home / "app")

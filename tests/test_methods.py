@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Message, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -24,6 +25,7 @@ from pfedgpa_app.config import Config, resolve
 from pfedgpa_app.data import images as images_module
 from pfedgpa_app.data.client import ClientData, load_client
 from pfedgpa_app.data.images import Images
+from pfedgpa_app.experiment import run
 from pfedgpa_app.methods import METHODS, method_class
 from pfedgpa_app.methods.base import ClientTask, Method, Upload
 from pfedgpa_app.methods.cfl import bipartition
@@ -34,6 +36,7 @@ from pfedgpa_app.methods.scaffold import CONTROL, effective_steps
 from pfedgpa_app.models import Weights, build, last_layers, layers, load, weights_of
 from pfedgpa_app.randomness import torch_generator
 from pfedgpa_app.training import Recipe, pull_to
+from tests.local_grid import InProcessGrid
 from tests.test_federation import SMALL, federate, records, summary, train_messages
 
 OWN_ROUNDS = [m for m in METHODS if not method_class(m).rounds or m == "fedavg"]
@@ -793,6 +796,37 @@ class TestFederations:
             "per-fedavg": (1, 1.0, "all", True),
             "fedavg-ft": (1, 1.0, "all", False),
         }
+
+
+class Forgetful(InProcessGrid):
+    """Nodes whose contexts are empty at every message, as after a SuperNode's restart."""
+
+    def serve(self, messages: list[Message], timeout: float | None) -> list[Message]:
+        replies = []
+        for message in messages:
+            replies += super().serve([message], timeout)
+            self.contexts[message.metadata.dst_node_id].state = RecordDict()
+        return replies
+
+
+class TestMemory:
+    METHODS = "local,scaffold,fedper,fedala,ditto,fedfomo"
+
+    def _run(self, out: Path, state_dir: Path | None) -> list[dict[str, Any]]:
+        settings = {k: v for k, v in SMALL.items() if not k.startswith("pfedgpa.")}
+        settings |= {"method": self.METHODS, "out-dir": str(out), "run-name": "run"}
+        grid = Forgetful(settings, 2)  # which host two clients each
+        for context in grid.contexts.values():
+            context.node_config["state-dir"] = str(state_dir or "")
+        return records(run(grid, resolve(settings)), "clients.jsonl")
+
+    def test_a_node_that_starts_again_goes_on_where_it_was(self, tmp_path: Path) -> None:
+        folder, _ = federate(tmp_path / "reference", method=self.METHODS)
+        reference = records(folder, "clients.jsonl")
+        assert self._run(tmp_path / "kept", tmp_path / "state") == reference
+        assert self._run(tmp_path / "lost", None) != reference
+        kept = {path.name for path in (tmp_path / "state").glob("run-*/*")}
+        assert kept == {f"{m}.{c}.safetensors" for m in self.METHODS.split(",") for c in range(4)}
 
 
 class TestLayers:

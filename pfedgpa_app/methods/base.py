@@ -80,6 +80,7 @@ class Method(Generic[S]):
         fine_tuning: which fine-tuning its after-fine-tuning accuracy means: "gentle" (the
             run's setting), "training" (as in a round), "tuned" (by validation) or "own".
         analysis_only: it uses what no server knows, and is no contender.
+        tuned: the main ones of its own settings, which `pfedgpa tune` searches in this order.
     """
 
     title = ""
@@ -88,6 +89,7 @@ class Method(Generic[S]):
     weights_from: str | None = None
     fine_tuning = "gentle"
     analysis_only = False
+    tuned: tuple[str, ...] = ("learning-rate",)
 
     def __init__(self, config: Config, state: S) -> None:
         self.config = config

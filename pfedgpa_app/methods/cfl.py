@@ -67,6 +67,7 @@ class ClusteredFL(Method[list[Cluster]]):
 
     title = "clustered FL"
     settings = ClusteredSettings
+    tuned = ("eps1",)
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> list[Cluster]:

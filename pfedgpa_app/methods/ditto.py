@@ -33,6 +33,7 @@ class Ditto(Averaging[Shared]):
 
     title = "Ditto"
     settings = DittoSettings
+    tuned = ("lam",)
 
     @classmethod
     def train(cls, task: ClientTask) -> tuple[Weights, float]:

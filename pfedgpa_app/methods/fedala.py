@@ -32,7 +32,7 @@ STEADY, LOSSES, MOST_PASSES = 0.1, 10, 100  # the authors' threshold, over so ma
 class FedALASettings(MethodSettings):
     """What is mixed, and how that is learned."""
 
-    layers: int = setting(1, "p: so many last layers are mixed", low=1)
+    layers: int = setting(1, "p: so many last layers are mixed", low=1, grid=(1, 2))
     eta: float = setting(1.0, "η, the step of W; 0 is FedAvg", low=0)
     data_share: float = setting(
         0.8, "share of the training images W is learned on", above=0, high=1
@@ -50,6 +50,7 @@ class FedALA(Averaging[Shared]):
 
     title = "FedALA"
     settings = FedALASettings
+    tuned = ("layers",)
 
     @classmethod
     def train(cls, task: ClientTask) -> tuple[Weights, float]:

@@ -61,6 +61,7 @@ class FedProto(Method[Prototypes]):
 
     title = "FedProto"
     settings = FedProtoSettings
+    tuned = ("lam",)
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> Prototypes:

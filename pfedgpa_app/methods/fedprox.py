@@ -30,6 +30,7 @@ class FedProx(Averaging[Shared]):
 
     title = "FedProx"
     settings = FedProxSettings
+    tuned = ("mu",)
 
     @classmethod
     def train(cls, task: ClientTask) -> tuple[Weights, float]:

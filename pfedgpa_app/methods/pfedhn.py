@@ -98,6 +98,7 @@ class PFedHN(Method[HypernetworkState]):
 
     title = "pFedHN"
     settings = PFedHNSettings
+    tuned = ("learning-rate", "server-learning-rate")
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> HypernetworkState:

@@ -44,6 +44,7 @@ class PFedMe(Averaging[Shared]):
 
     title = "pFedMe"
     settings = PFedMeSettings
+    tuned = ("personal-learning-rate",)
 
     @classmethod
     def check(cls, config: Config) -> None:

@@ -1,0 +1,57 @@
+"""docs/add-a-method.md: its example, as a reader would add it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from pfedgpa_app.config import APP_DIR
+from tests.test_federation import SMALL
+
+
+def test_the_example_is_one_file_and_one_line(tmp_path: Path) -> None:
+    text = (APP_DIR / "docs" / "add-a-method.md").read_text()
+    file, line = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(file.splitlines()) < 60
+    assert len(line.splitlines()) == 1
+    app = tmp_path / "app"
+    app.mkdir()
+    for name in ("pyproject.toml", "server_app.py", "client_app.py"):
+        shutil.copy(APP_DIR / name, app)
+    for name in ("pfedgpa_app", "conf"):
+        shutil.copytree(APP_DIR / name, app / name)
+    (app / "pfedgpa_app" / "methods" / "fedsmooth.py").write_text(file)
+    registry = app / "pfedgpa_app" / "methods" / "__init__.py"
+    before = registry.read_text()
+    registry.write_text(before.replace('    "local": ', line + '    "local": '))
+    assert registry.read_text() != before
+
+    settings = {k: v for k, v in SMALL.items() if not k.startswith("pfedgpa.")}
+    settings |= {"out-dir": str(tmp_path), "run-name": "run", "method": "fedavg,fedsmooth"}
+    settings |= {"fedsmooth.step": 0.3, "learning-rate": 0.05}
+
+    def pfedgpa(*words: str, **more: object) -> subprocess.CompletedProcess[str]:
+        chosen = [f"{key}={value}" for key, value in (settings | more).items()]
+        command = [sys.executable, "-m", "pfedgpa_app.cli", *words]
+        return subprocess.run(
+            command + (chosen if words[0] == "run" else []),
+            cwd=app,
+            env=os.environ | {"PYTHONPATH": str(app)},
+            capture_output=True,
+            text=True,
+        )
+
+    done = pfedgpa("run")
+    assert done.returncode == 0, done.stderr
+    rows = {r["method"]: r for r in json.loads((tmp_path / "run" / "summary.json").read_text())}
+    assert rows["fedsmooth"]["accuracy_before_ft"] > 30
+    assert rows["fedsmooth"]["bytes_up"] < rows["fedavg"]["bytes_up"]  # biases stay at home
+    assert "fedsmooth.step = 0.5" in pfedgpa("settings").stdout
+    refused = pfedgpa("run", method="local")
+    assert refused.returncode == 2
+    assert "fedsmooth.step" in refused.stderr
