@@ -61,10 +61,7 @@ def test_deployed_processes_come_to_the_same_numbers(tmp_path: Path) -> None:
                 "flower-supernode",
                 *loopback,
                 *("--superlink", f"127.0.0.1:{link}", "--port", str(free_port())),
-                *(
-                    "--node-config",
-                    f'partition-id={node} num-partitions=2 state-dir="{home}/state"',
-                ),
+                *("--node-config", its),
             )
         _wait_for(f"http://127.0.0.1:{link}/health")
         app = stage(APP_DIR, home / "app")
