@@ -87,8 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--conf", help="experiment in conf/, or a YAML file")
     sweep.add_argument("--engine", help="auto, ray, process or batched; the same as engine=")
     sweep.add_argument("--out", type=Path, help="where the runs' folders and the tables go")
-    sweep.add_argument("--jobs", type=int, help="runs at a time; default: as the cores allow")
-    sweep.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
 
     compare = commands.add_parser(
         "compare",
@@ -96,15 +94,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs what is not done yet, then writes compare.md. Stop it and start it again "
         "whenever you like.",
     )
-    compare.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings_help)
     compare.add_argument("--conf", help="experiments, separated by commas; default: all compare-*")
     compare.add_argument("--methods", help="separated by commas; default: all")
     compare.add_argument(
         "--seeds", help="separated by commas; default: 0,1,2 for the main methods, else 0"
     )
     compare.add_argument("--out", type=Path, default=Path("results/compare"), help="where to")
-    compare.add_argument("--jobs", type=int, help="runs at a time; default: as the cores allow")
-    compare.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
 
     tune = commands.add_parser(
         "tune",
@@ -112,12 +107,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs a small grid for each method, then writes the chosen values into the "
         "experiment's YAML file and the search's results beside it.",
     )
-    tune.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings_help)
     tune.add_argument("--conf", required=True, help="experiment in conf/, or a YAML file")
     tune.add_argument("--methods", help="separated by commas; default: all that can be tuned")
     tune.add_argument("--out", type=Path, help="where the runs go; default: results/tune-CONF")
-    tune.add_argument("--jobs", type=int, help="runs at a time; default: as the cores allow")
-    tune.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
+    for many in (compare, tune):
+        many.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings_help)
+    for many in (sweep, compare, tune):
+        many.add_argument("--jobs", type=int, help="runs at a time; default: as the cores allow")
+        many.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
 
     commands.add_parser("settings", help="print every setting, its default and meaning")
 

@@ -7,7 +7,7 @@ and pooling first leaves it a quarter of the work.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -107,3 +107,9 @@ def last_layers(names: Iterable[str], count: int) -> list[str]:
     """The names of the weights of the last ``count`` layers; the last one is the head."""
     every = layers(names)
     return [name for layer in every[len(every) - min(count, len(every)) :] for name in layer]
+
+
+def body(names: Sequence[str], head_layers: int = 1) -> list[str]:
+    """The names of the weights below the last layers."""
+    head = last_layers(names, head_layers)
+    return [name for name in names if name not in head]

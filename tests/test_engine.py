@@ -289,6 +289,20 @@ class TestBatchedEngine:
                 assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
             assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=2.6)
 
+    def test_phases_and_personal_parts(self, tmp_path: Path) -> None:
+        methods = "local,fedper,fedrep,lg-fedavg,fedbabu,cfl,pfedhn"
+        more = {"fraction_train": 0.5, "method": methods}
+        reference, _ = federate(tmp_path / "in-turn", **more)
+        chosen = settings(tmp_path, **{"fraction-train": 0.5, "method": methods})
+        chosen = {k: v for k, v in chosen.items() if not k.startswith("pfedgpa.")}
+        resolved = resolve(chosen)
+        folder = run(BatchedGrid(refusing(), chosen, resolved.config), resolved)
+        for mine, theirs in zip(records(folder), records(reference), strict=True):
+            assert mine["federation"] == theirs["federation"]
+            if mine["participated"]:
+                assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+            assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=2.6)
+
     def test_what_is_not_plain_sgd_falls_back_and_says_so(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -271,6 +271,7 @@ class BatchedGrid(LocalGrid):
         self.bank = Bank.of(config, next(self.model.parameters()).device)
         self._cohorts: dict[int, Batch] = {}
         self._said: set[str] = set()
+        self.batches = can_batch(self.model) and self.bank is not None
         if not can_batch(self.model):
             self._say("every client learns on its own: the network has layers without batched form")
         if self.bank is None:
@@ -291,7 +292,7 @@ class BatchedGrid(LocalGrid):
         return replies
 
     def _answer(self, kind: str, messages: list[Message]) -> list[Message]:
-        if kind == "query" or self.bank is None or not can_batch(self.model):
+        if kind == "query" or not self.batches or self.bank is None:
             return [self._alone(message) for message in messages]
         try:
             visits = [Visit(m, self.contexts[m.metadata.dst_node_id]) for m in messages]

@@ -14,7 +14,7 @@ from pfedgpa_app import training
 from pfedgpa_app.config import Config
 from pfedgpa_app.methods.averaging import Averaging, Shared
 from pfedgpa_app.methods.base import Way
-from pfedgpa_app.models import Weights, last_layers
+from pfedgpa_app.models import Weights, body
 from pfedgpa_app.settings import MethodSettings, setting
 from pfedgpa_app.training import Recipe
 
@@ -36,13 +36,12 @@ class FedBABU(Averaging[Shared]):
 
     @classmethod
     def shared(cls, config: Config, names: list[str]) -> list[str]:
-        head = last_layers(names, 1)
-        return [name for name in names if name not in head]
+        return body(names)
 
     @classmethod
     def recipes(cls, config: Config, names: Sequence[str]) -> list[Recipe]:
-        body = cls.shared(config, list(names))
-        return [training.recipe(config, config.local_epochs, cls.learning_rate(config), body)]
+        rate = cls.learning_rate(config)
+        return [training.recipe(config, config.local_epochs, rate, body(names))]
 
     @staticmethod
     def upload(trained: Weights, weights: Weights, state: Weights) -> Weights:

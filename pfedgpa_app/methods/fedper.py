@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.methods.averaging import Averaging, Shared
-from pfedgpa_app.models import last_layers
+from pfedgpa_app.models import body
 from pfedgpa_app.settings import MethodSettings, setting
 
 
@@ -30,5 +30,4 @@ class FedPer(Averaging[Shared]):
 
     @classmethod
     def shared(cls, config: Config, names: list[str]) -> list[str]:
-        personal = last_layers(names, config.of(FedPerSettings).head_layers)
-        return [name for name in names if name not in personal]
+        return body(names, config.of(FedPerSettings).head_layers)

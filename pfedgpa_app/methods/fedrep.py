@@ -15,7 +15,7 @@ from pfedgpa_app import training
 from pfedgpa_app.config import Config
 from pfedgpa_app.methods.averaging import Averaging, Shared
 from pfedgpa_app.methods.base import Way
-from pfedgpa_app.models import last_layers
+from pfedgpa_app.models import body, last_layers
 from pfedgpa_app.settings import MethodSettings, setting
 from pfedgpa_app.training import Recipe
 
@@ -39,15 +39,14 @@ class FedRep(Averaging[Shared]):
 
     @classmethod
     def shared(cls, config: Config, names: list[str]) -> list[str]:
-        head = last_layers(names, 1)
-        return [name for name in names if name not in head]
+        return body(names)
 
     @classmethod
     def recipes(cls, config: Config, names: Sequence[str]) -> list[Recipe]:
         own, rate = config.of(FedRepSettings), cls.learning_rate(config)
         return [
             training.recipe(config, own.head_epochs, rate, last_layers(names, 1)),
-            training.recipe(config, own.body_epochs, rate, cls.shared(config, list(names))),
+            training.recipe(config, own.body_epochs, rate, body(names)),
         ]
 
     @classmethod
