@@ -76,6 +76,11 @@ class Config:
         None, "clients served at the same time by ray and process; auto: one a core", low=1
     )
     device: str = setting("auto", "auto: a GPU when there is one", choices=("auto", "cpu", "cuda"))
+    precision: str = setting(
+        "float32",
+        "what clients' training computes in; weights, updates and evaluation stay float32",
+        choices=("float32", "bfloat16"),
+    )
     num_server_rounds: int = setting(200, "rounds", low=1)
     fraction_train: float = setting(1.0, "share of clients sampled each round", above=0, high=1)
     evaluate_every: int = setting(

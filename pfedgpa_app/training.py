@@ -30,13 +30,24 @@ class Recipe:
     weight_decay: float = 0.0
     augment: bool = False
     only: tuple[str, ...] = ()  # the weights that are trained; () for all
+    bfloat16: bool = False  # forward and backward; weights and updates stay float32
+
+    def computing(self, device: torch.device) -> torch.autocast:
+        """The context in which a step's loss is computed."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16)
 
 
 def recipe(config: Config, epochs: int, learning_rate: float, only: Sequence[str] = ()) -> Recipe:
     """How the run's clients train for so many epochs at that rate."""
-    c = config
     return Recipe(
-        epochs, learning_rate, c.batch_size, c.momentum, c.weight_decay, c.augment, tuple(only)
+        epochs,
+        learning_rate,
+        config.batch_size,
+        config.momentum,
+        config.weight_decay,
+        config.augment,
+        tuple(only),
+        config.precision == "bfloat16",
     )
 
 
@@ -138,7 +149,7 @@ def drawn(
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The mean loss of images x [B, C, H, W] with labels y [B]."""
-    return F.cross_entropy(model(x), y)
+    return F.cross_entropy(model(x).float(), y)
 
 
 def train(
@@ -169,7 +180,8 @@ def train(
     velocity: list[Tensor | None] = [None for _ in parameters]
     total = torch.zeros((), device=device)
     for x, y in drawn(data, recipe, generator, device):
-        loss = loss_of(model, x, y)
+        with recipe.computing(device):
+            loss = loss_of(model, x, y)
         gradients: Sequence[Tensor] = torch.autograd.grad(loss, parameters)
         if correct is not None:
             gradients = correct(trained, dict(zip(trained, gradients, strict=True)))

@@ -391,6 +391,22 @@ def same(one: Weights, other: Weights) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
+def test_bfloat16_is_near_float32() -> None:
+    """Eight bits of a number, in forward and backward; the weights have all of theirs."""
+    model, other = build("digits", 10, 0), build("digits", 10, 0)
+    pixels = torch.randint(0, 255, (60, 1, 8, 8), dtype=torch.uint8)
+    data, before = Images(pixels, torch.randint(0, 10, (60,))), weights_of(model)
+    recipe = Recipe(2, 0.05, 20)
+    for network, way in ((model, recipe), (other, replace(recipe, bfloat16=True))):
+        training.train(network, data, way, torch.Generator().manual_seed(0))
+    exact, rounded = weights_of(model), weights_of(other)
+    for name, start in before.items():
+        assert rounded[name].dtype == torch.float32
+        assert not torch.equal(exact[name], rounded[name])
+        apart = (exact[name] - rounded[name]).norm() / (exact[name] - start).norm()
+        assert apart < 0.05
+
+
 class TestLimits:
     """Settings at which a method is another one, bit for bit, over a whole federation."""
 

@@ -161,7 +161,8 @@ class Step:
         if self.recipe.augment:
             x = crop_and_flip(x.flatten(0, 1), self.crops).unflatten(0, x.shape[:2])
         parameters = [cohort.weights[name].requires_grad_() for name in self.names]
-        logits = forward(cohort.model, cohort.weights, x)
+        with self.recipe.computing(cohort.device):
+            logits = forward(cohort.model, cohort.weights, x).float()
         losses = _losses(logits, images.labels[cohort.rows, self.index])
         # clients share no weight, so the sum's gradient is each client's own
         gradients = torch.autograd.grad(losses.mean(1).sum(), parameters)

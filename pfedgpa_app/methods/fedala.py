@@ -83,7 +83,8 @@ class FedALA(Averaging[Shared]):
         losses: list[float] = []
         while len(losses) < (MOST_PASSES if first else 1):
             for x, y in drawn(sample, once, generator, device):
-                loss = cross_entropy(task.model, x, y)
+                with recipe.computing(device):
+                    loss = cross_entropy(task.model, x, y)
                 gradients: tuple[Tensor, ...] = torch.autograd.grad(
                     loss, [parameters[n] for n in top]
                 )

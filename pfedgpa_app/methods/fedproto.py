@@ -99,9 +99,9 @@ class FedProto(Method[Prototypes]):
 
         def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             assert isinstance(model, nn.Sequential)
-            features = model[:-1](x)
+            features = model[:-1](x).float()
             apart = (features - means[y]).square().mean(1) * known[y]
-            loss: Tensor = F.cross_entropy(model[-1](features), y) + lam * apart.mean()
+            loss: Tensor = F.cross_entropy(model[-1](features).float(), y) + lam * apart.mean()
             return loss
 
         task.load(task.state)

@@ -57,10 +57,13 @@ class PerFedAvg(Averaging[Shared]):
         for x, y in batches:
             x2, y2 = next(batches, (x, y))  # an odd last batch serves for both
             theta = [p.detach().clone() for p in parameters]
-            inner = torch.autograd.grad(cross_entropy(task.model, x, y), parameters)
+            with recipe.computing(x.device):
+                loss = cross_entropy(task.model, x, y)
+            inner = torch.autograd.grad(loss, parameters)
             with torch.no_grad():
                 torch._foreach_sub_(parameters, inner, alpha=alpha)
-            loss = cross_entropy(task.model, x2, y2)
+            with recipe.computing(x.device):
+                loss = cross_entropy(task.model, x2, y2)
             outer = torch.autograd.grad(loss, parameters)
             with torch.no_grad():
                 torch._foreach_copy_(parameters, theta)

@@ -76,7 +76,8 @@ class PFedMe(Averaging[Shared]):
         total, images = 0.0, 0
         for x, y in drawn(task.data.train, recipe, task.generator(), parameters[0].device):
             for _ in range(own.steps):
-                loss = cross_entropy(task.model, x, y)
+                with recipe.computing(x.device):
+                    loss = cross_entropy(task.model, x, y)
                 gradients: Sequence[Tensor] = torch.autograd.grad(loss, parameters)
                 gradients = prox(theta, dict(zip(theta, gradients, strict=True)))
                 sgd_step(parameters, gradients, [None] * len(parameters), inner)
