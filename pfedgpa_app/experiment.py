@@ -188,10 +188,6 @@ class _Run:
             a for c, a in zip(result.clients, result.before, strict=True) if c in last_round
         ]
         last_five = [a for r, a, _ in self.log.curves.get(strategy.name, [])][-5:]
-        more: dict[str, Any] = {}
-        fitted = getattr(method.state, "fitted", None)
-        if fitted is not None and name.startswith("pfedgpa"):
-            more = {"rank": fitted.rank, "strength": fitted.strength}
         self.results[name] = result
         self.rows[name] = summary_entry(
             name,
@@ -206,7 +202,7 @@ class _Run:
             server_seconds=round(strategy.server_seconds + seconds, 3),
             bytes_up=strategy.bytes_up,
             bytes_down=strategy.bytes_down + hand_over,
-            **more,
+            **method.report(),
         )
         self.log.event(
             "method",

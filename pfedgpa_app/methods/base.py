@@ -144,6 +144,10 @@ class Method(Generic[S]):
         """What every client is sent to be evaluated after the last round."""
         return {c: self.evaluation_download(c) for c in range(self.config.num_clients)}
 
+    def report(self) -> dict[str, Any]:
+        """What else the summary tells of it, JSON-ready."""
+        return {}
+
     # client half. What is downloaded is shared and what else the network has is the client's
     # own; weights that are in neither place are as the run's seed initialises them.
 

@@ -14,6 +14,7 @@ not sorted blindly.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from sklearn.cluster import AgglomerativeClustering
@@ -92,6 +93,9 @@ class ClusteredFL(Method[list[Cluster]]):
                 cluster.weights = weighted_mean(here)
             clusters += self._split(cluster, server_round)
         self.state[:] = clusters
+
+    def report(self) -> dict[str, Any]:
+        return {"clusters": [cluster.members for cluster in self.state]}
 
     def _split(self, cluster: Cluster, server_round: int) -> list[Cluster]:
         """The cluster, or the two that it falls into."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from pfedgpa_app.config import Config
 from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
@@ -126,6 +127,10 @@ class PFedGPA(FedAvg):
                 device_for(self.config.device),
             )
         return self.state.fitted
+
+    def report(self) -> dict[str, Any]:
+        fitted = self.distribution()
+        return {"rank": fitted.rank, "strength": fitted.strength}
 
     def _generate(self) -> dict[int, Weights]:
         settings = self.config.pfedgpa
