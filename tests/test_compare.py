@@ -1,0 +1,158 @@
+"""`pfedgpa compare` and `pfedgpa tune`: what they plan, choose and write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pfedgpa_app import cli, tune
+from pfedgpa_app.compare import MAIN, PAPER, plan, table
+from pfedgpa_app.config import resolve
+from pfedgpa_app.methods import METHODS
+from pfedgpa_app.methods.fedprox import FedProxSettings
+from pfedgpa_app.results.log import EVENTS
+from pfedgpa_app.sweep import Run
+from tests.test_federation import SMALL
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    """A small one on digits, with a line that a reader wrote."""
+    path = tmp_path / "small.yaml"
+    small = {key: value for key, value in SMALL.items() if not key.startswith("pfedgpa.")}
+    path.write_text("# mine\n" + yaml.safe_dump(small | {"num-server-rounds": 2}))
+    return path
+
+
+class TestPlan:
+    def test_federations_run_once_and_the_first_seed_of_everything_first(
+        self, experiment: Path, tmp_path: Path
+    ) -> None:
+        runs = plan([str(experiment)], None, None, {}, tmp_path / "out")
+        seeds = [run.config.seed for run in runs]
+        assert seeds == sorted(seeds)
+        by_seed = {
+            s: [m for r in runs if r.config.seed == s for m in r.config.method] for s in (0, 1)
+        }
+        assert sorted(by_seed[0]) == sorted(METHODS)
+        assert sorted(by_seed[1]) == sorted(MAIN)
+        [shared] = [r for r in runs if r.config.seed == 1 and "fedavg" in r.config.method]
+        assert {"fedavg", "fedavg-ft", "client-mean", "pfedgpa"} <= set(shared.config.method)
+
+    def test_of_some_methods_every_seed_asked_for(self, experiment: Path, tmp_path: Path) -> None:
+        runs = plan([str(experiment)], ["ditto"], [4, 4, 5], {}, tmp_path)
+        assert [(r.config.method, r.config.seed) for r in runs] == [
+            (("ditto",), 4),
+            (("ditto",), 5),
+        ]
+
+    def test_the_papers_methods_are_ours(self) -> None:
+        for figures in PAPER.values():
+            assert set(figures) <= set(METHODS)
+            assert len(figures) == 9
+
+    def test_table(self, tmp_path: Path) -> None:
+        runs = []
+        for seed, value in ((0, 70.0), (1, 72.0), (2, None)):
+            config = resolve({"num-clients": 20, "seed": seed})
+            folder = tmp_path / str(seed)
+            run = Run(str(seed), {}, {}, config, folder)
+            runs.append(run)
+            if value is None:
+                continue  # not run yet
+            folder.mkdir()
+            row = dict.fromkeys(("accuracy_as_its_paper", "accuracy_before_ft"), value)
+            row |= {"accuracy_after_ft_tuned": None, "accuracy_kept": value}
+            row |= {"accuracy_worst_client_before_ft": value / 2}
+            more = {"method": "fedper", "title": "FedPer", "dataset": "imagefolder:cifar10"}
+            more |= {"num_clients": 20, "rounds": 3}
+            (folder / "summary.json").write_text(json.dumps([row | more]))
+            (folder / EVENTS).write_text(json.dumps({"kind": "done", "text": ""}) + "\n")
+        *_, line = table(runs).strip().splitlines()
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        # √(((70 − 71)² + (72 − 71)²)/1) = 1.41; the paper's figure for 20 clients
+        figures = ["71.00 ± 1.41", "71.00 ± 1.41", "–", "71.00 ± 1.41", "35.50 ± 0.71", "63.68"]
+        assert cells == ["FedPer", "2", *figures]
+
+
+def test_compare_runs_resumes_and_writes(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    words = ["compare", "--conf", str(experiment), "--methods", "fedavg,fedavg-ft,fedper"]
+    words += ["--out", str(out), "save-weights=false"]
+    assert cli.main([*words, "--seeds", "0"]) == 0
+    first = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
+    assert len(first) == 2
+    assert cli.main([*words, "--seeds", "0,1"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+    text = (out / "compare.md").read_text()
+    assert text in capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| Fed")]
+    assert [row.split("|")[2].strip() for row in rows] == ["2", "2", "2"]
+    assert not list(out.glob("*/weights"))
+    assert cli.main(["compare", "--methods", "fedsvg"]) == 2
+
+
+class TestTune:
+    def test_every_main_setting_has_values_to_try_that_it_may_take(self) -> None:
+        for method in tune.tunable(resolve({}).config):
+            assert tune.main_settings(method)
+            for name, values in tune.main_settings(method).items():
+                assert len(values) > 1
+                for value in values:
+                    resolve({"method": method, name: value, "validation-share": 0.2})
+
+    def test_the_best_by_validation_is_kept(
+        self, experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Runs are replaced by their results: a test accuracy that misleads, and one failure."""
+        validation = {0.001: 50.0, 0.01: 70.0, 0.1: 60.0}
+
+        def carry_out(runs: list[Run], *_: Any) -> bool:
+            for run in runs:
+                mu = run.varied["fedprox.mu"]
+                if mu in validation:
+                    run.folder.mkdir(parents=True)
+                    row = {"method": "fedprox", "title": "FedProx", "rounds": 2}
+                    row |= {"accuracy_before_ft": -validation[mu]}
+                    row |= {"validation": {"before_ft": 1.0, "after_ft_tuned": validation[mu]}}
+                    (run.folder / "summary.json").write_text(json.dumps([row]))
+                    (run.folder / EVENTS).write_text('{"kind": "done", "text": ""}\n')
+                    settings = json.dumps(run.resolved.as_dict())
+                    (run.folder / "config.json").write_text(settings)
+            return False
+
+        monkeypatch.setattr(tune, "carry_out", carry_out)
+        words = ["tune", "--conf", str(experiment), "--methods", "fedprox"]
+        assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+        text = experiment.read_text()
+        assert text.startswith("# mine\n")
+        config = resolve({"conf": str(experiment)}).config
+        assert config.of(FedProxSettings).mu == 0.01
+        assert "fedprox.mu: 0.01" in text
+        search = experiment.with_suffix(".search.md").read_text()
+        assert search.count("| FedProx |") == 3
+
+    def test_chosen_values_of_other_methods_stay(self, experiment: Path) -> None:
+        tune._keep(experiment, {"ditto.lam": 0.1}, "one command")
+        tune._keep(experiment, {"fedprox.mu": 0.01}, "another")
+        tune._keep(experiment, {"ditto.lam": 1.0}, "a third")
+        text = experiment.read_text()
+        assert text.count(tune.MARK) == 1
+        assert yaml.safe_load(text)["ditto.lam"] == 1.0
+        assert yaml.safe_load(text)["fedprox.mu"] == 0.01
+        assert yaml.safe_load(text)["num-clients"] == 4
+
+    def test_really(self, experiment: Path, tmp_path: Path) -> None:
+        words = ["tune", "--conf", str(experiment), "--methods", "fedala"]
+        words += ["--out", str(tmp_path / "out"), "num-server-rounds=1"]
+        assert cli.main(words) == 0
+        assert yaml.safe_load(experiment.read_text())["fedala.layers"] in (1, 2)
+
+    def test_nothing_to_choose(self, experiment: Path) -> None:
+        assert cli.main(["tune", "--conf", str(experiment), "--methods", "client-mean"]) == 2
