@@ -278,7 +278,7 @@ def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 2
     finally:
-        if (text := table(runs)) and options.out.is_dir():
+        if text := table(options.out):
             (options.out / "compare.md").write_text(text)
     print(text)
     return 0 if done else 1

@@ -97,11 +97,8 @@ def plan(
             for name in wanted:
                 shared.setdefault(federation_of(name, config), []).append(name)
             for group in shared.values():
-                over: dict[str, list[Any]] = {
-                    "conf": [experiment],
-                    "method": [group],
-                    "seed": [seed],
-                }
+                over: dict[str, list[Any]] = {"conf": [experiment], "method": [group]}
+                over["seed"] = [seed]
                 runs += expand(settings, over, out)
     return runs
 
@@ -114,13 +111,18 @@ def _published(row: Mapping[str, Any]) -> str:
     return "–"
 
 
-def table(runs: Sequence[Run]) -> str:
-    """One table an experiment, in Markdown: means ± standard deviations over finished seeds."""
+def table(out: Path) -> str:
+    """One table an experiment, in Markdown, of all finished runs in ``out``.
+
+    Means ± standard deviations over seeds.
+    """
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for run in runs:
-        if is_done(run.folder):
-            for row in json.loads((run.folder / "summary.json").read_text()):
-                found.setdefault(run.config.conf, {}).setdefault(row["method"], []).append(row)
+    for folder in sorted(path.parent for path in out.glob("*/summary.json")):
+        if is_done(folder):
+            experiment = json.loads((folder / "config.json").read_text())["conf"]["value"]
+            methods = found.setdefault(Path(experiment).stem, {})
+            for row in json.loads((folder / "summary.json").read_text()):
+                methods.setdefault(row["method"], []).append(row)
     parts = []
     for experiment, methods in found.items():
         some = next(iter(methods.values()))[0]
