@@ -19,7 +19,8 @@ EXPERIMENTS = ("compare-cifar10", "compare-fashion-mnist")
 # the methods of the paper's Table 1, and what they are measured against: three seeds
 MAIN = (
     *("local", "fedavg", "fedavg-ft", "fedavg-ft-tuned", "fedper", "fedrep", "lg-fedavg"),
-    *("fedbabu", "pfedhn", "last-upload", "client-mean", "pfedgpa", "group-mean"),
+    *("fedbabu", "pfedhn", "last-upload", "client-mean", "group-mean"),
+    *("pfedgpa", "pfedgpa-inverted", "pfedgpa-sampled"),
 )
 SEEDS = (0, 1, 2)
 
@@ -84,9 +85,10 @@ def plan(
     Raises:
         ConfigError: a method that does not exist.
     """
-    chosen = list(dict.fromkeys(METHODS if methods is None else methods))
-    if unknown := [name for name in chosen if name not in METHODS]:
+    asked = METHODS if methods is None else methods
+    if unknown := [name for name in asked if name not in METHODS]:
         raise ConfigError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    chosen = [name for name in METHODS if name in asked]  # a run's name goes by this order
     runs = []
     for seed in dict.fromkeys(SEEDS if seeds is None else seeds):
         every = seeds is not None or seed == SEEDS[0]

@@ -526,6 +526,19 @@ class TestServers:
         for tensor in method.evaluation_download(0).values():
             assert near(tensor, *[mean] * tensor.numel())
 
+    @pytest.mark.parametrize("name", OWN_ROUNDS)
+    def test_the_initial_weights_are_left_alone(self, name: str) -> None:
+        """The next method of a run starts from them, too."""
+        config, kind = configured(method=name, num_clients=2), method_class(name)
+        initial = weights_of(build("digits", 10, 0))
+        before = {n: t.clone() for n, t in initial.items()}
+        method = kind(config, kind.begin(config, initial))
+        for number in (1, 2):
+            like = method.expected_upload()
+            uploads = {i: {n: torch.full_like(t, 1.0 + i) for n, t in like.items()} for i in (0, 1)}
+            method.aggregate(number, {i: Upload(upload, 1) for i, upload in uploads.items()})
+        assert same(initial, before)
+
     def test_scaffold_counts_all_clients(self) -> None:
         method = server("scaffold", clients=4)
         upload = {n: torch.full_like(t, 4.0) for n, t in method.expected_upload().items()}
@@ -736,6 +749,26 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         learning_rate=0.05,
         **{"cfl.first-round": 2, "cfl.eps1": 100.0, "cfl.eps2": 0.0},
     )
+
+
+def test_training_never_sees_test_or_validation_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, really = [], training.drawn
+
+    def drawn(data: Images, *rest: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        seen.append(data)
+        return really(data, *rest)
+
+    for name in ("training", "methods.pfedme", "methods.per_fedavg", "methods.fedala"):
+        monkeypatch.setattr(f"pfedgpa_app.{name}.drawn", drawn)
+    federate(tmp_path, method="fedavg-ft,fedrep,fedbabu,per-fedavg,pfedme,fedala,ditto,fedfomo")
+    clients = [load_client(resolve_demo({}), client) for client in range(4)]
+    held = [{bytes(image.numpy().data) for image in client.train.pixels} for client in clients]
+    assert len(seen) > 100
+    for data in seen:
+        images = {bytes(image.contiguous().numpy().data) for image in data.pixels}
+        assert any(images <= own for own in held)
 
 
 class TestFederations:

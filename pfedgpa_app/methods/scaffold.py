@@ -77,9 +77,11 @@ class Scaffold(Method[ScaffoldState]):
         mean = weighted_mean(uploads, uniform=True)
         share = len(uploads) / self.config.num_clients
         step = self.config.of(ScaffoldSettings).global_step
-        for name, x in self.state.global_weights.items():
-            self.state.global_weights[name] = mean[name] if step == 1 else x.lerp(mean[name], step)
-            self.state.control[name] = self.state.control[name] + share * mean[CONTROL + name]
+        x, c = self.state.global_weights, self.state.control
+        self.state.global_weights = {
+            n: mean[n] if step == 1 else x[n].lerp(mean[n], step) for n in x
+        }
+        self.state.control = {n: c[n] + share * mean[CONTROL + n] for n in c}
 
     @classmethod
     def train(cls, task: ClientTask) -> tuple[Weights, float]:
