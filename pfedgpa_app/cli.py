@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "compare":
             return _compare(overrides, options)
         if options.command == "tune":
-            return _tune(overrides, options, arguments)
+            return _tune(overrides, options)
         if options.conf:
             overrides["conf"] = options.conf
         if getattr(options, "engine", None):
@@ -284,7 +284,7 @@ def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     return 0 if done else 1
 
 
-def _tune(overrides: dict[str, Any], options: argparse.Namespace, words: list[str] | None) -> int:
+def _tune(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     from pfedgpa_app.data.datasets import DataError
     from pfedgpa_app.tune import tunable, tune
 
@@ -292,7 +292,10 @@ def _tune(overrides: dict[str, Any], options: argparse.Namespace, words: list[st
     config = resolve({"conf": options.conf}).config
     methods = options.methods.split(",") if options.methods else tunable(config)
     out = options.out or Path("results") / f"tune-{Path(options.conf).stem}"
-    command = " ".join(["pfedgpa", *(words or sys.argv[1:])])
+    # what can be repeated elsewhere: no paths of this machine
+    words = [f"--conf {Path(options.conf).stem}", f"--methods {','.join(methods)}"]
+    words += [f"{key}={value}" for key, value in overrides.items() if key != "data-dir"]
+    command = " ".join(["pfedgpa tune", *words])
     app = options.app.absolute()
     try:
         chosen = tune(options.conf, methods, overrides, out, app, options.jobs, command)

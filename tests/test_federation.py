@@ -129,6 +129,24 @@ class TestResults:
 
 
 class TestMethods:
+    @pytest.mark.parametrize("generate_from", [0, 3])
+    def test_last_layers_alone_can_be_generated(self, tmp_path: Path, generate_from: int) -> None:
+        own = {"pfedgpa.layers": 1, "pfedgpa.generate-from": generate_from}
+        folder, grid = federate(tmp_path, method="fedavg,pfedgpa", **own)
+        generated = load_file(folder / "weights" / "pfedgpa.safetensors")
+        common = load_file(folder / "weights" / "fedavg.safetensors")
+        names = {name.partition("/")[2] for name in generated}
+        for name in names:
+            first, second = generated[f"client-0/{name}"], generated[f"client-1/{name}"]
+            assert torch.equal(first, second) == (not name.startswith("fc2"))
+            if not generate_from:
+                assert torch.equal(first, common[f"global/{name}"]) == (not name.startswith("fc2"))
+        if generate_from:  # the last round's clients trained from what was made for each
+            last = [m.content.array_records["arrays"] for m in train_messages(grid, "pfedgpa")[-4:]]
+            sent = [dict(record.to_torch_state_dict()) for record in last]
+            assert not torch.equal(sent[0]["fc2.weight"], sent[1]["fc2.weight"])
+            assert torch.equal(sent[0]["fc1.weight"], sent[1]["fc1.weight"])
+
     def test_weighted_mean(self) -> None:
         uploads = {
             0: Upload({"w": torch.tensor([1.0, 2.0])}, 30),

@@ -76,6 +76,32 @@ class TestBuffer:
         assert newest[0].round_mean == pytest.approx(1.5)  # of uploads 1 and 2 in round 1
         assert newest[1].server_round == 4
 
+    def test_a_view_of_the_last_tensors(self) -> None:
+        buffer = Buffer(1)
+        uploads = [
+            {
+                "a": torch.full((2,), float(i)),
+                "b": torch.arange(4.0).view(2, 2) * i,
+                "c": torch.ones(1),
+            }
+            for i in range(3)
+        ]
+        buffer.add(1, 0, uploads[0])
+        buffer.add(1, 1, uploads[1])
+        buffer.add(2, 1, uploads[2])
+        buffer.drop_old(2)  # client 0's is kept though its round has left, with that round's mean
+        view = buffer.last(["b", "c"])
+        layout, vectors, rounds, clients = view.stack()
+        assert (layout.names, rounds.tolist(), clients.tolist()) == (("b", "c"), [2], [1])
+        assert torch.equal(vectors[0], torch.tensor([0.0, 2, 4, 6, 1]))
+        stale = view.newest()[0]
+        assert stale.round_mean is not None
+        assert torch.equal(stale.round_mean, torch.tensor([0.0, 0.5, 1, 1.5, 1]))
+        whole = buffer.newest()[1].vector
+        assert view.newest()[1].vector.data_ptr() == whole[2:].data_ptr()  # nothing is copied
+        with pytest.raises(ValueError, match="not the last tensors"):
+            buffer.last(["a", "b"])
+
     def test_refuses_what_is_not_finite_or_of_another_layout(self) -> None:
         kept = Buffer(2)
         kept.add(1, 0, {"w": torch.zeros(2)})

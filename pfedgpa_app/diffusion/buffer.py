@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,6 +49,18 @@ class Layout:
                 self.names, parts, self.shapes, self.dtypes, strict=True
             )
         }
+
+    def last(self, names: Sequence[str]) -> tuple[Layout, slice]:
+        """The layout of ``names``, the last ones of this, and where they lie in a vector.
+
+        Raises:
+            ValueError: others than the last names in their order.
+        """
+        first = len(self.names) - len(names)
+        if not names or self.names[first:] != tuple(names):
+            raise ValueError(f"not the last tensors of {', '.join(self.names)}: {', '.join(names)}")
+        part = Layout(self.names[first:], self.shapes[first:], self.dtypes[first:])
+        return part, slice(sum(self.sizes[:first]), None)
 
     def head(self) -> slice:
         """Where the last matrix-shaped tensor lies: the classifier of a feed-forward network."""
@@ -120,6 +133,22 @@ class Buffer:
                     self._stale[entry.client] = replace(entry, round_mean=mean)
             for entry in entries:
                 del self._entries[r, entry.client]
+
+    def last(self, names: Sequence[str]) -> Buffer:
+        """A view of the last tensors only, ``names``; no weight is copied."""
+        view = Buffer(self.window)
+        if self.layout is None:
+            return view
+        view.layout, part = self.layout.last(names)
+
+        def cut(entry: Entry) -> Entry:
+            mean = None if entry.round_mean is None else entry.round_mean[part]
+            assert view.layout is not None
+            return replace(entry, vector=entry.vector[part], layout=view.layout, round_mean=mean)
+
+        view._entries = {key: cut(entry) for key, entry in self._entries.items()}
+        view._stale = {key: cut(entry) for key, entry in self._stale.items()}
+        return view
 
     def newest(self) -> dict[int, Entry]:
         """Each client's newest upload, keyed by client."""

@@ -20,7 +20,7 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
 from pfedgpa_app.methods.base import Upload
 from pfedgpa_app.methods.fedavg import FedAvg
-from pfedgpa_app.models import Weights
+from pfedgpa_app.models import Weights, last_layers
 from pfedgpa_app.settings import ConfigError, setting
 from pfedgpa_app.training import device_for
 
@@ -31,6 +31,9 @@ class PFedGPASettings:
 
     generate_from: int = setting(
         0, "first round that ends with generation; 0: only the final round", low=0
+    )
+    layers: int = setting(
+        0, "so many last layers are generated, the rest is the global mean; 0: everything", low=0
     )
     buffer_rounds: int = setting(20, "uploads of so many newest rounds are learned from", low=1)
     rank: int | None = setting(None, "latent dimensions, or auto", low=1)
@@ -120,8 +123,11 @@ class PFedGPA(FedAvg):
         if self.state.fitted is None:
             names = {f.name for f in dataclasses.fields(FitSettings)}
             values = dataclasses.asdict(self.config.pfedgpa)
+            buffer, layers = self.state.buffer, self.config.pfedgpa.layers
+            if layers:
+                buffer = buffer.last(last_layers(self.state.global_weights, layers))
             self.state.fitted = WeightDistribution(
-                self.state.buffer,
+                buffer,
                 FitSettings(**{k: v for k, v in values.items() if k in names}),
                 self.config.seed,
                 device_for(self.config.device),
@@ -133,6 +139,11 @@ class PFedGPA(FedAvg):
         return {"rank": fitted.rank, "strength": fitted.strength}
 
     def _generate(self) -> dict[int, Weights]:
+        """Every client's whole weights, what is not generated from the global mean."""
+        return {c: self.state.global_weights | mine for c, mine in self._decoded().items()}
+
+    def _decoded(self) -> dict[int, Weights]:
+        """The generated tensors of every client that ever uploaded."""
         settings = self.config.pfedgpa
         return self.distribution().generate(
             settings.inversion,
@@ -150,7 +161,7 @@ class PFedGPAInverted(PFedGPA):
 
     title = "pFedGPA (paper's inversion)"
 
-    def _generate(self) -> dict[int, Weights]:
+    def _decoded(self) -> dict[int, Weights]:
         steps = self.config.pfedgpa.diffusion_steps
         return self.distribution().generate("invert", strength=steps, keep=1.0)
 
@@ -160,5 +171,5 @@ class PFedGPASampled(PFedGPA):
 
     title = "pFedGPA without inversion"
 
-    def _generate(self) -> dict[int, Weights]:
+    def _decoded(self) -> dict[int, Weights]:
         return self.distribution().generate("sample")
