@@ -54,7 +54,7 @@ def settings(options: argparse.Namespace, clients: int, fraction: float) -> dict
     """The benchmark's federation; only the last five rounds and the first are evaluated."""
     return {
         "conf": "cifar10-20",
-        "method": "fedavg,pfedgpa",
+        "method": "fedavg,pfedgpa-once",
         "dataset": options.cifar10,
         "data-dir": str(options.data_dir.absolute()),
         "device": options.device,

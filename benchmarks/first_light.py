@@ -35,9 +35,9 @@ COLUMNS = {
 # repeated without them (delete the folder ending in -generated).
 STEPS = {
     "": "method=local,fedavg,fedavg-ft,fedavg-ft-tuned,last-upload,client-mean,group-mean",
-    "-generated": "method=pfedgpa,pfedgpa-inverted,pfedgpa-sampled",
+    "-generated": "method=pfedgpa-once,pfedgpa-inverted,pfedgpa-sampled",
 }
-PRINCIPAL = "method=pfedgpa pfedgpa.directions=principal"  # the ablation, with --principal
+PRINCIPAL = "method=pfedgpa-once pfedgpa.directions=principal"  # the ablation, with --principal
 
 
 def run(
@@ -97,7 +97,7 @@ def _write(collected: dict[str, list[list[dict[str, Any]]]], sets: dict[str, str
                 f"seed {row['seed']}: rank {row['rank']}, t0 {row['strength']}"
                 for rows in summaries
                 for row in rows
-                if row["method"] == "pfedgpa"
+                if row["method"] == "pfedgpa-once"
             )
             title = f"### {conf} ({sets[conf]}), {len(summaries)} seeds"
             table = seeds_table(summaries, COLUMNS)

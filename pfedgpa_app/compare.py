@@ -20,7 +20,7 @@ EXPERIMENTS = ("compare-cifar10", "compare-fashion-mnist")
 MAIN = (
     *("local", "fedavg", "fedavg-ft", "fedavg-ft-tuned", "fedper", "fedrep", "lg-fedavg"),
     *("fedbabu", "pfedhn", "last-upload", "client-mean", "group-mean"),
-    *("pfedgpa", "pfedgpa-inverted", "pfedgpa-sampled"),
+    *("pfedgpa", "pfedgpa-once", "pfedgpa-inverted", "pfedgpa-sampled"),
 )
 SEEDS = (0, 1, 2)
 

@@ -41,7 +41,7 @@ class TestPlan:
         assert sorted(by_seed[0]) == sorted(METHODS)
         assert sorted(by_seed[1]) == sorted(MAIN)
         [shared] = [r for r in runs if r.config.seed == 1 and "fedavg" in r.config.method]
-        assert {"fedavg", "fedavg-ft", "client-mean", "pfedgpa"} <= set(shared.config.method)
+        assert {"fedavg", "fedavg-ft", "client-mean", "pfedgpa-once"} <= set(shared.config.method)
 
     def test_of_some_methods_every_seed_asked_for(self, experiment: Path, tmp_path: Path) -> None:
         runs = plan([str(experiment)], ["ditto"], [4, 4, 5], {}, tmp_path)

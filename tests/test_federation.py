@@ -87,7 +87,7 @@ class TestResults:
             assert (row["dataset"], row["num_clients"], row["rounds"]) == ("digits", 4, 4)
         # one record a round and client of each federation
         keys = [(r["federation"], r["round"], r["client"]) for r in records(folder)]
-        assert len(set(keys)) == len(keys) == 2 * 4 * 4
+        assert len(set(keys)) == len(keys) == 3 * 4 * 4
         weights = load_file(folder / "weights" / "pfedgpa.safetensors")
         assert {name.split("/")[0] for name in weights} == {f"client-{c}" for c in range(4)}
         common = load_file(folder / "weights" / "fedavg.safetensors")
@@ -115,7 +115,7 @@ class TestResults:
         assert records(one) == records(two)
 
     def test_generation_from_saved_uploads(self, tmp_path: Path) -> None:
-        methods = "fedavg,client-mean,pfedgpa"
+        methods = "fedavg,client-mean,pfedgpa-once"
         one, _ = federate(tmp_path / "1", method=methods, save_uploads=True)
         uploads = str(one / "uploads.safetensors")
         two, grid = federate(tmp_path / "2", method=methods, uploads=uploads)
@@ -129,19 +129,18 @@ class TestResults:
 
 
 class TestMethods:
-    @pytest.mark.parametrize("generate_from", [0, 3])
-    def test_last_layers_alone_can_be_generated(self, tmp_path: Path, generate_from: int) -> None:
-        own = {"pfedgpa.layers": 1, "pfedgpa.generate-from": generate_from}
-        folder, grid = federate(tmp_path, method="fedavg,pfedgpa", **own)
-        generated = load_file(folder / "weights" / "pfedgpa.safetensors")
+    @pytest.mark.parametrize("method", ["pfedgpa", "pfedgpa-once"])
+    def test_last_layers_alone_are_generated(self, tmp_path: Path, method: str) -> None:
+        folder, grid = federate(tmp_path, method=f"fedavg,{method}", **{"pfedgpa.layers": 1})
+        generated = load_file(folder / "weights" / f"{method}.safetensors")
         common = load_file(folder / "weights" / "fedavg.safetensors")
         names = {name.partition("/")[2] for name in generated}
         for name in names:
             first, second = generated[f"client-0/{name}"], generated[f"client-1/{name}"]
             assert torch.equal(first, second) == (not name.startswith("fc2"))
-            if not generate_from:
+            if method == "pfedgpa-once":
                 assert torch.equal(first, common[f"global/{name}"]) == (not name.startswith("fc2"))
-        if generate_from:  # the last round's clients trained from what was made for each
+        if method == "pfedgpa":  # the last round's clients trained from what was made for each
             last = [m.content.array_records["arrays"] for m in train_messages(grid, "pfedgpa")[-4:]]
             sent = [dict(record.to_torch_state_dict()) for record in last]
             assert not torch.equal(sent[0]["fc2.weight"], sent[1]["fc2.weight"])
@@ -155,15 +154,15 @@ class TestMethods:
         assert weighted_mean(uploads)["w"].tolist() == [2.0, 1.5]
 
     def test_bytes_are_fedavgs(self, tmp_path: Path) -> None:
-        folder, grid = federate(tmp_path, method="fedavg,pfedgpa")
+        folder, grid = federate(tmp_path, method="fedavg,pfedgpa-once")
         rows = summary(folder)
-        assert rows["pfedgpa"]["bytes_up"] == rows["fedavg"]["bytes_up"]
-        assert rows["pfedgpa"]["bytes_down"] == rows["fedavg"]["bytes_down"]
+        assert rows["pfedgpa-once"]["bytes_up"] == rows["fedavg"]["bytes_up"]
+        assert rows["pfedgpa-once"]["bytes_down"] == rows["fedavg"]["bytes_down"]
         # counted apart: 5,510 float32 and what NumPy's format adds, down in every round and once
         # at the end, up in every round
         one = 4 * 5510
-        assert 4 * 4 * one < rows["pfedgpa"]["bytes_up"] < 4 * 4 * one * 1.05
-        assert 5 * 4 * one < rows["pfedgpa"]["bytes_down"] < 5 * 4 * one * 1.05
+        assert 4 * 4 * one < rows["pfedgpa-once"]["bytes_up"] < 4 * 4 * one * 1.05
+        assert 5 * 4 * one < rows["pfedgpa-once"]["bytes_down"] < 5 * 4 * one * 1.05
         # nothing but the network's own tensors ever travels
         names = set(load_file(folder / "weights" / "fedavg.safetensors"))
         for message in grid.sent:
@@ -171,7 +170,7 @@ class TestMethods:
                 assert {f"global/{name}" for name in record} == names
 
     def test_generating_every_round_costs_no_more_bytes(self, tmp_path: Path) -> None:
-        settings = {"pfedgpa.generate-from": 2}
+        settings = {"pfedgpa.generate-from": 2, "pfedgpa.layers": 3}
         folder, grid = federate(tmp_path, method="fedavg,pfedgpa", **settings)
         rows = summary(folder)
         assert rows["pfedgpa"]["bytes_up"] == rows["fedavg"]["bytes_up"]
@@ -213,14 +212,14 @@ class TestMethods:
         assert summary(folder)["group-mean"]["analysis_only"]
 
     def test_partial_participation(self, tmp_path: Path) -> None:
-        settings = {"fraction_train": 0.3, "num_clients": 6, "method": "fedavg,pfedgpa"}
+        settings = {"fraction_train": 0.3, "num_clients": 6, "method": "fedavg,pfedgpa-once"}
         folder, grid = federate(tmp_path, **settings)
         assert len(train_messages(grid)) == 4 * 2
         evaluated = [r for r in records(folder) if r["round"] == 4]
         assert len(evaluated) == 6  # all clients, not the participants alone
         assert sum(r["participated"] for r in evaluated) == 2
         seen = {r["client"] for r in records(folder) if r["participated"]}
-        weights = load_file(folder / "weights" / "pfedgpa.safetensors")
+        weights = load_file(folder / "weights" / "pfedgpa-once.safetensors")
         own = {name.split("/")[0] for name in weights} - {"global"}
         assert own == {f"client-{c}" for c in seen}  # the others are served FedAvg's model
         assert ("global/fc1.weight" in weights) == (len(seen) < 6)
@@ -297,7 +296,7 @@ class TestBadUploads:
             seen.append(self)
 
         monkeypatch.setattr(WeightDistribution, "__init__", spy)
-        folder, _ = federate(tmp_path, lambda m, r: spoil(kind, m, r), method="pfedgpa")
+        folder, _ = federate(tmp_path, lambda m, r: spoil(kind, m, r), method="pfedgpa-once")
         warnings = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
         assert len(warnings) == 1
         assert "round 4: client 1 " in warnings[0]

@@ -35,6 +35,7 @@ METHODS = {
     "client-mean": "controls:ClientMean",
     "group-mean": "controls:GroupMean",
     "pfedgpa": "pfedgpa:PFedGPA",
+    "pfedgpa-once": "pfedgpa:PFedGPAOnce",
     "pfedgpa-inverted": "pfedgpa:PFedGPAInverted",
     "pfedgpa-sampled": "pfedgpa:PFedGPASampled",
 }

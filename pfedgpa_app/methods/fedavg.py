@@ -27,7 +27,8 @@ from pfedgpa_app.settings import setting
 class FedAvgState(Shared):
     """What FedAvg's server knows: the mean, and the newest uploads for those who learn from them.
 
-    ``generated`` and ``fitted`` are pFedGPA's; they stay empty under FedAvg's rounds.
+    ``generated`` and ``fitted`` are pFedGPA's: what clients train from, and what the
+    last generation learned.
     """
 
     buffer: Buffer

@@ -5,9 +5,10 @@ learns the distribution of the newest rounds' uploads with a diffusion model, in
 client's newest upload into it and denoises · evaluated: the generated weights, before and
 after fine-tuning.
 
-The paper's text leaves the rounds before generation open; here they are FedAvg's. With
-``pfedgpa.generate-from`` every round from that one ends with generation, and clients train
-on from what was generated for them (the paper's Algorithm 1).
+The paper has it two ways. By its Algorithm 1 every round ends with generation, and clients train
+on from what was generated for them: ``pfedgpa``. By its experiments' text the distribution is
+learned from the last rounds' uploads and weights are generated once: ``pfedgpa-once``. What it
+leaves open is here FedAvg: the rounds before generation, and the tensors that are not generated.
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ from pfedgpa_app.models import Weights, last_layers
 from pfedgpa_app.settings import ConfigError, setting
 from pfedgpa_app.training import device_for
 
+DENOISERS = ("mlp", "gaussian", "finite-set")
+
 
 @dataclass(frozen=True)
 class PFedGPASettings:
     """What pFedGPA's server goes by."""
 
-    generate_from: int = setting(
-        0, "first round that ends with generation; 0: only the final round", low=0
+    generate_from: int | None = setting(
+        None, "first round that ends with generation; auto: after 30 % of the rounds", low=1
     )
-    layers: int = setting(
-        0, "so many last layers are generated, the rest is the global mean; 0: everything", low=0
+    layers: int | None = setting(
+        None,
+        "so many last layers are generated, the rest is the global mean; auto: 1, once: all",
+        low=1,
     )
     buffer_rounds: int = setting(20, "uploads of so many newest rounds are learned from", low=1)
     rank: int | None = setting(None, "latent dimensions, or auto", low=1)
@@ -59,9 +64,10 @@ class PFedGPASettings:
         0.0, "share of what the autoencoder cannot express that is added back", low=0, high=1
     )
     denoiser: str = setting(
-        "mlp",
-        "the trained network, or a closed form",
-        choices=("mlp", "gaussian", "finite-set"),
+        "mlp", "of the last generation: the trained network, or a closed form", choices=DENOISERS
+    )
+    round_denoiser: str = setting(
+        "gaussian", "of the rounds', which are fitted anew each time", choices=DENOISERS
     )
     schedule: str = setting("linear", "noise schedule", choices=("linear", "cosine"))
     diffusion_steps: int = setting(1000, "T, the length of the noise schedule", low=2)
@@ -78,10 +84,16 @@ class PFedGPASettings:
 
 
 class PFedGPA(FedAvg):
-    """The posterior mean at a calibrated strength, unless settings say otherwise."""
+    """Generation ends every round from ``generate-from`` on; clients train on from theirs.
+
+    By default the classifier is generated and what is below it is FedAvg's: features learn
+    from everyone's images, classifiers from those of like clients.
+    """
 
     title = "pFedGPA"
     settings = PFedGPASettings
+    rounds = "pfedgpa"
+    layers = 1  # what "auto" means
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -91,85 +103,93 @@ class PFedGPA(FedAvg):
                 f"pfedgpa.strength = {own.strength}: must be at most pfedgpa.diffusion-steps = "
                 f"{own.diffusion_steps}"
             )
-        if own.generate_from > config.num_server_rounds:
+        if (own.generate_from or 1) > config.num_server_rounds:
             raise ConfigError(
                 f"pfedgpa.generate-from = {own.generate_from}: must be at most "
                 f"num-server-rounds = {config.num_server_rounds}"
             )
-
-    @classmethod
-    def federation(cls, config: Config) -> str:
-        return "pfedgpa" if config.pfedgpa.generate_from else "fedavg"
 
     def download(self, client: int) -> Weights:
         return self.state.generated.get(client, self.state.global_weights)
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         super().aggregate(server_round, uploads)
-        self.state.fitted = None
-        if 0 < self.config.pfedgpa.generate_from <= server_round:
-            self.state.generated = self._generate()
+        first = self.config.pfedgpa.generate_from or round(0.3 * self.config.num_server_rounds) + 1
+        if server_round >= first:
+            fitted = self._fit(self.config.pfedgpa.round_denoiser)
+            self.state.generated = self._generate(fitted)
 
     def personalise(self) -> dict[int, Weights]:
-        """Generated weights; a client never seen gets the FedAvg model."""
-        generated = self._generate()
+        """Generated weights; a client never seen gets the global ones."""
+        generated = self._generate(self.distribution())
         return {
             client: generated.get(client, self.state.global_weights)
             for client in range(self.config.num_clients)
         }
 
     def distribution(self) -> WeightDistribution:
-        """The fitted distribution of the newest uploads; fitted once a round."""
+        """The distribution of the newest uploads after the last round; fitted once."""
         if self.state.fitted is None:
-            names = {f.name for f in dataclasses.fields(FitSettings)}
-            values = dataclasses.asdict(self.config.pfedgpa)
-            buffer, layers = self.state.buffer, self.config.pfedgpa.layers
-            if layers:
-                buffer = buffer.last(last_layers(self.state.global_weights, layers))
-            self.state.fitted = WeightDistribution(
-                buffer,
-                FitSettings(**{k: v for k, v in values.items() if k in names}),
-                self.config.seed,
-                device_for(self.config.device),
-            )
+            self.state.fitted = self._fit(self.config.pfedgpa.denoiser)
         return self.state.fitted
 
-    def report(self) -> dict[str, Any]:
-        fitted = self.distribution()
-        return {"rank": fitted.rank, "strength": fitted.strength}
+    def _fit(self, denoiser: str) -> WeightDistribution:
+        values = dataclasses.asdict(self.config.pfedgpa) | {"denoiser": denoiser}
+        names = {f.name for f in dataclasses.fields(FitSettings)}
+        buffer, layers = self.state.buffer, self.config.pfedgpa.layers or self.layers
+        if layers:
+            buffer = buffer.last(last_layers(self.state.global_weights, layers))
+        return WeightDistribution(
+            buffer,
+            FitSettings(**{k: v for k, v in values.items() if k in names}),
+            self.config.seed,
+            device_for(self.config.device),
+        )
 
-    def _generate(self) -> dict[int, Weights]:
-        """Every client's whole weights, what is not generated from the global mean."""
-        return {c: self.state.global_weights | mine for c, mine in self._decoded().items()}
+    def _generate(self, fitted: WeightDistribution) -> dict[int, Weights]:
+        """Every uploader's whole weights, what is not generated from the global mean."""
+        return {c: self.state.global_weights | mine for c, mine in self._decoded(fitted).items()}
 
-    def _decoded(self) -> dict[int, Weights]:
+    def _decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
         """The generated tensors of every client that ever uploaded."""
         settings = self.config.pfedgpa
-        return self.distribution().generate(
+        return fitted.generate(
             settings.inversion,
             keep=settings.keep,
             draws=settings.draws,
             residual_keep=settings.residual_keep,
         )
 
+    def report(self) -> dict[str, Any]:
+        fitted = self.distribution()
+        return {"rank": fitted.rank, "strength": fitted.strength}
 
-class PFedGPAInverted(PFedGPA):
+
+class PFedGPAOnce(PFedGPA):
+    """Generation once, after the last of FedAvg's rounds, of the whole network."""
+
+    title = "pFedGPA, once"
+    rounds = "fedavg"
+    layers = 0  # all
+
+
+class PFedGPAInverted(PFedGPAOnce):
     """The paper to the letter: invert from T and replay all stored noise.
 
     By the identity theorem this is the upload's projection to the latent directions.
     """
 
-    title = "pFedGPA (paper's inversion)"
+    title = "pFedGPA, once, paper's inversion"
 
-    def _decoded(self) -> dict[int, Weights]:
+    def _decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
         steps = self.config.pfedgpa.diffusion_steps
-        return self.distribution().generate("invert", strength=steps, keep=1.0)
+        return fitted.generate("invert", strength=steps, keep=1.0)
 
 
-class PFedGPASampled(PFedGPA):
+class PFedGPASampled(PFedGPAOnce):
     """The paper's ablation: each client gets one sample decoded from pure noise."""
 
-    title = "pFedGPA without inversion"
+    title = "pFedGPA, once, without inversion"
 
-    def _decoded(self) -> dict[int, Weights]:
-        return self.distribution().generate("sample")
+    def _decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
+        return fitted.generate("sample")
