@@ -11,7 +11,7 @@ import yaml
 
 from pfedgpa_app import cli, tune
 from pfedgpa_app.compare import MAIN, PAPER, plan, table
-from pfedgpa_app.config import resolve
+from pfedgpa_app.config import APP_DIR, resolve
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.fedprox import FedProxSettings
 from pfedgpa_app.results.log import EVENTS
@@ -73,6 +73,12 @@ class TestPlan:
         # √(((70 − 71)² + (72 − 71)²)/1) = 1.41; the paper's figure for 20 clients
         figures = ["71.00 ± 1.41", "71.00 ± 1.41", "–", "71.00 ± 1.41", "35.50 ± 0.71", "63.68"]
         assert cells == ["FedPer", "2", *figures]
+
+
+def test_the_readme_quotes_the_results_that_are_kept() -> None:
+    text = table(APP_DIR / "benchmarks" / "results" / "compare").strip()
+    assert text
+    assert text in (APP_DIR / "README.md").read_text()
 
 
 def test_compare_runs_resumes_and_writes(

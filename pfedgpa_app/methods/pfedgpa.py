@@ -35,11 +35,10 @@ class PFedGPASettings:
     generate_from: int | None = setting(
         None, "first round that ends with generation; auto: after 30 % of the rounds", low=1
     )
-    layers: int | None = setting(
-        None,
-        "so many last layers are generated, the rest is the global mean; auto: 1, once: all",
-        low=1,
+    layers: int = setting(
+        0, "so many last layers are generated, the rest is the global mean; 0: everything", low=0
     )
+    round_layers: int = setting(1, "the same, at the end of a round that others follow", low=0)
     buffer_rounds: int = setting(20, "uploads of so many newest rounds are learned from", low=1)
     rank: int | None = setting(None, "latent dimensions, or auto", low=1)
     directions: str = setting(
@@ -86,14 +85,14 @@ class PFedGPASettings:
 class PFedGPA(FedAvg):
     """Generation ends every round from ``generate-from`` on; clients train on from theirs.
 
-    By default the classifier is generated and what is below it is FedAvg's: features learn
-    from everyone's images, classifiers from those of like clients.
+    In rounds, by default, the classifier is generated and what is below it is FedAvg's: features
+    learn from everyone's images, classifiers from those of like clients. After the last round it
+    is the whole network.
     """
 
     title = "pFedGPA"
     settings = PFedGPASettings
     rounds = "pfedgpa"
-    layers = 1  # what "auto" means
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -116,8 +115,8 @@ class PFedGPA(FedAvg):
         super().aggregate(server_round, uploads)
         first = self.config.pfedgpa.generate_from or round(0.3 * self.config.num_server_rounds) + 1
         if server_round >= first:
-            fitted = self._fit(self.config.pfedgpa.round_denoiser)
-            self.state.generated = self._generate(fitted)
+            own = self.config.pfedgpa
+            self.state.generated = self._generate(self._fit(own.round_layers, own.round_denoiser))
 
     def personalise(self) -> dict[int, Weights]:
         """Generated weights; a client never seen gets the global ones."""
@@ -130,13 +129,14 @@ class PFedGPA(FedAvg):
     def distribution(self) -> WeightDistribution:
         """The distribution of the newest uploads after the last round; fitted once."""
         if self.state.fitted is None:
-            self.state.fitted = self._fit(self.config.pfedgpa.denoiser)
+            own = self.config.pfedgpa
+            self.state.fitted = self._fit(own.layers, own.denoiser)
         return self.state.fitted
 
-    def _fit(self, denoiser: str) -> WeightDistribution:
+    def _fit(self, layers: int, denoiser: str) -> WeightDistribution:
         values = dataclasses.asdict(self.config.pfedgpa) | {"denoiser": denoiser}
         names = {f.name for f in dataclasses.fields(FitSettings)}
-        buffer, layers = self.state.buffer, self.config.pfedgpa.layers or self.layers
+        buffer = self.state.buffer
         if layers:
             buffer = buffer.last(last_layers(self.state.global_weights, layers))
         return WeightDistribution(
@@ -166,11 +166,10 @@ class PFedGPA(FedAvg):
 
 
 class PFedGPAOnce(PFedGPA):
-    """Generation once, after the last of FedAvg's rounds, of the whole network."""
+    """Generation once, after the last of FedAvg's rounds."""
 
     title = "pFedGPA, once"
     rounds = "fedavg"
-    layers = 0  # all
 
 
 class PFedGPAInverted(PFedGPAOnce):
