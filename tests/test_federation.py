@@ -170,7 +170,7 @@ class TestMethods:
                 assert {f"global/{name}" for name in record} == names
 
     def test_generating_every_round_costs_no_more_bytes(self, tmp_path: Path) -> None:
-        settings = {"pfedgpa.generate-from": 2, "pfedgpa.layers": 3}
+        settings = {"pfedgpa.generate-from": 2, "pfedgpa.round-layers": 3}
         folder, grid = federate(tmp_path, method="fedavg,pfedgpa", **settings)
         rows = summary(folder)
         assert rows["pfedgpa"]["bytes_up"] == rows["fedavg"]["bytes_up"]
