@@ -93,11 +93,13 @@ def tune(
 
 
 def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:
-    """Write ``chosen`` below the mark, keeping what earlier searches chose for others."""
-    text, _, below = path.read_text().partition(MARK)
-    earlier = yaml.safe_load(below.partition("\n")[2]) or {}
-    block = yaml.safe_dump(earlier | dict(chosen), sort_keys=False)
-    path.write_text(f"{text}{MARK}{command}\n{block}")
+    """Write ``chosen`` below the marks, one a command, keeping what earlier ones chose."""
+    text, mark, below = path.read_text().partition(MARK)
+    earlier = mark + below
+    marks = [line for line in earlier.splitlines() if line.startswith(MARK)]
+    marks = list(dict.fromkeys([*marks, MARK + command]))
+    block = yaml.safe_dump((yaml.safe_load(earlier) or {}) | dict(chosen), sort_keys=False)
+    path.write_text(text + "\n".join(marks) + f"\n{block}")
 
 
 def _rows(out: Path, conf: str) -> Iterator[tuple[str, str, dict[str, Any]]]:

@@ -145,7 +145,9 @@ class TestTune:
         tune._keep(experiment, {"fedprox.mu": 0.01}, "another")
         tune._keep(experiment, {"ditto.lam": 1.0}, "a third")
         text = experiment.read_text()
-        assert text.count(tune.MARK) == 1
+        assert [line for line in text.splitlines() if line.startswith(tune.MARK)] == [
+            tune.MARK + command for command in ("one command", "another", "a third")
+        ]
         assert yaml.safe_load(text)["ditto.lam"] == 1.0
         assert yaml.safe_load(text)["fedprox.mu"] == 0.01
         assert yaml.safe_load(text)["num-clients"] == 4
