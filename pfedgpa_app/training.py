@@ -31,6 +31,7 @@ class Recipe:
     augment: bool = False
     only: tuple[str, ...] = ()  # the weights that are trained; () for all
     bfloat16: bool = False  # forward and backward; weights and updates stay float32
+    clip: float | None = None  # largest norm of a client's gradient
 
     def computing(self, device: torch.device) -> torch.autocast:
         """The context in which a step's loss is computed."""
@@ -152,6 +153,13 @@ def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x).float(), y)
 
 
+def clipped(gradients: Sequence[Tensor], most: float) -> list[Tensor]:
+    """Every client's gradient, tensors [C, …], scaled down to the norm ``most`` where it is more."""
+    squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0)
+    scale = (most / squares.sqrt().clamp_min(1e-12)).clamp_max(1)
+    return [g * scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
+
+
 def train(
     model: nn.Module,
     data: Images,
@@ -185,6 +193,9 @@ def train(
         gradients: Sequence[Tensor] = torch.autograd.grad(loss, parameters)
         if correct is not None:
             gradients = correct(trained, dict(zip(trained, gradients, strict=True)))
+        if recipe.clip is not None:
+            gradients = clipped([g[None] for g in gradients], recipe.clip)
+            gradients = [g[0] for g in gradients]
         sgd_step(parameters, gradients, velocity, recipe)
         total += loss.detach() * len(y)
     return float(total) / max(1, recipe.epochs * len(data))

@@ -232,6 +232,13 @@ class TestOneStepByHand:
         # so that it trains from (1, −1)
         assert near(kept["1.weight"], 1.119203, -1.119203)
 
+    def test_pfedhn_clips(self) -> None:
+        # the gradient (−0.5, 0.5) has the norm 0.707107: at most 0.1 of it is left
+        uploaded, _, _ = train(
+            "pfedhn", linear(), {"1.weight": column(0, 0)}, **{"pfedhn.clip": 0.1}
+        )
+        assert near(uploaded["1.weight"], 0.070711, -0.070711)
+
     def test_pfedhn(self) -> None:
         uploaded, kept, _ = train("pfedhn", linear(), {"1.weight": column(1, -1)})
         assert near(uploaded["1.weight"], 1.119203, -1.119203)

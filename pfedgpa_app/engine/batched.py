@@ -28,7 +28,7 @@ from pfedgpa_app.data.client import ClientData, load_client
 from pfedgpa_app.data.images import Images, normalised
 from pfedgpa_app.engine.grid import LocalGrid, raised
 from pfedgpa_app.models import Weights, weights_of
-from pfedgpa_app.training import Recipe, Score, batches, crop_and_flip, sgd_step
+from pfedgpa_app.training import Recipe, Score, batches, clipped, crop_and_flip, sgd_step
 
 logger = logging.getLogger("pfedgpa")
 
@@ -165,7 +165,9 @@ class Step:
             logits = forward(cohort.model, cohort.weights, x).float()
         losses = _losses(logits, images.labels[cohort.rows, self.index])
         # clients share no weight, so the sum's gradient is each client's own
-        gradients = torch.autograd.grad(losses.mean(1).sum(), parameters)
+        gradients: Sequence[Tensor] = torch.autograd.grad(losses.mean(1).sum(), parameters)
+        if self.recipe.clip is not None:
+            gradients = clipped(gradients, self.recipe.clip)
         velocity: list[Tensor | None] = [cohort.velocity[name] for name in self.names]
         sgd_step(parameters, gradients, velocity, self.recipe)
         cohort.total += losses.detach().sum(1)

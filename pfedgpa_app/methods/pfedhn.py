@@ -14,7 +14,8 @@ through the hypernetwork, whatever the number of clients.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from pfedgpa_app.methods.base import Method, Upload
 from pfedgpa_app.models import Weights
 from pfedgpa_app.randomness import torch_generator
 from pfedgpa_app.settings import MethodSettings, setting
+from pfedgpa_app.training import Recipe
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ class PFedHNSettings(MethodSettings):
     )
     server_momentum: float = setting(0.9, "its momentum", low=0, high=0.999)
     server_weight_decay: float = setting(1e-3, "its weight decay", low=0)
-    clip: float = setting(50.0, "largest norm of a client's gradient of it", above=0)
+    clip: float = setting(
+        50.0,
+        "largest norm of a gradient: of a client's in training, and of it for a client",
+        above=0,
+    )
 
 
 class Hypernetwork(nn.Module):
@@ -99,6 +105,11 @@ class PFedHN(Method[HypernetworkState]):
     title = "pFedHN"
     settings = PFedHNSettings
     tuned = ("learning-rate", "server-learning-rate")
+
+    @classmethod
+    def recipes(cls, config: Config, names: Sequence[str]) -> list[Recipe]:
+        clip = config.of(PFedHNSettings).clip
+        return [replace(recipe, clip=clip) for recipe in super().recipes(config, names)]
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> HypernetworkState:
