@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pfedgpa_app import training
-from pfedgpa_app.config import Config
+from pfedgpa_app.config import Config, sections
 from pfedgpa_app.data.client import ClientData
 from pfedgpa_app.models import Weights, load, weights_of
 from pfedgpa_app.settings import MethodSettings
@@ -100,8 +100,6 @@ class Method(Generic[S]):
     @classmethod
     def reads(cls) -> set[str]:
         """The methods whose own settings it goes by."""
-        from pfedgpa_app.config import sections
-
         return {name for name, kind in sections().items() if kind is cls.settings}
 
     @classmethod

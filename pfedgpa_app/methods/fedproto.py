@@ -50,10 +50,10 @@ class Prototypes:
     head: list[str]
 
 
-def features_of(model: nn.Module) -> nn.Sequential:
-    """All but the last layer."""
+def halves(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """What makes features of images, and the last layer."""
     assert isinstance(model, nn.Sequential)
-    return model[:-1]
+    return model[:-1], model[-1]
 
 
 class FedProto(Method[Prototypes]):
@@ -98,10 +98,10 @@ class FedProto(Method[Prototypes]):
         lam = task.config.of(FedProtoSettings).lam
 
         def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            assert isinstance(model, nn.Sequential)
-            features = model[:-1](x).float()
+            body, head = halves(model)
+            features = body(x).float()
             apart = (features - means[y]).square().mean(1) * known[y]
-            loss: Tensor = F.cross_entropy(model[-1](features).float(), y) + lam * apart.mean()
+            loss: Tensor = F.cross_entropy(head(features).float(), y) + lam * apart.mean()
             return loss
 
         task.load(task.state)
@@ -117,7 +117,7 @@ class FedProto(Method[Prototypes]):
         task.model.eval()
         device = next(task.model.parameters()).device
         images = task.data.train.to(device)
-        features = features_of(task.model)(images.floats())
+        features = halves(task.model)[0](images.floats())
         member = F.one_hot(images.labels, classes).to(features)
         counts = member.sum(0)
         means = member.T @ features / counts.clamp_min(1)[:, None]
