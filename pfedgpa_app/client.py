@@ -42,7 +42,12 @@ class Visit:
         self.client, self.round = int(asked["client"]), int(asked["round"])
         self.ways = [Way(**way) for way in json.loads(asked.get("ways", "[]"))]
         self.method = method_class(str(asked["method"]))
-        self.weights: Weights = dict(message.content.array_records["arrays"].to_torch_state_dict())
+        records = message.content.array_records
+        self.weights: Weights = dict(records["arrays"].to_torch_state_dict())
+        reference = records.get("reference")
+        self.reference: Weights | None = (
+            dict(reference.to_torch_state_dict()) if reference is not None else None
+        )
         self._state_key = f"{asked['method']}.{self.client}"
         self.state = memory.recall(context, self._state_key)
 
@@ -83,16 +88,20 @@ class Visit:
         """The answer to an evaluation."""
         return self.reply({"correct": score.correct, "loss": score.loss, "images": score.images})
 
-    def compared(self, test: list[training.Score], validation: list[training.Score]) -> Message:
-        """The answer to the final evaluation: before fine-tuning, then after each way of it."""
-        return self.reply(
-            {
-                "test": [score.correct for score in test],
-                "test-images": test[0].images,
-                "validation": [score.correct for score in validation],
-                "validation-images": validation[0].images,
-            }
-        )
+    def compared(
+        self, test: list[training.Score], validation: list[training.Score], alike: int | None
+    ) -> Message:
+        """The answer to the final evaluation: before fine-tuning, then after each way of it.
+
+        ``alike``: test images on which it predicts what the reference predicts.
+        """
+        metrics: Metrics = {
+            "test": [score.correct for score in test],
+            "test-images": test[0].images,
+            "validation": [score.correct for score in validation],
+            "validation-images": validation[0].images,
+        }
+        return self.reply(metrics | ({} if alike is None else {"alike": alike}))
 
 
 class Cohort(Protocol):
@@ -115,6 +124,9 @@ class Cohort(Protocol):
     def evaluate(self, part: str) -> Sequence[training.Score]:
         """Every client's score on its own images of ``part``, a field of ``ClientData``."""
 
+    def predict(self, part: str) -> Sequence[torch.Tensor]:
+        """The class that every client's network sees in each of its images of ``part``."""
+
 
 class Single:
     """A cohort of one."""
@@ -134,6 +146,9 @@ class Single:
     def evaluate(self, part: str) -> Sequence[training.Score]:
         return [training.evaluate(self.model, getattr(self._data, part))]
 
+    def predict(self, part: str) -> Sequence[torch.Tensor]:
+        return [training.predict(self.model, getattr(self._data, part))]
+
 
 def compare_ways(cohort: Cohort, visits: Sequence[Visit]) -> list[Message]:
     """Evaluate before fine-tuning and after each way of it; the fine-tuned copies are dropped.
@@ -150,6 +165,7 @@ def compare_ways(cohort: Cohort, visits: Sequence[Visit]) -> list[Message]:
         test[way], validation[way] = cohort.evaluate("test"), cohort.evaluate("validation")
 
     weights = [visit.evaluated() for visit in visits]
+    alike = _agreement(cohort, weights, [visit.reference for visit in visits])
     cohort.load(weights)
     score(before)
     for kind in dict.fromkeys(replace(way, epochs=1) for way in ways):
@@ -167,6 +183,24 @@ def compare_ways(cohort: Cohort, visits: Sequence[Visit]) -> list[Message]:
                 score(replace(kind, epochs=done))
     order = [before, *ways]
     return [
-        visit.compared([test[way][i] for way in order], [validation[way][i] for way in order])
+        visit.compared(
+            [test[way][i] for way in order], [validation[way][i] for way in order], alike[i]
+        )
         for i, visit in enumerate(visits)
+    ]
+
+
+def _agreement(
+    cohort: Cohort, weights: Sequence[Weights], references: Sequence[Weights | None]
+) -> list[int | None]:
+    """On how many of its test images each client's weights predict what its reference does."""
+    predicted = []
+    if any(reference is not None for reference in references):
+        pairs = zip(references, weights, strict=True)
+        for each in ([mine if ref is None else ref for ref, mine in pairs], weights):
+            cohort.load(each)
+            predicted.append(cohort.predict("test"))
+    return [
+        None if reference is None else int((predicted[0][i] == predicted[1][i]).sum())
+        for i, reference in enumerate(references)
     ]

@@ -165,7 +165,8 @@ class _Run:
                 )
             source = method.weights_from or method_name
             if source not in scores:
-                scores[source] = strategy.finish(weights, method_name)
+                references = {c: r for c in weights if (r := method.reference(c)) is not None}
+                scores[source] = strategy.finish(weights, references, method_name)
                 self.log.advance(self.per_evaluation)
             self.record(method_name, method, strategy, scores[source], seconds)
         fitted = getattr(state, "fitted", None)

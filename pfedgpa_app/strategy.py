@@ -104,6 +104,7 @@ class FinalScore:
     test_images: int
     validation: list[int]
     validation_images: int
+    alike: int | None = None  # test images on which its reference predicts the same
 
 
 class Personalised(Strategy):
@@ -224,11 +225,17 @@ class Personalised(Strategy):
             return None
         return MetricRecord({"accuracy": sum(s["accuracy"] for s in scores.values()) / len(scores)})
 
-    def finish(self, weights: dict[int, Weights], method: str) -> tuple[dict[int, FinalScore], int]:
+    def finish(
+        self, weights: dict[int, Weights], references: dict[int, Weights], method: str
+    ) -> tuple[dict[int, FinalScore], int]:
         """Evaluate every client with its own ``weights``, before and after each fine-tuning.
 
+        Args:
+            references: weights to compare a client's predictions with, where there are some.
+
         Returns:
-            each answering client's counts, and the bytes that the hand-over took.
+            each answering client's counts, and the bytes that the hand-over took, references
+            not among them: nobody needs them but this evaluation.
 
         Raises:
             NoUploadsError: no client answers.
@@ -243,6 +250,8 @@ class Personalised(Strategy):
             for client, mine in weights.items()
         }
         scores, sent = {}, sum(array_bytes(message) for message in messages.values())
+        for client, reference in references.items():
+            messages[client].content["reference"] = ArrayRecord(reference)
         for client, reply in self.roster.exchange(messages).items():
             if reply.has_error():
                 reason = failure(reply)
@@ -254,6 +263,7 @@ class Personalised(Strategy):
                 test_images=int(counts["test-images"]),
                 validation=list(counts["validation"]),
                 validation_images=int(counts["validation-images"]),
+                alike=counts.get("alike"),
             )
         if not scores:
             raise NoUploadsError(f"{method}: no client could evaluate its weights")

@@ -216,12 +216,23 @@ def pull_to(anchor: Weights, strength: float) -> Correction:
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Images) -> Score:
     """Count the correct predictions of ``model`` on ``data``."""
+    correct, loss = 0, 0.0
+    for logits, labels in _logits(model, data):
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    return Score(correct, loss, len(data))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: Images) -> Tensor:
+    """The class that ``model`` sees in each image [N], on its device."""
+    return torch.cat([logits.argmax(1) for logits, _ in _logits(model, data)])
+
+
+def _logits(model: nn.Module, data: Images) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batch by batch, with the labels."""
     model.eval()
     device = next(model.parameters()).device
-    correct, loss = 0, 0.0
     for start in range(0, len(data), EVALUATION_BATCH):
         batch = data[start : start + EVALUATION_BATCH].to(device)
-        logits = model(batch.floats())
-        correct += int((logits.argmax(1) == batch.labels).sum())
-        loss += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
-    return Score(correct, loss, len(data))
+        yield model(batch.floats()), batch.labels

@@ -114,6 +114,19 @@ class TestResults:
         assert len(grid.contexts) == 2
         assert records(one) == records(two)
 
+    def test_copies_of_uploads_are_told(self, tmp_path: Path) -> None:
+        one, _ = federate(tmp_path / "1", method="fedavg,pfedgpa-once")
+        own = {"pfedgpa.inversion": "identity", "pfedgpa.residual-keep": 1.0}
+        two, _ = federate(tmp_path / "2", method="pfedgpa-once,pfedgpa", **own)
+        assert summary(one)["fedavg"]["agreement_with_last_upload"] is None
+        row = summary(one)["pfedgpa-once"]
+        assert row["distance_to_nearest_upload"] > 0.1
+        for method in ("pfedgpa-once", "pfedgpa"):  # identity and all residuals: the upload
+            row = summary(two)[method]
+            assert row["agreement_with_last_upload"] == 100
+            assert row["distance_to_nearest_upload"] < 1e-4
+            assert row["bytes_down"] == summary(two)["pfedgpa-once"]["bytes_down"]
+
     def test_generation_from_saved_uploads(self, tmp_path: Path) -> None:
         methods = "fedavg,client-mean,pfedgpa-once"
         one, _ = federate(tmp_path / "1", method=methods, save_uploads=True)

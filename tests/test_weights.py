@@ -7,8 +7,10 @@ import torch
 
 from pfedgpa_app.diffusion.autoencoder import LinearAutoencoder, remove_drift
 from pfedgpa_app.diffusion.buffer import Buffer, Layout
-from pfedgpa_app.diffusion.directions import choose_rank, principal_directions
+from pfedgpa_app.diffusion.copies import novelty
+from pfedgpa_app.diffusion.directions import principal_directions
 from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
+from pfedgpa_app.diffusion.rank import RULES, choose_rank, hard_threshold
 
 SHAPES = {"body": (20, 30), "bias": (20,), "head": (5, 20)}
 GROUPS, CLIENTS, ROUNDS = 4, 12, 6
@@ -167,11 +169,55 @@ class TestAutoencoder:
             errors.append(float((coder.decode(coder.encode(rows)) - rows).square().sum()))
         assert errors == sorted(errors, reverse=True)
 
-    def test_rank_counts_the_groups(self) -> None:
-        _, vectors, rounds, clients = buffer(uploads(clients=16)).stack()
+
+class TestRank:
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("seed", range(3))
+    def test_counts_what_groups_differ_in(self, rule: str, seed: int) -> None:
+        _, vectors, rounds, clients = buffer(uploads(seed, clients=16)).stack()
         deltas = remove_drift(vectors, rounds, clients)
-        head = slice(620, 720)
-        assert choose_rank(deltas.gram(head), clients) == GROUPS - 1
+        assert choose_rank(rule, deltas, slice(620, 720), clients, seed) == GROUPS - 1
+
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("clients", [1, 2, 3, 4, 5])
+    def test_stays_within_what_few_or_equal_clients_span(self, rule: str, clients: int) -> None:
+        for vectors in (uploads(clients=clients), torch.ones(ROUNDS, clients, 720)):
+            _, stacked, rounds, who = buffer(vectors[:, :, :720]).stack()
+            deltas = remove_drift(stacked, rounds, who)
+            rank = choose_rank(rule, deltas, slice(620, 720), who, 0)
+            assert 1 <= rank <= max(1, clients - 1)
+
+    def test_shrinkage_does_not_count_noise_where_clients_are_many(self) -> None:
+        # 60 clients, 100 head weights, no groups: the noise's own spread passes twice the median
+        rng = torch.Generator().manual_seed(0)
+        vectors = torch.randn(1, 60, 720, generator=rng)
+        _, stacked, rounds, who = buffer(vectors).stack()
+        deltas = remove_drift(stacked, rounds, who)
+        ranks = {r: choose_rank(r, deltas, slice(620, 720), who, 0) for r in RULES}
+        assert ranks["head-gap"] > 5
+        assert ranks["shrinkage"] == ranks["likelihood"] == ranks["cross-validation"] == 2
+
+    @pytest.mark.parametrize(
+        ("aspect", "squared"),
+        # ω(β)² of Gavish and Donoho (2014), Table IV: ω = 1.5194, 1.6089, 2.1711, 2.8582
+        [(0.05, 1.5194**2), (0.1, 1.6089**2), (0.5, 2.1711**2), (1.0, 2.8582**2)],
+    )
+    def test_hard_threshold_is_the_published_one(self, aspect: float, squared: float) -> None:
+        assert hard_threshold(aspect) == pytest.approx(squared, rel=1e-3)
+
+
+class TestNovelty:
+    def test_is_relative_to_the_distance_between_uploads(self) -> None:
+        # uploads at 0, 3 and 10 on a line, far from the origin; the clients' newest are 3 and 10
+        uploads = 1000 + torch.tensor([[0.0], [3.0], [10.0]]).repeat(1, 20_000)
+        generated = 1000 + torch.tensor([[2.0], [10.0]]).repeat(1, 20_000)
+        got = novelty(generated, torch.tensor([1, 2]), uploads)
+        # 2 is 1 from an upload, where 3 is 3 from the next one; 10 is an upload
+        assert got.tolist() == pytest.approx([1 / 3, 0], abs=1e-6)
+
+    def test_equal_uploads_have_no_distance_to_compare_with(self) -> None:
+        uploads = torch.ones(3, 5)
+        assert novelty(torch.zeros(1, 5), torch.tensor([0]), uploads).isnan().all()
 
 
 class TestDistribution:

@@ -1,4 +1,4 @@
-"""Which few directions of weight space the latents see, and how many.
+"""Which few directions of weight space the latents see.
 
 Directions are combinations [N, k] of the N deltas, found from N×N inner products. They
 decide what a latent can say, and with it most of what denoising can gain: directions along
@@ -29,22 +29,6 @@ def newest_rows(clients: Tensor) -> Tensor:
     """Each client's last row [n], in rising order of clients; rows are in the order of rounds."""
     last = {client: row for row, client in enumerate(clients.tolist())}
     return torch.tensor([last[client] for client in sorted(last)])
-
-
-def choose_rank(head_gram: Tensor, clients: Tensor) -> int:
-    """Directions in which clients' classifiers differ by more than their noise.
-
-    Counts the eigenvalues of the clients' mean heads above twice their median: what a client
-    merely memorised spreads evenly over directions, what it shares with others does not, and
-    it shows most clearly in the last layer. At least 2, at most clients − 1.
-    """
-    means = client_means(clients)
-    n = len(means)
-    if n < 3:
-        return max(1, n - 1)
-    eigenvalues = torch.linalg.eigvalsh(means @ head_gram @ means.T).flip(0)[: n - 1]
-    gap = int((eigenvalues > 2 * eigenvalues.median()).sum())
-    return min(max(2, gap), n - 1)
 
 
 def principal_directions(gram: Tensor, rank: int) -> Tensor:

@@ -22,12 +22,12 @@ from pfedgpa_app.diffusion.denoiser import (
     ResidualMLP,
 )
 from pfedgpa_app.diffusion.directions import (
-    choose_rank,
     newest_rows,
     principal_directions,
     shared_directions,
 )
 from pfedgpa_app.diffusion.inversion import calibrate_strength, regenerate
+from pfedgpa_app.diffusion.rank import choose_rank
 from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.randomness import torch_generator
 
@@ -37,6 +37,7 @@ class FitSettings:
     """How a weight distribution is learned; see ``PFedGPASettings`` for the meanings."""
 
     rank: int | None = None
+    rank_rule: str = "shrinkage"
     directions: str = "shared"
     strength: int | None = None
     own_weight: float = 0.5
@@ -142,8 +143,9 @@ class WeightDistribution:
         deltas = remove_drift(vectors, self.rounds, self.clients)
         self.anchor = deltas.means[-1]
         self.schedule = Schedule(settings.diffusion_steps, settings.schedule)
-        gram, head_gram = deltas.gram(), deltas.gram(self.layout.head())
-        rank = settings.rank or choose_rank(head_gram, self.clients)
+        head = self.layout.head()
+        gram, head_gram = deltas.gram(), deltas.gram(head)
+        rank = settings.rank or choose_rank(settings.rank_rule, deltas, head, self.clients, seed)
         if settings.directions == "principal":
             combinations = principal_directions(gram, rank)
         else:

@@ -246,17 +246,26 @@ class Batch:
 
     @torch.no_grad()
     def evaluate(self, part: str) -> list[Score]:
-        images, rows = self.bank.parts[part], self.rows[:, 0]
-        n, at_once = images.labels.shape[1], max(1, IMAGES_AT_ONCE // self.size)
+        n = self.bank.parts[part].labels.shape[1]
         correct = torch.zeros(self.size, dtype=torch.long, device=self.device)
         loss = torch.zeros(self.size, dtype=torch.float64, device=self.device)
-        for start in range(0, n, at_once):
-            pixels = images.pixels[rows, start : start + at_once]
-            labels = images.labels[rows, start : start + at_once]
-            logits = forward(self.model, self.weights, normalised(pixels))
+        for logits, labels in self._logits(part):
             correct += (logits.argmax(-1) == labels).sum(1)
             loss += _losses(logits, labels).double().sum(1)
         return [Score(c, s, n) for c, s in zip(correct.tolist(), loss.tolist(), strict=True)]
+
+    @torch.no_grad()
+    def predict(self, part: str) -> list[Tensor]:
+        return list(torch.cat([logits.argmax(-1) for logits, _ in self._logits(part)], dim=1))
+
+    def _logits(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """[size, B, classes] and labels [size, B], so many images at a time."""
+        images, rows = self.bank.parts[part], self.rows[:, 0]
+        at_once = max(1, IMAGES_AT_ONCE // self.size)
+        for start in range(0, images.labels.shape[1], at_once):
+            pixels = images.pixels[rows, start : start + at_once]
+            labels = images.labels[rows, start : start + at_once]
+            yield forward(self.model, self.weights, normalised(pixels)), labels
 
     def trained(self) -> list[Weights]:
         """Every client's weights, on the CPU."""

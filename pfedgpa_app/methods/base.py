@@ -142,6 +142,10 @@ class Method(Generic[S]):
         """What every client is sent to be evaluated after the last round."""
         return {c: self.evaluation_download(c) for c in range(self.config.num_clients)}
 
+    def reference(self, client: int) -> Weights | None:
+        """``client``'s own weights that its personalised ones must not merely copy, if any."""
+        return None
+
     def report(self) -> dict[str, Any]:
         """What else the summary tells of it, JSON-ready."""
         return {}

@@ -17,8 +17,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from pfedgpa_app.config import Config
+from pfedgpa_app.diffusion.buffer import Buffer
+from pfedgpa_app.diffusion.copies import novelty
+from pfedgpa_app.diffusion.directions import newest_rows
 from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
+from pfedgpa_app.diffusion.rank import RULES
 from pfedgpa_app.methods.base import Upload
 from pfedgpa_app.methods.fedavg import FedAvg
 from pfedgpa_app.models import Weights, last_layers
@@ -40,7 +46,10 @@ class PFedGPASettings:
     )
     round_layers: int = setting(1, "the same, at the end of a round that others follow", low=0)
     buffer_rounds: int = setting(20, "uploads of so many newest rounds are learned from", low=1)
-    rank: int | None = setting(None, "latent dimensions, or auto", low=1)
+    rank: int | None = setting(None, "latent dimensions; auto: by rank-rule", low=1)
+    rank_rule: str = setting(
+        "shrinkage", "how clients' mean classifiers tell the rank", choices=RULES
+    )
     directions: str = setting(
         "shared",
         "what latents see: what clients with like classifiers share, or principal directions",
@@ -136,15 +145,19 @@ class PFedGPA(FedAvg):
     def _fit(self, layers: int, denoiser: str) -> WeightDistribution:
         values = dataclasses.asdict(self.config.pfedgpa) | {"denoiser": denoiser}
         names = {f.name for f in dataclasses.fields(FitSettings)}
-        buffer = self.state.buffer
-        if layers:
-            buffer = buffer.last(last_layers(self.state.global_weights, layers))
         return WeightDistribution(
-            buffer,
+            self._uploads(layers),
             FitSettings(**{k: v for k, v in values.items() if k in names}),
             self.config.seed,
             device_for(self.config.device),
         )
+
+    def _uploads(self, layers: int) -> Buffer:
+        """The buffered uploads, or only their last ``layers``."""
+        buffer = self.state.buffer
+        if layers:
+            buffer = buffer.last(last_layers(self.state.global_weights, layers))
+        return buffer
 
     def _generate(self, fitted: WeightDistribution) -> dict[int, Weights]:
         """Every uploader's whole weights, what is not generated from the global mean."""
@@ -160,9 +173,22 @@ class PFedGPA(FedAvg):
             residual_keep=settings.residual_keep,
         )
 
+    def reference(self, client: int) -> Weights | None:
+        newest = self.state.buffer.newest()
+        return newest[client].weights() if client in newest else None
+
     def report(self) -> dict[str, Any]:
         fitted = self.distribution()
-        return {"rank": fitted.rank, "strength": fitted.strength}
+        layout, vectors, _, clients = self._uploads(self.config.pfedgpa.layers).stack()
+        decoded = self._decoded(fitted)
+        here = [c for c in decoded if bool((clients == c).any())]  # with an upload in the window
+        generated = torch.stack([layout.flatten(decoded[c]) for c in here])
+        new = novelty(generated, newest_rows(clients), vectors)
+        return {
+            "rank": fitted.rank,
+            "strength": fitted.strength,
+            "distance_to_nearest_upload": round(float(new.nanmean()), 4),
+        }
 
 
 class PFedGPAOnce(PFedGPA):

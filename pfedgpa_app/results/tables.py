@@ -27,6 +27,7 @@ class Outcome:
     validation: dict[str, float]  # pooled over clients: {"before_ft", "after_ft", "after_ft_tuned"}
     fine_tuning: Way
     tuned_by: Way | None
+    alike: float | None = None  # % of test images on which references predict the same
 
 
 def outcome(scores: dict[int, FinalScore], method: type[Method[Any]], config: Config) -> Outcome:
@@ -57,6 +58,7 @@ def outcome(scores: dict[int, FinalScore], method: type[Method[Any]], config: Co
     chosen = gentle if chosen is None else chosen
     better = validation[:, chosen] > validation[:, 0]
     held = sum(scores[c].validation_images for c in clients)
+    alike = [100 * s.alike / s.test_images for s in scores.values() if s.alike is not None]
     scored = {"before_ft": 0, "after_ft": chosen}
     if tuned is not None:
         scored["after_ft_tuned"] = tuned
@@ -70,6 +72,7 @@ def outcome(scores: dict[int, FinalScore], method: type[Method[Any]], config: Co
         {k: 100 * int(validation[:, i].sum()) / held for k, i in scored.items() if held},
         tried[chosen],
         None if tuned is None else tried[tuned],
+        float(np.mean(alike)) if alike else None,
     )
 
 
@@ -106,6 +109,7 @@ def summary_entry(
         "spread_before_ft": round(float(result.before.std()), 4),
         "spread_after_ft": round(float(result.after.std()), 4),
         "validation": {key: round(value, 4) for key, value in result.validation.items()},
+        "agreement_with_last_upload": None if result.alike is None else round(result.alike, 4),
         "fine_tuning": _way(result.fine_tuning),
         "fine_tuning_tuned": _way(result.tuned_by),
         **more,

@@ -1,0 +1,32 @@
+"""Are generated weights more than copies of uploads?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BLOCK = 8192  # columns read at a time
+
+
+def novelty(generated: Tensor, newest: Tensor, uploads: Tensor) -> Tensor:
+    """How far clients' generated weights are from the nearest upload [M].
+
+    In units of the distance that the client's newest upload has to the nearest other one: 0 is
+    a copy, 1 as new as one more round of training (weight_memorization, arXiv 2506.07998, asks
+    for such a ratio). NaN where uploads coincide.
+
+    Args:
+        generated: [M, P]. newest: each client's row among ``uploads`` [N, P], [M].
+    """
+    ours, theirs = generated.shape[0], len(newest)
+    squared = torch.zeros(ours + theirs, len(uploads), dtype=torch.float64)
+    for start in range(0, uploads.shape[1], _BLOCK):
+        block = slice(start, start + _BLOCK)
+        origin = uploads[0, block].double()  # close to all: nothing cancels in the squares
+        all_of_them = uploads[:, block].double() - origin
+        rows = torch.cat([generated[:, block].double() - origin, all_of_them[newest]])
+        squared -= 2 * rows @ all_of_them.T
+        squared += rows.square().sum(1)[:, None] + all_of_them.square().sum(1)
+    squared[torch.arange(ours, ours + theirs), newest] = torch.inf
+    nearest = squared.clamp(min=0).sqrt().amin(1)
+    return nearest[:ours] / nearest[ours:].where(nearest[ours:] > 0, torch.nan)

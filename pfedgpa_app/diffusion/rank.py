@@ -1,0 +1,127 @@
+"""How many directions clients' weights share: rules that need no data, labels or groups.
+
+All look at the clients' mean classifiers: what clients share shows most clearly in the last
+layer, and the mean over rounds leaves little of SGD's noise.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.diffusion.autoencoder import Deltas
+from pfedgpa_app.diffusion.directions import client_means
+from pfedgpa_app.randomness import torch_generator
+
+RULES = ("head-gap", "shrinkage", "cross-validation", "likelihood")
+_SPLITS = 40  # of clients and weights in cross-validation
+
+
+def choose_rank(rule: str, deltas: Deltas, head: slice, clients: Tensor, seed: int) -> int:
+    """The latent rank by ``rule``: at least 2, at most clients − 1.
+
+    Args:
+        rule: ``head-gap``: eigenvalues of the mean classifiers' Gram matrix above twice their
+            median; what each client merely memorised spreads evenly over directions.
+            ``shrinkage``: above the optimal hard threshold for a matrix of that shape (Gavish
+            and Donoho 2014), which is the same where classifiers are far larger than clients
+            are many. ``cross-validation``: the least error in predicting held-out weights of
+            held-out clients from the rest (Owen and Perry 2009). ``likelihood``: the largest
+            likelihood of a held-out client under the others' probabilistic PCA.
+        head: the classifier's columns. clients: [N], of the deltas' rows.
+
+    Raises:
+        ValueError: no such rule.
+    """
+    if rule not in RULES:
+        raise ValueError(f"no rank rule called {rule!r}; there are {', '.join(RULES)}")
+    means = client_means(clients)
+    n, p = len(means), len(range(*head.indices(deltas.vectors.shape[1])))
+    if n < 3:
+        return max(1, n - 1)
+    if rule == "cross-validation":
+        rank = _cross_validated(deltas, head, means, seed)
+    else:
+        gram = means @ deltas.gram(head) @ means.T
+        if rule == "likelihood":
+            rank = _likeliest(gram, p)
+        else:
+            eigenvalues = torch.linalg.eigvalsh(gram).flip(0)[: n - 1]
+            times = 2.0 if rule == "head-gap" else hard_threshold((n - 1) / p)
+            rank = int((eigenvalues > times * eigenvalues.median()).sum())
+    return min(max(2, rank), n - 1)
+
+
+def hard_threshold(aspect: float) -> float:
+    """Gavish and Donoho's ω(β)², in units of the median eigenvalue, for n/p = ``aspect``.
+
+    λ*(β)² over the median of the Marchenko-Pastur law, found by numerical integration;
+    2 for β → 0, 8.2 (ω = 2.858) for a square matrix.
+    """
+    beta = min(aspect, 1 / aspect)
+    largest = 2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1))
+    low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
+    angle = torch.linspace(0, math.pi, 20_001, dtype=torch.float64)
+    x = (low + high) / 2 - (high - low) / 2 * angle.cos()  # ends, where the density is steep, fine
+    density = (high - x).clamp(min=0).sqrt() * (x - low).clamp(min=0).sqrt() / x.clamp(min=1e-12)
+    mass = (density * angle.sin()).cumsum(0)
+    median = float(x[int(torch.searchsorted(mass, mass[-1] / 2))])
+    return largest / median
+
+
+def _cross_validated(deltas: Deltas, head: slice, means: Tensor, seed: int) -> int:
+    """The rank whose prediction B D_k⁺ C of held-out blocks A of the client means errs least."""
+    generator = torch_generator(seed, "rank")
+    n = len(means)
+    table = means @ deltas.columns(head)
+    most = n // 2 - 1
+    errors = torch.zeros(most + 1, dtype=torch.float64)
+    for _ in range(_SPLITS):
+        rows = torch.randperm(n, generator=generator)
+        columns = torch.randperm(table.shape[1], generator=generator)
+        out, kept = rows[: n // 2], rows[n // 2 :]
+        seen, hidden = columns[: len(columns) // 2], columns[len(columns) // 2 :]
+        others = table[kept] - table[kept].mean(0)
+        left = table[out] - table[kept].mean(0)
+        u, s, v = torch.linalg.svd(others[:, seen], full_matrices=False)
+        scores = left[:, seen] @ v.T[:, :most] / s[:most]  # B V_k S_k⁻¹
+        parts = u.T[:most] @ others[:, hidden]
+        predicted = torch.zeros_like(left[:, hidden])
+        errors[0] += left[:, hidden].square().sum()
+        for k in range(most):
+            predicted = predicted + scores[:, k : k + 1] * parts[k]
+            errors[k + 1] += (left[:, hidden] - predicted).square().sum()
+    return int(errors.argmin())
+
+
+def _likeliest(gram: Tensor, size: int) -> int:
+    """The rank under whose probabilistic PCA clients, each held out in turn, are likeliest.
+
+    Args:
+        gram: inner products [n, n] of clients' means of ``size`` numbers each.
+    """
+    n = len(gram)
+    total = torch.zeros(n - 2, dtype=torch.float64)
+    for out in range(n):
+        kept = [i for i in range(n) if i != out]
+        centre = torch.zeros(n, n, dtype=torch.float64)
+        centre[:, kept] = 1 / (n - 1)
+        centred = (torch.eye(n, dtype=torch.float64) - centre) @ gram
+        centred = centred @ (torch.eye(n, dtype=torch.float64) - centre).T
+        values, vectors = torch.linalg.eigh(centred[kept][:, kept])
+        values, vectors = values.flip(0)[: n - 2].clamp(min=1e-300), vectors.flip(1)[:, : n - 2]
+        scores = (centred[out, kept] @ vectors).square() / values  # squared, along each axis
+        variances, length = values / (n - 1), centred[out, out]
+        for k in range(1, n - 2):
+            left = size - k
+            noise = variances[k:].sum() / left
+            total[k] -= 0.5 * (
+                variances[:k].log().sum()
+                + left * noise.log()
+                + (scores[:k] / variances[:k]).sum()
+                + (length - scores[:k].sum()) / noise
+            )
+    total[0] = -math.inf
+    return int(total.argmax())
