@@ -247,7 +247,8 @@ class TestInversion:
 
 
 class TestTraining:
-    def test_network_learns_a_gaussian(self) -> None:
+    @pytest.mark.parametrize("tokens", [None, (2, 2)])
+    def test_network_learns_a_gaussian(self, tokens: tuple[int, int] | None) -> None:
         dimensions = 4
         variances = torch.tensor([2.0, 1.0, 0.5, 0.1])
         latents = torch.randn(2000, dimensions, generator=generator(1)) * variances.sqrt()
@@ -255,9 +256,10 @@ class TestTraining:
             latents,
             torch.zeros(dimensions),
             SCHEDULE,
-            FitSettings(fit_steps=1200, width=128, blocks=2),
+            FitSettings(fit_steps=1200, width=128 if tokens is None else 32, blocks=2),
             0,
             torch.device("cpu"),
+            tokens,
         )
         exact = GaussianDenoiser(torch.zeros(dimensions), torch.diag(variances), SCHEDULE)
         errors = []

@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pfedgpa_app.diffusion.autoencoder import LinearAutoencoder, remove_drift
+from pfedgpa_app.diffusion.autoencoder import (
+    Deltas,
+    LayeredAutoencoder,
+    LinearAutoencoder,
+    remove_drift,
+)
 from pfedgpa_app.diffusion.buffer import Buffer, Layout
+from pfedgpa_app.diffusion.convolutional import ConvolutionalAutoencoder, ConvolutionalSettings
 from pfedgpa_app.diffusion.copies import novelty
-from pfedgpa_app.diffusion.directions import principal_directions
+from pfedgpa_app.diffusion.directions import client_means, principal_directions
 from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
 from pfedgpa_app.diffusion.rank import RULES, choose_rank, hard_threshold
 
@@ -169,6 +175,46 @@ class TestAutoencoder:
             errors.append(float((coder.decode(coder.encode(rows)) - rows).square().sum()))
         assert errors == sorted(errors, reverse=True)
 
+    def test_layers_are_coded_each_by_itself(self) -> None:
+        layout, vectors, rounds, clients = buffer(uploads()).stack()
+        deltas = remove_drift(vectors, rounds, clients)
+        assert layout.layers() == [slice(0, 600), slice(600, 620), slice(620, 720)]
+        means = client_means(clients)  # what clients differ in: 11 directions in every layer
+        coder = LayeredAutoencoder.fit(deltas, layout.layers(), means.T)
+        assert coder.tokens == (3, CLIENTS - 1)
+        rows = deltas.rows(torch.arange(len(deltas)))
+        latents = coder.encode(rows)
+        assert torch.allclose(coder.encode_all(deltas), latents, atol=1e-4)
+        changed = rows.clone()
+        changed[:, :600] += 1
+        same = coder.encode(changed).split(CLIENTS - 1, 1)
+        for layer, before in enumerate(latents.split(CLIENTS - 1, 1)):
+            assert torch.allclose(same[layer], before, atol=1e-4) == (layer > 0)
+        inside = (means.float() @ rows).repeat(2, 1)
+        assert torch.allclose(coder.decode(coder.encode(inside)), inside, atol=1e-4)
+
+    def test_layers_with_one_name_are_neighbours_only(self) -> None:
+        like = {name: torch.zeros(2) for name in ("a.weight", "a.bias", "b.weight", "a.other", "c")}
+        layers = Layout.of(like).layers()
+        assert layers == [slice(0, 4), slice(4, 6), slice(6, 8), slice(8, 10)]
+
+    def test_convolutional_learns_to_reconstruct_what_it_has_latents_for(self) -> None:
+        # three directions, in 4,000 weights of two tensors of very different size
+        rng = torch.Generator().manual_seed(0)
+        scores, axes = torch.randn(64, 3, generator=rng), torch.randn(3, 4_000, generator=rng)
+        rows = scores @ axes
+        rows[:, 3_000:] *= 1e-3
+        deltas = Deltas(rows, torch.zeros(1, 4_000), torch.zeros(64, dtype=torch.long), (1,))
+        layout = Layout.of({"a": torch.zeros(3_000), "b": torch.zeros(1_000)})
+        few = ConvolutionalSettings(latents=8, steps=400, latent_noise=0.02, chunk=2048)
+        coder = ConvolutionalAutoencoder.fit(deltas, layout, few, 0, torch.device("cpu"))
+        assert coder.tokens == (2, 8)
+        latents = coder.encode_all(deltas)
+        assert torch.allclose(latents.std(0, correction=0), torch.ones(16), atol=1e-3)
+        error = coder.decode(latents) - rows
+        for part in (slice(0, 3_000), slice(3_000, None)):
+            assert error[:, part].square().mean() < 0.1 * rows[:, part].square().mean()
+
 
 class TestRank:
     @pytest.mark.parametrize("rule", RULES)
@@ -245,6 +291,18 @@ class TestDistribution:
             ({"denoiser": "finite-set"}, 1e-3),
             ({"denoiser": "gaussian"}, 1e-3),
             ({"denoiser": "mlp", "fit_steps": 50, "width": 32}, 1e-2),
+            ({"autoencoder": "layers"}, 1e-3),
+            (
+                {
+                    "autoencoder": "layers",
+                    "denoiser": "transformer",
+                    "fit_steps": 20,
+                    "width": 16,
+                    "blocks": 1,
+                },
+                1e-2,
+            ),
+            ({"autoencoder": "conv", "autoencoder_steps": 20, "chunk_latents": 4}, 1e-2),
         ],
     )
     def test_permuting_clients_permutes_the_output(

@@ -1,4 +1,4 @@
-"""From uploads to few numbers and back: drift removal and the exact linear autoencoder.
+"""From uploads to few numbers and back: drift removal and the exact linear autoencoders.
 
 Only N uploads exist, so everything about P weights is known from N×N inner products;
 weights are read in blocks of columns and no P×P matrix is ever made.
@@ -6,8 +6,9 @@ weights are read in blocks of columns and no P×P matrix is ever made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class Deltas:
     index: Tensor
     rounds: tuple[int, ...]
 
+    def __len__(self) -> int:
+        return len(self.vectors)
+
     def columns(self, block: slice) -> Tensor:
         """[N, block] in float64."""
         return (self.vectors[:, block] - self.means[self.index, block]).double()
@@ -40,6 +44,10 @@ class Deltas:
     def rows(self, rows: Tensor) -> Tensor:
         """[len(rows), P] in float32."""
         return self.vectors[rows] - self.means[self.index[rows]]
+
+    def part(self, columns: slice) -> Deltas:
+        """Only some ``columns``; no weight is copied."""
+        return Deltas(self.vectors[:, columns], self.means[:, columns], self.index, self.rounds)
 
     def gram(self, columns: slice = slice(None)) -> Tensor:
         """Inner products [N, N] in float64, over all weights or some ``columns``."""
@@ -72,6 +80,16 @@ def remove_drift(vectors: Tensor, rounds: Tensor, clients: Tensor) -> Deltas:
     return Deltas(vectors, means, index, tuple(int(x) for x in names))
 
 
+def root_mean_squares(deltas: Deltas, sizes: Sequence[int]) -> Tensor:
+    """For every weight [P], the root mean square of all deltas of its tensor; 1 if they are 0."""
+    sums = torch.cat(
+        [deltas.columns(block).square().sum(0) for block in _blocks(deltas.vectors.shape[1])]
+    )
+    each = [tensor.mean().div(len(deltas.vectors)).sqrt() for tensor in sums.split(list(sizes))]
+    scales = torch.stack(each).float()
+    return scales.where(scales > 0, 1.0).repeat_interleave(torch.tensor(sizes))
+
+
 def principal_axes(gram: Tensor, combinations: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """Orthonormal directions within a span, along which the deltas are uncorrelated.
 
@@ -90,6 +108,29 @@ def principal_axes(gram: Tensor, combinations: Tensor, floor: float = 0.0) -> tu
     projected = gram @ orthonormal
     variances, rotation = torch.linalg.eigh(projected.T @ projected / len(gram))
     return orthonormal @ rotation.flip(1), variances.flip(0).clamp(min=0).sqrt()
+
+
+class Autoencoder(Protocol):
+    """Deltas [M, P] to latents [M, k] of unit variance over the uploads, and back.
+
+    Attributes:
+        tokens: k as (tokens, numbers in each), for denoisers that look at tokens.
+    """
+
+    @property
+    def tokens(self) -> tuple[int, int]: ...
+
+    def encode(self, deltas: Tensor) -> Tensor:
+        """[M, P] → [M, k]."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[M, k] → [M, P]."""
+
+    def encode_all(self, deltas: Deltas) -> Tensor:
+        """Every upload's latent [N, k], read by blocks."""
+
+    def latent_noise(self, input_noise: float) -> Tensor:
+        """What noise of ``input_noise`` × the deltas' spread on every weight is in latents [k]."""
 
 
 @dataclass(frozen=True)
@@ -124,21 +165,79 @@ class LinearAutoencoder:
         spread = float((gram.trace().clamp(min=0) / (n * p)).sqrt())
         return cls(components, deviations.float(), spread)
 
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """One token a direction."""
+        return len(self.scale), 1
+
     def encode(self, deltas: Tensor) -> Tensor:
-        """[M, P] → [M, k]."""
         return deltas @ self.components.T / self.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[M, k] → [M, P]."""
         return (latents * self.scale) @ self.components
 
     def encode_all(self, deltas: Deltas) -> Tensor:
-        """Every upload's latent [N, k], read by blocks."""
         latents = torch.zeros(len(deltas.vectors), len(self.scale), dtype=torch.float64)
         for block in _blocks(self.components.shape[1]):
             latents.addmm_(deltas.columns(block), self.components[:, block].double().T)
         return (latents / self.scale.double()).float()
 
     def latent_noise(self, input_noise: float) -> Tensor:
-        """What noise of ``input_noise`` × the deltas' spread on every weight is in latents [k]."""
         return input_noise * self.spread / self.scale
+
+
+@dataclass(frozen=True)
+class LayeredAutoencoder:
+    """The exact linear autoencoder of every layer by itself: one token a layer.
+
+    A layer that spans fewer directions than others has latents that are always 0.
+    """
+
+    layers: tuple[LinearAutoencoder, ...]
+    columns: tuple[slice, ...]
+    rank: int
+
+    @classmethod
+    def fit(
+        cls, deltas: Deltas, columns: Sequence[slice], combinations: Tensor
+    ) -> LayeredAutoencoder:
+        """On the span of ``combinations`` [N, K] of each layer's deltas.
+
+        Args:
+            columns: where each layer lies.
+        """
+        parts = [deltas.part(layer) for layer in columns]
+        fitted = [LinearAutoencoder.fit(part, part.gram(), combinations) for part in parts]
+        return cls(tuple(fitted), tuple(columns), max(len(layer.scale) for layer in fitted))
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """One token a layer."""
+        return len(self.layers), self.rank
+
+    def _joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Layers' latents [..., k_l ≤ rank] as one [..., layers · rank]."""
+        return torch.cat(
+            [torch.nn.functional.pad(part, (0, self.rank - part.shape[-1])) for part in parts], -1
+        )
+
+    def encode(self, deltas: Tensor) -> Tensor:
+        pairs = zip(self.layers, self.columns, strict=True)
+        return self._joined([layer.encode(deltas[:, where]) for layer, where in pairs])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        end = max(where.stop for where in self.columns)
+        if not self.rank:
+            return torch.zeros(len(latents), end, dtype=latents.dtype)
+        deltas = torch.zeros(len(latents), end, dtype=latents.dtype)
+        parts = latents.split(self.rank, dim=1)
+        for layer, where, part in zip(self.layers, self.columns, parts, strict=True):
+            deltas[:, where] = layer.decode(part[:, : len(layer.scale)])
+        return deltas
+
+    def encode_all(self, deltas: Deltas) -> Tensor:
+        pairs = zip(self.layers, self.columns, strict=True)
+        return self._joined([layer.encode_all(deltas.part(where)) for layer, where in pairs])
+
+    def latent_noise(self, input_noise: float) -> Tensor:
+        return self._joined([layer.latent_noise(input_noise) for layer in self.layers])

@@ -62,6 +62,17 @@ class Layout:
         part = Layout(self.names[first:], self.shapes[first:], self.dtypes[first:])
         return part, slice(sum(self.sizes[:first]), None)
 
+    def layers(self) -> list[slice]:
+        """Where each layer's tensors lie: neighbours that share a name up to its last dot."""
+        found: list[slice] = []
+        end, before = 0, None
+        for name, size in zip(self.names, self.sizes, strict=True):
+            layer = name.rpartition(".")[0] or name
+            start = found.pop().start if layer == before else end
+            end, before = end + size, layer
+            found.append(slice(start, end))
+        return found
+
     def head(self) -> slice:
         """Where the last matrix-shaped tensor lies: the classifier of a feed-forward network."""
         end = 0

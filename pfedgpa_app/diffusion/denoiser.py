@@ -65,6 +65,27 @@ class FiniteSetDenoiser:
         return self.schedule.eps_from_clean(z, clean, t)
 
 
+class Time(nn.Module):
+    """What a network knows of t [M]: a sinusoidal embedding through two layers, [M, width]."""
+
+    EMBEDDING = 64
+
+    def __init__(self, width: int, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.net = nn.Sequential(
+            nn.Linear(self.EMBEDDING, width), nn.SiLU(), nn.Linear(width, width)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.EMBEDDING // 2
+        rates = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+        angles = (t * (1000 / self.steps))[:, None] * rates
+        embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+        out: Tensor = self.net(embedding.to(next(self.parameters()).dtype))
+        return out
+
+
 class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -83,28 +104,46 @@ class ResidualMLP(nn.Module):
     Nothing is clipped: weights have no natural range.
     """
 
-    EMBEDDING = 64
-
     def __init__(self, dimensions: int, width: int, blocks: int, steps: int) -> None:
         super().__init__()
-        self.steps = steps
-        self.time = nn.Sequential(
-            nn.Linear(self.EMBEDDING, width), nn.SiLU(), nn.Linear(width, width)
-        )
+        self.time = Time(width, steps)
         self.inward = nn.Linear(dimensions, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
         self.outward = nn.Linear(width, dimensions)
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        half = self.EMBEDDING // 2
-        rates = torch.exp(-math.log(10_000) * torch.arange(half, device=z.device) / half)
-        angles = (t * (1000 / self.steps))[:, None] * rates
-        time = self.time(torch.cat([angles.sin(), angles.cos()], dim=1).to(z.dtype))
+        time = self.time(t)
         h = self.inward(z)
         for block in self.blocks:
             h = block(h, time)
         out: Tensor = self.outward(h)
         return out
+
+
+class TokenTransformer(nn.Module):
+    """v-prediction from z_t [M, tokens · size] and t [M]: attention between tokens.
+
+    A token is what the autoencoder says it is: a direction, a layer, or a chunk of the weights.
+    """
+
+    HEADS = 4
+
+    def __init__(self, tokens: tuple[int, int], width: int, blocks: int, steps: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.time = Time(width, steps)
+        self.inward = nn.Linear(tokens[1], width)
+        self.place = nn.Parameter(0.02 * torch.randn(tokens[0], width))
+        layer = nn.TransformerEncoderLayer(
+            width, self.HEADS, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False)
+        self.outward = nn.Linear(width, tokens[1])
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        h = self.inward(z.view(-1, *self.tokens)) + self.place + self.time(t)[:, None]
+        out: Tensor = self.outward(self.blocks(h))
+        return out.flatten(1)
 
 
 class NetworkDenoiser:

@@ -9,17 +9,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from pfedgpa_app.diffusion.autoencoder import Deltas, LinearAutoencoder, remove_drift
+from pfedgpa_app.diffusion.autoencoder import (
+    Autoencoder,
+    Deltas,
+    LayeredAutoencoder,
+    LinearAutoencoder,
+    remove_drift,
+)
 from pfedgpa_app.diffusion.buffer import Buffer, Weights
+from pfedgpa_app.diffusion.convolutional import ConvolutionalAutoencoder, ConvolutionalSettings
 from pfedgpa_app.diffusion.denoiser import (
     Denoiser,
     FiniteSetDenoiser,
     GaussianDenoiser,
     NetworkDenoiser,
     ResidualMLP,
+    TokenTransformer,
 )
 from pfedgpa_app.diffusion.directions import (
     newest_rows,
@@ -36,6 +44,9 @@ from pfedgpa_app.randomness import torch_generator
 class FitSettings:
     """How a weight distribution is learned; see ``PFedGPASettings`` for the meanings."""
 
+    autoencoder: str = "linear"
+    chunk_latents: int = 16
+    autoencoder_steps: int = 1500
     rank: int | None = None
     rank_rule: str = "shrinkage"
     directions: str = "shared"
@@ -73,9 +84,11 @@ def fit_network(
     settings: FitSettings,
     seed: int,
     device: torch.device,
+    tokens: tuple[int, int] | None = None,
 ) -> NetworkDenoiser:
-    """Train a residual MLP on the DDPM objective in its v-form, by AdamW with one cycle and EMA.
+    """Train a residual MLP, or a transformer over ``tokens``, by AdamW with one cycle and EMA.
 
+    On the DDPM objective in its v-form:
     E‖v − v_φ(√ᾱ_t z + √(1−ᾱ_t) ε, t)‖², t uniform in 1..T, z a latent plus the augmentation.
 
     Args:
@@ -89,9 +102,11 @@ def fit_network(
     latents, noise = latents[order].to(device), noise.to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        network = ResidualMLP(latents.shape[1], settings.width, settings.blocks, schedule.steps).to(
-            device
+        shape = settings.width, settings.blocks, schedule.steps
+        network: nn.Module = (
+            TokenTransformer(tokens, *shape) if tokens else ResidualMLP(latents.shape[1], *shape)
         )
+        network = network.to(device)
 
     def follow(averaged: Any, current: Any, updates: Any) -> None:
         """An average that warms up: early weights must not linger in a short training."""
@@ -143,6 +158,24 @@ class WeightDistribution:
         deltas = remove_drift(vectors, self.rounds, self.clients)
         self.anchor = deltas.means[-1]
         self.schedule = Schedule(settings.diffusion_steps, settings.schedule)
+        self.autoencoder = self._autoencoder(deltas, settings, torch.device(device))
+        self.latents = self.autoencoder.encode_all(deltas)
+        self.rank = self.latents.shape[1]  # less than asked for where uploads span less
+        self.newest = sorted(buffer.newest())
+        self._newest_deltas = _newest_deltas(buffer, deltas)
+        self.newest_latents = self.autoencoder.encode(self._newest_deltas)
+        self.strength = self._strength(settings)
+        self.denoiser = self._fit(settings, torch.device(device))
+
+    def _autoencoder(
+        self, deltas: Deltas, settings: FitSettings, device: torch.device
+    ) -> Autoencoder:
+        seed = self.seed
+        if settings.autoencoder == "conv":
+            training = ConvolutionalSettings(
+                settings.chunk_latents, settings.autoencoder_steps, input_noise=settings.input_noise
+            )
+            return ConvolutionalAutoencoder.fit(deltas, self.layout, training, seed, device)
         head = self.layout.head()
         gram, head_gram = deltas.gram(), deltas.gram(head)
         rank = settings.rank or choose_rank(settings.rank_rule, deltas, head, self.clients, seed)
@@ -159,14 +192,9 @@ class WeightDistribution:
                 blur=settings.latent_noise,
                 seed=seed,
             )
-        self.autoencoder = LinearAutoencoder.fit(deltas, gram, combinations)
-        self.rank = len(self.autoencoder.scale)  # less than asked for where uploads span less
-        self.latents = self.autoencoder.encode_all(deltas)
-        self.newest = sorted(buffer.newest())
-        self._newest_deltas = _newest_deltas(buffer, deltas)
-        self.newest_latents = self.autoencoder.encode(self._newest_deltas)
-        self.strength = self._strength(settings)
-        self.denoiser = self._fit(settings, torch.device(device))
+        if settings.autoencoder == "layers":
+            return LayeredAutoencoder.fit(deltas, self.layout.layers(), combinations)
+        return LinearAutoencoder.fit(deltas, gram, combinations)
 
     def _strength(self, settings: FitSettings) -> int:
         if settings.strength is not None:
@@ -189,8 +217,9 @@ class WeightDistribution:
         if settings.denoiser == "finite-set":
             return FiniteSetDenoiser(self.latents, self.schedule, blur=settings.latent_noise)
         with _one_thread(device):
+            tokens = self.autoencoder.tokens if settings.denoiser == "transformer" else None
             return fit_network(
-                self.latents, augmentation, self.schedule, settings, self.seed, device
+                self.latents, augmentation, self.schedule, settings, self.seed, device, tokens
             )
 
     def generate(

@@ -31,7 +31,7 @@ from pfedgpa_app.models import Weights, last_layers
 from pfedgpa_app.settings import ConfigError, setting
 from pfedgpa_app.training import device_for
 
-DENOISERS = ("mlp", "gaussian", "finite-set")
+DENOISERS = ("mlp", "transformer", "gaussian", "finite-set")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,13 @@ class PFedGPASettings:
     )
     round_layers: int = setting(1, "the same, at the end of a round that others follow", low=0)
     buffer_rounds: int = setting(20, "uploads of so many newest rounds are learned from", low=1)
+    autoencoder: str = setting(
+        "linear",
+        "the exact linear one, of the whole or of each of its layers, or the paper's convolutional",
+        choices=("linear", "layers", "conv"),
+    )
+    chunk_latents: int = setting(16, "conv: latents for every 16,384 weights", low=1)
+    autoencoder_steps: int = setting(1500, "conv: optimiser steps", low=1)
     rank: int | None = setting(None, "latent dimensions; auto: by rank-rule", low=1)
     rank_rule: str = setting(
         "shrinkage", "how clients' mean classifiers tell the rank", choices=RULES
@@ -72,7 +79,7 @@ class PFedGPASettings:
         0.0, "share of what the autoencoder cannot express that is added back", low=0, high=1
     )
     denoiser: str = setting(
-        "mlp", "of the last generation: the trained network, or a closed form", choices=DENOISERS
+        "mlp", "of the last generation: a trained network, or a closed form", choices=DENOISERS
     )
     round_denoiser: str = setting(
         "gaussian", "of the rounds', which are fitted anew each time", choices=DENOISERS

@@ -30,7 +30,7 @@ from pfedgpa_app.training import cross_entropy, drawn, pull_to, sgd_step
 class PFedMeSettings(MethodSettings):
     """The two problems' step sizes, and what binds them."""
 
-    learning_rate: float = setting(0.005, "η, the step of w_i", above=0)
+    learning_rate: float = setting(0.005, "η, the step of w_i", above=0, grid=(0.005, 0.02, 0.06))
     personal_learning_rate: float = setting(
         0.09, "the step of the inner problem", above=0, grid=(0.02, 0.05, 0.09)
     )
@@ -44,7 +44,7 @@ class PFedMe(Averaging[Shared]):
 
     title = "pFedMe"
     settings = PFedMeSettings
-    tuned = ("personal-learning-rate",)
+    tuned = ("learning-rate", "personal-learning-rate")
 
     @classmethod
     def check(cls, config: Config) -> None:

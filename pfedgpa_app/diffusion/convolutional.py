@@ -1,0 +1,162 @@
+"""The paper's autoencoder: 1-D convolutions over the weights, trained with noise (p-diff).
+
+Wang et al. 2024 (arXiv 2402.13144) train it on the weights and add noise to its input and its
+latent. Here weights are scaled tensor by tensor and cut into chunks, each with latents of its
+own, so that cost grows linearly with a network's size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pfedgpa_app.diffusion.autoencoder import Deltas, root_mean_squares
+from pfedgpa_app.diffusion.buffer import Layout
+from pfedgpa_app.randomness import torch_generator
+
+_ROWS = 32  # uploads a training step, and encoded or decoded at a time
+
+
+@dataclass(frozen=True)
+class ConvolutionalSettings:
+    """How it is trained; noise in units of the scaled weights and of the latents, in (−1, 1)."""
+
+    latents: int = 16  # a chunk
+    steps: int = 1500
+    learning_rate: float = 1e-2
+    input_noise: float = 0.001
+    latent_noise: float = 0.1
+    chunk: int = 16_384  # weights
+
+
+class ConvolutionalNetwork(nn.Module):
+    """Chunks [B, C, chunk] to latents [B, C, d] in (−1, 1) and back.
+
+    Convolutions are shared by all chunks; between them and the latents each chunk has a matrix
+    of its own. Nothing is normalised: the scale of a weight is what it is about.
+    """
+
+    CHANNELS = (8, 32)
+    STRIDES = (8, 4)
+
+    def __init__(self, chunks: int, chunk: int, latents: int) -> None:
+        super().__init__()
+        self.chunks, self.chunk = chunks, chunk
+        (a, b), (s, t) = self.CHANNELS, self.STRIDES
+        self.down = nn.Sequential(
+            nn.Conv1d(1, a, 2 * s, s, s // 2),
+            nn.LeakyReLU(0.2),
+            nn.Conv1d(a, b, 2 * t, t, t // 2),
+            nn.LeakyReLU(0.2),
+        )
+        self.up = nn.Sequential(
+            nn.LeakyReLU(0.2),
+            nn.ConvTranspose1d(b, a, 2 * t, t, t // 2),
+            nn.LeakyReLU(0.2),
+            nn.ConvTranspose1d(a, 1, 2 * s, s, s // 2),
+        )
+        features = b * chunk // (s * t)
+        self.inward = nn.Parameter(torch.randn(chunks, features, latents) / features**0.5)
+        self.outward = nn.Parameter(torch.randn(chunks, latents, features) / latents**0.5)
+
+    def encode(self, x: Tensor) -> Tensor:
+        h = self.down(x.reshape(-1, 1, self.chunk)).view(len(x), self.chunks, -1)
+        return torch.einsum("bcf,cfd->bcd", h, self.inward).tanh()
+
+    def decode(self, z: Tensor) -> Tensor:
+        h = torch.einsum("bcd,cdf->bcf", z, self.outward)
+        out: Tensor = self.up(h.reshape(len(z) * self.chunks, self.CHANNELS[-1], -1))
+        return out.view(len(z), self.chunks, self.chunk)
+
+
+class ConvolutionalAutoencoder:
+    """Deltas to the network's latents at unit variance, and back."""
+
+    def __init__(
+        self, network: ConvolutionalNetwork, scale: Tensor, settings: ConvolutionalSettings
+    ) -> None:
+        """``scale`` [P]: what each weight's delta is divided by."""
+        self.network, self.scale, self.settings = network, scale, settings
+        self.mean = torch.zeros(network.chunks * settings.latents)
+        self.deviation = torch.ones_like(self.mean)
+
+    @classmethod
+    def fit(
+        cls,
+        deltas: Deltas,
+        layout: Layout,
+        settings: ConvolutionalSettings,
+        seed: int,
+        device: torch.device,
+    ) -> ConvolutionalAutoencoder:
+        """Train on all deltas; O(steps · P) whatever their number."""
+        p = deltas.vectors.shape[1]
+        chunk = min(settings.chunk, -(-p // 32) * 32)  # whole strides
+        generator = torch_generator(seed, "autoencoder")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+            network = ConvolutionalNetwork(-(-p // chunk), chunk, settings.latents).to(device)
+        coder = cls(network, root_mean_squares(deltas, layout.sizes), settings)
+        optimiser = torch.optim.AdamW(
+            network.parameters(), settings.learning_rate, weight_decay=0.0
+        )
+        cycle = torch.optim.lr_scheduler.OneCycleLR(
+            optimiser, settings.learning_rate, total_steps=max(2, settings.steps)
+        )
+        lengths = torch.stack([deltas.rows(torch.tensor([r])).norm() for r in range(len(deltas))])
+        order = lengths.argsort(stable=True)  # by content, not by client
+        for _ in range(settings.steps):
+            rows = order[torch.randint(len(deltas), (_ROWS,), generator=generator)]
+            x = coder._chunked(deltas.rows(rows)).to(device)
+            jitter = torch.randn(x.shape, generator=generator).to(device)
+            z = network.encode(x + settings.input_noise * jitter)
+            noise = torch.randn(z.shape, generator=generator).to(device)
+            loss = F.mse_loss(network.decode(z + settings.latent_noise * noise), x)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            cycle.step()
+        network.eval().requires_grad_(False)
+        raw = coder.encode_all(deltas)
+        coder.mean, coder.deviation = raw.mean(0), raw.std(0, correction=0).clamp_min(1e-6)
+        return coder
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """One token a chunk."""
+        return self.network.chunks, self.settings.latents
+
+    def _chunked(self, deltas: Tensor) -> Tensor:
+        """[M, P] → scaled [M, chunks, chunk]; what is left of the last chunk is 0."""
+        whole = self.network.chunks * self.network.chunk
+        padded = F.pad(deltas / self.scale, (0, whole - deltas.shape[1]))
+        return padded.view(len(deltas), self.network.chunks, self.network.chunk)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.network.inward.device
+
+    def encode(self, deltas: Tensor) -> Tensor:
+        parts = [
+            self.network.encode(self._chunked(some).to(self._device)).flatten(1).cpu()
+            for some in deltas.split(_ROWS)
+        ]
+        return (torch.cat(parts) - self.mean) / self.deviation
+
+    def decode(self, latents: Tensor) -> Tensor:
+        z = (latents * self.deviation + self.mean).view(-1, *self.tokens)
+        parts = [
+            self.network.decode(some.to(self._device)).flatten(1).cpu()[:, : len(self.scale)]
+            for some in z.split(_ROWS)
+        ]
+        return torch.cat(parts) * self.scale
+
+    def encode_all(self, deltas: Deltas) -> Tensor:
+        rows = torch.arange(len(deltas)).split(_ROWS)
+        return torch.cat([self.encode(deltas.rows(some)) for some in rows])
+
+    def latent_noise(self, input_noise: float) -> Tensor:
+        return torch.zeros_like(self.deviation)  # its input noise is in its own training
