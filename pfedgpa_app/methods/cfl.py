@@ -38,7 +38,12 @@ class ClusteredSettings(MethodSettings):
         low=0,
         grid=(0.4, 0.8, 1.6),
     )
-    eps2: float = setting(1.6, "ε₂: a client still pulls above this norm of its update", low=0)
+    eps2: float = setting(
+        1.6,
+        "ε₂: a client still pulls above this norm of its update",
+        low=0,
+        grid=(0.4, 0.8, 1.6),
+    )
     first_round: int = setting(20, "no split before this round", low=1)
     linkage: str = setting(
         "complete", "how updates are cut in two", choices=("complete", "single", "average")
@@ -68,7 +73,7 @@ class ClusteredFL(Method[list[Cluster]]):
 
     title = "clustered FL"
     settings = ClusteredSettings
-    tuned = ("eps1",)
+    tuned = ("eps2", "eps1")
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> list[Cluster]:
