@@ -58,7 +58,8 @@ class Visit:
     def task(self) -> ClientTask:
         """What it needs to train."""
         model, draws = build_model(self.config), partial(self.generator, "train")
-        return ClientTask(self.config, self.weights, model, self.data(), draws, self.state)
+        data = self.data()
+        return ClientTask(self.config, self.weights, model, data, self.round, draws, self.state)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Its random stream for ``purpose`` in this round."""

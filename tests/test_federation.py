@@ -144,7 +144,8 @@ class TestResults:
 class TestMethods:
     @pytest.mark.parametrize("method", ["pfedgpa", "pfedgpa-once"])
     def test_last_layers_alone_are_generated(self, tmp_path: Path, method: str) -> None:
-        folder, grid = federate(tmp_path, method=f"fedavg,{method}", **{"pfedgpa.layers": 1})
+        settings = {"pfedgpa.layers": 1, "pfedgpa.round-layers": 1, "pfedgpa.generate-from": 2}
+        folder, grid = federate(tmp_path, method=f"fedavg,{method}", **settings)
         generated = load_file(folder / "weights" / f"{method}.safetensors")
         common = load_file(folder / "weights" / "fedavg.safetensors")
         names = {name.partition("/")[2] for name in generated}

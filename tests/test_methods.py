@@ -39,7 +39,7 @@ from pfedgpa_app.training import Recipe, pull_to
 from tests.local_grid import InProcessGrid
 from tests.test_federation import SMALL, federate, records, summary, train_messages
 
-OWN_ROUNDS = [m for m in METHODS if not method_class(m).rounds or m == "fedavg"]
+OWN_ROUNDS = [m for m in METHODS if method_class(m).rounds in ("", m)]
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def train(
     sent = weights_of(model) if weights is None else weights
     kept = dict(state or {})
     draws = lambda: torch_generator(0, "train")  # noqa: E731
-    uploaded, loss = method_class(name).train(ClientTask(config, sent, model, data, draws, kept))
+    uploaded, loss = method_class(name).train(ClientTask(config, sent, model, data, 1, draws, kept))
     return uploaded, kept, loss
 
 
@@ -383,10 +383,10 @@ class TestNothingFrozenMoves:
     def test_recipes_of_fedrep_and_fedbabu(self) -> None:
         names = list(build("digits", 10, 0).state_dict())
         head = {"fc2.weight", "fc2.bias"}
-        first, second = method_class("fedrep").recipes(configured(method="fedrep"), names)
+        first, second = method_class("fedrep").recipes(configured(method="fedrep"), names, 1)
         assert (first.epochs, set(first.only)) == (10, head)
         assert (second.epochs, set(second.only)) == (1, set(names) - head)
-        [only] = method_class("fedbabu").recipes(configured(method="fedbabu"), names)
+        [only] = method_class("fedbabu").recipes(configured(method="fedbabu"), names, 1)
         assert set(only.only) == set(names) - head
 
 
@@ -561,6 +561,38 @@ class TestServers:
             velocity = momentum * velocity + 1
             moved += velocity
         assert effective_steps(steps, momentum) == pytest.approx(moved)
+
+    @pytest.mark.parametrize(
+        ("name", "third"),
+        # β = 0.5, and every round's mean is 1 above what was sent: from 0 to 1, then
+        # m = 1 + 0.5·1 and w = 2.5; in round 3 m = 1 + 0.5·1.5 and w = 4.25. pFedGPA generates
+        # from round 3 on, whose clients' mean, 3.5, is taken as it is
+        [("fedavgm", 4.25), ("pfedgpa", 3.5)],
+    )
+    def test_momentum(self, name: str, third: float) -> None:
+        own = {"pfedgpa.generate-from": 3} if name == "pfedgpa" else {}
+        method = server(name, num_server_rounds=4, **{f"{name}.momentum": 0.5}, **own)
+        for number, expected in ((1, 1.0), (2, 2.5), (3, third)):
+            sent = method.download(0)
+            uploads = {i: {n: t + 2 * i for n, t in sent.items()} for i in (0, 1)}
+            method.aggregate(number, {i: Upload(u, 10) for i, u in uploads.items()})
+            for tensor in method.state.global_weights.values():
+                assert near(tensor, *[expected] * tensor.numel())
+
+    def test_rounds_that_end_with_generation(self) -> None:
+        kind, names = method_class("pfedgpa"), ["1.weight", "2.weight"]
+        config = configured(method="pfedgpa", num_server_rounds=100, **{"pfedgpa.round-rate": 0.2})
+        assert kind.first_generation(config) == 93  # the last 8 of 100
+        rates = [kind.recipes(config, names, r)[0].learning_rate for r in (1, 92, 93, 100)]
+        assert rates == pytest.approx([1, 1, 0.2, 0.2])
+        method = server("pfedgpa", num_server_rounds=5, **{"pfedgpa.generate-from": 4})
+        for number in range(1, 6):
+            like = method.expected_upload()
+            uploads = {i: {n: t + i + number for n, t in like.items()} for i in (0, 1)}
+            method.aggregate(number, {i: Upload(u, 10) for i, u in uploads.items()})
+            assert bool(method.state.generated) == (number >= 4)
+        rounds = method.state.buffer.stack()[2]
+        assert rounds.tolist() == [4, 4, 5, 5]  # learned from these alone
 
     def test_pfedme_goes_part_of_the_way(self) -> None:
         method = server("pfedme", **{"pfedme.beta": 0.25})

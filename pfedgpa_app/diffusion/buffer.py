@@ -131,10 +131,14 @@ class Buffer:
 
     def drop_old(self, server_round: int) -> None:
         """Forget rounds that left the window at ``server_round``, but no client's newest upload."""
+        self.drop_before(server_round - self.window + 1)
+
+    def drop_before(self, first: int) -> None:
+        """Forget rounds before ``first``, but no client's newest upload."""
         newest = self.newest()
         leaving: dict[int, list[Entry]] = {}
         for (r, _), entry in sorted(self._entries.items()):
-            if r <= server_round - self.window:
+            if r < first:
                 leaving.setdefault(r, []).append(entry)
         for r, entries in leaving.items():
             kept = [entry for entry in entries if newest[entry.client] is entry]

@@ -330,7 +330,8 @@ class BatchedGrid(LocalGrid):
         """``Method.train`` of all visits at once."""
         cohort.load([v.method.start(v.weights, v.state) for v in visits])
         generators, losses = [v.generator("train") for v in visits], [0.0] * len(visits)
-        for recipe in visits[0].method.recipes(visits[0].config, list(cohort.initial)):
+        first = visits[0]
+        for recipe in first.method.recipes(first.config, list(cohort.initial), first.round):
             losses = cohort.train(recipe, generators)
         return [
             visit.trained(visit.method.upload(weights, visit.weights, visit.state), loss)

@@ -17,6 +17,7 @@ METHODS = {
     "fedavg": "fedavg:FedAvg",
     "fedavg-ft": "fedavg:FedAvgFT",
     "fedavg-ft-tuned": "fedavg:FedAvgFTTuned",
+    "fedavgm": "fedavgm:FedAvgM",
     "fedprox": "fedprox:FedProx",
     "scaffold": "scaffold:Scaffold",
     "fedper": "fedper:FedPer",

@@ -49,6 +49,7 @@ class ClientTask:
     weights: Weights  # as downloaded
     model: nn.Module  # the network, initialised from the run's seed
     data: ClientData
+    round: int
     generator: Callable[[], torch.Generator]  # this round's draws; each call starts them afresh
     state: Weights = field(default_factory=dict)  # stays on the client between rounds
 
@@ -176,7 +177,7 @@ class Method(Generic[S]):
         return own or config.learning_rate
 
     @classmethod
-    def recipes(cls, config: Config, names: Sequence[str]) -> list[Recipe]:
+    def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:
         """How a round's SGD goes, one recipe after the other.
 
         Args:
@@ -192,7 +193,7 @@ class Method(Generic[S]):
         never batched.
         """
         task.load(cls.start(task.weights, task.state))
-        loss = task.sgd(cls.recipes(task.config, list(task.model.state_dict())))
+        loss = task.sgd(cls.recipes(task.config, list(task.model.state_dict()), task.round))
         return cls.upload(weights_of(task.model), task.weights, task.state), loss
 
     @classmethod

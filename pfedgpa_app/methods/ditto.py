@@ -37,7 +37,7 @@ class Ditto(Averaging[Shared]):
 
     @classmethod
     def train(cls, task: ClientTask) -> tuple[Weights, float]:
-        recipes = cls.recipes(task.config, list(task.weights))
+        recipes = cls.recipes(task.config, list(task.weights), task.round)
         personal = task.state or weights_of(task.model)  # at first: as the run's seed says
         task.load(personal)
         held = pull_to(task.weights, task.config.of(DittoSettings).lam)

@@ -58,7 +58,7 @@ class FedALA(Averaging[Shared]):
         if task.state:
             cls.learn_shares(task, top)
         task.load(mixed(task.weights, task.state))
-        loss = task.sgd(cls.recipes(task.config, list(task.weights)))
+        loss = task.sgd(cls.recipes(task.config, list(task.weights), task.round))
         trained = weights_of(task.model)
         task.state.update({name: trained[name] for name in top})
         return trained, loss
@@ -75,7 +75,7 @@ class FedALA(Averaging[Shared]):
             n: task.state.get(SHARE + n, torch.ones_like(task.weights[n])).to(device) for n in top
         }
         task.load(mixed(task.weights, task.state))
-        [recipe, *_] = cls.recipes(task.config, list(task.weights))
+        [recipe, *_] = cls.recipes(task.config, list(task.weights), task.round)
         once, generator = replace(recipe, epochs=1, augment=False), task.generator()
         images = task.data.train
         held = max(1, round(own.data_share * len(images)))

@@ -27,11 +27,12 @@ from pfedgpa_app.settings import setting
 class FedAvgState(Shared):
     """What FedAvg's server knows: the mean, and the newest uploads for those who learn from them.
 
-    ``generated`` and ``fitted`` are pFedGPA's: what clients train from, and what the
-    last generation learned.
+    ``velocity`` is the server's momentum. ``generated`` and ``fitted`` are pFedGPA's: what
+    clients train from, and what the last generation learned.
     """
 
     buffer: Buffer
+    velocity: Weights = field(default_factory=dict)
     generated: dict[int, Weights] = field(default_factory=dict)
     fitted: WeightDistribution | None = None
 
@@ -50,8 +51,22 @@ class FedAvg(Averaging[FedAvgState]):
     def begin(cls, config: Config, initial: Weights) -> FedAvgState:
         return FedAvgState(initial, Buffer(config.pfedgpa.buffer_rounds))
 
+    @classmethod
+    def momentum(cls, config: Config, server_round: int) -> float:
+        """β of the server at the end of a round."""
+        return 0.0
+
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        before, beta = self.state.global_weights, self.momentum(self.config, server_round)
         super().aggregate(server_round, uploads)
+        if beta:
+            self.state.velocity = {
+                name: mean - before[name] + beta * self.state.velocity.get(name, 0)
+                for name, mean in self.state.global_weights.items()
+            }
+            self.state.global_weights = {
+                name: before[name] + step for name, step in self.state.velocity.items()
+            }
         for client, upload in uploads.items():
             self.state.buffer.add(server_round, client, upload.weights)
         self.state.buffer.drop_old(server_round)

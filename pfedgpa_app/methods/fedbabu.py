@@ -39,7 +39,7 @@ class FedBABU(Averaging[Shared]):
         return body(names)
 
     @classmethod
-    def recipes(cls, config: Config, names: Sequence[str]) -> list[Recipe]:
+    def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:
         rate = cls.learning_rate(config)
         return [training.recipe(config, config.local_epochs, rate, body(names))]
 

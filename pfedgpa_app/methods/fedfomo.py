@@ -101,7 +101,7 @@ class FedFomo(Method[FomoState]):
         slots = task.config.of(FedFomoSettings).models
         theta, affinity = cls.mix(task, theta, slots)
         task.load(theta)
-        loss = task.sgd(cls.recipes(task.config, list(theta)))
+        loss = task.sgd(cls.recipes(task.config, list(theta), task.round))
         task.state.update(weights_of(task.model))
         return task.state | {AFFINITY: affinity}, loss
 

@@ -105,7 +105,7 @@ class FedProto(Method[Prototypes]):
             return loss
 
         task.load(task.state)
-        recipes = cls.recipes(task.config, list(task.model.state_dict()))
+        recipes = cls.recipes(task.config, list(task.model.state_dict()), task.round)
         loss = task.sgd(recipes, loss_of=loss_of)
         task.state.update(weights_of(task.model))
         return cls.prototypes(task, len(means)), loss

@@ -36,5 +36,5 @@ class FedProx(Averaging[Shared]):
     def train(cls, task: ClientTask) -> tuple[Weights, float]:
         task.load(task.weights)
         held = pull_to(task.weights, task.config.of(FedProxSettings).mu)
-        loss = task.sgd(cls.recipes(task.config, list(task.weights)), correct=held)
+        loss = task.sgd(cls.recipes(task.config, list(task.weights), task.round), correct=held)
         return weights_of(task.model), loss

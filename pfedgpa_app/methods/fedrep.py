@@ -42,7 +42,7 @@ class FedRep(Averaging[Shared]):
         return body(names)
 
     @classmethod
-    def recipes(cls, config: Config, names: Sequence[str]) -> list[Recipe]:
+    def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:
         own, rate = config.of(FedRepSettings), cls.learning_rate(config)
         return [
             training.recipe(config, own.head_epochs, rate, last_layers(names, 1)),

@@ -48,7 +48,7 @@ class PerFedAvg(Averaging[Shared]):
     @classmethod
     def train(cls, task: ClientTask) -> tuple[Weights, float]:
         task.load(task.weights)
-        [recipe] = cls.recipes(task.config, list(task.weights))
+        [recipe] = cls.recipes(task.config, list(task.weights), task.round)
         parameters: list[Tensor] = list(task.model.parameters())
         velocity: list[Tensor | None] = [None for _ in parameters]
         alpha, total, images = alpha_of(task.config), 0.0, 0

@@ -6,14 +6,17 @@ client's newest upload into it and denoises · evaluated: the generated weights,
 after fine-tuning.
 
 The paper has it two ways. By its Algorithm 1 every round ends with generation, and clients train
-on from what was generated for them: ``pfedgpa``. By its experiments' text the distribution is
-learned from the last rounds' uploads and weights are generated once: ``pfedgpa-once``. What it
-leaves open is here FedAvg: the rounds before generation, and the tensors that are not generated.
+on from what was generated for them: ``pfedgpa``, in the last rounds. By its experiments' text the
+distribution is learned from the last rounds' uploads and weights are generated once:
+``pfedgpa-once``. What it leaves open is here FedAvg: the rounds before generation, and the tensors
+that are not generated.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +32,7 @@ from pfedgpa_app.methods.base import Upload
 from pfedgpa_app.methods.fedavg import FedAvg
 from pfedgpa_app.models import Weights, last_layers
 from pfedgpa_app.settings import ConfigError, setting
-from pfedgpa_app.training import device_for
+from pfedgpa_app.training import Recipe, device_for, recipe
 
 DENOISERS = ("mlp", "transformer", "gaussian", "finite-set")
 
@@ -39,12 +42,18 @@ class PFedGPASettings:
     """What pFedGPA's server goes by."""
 
     generate_from: int | None = setting(
-        None, "first round that ends with generation; auto: after 30 % of the rounds", low=1
+        None, "first round that ends with generation; auto: the last 8 % of the rounds do", low=1
+    )
+    round_rate: float = setting(
+        0.1, "learning rate of rounds that end with generation, in units of the run's", above=0
+    )
+    momentum: float = setting(
+        0.7, "the server's momentum in the rounds before", low=0, high=0.999, grid=(0.5, 0.7, 0.9)
     )
     layers: int = setting(
         0, "so many last layers are generated, the rest is the global mean; 0: everything", low=0
     )
-    round_layers: int = setting(1, "the same, at the end of a round that others follow", low=0)
+    round_layers: int = setting(0, "the same, at the end of a round that others follow", low=0)
     buffer_rounds: int = setting(20, "uploads of so many newest rounds are learned from", low=1)
     autoencoder: str = setting(
         "linear",
@@ -82,7 +91,7 @@ class PFedGPASettings:
         "mlp", "of the last generation: a trained network, or a closed form", choices=DENOISERS
     )
     round_denoiser: str = setting(
-        "gaussian", "of the rounds', which are fitted anew each time", choices=DENOISERS
+        "finite-set", "of the rounds', which are fitted anew each time", choices=DENOISERS
     )
     schedule: str = setting("linear", "noise schedule", choices=("linear", "cosine"))
     diffusion_steps: int = setting(1000, "T, the length of the noise schedule", low=2)
@@ -99,15 +108,16 @@ class PFedGPASettings:
 
 
 class PFedGPA(FedAvg):
-    """Generation ends every round from ``generate-from`` on; clients train on from theirs.
+    """FedAvg with momentum; then generation ends every round, and clients train on from theirs.
 
-    In rounds, by default, the classifier is generated and what is below it is FedAvg's: features
-    learn from everyone's images, classifiers from those of like clients. After the last round it
-    is the whole network.
+    These last rounds are gentle: at a small learning rate, clients fine-tune, but together with
+    those whose weights are like theirs. What they upload differs by far more than its noise, so
+    the distribution is learned from these rounds alone.
     """
 
     title = "pFedGPA"
     settings = PFedGPASettings
+    tuned = ("momentum",)
     rounds = "pfedgpa"
 
     @classmethod
@@ -127,9 +137,28 @@ class PFedGPA(FedAvg):
     def download(self, client: int) -> Weights:
         return self.state.generated.get(client, self.state.global_weights)
 
+    @classmethod
+    def first_generation(cls, config: Config) -> int:
+        """The first round that ends with generation."""
+        rounds = config.num_server_rounds
+        return config.pfedgpa.generate_from or rounds - math.ceil(0.08 * rounds) + 1
+
+    @classmethod
+    def momentum(cls, config: Config, server_round: int) -> float:
+        return config.pfedgpa.momentum if server_round < cls.first_generation(config) else 0.0
+
+    @classmethod
+    def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:
+        rate = cls.learning_rate(config)
+        if server_round >= cls.first_generation(config):
+            rate *= config.pfedgpa.round_rate
+        return [recipe(config, config.local_epochs, rate)]
+
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        first = self.first_generation(self.config)
+        if server_round == first:
+            self.state.buffer.drop_before(first)
         super().aggregate(server_round, uploads)
-        first = self.config.pfedgpa.generate_from or round(0.3 * self.config.num_server_rounds) + 1
         if server_round >= first:
             own = self.config.pfedgpa
             self.state.generated = self._generate(self._fit(own.round_layers, own.round_denoiser))

@@ -107,9 +107,11 @@ class PFedHN(Method[HypernetworkState]):
     tuned = ("learning-rate", "server-learning-rate")
 
     @classmethod
-    def recipes(cls, config: Config, names: Sequence[str]) -> list[Recipe]:
+    def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:
         clip = config.of(PFedHNSettings).clip
-        return [replace(recipe, clip=clip) for recipe in super().recipes(config, names)]
+        return [
+            replace(recipe, clip=clip) for recipe in super().recipes(config, names, server_round)
+        ]
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> HypernetworkState:

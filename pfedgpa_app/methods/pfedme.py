@@ -66,7 +66,7 @@ class PFedMe(Averaging[Shared]):
     def train(cls, task: ClientTask) -> tuple[Weights, float]:
         own = task.config.of(PFedMeSettings)
         task.load(task.weights)
-        [recipe] = cls.recipes(task.config, list(task.weights))
+        [recipe] = cls.recipes(task.config, list(task.weights), task.round)
         inner = replace(recipe, learning_rate=own.personal_learning_rate, momentum=0.0)
         theta = dict(task.model.named_parameters())
         parameters: list[Tensor] = list(theta.values())

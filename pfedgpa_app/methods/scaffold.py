@@ -95,7 +95,7 @@ class Scaffold(Method[ScaffoldState]):
             return [g + shift[n] for n, g in gradients.items()]
 
         task.load(x)
-        [recipe] = cls.recipes(task.config, list(x))
+        [recipe] = cls.recipes(task.config, list(x), task.round)
         loss = task.sgd([recipe], correct=correct)
         y = weights_of(task.model)
         steps = effective_steps(steps_of(recipe, len(task.data.train)), recipe.momentum)
