@@ -83,6 +83,17 @@ class Config:
     )
     num_server_rounds: int = setting(200, "rounds", low=1)
     fraction_train: float = setting(1.0, "share of clients sampled each round", above=0, high=1)
+    join_clients: int = setting(
+        0, "so many clients, the last ones, join after the last round; 0: none", low=0
+    )
+    join_iterations: int = setting(
+        3, "how often one that joins trains, uploads and is sent weights", low=1
+    )
+    join_rate: float = setting(
+        0.1,
+        "learning rate of clients that join, in units of the run's, where trained weights await",
+        above=0,
+    )
     evaluate_every: int = setting(
         5, "rounds between evaluations of all clients; the last five are always evaluated", low=1
     )
@@ -109,6 +120,11 @@ class Config:
         "", "make weights from a run's uploads.safetensors instead of running FedAvg's rounds"
     )
     sections: tuple[Any, ...] = ()  # every method's own settings
+
+    @property
+    def founders(self) -> int:
+        """Clients 0..founders−1 are there from the start; the rest joins after the last round."""
+        return self.num_clients - self.join_clients
 
     def of(self, kind: type[S]) -> S:
         """One method's own settings, ``kind`` being their class in the method's file."""
@@ -328,6 +344,11 @@ def _check(config: Config) -> None:
     if config.uploads and others:
         raise ConfigError(
             f"uploads: holds FedAvg's rounds, but {', '.join(others)} has rounds of its own"
+        )
+    if config.join_clients >= config.num_clients:
+        raise ConfigError(
+            f"join-clients = {config.join_clients}: must be less than num-clients = "
+            f"{config.num_clients}"
         )
     for name in config.method:
         method_class(name).check(config)

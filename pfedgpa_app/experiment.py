@@ -156,6 +156,7 @@ class _Run:
             self.log.event("status", f"{method.title}: making and evaluating clients' weights")
             started = time.perf_counter()
             weights = method.personalise()
+            weights = {c: mine for c, mine in weights.items() if c < self.config.founders}
             seconds = time.perf_counter() - started
             if self.config.save_weights:
                 save_weights(
@@ -169,9 +170,25 @@ class _Run:
                 scores[source] = strategy.finish(weights, references, method_name)
                 self.log.advance(self.per_evaluation)
             self.record(method_name, method, strategy, scores[source], seconds)
+            if self.config.join_clients:
+                self.join(method_name, method, strategy)
         fitted = getattr(state, "fitted", None)
         if fitted is not None:
             plots.latents(self.folder / "latents.png", fitted, self.splits)
+
+    def join(self, name: str, method: Method[Any], strategy: Personalised) -> None:
+        """Let the clients that were held back join; their curve goes into the summary."""
+        curve = strategy.join(method)
+        accuracies = [round(mean(list(scores.values())), 4) for scores in curve]
+        self.rows[name]["accuracy_of_joining_clients"] = accuracies
+        with (self.folder / "joining.jsonl").open("a") as out:
+            for iteration, scores in enumerate(curve):
+                for client, accuracy in scores.items():
+                    record = {"method": name, "iteration": iteration, "client": client}
+                    out.write(json.dumps(record | {"accuracy": accuracy}) + "\n")
+        shown = " → ".join(f"{accuracy:.1f}" for accuracy in accuracies)
+        self.log.event("joined", f"{method.title}: clients that join: {shown} %")
+        self._write_summary()
 
     def record(
         self,
@@ -220,5 +237,8 @@ class _Run:
                     "kept": result.kept[row],
                 }
                 out.write(json.dumps(record) + "\n")
+        self._write_summary()
+
+    def _write_summary(self) -> None:
         summary = [self.rows[n] for n in self.config.method if n in self.rows]
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")

@@ -129,8 +129,8 @@ class Personalised(Strategy):
 
     def sample(self, server_round: int) -> list[int]:
         """The round's clients, in rising order."""
-        n = self.config.num_clients
-        size = max(1, round(self.config.fraction_train * n))
+        n = self.config.founders
+        size = max(1, round(self.config.fraction_train * n))  # of those who are there
         rng = numpy_generator(self.config.seed, "sample", server_round)
         return sorted(int(c) for c in rng.choice(n, size, replace=False))
 
@@ -150,22 +150,7 @@ class Personalised(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        uploads: dict[int, Upload] = {}
-        self._participants, rejected = {}, {}
-        expected, round_up = self.method.expected_upload(), 0
-        answers = match(self._sent, replies)
-        for client in self._sent:
-            if client not in answers:
-                rejected[client] = f"did not answer within {self.config.timeout:g} s"
-                continue
-            upload, reason = check_upload(answers[client], expected)
-            if upload is None:
-                rejected[client] = reason
-                continue
-            uploads[client] = upload
-            round_up += array_bytes(answers[client])
-            sent: Any = answers[client].content.metric_records["metrics"]
-            self._participants[client] = {"train_loss": float(sent.get("loss", math.nan))}
+        uploads, rejected, round_up = self._accepted(match(self._sent, replies))
         self.bytes_up += round_up
         self.bytes_down += self._round_down
         for client, reason in rejected.items():
@@ -189,6 +174,79 @@ class Personalised(Strategy):
         }
         return None, MetricRecord(metrics)
 
+    def join(self, method: Method[Any]) -> list[dict[int, float]]:
+        """Admit the clients that were not there; ``method`` makes their weights.
+
+        Returns:
+            every client's accuracy in % as welcomed and after each iteration.
+        """
+        rounds = self.config.num_server_rounds
+        clients = range(self.config.founders, self.config.num_clients)
+        given = method.welcome(clients)
+        curve = [self._accuracy(given, rounds)]
+        for iteration in range(1, self.config.join_iterations + 1):
+            server_round = rounds + iteration
+            settings: Settings = {"method": self.name, "round": server_round}
+            self._sent = {
+                client: self.roster.message(client, MessageType.TRAIN, mine, settings)
+                for client, mine in given.items()
+            }
+            uploads, rejected, _ = self._accepted(self.roster.exchange(self._sent))
+            for client, reason in rejected.items():
+                self.log.rejected(self.name, server_round, client, reason)
+            given = given | (method.admit(iteration, uploads) if uploads else {})
+            curve.append(self._accuracy(given, server_round))
+        return curve
+
+    def _accuracy(self, weights: dict[int, Weights], server_round: int) -> dict[int, float]:
+        """Every answering client's accuracy in % with its ``weights``."""
+        settings: Settings = {"method": self.name, "round": server_round}
+        messages = {
+            client: self.roster.message(client, MessageType.EVALUATE, mine, settings)
+            for client, mine in weights.items()
+        }
+        scores = self._scores(server_round, self.roster.exchange(messages))
+        return {client: score["accuracy"] for client, score in scores.items()}
+
+    def _scores(
+        self, server_round: int, answers: dict[int, Message]
+    ) -> dict[int, dict[str, float]]:
+        """Accuracy in % and mean test loss of every client that could be evaluated."""
+        scores: dict[int, dict[str, float]] = {}
+        for client, reply in answers.items():
+            if reply.has_error():
+                self.log.rejected(self.name, server_round, client, failure(reply))
+                continue
+            counts: Any = reply.content.metric_records["metrics"]
+            images = counts["images"]
+            scores[client] = {
+                "accuracy": 100 * counts["correct"] / images,
+                "test_loss": counts["loss"] / images,
+            }
+        return scores
+
+    def _accepted(
+        self, answers: dict[int, Message]
+    ) -> tuple[dict[int, Upload], dict[int, str], int]:
+        """The usable uploads, why the others are not, and the bytes of the usable ones."""
+        uploads: dict[int, Upload] = {}
+        rejected: dict[int, str] = {}
+        self._participants = {}
+        expected, round_up = self.method.expected_upload(), 0
+        for client in self._sent:
+            if client not in answers:
+                rejected[client] = f"did not answer within {self.config.timeout:g} s"
+                continue
+            upload, reason = check_upload(answers[client], expected)
+            if upload is None:
+                rejected[client] = reason
+                continue
+            uploads[client] = upload
+            round_up += array_bytes(answers[client])
+            sent: Any = answers[client].content.metric_records["metrics"]
+            self._participants[client] = {"train_loss": float(sent.get("loss", math.nan))}
+        return uploads, rejected, round_up
+
     def _evaluated(self, server_round: int) -> bool:
         rounds, every = self.config.num_server_rounds, self.config.evaluate_every
         return server_round > rounds - 5 or server_round % every == 0 or server_round == 1
@@ -197,7 +255,7 @@ class Personalised(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         settings: Settings = {"method": self.name, "round": server_round}
-        clients = range(self.config.num_clients) if self._evaluated(server_round) else []
+        clients = range(self.config.founders) if self._evaluated(server_round) else []
         self._sent = {
             client: self.roster.message(
                 client, MessageType.EVALUATE, self.method.evaluation_download(client), settings
@@ -209,17 +267,7 @@ class Personalised(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        scores: dict[int, dict[str, float]] = {}
-        for client, reply in match(self._sent, replies).items():
-            if reply.has_error():
-                self.log.rejected(self.name, server_round, client, failure(reply))
-                continue
-            counts: Any = reply.content.metric_records["metrics"]
-            images = counts["images"]
-            scores[client] = {
-                "accuracy": 100 * counts["correct"] / images,
-                "test_loss": counts["loss"] / images,
-            }
+        scores = self._scores(server_round, match(self._sent, replies))
         self.log.round(self.name, server_round, self._participants, scores)
         if not scores:
             return None

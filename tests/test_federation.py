@@ -160,6 +160,27 @@ class TestMethods:
             assert not torch.equal(sent[0]["fc2.weight"], sent[1]["fc2.weight"])
             assert torch.equal(sent[0]["fc1.weight"], sent[1]["fc1.weight"])
 
+    @pytest.mark.parametrize("mode", ["tweedie", "guided"])
+    def test_clients_join_a_trained_federation(self, tmp_path: Path, mode: str) -> None:
+        methods = "local,fedavg,fedper,cfl,pfedhn,client-mean,pfedgpa-once,pfedgpa"
+        settings = {"pfedgpa.join-mode": mode, "pfedgpa.guidance": 0.5, "num-clients": 6}
+        folder, grid = federate(tmp_path, method=methods, join_clients=2, **settings)
+        asked = [m.content.config_records["config"] for m in train_messages(grid)]
+        assert {c["client"] for c in asked if c["round"] <= 4} == {0, 1, 2, 3}
+        joined = [c for c in asked if c["round"] > 4]
+        assert {(c["client"], c["round"]) for c in joined} == {
+            (c, 5 + i) for c in (4, 5) for i in range(3)
+        }
+        for row in summary(folder).values():
+            assert len(row["accuracy_of_joining_clients"]) == 4
+        clients = {r["client"] for r in records(folder, "clients.jsonl")}
+        assert clients == {0, 1, 2, 3}
+        lines = records(folder, "joining.jsonl")
+        assert len(lines) == 8 * 4 * 2
+        # welcomed with the global weights; then each has weights of its own
+        first = {(r["method"], r["client"]): r["accuracy"] for r in lines if r["iteration"] == 0}
+        assert first["fedavg", 4] == first["pfedgpa-once", 4] == first["client-mean", 4]
+
     def test_weighted_mean(self) -> None:
         uploads = {
             0: Upload({"w": torch.tensor([1.0, 2.0])}, 30),

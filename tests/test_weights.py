@@ -280,6 +280,31 @@ class TestDistribution:
         ours = (generated(fitted) - noise_free).square().sum()
         assert ours < 0.5 * (own - noise_free).square().sum()
 
+    def test_places_a_client_that_it_has_never_seen(self) -> None:
+        # the last client of each group is held back
+        vectors = uploads(clients=CLIENTS + GROUPS)
+        fitted = distribution(vectors[:, :CLIENTS])
+        drift_free = vectors - vectors.mean(1, keepdim=True)
+        group = torch.arange(CLIENTS + GROUPS) % GROUPS
+        truth = torch.stack([drift_free[:, group == g].mean((0, 1)) for g in range(GROUPS)])
+        new = vectors[-1, CLIENTS:]  # client CLIENTS + g is of group g
+        placed = fitted.place(
+            {g: unflatten(upload) for g, upload in enumerate(new)}, fitted.strength, draws=32
+        )
+        got = torch.stack([fitted.layout.flatten(placed[g]) for g in range(GROUPS)])
+        before = (new - vectors[-1].mean(0) - truth).square().sum()
+        assert (got - fitted.anchor - truth).square().sum() < 0.3 * before
+
+    def test_guidance_leads_along_local_progress(self) -> None:
+        vectors = uploads()
+        fitted = distribution(vectors)
+        new, before = {0: unflatten(vectors[-1, 0])}, {0: unflatten(vectors[-2, 0])}
+        progress = fitted._latents_of(new) - fitted._latents_of(before)
+        plain, led = (fitted._latents_of(fitted.guide(new, before, w)) for w in (0.0, 0.5))
+        assert float(((led - plain) * progress).sum()) > 0
+        still = fitted.guide(new, new, 5.0)  # no progress, no guidance
+        assert torch.allclose(fitted._latents_of(still), plain, atol=1e-4)
+
     def test_same_seed_same_weights(self) -> None:
         settings = {"denoiser": "mlp", "fit_steps": 30, "width": 16}
         one, two = (generated(distribution(uploads(), **settings)) for _ in range(2))

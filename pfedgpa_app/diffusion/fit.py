@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ from pfedgpa_app.diffusion.directions import (
     principal_directions,
     shared_directions,
 )
-from pfedgpa_app.diffusion.inversion import calibrate_strength, regenerate
+from pfedgpa_app.diffusion.inversion import calibrate_strength, guided, regenerate
 from pfedgpa_app.diffusion.rank import choose_rank
 from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.randomness import torch_generator
@@ -199,15 +199,15 @@ class WeightDistribution:
     def _strength(self, settings: FitSettings) -> int:
         if settings.strength is not None:
             return settings.strength
+        return self.strength_for(settings.own_weight)
+
+    def strength_for(self, own_weight: float) -> int:
+        """t0 at which the posterior weight left on a client's own uploads is ``own_weight``."""
         if not self.rank:
             return 0
+        newest = newest_rows(self.clients)
         return calibrate_strength(
-            self.latents,
-            self.clients,
-            newest_rows(self.clients),
-            self.schedule,
-            settings.own_weight,
-            self.seed,
+            self.latents, self.clients, newest, self.schedule, own_weight, self.seed
         )
 
     def _fit(self, settings: FitSettings, device: torch.device) -> Denoiser:
@@ -247,6 +247,41 @@ class WeightDistribution:
             client: self.layout.unflatten(vector)
             for client, vector in zip(self.newest, decoded, strict=True)
         }
+
+    def _latents_of(self, weights: dict[int, Weights]) -> Tensor:
+        """Where weights that are no upload of the buffer lie [M, k]."""
+        vectors = torch.stack([self.layout.flatten(mine) for mine in weights.values()])
+        return self.autoencoder.encode(vectors - self.anchor)
+
+    def _decoded(self, clients: Iterable[int], latents: Tensor) -> dict[int, Weights]:
+        vectors = self.autoencoder.decode(latents) + self.anchor
+        return {c: self.layout.unflatten(v) for c, v in zip(clients, vectors, strict=True)}
+
+    def place(self, weights: dict[int, Weights], strength: int, draws: int) -> dict[int, Weights]:
+        """What the distribution makes of clients' weights that it has never seen.
+
+        Their latents' posterior mean after noise of ``strength``, over ``draws``.
+        """
+        latents = self._latents_of(weights)
+        if self.rank:
+            rng = torch_generator(self.seed, "place")
+            latents = regenerate(
+                latents, self.denoiser, self.schedule, rng, strength=strength, draws=draws
+            )
+        return self._decoded(weights, latents)
+
+    def guide(
+        self, weights: dict[int, Weights], before: dict[int, Weights], weight: float
+    ) -> dict[int, Weights]:
+        """Reverse steps from clients' weights, led by how they went there from ``before``.
+
+        So many steps as the calibrated strength; ``weight`` is the 1 + ω of eq. 10.
+        """
+        latents = self._latents_of(weights)
+        if self.rank:
+            progress = latents - self._latents_of(before)
+            latents = guided(latents, progress, self.denoiser, self.schedule, self.strength, weight)
+        return self._decoded(weights, latents)
 
     def generate_latents(
         self, mode: str, *, strength: int | None = None, keep: float = 0.0, draws: int = 1

@@ -123,6 +123,26 @@ def reverse(z: Tensor, denoiser: Denoiser, schedule: Schedule, start: int, norma
     return z
 
 
+def guided(
+    latents: Tensor,
+    progress: Tensor,
+    denoiser: Denoiser,
+    schedule: Schedule,
+    steps: int,
+    weight: float,
+) -> Tensor:
+    """``steps`` noiseless reverse steps with ε̃ = ε_φ − weight · progress (the paper's eq. 10).
+
+    Local progress z(θ_l) − z(θ_{l−1}) stands in for the gradient of the client's
+    log-likelihood, along which ε̃ must lead the latent: the paper's extracted text has lost the
+    sign, and with the other one denoising undoes what the client learned.
+    """
+    z = latents
+    for t in range(steps, 0, -1):
+        z = schedule.reverse_mean(z, denoiser(z, t) - weight * progress, t)
+    return z
+
+
 Code = tuple[Tensor, list[Tensor]]  # z_t0 and the residuals r_t0, …, r_1
 
 

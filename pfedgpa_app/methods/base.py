@@ -143,6 +143,20 @@ class Method(Generic[S]):
         """What every client is sent to be evaluated after the last round."""
         return {c: self.evaluation_download(c) for c in range(self.config.num_clients)}
 
+    def welcome(self, clients: Sequence[int]) -> dict[int, Weights]:
+        """What clients that join are sent first."""
+        return {client: self.download(client) for client in clients}
+
+    def admit(self, iteration: int, uploads: dict[int, Upload]) -> dict[int, Weights]:
+        """What clients that join are sent after having trained and uploaded once more.
+
+        Nothing but their own part changes: those who were there from the start are done.
+
+        Args:
+            iteration: 1 for their first upload, made from what ``welcome`` gave them.
+        """
+        return {client: self.download(client) for client in uploads}
+
     def reference(self, client: int) -> Weights | None:
         """``client``'s own weights that its personalised ones must not merely copy, if any."""
         return None
@@ -171,8 +185,8 @@ class Method(Generic[S]):
         return weights | state
 
     @classmethod
-    def learning_rate(cls, config: Config) -> float:
-        """Of its rounds: its own, or the run's."""
+    def learning_rate(cls, config: Config, server_round: int = 1) -> float:
+        """Of a round: its own, or the run's. Rounds after the last are those of joining."""
         own: float | None = getattr(config.of(cls.settings), "learning_rate", None)
         return own or config.learning_rate
 
@@ -183,7 +197,8 @@ class Method(Generic[S]):
         Args:
             names: of the network's weights, in order.
         """
-        return [training.recipe(config, config.local_epochs, cls.learning_rate(config))]
+        rate = cls.learning_rate(config, server_round)
+        return [training.recipe(config, config.local_epochs, rate)]
 
     @classmethod
     def train(cls, task: ClientTask) -> tuple[Weights, float]:

@@ -77,13 +77,15 @@ class ClusteredFL(Method[list[Cluster]]):
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> list[Cluster]:
-        return [Cluster(list(range(config.num_clients)), initial)]
+        return [Cluster(list(range(config.founders)), initial)]
 
     def expected_upload(self) -> Weights:
         return self.state[0].weights
 
     def download(self, client: int) -> Weights:
-        return next(c.weights for c in self.state if client in c.members)
+        """Its cluster's weights; the largest cluster's for one that joins."""
+        largest = max(self.state, key=lambda cluster: len(cluster.members))
+        return next((c.weights for c in self.state if client in c.members), largest.weights)
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         clusters = []

@@ -27,13 +27,15 @@ from pfedgpa_app.settings import setting
 class FedAvgState(Shared):
     """What FedAvg's server knows: the mean, and the newest uploads for those who learn from them.
 
-    ``velocity`` is the server's momentum. ``generated`` and ``fitted`` are pFedGPA's: what
-    clients train from, and what the last generation learned.
+    ``velocity`` is the server's momentum. ``generated``, ``admitted`` and ``fitted`` are
+    pFedGPA's: what clients train from, what those that join were sent last, and what the last
+    generation learned.
     """
 
     buffer: Buffer
     velocity: Weights = field(default_factory=dict)
     generated: dict[int, Weights] = field(default_factory=dict)
+    admitted: dict[int, Weights] = field(default_factory=dict)
     fitted: WeightDistribution | None = None
 
 
@@ -50,6 +52,15 @@ class FedAvg(Averaging[FedAvgState]):
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> FedAvgState:
         return FedAvgState(initial, Buffer(config.pfedgpa.buffer_rounds))
+
+    @classmethod
+    def learning_rate(cls, config: Config, server_round: int = 1) -> float:
+        joining = server_round > config.num_server_rounds
+        return super().learning_rate(config, server_round) * (config.join_rate if joining else 1)
+
+    def admit(self, iteration: int, uploads: dict[int, Upload]) -> dict[int, Weights]:
+        """What they uploaded: they fine-tune the global weights."""
+        return {client: upload.weights for client, upload in uploads.items()}
 
     @classmethod
     def momentum(cls, config: Config, server_round: int) -> float:

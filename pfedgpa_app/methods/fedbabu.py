@@ -40,7 +40,7 @@ class FedBABU(Averaging[Shared]):
 
     @classmethod
     def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:
-        rate = cls.learning_rate(config)
+        rate = cls.learning_rate(config, server_round)
         return [training.recipe(config, config.local_epochs, rate, body(names))]
 
     @staticmethod

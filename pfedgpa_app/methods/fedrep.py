@@ -43,7 +43,7 @@ class FedRep(Averaging[Shared]):
 
     @classmethod
     def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:
-        own, rate = config.of(FedRepSettings), cls.learning_rate(config)
+        own, rate = config.of(FedRepSettings), cls.learning_rate(config, server_round)
         return [
             training.recipe(config, own.head_epochs, rate, last_layers(names, 1)),
             training.recipe(config, own.body_epochs, rate, body(names)),

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,7 @@ from pfedgpa_app.methods.base import Upload
 from pfedgpa_app.methods.fedavg import FedAvg
 from pfedgpa_app.models import Weights, last_layers
 from pfedgpa_app.settings import ConfigError, setting
-from pfedgpa_app.training import Recipe, device_for, recipe
+from pfedgpa_app.training import device_for
 
 DENOISERS = ("mlp", "transformer", "gaussian", "finite-set")
 
@@ -104,6 +103,12 @@ class PFedGPASettings:
     input_noise: float = setting(
         0.0, "noise on the uploads in training, in units of their spread", low=0
     )
+    join_mode: str = setting(
+        "tweedie",
+        "clients that join: denoise their uploads, or the paper's reverse steps led by progress",
+        choices=("tweedie", "guided"),
+    )
+    guidance: float = setting(0.0, "ω of eq. 10 (guided), progress counting 1 + ω times", low=-1)
     latent_noise: float = setting(0.1, "noise on the unit-variance latents in training", low=0)
 
 
@@ -148,11 +153,10 @@ class PFedGPA(FedAvg):
         return config.pfedgpa.momentum if server_round < cls.first_generation(config) else 0.0
 
     @classmethod
-    def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:
-        rate = cls.learning_rate(config)
-        if server_round >= cls.first_generation(config):
-            rate *= config.pfedgpa.round_rate
-        return [recipe(config, config.local_epochs, rate)]
+    def learning_rate(cls, config: Config, server_round: int = 1) -> float:
+        generating = cls.first_generation(config) <= server_round <= config.num_server_rounds
+        rate = super().learning_rate(config, server_round)
+        return rate * (config.pfedgpa.round_rate if generating else 1)
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         first = self.first_generation(self.config)
@@ -208,6 +212,29 @@ class PFedGPA(FedAvg):
             draws=settings.draws,
             residual_keep=settings.residual_keep,
         )
+
+    def admit(self, iteration: int, uploads: dict[int, Upload]) -> dict[int, Weights]:
+        """Where the learned distribution sees them (Algorithm 1, lines 7-14, and eq. 10).
+
+        ``tweedie`` denoises an upload, at first from so much noise that few of its own weights
+        are left; ``guided`` takes reverse steps from it, led by the client's local progress.
+        """
+        fitted, own = self.distribution(), self.config.pfedgpa
+        names = fitted.layout.names
+        given = {c: {n: upload.weights[n] for n in names} for c, upload in uploads.items()}
+        progress = (iteration - 1) / max(1, self.config.join_iterations - 1)
+        if own.join_mode == "guided":
+            before = {
+                c: {n: self.state.admitted.get(c, self.state.global_weights)[n] for n in names}
+                for c in uploads
+            }
+            made = fitted.guide(given, before, 1 + own.guidance)
+        else:
+            first = fitted.strength_for(0.4 * own.own_weight)
+            strength = round(first + progress * (fitted.strength - first))
+            made = fitted.place(given, strength, own.draws)
+        self.state.admitted |= {c: self.state.global_weights | mine for c, mine in made.items()}
+        return {client: self.state.admitted[client] for client in uploads}
 
     def reference(self, client: int) -> Weights | None:
         newest = self.state.buffer.newest()

@@ -29,6 +29,8 @@ from pfedgpa_app.randomness import torch_generator
 from pfedgpa_app.settings import MethodSettings, setting
 from pfedgpa_app.training import Recipe
 
+_EMBEDDING_STEPS = 200  # of a client that joins, an iteration
+
 
 @dataclass(frozen=True)
 class PFedHNSettings(MethodSettings):
@@ -155,6 +157,31 @@ class PFedHN(Method[HypernetworkState]):
                 p.copy_(pp * before + pv * v + to_p)
                 v.copy_(vp * before + vv * v + to_v)
             state.made = state.network(torch.arange(self.config.num_clients))
+
+    def welcome(self, clients: Sequence[int]) -> dict[int, Weights]:
+        """From the mean embedding of those who were there from the start."""
+        embeddings = self.state.network.embeddings.weight
+        with torch.no_grad():
+            embeddings[list(clients)] = embeddings[: self.config.founders].mean(0)
+            self.state.made = self.state.network(torch.arange(self.config.num_clients))
+        return super().welcome(clients)
+
+    def admit(self, iteration: int, uploads: dict[int, Upload]) -> dict[int, Weights]:
+        """Only their embeddings learn: what they upload is what is to be made from them."""
+        network, layout = self.state.network, Layout.of(self.state.like)
+        clients = torch.tensor(list(uploads))
+        back = torch.stack([layout.flatten(upload.weights) for upload in uploads.values()])
+        embeddings = network.embeddings.weight[clients].detach().requires_grad_()
+        optimiser = torch.optim.Adam([embeddings], lr=0.01)
+        for _ in range(_EMBEDDING_STEPS):
+            made = network.output(network.trunk(embeddings))
+            optimiser.zero_grad()
+            (made - back).square().sum().backward(inputs=[embeddings])
+            optimiser.step()
+        with torch.no_grad():
+            network.embeddings.weight[clients] = embeddings
+            self.state.made[clients] = network(clients)
+        return {client: self.download(client) for client in uploads}
 
     def _clipped(self, clients: Tensor, change: Tensor) -> Tensor:
         """By what each client's gradient of the hypernetwork is scaled down, [S]."""
