@@ -115,6 +115,9 @@ class Config:
     save_weights: bool = setting(
         True, "write what the server makes for each client beside the results"
     )
+    start_from: str = setting(
+        "", "a run's distribution.safetensors, whose mean every method starts from"
+    )
     save_uploads: bool = setting(False, "keep the buffered uploads beside the results")
     uploads: str = setting(
         "", "make weights from a run's uploads.safetensors instead of running FedAvg's rounds"

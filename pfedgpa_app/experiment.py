@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from pfedgpa_app.config import Config, Resolved
 from pfedgpa_app.data.client import load_dataset, load_partition
+from pfedgpa_app.diffusion import saved
 from pfedgpa_app.engine.grid import LocalGrid
 from pfedgpa_app.methods import federation_of, method_class
 from pfedgpa_app.methods.base import Method
@@ -23,6 +24,7 @@ from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import RunLog, mean
 from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
 from pfedgpa_app.roster import Roster
+from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.strategy import FinalScore, Personalised, ways
 
 logger = logging.getLogger("pfedgpa")
@@ -62,6 +64,26 @@ def save_weights(path: Path, weights: dict[int, Weights], common: Weights) -> No
     if tensors:
         path.parent.mkdir(exist_ok=True)
         save_file(tensors, path)
+
+
+def warm_start(path: Path, initial: Weights) -> Weights:
+    """The mean of a saved distribution, in place of ``initial``; it may hold the last layers only.
+
+    Raises:
+        ConfigError: it cannot be read, or was learned from another network's weights.
+    """
+    try:
+        start = saved.load(path.expanduser().absolute())
+    except ValueError as error:
+        raise ConfigError(f"start-from: {error}") from error
+    mean = start.layout.unflatten(start.anchor)
+    for name, tensor in mean.items():
+        if name not in initial or tensor.shape != initial[name].shape:
+            raise ConfigError(
+                f"start-from = {str(path)!r}: has {name} of shape {list(tensor.shape)}, which this "
+                "run's network has not"
+            )
+    return initial | mean
 
 
 def run(grid: Grid, resolved: Resolved) -> Path:
@@ -106,6 +128,8 @@ class _Run:
         self.splits = load_partition(config)
         network = network_name(config.model, self.dataset.shape)
         self.initial = weights_of(build(network, len(self.dataset.classes), config.seed))
+        if config.start_from:
+            self.initial = warm_start(Path(config.start_from), self.initial)
         self.roster = Roster(grid, config.num_clients, config.timeout)
         self.rows: dict[str, dict[str, Any]] = {}
         self.results: dict[str, Outcome] = {}
@@ -174,6 +198,8 @@ class _Run:
                 self.join(method_name, method, strategy)
         fitted = getattr(state, "fitted", None)
         if fitted is not None:
+            if self.config.save_weights:
+                saved.save(fitted, self.folder / saved.FILE)
             plots.latents(self.folder / "latents.png", fitted, self.splits)
 
     def join(self, name: str, method: Method[Any], strategy: Personalised) -> None:
@@ -205,6 +231,9 @@ class _Run:
         took_part = [
             a for c, a in zip(result.clients, result.before, strict=True) if c in last_round
         ]
+        accuracies = {r: a for r, a, _ in self.log.curves.get(strategy.name, [])}
+        peak = max(accuracies.values(), default=0.0)
+        soon = [r for r, a in accuracies.items() if a >= 0.95 * peak]
         last_five = [a for r, a, _ in self.log.curves.get(strategy.name, [])][-5:]
         self.results[name] = result
         self.rows[name] = summary_entry(
@@ -217,6 +246,7 @@ class _Run:
             accuracy_mean_of_last_five_rounds=(
                 round(mean(last_five), 4) if last_five and name == strategy.name else None
             ),
+            rounds_to_95_percent_of_peak=(min(soon) if soon and name == strategy.name else None),
             server_seconds=round(strategy.server_seconds + seconds, 3),
             bytes_up=strategy.bytes_up,
             bytes_down=strategy.bytes_down + hand_over,

@@ -256,10 +256,15 @@ class TestTraining:
             latents,
             torch.zeros(dimensions),
             SCHEDULE,
-            FitSettings(fit_steps=1200, width=128 if tokens is None else 32, blocks=2),
+            FitSettings(
+                denoiser="mlp" if tokens is None else "transformer",
+                fit_steps=1200,
+                width=128 if tokens is None else 32,
+                blocks=2,
+            ),
             0,
             torch.device("cpu"),
-            tokens,
+            tokens or (1, 1),
         )
         exact = GaussianDenoiser(torch.zeros(dimensions), torch.diag(variances), SCHEDULE)
         errors = []

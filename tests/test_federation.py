@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 
 from pfedgpa_app.config import resolve
 from pfedgpa_app.diffusion.fit import WeightDistribution
+from pfedgpa_app.diffusion.saved import load
 from pfedgpa_app.experiment import run
 from pfedgpa_app.methods.averaging import weighted_mean
 from pfedgpa_app.methods.base import Upload
+from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.strategy import NoUploadsError, check_upload
 from tests.local_grid import InProcessGrid
 
@@ -79,6 +81,7 @@ class TestResults:
             "clients.png",
             "latents.png",
             "weights",
+            "distribution.safetensors",
         }
         rows = summary(folder)
         assert list(rows) == ["local", "fedavg", "fedavg-ft", "client-mean", "pfedgpa"]
@@ -180,6 +183,22 @@ class TestMethods:
         # welcomed with the global weights; then each has weights of its own
         first = {(r["method"], r["client"]): r["accuracy"] for r in lines if r["iteration"] == 0}
         assert first["fedavg", 4] == first["pfedgpa-once", 4] == first["client-mean", 4]
+
+    def test_a_saved_distribution_starts_another_federation(self, tmp_path: Path) -> None:
+        one, _ = federate(tmp_path / "1", method="pfedgpa-once", evaluate_every=1)
+        saved_to = one / "distribution.safetensors"
+        settings = {"method": "fedavg,fedper", "evaluate_every": 1, "seed": 1}
+        two, grid = federate(tmp_path / "2", start_from=str(saved_to), **settings)
+        first = train_messages(grid)[0].content.array_records["arrays"].to_torch_state_dict()
+        mean = load(saved_to)
+        assert torch.equal(mean.layout.flatten(dict(first)), mean.anchor)
+        cold, _ = federate(tmp_path / "3", **settings)
+        warm_rounds = [r["accuracy"] for r in records(two) if r["federation"] == "fedavg"]
+        cold_rounds = [r["accuracy"] for r in records(cold) if r["federation"] == "fedavg"]
+        assert sum(warm_rounds[:4]) > sum(cold_rounds[:4])  # all clients after the first round
+        assert summary(two)["fedavg"]["rounds_to_95_percent_of_peak"] in (1, 2, 3, 4)
+        with pytest.raises(ConfigError, match="start-from"):
+            federate(tmp_path / "4", start_from=str(tmp_path / "none"), method="fedavg")
 
     def test_weighted_mean(self) -> None:
         uploads = {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pfedgpa_app.diffusion.autoencoder import (
     Deltas,
@@ -17,6 +20,7 @@ from pfedgpa_app.diffusion.copies import novelty
 from pfedgpa_app.diffusion.directions import client_means, principal_directions
 from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
 from pfedgpa_app.diffusion.rank import RULES, choose_rank, hard_threshold
+from pfedgpa_app.diffusion.saved import load, save
 
 SHAPES = {"body": (20, 30), "bias": (20,), "head": (5, 20)}
 GROUPS, CLIENTS, ROUNDS = 4, 12, 6
@@ -398,3 +402,41 @@ class TestDistribution:
         vectors = uploads()[:, :1].expand(ROUNDS, 4, -1)
         out = generated(distribution(vectors))
         assert torch.allclose(out, vectors[-1], atol=1e-6)
+
+
+class TestSaved:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"denoiser": "mlp", "fit_steps": 20, "width": 16},
+            {"denoiser": "gaussian"},
+            {"autoencoder": "layers", "denoiser": "transformer", "fit_steps": 5, "width": 16},
+            {"autoencoder": "conv", "autoencoder_steps": 5, "chunk_latents": 3},
+        ],
+    )
+    def test_round_trip(self, tmp_path: Path, settings: dict[str, object]) -> None:
+        vectors = uploads()
+        fitted = distribution(vectors, **settings)
+        save(fitted, tmp_path / "d.safetensors")
+        again = load(tmp_path / "d.safetensors")
+        new = {7: unflatten(vectors[0, 3]), 9: unflatten(vectors[1, 4])}
+        one, two = (d.place(new, d.strength, draws=8) for d in (fitted, again))
+        assert list(one) == list(two) == [7, 9]
+        for client in one:
+            for name, tensor in one[client].items():
+                assert torch.equal(tensor, two[client][name])
+        assert again.strength_for(0.3) == fitted.strength_for(0.3)
+
+    def test_refuses_other_files(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="cannot be read"):
+            load(tmp_path / "none.safetensors")
+        (tmp_path / "text").write_text("no tensors at all")
+        with pytest.raises(ValueError, match="cannot be read"):
+            load(tmp_path / "text")
+        save_file({"anchor": torch.zeros(2)}, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match="format None"):
+            load(tmp_path / "other.safetensors")
+        described = {"format": "pfedgpa-distribution-1", "distribution": '{"tensors": []}'}
+        save_file({"anchor": torch.zeros(2)}, tmp_path / "half.safetensors", described)
+        with pytest.raises(ValueError, match="is not whole"):
+            load(tmp_path / "half.safetensors")

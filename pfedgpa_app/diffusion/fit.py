@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from pfedgpa_app.diffusion.autoencoder import (
@@ -19,7 +19,7 @@ from pfedgpa_app.diffusion.autoencoder import (
     LinearAutoencoder,
     remove_drift,
 )
-from pfedgpa_app.diffusion.buffer import Buffer, Weights
+from pfedgpa_app.diffusion.buffer import Buffer, Layout, Weights
 from pfedgpa_app.diffusion.convolutional import ConvolutionalAutoencoder, ConvolutionalSettings
 from pfedgpa_app.diffusion.denoiser import (
     Denoiser,
@@ -77,6 +77,25 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def closed_form(settings: FitSettings, latents: Tensor, schedule: Schedule) -> Denoiser | None:
+    """The denoiser of latents [N, k] that needs no training; None where a network is wanted."""
+    if not latents.shape[1] or settings.denoiser == "gaussian":
+        return GaussianDenoiser.fit(latents, schedule)
+    if settings.denoiser == "finite-set":
+        return FiniteSetDenoiser(latents, schedule, blur=settings.latent_noise)
+    return None
+
+
+def new_network(
+    settings: FitSettings, dimensions: int, tokens: tuple[int, int]
+) -> ResidualMLP | TokenTransformer:
+    """The untrained network that ``settings.denoiser`` names."""
+    shape = settings.width, settings.blocks, settings.diffusion_steps
+    if settings.denoiser == "transformer":
+        return TokenTransformer(tokens, *shape)
+    return ResidualMLP(dimensions, *shape)
+
+
 def fit_network(
     latents: Tensor,
     noise: Tensor,
@@ -84,7 +103,7 @@ def fit_network(
     settings: FitSettings,
     seed: int,
     device: torch.device,
-    tokens: tuple[int, int] | None = None,
+    tokens: tuple[int, int] = (1, 1),
 ) -> NetworkDenoiser:
     """Train a residual MLP, or a transformer over ``tokens``, by AdamW with one cycle and EMA.
 
@@ -102,11 +121,7 @@ def fit_network(
     latents, noise = latents[order].to(device), noise.to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        shape = settings.width, settings.blocks, schedule.steps
-        network: nn.Module = (
-            TokenTransformer(tokens, *shape) if tokens else ResidualMLP(latents.shape[1], *shape)
-        )
-        network = network.to(device)
+        network = new_network(settings, latents.shape[1], tokens).to(device)
 
     def follow(averaged: Any, current: Any, updates: Any) -> None:
         """An average that warms up: early weights must not linger in a short training."""
@@ -135,14 +150,90 @@ def fit_network(
     return NetworkDenoiser(average.module.cpu(), schedule)  # latents are few: generate there
 
 
-class WeightDistribution:
-    """A learned distribution of clients' weights, and each client's place in it.
+@dataclass
+class Distribution:
+    """A learned distribution of clients' weights, for clients that it need not have seen.
 
     Attributes:
-        rank, strength: as given, or as chosen.
-        latents [N, k], clients [N], rounds [N]: the buffered uploads.
-        newest: clients with an upload, in rising order; newest_latents [M, k]: their newest.
+        settings, seed: what it was learned with.
         anchor [P]: the population's newest mean, to which decoded deltas are added.
+        latents [N, k], clients [N], rounds [N]: the uploads that it was learned from.
+        strength: t0, as given or as chosen.
+    """
+
+    settings: FitSettings
+    seed: int
+    layout: Layout
+    anchor: Tensor
+    clients: Tensor
+    rounds: Tensor
+    autoencoder: Autoencoder
+    latents: Tensor
+    strength: int
+    denoiser: Denoiser
+
+    @property
+    def schedule(self) -> Schedule:
+        """Of its noise."""
+        return Schedule(self.settings.diffusion_steps, self.settings.schedule)
+
+    @property
+    def rank(self) -> int:
+        """Latent dimensions: less than asked for where uploads span less."""
+        return self.latents.shape[1]
+
+    def strength_for(self, own_weight: float) -> int:
+        """t0 at which the posterior weight left on a client's own uploads is ``own_weight``."""
+        if not self.rank:
+            return 0
+        newest = newest_rows(self.clients)
+        return calibrate_strength(
+            self.latents, self.clients, newest, self.schedule, own_weight, self.seed
+        )
+
+    def _latents_of(self, weights: dict[int, Weights]) -> Tensor:
+        """Where weights that are no upload of the buffer lie [M, k]."""
+        vectors = torch.stack([self.layout.flatten(mine) for mine in weights.values()])
+        return self.autoencoder.encode(vectors - self.anchor)
+
+    def _decoded(
+        self, clients: Iterable[int], latents: Tensor, residual: Tensor | float = 0.0
+    ) -> dict[int, Weights]:
+        vectors = self.autoencoder.decode(latents) + residual + self.anchor
+        return {c: self.layout.unflatten(v) for c, v in zip(clients, vectors, strict=True)}
+
+    def place(self, weights: dict[int, Weights], strength: int, draws: int) -> dict[int, Weights]:
+        """What the distribution makes of clients' weights that it has never seen.
+
+        Their latents' posterior mean after noise of ``strength``, over ``draws``.
+        """
+        latents = self._latents_of(weights)
+        if self.rank:
+            rng = torch_generator(self.seed, "place")
+            latents = regenerate(
+                latents, self.denoiser, self.schedule, rng, strength=strength, draws=draws
+            )
+        return self._decoded(weights, latents)
+
+    def guide(
+        self, weights: dict[int, Weights], before: dict[int, Weights], weight: float
+    ) -> dict[int, Weights]:
+        """Reverse steps from clients' weights, led by how they went there from ``before``.
+
+        So many steps as the calibrated strength; ``weight`` is the 1 + ω of eq. 10.
+        """
+        latents = self._latents_of(weights)
+        if self.rank:
+            progress = latents - self._latents_of(before)
+            latents = guided(latents, progress, self.denoiser, self.schedule, self.strength, weight)
+        return self._decoded(weights, latents)
+
+
+class WeightDistribution(Distribution):
+    """A distribution learned from a buffer, and each of its clients' place in it.
+
+    Attributes:
+        newest: clients with an upload, in rising order; newest_latents [M, k]: their newest.
     """
 
     def __init__(
@@ -153,18 +244,17 @@ class WeightDistribution:
         Raises:
             ValueError: nothing is buffered.
         """
-        self.seed = seed
+        self.settings, self.seed = settings, seed
         self.layout, vectors, self.rounds, self.clients = buffer.stack()
         deltas = remove_drift(vectors, self.rounds, self.clients)
         self.anchor = deltas.means[-1]
-        self.schedule = Schedule(settings.diffusion_steps, settings.schedule)
         self.autoencoder = self._autoencoder(deltas, settings, torch.device(device))
         self.latents = self.autoencoder.encode_all(deltas)
-        self.rank = self.latents.shape[1]  # less than asked for where uploads span less
         self.newest = sorted(buffer.newest())
         self._newest_deltas = _newest_deltas(buffer, deltas)
         self.newest_latents = self.autoencoder.encode(self._newest_deltas)
-        self.strength = self._strength(settings)
+        own, given = settings.own_weight, settings.strength
+        self.strength = self.strength_for(own) if given is None else given
         self.denoiser = self._fit(settings, torch.device(device))
 
     def _autoencoder(
@@ -196,28 +286,13 @@ class WeightDistribution:
             return LayeredAutoencoder.fit(deltas, self.layout.layers(), combinations)
         return LinearAutoencoder.fit(deltas, gram, combinations)
 
-    def _strength(self, settings: FitSettings) -> int:
-        if settings.strength is not None:
-            return settings.strength
-        return self.strength_for(settings.own_weight)
-
-    def strength_for(self, own_weight: float) -> int:
-        """t0 at which the posterior weight left on a client's own uploads is ``own_weight``."""
-        if not self.rank:
-            return 0
-        newest = newest_rows(self.clients)
-        return calibrate_strength(
-            self.latents, self.clients, newest, self.schedule, own_weight, self.seed
-        )
-
     def _fit(self, settings: FitSettings, device: torch.device) -> Denoiser:
+        exact = closed_form(settings, self.latents, self.schedule)
+        if exact is not None:
+            return exact
         augmentation = self.autoencoder.latent_noise(settings.input_noise) + settings.latent_noise
-        if not self.rank or settings.denoiser == "gaussian":
-            return GaussianDenoiser.fit(self.latents, self.schedule)
-        if settings.denoiser == "finite-set":
-            return FiniteSetDenoiser(self.latents, self.schedule, blur=settings.latent_noise)
         with _one_thread(device):
-            tokens = self.autoencoder.tokens if settings.denoiser == "transformer" else None
+            tokens = self.autoencoder.tokens
             return fit_network(
                 self.latents, augmentation, self.schedule, settings, self.seed, device, tokens
             )
@@ -238,50 +313,11 @@ class WeightDistribution:
             residual_keep: share of the upload's part outside the latent directions added back.
         """
         latents = self.generate_latents(mode, strength=strength, keep=keep, draws=draws)
-        decoded = self.autoencoder.decode(latents)
+        residual: Tensor | float = 0.0
         if residual_keep:
             inside = self.autoencoder.decode(self.newest_latents)
-            decoded += residual_keep * (self._newest_deltas - inside)
-        decoded += self.anchor
-        return {
-            client: self.layout.unflatten(vector)
-            for client, vector in zip(self.newest, decoded, strict=True)
-        }
-
-    def _latents_of(self, weights: dict[int, Weights]) -> Tensor:
-        """Where weights that are no upload of the buffer lie [M, k]."""
-        vectors = torch.stack([self.layout.flatten(mine) for mine in weights.values()])
-        return self.autoencoder.encode(vectors - self.anchor)
-
-    def _decoded(self, clients: Iterable[int], latents: Tensor) -> dict[int, Weights]:
-        vectors = self.autoencoder.decode(latents) + self.anchor
-        return {c: self.layout.unflatten(v) for c, v in zip(clients, vectors, strict=True)}
-
-    def place(self, weights: dict[int, Weights], strength: int, draws: int) -> dict[int, Weights]:
-        """What the distribution makes of clients' weights that it has never seen.
-
-        Their latents' posterior mean after noise of ``strength``, over ``draws``.
-        """
-        latents = self._latents_of(weights)
-        if self.rank:
-            rng = torch_generator(self.seed, "place")
-            latents = regenerate(
-                latents, self.denoiser, self.schedule, rng, strength=strength, draws=draws
-            )
-        return self._decoded(weights, latents)
-
-    def guide(
-        self, weights: dict[int, Weights], before: dict[int, Weights], weight: float
-    ) -> dict[int, Weights]:
-        """Reverse steps from clients' weights, led by how they went there from ``before``.
-
-        So many steps as the calibrated strength; ``weight`` is the 1 + ω of eq. 10.
-        """
-        latents = self._latents_of(weights)
-        if self.rank:
-            progress = latents - self._latents_of(before)
-            latents = guided(latents, progress, self.denoiser, self.schedule, self.strength, weight)
-        return self._decoded(weights, latents)
+            residual = residual_keep * (self._newest_deltas - inside)
+        return self._decoded(self.newest, latents, residual)
 
     def generate_latents(
         self, mode: str, *, strength: int | None = None, keep: float = 0.0, draws: int = 1

@@ -1,0 +1,157 @@
+"""A learned distribution as one safetensors file: numbers and JSON, nothing that runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pfedgpa_app.diffusion.autoencoder import Autoencoder, LayeredAutoencoder, LinearAutoencoder
+from pfedgpa_app.diffusion.buffer import Layout
+from pfedgpa_app.diffusion.convolutional import (
+    ConvolutionalAutoencoder,
+    ConvolutionalNetwork,
+    ConvolutionalSettings,
+)
+from pfedgpa_app.diffusion.denoiser import NetworkDenoiser
+from pfedgpa_app.diffusion.fit import Distribution, FitSettings, closed_form, new_network
+from pfedgpa_app.diffusion.schedule import Schedule
+
+FILE = "distribution.safetensors"
+FORMAT = "pfedgpa-distribution-1"
+Tensors = dict[str, Tensor]
+
+
+def save(fitted: Distribution, path: Path) -> None:
+    """Write what ``load`` needs: P·(k + 1) numbers and a little more, no upload."""
+    layout = fitted.layout
+    tensors = {
+        "anchor": fitted.anchor,
+        "latents": fitted.latents,
+        "clients": fitted.clients,
+        "rounds": fitted.rounds,
+    }
+    tensors |= _autoencoder_tensors(fitted.autoencoder)
+    if isinstance(fitted.denoiser, NetworkDenoiser):
+        state = fitted.denoiser.network.state_dict()
+        tensors |= {f"denoiser/{name}": tensor for name, tensor in state.items()}
+    description = {
+        "settings": asdict(fitted.settings),
+        "seed": fitted.seed,
+        "strength": fitted.strength,
+        "tensors": [
+            [name, list(shape), str(dtype).removeprefix("torch.")]
+            for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes, strict=True)
+        ],
+    }
+    metadata = {"format": FORMAT, "distribution": json.dumps(description)}
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
+
+
+def load(path: Path) -> Distribution:
+    """The distribution that ``save`` wrote.
+
+    Raises:
+        ValueError: no such file, or not one of ours.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors: Tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {metadata.get('format')!r}, not {FORMAT}")
+    try:
+        return _from(tensors, json.loads(metadata["distribution"]))
+    except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: is not whole: {error}") from error
+
+
+def _from(tensors: Tensors, description: dict[str, object]) -> Distribution:
+    listed: list[tuple[str, list[int], str]] = description["tensors"]  # type: ignore[assignment]
+    layout = Layout(
+        tuple(name for name, _, _ in listed),
+        tuple(torch.Size(shape) for _, shape, _ in listed),
+        tuple(getattr(torch, dtype) for _, _, dtype in listed),
+    )
+    given: dict[str, object] = description["settings"]  # type: ignore[assignment]
+    settings = FitSettings(**given)  # type: ignore[arg-type]
+    autoencoder = _autoencoder(settings, layout, tensors)
+    latents, schedule = tensors["latents"], Schedule(settings.diffusion_steps, settings.schedule)
+    denoiser = closed_form(settings, latents, schedule)
+    if denoiser is None:
+        network = new_network(settings, latents.shape[1], autoencoder.tokens)
+        network.load_state_dict(_below("denoiser", tensors))
+        denoiser = NetworkDenoiser(network, schedule)
+    return Distribution(
+        settings,
+        int(description["seed"]),  # type: ignore[call-overload]
+        layout,
+        tensors["anchor"],
+        tensors["clients"],
+        tensors["rounds"],
+        autoencoder,
+        latents,
+        int(description["strength"]),  # type: ignore[call-overload]
+        denoiser,
+    )
+
+
+def _below(prefix: str, tensors: Tensors) -> Tensors:
+    start = f"{prefix}/"
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
+def _linear(coder: LinearAutoencoder, prefix: str) -> Tensors:
+    spread = torch.tensor(coder.spread, dtype=torch.float64)
+    parts = {"components": coder.components, "scale": coder.scale, "spread": spread}
+    return {f"{prefix}/{name}": tensor for name, tensor in parts.items()}
+
+
+def _autoencoder_tensors(coder: Autoencoder) -> Tensors:
+    if isinstance(coder, LayeredAutoencoder):
+        return {
+            name: tensor
+            for i, layer in enumerate(coder.layers)
+            for name, tensor in _linear(layer, f"layer-{i}").items()
+        }
+    if isinstance(coder, ConvolutionalAutoencoder):
+        state = {f"conv/network/{n}": t for n, t in coder.network.state_dict().items()}
+        return state | {
+            "conv/scale": coder.scale,
+            "conv/mean": coder.mean,
+            "conv/deviation": coder.deviation,
+        }
+    assert isinstance(coder, LinearAutoencoder)
+    return _linear(coder, "linear")
+
+
+def _autoencoder(settings: FitSettings, layout: Layout, tensors: Tensors) -> Autoencoder:
+    def linear(prefix: str) -> LinearAutoencoder:
+        parts = _below(prefix, tensors)
+        return LinearAutoencoder(parts["components"], parts["scale"], float(parts["spread"]))
+
+    if settings.autoencoder == "layers":
+        columns = layout.layers()
+        layers = tuple(linear(f"layer-{i}") for i in range(len(columns)))
+        return LayeredAutoencoder(layers, tuple(columns), max(len(layer.scale) for layer in layers))
+    if settings.autoencoder == "conv":
+        parts = _below("conv", tensors)
+        state = _below("network", parts)
+        chunks, _, latents = state["inward"].shape
+        chunk = state["inward"].shape[1]  # as many features as weights
+        network = ConvolutionalNetwork(chunks, chunk, latents)
+        network.load_state_dict(state)
+        network.eval().requires_grad_(False)
+        coder = ConvolutionalAutoencoder(
+            network, parts["scale"], ConvolutionalSettings(settings.chunk_latents)
+        )
+        coder.mean, coder.deviation = parts["mean"], parts["deviation"]
+        return coder
+    return linear("linear")
