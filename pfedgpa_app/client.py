@@ -83,7 +83,13 @@ class Visit:
     def trained(self, weights: Weights, loss: float) -> Message:
         """The answer to a round."""
         self.keep_state()
-        return self.reply({"num-examples": len(self.data().train), "loss": loss}, weights)
+        metrics: Metrics = {"num-examples": len(self.data().train), "loss": loss}
+        agrees = self.context.node_config.get("share-label-counts", True)
+        if self.config.share_label_counts and agrees:
+            classes = len(load_dataset(self.config).classes)
+            counts = torch.bincount(self.data().train.labels, minlength=classes)
+            metrics["label-counts"] = counts.tolist()
+        return self.reply(metrics, weights)
 
     def scored(self, score: training.Score) -> Message:
         """The answer to an evaluation."""

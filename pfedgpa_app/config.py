@@ -94,6 +94,9 @@ class Config:
         "learning rate of clients that join, in units of the run's, where trained weights await",
         above=0,
     )
+    share_label_counts: bool = setting(
+        False, "clients tell the server how many images of each class they hold"
+    )
     evaluate_every: int = setting(
         5, "rounds between evaluations of all clients; the last five are always evaluated", low=1
     )

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from pfedgpa_app.config import Config
+from pfedgpa_app.data.client import load_dataset
 from pfedgpa_app.methods import method_class
 from pfedgpa_app.methods.base import Method, Upload, Way
 from pfedgpa_app.models import Weights
@@ -38,11 +39,12 @@ def failure(reply: Message) -> str:
     return f"failed (code {reply.error.code}): {reason[-300:]}"
 
 
-def check_upload(reply: Message, expected: Weights) -> tuple[Upload | None, str]:
+def check_upload(reply: Message, expected: Weights, classes: int = 0) -> tuple[Upload | None, str]:
     """The reply's upload, or None and what is wrong with it.
 
     Args:
         expected: tensors of the names, shapes and dtypes that an upload must have.
+        classes: how many class counts a client that shares them must send.
     """
     if reply.has_error():
         return None, failure(reply)
@@ -67,7 +69,12 @@ def check_upload(reply: Message, expected: Weights) -> tuple[Upload | None, str]
             return None, f"sent {name} as {tensor.dtype}, not {like.dtype}"
         if not bool(torch.isfinite(tensor).all()):
             return None, f"sent {name} with numbers that are not finite"
-    return Upload({name: weights[name] for name in expected}, examples), ""
+    labels: Any = metrics.get("label-counts", []) if metrics is not None else []
+    if not isinstance(labels, list) or any(not isinstance(n, int) or n < 0 for n in labels):
+        return None, f"sent label-counts {labels!r} instead of whole numbers"
+    if labels and (len(labels) != classes or not sum(labels)):
+        return None, f"sent label-counts {labels!r} instead of the images of {classes} classes"
+    return Upload({name: weights[name] for name in expected}, examples, labels), ""
 
 
 def array_bytes(message: Message) -> int:
@@ -119,6 +126,7 @@ class Personalised(Strategy):
     ) -> None:
         self.method, self.name, self.roster = method, name, roster
         self.config, self.log = config, log
+        self._classes = len(load_dataset(config).classes) if config.share_label_counts else 0
         self.server_seconds = 0.0
         self.bytes_up = self.bytes_down = self._round_down = 0
         self._sent: dict[int, Message] = {}
@@ -237,7 +245,7 @@ class Personalised(Strategy):
             if client not in answers:
                 rejected[client] = f"did not answer within {self.config.timeout:g} s"
                 continue
-            upload, reason = check_upload(answers[client], expected)
+            upload, reason = check_upload(answers[client], expected, self._classes)
             if upload is None:
                 rejected[client] = reason
                 continue

@@ -291,6 +291,40 @@ class TestTraining:
             errors.append(float((out - centres[labels]).square().mean()))
         assert errors[0] < 0.5 * errors[1]
 
+    @pytest.mark.parametrize("kind", ["mlp", "transformer"])
+    def test_descriptors_tell_clients_apart_where_latents_cannot(self, kind: str) -> None:
+        centres = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+        who = torch.arange(200) % 2
+        latents = centres[who] + 0.2 * torch.randn(200, 2, generator=generator(1))
+        names = torch.eye(2)
+        settings = FitSettings(denoiser=kind, fit_steps=600, width=32, blocks=2)
+        fitted = fit_network(
+            latents,
+            torch.zeros(2),
+            SCHEDULE,
+            settings,
+            0,
+            torch.device("cpu"),
+            (1, 2),
+            names[who],
+        )
+        noisy = torch.randn(8, 2, generator=generator(2))  # at T nothing is left of a latent
+        rows = noisy.repeat_interleave(2, 0)  # each for both clients in turn
+
+        def clean(omega: float) -> torch.Tensor:
+            eps = fitted.of(names, omega)(rows, 900)
+            return SCHEDULE.clean(rows, eps, 900).view(8, 2, 2)
+
+        unknown = SCHEDULE.clean(rows, fitted(rows, 900), 900).view(8, 2, 2)
+        assert torch.allclose(clean(-1.0), unknown, atol=1e-4)  # ω = −1: unconditional
+        assert torch.equal(unknown[:, 0], unknown[:, 1])
+        told = clean(0.0).mean(0)
+        assert torch.allclose(told, centres, atol=0.35)
+        further = clean(1.0).mean(0)  # E[z|e] + ω (E[z|e] − E[z]), in the linear parametrisation
+        assert torch.allclose(further, 2 * told - unknown[:, 0].mean(0), atol=1e-3)
+        hidden = fitted.of(torch.full((2, 2), torch.nan), 0.7)(rows, 900)
+        assert torch.allclose(hidden, fitted(rows, 900), atol=1e-4)
+
     def test_order_of_latents_does_not_matter(self) -> None:
         latents = torch.randn(60, 2, generator=generator(1))
         shuffled = latents[torch.randperm(60, generator=generator(2))]

@@ -184,6 +184,41 @@ class TestMethods:
         first = {(r["method"], r["client"]): r["accuracy"] for r in lines if r["iteration"] == 0}
         assert first["fedavg", 4] == first["pfedgpa-once", 4] == first["client-mean", 4]
 
+    @pytest.mark.parametrize("kind", ["labels", "learned"])
+    def test_descriptors(self, tmp_path: Path, kind: str) -> None:
+        settings = {"pfedgpa.descriptor": kind, "pfedgpa.guidance": 0.5, "num-clients": 6}
+        share = kind == "labels"
+        methods = {"method": "pfedgpa-once", "join_clients": 2, "share_label_counts": share}
+        shared: list[Any] = []
+
+        def watch(message: Message, reply: Message) -> Message:
+            if message.metadata.message_type == "train":
+                shared.append(reply.content.metric_records["metrics"].get("label-counts"))
+            return reply
+
+        folder, _ = federate(tmp_path / "1", tamper=watch, **methods, **settings)
+        assert len(summary(folder)["pfedgpa-once"]["accuracy_of_joining_clients"]) == 4
+        assert len(shared) == 4 * 4 + 2 * 3
+        for counts in shared:  # only if clients are asked to
+            assert sum(counts) == 48 if share else counts is None
+        if share:
+            with pytest.raises(ConfigError, match="share-label-counts"):
+                federate(tmp_path / "2", method="pfedgpa-once", **settings)
+
+    def test_label_counts_are_checked(self) -> None:
+        expected = {"w": torch.zeros(2)}
+        for labels, wrong in (([3, 7], ""), ([3], "2 classes"), ([0, 0], "2"), ([-1, 5], "whole")):
+            content = RecordDict(
+                {
+                    "arrays": ArrayRecord(expected),
+                    "metrics": MetricRecord({"num-examples": 10, "label-counts": labels}),
+                }
+            )
+            reply = Message(content, dst_node_id=1, message_type="train")
+            upload, reason = check_upload(reply, expected, classes=2)
+            assert (upload is None) == bool(wrong)
+            assert wrong in reason
+
     def test_a_saved_distribution_starts_another_federation(self, tmp_path: Path) -> None:
         one, _ = federate(tmp_path / "1", method="pfedgpa-once", evaluate_every=1)
         saved_to = one / "distribution.safetensors"

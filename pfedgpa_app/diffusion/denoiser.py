@@ -66,24 +66,39 @@ class FiniteSetDenoiser:
 
 
 class Time(nn.Module):
-    """What a network knows of t [M]: a sinusoidal embedding through two layers, [M, width]."""
+    """What a network knows of t [M], and of whose latents it sees: [M, width].
+
+    A sinusoidal embedding of t through two layers, to which that of a descriptor [M, d] is
+    added where there are descriptors; a row of NaN, and no descriptors at all, count as null.
+    """
 
     EMBEDDING = 64
 
-    def __init__(self, width: int, steps: int) -> None:
+    def __init__(self, width: int, steps: int, descriptor: int = 0) -> None:
         super().__init__()
         self.steps = steps
+        self.descriptor = descriptor
         self.net = nn.Sequential(
             nn.Linear(self.EMBEDDING, width), nn.SiLU(), nn.Linear(width, width)
         )
+        if descriptor:
+            self.describe = nn.Sequential(
+                nn.Linear(descriptor, width), nn.SiLU(), nn.Linear(width, width)
+            )
+            self.null = nn.Parameter(torch.zeros(width))
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, descriptors: Tensor | None = None) -> Tensor:
         half = self.EMBEDDING // 2
         rates = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
         angles = (t * (1000 / self.steps))[:, None] * rates
         embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
-        out: Tensor = self.net(embedding.to(next(self.parameters()).dtype))
-        return out
+        out: Tensor = self.net(embedding.to(self.net[0].weight.dtype))  # type: ignore[arg-type]
+        if not self.descriptor:
+            return out
+        if descriptors is None:
+            return out + self.null
+        known = ~descriptors.isnan().any(1, keepdim=True)
+        return out + torch.where(known, self.describe(descriptors.nan_to_num()), self.null)
 
 
 class _Block(nn.Module):
@@ -104,15 +119,17 @@ class ResidualMLP(nn.Module):
     Nothing is clipped: weights have no natural range.
     """
 
-    def __init__(self, dimensions: int, width: int, blocks: int, steps: int) -> None:
+    def __init__(
+        self, dimensions: int, width: int, blocks: int, steps: int, descriptor: int = 0
+    ) -> None:
         super().__init__()
-        self.time = Time(width, steps)
+        self.time = Time(width, steps, descriptor)
         self.inward = nn.Linear(dimensions, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
         self.outward = nn.Linear(width, dimensions)
 
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        time = self.time(t)
+    def forward(self, z: Tensor, t: Tensor, descriptors: Tensor | None = None) -> Tensor:
+        time = self.time(t, descriptors)
         h = self.inward(z)
         for block in self.blocks:
             h = block(h, time)
@@ -128,10 +145,12 @@ class TokenTransformer(nn.Module):
 
     HEADS = 4
 
-    def __init__(self, tokens: tuple[int, int], width: int, blocks: int, steps: int) -> None:
+    def __init__(
+        self, tokens: tuple[int, int], width: int, blocks: int, steps: int, descriptor: int = 0
+    ) -> None:
         super().__init__()
         self.tokens = tokens
-        self.time = Time(width, steps)
+        self.time = Time(width, steps, descriptor)
         self.inward = nn.Linear(tokens[1], width)
         self.place = nn.Parameter(0.02 * torch.randn(tokens[0], width))
         layer = nn.TransformerEncoderLayer(
@@ -140,19 +159,40 @@ class TokenTransformer(nn.Module):
         self.blocks = nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False)
         self.outward = nn.Linear(width, tokens[1])
 
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        h = self.inward(z.view(-1, *self.tokens)) + self.place + self.time(t)[:, None]
+    def forward(self, z: Tensor, t: Tensor, descriptors: Tensor | None = None) -> Tensor:
+        time = self.time(t, descriptors)[:, None]
+        h = self.inward(z.view(-1, *self.tokens)) + self.place + time
         out: Tensor = self.outward(self.blocks(h))
         return out.flatten(1)
 
 
 class NetworkDenoiser:
-    """A trained v-network as a denoiser."""
+    """A trained v-network as a denoiser, without or with classifier-free guidance (eq. 9)."""
 
-    def __init__(self, network: nn.Module, schedule: Schedule) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        descriptors: Tensor | None = None,
+        guidance: float = 0.0,
+    ) -> None:
+        """``descriptors`` [M, d] of the clients whose latents it will see, in that order."""
         self.network, self.schedule = network.eval(), schedule
+        self.descriptors, self.guidance = descriptors, guidance
+
+    def of(self, descriptors: Tensor | None, guidance: float) -> NetworkDenoiser:
+        """The same network for clients with these descriptors, guided by ω = ``guidance``.
+
+        ε̃ = (1 + ω) ε_φ(z, t, e) − ω ε_φ(z, t, ∅): ω = 0 is the conditional model, −1 the
+        unconditional.
+        """
+        return NetworkDenoiser(self.network, self.schedule, descriptors, guidance)
 
     @torch.no_grad()
     def __call__(self, z: Tensor, t: int) -> Tensor:
-        v = self.network(z, torch.full((len(z),), float(t), device=z.device))
+        times = torch.full((len(z),), float(t), device=z.device)
+        v = self.network(z, times)
+        if self.descriptors is not None:  # clients in turn, once for every draw
+            each = self.descriptors.to(z).repeat(len(z) // len(self.descriptors), 1)
+            v = (1 + self.guidance) * self.network(z, times, each) - self.guidance * v
         return self.schedule.eps_from_v(z, v, t)

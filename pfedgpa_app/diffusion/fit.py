@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +63,10 @@ class FitSettings:
     ema: float = 0.99
     input_noise: float = 0.0
     latent_noise: float = 0.1
+    guidance: float = 0.0
+
+
+_HIDDEN = 0.1  # share of the steps that learn without descriptors (classifier-free guidance)
 
 
 @contextmanager
@@ -87,13 +91,21 @@ def closed_form(settings: FitSettings, latents: Tensor, schedule: Schedule) -> D
 
 
 def new_network(
-    settings: FitSettings, dimensions: int, tokens: tuple[int, int]
+    settings: FitSettings, dimensions: int, tokens: tuple[int, int], descriptor: int = 0
 ) -> ResidualMLP | TokenTransformer:
     """The untrained network that ``settings.denoiser`` names."""
-    shape = settings.width, settings.blocks, settings.diffusion_steps
+    shape = settings.width, settings.blocks, settings.diffusion_steps, descriptor
     if settings.denoiser == "transformer":
         return TokenTransformer(tokens, *shape)
     return ResidualMLP(dimensions, *shape)
+
+
+def described(clients: Sequence[int], descriptors: dict[int, Tensor] | None) -> Tensor | None:
+    """Clients' descriptors [M, d], NaN for one of whom nothing is known; None without any."""
+    if not descriptors:
+        return None
+    unknown = torch.full_like(next(iter(descriptors.values())), torch.nan)
+    return torch.stack([descriptors.get(client, unknown) for client in clients])
 
 
 def fit_network(
@@ -104,6 +116,7 @@ def fit_network(
     seed: int,
     device: torch.device,
     tokens: tuple[int, int] = (1, 1),
+    descriptors: Tensor | None = None,
 ) -> NetworkDenoiser:
     """Train a residual MLP, or a transformer over ``tokens``, by AdamW with one cycle and EMA.
 
@@ -113,15 +126,20 @@ def fit_network(
     Args:
         latents: [N, k] at unit variance; their order does not matter.
         noise: deviation of the augmentation in each direction [k].
+        tokens: k as the autoencoder's tokens.
+        descriptors: of each latent's client [N, d], hidden in a share of the steps.
     """
     generator = torch_generator(seed, "fit")
     order = torch.arange(len(latents))
     for column in range(latents.shape[1] - 1, -1, -1):  # sorted by content, not by client
         order = order[latents[order, column].argsort(stable=True)]
     latents, noise = latents[order].to(device), noise.to(device)
+    if descriptors is not None:
+        descriptors = descriptors[order].to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        network = new_network(settings, latents.shape[1], tokens).to(device)
+        described = 0 if descriptors is None else descriptors.shape[1]
+        network = new_network(settings, latents.shape[1], tokens, described).to(device)
 
     def follow(averaged: Any, current: Any, updates: Any) -> None:
         """An average that warms up: early weights must not linger in a short training."""
@@ -141,7 +159,11 @@ def fit_network(
         jitter, eps = torch.randn(2, batch, k, generator=generator).to(device)
         z = latents[rows] + noise * jitter
         signal, sigma = alpha_bar[t].sqrt()[:, None], (1 - alpha_bar[t]).sqrt()[:, None]
-        v = network(signal * z + sigma * eps, t.float())
+        known = None
+        if descriptors is not None:
+            hidden = torch.rand(batch, 1, generator=generator).to(device) < _HIDDEN
+            known = descriptors[rows].masked_fill(hidden, torch.nan)
+        v = network(signal * z + sigma * eps, t.float(), known)
         optimiser.zero_grad()
         F.mse_loss(v, signal * eps - sigma * z).backward()
         optimiser.step()
@@ -202,7 +224,13 @@ class Distribution:
         vectors = self.autoencoder.decode(latents) + residual + self.anchor
         return {c: self.layout.unflatten(v) for c, v in zip(clients, vectors, strict=True)}
 
-    def place(self, weights: dict[int, Weights], strength: int, draws: int) -> dict[int, Weights]:
+    def place(
+        self,
+        weights: dict[int, Weights],
+        strength: int,
+        draws: int,
+        descriptors: dict[int, Tensor] | None = None,
+    ) -> dict[int, Weights]:
         """What the distribution makes of clients' weights that it has never seen.
 
         Their latents' posterior mean after noise of ``strength``, over ``draws``.
@@ -210,10 +238,19 @@ class Distribution:
         latents = self._latents_of(weights)
         if self.rank:
             rng = torch_generator(self.seed, "place")
+            denoiser = self._denoiser_of(list(weights), descriptors)
             latents = regenerate(
-                latents, self.denoiser, self.schedule, rng, strength=strength, draws=draws
+                latents, denoiser, self.schedule, rng, strength=strength, draws=draws
             )
         return self._decoded(weights, latents)
+
+    def _denoiser_of(
+        self, clients: Sequence[int], descriptors: dict[int, Tensor] | None
+    ) -> Denoiser:
+        """The denoiser for clients' latents in this order."""
+        if not isinstance(self.denoiser, NetworkDenoiser):
+            return self.denoiser
+        return self.denoiser.of(described(clients, descriptors), self.settings.guidance)
 
     def guide(
         self, weights: dict[int, Weights], before: dict[int, Weights], weight: float
@@ -225,7 +262,8 @@ class Distribution:
         latents = self._latents_of(weights)
         if self.rank:
             progress = latents - self._latents_of(before)
-            latents = guided(latents, progress, self.denoiser, self.schedule, self.strength, weight)
+            denoiser = self._denoiser_of(list(weights), None)
+            latents = guided(latents, progress, denoiser, self.schedule, self.strength, weight)
         return self._decoded(weights, latents)
 
 
@@ -237,9 +275,17 @@ class WeightDistribution(Distribution):
     """
 
     def __init__(
-        self, buffer: Buffer, settings: FitSettings, seed: int, device: str | torch.device = "cpu"
+        self,
+        buffer: Buffer,
+        settings: FitSettings,
+        seed: int,
+        device: str | torch.device = "cpu",
+        descriptors: dict[int, Tensor] | None = None,
     ) -> None:
         """Fit the distribution to the buffer.
+
+        Args:
+            descriptors: what is known of clients, each [d]; only networks go by it.
 
         Raises:
             ValueError: nothing is buffered.
@@ -255,7 +301,7 @@ class WeightDistribution(Distribution):
         self.newest_latents = self.autoencoder.encode(self._newest_deltas)
         own, given = settings.own_weight, settings.strength
         self.strength = self.strength_for(own) if given is None else given
-        self.denoiser = self._fit(settings, torch.device(device))
+        self.denoiser = self._fit(settings, torch.device(device), descriptors)
 
     def _autoencoder(
         self, deltas: Deltas, settings: FitSettings, device: torch.device
@@ -286,16 +332,28 @@ class WeightDistribution(Distribution):
             return LayeredAutoencoder.fit(deltas, self.layout.layers(), combinations)
         return LinearAutoencoder.fit(deltas, gram, combinations)
 
-    def _fit(self, settings: FitSettings, device: torch.device) -> Denoiser:
+    def _fit(
+        self,
+        settings: FitSettings,
+        device: torch.device,
+        descriptors: dict[int, Tensor] | None,
+    ) -> Denoiser:
         exact = closed_form(settings, self.latents, self.schedule)
         if exact is not None:
             return exact
         augmentation = self.autoencoder.latent_noise(settings.input_noise) + settings.latent_noise
         with _one_thread(device):
-            tokens = self.autoencoder.tokens
-            return fit_network(
-                self.latents, augmentation, self.schedule, settings, self.seed, device, tokens
+            fitted = fit_network(
+                self.latents,
+                augmentation,
+                self.schedule,
+                settings,
+                self.seed,
+                device,
+                self.autoencoder.tokens,
+                described(self.clients.tolist(), descriptors),
             )
+        return fitted.of(described(self.newest, descriptors), settings.guidance)
 
     def generate(
         self,

@@ -86,8 +86,11 @@ def _from(tensors: Tensors, description: dict[str, object]) -> Distribution:
     latents, schedule = tensors["latents"], Schedule(settings.diffusion_steps, settings.schedule)
     denoiser = closed_form(settings, latents, schedule)
     if denoiser is None:
-        network = new_network(settings, latents.shape[1], autoencoder.tokens)
-        network.load_state_dict(_below("denoiser", tensors))
+        state = _below("denoiser", tensors)
+        describe = state.get("time.describe.0.weight")
+        descriptor = 0 if describe is None else describe.shape[1]
+        network = new_network(settings, latents.shape[1], autoencoder.tokens, descriptor)
+        network.load_state_dict(state)
         denoiser = NetworkDenoiser(network, schedule)
     return Distribution(
         settings,

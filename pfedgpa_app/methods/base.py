@@ -29,6 +29,7 @@ class Upload:
 
     weights: Weights
     examples: int
+    labels: list[int] = field(default_factory=list)  # images of each class, if it shares that
 
 
 @dataclass(frozen=True)

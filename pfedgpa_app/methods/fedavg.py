@@ -29,13 +29,14 @@ class FedAvgState(Shared):
 
     ``velocity`` is the server's momentum. ``generated``, ``admitted`` and ``fitted`` are
     pFedGPA's: what clients train from, what those that join were sent last, and what the last
-    generation learned.
+    generation learned. ``labels``: class counts of clients that share them.
     """
 
     buffer: Buffer
     velocity: Weights = field(default_factory=dict)
     generated: dict[int, Weights] = field(default_factory=dict)
     admitted: dict[int, Weights] = field(default_factory=dict)
+    labels: dict[int, list[int]] = field(default_factory=dict)
     fitted: WeightDistribution | None = None
 
 
@@ -79,6 +80,8 @@ class FedAvg(Averaging[FedAvgState]):
                 name: before[name] + step for name, step in self.state.velocity.items()
             }
         for client, upload in uploads.items():
+            if upload.labels:
+                self.state.labels[client] = upload.labels
             self.state.buffer.add(server_round, client, upload.weights)
         self.state.buffer.drop_old(server_round)
 

@@ -103,12 +103,20 @@ class PFedGPASettings:
     input_noise: float = setting(
         0.0, "noise on the uploads in training, in units of their spread", low=0
     )
+    descriptor: str = setting(
+        "none",
+        "what mlp and transformer know of a client: nothing, the class counts that it shares "
+        "(share-label-counts), or an embedding learned for it",
+        choices=("none", "labels", "learned"),
+    )
     join_mode: str = setting(
         "tweedie",
         "clients that join: denoise their uploads, or the paper's reverse steps led by progress",
         choices=("tweedie", "guided"),
     )
-    guidance: float = setting(0.0, "ω of eq. 10 (guided), progress counting 1 + ω times", low=-1)
+    guidance: float = setting(
+        0.0, "ω of eq. 9 (descriptors) and of eq. 10 (guided joining)", low=-1
+    )
     latent_noise: float = setting(0.1, "noise on the unit-variance latents in training", low=0)
 
 
@@ -132,6 +140,11 @@ class PFedGPA(FedAvg):
             raise ConfigError(
                 f"pfedgpa.strength = {own.strength}: must be at most pfedgpa.diffusion-steps = "
                 f"{own.diffusion_steps}"
+            )
+        if own.descriptor == "labels" and not config.share_label_counts:
+            raise ConfigError(
+                "pfedgpa.descriptor = labels: clients must share their class counts: "
+                "share-label-counts=true"
             )
         if (own.generate_from or 1) > config.num_server_rounds:
             raise ConfigError(
@@ -190,7 +203,18 @@ class PFedGPA(FedAvg):
             FitSettings(**{k: v for k, v in values.items() if k in names}),
             self.config.seed,
             device_for(self.config.device),
+            self._descriptors(),
         )
+
+    def _descriptors(self) -> dict[int, torch.Tensor] | None:
+        """What eq. 9 goes by: class shares, or one-hot names, whose embedding is learned."""
+        kind = self.config.pfedgpa.descriptor
+        if kind == "labels":
+            counts = {c: torch.tensor(n).float() for c, n in self.state.labels.items()}
+            return {client: n / n.sum() for client, n in counts.items()}
+        if kind == "learned":
+            return dict(enumerate(torch.eye(self.config.founders)))
+        return None
 
     def _uploads(self, layers: int) -> Buffer:
         """The buffered uploads, or only their last ``layers``."""
@@ -220,6 +244,7 @@ class PFedGPA(FedAvg):
         are left; ``guided`` takes reverse steps from it, led by the client's local progress.
         """
         fitted, own = self.distribution(), self.config.pfedgpa
+        self.state.labels |= {c: upload.labels for c, upload in uploads.items() if upload.labels}
         names = fitted.layout.names
         given = {c: {n: upload.weights[n] for n in names} for c, upload in uploads.items()}
         progress = (iteration - 1) / max(1, self.config.join_iterations - 1)
@@ -232,7 +257,7 @@ class PFedGPA(FedAvg):
         else:
             first = fitted.strength_for(0.4 * own.own_weight)
             strength = round(first + progress * (fitted.strength - first))
-            made = fitted.place(given, strength, own.draws)
+            made = fitted.place(given, strength, own.draws, self._descriptors())
         self.state.admitted |= {c: self.state.global_weights | mine for c, mine in made.items()}
         return {client: self.state.admitted[client] for client in uploads}
 
