@@ -19,7 +19,7 @@ class FedAvgMSettings(MethodSettings):
     """The server's momentum."""
 
     momentum: float = setting(
-        0.9, "β, the server's momentum", low=0, high=0.999, grid=(0.5, 0.7, 0.9)
+        0.9, "β, the server's momentum", low=0, high=0.999, grid=(0.3, 0.5, 0.7, 0.9)
     )
 
 

@@ -47,7 +47,7 @@ class PFedGPASettings:
         0.1, "learning rate of rounds that end with generation, in units of the run's", above=0
     )
     momentum: float = setting(
-        0.7, "the server's momentum in the rounds before", low=0, high=0.999, grid=(0.5, 0.7, 0.9)
+        0.0, "the server's momentum in the rounds before", low=0, high=0.999, grid=(0.0, 0.5, 0.7)
     )
     layers: int = setting(
         0, "so many last layers are generated, the rest is the global mean; 0: everything", low=0
@@ -121,7 +121,7 @@ class PFedGPASettings:
 
 
 class PFedGPA(FedAvg):
-    """FedAvg with momentum; then generation ends every round, and clients train on from theirs.
+    """FedAvg, maybe with momentum; then generation ends every round, and clients train on from it.
 
     These last rounds are gentle: at a small learning rate, clients fine-tune, but together with
     those whose weights are like theirs. What they upload differs by far more than its noise, so
