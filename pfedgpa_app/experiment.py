@@ -75,7 +75,7 @@ def warm_start(path: Path, initial: Weights) -> Weights:
     try:
         start = saved.load(path.expanduser().absolute())
     except ValueError as error:
-        raise ConfigError(f"start-from: {error}") from error
+        raise ConfigError(f"start-from = {str(path)!r}: {error}") from error
     mean = start.layout.unflatten(start.anchor)
     for name, tensor in mean.items():
         if name not in initial or tensor.shape != initial[name].shape:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from pfedgpa_app.diffusion.convolutional import (
 from pfedgpa_app.diffusion.denoiser import NetworkDenoiser
 from pfedgpa_app.diffusion.fit import Distribution, FitSettings, closed_form, new_network
 from pfedgpa_app.diffusion.schedule import Schedule
+from pfedgpa_app.files import read_tensors
 
 FILE = "distribution.safetensors"
 FORMAT = "pfedgpa-distribution-1"
@@ -59,18 +59,11 @@ def load(path: Path) -> Distribution:
     Raises:
         ValueError: no such file, or not one of ours.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors: Tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {metadata.get('format')!r}, not {FORMAT}")
+    tensors, metadata = read_tensors(path, FORMAT)
     try:
         return _from(tensors, json.loads(metadata["distribution"]))
     except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: is not whole: {error}") from error
+        raise ValueError(f"is not whole: {error}") from error
 
 
 def _from(tensors: Tensors, description: dict[str, object]) -> Distribution:

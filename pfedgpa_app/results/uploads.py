@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from pfedgpa_app.config import Resolved, keys
+from pfedgpa_app.files import read_tensors
 from pfedgpa_app.methods.fedavg import FedAvgState
-from pfedgpa_app.models import Weights
 from pfedgpa_app.settings import ConfigError
 
 FILE = "uploads.safetensors"
@@ -51,15 +50,9 @@ def load(
             settings than this run's.
     """
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors: Weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"uploads = {str(path)!r}: cannot be read: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise ConfigError(
-            f"uploads = {str(path)!r}: format {metadata.get('format')!r}, not {FORMAT}"
-        )
+        tensors, metadata = read_tensors(path, FORMAT)
+    except ValueError as error:
+        raise ConfigError(f"uploads = {str(path)!r}: {error}") from error
     theirs, ours = json.loads(metadata["settings"]), _fixed(resolved)
     for name in keys():
         if theirs.get(name) != ours.get(name):
