@@ -309,6 +309,17 @@ class TestDistribution:
         still = fitted.guide(new, new, 5.0)  # no progress, no guidance
         assert torch.allclose(fitted._latents_of(still), plain, atol=1e-4)
 
+    def test_a_client_unlike_all_others_keeps_its_own(self) -> None:
+        vectors = uploads()
+        far = torch.randn(vectors.shape[2], generator=torch.Generator().manual_seed(5))
+        vectors[:, 3] += 2 * far
+        fitted = distribution(vectors)
+        own = vectors[:, 3].sub(vectors.mean(1)).mean(0) + fitted.anchor
+        got = generated(fitted)
+        others = torch.cat([got[:3], got[4:]])
+        distance = (got[3] - own).norm()
+        assert distance < 0.1 * (others - own).norm(dim=1).min()
+
     def test_same_seed_same_weights(self) -> None:
         settings = {"denoiser": "mlp", "fit_steps": 30, "width": 16}
         one, two = (generated(distribution(uploads(), **settings)) for _ in range(2))

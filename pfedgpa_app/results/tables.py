@@ -106,6 +106,7 @@ def summary_entry(
         "accuracy_worst_client": round(float(result.after.min()), 4),
         "accuracy_worst_client_before_ft": round(float(result.before.min()), 4),
         "accuracy_worst_client_kept": round(float(result.kept.min()), 4),
+        "clients_under_60_before_ft": int((result.before < 60).sum()),  # the paper's failures
         "spread_before_ft": round(float(result.before.std()), 4),
         "spread_after_ft": round(float(result.after.std()), 4),
         "validation": {key: round(value, 4) for key, value in result.validation.items()},
