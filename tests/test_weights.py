@@ -309,6 +309,25 @@ class TestDistribution:
         still = fitted.guide(new, new, 5.0)  # no progress, no guidance
         assert torch.allclose(fitted._latents_of(still), plain, atol=1e-4)
 
+    def test_a_stale_upload_from_wilder_rounds_stays_near(self) -> None:
+        # client 1 of group 1 last took part in round 0, where clients differed twenty times more
+        taking_part = torch.ones(ROUNDS, CLIENTS, dtype=torch.bool)
+        taking_part[1:, 1] = False
+        vectors = uploads()
+        vectors[0] = vectors[0].mean(0) + 20 * (vectors[0] - vectors[0].mean(0))
+        filled = buffer(vectors, taking_part)
+        filled.drop_before(1)
+        fitted = WeightDistribution(filled, FitSettings(denoiser="finite-set"), seed=0)
+        assert fitted.newest == list(range(CLIENTS))
+        assert not bool((fitted.clients == 1).any())
+        furthest = fitted.latents.norm(dim=1).max()
+        assert fitted.newest_latents[1].norm() == pytest.approx(float(furthest), rel=1e-5)
+        got = generated(fitted)
+        group = torch.arange(CLIENTS) % GROUPS
+        others = (group == 1) & (torch.arange(CLIENTS) != 1)
+        near = (got[1] - got[others].mean(0)).norm()
+        assert near < 0.5 * (got[1] - got[group != 1]).norm(dim=1).min()
+
     def test_a_client_unlike_all_others_keeps_its_own(self) -> None:
         vectors = uploads()
         far = torch.randn(vectors.shape[2], generator=torch.Generator().manual_seed(5))

@@ -298,10 +298,22 @@ class WeightDistribution(Distribution):
         self.latents = self.autoencoder.encode_all(deltas)
         self.newest = sorted(buffer.newest())
         self._newest_deltas = _newest_deltas(buffer, deltas)
-        self.newest_latents = self.autoencoder.encode(self._newest_deltas)
+        self.newest_latents = self._within(self.autoencoder.encode(self._newest_deltas))
         own, given = settings.own_weight, settings.strength
         self.strength = self.strength_for(own) if given is None else given
         self.denoiser = self._fit(settings, torch.device(device), descriptors)
+
+    def _within(self, newest: Tensor) -> Tensor:
+        """Latents [M, k] of ``newest``, those of stale uploads as far out as the window goes.
+
+        They may come from rounds at another learning rate, in which clients differed by more.
+        """
+        if not newest.shape[1]:
+            return newest
+        fresh = torch.isin(torch.tensor(self.newest), self.clients)[:, None]
+        lengths = newest.norm(dim=1, keepdim=True)
+        most = self.latents.norm(dim=1).max() / lengths.clamp_min(1e-12)
+        return torch.where(fresh, newest, newest * most.clamp_max(1))
 
     def _autoencoder(
         self, deltas: Deltas, settings: FitSettings, device: torch.device
