@@ -786,7 +786,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         method=",".join(OWN_ROUNDS),
         fraction_train=0.5,
         learning_rate=0.05,
-        **{"cfl.first-round": 2, "cfl.eps1": 100.0, "cfl.eps2": 0.0},
+        **{"cfl.first-round": 2, "cfl.eps1": 100.0, "cfl.eps2": 0.0, "pfedgpa.round-rate": 1.0},
     )
 
 
