@@ -2,7 +2,7 @@
 
 A method's class names its main settings (``tuned``), their declarations the values to try
 (``grid``). They are searched one after the other: a few runs each, where all combinations
-would be many.
+would be many. A best value at an end of its grid has the search go on beyond that end.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.sweep import Run, Settings, carry_out, expand
 
 MARK = "# Chosen on validation images by: "
+_BEYOND = 2  # values tried beyond an end of a grid
 DEFAULTS: Settings = {"seed": 100, "validation-share": 0.2, "save-weights": False}
 
 
@@ -77,10 +78,20 @@ def tune(
             grids = list(main_settings(method).items())
             if step < len(grids):
                 key, values = grids[step]
-                fixed = {name: [value] for name, value in chosen[method].items()}
-                over = {"method": [method], **fixed, key: list(values)}
+                over = {"method": [method], **_fixed(chosen[method]), key: list(values)}
                 going[method] = key, expand(base, over, out)
         carry_out([run for _, runs in going.values() for run in runs], out, app, jobs, console)
+        for _ in range(_BEYOND):
+            more: list[Run] = []
+            for method, (key, runs) in going.items():
+                beyond = next_beyond([(run.varied[key], score(run)) for run in runs])
+                if beyond is not None:
+                    over = {"method": [method], **_fixed(chosen[method]), key: [beyond]}
+                    found = _possible(base, over, out)
+                    runs += found
+                    more += found
+            if more:
+                carry_out(more, out, app, jobs, console)
         for method, (key, runs) in going.items():
             best = max(runs, key=score)  # the first of equals
             if score(best) == -math.inf:
@@ -90,6 +101,36 @@ def tune(
     _keep(path, flat, command)
     path.with_suffix(".search.md").write_text(_report(out, conf, command))
     return flat
+
+
+def next_beyond(tried: Sequence[tuple[Any, float]]) -> float | None:
+    """The value to try next where the best of (value, score) is the smallest or the largest.
+
+    At the grid's own ratio; None where the best lies inside, or for what is no positive float.
+    """
+    values = sorted(value for value, _ in tried)
+    if len(values) < 2 or any(not isinstance(v, float) or v <= 0 for v in values):
+        return None
+    if len({score for _, score in tried}) == 1:  # it makes no difference
+        return None
+    best = max(tried, key=lambda pair: pair[1])[0]
+    if best == values[0]:
+        return float(f"{values[0] ** 2 / values[1]:.1g}")
+    if best == values[-1]:
+        return float(f"{values[-1] ** 2 / values[-2]:.1g}")
+    return None
+
+
+def _fixed(chosen: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {name: [value] for name, value in chosen.items()}
+
+
+def _possible(base: Settings, over: dict[str, list[Any]], out: Path) -> list[Run]:
+    """The run, or none where a setting's range does not go so far."""
+    try:
+        return expand(base, over, out)
+    except ConfigError:
+        return []
 
 
 def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:

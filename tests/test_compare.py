@@ -109,11 +109,24 @@ class TestTune:
                 for value in values:
                     resolve({"method": method, name: value, "validation-share": 0.2})
 
+    @pytest.mark.parametrize(
+        ("validation", "best", "runs"),
+        [
+            ({0.001: 50.0, 0.01: 70.0, 0.1: 60.0}, 0.01, 3),
+            # beyond the smallest, 0.001: first 0.0001, then 0.00001, which is no better
+            ({1e-3: 50.0, 1e-4: 60.0, 1e-5: 55.0}, 1e-4, 3),
+        ],
+    )
     def test_the_best_by_validation_is_kept(
-        self, experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        experiment: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        validation: dict[float, float],
+        best: float,
+        runs: int,
     ) -> None:
-        """Runs are replaced by their results: a test accuracy that misleads, and one failure."""
-        validation = {0.001: 50.0, 0.01: 70.0, 0.1: 60.0}
+        """Runs are replaced by their results: a test accuracy that misleads, and failures."""
 
         def carry_out(runs: list[Run], *_: Any) -> bool:
             for run in runs:
@@ -135,10 +148,17 @@ class TestTune:
         text = experiment.read_text()
         assert text.startswith("# mine\n")
         config = resolve({"conf": str(experiment)}).config
-        assert config.of(FedProxSettings).mu == 0.01
-        assert "fedprox.mu: 0.01" in text
+        assert config.of(FedProxSettings).mu == best
         search = experiment.with_suffix(".search.md").read_text()
-        assert search.count("| FedProx |") == 3
+        assert search.count("| FedProx |") == runs
+
+    def test_a_search_goes_on_beyond_its_ends(self) -> None:
+        assert tune.next_beyond([(0.02, 70.0), (0.05, 60.0), (0.1, 65.0)]) == 0.008
+        assert tune.next_beyond([(0.02, 60.0), (0.05, 60.0), (0.1, 65.0)]) == 0.2
+        assert tune.next_beyond([(0.02, 60.0), (0.05, 66.0), (0.1, 65.0)]) is None
+        assert tune.next_beyond([(0.4, 60.0), (0.8, 60.0)]) is None  # it makes no difference
+        assert tune.next_beyond([(0.0, 60.0), (0.5, 50.0)]) is None  # nothing is below 0
+        assert tune.next_beyond([(1, 60.0), (2, 50.0)]) is None  # layers
 
     def test_chosen_values_of_other_methods_stay(self, experiment: Path) -> None:
         tune._keep(experiment, {"ditto.lam": 0.1}, "one command")
