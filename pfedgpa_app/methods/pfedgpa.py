@@ -240,14 +240,13 @@ class PFedGPA(FedAvg):
     def admit(self, iteration: int, uploads: dict[int, Upload]) -> dict[int, Weights]:
         """Where the learned distribution sees them (Algorithm 1, lines 7-14, and eq. 10).
 
-        ``tweedie`` denoises an upload, at first from so much noise that few of its own weights
-        are left; ``guided`` takes reverse steps from it, led by the client's local progress.
+        ``tweedie`` denoises an upload; ``guided`` takes reverse steps from it, led by the
+        client's local progress.
         """
         fitted, own = self.distribution(), self.config.pfedgpa
         self.state.labels |= {c: upload.labels for c, upload in uploads.items() if upload.labels}
         names = fitted.layout.names
         given = {c: {n: upload.weights[n] for n in names} for c, upload in uploads.items()}
-        progress = (iteration - 1) / max(1, self.config.join_iterations - 1)
         if own.join_mode == "guided":
             before = {
                 c: {n: self.state.admitted.get(c, self.state.global_weights)[n] for n in names}
@@ -255,9 +254,7 @@ class PFedGPA(FedAvg):
             }
             made = fitted.guide(given, before, 1 + own.guidance)
         else:
-            first = fitted.strength_for(0.4 * own.own_weight)
-            strength = round(first + progress * (fitted.strength - first))
-            made = fitted.place(given, strength, own.draws, self._descriptors())
+            made = fitted.place(given, fitted.strength, own.draws, self._descriptors())
         self.state.admitted |= {c: self.state.global_weights | mine for c, mine in made.items()}
         return {client: self.state.admitted[client] for client in uploads}
 
