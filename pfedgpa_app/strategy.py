@@ -202,7 +202,7 @@ class Personalised(Strategy):
             uploads, rejected, _ = self._accepted(self.roster.exchange(self._sent))
             for client, reason in rejected.items():
                 self.log.rejected(self.name, server_round, client, reason)
-            given = given | (method.admit(iteration, uploads) if uploads else {})
+            given = given | (method.admit(uploads) if uploads else {})
             curve.append(self._accuracy(given, server_round))
         return curve
 

@@ -220,13 +220,18 @@ class TestAutoencoder:
             assert error[:, part].square().mean() < 0.1 * rows[:, part].square().mean()
 
 
+def rank_by(rule: str, deltas: Deltas, clients: torch.Tensor, seed: int) -> int:
+    head = slice(620, 720)
+    return choose_rank(rule, deltas, head, deltas.gram(head), clients, seed)
+
+
 class TestRank:
     @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize("seed", range(3))
     def test_counts_what_groups_differ_in(self, rule: str, seed: int) -> None:
         _, vectors, rounds, clients = buffer(uploads(seed, clients=16)).stack()
         deltas = remove_drift(vectors, rounds, clients)
-        assert choose_rank(rule, deltas, slice(620, 720), clients, seed) == GROUPS - 1
+        assert rank_by(rule, deltas, clients, seed) == GROUPS - 1
 
     @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize("clients", [1, 2, 3, 4, 5])
@@ -234,7 +239,7 @@ class TestRank:
         for vectors in (uploads(clients=clients), torch.ones(ROUNDS, clients, 720)):
             _, stacked, rounds, who = buffer(vectors[:, :, :720]).stack()
             deltas = remove_drift(stacked, rounds, who)
-            rank = choose_rank(rule, deltas, slice(620, 720), who, 0)
+            rank = rank_by(rule, deltas, who, 0)
             assert 1 <= rank <= max(1, clients - 1)
 
     def test_shrinkage_does_not_count_noise_where_clients_are_many(self) -> None:
@@ -243,7 +248,7 @@ class TestRank:
         vectors = torch.randn(1, 60, 720, generator=rng)
         _, stacked, rounds, who = buffer(vectors).stack()
         deltas = remove_drift(stacked, rounds, who)
-        ranks = {r: choose_rank(r, deltas, slice(620, 720), who, 0) for r in RULES}
+        ranks = {r: rank_by(r, deltas, who, 0) for r in RULES}
         assert ranks["head-gap"] > 5
         assert ranks["shrinkage"] == ranks["likelihood"] == ranks["cross-validation"] == 2
 

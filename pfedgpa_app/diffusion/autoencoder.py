@@ -16,7 +16,8 @@ from torch import Tensor
 _BLOCK = 8192  # columns read at a time
 
 
-def _blocks(end: int, first: int = 0) -> Iterator[slice]:
+def blocks(end: int, first: int = 0) -> Iterator[slice]:
+    """Columns ``first`` to ``end``, so many at a time."""
     for start in range(first, end, _BLOCK):
         yield slice(start, min(end, start + _BLOCK))
 
@@ -53,7 +54,7 @@ class Deltas:
         """Inner products [N, N] in float64, over all weights or some ``columns``."""
         gram = torch.zeros(len(self.vectors), len(self.vectors), dtype=torch.float64)
         first, last, _ = columns.indices(self.vectors.shape[1])
-        for block in _blocks(last, first):
+        for block in blocks(last, first):
             part = self.columns(block)
             gram.addmm_(part, part.T)
         return gram
@@ -75,7 +76,7 @@ def remove_drift(vectors: Tensor, rounds: Tensor, clients: Tensor) -> Deltas:
     ridge = torch.diag(torch.cat([torch.zeros(r), torch.ones(c)]).double())
     solve = torch.linalg.solve(design.T @ design + ridge, design.T)[:r]
     means = torch.empty(r, vectors.shape[1])
-    for block in _blocks(vectors.shape[1]):
+    for block in blocks(vectors.shape[1]):
         means[:, block] = (solve @ vectors[:, block].double()).float()
     return Deltas(vectors, means, index, tuple(int(x) for x in names))
 
@@ -83,7 +84,7 @@ def remove_drift(vectors: Tensor, rounds: Tensor, clients: Tensor) -> Deltas:
 def root_mean_squares(deltas: Deltas, sizes: Sequence[int]) -> Tensor:
     """For every weight [P], the root mean square of all deltas of its tensor; 1 if they are 0."""
     sums = torch.cat(
-        [deltas.columns(block).square().sum(0) for block in _blocks(deltas.vectors.shape[1])]
+        [deltas.columns(block).square().sum(0) for block in blocks(deltas.vectors.shape[1])]
     )
     each = [tensor.mean().div(len(deltas.vectors)).sqrt() for tensor in sums.split(list(sizes))]
     scales = torch.stack(each).float()
@@ -156,7 +157,7 @@ class LinearAutoencoder:
         rounding = 1e-13 * float(torch.linalg.vector_norm(deltas.vectors)) ** 2  # of float32
         coefficients, deviations = principal_axes(gram, combinations, rounding)
         components = torch.empty(coefficients.shape[1], p)
-        for block in _blocks(p):
+        for block in blocks(p):
             components[:, block] = (coefficients.T @ deltas.columns(block)).float()
         # eigh leaves each sign open: a direction's largest weight is positive, whoever uploads
         if len(components):
@@ -178,7 +179,7 @@ class LinearAutoencoder:
 
     def encode_all(self, deltas: Deltas) -> Tensor:
         latents = torch.zeros(len(deltas.vectors), len(self.scale), dtype=torch.float64)
-        for block in _blocks(self.components.shape[1]):
+        for block in blocks(self.components.shape[1]):
             latents.addmm_(deltas.columns(block), self.components[:, block].double().T)
         return (latents / self.scale.double()).float()
 
@@ -227,10 +228,8 @@ class LayeredAutoencoder:
 
     def decode(self, latents: Tensor) -> Tensor:
         end = max(where.stop for where in self.columns)
-        if not self.rank:
-            return torch.zeros(len(latents), end, dtype=latents.dtype)
         deltas = torch.zeros(len(latents), end, dtype=latents.dtype)
-        parts = latents.split(self.rank, dim=1)
+        parts = latents.reshape(len(latents), len(self.layers), self.rank).unbind(1)
         for layer, where, part in zip(self.layers, self.columns, parts, strict=True):
             deltas[:, where] = layer.decode(part[:, : len(layer.scale)])
         return deltas

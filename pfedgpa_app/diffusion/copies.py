@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BLOCK = 8192  # columns read at a time
+from pfedgpa_app.diffusion.autoencoder import blocks
 
 
 def novelty(generated: Tensor, newest: Tensor, uploads: Tensor) -> Tensor:
@@ -20,8 +20,7 @@ def novelty(generated: Tensor, newest: Tensor, uploads: Tensor) -> Tensor:
     """
     ours, theirs = generated.shape[0], len(newest)
     squared = torch.zeros(ours + theirs, len(uploads), dtype=torch.float64)
-    for start in range(0, uploads.shape[1], _BLOCK):
-        block = slice(start, start + _BLOCK)
+    for block in blocks(uploads.shape[1]):
         origin = uploads[0, block].double()  # close to all: nothing cancels in the squares
         all_of_them = uploads[:, block].double() - origin
         rows = torch.cat([generated[:, block].double() - origin, all_of_them[newest]])

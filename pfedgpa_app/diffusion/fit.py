@@ -138,8 +138,8 @@ def fit_network(
         descriptors = descriptors[order].to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        described = 0 if descriptors is None else descriptors.shape[1]
-        network = new_network(settings, latents.shape[1], tokens, described).to(device)
+        descriptor = 0 if descriptors is None else descriptors.shape[1]
+        network = new_network(settings, latents.shape[1], tokens, descriptor).to(device)
 
     def follow(averaged: Any, current: Any, updates: Any) -> None:
         """An average that warms up: early weights must not linger in a short training."""
@@ -326,7 +326,9 @@ class WeightDistribution(Distribution):
             return ConvolutionalAutoencoder.fit(deltas, self.layout, training, seed, device)
         head = self.layout.head()
         gram, head_gram = deltas.gram(), deltas.gram(head)
-        rank = settings.rank or choose_rank(settings.rank_rule, deltas, head, self.clients, seed)
+        rank = settings.rank or choose_rank(
+            settings.rank_rule, deltas, head, head_gram, self.clients, seed
+        )
         if settings.directions == "principal":
             combinations = principal_directions(gram, rank)
         else:

@@ -19,7 +19,9 @@ RULES = ("head-gap", "shrinkage", "cross-validation", "likelihood")
 _SPLITS = 40  # of clients and weights in cross-validation
 
 
-def choose_rank(rule: str, deltas: Deltas, head: slice, clients: Tensor, seed: int) -> int:
+def choose_rank(
+    rule: str, deltas: Deltas, head: slice, head_gram: Tensor, clients: Tensor, seed: int
+) -> int:
     """The latent rank by ``rule``: at least 2, at most clients − 1.
 
     Args:
@@ -30,7 +32,8 @@ def choose_rank(rule: str, deltas: Deltas, head: slice, clients: Tensor, seed: i
             are many. ``cross-validation``: the least error in predicting held-out weights of
             held-out clients from the rest (Owen and Perry 2009). ``likelihood``: the largest
             likelihood of a held-out client under the others' probabilistic PCA.
-        head: the classifier's columns. clients: [N], of the deltas' rows.
+        head: the classifier's columns; head_gram [N, N]: inner products over them.
+        clients: [N], of the deltas' rows.
 
     Raises:
         ValueError: no such rule.
@@ -44,7 +47,7 @@ def choose_rank(rule: str, deltas: Deltas, head: slice, clients: Tensor, seed: i
     if rule == "cross-validation":
         rank = _cross_validated(deltas, head, means, seed)
     else:
-        gram = means @ deltas.gram(head) @ means.T
+        gram = means @ head_gram @ means.T
         if rule == "likelihood":
             rank = _likeliest(gram, p)
         else:

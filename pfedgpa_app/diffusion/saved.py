@@ -140,9 +140,7 @@ def _autoencoder(settings: FitSettings, layout: Layout, tensors: Tensors) -> Aut
     if settings.autoencoder == "conv":
         parts = _below("conv", tensors)
         state = _below("network", parts)
-        chunks, _, latents = state["inward"].shape
-        chunk = state["inward"].shape[1]  # as many features as weights
-        network = ConvolutionalNetwork(chunks, chunk, latents)
+        network = ConvolutionalNetwork(*state["inward"].shape)  # as many features as weights
         network.load_state_dict(state)
         network.eval().requires_grad_(False)
         coder = ConvolutionalAutoencoder(

@@ -148,13 +148,10 @@ class Method(Generic[S]):
         """What clients that join are sent first."""
         return {client: self.download(client) for client in clients}
 
-    def admit(self, iteration: int, uploads: dict[int, Upload]) -> dict[int, Weights]:
+    def admit(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
         """What clients that join are sent after having trained and uploaded once more.
 
         Nothing but their own part changes: those who were there from the start are done.
-
-        Args:
-            iteration: 1 for their first upload, made from what ``welcome`` gave them.
         """
         return {client: self.download(client) for client in uploads}
 

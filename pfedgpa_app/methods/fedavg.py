@@ -59,7 +59,7 @@ class FedAvg(Averaging[FedAvgState]):
         joining = server_round > config.num_server_rounds
         return super().learning_rate(config, server_round) * (config.join_rate if joining else 1)
 
-    def admit(self, iteration: int, uploads: dict[int, Upload]) -> dict[int, Weights]:
+    def admit(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
         """What they uploaded: they fine-tune the global weights."""
         return {client: upload.weights for client, upload in uploads.items()}
 

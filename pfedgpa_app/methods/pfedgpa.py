@@ -237,7 +237,7 @@ class PFedGPA(FedAvg):
             residual_keep=settings.residual_keep,
         )
 
-    def admit(self, iteration: int, uploads: dict[int, Upload]) -> dict[int, Weights]:
+    def admit(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
         """Where the learned distribution sees them (Algorithm 1, lines 7-14, and eq. 10).
 
         ``tweedie`` denoises an upload; ``guided`` takes reverse steps from it, led by the

@@ -166,7 +166,7 @@ class PFedHN(Method[HypernetworkState]):
             self.state.made = self.state.network(torch.arange(self.config.num_clients))
         return super().welcome(clients)
 
-    def admit(self, iteration: int, uploads: dict[int, Upload]) -> dict[int, Weights]:
+    def admit(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
         """Only their embeddings learn: what they upload is what is to be made from them."""
         network, layout = self.state.network, Layout.of(self.state.like)
         clients = torch.tensor(list(uploads))
