@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,9 @@ def tune(
             chosen[method][key] = best.varied[key]
     flat = {key: value for own in chosen.values() for key, value in own.items()}
     _keep(path, flat, command)
-    path.with_suffix(".search.md").write_text(_report(out, conf, command))
+    beside = path.with_suffix(".search.md")
+    earlier = beside.read_text() if beside.exists() else ""
+    beside.write_text(merged(earlier, _report(out, conf, command)))
     return flat
 
 
@@ -150,6 +153,13 @@ def _rows(out: Path, conf: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
         if is_done(folder) and config["conf"]["value"] == conf:
             names = main_settings(row["method"])
             yield row["title"], ", ".join(f"{n} = {config[n]['value']}" for n in names), row
+
+
+def merged(earlier: str, report: str) -> str:
+    """The reports of several commands one below the other; a command's new one replaces its old."""
+    reports = [part for part in re.split(r"(?m)^(?=Made by )", earlier) if part.strip()]
+    kept = [part for part in reports if part.splitlines()[0] != report.splitlines()[0]]
+    return "\n".join(part.rstrip("\n") + "\n" for part in [*kept, report])
 
 
 def _report(out: Path, conf: str, command: str) -> str:

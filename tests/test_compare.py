@@ -172,6 +172,15 @@ class TestTune:
         assert yaml.safe_load(text)["fedprox.mu"] == 0.01
         assert yaml.safe_load(text)["num-clients"] == 4
 
+    def test_reports_of_other_commands_stay(self) -> None:
+        first, second = "Made by `a`.\n\n| 1 |\n", "Made by `b`.\n\n| 2 |\n"
+        both = tune.merged(first, second)
+        assert both == first + "\n" + second
+        assert tune.merged(both, "Made by `a`.\n\n| 3 |\n") == (
+            second + "\n" + "Made by `a`.\n\n| 3 |\n"
+        )
+        assert tune.merged("", first) == first
+
     def test_really(self, experiment: Path, tmp_path: Path) -> None:
         words = ["tune", "--conf", str(experiment), "--methods", "fedala"]
         words += ["--out", str(tmp_path / "out"), "num-server-rounds=1"]
