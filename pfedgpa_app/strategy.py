@@ -39,6 +39,30 @@ def failure(reply: Message) -> str:
     return f"failed (code {reply.error.code}): {reason[-300:]}"
 
 
+def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str]:
+    """A client's arrays in the order of ``expected``, or None and what is wrong with them.
+
+    Args:
+        expected: tensors of the names, shapes and dtypes that they must have.
+    """
+    try:
+        weights: Weights = dict(arrays.to_torch_state_dict())
+    except Exception as error:  # whatever malformed bytes make NumPy raise
+        return None, f"sent arrays that cannot be read: {error}"
+    missing, extra = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
+    if missing or extra:
+        return None, f"sent tensors with missing names {missing} and extra names {extra}"
+    for name, like in expected.items():
+        tensor = weights[name]
+        if tensor.shape != like.shape:
+            return None, f"sent {name} of shape {list(tensor.shape)}, not {list(like.shape)}"
+        if tensor.dtype != like.dtype:
+            return None, f"sent {name} as {tensor.dtype}, not {like.dtype}"
+        if not bool(torch.isfinite(tensor).all()):
+            return None, f"sent {name} with numbers that are not finite"
+    return {name: weights[name] for name in expected}, ""
+
+
 def check_upload(reply: Message, expected: Weights, classes: int = 0) -> tuple[Upload | None, str]:
     """The reply's upload, or None and what is wrong with it.
 
@@ -54,27 +78,15 @@ def check_upload(reply: Message, expected: Weights, classes: int = 0) -> tuple[U
     examples = metrics.get("num-examples") if metrics is not None else None
     if not isinstance(examples, int) or examples < 1:
         return None, f"sent num-examples {examples!r} instead of a whole number above 0"
-    try:
-        weights: Weights = dict(records["arrays"].to_torch_state_dict())
-    except Exception as error:  # whatever malformed bytes make NumPy raise
-        return None, f"sent arrays that cannot be read: {error}"
-    missing, extra = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
-    if missing or extra:
-        return None, f"sent tensors with missing names {missing} and extra names {extra}"
-    for name, like in expected.items():
-        tensor = weights[name]
-        if tensor.shape != like.shape:
-            return None, f"sent {name} of shape {list(tensor.shape)}, not {list(like.shape)}"
-        if tensor.dtype != like.dtype:
-            return None, f"sent {name} as {tensor.dtype}, not {like.dtype}"
-        if not bool(torch.isfinite(tensor).all()):
-            return None, f"sent {name} with numbers that are not finite"
+    weights, wrong = checked(records["arrays"], expected)
+    if weights is None:
+        return None, wrong
     labels: Any = metrics.get("label-counts", []) if metrics is not None else []
     if not isinstance(labels, list) or any(not isinstance(n, int) or n < 0 for n in labels):
         return None, f"sent label-counts {labels!r} instead of whole numbers"
     if labels and (len(labels) != classes or not sum(labels)):
         return None, f"sent label-counts {labels!r} instead of the images of {classes} classes"
-    return Upload({name: weights[name] for name in expected}, examples, labels), ""
+    return Upload(weights, examples, labels), ""
 
 
 def array_bytes(message: Message) -> int:

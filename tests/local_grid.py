@@ -1,4 +1,4 @@
-"""The real ClientApp in this process, called in turn; what is sent can be seen and spoiled."""
+"""A ClientApp in this process, called in turn; what is sent can be seen and spoiled."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from flwr.app import Message
+from flwr.clientapp import ClientApp
 
-from client_app import app as client_app
+from client_app import app as our_app
 from pfedgpa_app.engine.grid import LocalGrid, raised
 
 Tamper = Callable[[Message, Message], Message | None]
@@ -16,8 +17,15 @@ Tamper = Callable[[Message, Message], Message | None]
 class InProcessGrid(LocalGrid):
     """``tamper`` may replace a reply, or return None to swallow it."""
 
-    def __init__(self, run_config: dict[str, Any], nodes: int, tamper: Tamper | None = None):
+    def __init__(
+        self,
+        run_config: dict[str, Any],
+        nodes: int,
+        tamper: Tamper | None = None,
+        app: ClientApp = our_app,
+    ):
         super().__init__(run_config, nodes)
+        self.app = app
         self.tamper = tamper
         self.sent: list[Message] = []
 
@@ -27,7 +35,7 @@ class InProcessGrid(LocalGrid):
             self.sent.append(message)
             reply: Message | None
             try:
-                reply = client_app(message, self.contexts[message.metadata.dst_node_id])
+                reply = self.app(message, self.contexts[message.metadata.dst_node_id])
             except Exception as error:
                 reply = raised(message, error)
             if self.tamper and message.metadata.message_type != "query":

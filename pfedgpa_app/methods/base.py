@@ -28,7 +28,7 @@ class Upload:
     """One client's accepted reply of a round."""
 
     weights: Weights
-    examples: int
+    examples: float  # how many training images; other people's clients may weigh otherwise
     labels: list[int] = field(default_factory=list)  # images of each class, if it shares that
 
 

@@ -57,7 +57,7 @@ class Cluster:
     members: list[int]
     weights: Weights
     updates: dict[int, Tensor] = field(default_factory=dict)
-    examples: dict[int, int] = field(default_factory=dict)
+    examples: dict[int, float] = field(default_factory=dict)
 
 
 def bipartition(updates: Tensor, linkage: str) -> Tensor:
