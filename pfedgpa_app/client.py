@@ -9,7 +9,14 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from torch import nn
 
 from pfedgpa_app import memory, training
@@ -39,6 +46,7 @@ class Visit:
         self.message, self.context = message, context
         self.config: Config = resolve_cached(context.run_config).config
         asked: Any = message.content.config_records["config"]
+        self._asked = asked
         self.client, self.round = int(asked["client"]), int(asked["round"])
         self.ways = [Way(**way) for way in json.loads(asked.get("ways", "[]"))]
         self.method = method_class(str(asked["method"]))
@@ -49,7 +57,9 @@ class Visit:
             dict(reference.to_torch_state_dict()) if reference is not None else None
         )
         self._state_key = f"{asked['method']}.{self.client}"
-        self.state = memory.recall(context, self._state_key)
+        trains = message.metadata.message_type == MessageType.TRAIN
+        before = self.round if trains else self.round + 1
+        self.state = memory.recall(context, asked, self._state_key, before)
 
     def data(self) -> ClientData:
         """What this client holds."""
@@ -71,7 +81,7 @@ class Visit:
 
     def keep_state(self) -> None:
         """What it keeps for its next visit."""
-        memory.keep(self.context, self._state_key, self.state)
+        memory.keep(self.context, self._asked, self._state_key, self.state, self.round)
 
     def reply(self, metrics: Metrics, weights: Weights | None = None) -> Message:
         """The answer."""

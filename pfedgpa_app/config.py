@@ -125,6 +125,12 @@ class Config:
     uploads: str = setting(
         "", "make weights from a run's uploads.safetensors instead of running FedAvg's rounds"
     )
+    checkpoint_every: int = setting(
+        1, "rounds between checkpoints, from which a killed run can go on; 0: none", low=0
+    )
+    resume: bool = setting(
+        False, "go on with the run of this out-dir and run-name where its last checkpoint is"
+    )
     sections: tuple[Any, ...] = ()  # every method's own settings
 
     @property

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import secrets
+import shutil
 import time
 from datetime import datetime
 from pathlib import Path
@@ -11,8 +14,10 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
+from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from safetensors.torch import save_file
 
+from pfedgpa_app.checkpoint import Checkpoint, CheckpointError
 from pfedgpa_app.config import Config, Resolved
 from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.diffusion import saved
@@ -21,30 +26,56 @@ from pfedgpa_app.methods import federation_of, method_class
 from pfedgpa_app.methods.base import Method
 from pfedgpa_app.models import Weights, build, network_name, weights_of
 from pfedgpa_app.results import plots, uploads
-from pfedgpa_app.results.log import RunLog, mean
+from pfedgpa_app.results.log import RunLog, is_done, mean
 from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
 from pfedgpa_app.roster import Roster
 from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.strategy import FinalScore, Personalised, ways
 
 logger = logging.getLogger("pfedgpa")
+CHECKPOINT = "checkpoint"
+# settings that may be others when a run is resumed
+MAY_CHANGE = {"conf", "engine", "workers", "out-dir", "run-name", "data-dir", "download"}
+MAY_CHANGE |= {"timeout", "resume", "checkpoint-every", "save-weights"}
 
 
 def run_folder(config: Config) -> Path:
-    """Where the run's results go, absolute; a named folder must not hold another run's.
+    """Where the run's results go, absolute; unless it is resumed, nobody's are there.
 
     Raises:
-        FileExistsError: it does.
+        FileExistsError: another run's are.
+        ConfigError: a run to resume without a name.
     """
+    if config.resume and not config.run_name:
+        raise ConfigError("resume = true: give the run-name of the run that is to go on")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     dataset = Path(config.dataset.replace(":", "-")).name
     name = config.run_name or f"{dataset}-{config.num_clients}c-s{config.seed}-{stamp}"
     folder = (Path(config.out_dir).expanduser() / name).absolute()
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists() and not config.resume:
         raise FileExistsError(
-            f"run-name = {name!r}: {folder} holds another run's results; choose another name"
+            f"run-name = {name!r}: {folder} holds another run's results; choose another name, or "
+            "go on with it by resume=true"
         )
     return folder
+
+
+def refuse_other_settings(folder: Path, resolved: Resolved) -> None:
+    """A run goes on with the settings it began with.
+
+    Raises:
+        ConfigError: it began with others.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    there, here = json.loads(path.read_text()), json.loads(json.dumps(resolved.as_dict()))
+    for key, entry in here.items():
+        began = there.get(key, entry)["value"]
+        if key not in MAY_CHANGE and began != entry["value"]:
+            raise ConfigError(
+                f"resume: {folder} began with {key} = {began!r}, not {entry['value']!r}"
+            )
 
 
 def federations(config: Config) -> dict[str, list[str]]:
@@ -93,6 +124,9 @@ def run(grid: Grid, resolved: Resolved) -> Path:
     """
     config = resolved.config
     folder = run_folder(config)
+    if is_done(folder):
+        return folder  # nothing is left to resume
+    refuse_other_settings(folder, resolved)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(resolved.as_dict(), indent=2) + "\n")
     shared = federations(config)
@@ -109,8 +143,10 @@ def run(grid: Grid, resolved: Resolved) -> Path:
             logger.warning(text)
         _Run(grid, resolved, folder, log, per_evaluation).everything(shared)
     except Exception as error:
-        log.event("failed", f"{error}")
+        with contextlib.suppress(OSError):  # a full disk does not hide what went wrong
+            log.event("failed", f"{error}")
         raise
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     log.event("done", f"results are in {folder}")
     return folder
 
@@ -130,13 +166,71 @@ class _Run:
         self.initial = weights_of(build(network, len(self.dataset.classes), config.seed))
         if config.start_from:
             self.initial = warm_start(Path(config.start_from), self.initial)
-        self.roster = Roster(grid, config.num_clients, config.timeout)
         self.rows: dict[str, dict[str, Any]] = {}
         self.results: dict[str, Outcome] = {}
+        self.name = secrets.token_hex(8)  # what clients know the run by, after a resumption, too
+        self.checkpoint = Checkpoint(folder / CHECKPOINT)
+        self.finished: list[str] = []  # federations
+        self.going: dict[str, Any] = {}  # the checkpoint, as long as its federation goes
+        self._resume()
+        self.roster = Roster(grid, config.num_clients, config.timeout, self._common(grid))
+
+    def _common(self, grid: Grid) -> dict[str, Any]:
+        """What every message tells clients."""
+        common = {"run": self.name}
+        simulated = isinstance(grid, (LocalGrid, InMemoryGrid))  # clients see our files
+        if self.config.checkpoint_every and simulated:
+            common["state-dir"] = str(self.folder / CHECKPOINT / "clients")
+        return common
+
+    def _resume(self) -> None:
+        """Be where the last checkpoint is, if there is one."""
+        try:
+            kept = self.checkpoint.read()
+            if not kept:
+                self.log.go_on({"curves": {}, "rejections": 0, "done": 0.0, "sizes": {}})
+                return
+            names = ("name", "finished", "rows", "results", "log")
+            values = {name: self.checkpoint.restore(kept[name]) for name in names}
+            if "state" in kept:
+                federation, done = kept["federation"], kept["round"]
+                begun = method_class(federation).begin(self.config, self.initial)
+                self.going = {
+                    "state": self.checkpoint.restore(kept["state"], begun),
+                    "costs": self.checkpoint.restore(kept["costs"]),
+                    "round": done,
+                }
+        except (CheckpointError, KeyError) as error:
+            raise ConfigError(f"resume: {error}") from error
+        self.name, self.finished = values["name"], values["finished"]
+        self.rows, self.results = values["rows"], values["results"]
+        self.log.go_on(values["log"])
+        after = f"round {done} of {federation}" if self.going else ", ".join(self.finished)
+        self.log.event("resumed", f"the run goes on after {after}")
+
+    def _keep(self, going: dict[str, Any]) -> None:
+        """Replace the checkpoint; a disk that is full does not end the run."""
+        every = {
+            "name": self.name,
+            "finished": self.finished,
+            "rows": self.rows,
+            "results": self.results,
+            "log": self.log.state(),
+        }
+        try:
+            self.checkpoint.save(every | going)
+        except OSError as error:
+            text = f"no checkpoint could be written, the run goes on without: {error}"
+            self.log.event("warning", text)
+            logger.warning(text)
 
     def everything(self, federations: dict[str, list[str]]) -> None:
         for federation, names in federations.items():
-            self.federation(federation, names)
+            if federation not in self.finished:
+                self.federation(federation, names)
+                self.finished.append(federation)
+                if self.config.checkpoint_every:
+                    self._keep({})
         rows = [self.rows[name] for name in self.config.method]
         results = {name: self.results[name] for name in self.config.method}
         plots.accuracy_over_rounds(self.folder / "accuracy.png", self.log, results)
@@ -149,31 +243,40 @@ class _Run:
         """Run one federation's rounds, then make and evaluate each of its methods' weights."""
         runner_class = method_class(name)
         state = runner_class.begin(self.config, self.initial)
+        going, self.going = self.going, {}
+        state = going.get("state", state)
+
+        def keep(server_round: int) -> None:
+            every = self.config.checkpoint_every
+            if every and (server_round % every == 0 or server_round == rounds):
+                self._keep(
+                    {
+                        "federation": name,
+                        "round": server_round,
+                        "state": state,
+                        "costs": strategy.costs(),
+                    }
+                )
+
+        rounds = self.config.num_server_rounds
         strategy = Personalised(
-            runner_class(self.config, state), name, self.roster, self.config, self.log
+            runner_class(self.config, state), name, self.roster, self.config, self.log, keep
         )
+        if going:
+            strategy.go_on(going["costs"], going["round"])
         if self.config.uploads:
             path = Path(self.config.uploads).expanduser().absolute()
             state, costs = uploads.load(path, state, self.resolved)
-            strategy.bytes_up, strategy.bytes_down = (
-                int(costs["bytes_up"]),
-                int(costs["bytes_down"]),
-            )
-            strategy.server_seconds = costs["server_seconds"]
-        else:
+            strategy.go_on(costs)
+        elif strategy.done < rounds:
             strategy.start(
                 grid=self.roster.grid,
                 initial_arrays=ArrayRecord(self.initial),
-                num_rounds=self.config.num_server_rounds,
+                num_rounds=rounds - strategy.done,
                 timeout=self.config.timeout,
             )
         if self.config.save_uploads and name == "fedavg":
-            costs = {
-                "bytes_up": strategy.bytes_up,
-                "bytes_down": strategy.bytes_down,
-                "server_seconds": strategy.server_seconds,
-            }
-            uploads.save(self.folder / uploads.FILE, state, self.resolved, costs)
+            uploads.save(self.folder / uploads.FILE, state, self.resolved, strategy.costs())
         scores: dict[str, tuple[dict[int, FinalScore], int]] = {}
         for method_name in methods:
             method = method_class(method_name)(self.config, state)

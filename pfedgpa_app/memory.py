@@ -1,44 +1,66 @@
 """What a client keeps between rounds.
 
-It lives in Flower's context, which a SuperNode loses when it ends. A node whose configuration
-names a folder (``--node-config 'state-dir="/var/lib/pfedgpa"'``) keeps a copy there, so that
-one that was started again goes on where it was.
+It lives in Flower's context, which ends with its SuperNode or with the run. A copy is kept in
+files where there is a folder for it: the one that a node's configuration names
+(``--node-config 'state-dir="/var/lib/pfedgpa"'``), or, in a simulation, one beside the run's
+results. So a node that was started again, and a run that was resumed, go on where they were.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ArrayRecord, Context
 from safetensors.torch import load_file, save_file
 
 from pfedgpa_app.models import Weights
 
-
-def _path(context: Context, key: str) -> Path | None:
-    folder = context.node_config.get("state-dir")
-    if not folder:
-        return None
-    return Path(str(folder)).expanduser() / f"run-{context.run_id}" / f"{key}.safetensors"
+_ROUNDS = 2  # a resumed run may repeat a round: what was kept before it is still there
 
 
-def recall(context: Context, key: str) -> Weights:
-    """What was kept under ``key`` in this run; {} if nothing was."""
+def _folder(context: Context, asked: Mapping[str, Any]) -> Path | None:
+    folder: Any = context.node_config.get("state-dir") or asked.get("state-dir")
+    return Path(str(folder)).expanduser() / f"run-{asked['run']}" if folder else None
+
+
+def _kept(folder: Path | None, key: str) -> dict[int, Path]:
+    """{round: file}, the newest round last."""
+    if folder is None or not folder.is_dir():
+        return {}
+    files = folder.glob(f"{key}@*.safetensors")
+    return dict(sorted((int(file.stem.rpartition("@")[2]), file) for file in files))
+
+
+def recall(context: Context, asked: Mapping[str, Any], key: str, before: int) -> Weights:
+    """What was kept under ``key`` in a round before ``before``; {} if nothing was.
+
+    Args:
+        asked: the server's settings for this message.
+    """
     kept = context.state.array_records.get(key)
     if kept is not None:
         return dict(kept.to_torch_state_dict())
-    path = _path(context, key)
-    return load_file(path) if path and path.exists() else {}
+    files = [file for r, file in _kept(_folder(context, asked), key).items() if r < before]
+    return load_file(files[-1]) if files else {}
 
 
-def keep(context: Context, key: str, state: Weights) -> None:
-    """Keep ``state`` under ``key``; a file is replaced whole or not at all."""
+def keep(
+    context: Context, asked: Mapping[str, Any], key: str, state: Weights, server_round: int
+) -> None:
+    """Keep ``state`` under ``key``; a file is written whole or not at all."""
     if not state:
         return
     context.state[key] = ArrayRecord(state)
-    if path := _path(context, key):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_suffix(".new")
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, new)
-        os.replace(new, path)
+    folder = _folder(context, asked)
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{key}@{server_round}.safetensors"
+    new = path.with_suffix(".new")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, new)
+    os.replace(new, path)
+    for old in list(_kept(folder, key).values())[:-_ROUNDS]:
+        old.unlink(missing_ok=True)

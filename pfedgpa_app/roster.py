@@ -81,14 +81,19 @@ class OneAtATime(Grid):
 class Roster:
     """The clients 0..n−1, and how to send to them and collect from them."""
 
-    def __init__(self, grid: Grid, num_clients: int, timeout: float) -> None:
+    def __init__(
+        self, grid: Grid, num_clients: int, timeout: float, common: Settings | None = None
+    ) -> None:
         """Ask every node who it is, until all are there.
+
+        Args:
+            common: settings that every message carries.
 
         Raises:
             RosterError: no node within ``timeout`` seconds, none that answers, or two that
                 claim the same partition.
         """
-        self.grid, self.timeout = OneAtATime(grid), timeout
+        self.grid, self.timeout, self.common = OneAtATime(grid), timeout, common or {}
         partitions = self._discover(num_clients)
         hosts = [node for _, node in sorted((p, node) for node, p in partitions.items())]
         self.node_of = {client: hosts[client % len(hosts)] for client in range(num_clients)}
@@ -139,7 +144,7 @@ class Roster:
         content = RecordDict(
             {
                 "arrays": ArrayRecord(weights),
-                "config": ConfigRecord({**settings, "client": client}),
+                "config": ConfigRecord({**self.common, **settings, "client": client}),
             }
         )
         return Message(

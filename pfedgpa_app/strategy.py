@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -134,15 +134,36 @@ class Personalised(Strategy):
     """
 
     def __init__(
-        self, method: Method[Any], name: str, roster: Roster, config: Config, log: RunLog
+        self,
+        method: Method[Any],
+        name: str,
+        roster: Roster,
+        config: Config,
+        log: RunLog,
+        keep: Callable[[int], None] = lambda _: None,
     ) -> None:
+        """``keep`` is called after each round."""
         self.method, self.name, self.roster = method, name, roster
-        self.config, self.log = config, log
+        self.config, self.log, self._keep = config, log, keep
+        self.done = 0  # rounds before those of ``start``
         self._classes = len(load_dataset(config).classes) if config.share_label_counts else 0
         self.server_seconds = 0.0
         self.bytes_up = self.bytes_down = self._round_down = 0
         self._sent: dict[int, Message] = {}
         self._participants: dict[int, dict[str, float]] = {}
+
+    def costs(self) -> dict[str, float]:
+        """What the rounds cost so far."""
+        return {
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "server_seconds": self.server_seconds,
+        }
+
+    def go_on(self, costs: dict[str, float], done: int = 0) -> None:
+        """``done`` rounds are over, which cost ``costs``."""
+        self.bytes_up, self.bytes_down = int(costs["bytes_up"]), int(costs["bytes_down"])
+        self.server_seconds, self.done = costs["server_seconds"], done
 
     def summary(self) -> None:
         logger.info("federation %s: %d clients", self.name, self.config.num_clients)
@@ -157,6 +178,7 @@ class Personalised(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
+        server_round += self.done
         settings: Settings = {"method": self.name, "round": server_round}
         self._sent = {
             client: self.roster.message(
@@ -170,6 +192,7 @@ class Personalised(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        server_round += self.done
         uploads, rejected, round_up = self._accepted(match(self._sent, replies))
         self.bytes_up += round_up
         self.bytes_down += self._round_down
@@ -274,6 +297,7 @@ class Personalised(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
+        server_round += self.done
         settings: Settings = {"method": self.name, "round": server_round}
         clients = range(self.config.founders) if self._evaluated(server_round) else []
         self._sent = {
@@ -287,8 +311,10 @@ class Personalised(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
+        server_round += self.done
         scores = self._scores(server_round, match(self._sent, replies))
         self.log.round(self.name, server_round, self._participants, scores)
+        self._keep(server_round)
         if not scores:
             return None
         return MetricRecord({"accuracy": sum(s["accuracy"] for s in scores.values()) / len(scores)})

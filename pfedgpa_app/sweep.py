@@ -41,7 +41,7 @@ from pfedgpa_app.settings import ConfigError
 LOOK = 0.5  # seconds between looks at the runs
 # how a run is carried out may differ from what a finished run says; its results do not
 FREE = {"conf", "engine", "workers", "out-dir", "run-name", "data-dir", "download", "timeout"}
-FREE |= {"save-weights", "save-uploads"}
+FREE |= {"save-weights", "save-uploads", "checkpoint-every", "resume"}
 COLUMNS = {
     "before FT": "accuracy_before_ft",
     "after FT": "accuracy_after_ft",

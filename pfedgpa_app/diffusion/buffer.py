@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -103,14 +103,14 @@ class Entry:
         return self.layout.unflatten(self.vector)
 
 
+@dataclass
 class Buffer:
     """The uploads of the ``window`` newest rounds, and each client's newest, however old."""
 
-    def __init__(self, window: int) -> None:
-        self.window = window
-        self.layout: Layout | None = None
-        self._entries: dict[tuple[int, int], Entry] = {}
-        self._stale: dict[int, Entry] = {}
+    window: int
+    layout: Layout | None = None
+    _entries: dict[tuple[int, int], Entry] = field(default_factory=dict)
+    _stale: dict[int, Entry] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self._entries)

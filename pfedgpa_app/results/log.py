@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 logger = logging.getLogger("pfedgpa")
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+RECORDS = (METRICS, "clients.jsonl", "joining.jsonl")  # what a resumed run shortens, too
 
 
 def clock(seconds: float) -> str:
@@ -61,6 +63,25 @@ class RunLog:
         self._work, self._done = work, 0.0
         self._started = self._last = time.monotonic()
         self._pace = 0.0  # seconds a round, smoothed
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the log."""
+        sizes = {f: (self.folder / f).stat().st_size for f in RECORDS if (self.folder / f).exists()}
+        return {
+            "curves": self.curves,
+            "rejections": self.rejections,
+            "done": self._done,
+            "sizes": sizes,
+        }
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Be as it was at a checkpoint: records written since then are forgotten."""
+        self.curves, self.rejections = state["curves"], state["rejections"]
+        self._done = state["done"]
+        for file in RECORDS:
+            path = self.folder / file
+            if path.exists():
+                os.truncate(path, state["sizes"].get(file, 0))
 
     def _append(self, file: str, record: dict[str, Any]) -> None:
         with (self.folder / file).open("a") as out:

@@ -17,7 +17,10 @@ FILE = "uploads.safetensors"
 FORMAT = "pfedgpa-uploads-1"
 # settings that may differ between the run that kept the uploads and the one that takes them
 _FREE = ("conf", "method", "out-dir", "run-name", "data-dir", "download", "device", "timeout")
-_FREE_PREFIXES = ("pfedgpa.", "fine-tune-", "evaluate-every", "uploads", "save-")
+_FREE_PREFIXES = (
+    *("pfedgpa.", "fine-tune-", "evaluate-every", "uploads", "save-"),
+    *("checkpoint-every", "resume"),
+)
 
 
 def _fixed(resolved: Resolved) -> dict[str, Any]:
