@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from pfedgpa_app.client import Single, Visit, compare_ways
+from pfedgpa_app.client import Single, Visit, compare_ways, describe
 
 app = ClientApp()
 
 
 @app.query()
 def who(message: Message, context: Context) -> Message:
-    """Tell the server which partition this node is."""
-    partition = int(context.node_config.get("partition-id", -1))
-    return Message(
-        RecordDict({"node": MetricRecord({"partition-id": partition})}), reply_to=message
-    )
+    """Tell the server which partition this node is, and what data of its own it has."""
+    return Message(describe(context), reply_to=message)
 
 
 @app.train()

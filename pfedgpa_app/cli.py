@@ -116,6 +116,38 @@ def _parser() -> argparse.ArgumentParser:
         many.add_argument("--jobs", type=int, help="runs at a time; default: as the cores allow")
         many.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
 
+    make_keys = commands.add_parser(
+        "keys", help="make a deployment's keys and certificates", description=_KEYS
+    )
+    make_keys.add_argument("folder", type=Path, help="where to, for instance keys")
+    make_keys.add_argument(
+        "--host",
+        action="append",
+        required=True,
+        help="name or address by which nodes reach the SuperLink; may be given again",
+    )
+    make_keys.add_argument("--nodes", type=int, required=True, help="how many SuperNodes there are")
+    make_keys.add_argument("--days", type=int, default=365, help="how long certificates are good")
+
+    doctor = commands.add_parser(
+        "doctor", help="check a node's versions, data, keys and connection before a run"
+    )
+    doctor.add_argument("--dataset", default="", help="the node's data: imagefolder:PATH, …")
+    doctor.add_argument("--data-dir", default="", help="where other data sets lie")
+    doctor.add_argument("--image-size", type=int, default=0, help="the run's image-size")
+    doctor.add_argument("--superlink", default="", help="HOST:PORT")
+    doctor.add_argument("--root-certificates", default="", help="the authority's certificate")
+    doctor.add_argument("--auth-supernode-private-key", default="", help="the node's key")
+    doctor.add_argument("--state-dir", default="", help="the node's state-dir")
+
+    rehearse = commands.add_parser(
+        "rehearse",
+        help="a whole deployment on this machine: TLS, keys, SuperNodes with data of their own",
+    )
+    rehearse.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings_help)
+    rehearse.add_argument("--nodes", type=int, default=3, help="how many SuperNodes; default: 3")
+    rehearse.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
+
     commands.add_parser("settings", help="print every setting, its default and meaning")
 
     draw = commands.add_parser("partition", help="draw who holds which classes")
@@ -130,7 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     # settings may stand before and after options, which argparse's subcommands cannot mix
     options, rest = parser.parse_known_args(arguments)
-    if options.command == "settings" or any(word.startswith("-") for word in rest):
+    plain = not hasattr(options, "settings")  # a command without settings
+    if plain or any(word.startswith("-") for word in rest):
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     else:
@@ -142,6 +175,10 @@ def main(arguments: list[str] | None = None) -> int:
         _print_settings()
         return 0
     try:
+        if options.command == "keys":
+            return _keys(options)
+        if options.command == "doctor":
+            return _doctor(options)
         files = [word for word in options.settings if "=" not in word and word.endswith(YAML)]
         words = [word for word in options.settings if word not in files]
         if options.command != "sweep":
@@ -151,6 +188,8 @@ def main(arguments: list[str] | None = None) -> int:
             return _compare(overrides, options)
         if options.command == "tune":
             return _tune(overrides, options)
+        if options.command == "rehearse":
+            return _rehearse(overrides, options)
         if options.conf:
             overrides["conf"] = options.conf
         if getattr(options, "engine", None):
@@ -208,13 +247,65 @@ def _run(overrides: dict[str, Any], app: Path) -> int:
         with contextlib.ExitStack() as stack:
             flower = None
             if overrides.get("engine") == "ray":  # it comes up while we import and check
-                from pfedgpa_app.engine.ray import Flower
+                from pfedgpa_app.engine.ray import Simulation
 
-                flower = stack.enter_context(Flower())
+                flower = stack.enter_context(Simulation())
             from pfedgpa_app.launcher import launch
 
             launch(overrides, app, flower=flower)
     except (ConfigError, DataError, FileExistsError) as error:
+        print(f"pfedgpa: {error}", file=sys.stderr)
+        return 2
+    except LaunchError as error:
+        print(f"pfedgpa: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+_KEYS = """Makes an authority (ca.key stays here, ca.crt goes to every node), the SuperLink's
+certificate (server.crt, server.key) and a key for each SuperNode (node-0 goes to its node,
+node-0.pub to the SuperLink)."""
+
+
+def _keys(options: argparse.Namespace) -> int:
+    from pfedgpa_app.deployment import keys as made
+
+    for name, value in (("--nodes", options.nodes), ("--days", options.days)):
+        if value < 1:
+            raise ConfigError(f"{name} {value}: must be >= 1")
+    for path in made.make(options.folder, options.host, options.nodes, options.days):
+        print(path)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from pfedgpa_app.deployment.doctor import Node, examine
+
+    node = Node(
+        dataset=options.dataset,
+        data_dir=options.data_dir,
+        image_size=options.image_size,
+        superlink=options.superlink,
+        certificates=options.root_certificates,
+        key=options.auth_supernode_private_key,
+        state_dir=options.state_dir,
+    )
+    healthy = True
+    for name, good, text in examine(node):
+        print(f"{'ok  ' if good else 'FAIL'}  {name:<12} {text}", flush=True)
+        healthy &= good
+    return 0 if healthy else 1
+
+
+def _rehearse(overrides: dict[str, Any], options: argparse.Namespace) -> int:
+    from pfedgpa_app.deployment.rehearsal import rehearse
+    from pfedgpa_app.engine import LaunchError
+
+    if options.nodes < 1:
+        raise ConfigError(f"--nodes {options.nodes}: must be >= 1")
+    try:
+        rehearse(options.nodes, overrides, options.app.absolute())
+    except FileExistsError as error:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 2
     except LaunchError as error:

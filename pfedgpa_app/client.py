@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from flwr.app import (
     ArrayRecord,
+    ConfigRecord,
     Context,
     Message,
     MessageType,
@@ -21,7 +22,16 @@ from torch import nn
 
 from pfedgpa_app import memory, training
 from pfedgpa_app.config import Config, resolve_cached
-from pfedgpa_app.data.client import ClientData, load_client, load_dataset
+from pfedgpa_app.data import NODES
+from pfedgpa_app.data.client import (
+    ClientData,
+    Schema,
+    load_client,
+    load_dataset,
+    load_own,
+    load_own_client,
+    schema_of,
+)
 from pfedgpa_app.methods import method_class
 from pfedgpa_app.methods.base import ClientTask, Way
 from pfedgpa_app.models import Weights, build, last_layers, load, network_name, weights_of
@@ -30,11 +40,10 @@ from pfedgpa_app.randomness import torch_generator
 Metrics = dict[str, int | float | list[int] | list[float]]
 
 
-def build_model(config: Config) -> nn.Module:
+def build_model(config: Config, schema: Schema) -> nn.Module:
     """The run's network, initialised from its seed, where the ``device`` setting says."""
-    dataset = load_dataset(config)
-    network = network_name(config.model, dataset.shape)
-    model = build(network, len(dataset.classes), config.seed)
+    network = network_name(config.model, schema.shape)
+    model = build(network, len(schema.classes), config.seed)
     return model.to(training.device_for(config.device)).to(memory_format=torch.channels_last)
 
 
@@ -47,6 +56,7 @@ class Visit:
         self.config: Config = resolve_cached(context.run_config).config
         asked: Any = message.content.config_records["config"]
         self._asked = asked
+        self._source = str(context.node_config.get("dataset", ""))
         self.client, self.round = int(asked["client"]), int(asked["round"])
         self.ways = [Way(**way) for way in json.loads(asked.get("ways", "[]"))]
         self.method = method_class(str(asked["method"]))
@@ -61,13 +71,25 @@ class Visit:
         before = self.round if trains else self.round + 1
         self.state = memory.recall(context, asked, self._state_key, before)
 
+    def schema(self) -> Schema:
+        """What its network must know of its images."""
+        if self.config.dataset == NODES:
+            return schema_of(load_own(self.config, self._source))
+        return schema_of(load_dataset(self.config))
+
     def data(self) -> ClientData:
         """What this client holds."""
+        if self.config.dataset == NODES:
+            return load_own_client(self.config, self._source, self.client)
         return load_client(self.config, self.client)
+
+    def model(self) -> nn.Module:
+        """The network, as the run's seed initialises it."""
+        return build_model(self.config, self.schema())
 
     def task(self) -> ClientTask:
         """What it needs to train."""
-        model, draws = build_model(self.config), partial(self.generator, "train")
+        model, draws = self.model(), partial(self.generator, "train")
         data = self.data()
         return ClientTask(self.config, self.weights, model, data, self.round, draws, self.state)
 
@@ -96,7 +118,7 @@ class Visit:
         metrics: Metrics = {"num-examples": len(self.data().train), "loss": loss}
         agrees = self.context.node_config.get("share-label-counts", True)
         if self.config.share_label_counts and agrees:
-            classes = len(load_dataset(self.config).classes)
+            classes = len(self.schema().classes)
             counts = torch.bincount(self.data().train.labels, minlength=classes)
             metrics["label-counts"] = counts.tolist()
         return self.reply(metrics, weights)
@@ -119,6 +141,25 @@ class Visit:
             "validation-images": validation[0].images,
         }
         return self.reply(metrics | ({} if alike is None else {"alike": alike}))
+
+
+def describe(context: Context) -> RecordDict:
+    """Who a node is: its partition, and what its own data are, where a run goes by those.
+
+    Raises:
+        DataError: they are absent or unusable.
+    """
+    partition = int(context.node_config.get("partition-id", -1))
+    content = RecordDict({"node": MetricRecord({"partition-id": partition})})
+    config = resolve_cached(context.run_config).config
+    if config.dataset == NODES:
+        source = str(context.node_config.get("dataset", ""))
+        load_own_client(config, source, partition)
+        schema = schema_of(load_own(config, source))
+        content["data"] = ConfigRecord(
+            {"classes": list(schema.classes), "shape": list(schema.shape)}
+        )
+    return content
 
 
 class Cohort(Protocol):
@@ -149,7 +190,7 @@ class Single:
     """A cohort of one."""
 
     def __init__(self, visit: Visit) -> None:
-        self._data, self.model = visit.data(), build_model(visit.config)
+        self._data, self.model = visit.data(), visit.model()
         self.initial = weights_of(self.model)
 
     def load(self, weights: Sequence[Weights]) -> None:
@@ -189,7 +230,7 @@ def compare_ways(cohort: Cohort, visits: Sequence[Visit]) -> list[Message]:
         only = last_layers(names, 1) if kind.part == "head" else ()
         epoch = training.recipe(config, 1, kind.learning_rate, only)
         if kind.full_batch:
-            epoch = replace(epoch, batch_size=config.train_per_client)
+            epoch = replace(epoch, batch_size=max(len(visit.data().train) for visit in visits))
         cohort.load(weights)
         generators = [visit.generator("fine-tune") for visit in visits]
         wanted = {way.epochs for way in ways if replace(way, epochs=1) == kind}

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from pfedgpa_app.checkpoint import Checkpoint, CheckpointError
 from pfedgpa_app.config import Config, Resolved
-from pfedgpa_app.data.client import load_dataset, load_partition
+from pfedgpa_app.data import NODES
+from pfedgpa_app.data.client import load_dataset, load_partition, schema_of
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.engine.grid import LocalGrid
 from pfedgpa_app.methods import federation_of, method_class
@@ -160,28 +161,24 @@ class _Run:
         self.resolved, self.folder, self.log = resolved, folder, log
         config = self.config = resolved.config
         self.per_evaluation = per_evaluation
-        self.dataset = load_dataset(config)
-        self.splits = load_partition(config)
-        network = network_name(config.model, self.dataset.shape)
-        self.initial = weights_of(build(network, len(self.dataset.classes), config.seed))
-        if config.start_from:
-            self.initial = warm_start(Path(config.start_from), self.initial)
         self.rows: dict[str, dict[str, Any]] = {}
         self.results: dict[str, Outcome] = {}
         self.name = secrets.token_hex(8)  # what clients know the run by, after a resumption, too
         self.checkpoint = Checkpoint(folder / CHECKPOINT)
         self.finished: list[str] = []  # federations
         self.going: dict[str, Any] = {}  # the checkpoint, as long as its federation goes
+        own = config.dataset == NODES
+        self.roster = Roster(grid, config.num_clients, config.timeout, own)
+        self.dataset = self.roster.schema or schema_of(load_dataset(config))
+        network = network_name(config.model, self.dataset.shape)
+        self.initial = weights_of(build(network, len(self.dataset.classes), config.seed))
+        if config.start_from:
+            self.initial = warm_start(Path(config.start_from), self.initial)
         self._resume()
-        self.roster = Roster(grid, config.num_clients, config.timeout, self._common(grid))
-
-    def _common(self, grid: Grid) -> dict[str, Any]:
-        """What every message tells clients."""
-        common = {"run": self.name}
+        self.roster.common["run"] = self.name
         simulated = isinstance(grid, (LocalGrid, InMemoryGrid))  # clients see our files
-        if self.config.checkpoint_every and simulated:
-            common["state-dir"] = str(self.folder / CHECKPOINT / "clients")
-        return common
+        if config.checkpoint_every and simulated:
+            self.roster.common["state-dir"] = str(folder / CHECKPOINT / "clients")
 
     def _resume(self) -> None:
         """Be where the last checkpoint is, if there is one."""
@@ -260,7 +257,13 @@ class _Run:
 
         rounds = self.config.num_server_rounds
         strategy = Personalised(
-            runner_class(self.config, state), name, self.roster, self.config, self.log, keep
+            runner_class(self.config, state),
+            name,
+            self.roster,
+            self.config,
+            self.log,
+            len(self.dataset.classes),
+            keep,
         )
         if going:
             strategy.go_on(going["costs"], going["round"])
@@ -303,7 +306,13 @@ class _Run:
         if fitted is not None:
             if self.config.save_weights:
                 saved.save(fitted, self.folder / saved.FILE)
-            plots.latents(self.folder / "latents.png", fitted, self.splits)
+            plots.latents(self.folder / "latents.png", fitted, self._groups())
+
+    def _groups(self) -> list[int]:
+        """Every client's hidden group; with data of their own, nobody knows any."""
+        if self.config.dataset == NODES:
+            return [0] * self.config.num_clients
+        return [split.group for split in load_partition(self.config)]
 
     def join(self, name: str, method: Method[Any], strategy: Personalised) -> None:
         """Let the clients that were held back join; their curve goes into the summary."""

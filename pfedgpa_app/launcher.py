@@ -14,7 +14,7 @@ from pfedgpa_app.config import APP_DIR, Config, resolve
 from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.datasets import resolve_data_dir
 from pfedgpa_app.engine import LaunchError, engine_for, gpu_for, local, ray
-from pfedgpa_app.engine.ray import Flower
+from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.experiment import run_folder
 from pfedgpa_app.models import network_name
 from pfedgpa_app.results.log import EVENTS
@@ -79,7 +79,7 @@ def launch(
     run_config: Mapping[str, Any],
     app: Path = APP_DIR,
     console: Console | None = None,
-    flower: Flower | None = None,
+    flower: Simulation | None = None,
 ) -> Path:
     """Run the app in ``app`` and return the folder of its results, once it has succeeded.
 
@@ -117,12 +117,12 @@ def launch(
     finally:
         watcher.close()
     if failure or watcher.last != "done":
-        reason = _failure(folder) or failure or "the server ended before the run was done"
+        reason = failure_of(folder) or failure or "the server ended before the run was done"
         raise LaunchError(f"{reason}\nResults so far and Flower's log are in {folder}")
     return folder
 
 
-def _failure(folder: Path) -> str:
+def failure_of(folder: Path) -> str:
     """Why the run says that it failed."""
     events = folder / EVENTS
     lines = events.read_text().splitlines() if events.exists() else []

@@ -17,6 +17,8 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from pfedgpa_app.data import NODES
+from pfedgpa_app.data.client import Schema
 from pfedgpa_app.models import Weights
 
 logger = logging.getLogger("pfedgpa")
@@ -82,20 +84,29 @@ class Roster:
     """The clients 0..n−1, and how to send to them and collect from them."""
 
     def __init__(
-        self, grid: Grid, num_clients: int, timeout: float, common: Settings | None = None
+        self, grid: Grid, num_clients: int, timeout: float, own_data: bool = False
     ) -> None:
         """Ask every node who it is, until all are there.
 
         Args:
-            common: settings that every message carries.
+            own_data: clients' data are their nodes' own, so that each needs its node.
 
         Raises:
-            RosterError: no node within ``timeout`` seconds, none that answers, or two that
-                claim the same partition.
+            RosterError: no node within ``timeout`` seconds, none that answers, two that claim
+                the same partition, or, with data of their own, too few, or data that differ in
+                classes or shape.
         """
-        self.grid, self.timeout, self.common = OneAtATime(grid), timeout, common or {}
-        partitions = self._discover(num_clients)
+        self._own_data = own_data
+        self.common: Settings = {}  # what every message tells clients
+        self.grid, self.timeout = OneAtATime(grid), timeout
+        answers = self._discover(num_clients)
+        partitions = {node: self._partition(reply) for node, reply in answers.items()}
+        if len(set(partitions.values())) < len(partitions):
+            raise RosterError(
+                "two nodes have the same partition-id: give each its own in --node-config"
+            )
         hosts = [node for _, node in sorted((p, node) for node, p in partitions.items())]
+        self.schema = self._schema({partitions[node]: answers[node] for node in hosts})
         self.node_of = {client: hosts[client % len(hosts)] for client in range(num_clients)}
         if len(hosts) < num_clients:
             logger.warning(
@@ -107,14 +118,37 @@ class Roster:
                 num_clients,
             )
 
-    def _discover(self, num_clients: int) -> dict[int, int]:
-        """{node id: partition id}, once all are there or none has arrived for a while."""
+    @staticmethod
+    def _partition(reply: Message) -> int:
+        record: Any = reply.content.metric_records["node"]
+        return int(record["partition-id"])
+
+    def _schema(self, answers: dict[int, Message]) -> Schema | None:
+        """What the nodes' own data are, if clients' data are that."""
+        first: tuple[int, Schema] | None = None
+        for partition, reply in answers.items():
+            record: Any = reply.content.config_records.get("data")
+            if record is None:
+                return None
+            channels, height, width = record["shape"]
+            found = Schema(NODES, tuple(record["classes"]), (channels, height, width))
+            first = first or (partition, found)
+            if found != first[1]:
+                raise RosterError(
+                    f"nodes' data do not match: partition {first[0]} has {_said(first[1])}, "
+                    f"partition {partition} has {_said(found)}"
+                )
+        return first[1] if first else None
+
+    def _discover(self, num_clients: int) -> dict[int, Message]:
+        """{node id: its answer}, once all are there or none has arrived for a while."""
         now = arrived = started = time.monotonic()
         nodes: set[int] = set()
         while now - started < min(self.timeout, 120):
             now, seen, nodes = time.monotonic(), nodes, set(self.grid.get_node_ids())
             arrived = now if nodes != seen else arrived
-            if len(nodes) >= num_clients or (nodes and now - arrived > ARRIVAL):
+            enough = nodes and now - arrived > ARRIVAL and not self._own_data
+            if len(nodes) >= num_clients or enough:
                 break
             time.sleep(0.1)
         if not nodes:
@@ -123,20 +157,21 @@ class Roster:
             Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
             for node in sorted(nodes)
         ]
-        answers: dict[int, int] = {}
+        answers: dict[int, Message] = {}
+        failed = ""
         for reply in self.grid.send_and_receive(questions, timeout=self.timeout):
             if reply.has_error():
-                logger.warning("a node does not answer: %s", (reply.error.reason or "")[:300])
+                failed = (reply.error.reason or "")[:300]
+                logger.warning("a node does not answer: %s", failed)
             else:
-                node = reply.metadata.src_node_id
-                record: Any = reply.content.metric_records["node"]
-                answers[node] = int(record["partition-id"])
+                answers[reply.metadata.src_node_id] = reply
+        if self._own_data and len(answers) != num_clients:
+            raise RosterError(
+                f"{len(answers)} nodes with data are here, and num-clients is {num_clients}"
+                + (f"; one that has none: {failed}" if failed else "")
+            )
         if not answers:
             raise RosterError("no node answers: the ClientApp fails to start, see the log above")
-        if len(set(answers.values())) < len(answers):
-            raise RosterError(
-                "two nodes have the same partition-id: give each its own in --node-config"
-            )
         return answers
 
     def message(self, client: int, kind: str, weights: Weights, settings: Settings) -> Message:
@@ -155,6 +190,12 @@ class Roster:
         """Send one message a client and return the replies by client; silent ones are absent."""
         received = self.grid.send_and_receive(list(messages.values()), timeout=self.timeout)
         return match(messages, received)
+
+
+def _said(schema: Schema) -> str:
+    shape = "×".join(map(str, schema.shape))
+    names = ", ".join(schema.classes[:12]) + (", …" if len(schema.classes) > 12 else "")
+    return f"{shape} images of {len(schema.classes)} classes ({names})"
 
 
 def match(sent: dict[int, Message], received: Iterable[Message]) -> dict[int, Message]:

@@ -17,7 +17,6 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.data.client import load_dataset
 from pfedgpa_app.methods import method_class
 from pfedgpa_app.methods.base import Method, Upload, Way
 from pfedgpa_app.models import Weights
@@ -140,13 +139,14 @@ class Personalised(Strategy):
         roster: Roster,
         config: Config,
         log: RunLog,
+        classes: int = 0,
         keep: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """``keep`` is called after each round."""
+        """``classes`` of the clients' data; ``keep`` is called after each round."""
         self.method, self.name, self.roster = method, name, roster
         self.config, self.log, self._keep = config, log, keep
         self.done = 0  # rounds before those of ``start``
-        self._classes = len(load_dataset(config).classes) if config.share_label_counts else 0
+        self._classes = classes if config.share_label_counts else 0
         self.server_seconds = 0.0
         self.bytes_up = self.bytes_down = self._round_down = 0
         self._sent: dict[int, Message] = {}

@@ -28,6 +28,7 @@ class InProcessGrid(LocalGrid):
         self.app = app
         self.tamper = tamper
         self.sent: list[Message] = []
+        self.received: list[dict[str, Any]] = []  # clients' metrics
 
     def serve(self, messages: list[Message], timeout: float | None) -> list[Message]:
         replies = []
@@ -42,4 +43,11 @@ class InProcessGrid(LocalGrid):
                 reply = self.tamper(message, reply)
             if reply is not None:
                 replies.append(reply)
+                self._note(message, reply)
         return replies
+
+    def _note(self, message: Message, reply: Message) -> None:
+        asked = message.content.config_records.get("config")
+        if asked is not None and "client" in asked and not reply.has_error():
+            metrics = reply.content.metric_records["metrics"]
+            self.received.append({"client": asked["client"], **metrics})

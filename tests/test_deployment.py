@@ -1,22 +1,33 @@
-"""Real SuperLink and SuperNode processes on loopback."""
+"""Real SuperLink and SuperNode processes on loopback, and what gets them there."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
+import datetime
+import json
+import socket
+import ssl
+import threading
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
-from pfedgpa_app.config import APP_DIR
-from pfedgpa_app.engine.ray import _processes_of, free_port, stage
-from tests.test_federation import SMALL, federate, records
+import numpy as np
+import pytest
+from cryptography import x509
+from PIL import Image
+
+from pfedgpa_app import cli
+from pfedgpa_app.config import APP_DIR, resolve
+from pfedgpa_app.deployment import doctor, keys
+from pfedgpa_app.deployment.doctor import Node, NodeError, examine
+from pfedgpa_app.deployment.processes import Deployment
+from pfedgpa_app.deployment.rehearsal import site_images
+from pfedgpa_app.engine.flower import processes_of, stage
+from pfedgpa_app.engine.ray import wait_for
+from pfedgpa_app.experiment import run
+from pfedgpa_app.roster import RosterError
+from pfedgpa_app.settings import ConfigError
+from tests.local_grid import InProcessGrid
+from tests.test_federation import SMALL, federate, records, summary
 
 
 def test_deployed_processes_come_to_the_same_numbers(tmp_path: Path) -> None:
@@ -30,73 +41,226 @@ def test_deployed_processes_come_to_the_same_numbers(tmp_path: Path) -> None:
         tmp_path / "reference", **{key.replace("-", "_"): v for key, v in more.items()}
     )
     settings = SMALL | more | {"out-dir": str(tmp_path / "deployed"), "run-name": "run"}
-    home = Path(tempfile.mkdtemp(dir="/tmp"))
-    link = free_port()
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{link}"\n'
-        "insecure = true\n"
-    )
-    env = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "FLWR_HOME": str(home),  # marks the processes
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    log = (home / "log").open("w+")
-
-    def start(*command: str) -> None:
-        subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT)
-
-    loopback = ["--insecure", "--host", "127.0.0.1"]
-    try:
-        start(
-            "flower-superlink",
-            *loopback,
-            *("--port", str(link), "--disable-runtime-dependency-installation"),
-        )
+    with Deployment() as deployment:
+        deployment.wait_until_ready()
         for node in range(2):
-            its = f'partition-id={node} num-partitions=2 state-dir="{home}/state"'
-            start(
-                "flower-supernode",
-                *loopback,
-                *("--superlink", f"127.0.0.1:{link}", "--port", str(free_port())),
-                *("--node-config", its),
-            )
-        _wait_for(f"http://127.0.0.1:{link}/health")
-        app = stage(APP_DIR, home / "app")
-        words = " ".join(
-            f'{key}="{value}"' if isinstance(value, str) else f"{key}={value}"
-            for key, value in settings.items()
-        )
-        done = subprocess.run(
-            ["flwr", "run", str(app), "here", "--stream", "-c", words],
-            cwd=home,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-        log.seek(0)
-        folder = tmp_path / "deployed" / "run"
-        assert f"results are in {folder}" in done.stdout, done.stdout + log.read()
-        for file in ("metrics.jsonl", "clients.jsonl"):
-            assert records(folder, file) == records(reference, file)
-    finally:
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            for pid in _processes_of(home):
-                os.kill(pid, sign)
-            time.sleep(2)
-        log.close()
-        shutil.rmtree(home, ignore_errors=True)
+            deployment.start_node(node, state_dir=str(deployment.home / "state"))
+        staged = stage(APP_DIR, deployment.home / "app")
+        run_id = deployment.run(staged, settings)
+        failure = wait_for(deployment, run_id, tmp_path / "log", lambda: None)
+    assert not failure, (tmp_path / "log").read_text()
+    folder = tmp_path / "deployed" / "run"
+    for file in ("metrics.jsonl", "clients.jsonl"):
+        assert records(folder, file) == records(reference, file)
+    assert not processes_of(deployment.home)
 
 
-def _wait_for(url: str) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            with urlopen(url, timeout=1):
+def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """TLS, authenticated nodes, data of their own; twice the same seed, twice the same result."""
+    words = ["rehearse", f"out-dir={tmp_path}", "run-name=run", "num-server-rounds=2"]
+    words += ["pfedgpa.fit-steps=20", "method=fedper,pfedgpa"]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "3 SuperNodes, each with its own images" in said
+    assert "nothing is left but the results" in said
+    rows = summary(tmp_path / "run")
+    assert set(rows) == {"fedper", "pfedgpa"}
+    assert rows["pfedgpa"]["num_clients"] == 3
+    assert rows["pfedgpa"]["dataset"] == "nodes"
+    trained = [r for r in records(tmp_path / "run") if r["participated"]]
+    assert len(trained) == 2 * 2 * 3
+    assert cli.main(words) == 2  # the folder holds the results of another
+
+
+class TestOwnData:
+    """What nodes bring themselves, in this process."""
+
+    def grid(self, tmp_path: Path, sources: list[str], **settings: Any) -> InProcessGrid:
+        run_config = SMALL | {"dataset": "nodes", "num-server-rounds": 1, "method": "fedavg"}
+        run_config |= {"num-clients": len(sources), "out-dir": str(tmp_path), "run-name": "run"}
+        run_config = {k: v for k, v in run_config.items() if not k.startswith("pfedgpa.")}
+        grid = InProcessGrid(run_config | settings, len(sources))
+        for context, source in zip(grid.contexts.values(), sources, strict=True):
+            if source:
+                context.node_config["dataset"] = source
+        return grid
+
+    def sites(self, tmp_path: Path, count: int) -> list[str]:
+        for site in range(count):
+            site_images(tmp_path / str(site), site, count)
+        return [f"imagefolder:{tmp_path / str(site)}" for site in range(count)]
+
+    def start(self, grid: InProcessGrid) -> Path:
+        context = next(iter(grid.contexts.values()))
+        return run(grid, resolve(context.run_config))
+
+    def test_every_client_trains_on_all_its_own(self, tmp_path: Path) -> None:
+        grid = self.grid(tmp_path, self.sites(tmp_path, 3))
+        folder = self.start(grid)
+        for site in range(3):
+            held = len(list((tmp_path / str(site) / "train").glob("*/*.png")))
+            tested = len(list((tmp_path / str(site) / "test").glob("*/*.png")))
+            sizes = [m for m in grid.received if m["client"] == site]
+            assert {m["num-examples"] for m in sizes if "num-examples" in m} == {
+                held - round(held * 0.2)
+            }
+            assert {m["images"] for m in sizes if "images" in m} == {tested}
+        assert summary(folder)["fedavg"]["accuracy_before_ft"] > 0
+
+    def test_too_few_nodes(self, tmp_path: Path) -> None:
+        sources = self.sites(tmp_path, 2)
+        grid = self.grid(tmp_path, [*sources, ""])
+        with pytest.raises(RosterError, match=r"2 nodes with data .* names none: start"):
+            self.start(grid)
+
+    def test_data_that_do_not_match(self, tmp_path: Path) -> None:
+        sources = self.sites(tmp_path, 2)
+        for split in ("train", "test"):
+            place = tmp_path / "1" / split / "eleven"
+            place.mkdir()
+            Image.fromarray(np.zeros((8, 8), np.uint8)).save(place / "x.png")
+        with pytest.raises(RosterError, match=r"partition 0 has 1×8×8 images of 10 classes"):
+            self.start(self.grid(tmp_path, sources))
+
+    def test_nobody_knows_their_groups(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="groups"):
+            self.start(self.grid(tmp_path, ["digits"] * 2, method="group-mean"))
+
+    def test_not_in_a_simulation(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["run", "dataset=nodes"]) == 2
+        assert "docs/deploy.md" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("keys")
+    keys.make(folder, ["localhost", "127.0.0.1"], 1, days=30)
+    return folder
+
+
+@pytest.fixture
+def link(certificates: Path) -> Any:
+    """HOST:PORT of something that speaks TLS with the server's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / keys.SERVER, certificates / keys.SERVER_KEY)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                accepted, _ = listener.accept()
+                with accepted, context.wrap_socket(accepted, server_side=True):
+                    pass
+            except ssl.SSLError:
+                continue
+            except OSError:
                 return
-        except (URLError, OSError):
-            time.sleep(0.2)
-    raise TimeoutError(url)
+
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"127.0.0.1:{listener.getsockname()[1]}"
+    listener.close()
+
+
+class TestKeys:
+    def test_the_authority_vouches_for_the_server(self, certificates: Path) -> None:
+        root, server = (
+            x509.load_pem_x509_certificate((certificates / name).read_bytes())
+            for name in (keys.CA, keys.SERVER)
+        )
+        server.verify_directly_issued_by(root)
+        left = server.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+        assert 29 <= left.days <= 30
+        names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        assert names.get_values_for_type(x509.DNSName) == ["localhost"]
+        assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
+
+    def test_private_keys_are_private_and_never_replaced(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["keys", str(tmp_path / "k"), "--host", "fed.example.org", "--nodes", "2"]
+        assert cli.main(words) == 0
+        for name in (keys.CA_KEY, keys.SERVER_KEY, "node-0", "node-1"):
+            assert (tmp_path / "k" / name).stat().st_mode & 0o077 == 0
+        before = (tmp_path / "k" / "node-0").read_bytes()
+        assert before != (tmp_path / "k" / "node-1").read_bytes()
+        assert cli.main(words) == 2
+        assert "exists already" in capsys.readouterr().err
+        assert (tmp_path / "k" / "node-0").read_bytes() == before
+
+
+class TestDoctor:
+    def outcome(self, **node: Any) -> dict[str, tuple[bool, str]]:
+        return {name: (good, text) for name, good, text in examine(Node(**node))}
+
+    def test_a_healthy_node(self, certificates: Path, link: str, tmp_path: Path) -> None:
+        found = self.outcome(
+            dataset="digits",
+            superlink=link,
+            certificates=str(certificates / keys.CA),
+            key=str(certificates / "node-0"),
+            state_dir=str(tmp_path / "state"),
+        )
+        assert all(good for good, _ in found.values()), found
+        assert list(found) == [
+            *("python", "packages", "data", "state-dir", "certificate", "key", "connection")
+        ]
+        assert "1×8×8" in found["data"][1]
+        assert "TLS" in found["connection"][1]
+
+    def test_command(self, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        assert cli.main(["doctor", "--dataset", "digits"]) == 0
+        assert cli.main(["doctor", "--dataset", f"imagefolder:{tmp_path}"]) == 1
+        assert "FAIL  data" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("node", "check", "says"),
+        [
+            ({"dataset": "imagefolder:/nowhere"}, "data", "no folder"),
+            ({"superlink": "nowhere"}, "connection", "HOST:PORT"),
+            ({"superlink": "127.0.0.1:9"}, "connection", "cannot be reached"),
+            ({"key": "/nowhere"}, "key", "no private key"),
+            ({"certificates": "/nowhere"}, "certificate", "no certificate"),
+            ({"state_dir": "/proc/nowhere"}, "state-dir", "cannot be written"),
+        ],
+    )
+    def test_what_is_wrong(self, node: dict[str, Any], check: str, says: str) -> None:
+        good, text = self.outcome(**node)[check]
+        assert not good
+        assert says in text
+
+    def test_a_server_of_another_authority(self, link: str, tmp_path: Path) -> None:
+        keys.make(tmp_path, ["127.0.0.1"], 1)
+        good, text = self.outcome(superlink=link, certificates=str(tmp_path / keys.CA))[
+            "connection"
+        ]
+        assert not good
+        assert "by this authority" in text
+
+    def test_a_certificate_for_another_host(self, certificates: Path, link: str) -> None:
+        host = link.replace("127.0.0.1", "127.0.0.2")
+        good, text = self.outcome(superlink=host, certificates=str(certificates / keys.CA))[
+            "connection"
+        ]
+        assert not good
+        assert "cannot be reached" in text or "for this host" in text
+
+    def test_a_key_that_others_may_read(self, certificates: Path, tmp_path: Path) -> None:
+        key = tmp_path / "node-0"
+        key.write_bytes((certificates / "node-0").read_bytes())
+        key.chmod(0o644)
+        with pytest.raises(NodeError, match="chmod 600"):
+            doctor.key(Node(key=str(key)))
+
+    def test_packages_out_of_range(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.0.1")
+        with pytest.raises(NodeError, match=r"torch 0\.0\.1 is not"):
+            doctor.packages()
+
+
+def test_node_config_is_toml(tmp_path: Path) -> None:
+    """Paths with spaces and quotes reach the node as they are."""
+    from pfedgpa_app.engine.flower import words
+
+    text = words({"partition-id": 1, "dataset": 'imagefolder:/a "b"/c d'})
+    assert text == 'partition-id=1 dataset="imagefolder:/a \\"b\\"/c d"'
+    assert json.loads(text.partition("dataset=")[2]) == 'imagefolder:/a "b"/c d'

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pfedgpa_app import PFedGPA
 from pfedgpa_app.dropin import like_uploads
-from pfedgpa_app.engine.ray import CONNECTION, Flower
+from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.methods.pfedgpa import PFedGPASettings
 from pfedgpa_app.settings import ConfigError
 from tests.local_grid import InProcessGrid
@@ -112,18 +112,16 @@ class TestQuickstart:
 
     def test_in_flowers_simulation(self, tmp_path: Path) -> None:
         """``flwr run`` on the app as it lies there."""
-        with Flower() as flower:
+        federation = "num-supernodes=4 client-resources-num-cpus=1"
+        with Simulation() as flower:
             flower.wait_until_ready()
-            answer = flower.flwr(
-                *("run", str(QUICKSTART), CONNECTION),
-                *("--federation-config", "num-supernodes=4 client-resources-num-cpus=1"),
-                *("-c", f'out="{tmp_path}"'),
+            run_id = flower.run(
+                QUICKSTART, {"out": str(tmp_path)}, "--federation-config", federation
             )
-            run_id = str(answer["run-id"])
             flower.follow(run_id, tmp_path / "log").wait(timeout=300)
-            log = (tmp_path / "log").read_text(errors="replace")
-            [run] = flower.flwr("ls", CONNECTION, "--run-id", run_id)["runs"]
-        assert run["status"].startswith("finished:completed"), log[-3000:]
+            status, _ = flower.status(run_id)
+        log = (tmp_path / "log").read_text(errors="replace")
+        assert status.startswith("finished:completed"), log[-3000:]
         assert len(list(tmp_path.glob("node-*.safetensors"))) == 4
         accuracies = json.loads((tmp_path / "accuracies.json").read_text())
         assert set(accuracies) == {"1", "2", "3"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from pfedgpa_app.config import APP_DIR
-from pfedgpa_app.engine.ray import _processes_of, free_port
+from pfedgpa_app.engine.flower import free_port, processes_of
 from tests.test_federation import SMALL, federate, records, summary
 
 SETTINGS = [f"{key}={value}" for key, value in SMALL.items()]
@@ -113,7 +113,7 @@ def test_plain_flwr_run_does_the_same_on_flowers_two_default_nodes(
         assert f"results are in {folder}" in done.stdout + done.stderr
         assert records(folder) == records(in_process)
     finally:
-        for pid in _processes_of(home):
+        for pid in processes_of(home):
             os.kill(pid, signal.SIGTERM)
 
 
@@ -177,11 +177,11 @@ def test_an_interrupted_ray_run_stops_what_it_started(tmp_path: Path) -> None:
     temporary = Path(tempfile.mkdtemp(dir="/tmp"))
     process = started(tmp_path, "ray", {"TMPDIR": str(temporary)})
     (home,) = temporary.glob("pfedgpa-*")
-    assert len(_processes_of(home)) > 3  # SuperLink, simulation, Ray
+    assert len(processes_of(home)) > 3  # SuperLink, simulation, Ray
     process.send_signal(signal.SIGTERM)
     process.communicate()
     assert process.wait(timeout=60) == 130
-    assert _processes_of(home) == []
+    assert processes_of(home) == []
     assert not home.exists()
     temporary.rmdir()
 
@@ -257,7 +257,7 @@ def test_a_ray_cluster_of_two_nodes_serves_a_run(tmp_path: Path, in_process: Pat
         assert sum("ClientAppActor" in log for log in logs.values()) == 2
     finally:
         for sign in (signal.SIGTERM, signal.SIGKILL):
-            for pid in _processes_of(home):
+            for pid in processes_of(home):
                 os.kill(pid, sign)
             time.sleep(2)
         shutil.rmtree(home, ignore_errors=True)

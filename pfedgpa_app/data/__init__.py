@@ -2,8 +2,10 @@
 
 DATASET_HELP = (
     "digits, mnist, fashion-mnist, emnist-SPLIT (balanced, byclass, bymerge, digits, letters, "
-    "mnist), cifar10, or imagefolder:PATH with train/ and test/ by class"
+    "mnist), cifar10, imagefolder:PATH with train/ and test/ by class, or nodes: each node's own, "
+    "which its --node-config names as dataset"
 )
+NODES = "nodes"
 EMNIST_SPLITS = ("balanced", "byclass", "bymerge", "digits", "letters", "mnist")
 DATASETS = (
     "digits",
@@ -15,5 +17,5 @@ DATASETS = (
 
 
 def is_known_dataset(name: str) -> bool:
-    """Whether ``name`` is one of ours or an ``imagefolder:PATH``."""
-    return name in DATASETS or (name.startswith("imagefolder:") and len(name) > 12)
+    """Whether ``name`` is one of ours, an ``imagefolder:PATH`` or ``nodes``."""
+    return name in (*DATASETS, NODES) or (name.startswith("imagefolder:") and len(name) > 12)

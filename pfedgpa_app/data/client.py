@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from pfedgpa_app.config import Config
-from pfedgpa_app.data.datasets import Dataset, load
+from pfedgpa_app.data import NODES
+from pfedgpa_app.data.datasets import DataError, Dataset, load
 from pfedgpa_app.data.images import Images, images_of
 from pfedgpa_app.data.partition import ClientSplit, partition
+from pfedgpa_app.randomness import numpy_generator
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,31 @@ class ClientData:
     test: Images
 
 
+@dataclass(frozen=True)
+class Schema:
+    """What a network must know of images: their classes, and their (C, H, W)."""
+
+    name: str
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+
+
+def schema_of(data: Dataset) -> Schema:
+    """Of a data set."""
+    return Schema(data.name, data.classes, data.shape)
+
+
 def load_dataset(config: Config) -> Dataset:
-    """The run's data set.
+    """The run's data set, which all clients share.
 
     Raises:
-        DataError: it is absent or unusable.
+        DataError: it is absent or unusable, or every node has its own.
     """
+    if config.dataset == NODES:
+        raise DataError(
+            "dataset = nodes: every SuperNode brings its own data; start such a run with flwr run "
+            "on a deployment (docs/deploy.md)"
+        )
     return load(config.dataset, config.data_dir, config.download, config.image_size)
 
 
@@ -46,6 +69,38 @@ def load_partition(config: Config) -> list[ClientSplit]:
         alpha=config.dirichlet_alpha,
         shards=config.shards_per_client,
         seed=config.seed,
+    )
+
+
+def load_own(config: Config, source: str) -> Dataset:
+    """The data set of this node's own that its configuration names.
+
+    Raises:
+        DataError: it is absent or unusable, or none is named.
+    """
+    if not source:
+        raise DataError(
+            "dataset = nodes, but this node names none: start its SuperNode with --node-config "
+            "'dataset=\"imagefolder:/absolute/path\" …'"
+        )
+    return load(source, config.data_dir, config.download, config.image_size)
+
+
+@lru_cache(maxsize=2)
+def load_own_client(config: Config, source: str, client: int) -> ClientData:
+    """All images of this node's own data set; of the training images it keeps some to validate."""
+    data = load_own(config, source)
+    order = numpy_generator(config.seed, "own validation", client).permutation(
+        len(data.train_labels)
+    )
+    kept = round(len(order) * config.validation_share)
+    if kept == len(order):
+        raise DataError(f"dataset {source}: validation-share leaves no image to train on")
+    every = np.arange(len(data.test_labels))
+    return ClientData(
+        train=images_of(data.train_images, data.train_labels, np.sort(order[kept:])),
+        validation=images_of(data.train_images, data.train_labels, np.sort(order[:kept])),
+        test=images_of(data.test_images, data.test_labels, every),
     )
 
 

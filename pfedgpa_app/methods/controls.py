@@ -6,9 +6,12 @@ import logging
 
 import torch
 
+from pfedgpa_app.config import Config
+from pfedgpa_app.data import NODES
 from pfedgpa_app.data.client import load_partition
 from pfedgpa_app.methods.fedavg import FedAvg
 from pfedgpa_app.models import Weights
+from pfedgpa_app.settings import ConfigError
 
 logger = logging.getLogger("pfedgpa")
 
@@ -51,6 +54,11 @@ class GroupMean(ClientMean):
 
     title = "group mean (analysis only)"
     analysis_only = True
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        if config.dataset == NODES:
+            raise ConfigError("group-mean: nobody knows the groups of nodes' own data")
 
     def members(self) -> list[list[int]]:
         groups = [split.group for split in load_partition(self.config)]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pfedgpa_app.data.partition import ClientSplit
 from pfedgpa_app.diffusion.fit import WeightDistribution
 from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.results.tables import Outcome
@@ -66,7 +65,7 @@ def before_and_after(path: Path, results: dict[str, Outcome]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def latents(path: Path, fitted: WeightDistribution, splits: list[ClientSplit]) -> None:
+def latents(path: Path, fitted: WeightDistribution, groups: list[int]) -> None:
     """Buffered uploads, each client's newest, and what it was sent, in two latent dimensions.
 
     Colours show the hidden groups, which server and methods never see.
@@ -74,7 +73,6 @@ def latents(path: Path, fitted: WeightDistribution, splits: list[ClientSplit]) -
     if fitted.rank < 2:
         return
     figure, axes = _figure(6, 5)
-    groups = np.array([split.group for split in splits])
     everything, clients = fitted.latents.numpy(), fitted.clients.numpy()
     colours = np.array([f"C{g % 10}" for g in groups])
     axes.scatter(everything[:, 0], everything[:, 1], s=6, alpha=0.25, c=colours[clients])

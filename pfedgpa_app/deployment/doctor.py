@@ -1,0 +1,172 @@
+"""Check a node before a run: versions, data, keys, certificates, connection."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import re
+import shutil
+import socket
+import ssl
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from packaging.requirements import Requirement
+
+from pfedgpa_app.config import APP_DIR
+from pfedgpa_app.data.client import schema_of
+from pfedgpa_app.data.datasets import DataError, load
+from pfedgpa_app.models import network_name
+
+_PATIENCE = 10.0  # seconds for a connection
+_FREE = 2 * 2**30  # bytes that a disk should have left
+
+
+class NodeError(Exception):
+    """A check that does not pass; the text says what to do."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What is to be checked; what is empty is not."""
+
+    dataset: str = ""
+    data_dir: str = ""
+    image_size: int = 0
+    superlink: str = ""
+    certificates: str = ""  # the authority's, by which the SuperLink is known
+    key: str = ""
+    state_dir: str = ""
+
+
+def python() -> str:
+    """The interpreter."""
+    return ".".join(map(str, sys.version_info[:3]))
+
+
+def packages() -> str:
+    """Everything that pyproject.toml asks for, in the ranges that it asks for."""
+    wanted = tomllib.loads((APP_DIR / "pyproject.toml").read_text())["project"]["dependencies"]
+    wrong, names = [], []
+    for text in wanted:
+        requirement = Requirement(text)
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            wrong.append(f"{requirement.name} is not installed")
+            continue
+        names.append(f"{requirement.name} {version}")
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version} is not {requirement.specifier}")
+    if wrong:
+        raise NodeError(f"{'; '.join(wrong)}: pip install the app again")
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more"
+
+
+def data(node: Node) -> str:
+    """The node's images."""
+    try:
+        found = load(node.dataset, node.data_dir, image_size=node.image_size)
+        schema = schema_of(found)
+        network_name("auto", schema.shape)
+    except (DataError, ValueError) as error:
+        raise NodeError(str(error)) from error
+    shape = "×".join(map(str, schema.shape))
+    return (
+        f"{node.dataset}: {len(found.train_labels)} training and {len(found.test_labels)} test "
+        f"images of {shape}, {len(schema.classes)} classes"
+    )
+
+
+def certificate(node: Node) -> str:
+    """The authority's certificate."""
+    path = Path(node.certificates).expanduser()
+    try:
+        found = x509.load_pem_x509_certificate(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise NodeError(f"{path}: no certificate: {error}") from error
+    left = found.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
+    if left.total_seconds() < 0:
+        raise NodeError(f"{path}: ended on {found.not_valid_after_utc:%Y-%m-%d}: pfedgpa keys")
+    return f"{path}: good for {left.days} days"
+
+
+def key(node: Node) -> str:
+    """The node's private key."""
+    path = Path(node.key).expanduser()
+    try:
+        found = load_ssh_private_key(path.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        raise NodeError(f"{path}: no private key in OpenSSH's format: {error}") from error
+    if not isinstance(found, ec.EllipticCurvePrivateKey):
+        raise NodeError(f"{path}: Flower takes keys on NIST's curves only: pfedgpa keys")
+    if path.stat().st_mode & 0o077:
+        raise NodeError(f"{path}: others may read it: chmod 600 {path}")
+    return f"{path}: {found.curve.name}"
+
+
+def state_dir(node: Node) -> str:
+    """Where clients keep their state."""
+    path = Path(node.state_dir).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise NodeError(f"{path}: cannot be written to: {error}") from error
+    free = shutil.disk_usage(path).free
+    if free < _FREE:
+        raise NodeError(f"{path}: {free / 2**30:.1f} GiB left, less than {_FREE / 2**30:.0f}")
+    return f"{path}: {free / 2**30:.0f} GiB left"
+
+
+def connection(node: Node) -> str:
+    """The SuperLink, and that it is the one of our authority."""
+    found = re.fullmatch(r"(?:\[(.+)\]|([^:]+)):(\d+)", node.superlink)
+    if found is None:
+        raise NodeError(f"{node.superlink!r}: wants HOST:PORT")
+    host, port = found[1] or found[2], int(found[3])
+    try:
+        with socket.create_connection((host, port), _PATIENCE) as plain:
+            if not node.certificates:
+                return f"{node.superlink}: it listens; not encrypted"
+            context = ssl.create_default_context(cafile=os.path.expanduser(node.certificates))
+            with context.wrap_socket(plain, server_hostname=host) as secure:
+                return f"{node.superlink}: {secure.version()}, a certificate for {host}"
+    except ssl.SSLCertVerificationError as error:
+        raise NodeError(
+            f"{node.superlink}: its certificate is not good: {error.verify_message}; is it made "
+            "for this host, by this authority?"
+        ) from error
+    except ssl.SSLError as error:
+        raise NodeError(f"{node.superlink}: does not speak TLS: {error.reason}") from error
+    except OSError as error:
+        raise NodeError(f"{node.superlink}: cannot be reached: {error}") from error
+
+
+def examine(node: Node) -> Iterator[tuple[str, bool, str]]:
+    """(check, whether it passes, what was found or what to do) one after the other."""
+    checks: list[tuple[str, Callable[[], str]]] = [("python", python), ("packages", packages)]
+    if node.dataset:
+        checks.append(("data", lambda: data(node)))
+    if node.state_dir:
+        checks.append(("state-dir", lambda: state_dir(node)))
+    if node.certificates:
+        checks.append(("certificate", lambda: certificate(node)))
+    if node.key:
+        checks.append(("key", lambda: key(node)))
+    if node.superlink:
+        checks.append(("connection", lambda: connection(node)))
+    for name, check in checks:
+        try:
+            yield name, True, check()
+        except NodeError as trouble:
+            yield name, False, str(trouble)

@@ -1,0 +1,138 @@
+"""Keys and certificates of a deployment: one authority, one server, one key a node."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from pfedgpa_app.settings import ConfigError
+
+CA, CA_KEY = "ca.crt", "ca.key"
+SERVER, SERVER_KEY = "server.crt", "server.key"
+Key = ec.EllipticCurvePrivateKey
+
+
+def _private(path: Path, content: bytes) -> None:
+    """Write what only its owner may read."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as out:
+        out.write(content)
+
+
+def _pem(key: Key) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _address(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
+
+
+def make(folder: Path, hosts: Sequence[str], nodes: int, days: int = 365) -> list[Path]:
+    """An authority, a certificate of the SuperLink for ``hosts``, and SuperNodes' keys.
+
+    Args:
+        hosts: names and addresses by which nodes reach the SuperLink.
+        nodes: how many SuperNodes there are: ``node-0``, ``node-0.pub``, ….
+        days: how long the certificates are good.
+
+    Returns:
+        the files, which were not there before.
+
+    Raises:
+        ConfigError: one of them was: keys are not replaced unasked.
+    """
+    names = [CA, CA_KEY, SERVER, SERVER_KEY]
+    names += [f"node-{i}{end}" for i in range(nodes) for end in ("", ".pub")]
+    paths = [folder / name for name in names]
+    if there := [path for path in paths if path.exists()]:
+        raise ConfigError(f"{there[0]} exists already: name another folder, or move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    now = datetime.datetime.now(datetime.UTC)
+    authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
+
+    def certificate(subject: x509.Name, key: Key) -> x509.CertificateBuilder:
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(_name("pFedGPA federation"))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(minutes=5))  # clocks differ
+            .not_valid_after(now + datetime.timedelta(days=days))
+        )
+
+    def usage(*, signs_certificates: bool) -> x509.KeyUsage:
+        return x509.KeyUsage(
+            digital_signature=not signs_certificates,
+            content_commitment=False,
+            key_encipherment=False,
+            data_encipherment=False,
+            key_agreement=False,
+            key_cert_sign=signs_certificates,
+            crl_sign=signs_certificates,
+            encipher_only=False,
+            decipher_only=False,
+        )
+
+    root = (
+        certificate(_name("pFedGPA federation"), authority)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage(signs_certificates=True), critical=True)
+        .add_extension(
+            x509.SubjectKeyIdentifier.from_public_key(authority.public_key()), critical=False
+        )
+        .sign(authority, hashes.SHA384())
+    )
+    leaf = (
+        certificate(_name(hosts[0]), server)
+        .add_extension(x509.SubjectAlternativeName([_address(h) for h in hosts]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()),
+            critical=False,
+        )
+        .sign(authority, hashes.SHA384())
+    )
+    _private(folder / CA_KEY, _pem(authority))
+    _private(folder / SERVER_KEY, _pem(server))
+    (folder / CA).write_bytes(root.public_bytes(serialization.Encoding.PEM))
+    (folder / SERVER).write_bytes(leaf.public_bytes(serialization.Encoding.PEM))
+    for i in range(nodes):
+        key = ec.generate_private_key(ec.SECP384R1())  # Flower takes NIST's curves only
+        _private(
+            folder / f"node-{i}",
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.OpenSSH,
+                serialization.NoEncryption(),
+            ),
+        )
+        (folder / f"node-{i}.pub").write_bytes(
+            key.public_key().public_bytes(
+                serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+            )
+            + b"\n"
+        )
+    return paths

@@ -1,0 +1,76 @@
+"""A deployment on this machine: a SuperLink and SuperNodes as real processes on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from pfedgpa_app.deployment import keys
+from pfedgpa_app.engine.flower import CONNECTION, Flower, free_port, words
+
+
+class Deployment(Flower):
+    """A SuperLink, and the SuperNodes that are started, while the ``with`` block lasts.
+
+    Attributes:
+        nodes: {number: its SuperNode's process}.
+    """
+
+    def __init__(self, certificates: Path | None = None) -> None:
+        """Encrypted and with authenticated nodes by the keys in ``certificates``, if given."""
+        super().__init__()
+        self.certificates = certificates
+        self.ca = certificates / keys.CA if certificates else None
+        self.nodes: dict[int, subprocess.Popen[bytes]] = {}
+        self._ports: dict[int, int] = {}
+        self.env["OMP_NUM_THREADS"] = "1"  # clients share the cores; more threads only contend
+
+    def superlink_options(self) -> list[str]:
+        database = ["--database", str(self.home / "state.db")]
+        if self.certificates is None:
+            return ["--insecure", *database]
+        folder = self.certificates
+        return [
+            *("--ssl-ca-certfile", str(folder / keys.CA)),
+            *("--ssl-certfile", str(folder / keys.SERVER)),
+            *("--ssl-keyfile", str(folder / keys.SERVER_KEY)),
+            *("--enable-supernode-auth", *database),
+        ]
+
+    def register(self, number: int) -> None:
+        """Have the SuperLink accept a node's key."""
+        assert self.certificates is not None
+        self.flwr(
+            "supernode", "register", str(self.certificates / f"node-{number}.pub"), CONNECTION
+        )
+
+    def start_node(self, number: int, **config: Any) -> None:
+        """Start a SuperNode, or start it again, with the node config given."""
+        command = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}"]
+        command += [
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self._ports.setdefault(number, free_port())),
+        ]
+        if self.certificates is None:
+            command += ["--insecure"]
+        else:
+            command += ["--root-certificates", str(self.certificates / keys.CA)]
+            key = self.certificates / f"node-{number}"
+            command += ["--auth-supernode-private-key", str(key)]
+        named = {name.replace("_", "-"): value for name, value in config.items()}
+        command += ["--node-config", words({"partition-id": number} | named)]
+        self.nodes[number] = self.spawn(command, self.node_log(number))
+
+    def node_log(self, number: int) -> Path:
+        """Where a node's SuperNode and clients write."""
+        return self.home / f"node-{number}.log"
+
+    def kill_node(self, number: int, sign: int = signal.SIGKILL) -> None:
+        """End a node's SuperNode and what it started."""
+        os.killpg(self.nodes[number].pid, sign)
+        self.nodes.pop(number).wait()

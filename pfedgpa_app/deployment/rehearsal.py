@@ -1,0 +1,100 @@
+"""The whole deployment on one machine: keys, a SuperLink, SuperNodes with data of their own."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pfedgpa_app.config import APP_DIR, resolve
+from pfedgpa_app.data.datasets import load
+from pfedgpa_app.deployment import keys
+from pfedgpa_app.deployment.processes import Deployment
+from pfedgpa_app.engine import LaunchError
+from pfedgpa_app.engine.flower import stage
+from pfedgpa_app.engine.ray import wait_for
+from pfedgpa_app.experiment import run_folder
+from pfedgpa_app.launcher import LOG, Watcher, failure_of
+from pfedgpa_app.results.log import EVENTS
+
+SETTINGS: dict[str, Any] = {
+    "dataset": "nodes",
+    "num-server-rounds": 3,
+    "learning-rate": 0.05,
+    "pfedgpa.fit-steps": 200,
+    "timeout": 300.0,
+}
+
+
+def site_images(folder: Path, site: int, sites: int) -> None:
+    """Write a site's images as ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``.
+
+    Scikit-learn's digits, dealt to the sites in turn; half of the classes are rare at each.
+    """
+    from PIL import Image
+
+    digits = load("digits", "")
+    for split in ("train", "test"):
+        images, labels = getattr(digits, f"{split}_images"), getattr(digits, f"{split}_labels")
+        for label in range(10):
+            mine = images[labels == label][site::sites]
+            rare = (label + site) % 2
+            place = folder / split / str(label)
+            place.mkdir(parents=True)
+            for i, image in enumerate(mine[: max(2, len(mine) // 6)] if rare else mine):
+                Image.fromarray(image[0]).save(place / f"{i:03}.png")
+
+
+def rehearse(
+    nodes: int, overrides: dict[str, Any], app: Path = APP_DIR, console: Console | None = None
+) -> Path:
+    """Bring everything up, run the app, take everything down; the folder of the results.
+
+    Args:
+        overrides: settings of the run.
+
+    Raises:
+        ConfigError, FileExistsError: refused before anything started.
+        LaunchError: the rehearsal failed.
+    """
+    console = console or Console()
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    settings = SETTINGS | {"num-clients": nodes} | overrides
+    folder = run_folder(resolve(settings).config)
+    settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
+    resolve(settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="pfedgpa-rehearsal-") as place:
+        certificates = Path(place) / "keys"
+        keys.make(certificates, ["localhost", "127.0.0.1"], nodes)
+        say(f"keys and certificates for 1 server and {nodes} nodes")
+        with Deployment(certificates) as deployment:
+            deployment.wait_until_ready()
+            say(f"SuperLink at 127.0.0.1:{deployment.port}, TLS, nodes by their keys")
+            for node in range(nodes):
+                data = Path(place) / f"site-{node}"
+                site_images(data, node, nodes)
+                deployment.register(node)
+                state = Path(place) / f"state-{node}"
+                deployment.start_node(node, dataset=f"imagefolder:{data}", state_dir=str(state))
+            say(f"{nodes} SuperNodes, each with its own images")
+            staged = stage(app, deployment.home / "app")
+            watcher = Watcher(folder / EVENTS, console)
+            try:
+                run_id = deployment.run(staged, settings)
+                failure = wait_for(deployment, run_id, folder / LOG, watcher.look)
+            finally:
+                watcher.close()
+            if failure or watcher.last != "done":
+                for node in range(nodes):
+                    said = deployment.node_log(node).read_text(errors="replace")
+                    (folder / f"node-{node}.log").write_text(said)
+                reason = failure_of(folder) or failure or "the server ended before the run was done"
+                raise LaunchError(f"{reason}\nFlower's and the nodes' logs are in {folder}")
+    say("everything is taken down; nothing is left but the results")
+    return folder

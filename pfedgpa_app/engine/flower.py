@@ -1,0 +1,199 @@
+"""Flower's own processes, with a home that is theirs alone and ends with them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from flwr.common.config import get_project_config
+
+from pfedgpa_app.engine import LaunchError
+
+CONNECTION = "pfedgpa"
+
+
+def free_port() -> int:
+    """A port on loopback that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def toml(value: Any) -> str:
+    """As TOML; JSON's text, numbers and booleans are TOML's."""
+    if isinstance(value, (list, tuple)):
+        return json.dumps(",".join(map(str, value)))
+    return json.dumps(value, ensure_ascii=False)
+
+
+def words(settings: dict[str, Any]) -> str:
+    """Settings as Flower's command line takes them."""
+    return " ".join(f"{key}={toml(value)}" for key, value in settings.items())
+
+
+def processes_of(home: Path) -> list[int]:
+    """Processes whose environment names the home: what we started, wherever it detached."""
+    mark = f"FLWR_HOME={home}".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+        except (OSError, ValueError):
+            continue
+    return [pid for pid in found if pid != os.getpid()]
+
+
+class Flower:
+    """A SuperLink on loopback, and what else is started, while the ``with`` block lasts.
+
+    It takes a second to come up; ``wait_until_ready`` before it is used.
+    """
+
+    ca: Path | None = None  # the certificate authority, where the link is encrypted
+
+    def __init__(self) -> None:
+        # Ray makes sockets below its folder, whose whole paths may have 107 characters
+        where = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 20 else "/tmp"
+        self.home = Path(tempfile.mkdtemp(prefix="pfedgpa-", dir=where))
+        self.port, self.log = free_port(), self.home / "superlink.log"
+        bin_dir = Path(sys.executable).parent
+        self.env = os.environ | {
+            "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}",
+            "FLWR_HOME": str(self.home),  # marks the processes
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def superlink_options(self) -> list[str]:
+        """How the SuperLink is started."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        trust = f'root-certificates = "{self.ca}"' if self.ca else "insecure = true"
+        (self.home / "config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n[superlink.{CONNECTION}]\n'
+            f'address = "127.0.0.1:{self.port}"\n{trust}\n'
+        )
+        self.start_superlink()
+        return self
+
+    def start_superlink(self) -> None:
+        """Start it, for the first time or again."""
+        command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--disable-runtime-dependency-installation", *self.superlink_options()]
+        self.superlink = self.spawn(command, self.log)
+
+    def spawn(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        """A process in the home, in a session of its own, which writes to ``log``."""
+        # the folder is its own: apps are imported from there first, and must find nothing
+        with log.open("ab") as out:
+            return subprocess.Popen(
+                command,
+                cwd=self.home,
+                env=self.env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> None:
+        """Return when the SuperLink listens.
+
+        Raises:
+            LaunchError: it ended, or took a minute.
+        """
+        trust = ssl.create_default_context(cafile=self.ca) if self.ca else None
+        scheme = "https" if self.ca else "http"
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if self.superlink.poll() is not None:
+                break
+            try:
+                with urlopen(f"{scheme}://127.0.0.1:{self.port}/health", timeout=1, context=trust):
+                    return
+            except (URLError, OSError):
+                time.sleep(0.1)
+        said = self.log.read_text(errors="replace")[-2000:]
+        raise LaunchError(f"Flower's SuperLink did not start:\n{said}")
+
+    def flwr(self, *arguments: str) -> dict[str, Any]:
+        """Run a ``flwr`` command that answers in JSON."""
+        done = subprocess.run(
+            ["flwr", *arguments, "--format", "json"],
+            cwd=self.home,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        start = done.stdout.find("{")
+        if done.returncode or start < 0:
+            raise LaunchError(f"flwr {arguments[0]} failed:\n{done.stdout}{done.stderr}")
+        answer: dict[str, Any] = json.JSONDecoder().raw_decode(done.stdout[start:])[0]
+        if answer.get("success") is False:
+            raise LaunchError(f"flwr {arguments[0]} failed: {answer.get('error-message', answer)}")
+        return answer
+
+    def run(self, app: Path, settings: dict[str, Any], *options: str) -> str:
+        """Start the app in ``app``; the run's id."""
+        answer = self.flwr("run", str(app), CONNECTION, *options, "-c", words(settings))
+        return str(answer["run-id"])
+
+    def status(self, run_id: str) -> tuple[str, str]:
+        """The run's status, ``finished:completed`` if all is well, and its details."""
+        [run] = self.flwr("ls", CONNECTION, "--run-id", run_id)["runs"]
+        return str(run["status"]), str(run.get("status-details") or "")
+
+    def follow(self, run_id: str, log: Path) -> subprocess.Popen[bytes]:
+        """Append the run's log to ``log``; the process ends when the run does."""
+        return self.spawn(["flwr", "log", run_id, CONNECTION, "--stream"], log)
+
+    def __exit__(self, *_: object) -> None:
+        for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.superlink.pid, sign)
+            for pid in processes_of(self.home):  # Ray's have left the group
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, sign)
+            deadline = time.monotonic() + patience
+            while time.monotonic() < deadline and processes_of(self.home):
+                self.superlink.poll()  # a zombie of ours has no environment left
+                time.sleep(0.1)
+        self.superlink.wait()
+        shutil.rmtree(self.home, ignore_errors=True)
+
+
+def stage(app: Path, folder: Path) -> Path:
+    """A copy of the app's files in ``folder``: Flower looks at every file below an app's folder,
+    and data sets that lie there, too, can be a hundred thousand."""
+    config = get_project_config(app)
+    doors = config["tool"]["flwr"]["app"]["components"].values()
+    parts = {door.partition(":")[0].partition(".")[0] for door in doors}
+    parts |= {Path(__file__).parents[1].name, "conf"}
+    folder.mkdir()
+    for entry in app.iterdir():
+        if entry.is_file():
+            shutil.copy(entry, folder)
+        elif entry.name in parts:
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(entry, folder / entry.name, ignore=ignored)
+    return folder
