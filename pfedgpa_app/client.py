@@ -115,7 +115,11 @@ class Visit:
     def trained(self, weights: Weights, loss: float) -> Message:
         """The answer to a round."""
         self.keep_state()
-        metrics: Metrics = {"num-examples": len(self.data().train), "loss": loss}
+        metrics: Metrics = {
+            "num-examples": len(self.data().train),
+            "loss": loss,
+            "round": self.round,
+        }
         agrees = self.context.node_config.get("share-label-counts", True)
         if self.config.share_label_counts and agrees:
             classes = len(self.schema().classes)

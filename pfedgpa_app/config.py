@@ -115,6 +115,14 @@ class Config:
         (0.001, 0.002, 0.005, 0.02), "learning rates that tuned fine-tuning tries", above=0
     )
     timeout: float = setting(3600.0, "seconds that a round waits for replies", above=0)
+    min_uploads: int = setting(
+        1, "usable uploads that a round needs; with fewer the run stops, and can be resumed", low=1
+    )
+    max_upload_norm: float = setting(
+        100.0,
+        "an upload so many times as large as the round's median is refused; 0: none is",
+        low=0,
+    )
     save_weights: bool = setting(
         True, "write what the server makes for each client beside the results"
     )

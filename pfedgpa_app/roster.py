@@ -107,7 +107,9 @@ class Roster:
             )
         hosts = [node for _, node in sorted((p, node) for node, p in partitions.items())]
         self.schema = self._schema({partitions[node]: answers[node] for node in hosts})
-        self.node_of = {client: hosts[client % len(hosts)] for client in range(num_clients)}
+        self._hosts = dict(enumerate(hosts))  # {place among the nodes: node}
+        self._place_of = {partition: i for i, partition in enumerate(sorted(partitions.values()))}
+        self._known, self.present = set(partitions), set(partitions)
         if len(hosts) < num_clients:
             logger.warning(
                 "%d nodes host %d clients in turn; for one node a client use "
@@ -117,6 +119,54 @@ class Roster:
                 num_clients,
                 num_clients,
             )
+
+    def node_of(self, client: int) -> int:
+        """The node that serves ``client``."""
+        return self._hosts[client % len(self._hosts)]
+
+    def is_here(self, client: int) -> bool:
+        """Whether its node was connected when they were looked at last."""
+        return self.node_of(client) in self.present
+
+    def look(self) -> None:
+        """See which nodes are connected; one that comes back by a new name is the same node."""
+        self.present = set(self.grid.get_node_ids())
+        if not (new := sorted(self.present - self._known)):
+            return
+        self._known |= set(new)
+        for node, reply in self._asked(new)[0].items():
+            place = self._place_of.get(self._partition(reply))
+            if place is None:
+                logger.warning("node %d is of no client of this run", node)
+            else:
+                self._hosts[place] = node
+
+    def await_nodes(self, clients: Iterable[int], count: int) -> None:
+        """Return when ``count`` of the clients' nodes are here, or after ``timeout`` seconds."""
+        clients = list(clients)
+        deadline = time.monotonic() + self.timeout
+        while True:
+            self.look()
+            here = sum(map(self.is_here, clients))
+            if here >= min(count, len(clients)) or time.monotonic() > deadline:
+                return
+            time.sleep(1)
+
+    def _asked(self, nodes: Iterable[int]) -> tuple[dict[int, Message], str]:
+        """{node: who it says it is}, and why the last of those failed that did."""
+        questions = [
+            Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
+            for node in nodes
+        ]
+        answers: dict[int, Message] = {}
+        failed = ""
+        for reply in self.grid.send_and_receive(questions, timeout=self.timeout):
+            if reply.has_error():
+                failed = (reply.error.reason or "")[:300]
+                logger.warning("a node does not answer: %s", failed)
+            else:
+                answers[reply.metadata.src_node_id] = reply
+        return answers, failed
 
     @staticmethod
     def _partition(reply: Message) -> int:
@@ -153,18 +203,7 @@ class Roster:
             time.sleep(0.1)
         if not nodes:
             raise RosterError("no node has connected: start the SuperNodes first")
-        questions = [
-            Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
-            for node in sorted(nodes)
-        ]
-        answers: dict[int, Message] = {}
-        failed = ""
-        for reply in self.grid.send_and_receive(questions, timeout=self.timeout):
-            if reply.has_error():
-                failed = (reply.error.reason or "")[:300]
-                logger.warning("a node does not answer: %s", failed)
-            else:
-                answers[reply.metadata.src_node_id] = reply
+        answers, failed = self._asked(sorted(nodes))
         if self._own_data and len(answers) != num_clients:
             raise RosterError(
                 f"{len(answers)} nodes with data are here, and num-clients is {num_clients}"
@@ -183,12 +222,17 @@ class Roster:
             }
         )
         return Message(
-            content, dst_node_id=self.node_of[client], message_type=kind, ttl=self.timeout
+            content, dst_node_id=self.node_of(client), message_type=kind, ttl=self.timeout
         )
 
     def exchange(self, messages: dict[int, Message]) -> dict[int, Message]:
-        """Send one message a client and return the replies by client; silent ones are absent."""
-        received = self.grid.send_and_receive(list(messages.values()), timeout=self.timeout)
+        """Send one message a client and return the replies by client.
+
+        Those of silent ones are absent, and those of clients whose nodes are not connected.
+        """
+        self.look()
+        to = [message for client, message in messages.items() if self.is_here(client)]
+        received = self.grid.send_and_receive(to, timeout=self.timeout)
         return match(messages, received)
 
 

@@ -6,8 +6,9 @@ import json
 import logging
 import math
 import re
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.roster import Roster, Settings, match
 
 logger = logging.getLogger("pfedgpa")
+_HEADER = 4096  # bytes; NumPy's format needs some 128
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -44,13 +46,17 @@ def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str
     Args:
         expected: tensors of the names, shapes and dtypes that they must have.
     """
+    missing, extra = sorted(expected.keys() - arrays), sorted(arrays.keys() - expected)
+    if missing or extra:
+        return None, f"sent tensors with missing names {missing[:9]} and extra names {extra[:9]}"
+    for name, like in expected.items():  # before anything is unpacked
+        size = len(arrays[name].data)
+        if size > 8 * like.nbytes + _HEADER:  # a wrong dtype or shape is named as such below
+            return None, f"sent {name} in {size} bytes, where {like.nbytes} are enough"
     try:
         weights: Weights = dict(arrays.to_torch_state_dict())
     except Exception as error:  # whatever malformed bytes make NumPy raise
         return None, f"sent arrays that cannot be read: {error}"
-    missing, extra = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
-    if missing or extra:
-        return None, f"sent tensors with missing names {missing} and extra names {extra}"
     for name, like in expected.items():
         tensor = weights[name]
         if tensor.shape != like.shape:
@@ -62,11 +68,14 @@ def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str
     return {name: weights[name] for name in expected}, ""
 
 
-def check_upload(reply: Message, expected: Weights, classes: int = 0) -> tuple[Upload | None, str]:
+def check_upload(
+    reply: Message, expected: Weights, server_round: int, classes: int = 0
+) -> tuple[Upload | None, str]:
     """The reply's upload, or None and what is wrong with it.
 
     Args:
         expected: tensors of the names, shapes and dtypes that an upload must have.
+        server_round: the round that it must be of.
         classes: how many class counts a client that shares them must send.
     """
     if reply.has_error():
@@ -77,6 +86,9 @@ def check_upload(reply: Message, expected: Weights, classes: int = 0) -> tuple[U
     examples = metrics.get("num-examples") if metrics is not None else None
     if not isinstance(examples, int) or examples < 1:
         return None, f"sent num-examples {examples!r} instead of a whole number above 0"
+    of_round = metrics.get("round") if metrics is not None else None
+    if of_round != server_round:
+        return None, f"sent an upload of round {of_round}"
     weights, wrong = checked(records["arrays"], expected)
     if weights is None:
         return None, wrong
@@ -86,6 +98,44 @@ def check_upload(reply: Message, expected: Weights, classes: int = 0) -> tuple[U
     if labels and (len(labels) != classes or not sum(labels)):
         return None, f"sent label-counts {labels!r} instead of the images of {classes} classes"
     return Upload(weights, examples, labels), ""
+
+
+def check_counts(counts: Mapping[str, Any]) -> str:
+    """What is wrong with a client's evaluation, of a round or the final one; "" for nothing."""
+    final = "test" in counts
+    kinds = ("test", "validation") if final else ("images",)
+    for kind in kinds:
+        images: Any = counts.get(f"{kind}-images" if final else kind)
+        correct: Any = counts.get(kind) if final else [counts.get("correct")]
+        good = isinstance(images, int) and isinstance(correct, list)
+        if not good or any(not isinstance(n, int) or not 0 <= n <= images for n in correct):
+            return f"sent an evaluation that cannot be: {dict(counts)!r}"[:300]
+    tested = counts["test-images" if final else "images"]
+    loss = counts.get("loss", 0.0)
+    if tested < 1 or not isinstance(loss, (int, float)):
+        return f"sent an evaluation that cannot be: {dict(counts)!r}"[:300]
+    return ""
+
+
+def norm(weights: Weights) -> float:
+    """Of all tensors as one vector."""
+    return math.sqrt(sum(float(t.double().square().sum()) for t in weights.values()))
+
+
+def too_large(uploads: dict[int, Upload], expected: Weights, limit: float) -> dict[int, str]:
+    """Clients whose upload is more than ``limit`` times as large as the median, and why so.
+
+    Where there are too few to have a median that one cannot move, ``expected`` is the measure.
+    """
+    norms = {client: norm(upload.weights) for client, upload in uploads.items()}
+    usual = statistics.median(norms.values()) if len(norms) > 2 else norm(expected)
+    if not limit or not usual:
+        return {}
+    return {
+        client: f"sent weights {size / usual:.3g} times as large as usual"
+        for client, size in norms.items()
+        if size > limit * usual
+    }
 
 
 def array_bytes(message: Message) -> int:
@@ -150,6 +200,7 @@ class Personalised(Strategy):
         self.server_seconds = 0.0
         self.bytes_up = self.bytes_down = self._round_down = 0
         self._sent: dict[int, Message] = {}
+        self._away: list[int] = []  # sampled, but not connected
         self._participants: dict[int, dict[str, float]] = {}
 
     def costs(self) -> dict[str, float]:
@@ -180,11 +231,15 @@ class Personalised(Strategy):
     ) -> list[Message]:
         server_round += self.done
         settings: Settings = {"method": self.name, "round": server_round}
+        sampled = self.sample(server_round)
+        self.roster.await_nodes(sampled, self.config.min_uploads)
+        self._away = [client for client in sampled if not self.roster.is_here(client)]
         self._sent = {
             client: self.roster.message(
                 client, MessageType.TRAIN, self.method.download(client), settings
             )
-            for client in self.sample(server_round)
+            for client in sampled
+            if client not in self._away
         }
         self._round_down = sum(array_bytes(message) for message in self._sent.values())
         return list(self._sent.values())
@@ -193,15 +248,15 @@ class Personalised(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         server_round += self.done
-        uploads, rejected, round_up = self._accepted(match(self._sent, replies))
+        uploads, rejected, round_up = self._accepted(server_round, match(self._sent, replies))
         self.bytes_up += round_up
         self.bytes_down += self._round_down
-        for client, reason in rejected.items():
-            self.log.rejected(self.name, server_round, client, reason)
-        if not uploads:
+        if len(uploads) < self.config.min_uploads:
+            count = f"only {len(uploads)}" if uploads else "none"
+            asked = len(self._sent) + len(self._away)
             raise NoUploadsError(
-                f"round {server_round} of {self.name}: none of {len(self._sent)} clients sent a "
-                "usable upload; the first: "
+                f"round {server_round} of {self.name}: {count} of {asked} clients sent a "
+                f"usable upload, min-uploads is {self.config.min_uploads}; the first: "
                 + "; ".join(f"client {c} {reason}" for c, reason in list(rejected.items())[:3])
             )
         started = time.perf_counter()
@@ -230,13 +285,12 @@ class Personalised(Strategy):
         for iteration in range(1, self.config.join_iterations + 1):
             server_round = rounds + iteration
             settings: Settings = {"method": self.name, "round": server_round}
+            self._away = []
             self._sent = {
                 client: self.roster.message(client, MessageType.TRAIN, mine, settings)
                 for client, mine in given.items()
             }
-            uploads, rejected, _ = self._accepted(self.roster.exchange(self._sent))
-            for client, reason in rejected.items():
-                self.log.rejected(self.name, server_round, client, reason)
+            uploads, _, _ = self._accepted(server_round, self.roster.exchange(self._sent))
             given = given | (method.admit(uploads) if uploads else {})
             curve.append(self._accuracy(given, server_round))
         return curve
@@ -248,46 +302,66 @@ class Personalised(Strategy):
             client: self.roster.message(client, MessageType.EVALUATE, mine, settings)
             for client, mine in weights.items()
         }
-        scores = self._scores(server_round, self.roster.exchange(messages))
+        scores = self._scores(server_round, messages, self.roster.exchange(messages))
         return {client: score["accuracy"] for client, score in scores.items()}
 
+    def _counted(
+        self, name: str, server_round: int, sent: Iterable[int], answers: dict[int, Message]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(client, what it counted), of those whose evaluation can be used; others are named."""
+        for client in sent:
+            counts: Any = {}
+            if client not in answers:
+                here = self.roster.is_here(client)
+                reason = "did not answer" if here else "is not connected"
+            elif answers[client].has_error():
+                reason = failure(answers[client])
+            else:
+                counts = answers[client].content.metric_records.get("metrics", {})
+                reason = check_counts(counts)
+            if reason:
+                self.log.rejected(name, server_round, client, reason)
+            else:
+                yield client, counts
+
     def _scores(
-        self, server_round: int, answers: dict[int, Message]
+        self, server_round: int, sent: Iterable[int], answers: dict[int, Message]
     ) -> dict[int, dict[str, float]]:
         """Accuracy in % and mean test loss of every client that could be evaluated."""
-        scores: dict[int, dict[str, float]] = {}
-        for client, reply in answers.items():
-            if reply.has_error():
-                self.log.rejected(self.name, server_round, client, failure(reply))
-                continue
-            counts: Any = reply.content.metric_records["metrics"]
-            images = counts["images"]
-            scores[client] = {
-                "accuracy": 100 * counts["correct"] / images,
-                "test_loss": counts["loss"] / images,
+        return {
+            client: {
+                "accuracy": 100 * counts["correct"] / counts["images"],
+                "test_loss": counts["loss"] / counts["images"],
             }
-        return scores
+            for client, counts in self._counted(self.name, server_round, sent, answers)
+        }
 
     def _accepted(
-        self, answers: dict[int, Message]
+        self, server_round: int, answers: dict[int, Message]
     ) -> tuple[dict[int, Upload], dict[int, str], int]:
         """The usable uploads, why the others are not, and the bytes of the usable ones."""
         uploads: dict[int, Upload] = {}
         rejected: dict[int, str] = {}
         self._participants = {}
         expected, round_up = self.method.expected_upload(), 0
+        rejected |= dict.fromkeys(self._away, "is not connected")
         for client in self._sent:
             if client not in answers:
                 rejected[client] = f"did not answer within {self.config.timeout:g} s"
                 continue
-            upload, reason = check_upload(answers[client], expected, self._classes)
+            upload, reason = check_upload(answers[client], expected, server_round, self._classes)
             if upload is None:
                 rejected[client] = reason
                 continue
             uploads[client] = upload
+        rejected |= too_large(uploads, expected, self.config.max_upload_norm)
+        uploads = {c: upload for c, upload in uploads.items() if c not in rejected}
+        for client in uploads:
             round_up += array_bytes(answers[client])
             sent: Any = answers[client].content.metric_records["metrics"]
             self._participants[client] = {"train_loss": float(sent.get("loss", math.nan))}
+        for client, reason in sorted(rejected.items()):
+            self.log.rejected(self.name, server_round, client, reason)
         return uploads, rejected, round_up
 
     def _evaluated(self, server_round: int) -> bool:
@@ -299,12 +373,15 @@ class Personalised(Strategy):
     ) -> list[Message]:
         server_round += self.done
         settings: Settings = {"method": self.name, "round": server_round}
-        clients = range(self.config.founders) if self._evaluated(server_round) else []
+        clients = range(self.config.founders) if self._evaluated(server_round) else range(0)
+        if clients:
+            self.roster.look()
         self._sent = {
             client: self.roster.message(
                 client, MessageType.EVALUATE, self.method.evaluation_download(client), settings
             )
             for client in clients
+            if self.roster.is_here(client)
         }
         return list(self._sent.values())
 
@@ -312,7 +389,7 @@ class Personalised(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         server_round += self.done
-        scores = self._scores(server_round, match(self._sent, replies))
+        scores = self._scores(server_round, self._sent, match(self._sent, replies))
         self.log.round(self.name, server_round, self._participants, scores)
         self._keep(server_round)
         if not scores:
@@ -346,12 +423,9 @@ class Personalised(Strategy):
         scores, sent = {}, sum(array_bytes(message) for message in messages.values())
         for client, reference in references.items():
             messages[client].content["reference"] = ArrayRecord(reference)
-        for client, reply in self.roster.exchange(messages).items():
-            if reply.has_error():
-                reason = failure(reply)
-                self.log.rejected(method, self.config.num_server_rounds, client, reason)
-                continue
-            counts: Any = reply.content.metric_records["metrics"]
+        answers = self.roster.exchange(messages)
+        rounds = self.config.num_server_rounds
+        for client, counts in self._counted(method, rounds, messages, answers):
             scores[client] = FinalScore(
                 test=list(counts["test"]),
                 test_images=int(counts["test-images"]),

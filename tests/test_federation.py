@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file
 
 from pfedgpa_app.config import resolve
@@ -18,7 +19,7 @@ from pfedgpa_app.experiment import run
 from pfedgpa_app.methods.averaging import weighted_mean
 from pfedgpa_app.methods.base import Upload
 from pfedgpa_app.settings import ConfigError
-from pfedgpa_app.strategy import NoUploadsError, check_upload
+from pfedgpa_app.strategy import NoUploadsError, check_upload, too_large
 from tests.local_grid import InProcessGrid
 
 SMALL: dict[str, Any] = {
@@ -211,11 +212,13 @@ class TestMethods:
             content = RecordDict(
                 {
                     "arrays": ArrayRecord(expected),
-                    "metrics": MetricRecord({"num-examples": 10, "label-counts": labels}),
+                    "metrics": MetricRecord(
+                        {"num-examples": 10, "label-counts": labels, "round": 3}
+                    ),
                 }
             )
             reply = Message(content, dst_node_id=1, message_type="train")
-            upload, reason = check_upload(reply, expected, classes=2)
+            upload, reason = check_upload(reply, expected, 3, classes=2)
             assert (upload is None) == bool(wrong)
             assert wrong in reason
 
@@ -323,10 +326,13 @@ class TestMethods:
 
 
 def reply_with(message: Message, arrays: dict[str, Array], **metrics: Any) -> Message:
+    asked: Any = message.content.config_records["config"]
     content = RecordDict(
         {
             "arrays": ArrayRecord(arrays),
-            "metrics": MetricRecord({"num-examples": 10, "loss": 1.0} | metrics),
+            "metrics": MetricRecord(
+                {"num-examples": 10, "loss": 1.0, "round": asked["round"]} | metrics
+            ),
         }
     )
     return Message(content, reply_to=message)
@@ -356,7 +362,14 @@ def spoil(kind: str, message: Message, reply: Message) -> Message | None:
         arrays["fc1.weight"] = Array(
             dtype="float32", shape=(20, 256), stype="numpy.ndarray", data=b"no array"
         )
-    return reply_with(message, arrays, **({"num-examples": 0} if kind == "examples" else {}))
+    elif kind == "huge":
+        arrays = {name: Array(array.numpy() * np.float32(1e9)) for name, array in arrays.items()}
+    elif kind == "large":
+        arrays["fc1.weight"] = Array(np.zeros((2000, 2560), np.float32))
+    elif kind == "empty":
+        arrays = {}
+    wrong = {"examples": {"num-examples": 0}, "replayed": {"round": 3}}
+    return reply_with(message, arrays, **wrong.get(kind, {}))
 
 
 BAD = {
@@ -369,6 +382,10 @@ BAD = {
     "inf": "fc1.weight with numbers that are not finite",
     "garbage": "cannot be read",
     "examples": "num-examples 0",
+    "huge": "1e+09 times as large as usual",
+    "large": "fc1.weight in 20480128 bytes, where 20480 are enough",
+    "empty": "missing names",
+    "replayed": "an upload of round 3",
 }
 
 
@@ -409,11 +426,84 @@ class TestBadUploads:
         assert max(r["round"] for r in records(folder) if r["federation"] == "fedavg") == 2
         assert records(folder, "events.jsonl")[-1]["kind"] == "failed"
 
+    def test_a_minimum_of_uploads_and_going_on_after_it(self, tmp_path: Path) -> None:
+        reference, _ = federate(tmp_path / "reference", method="fedavg", min_uploads=3)
+
+        def fail(message: Message, reply: Message) -> Message | None:
+            config = message.content.config_records["config"]
+            trains = message.metadata.message_type == "train"
+            return None if trains and config["round"] == 3 and config["client"] > 1 else reply
+
+        with pytest.raises(NoUploadsError, match=r"only 2 of 4 .* min-uploads is 3"):
+            federate(tmp_path, fail, method="fedavg", min_uploads=3)
+        folder, _ = federate(tmp_path, method="fedavg", min_uploads=3, resume=True)
+        assert records(folder) == records(reference)
+
+    @pytest.mark.parametrize("limit", [100.0, 0.0])
+    def test_too_large(self, limit: float) -> None:
+        """Median norm of 1, 2 and 1000 is 2; of two uploads nobody knows, so 3 is expected."""
+        uploads = {i: Upload({"w": torch.tensor([x])}, 1) for i, x in enumerate((1.0, 2.0, 1e3))}
+        expected = {"w": torch.tensor([3.0])}
+        assert set(too_large(uploads, expected, limit)) == ({2} if limit else set())
+        del uploads[0]
+        assert set(too_large(uploads, expected, limit)) == ({2} if limit else set())
+        assert not too_large(uploads, expected, 400.0)
+        assert not too_large({0: Upload({}, 1)}, {}, limit)
+
+    def test_evaluations_that_cannot_be(self, tmp_path: Path) -> None:
+        def lie(message: Message, reply: Message) -> Message:
+            config = message.content.config_records["config"]
+            if config["client"] == 2 and message.metadata.message_type != "train":
+                final = message.metadata.message_type == "evaluate.final"
+                wrong = {"test": [10**9]} if final else {"correct": 10**9}
+                reply.content["metrics"] = MetricRecord(
+                    dict(reply.content.metric_records["metrics"]) | wrong
+                )
+            if config["client"] == 3 and message.metadata.message_type == "evaluate.final":
+                del reply.content["metrics"]
+            return reply
+
+        folder, _ = federate(tmp_path, lie, method="fedavg", num_server_rounds=2)
+        assert {r["client"] for r in records(folder, "clients.jsonl")} == {0, 1}
+        assert {r["client"] for r in records(folder) if r["accuracy"] is not None} == {0, 1, 3}
+        texts = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
+        assert sum("cannot be" in text for text in texts) == 4
+
+    def test_a_node_that_leaves_and_comes_back_by_another_name(self, tmp_path: Path) -> None:
+        """Node of client 1 is away in round 2 and back from round 3, without its state."""
+
+        class Wandering(InProcessGrid):
+            def get_node_ids(self) -> Any:
+                sent = train_messages(self, "fedper")
+                asked: Any = [message.content.config_records["config"] for message in sent]
+                latest = max((config["round"] for config in asked), default=0)
+                nodes = list(self.contexts)
+                if latest == 1:
+                    return nodes[:1] + nodes[2:]
+                if latest == 2 and 77 not in self.contexts:
+                    old = self.contexts.pop(nodes[1])
+                    self.contexts[77] = Context(
+                        run_id=old.run_id,
+                        node_id=77,
+                        node_config=old.node_config,
+                        state=RecordDict(),
+                        run_config=old.run_config,
+                    )
+                return list(self.contexts)
+
+        run_config = {k: v for k, v in SMALL.items() if not k.startswith("pfedgpa.")}
+        run_config |= {"method": "fedper", "out-dir": str(tmp_path), "run-name": "run"}
+        folder = run(Wandering(run_config, 4), resolve(run_config))
+        texts = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
+        assert "fedper round 2: client 1 is not connected" in texts
+        trained = {(r["round"], r["client"]) for r in records(folder) if r["participated"]}
+        assert trained == {(r, c) for r in range(1, 5) for c in range(4)} - {(2, 1)}
+
     def test_a_failing_client_is_named(self, tmp_path: Path) -> None:
         folder, grid = federate(tmp_path, method="fedavg", num_server_rounds=1)
         message = train_messages(grid)[0]
         bad = Message(RecordDict({"other": ArrayRecord()}), reply_to=message)
-        upload, reason = check_upload(bad, {})
+        upload, reason = check_upload(bad, {}, 1)
         assert upload is None
         assert "['other']" in reason
         assert folder.exists()
