@@ -146,7 +146,10 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         if new:
             with replacing(self.folder / file) as path:
-                save_file(new, path)
+                try:
+                    save_file(new, path)
+                except SafetensorError as error:
+                    raise OSError(str(error)) from error
         with replacing(self.folder / MANIFEST) as path:
             path.write_text(json.dumps({"format": FORMAT, "parts": described}))
         self._kept = kept

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -26,6 +27,12 @@ from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.roster import Roster, Settings, match
 
 logger = logging.getLogger("pfedgpa")
+_WHAT: dict[int, str] = {  # what Flower's codes mean for whom reads the log
+    ErrorCode.MESSAGE_UNAVAILABLE: "did not answer in time",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "did not answer in time",
+    ErrorCode.NODE_UNAVAILABLE: "is not connected any more",
+    ErrorCode.CLIENT_APP_CRASHED: "lost its process",
+}
 _HEADER = 4096  # bytes; NumPy's format needs some 128
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -37,7 +44,8 @@ class NoUploadsError(RuntimeError):
 def failure(reply: Message) -> str:
     """Why an error reply says that the client failed, in one short text."""
     reason = _ANSI.sub("", reply.error.reason or "no reason given").strip()
-    return f"failed (code {reply.error.code}): {reason[-300:]}"
+    code = reply.error.code
+    return f"{_WHAT.get(code, 'failed')} (code {code}): {reason[-300:]}"
 
 
 def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str]:
