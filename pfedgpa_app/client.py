@@ -21,6 +21,7 @@ from flwr.app import (
 from torch import nn
 
 from pfedgpa_app import memory, training
+from pfedgpa_app.attacks import malicious, spoiled
 from pfedgpa_app.config import Config, resolve_cached
 from pfedgpa_app.data import NODES
 from pfedgpa_app.data.client import (
@@ -115,6 +116,8 @@ class Visit:
     def trained(self, weights: Weights, loss: float) -> Message:
         """The answer to a round."""
         self.keep_state()
+        if self.client in malicious(self.config):
+            weights = spoiled(self.config, weights, self.weights, self.generator("attack"))
         metrics: Metrics = {
             "num-examples": len(self.data().train),
             "loss": loss,

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pfedgpa_app.config import resolve
-from pfedgpa_app.methods import METHODS, federation_of
+from pfedgpa_app.methods import METHODS, federation_of, method_class
 from pfedgpa_app.results.log import is_done
 from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.sweep import Run, Settings, expand
@@ -85,14 +85,15 @@ def plan(
     Raises:
         ConfigError: a method that does not exist.
     """
-    asked = METHODS if methods is None else methods
+    every = [name for name in METHODS if not method_class(name).is_defence]
+    asked = every if methods is None else methods
     if unknown := [name for name in asked if name not in METHODS]:
         raise ConfigError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
     chosen = [name for name in METHODS if name in asked]  # a run's name goes by this order
     runs = []
     for seed in dict.fromkeys(SEEDS if seeds is None else seeds):
-        every = seeds is not None or seed == SEEDS[0]
-        wanted = [name for name in chosen if every or name in MAIN]
+        all_here = seeds is not None or seed == SEEDS[0]
+        wanted = [name for name in chosen if all_here or name in MAIN]
         for experiment in experiments:
             shared: dict[str, list[str]] = {}
             config = resolve({"conf": experiment}).config

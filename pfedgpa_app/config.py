@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
+from pfedgpa_app.attacks import ATTACKS
 from pfedgpa_app.data import DATASET_HELP, is_known_dataset
 from pfedgpa_app.methods import METHODS, federation_of, method_class
 from pfedgpa_app.settings import LEARNING_RATES, ConfigError, setting
@@ -138,6 +139,16 @@ class Config:
     )
     resume: bool = setting(
         False, "go on with the run of this out-dir and run-name where its last checkpoint is"
+    )
+    max_distance: float = setting(
+        0.0,
+        "an upload so many times as far from the median as is usual is refused; 0: none is",
+        low=0,
+    )
+    attack: str = setting("none", "what malicious clients do, in simulations", choices=ATTACKS)
+    malicious_share: float = setting(0.1, "share of the clients that attack", low=0, high=1)
+    attack_strength: float = setting(
+        4.0, "by how much updates are flipped, scaled or drowned in noise", above=0
     )
     sections: tuple[Any, ...] = ()  # every method's own settings
 

@@ -286,7 +286,7 @@ class _Run:
             self.log.event("status", f"{method.title}: making and evaluating clients' weights")
             started = time.perf_counter()
             weights = method.personalise()
-            weights = {c: mine for c, mine in weights.items() if c < self.config.founders}
+            weights = {c: mine for c, mine in weights.items() if c in strategy.honest}
             seconds = time.perf_counter() - started
             if self.config.save_weights:
                 save_weights(

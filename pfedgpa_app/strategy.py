@@ -18,7 +18,9 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from pfedgpa_app.attacks import malicious
 from pfedgpa_app.config import Config
+from pfedgpa_app.diffusion.buffer import Layout
 from pfedgpa_app.methods import method_class
 from pfedgpa_app.methods.base import Method, Upload, Way
 from pfedgpa_app.models import Weights
@@ -146,6 +148,24 @@ def too_large(uploads: dict[int, Upload], expected: Weights, limit: float) -> di
     }
 
 
+def too_far(uploads: dict[int, Upload], limit: float) -> dict[int, str]:
+    """Clients whose upload is ``limit`` times as far from the median as the median client's.
+
+    The median of each weight over the uploads, which a minority cannot move far.
+    """
+    if not limit or len(uploads) < 3:
+        return {}
+    layout = Layout.of(next(iter(uploads.values())).weights)
+    vectors = torch.stack([layout.flatten(upload.weights) for upload in uploads.values()])
+    distances = (vectors - vectors.median(0).values).norm(dim=1)
+    usual = float(distances.median())
+    return {
+        client: f"sent weights {distance / usual:.3g} times as far from the median as is usual"
+        for client, distance in zip(uploads, distances.tolist(), strict=True)
+        if distance > limit * usual > 0
+    }
+
+
 def array_bytes(message: Message) -> int:
     """Bytes of the arrays that a message carries, as they travel."""
     records = message.content.array_records.values()
@@ -203,6 +223,7 @@ class Personalised(Strategy):
         """``classes`` of the clients' data; ``keep`` is called after each round."""
         self.method, self.name, self.roster = method, name, roster
         self.config, self.log, self._keep = config, log, keep
+        self.honest = [c for c in range(config.founders) if c not in malicious(config)]
         self.done = 0  # rounds before those of ``start``
         self._classes = classes if config.share_label_counts else 0
         self.server_seconds = 0.0
@@ -364,6 +385,8 @@ class Personalised(Strategy):
             uploads[client] = upload
         rejected |= too_large(uploads, expected, self.config.max_upload_norm)
         uploads = {c: upload for c, upload in uploads.items() if c not in rejected}
+        rejected |= too_far(uploads, self.config.max_distance)
+        uploads = {c: upload for c, upload in uploads.items() if c not in rejected}
         for client in uploads:
             round_up += array_bytes(answers[client])
             sent: Any = answers[client].content.metric_records["metrics"]
@@ -381,7 +404,7 @@ class Personalised(Strategy):
     ) -> list[Message]:
         server_round += self.done
         settings: Settings = {"method": self.name, "round": server_round}
-        clients = range(self.config.founders) if self._evaluated(server_round) else range(0)
+        clients = self.honest if self._evaluated(server_round) else []
         if clients:
             self.roster.look()
         self._sent = {

@@ -38,7 +38,7 @@ class TestPlan:
         by_seed = {
             s: [m for r in runs if r.config.seed == s for m in r.config.method] for s in (0, 1)
         }
-        assert sorted(by_seed[0]) == sorted(METHODS)
+        assert sorted(by_seed[0]) == sorted(set(METHODS) - {"krum", "trimmed-mean"})
         assert sorted(by_seed[1]) == sorted(MAIN)
         [shared] = [r for r in runs if r.config.seed == 1 and "fedavg" in r.config.method]
         assert {"fedavg", "fedavg-ft", "client-mean", "pfedgpa-once"} <= set(shared.config.method)

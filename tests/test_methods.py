@@ -816,7 +816,9 @@ class TestFederations:
         rows = summary(folder)
         assert list(rows) == OWN_ROUNDS
         for name, row in rows.items():
-            assert row["accuracy_as_its_paper"] > (5 if name == "pfedhn" else 30), name
+            # pFedHN has hardly begun, Krum has one upload a round
+            least = {"pfedhn": 5, "krum": 20}.get(name, 30)
+            assert row["accuracy_as_its_paper"] > least, name
         assert not [e for e in records(folder, "events.jsonl") if e["kind"] == "rejected"]
 
     def test_what_travels(self, everything: tuple[Path, Any]) -> None:
@@ -905,6 +907,7 @@ class TestMemory:
     def _run(self, out: Path, state_dir: Path | None) -> list[dict[str, Any]]:
         settings = {k: v for k, v in SMALL.items() if not k.startswith("pfedgpa.")}
         settings |= {"method": self.METHODS, "out-dir": str(out), "run-name": "run"}
+        settings["checkpoint-every"] = 0  # with checkpoints a simulation keeps it by itself
         grid = Forgetful(settings, 2)  # which host two clients each
         for context in grid.contexts.values():
             context.node_config["state-dir"] = str(state_dir or "")
@@ -916,7 +919,12 @@ class TestMemory:
         assert self._run(tmp_path / "kept", tmp_path / "state") == reference
         assert self._run(tmp_path / "lost", None) != reference
         kept = {path.name for path in (tmp_path / "state").glob("run-*/*")}
-        assert kept == {f"{m}.{c}.safetensors" for m in self.METHODS.split(",") for c in range(4)}
+        assert kept == {
+            f"{m}.{c}@{r}.safetensors"
+            for m in self.METHODS.split(",")
+            for c in range(4)
+            for r in (3, 4)
+        }
 
 
 class TestLayers:

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from pfedgpa_app.attacks import flips_labels
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import NODES
 from pfedgpa_app.data.datasets import DataError, Dataset, load
@@ -108,8 +109,11 @@ def load_own_client(config: Config, source: str, client: int) -> ClientData:
 def load_client(config: Config, client: int) -> ClientData:
     """Client ``client``'s images, kept for the next round (4 MB a CIFAR-10 client)."""
     data, split = load_dataset(config), load_partition(config)[client]
+    labels = data.train_labels
+    if flips_labels(config, client):
+        labels = len(data.classes) - 1 - labels
     return ClientData(
-        train=images_of(data.train_images, data.train_labels, split.train),
-        validation=images_of(data.train_images, data.train_labels, split.validation),
+        train=images_of(data.train_images, labels, split.train),
+        validation=images_of(data.train_images, labels, split.validation),
         test=images_of(data.test_images, data.test_labels, split.test),
     )

@@ -32,6 +32,8 @@ METHODS = {
     "cfl": "cfl:ClusteredFL",
     "fedfomo": "fedfomo:FedFomo",
     "pfedhn": "pfedhn:PFedHN",
+    "krum": "krum:Krum",
+    "trimmed-mean": "trimmed_mean:TrimmedMean",
     "last-upload": "controls:LastUpload",
     "client-mean": "controls:ClientMean",
     "group-mean": "controls:GroupMean",

@@ -82,6 +82,7 @@ class Method(Generic[S]):
         fine_tuning: which fine-tuning its after-fine-tuning accuracy means: "gentle" (the
             run's setting), "training" (as in a round), "tuned" (by validation) or "own".
         analysis_only: it uses what no server knows, and is no contender.
+        is_defence: it is for federations with malicious clients; `pfedgpa compare` leaves it out.
         tuned: the main ones of its own settings, which `pfedgpa tune` searches in this order.
     """
 
@@ -91,6 +92,7 @@ class Method(Generic[S]):
     weights_from: str | None = None
     fine_tuning = "gentle"
     analysis_only = False
+    is_defence = False
     tuned: tuple[str, ...] = ("learning-rate",)
 
     def __init__(self, config: Config, state: S) -> None:

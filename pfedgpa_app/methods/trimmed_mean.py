@@ -1,0 +1,41 @@
+"""The trimmed mean (Yin et al. 2018, "Byzantine-Robust Distributed Learning"), by Flower.
+
+shared: all weights · kept: nothing · client: as FedAvg · server: for each weight, the plain mean
+of the uploads without a share β of the smallest and of the largest · evaluated: the global weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
+
+from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.base import Upload
+from pfedgpa_app.settings import MethodSettings, setting
+
+
+@dataclass(frozen=True)
+class TrimmedMeanSettings(MethodSettings):
+    """How much is cut off."""
+
+    beta: float = setting(0.2, "β, the share cut off at either end", low=0, high=0.49)
+
+
+class TrimmedMean(Averaging[Shared]):
+    """A mean that few uploads cannot move far."""
+
+    title = "trimmed mean"
+    settings = TrimmedMeanSettings
+    is_defence = True
+
+    def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        beta = self.config.of(TrimmedMeanSettings).beta
+        every = [upload.weights for upload in uploads.values()]
+        self.state.global_weights = {
+            name: torch.from_numpy(
+                trim_mean(torch.stack([w[name] for w in every]).numpy(), beta)
+            ).to(like.dtype)
+            for name, like in every[0].items()
+        }

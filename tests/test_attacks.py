@@ -1,0 +1,121 @@
+"""Malicious clients, and what keeps them out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pfedgpa_app.attacks import ATTACKS, malicious, spoiled
+from pfedgpa_app.config import Config, resolve
+from pfedgpa_app.data.client import load_client
+from pfedgpa_app.methods.averaging import Shared
+from pfedgpa_app.methods.base import Upload
+from pfedgpa_app.methods.krum import Krum
+from pfedgpa_app.methods.trimmed_mean import TrimmedMean
+from pfedgpa_app.strategy import too_far
+from tests.test_federation import federate, records, summary, train_messages
+
+
+def config(**settings: Any) -> Config:
+    return resolve({name.replace("_", "-"): value for name, value in settings.items()}).config
+
+
+def uploads(*values: float) -> dict[int, Upload]:
+    return {i: Upload({"w": torch.tensor([x, 0.0])}, 10) for i, x in enumerate(values)}
+
+
+class TestAttacks:
+    def test_who(self) -> None:
+        found = malicious(config(attack="scale", malicious_share=0.3, num_clients=10))
+        assert len(found) == 3
+        assert found == malicious(config(attack="noise", malicious_share=0.3, num_clients=10))
+        others = [malicious(config(attack="scale", num_clients=10, seed=s)) for s in range(9)]
+        assert len(set(others)) > 1
+        assert not malicious(config(num_clients=10))
+
+    def test_what_they_upload(self) -> None:
+        """w = (1, 2) was trained to (2, 4): Δ = (1, 2), s = 3."""
+        sent, trained = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([2.0, 4.0])}
+        trained["own"] = torch.ones(1)
+
+        def upload(kind: str) -> list[float]:
+            chosen = config(attack=kind, attack_strength=3.0)
+            generator = torch.Generator().manual_seed(0)
+            found = spoiled(chosen, trained, sent, generator)
+            assert torch.equal(found["own"], torch.ones(1))
+            return list(found["w"].tolist())
+
+        assert upload("sign-flip") == [-2.0, -4.0]
+        assert upload("scale") == [4.0, 8.0]
+        assert upload("label-flip") == upload("none") == [2.0, 4.0]
+        eps = torch.randn(2, generator=torch.Generator().manual_seed(0))
+        # ‖Δ‖/√P = √(5/2)
+        expected = torch.tensor([2.0, 4.0]) + 3 * 2.5**0.5 * eps
+        assert upload("noise") == pytest.approx(expected.tolist())
+
+    def test_flipped_labels(self) -> None:
+        honest = config(num_clients=4, train_per_client=60)
+        flipped = replace(honest, attack="label-flip", malicious_share=0.25)
+        [bad] = malicious(flipped)
+        for client in range(4):
+            theirs, ours = load_client(flipped, client), load_client(honest, client)
+            expected = 9 - ours.train.labels if client == bad else ours.train.labels
+            assert torch.equal(theirs.train.labels, expected)
+            assert torch.equal(theirs.train.pixels, ours.train.pixels)
+            assert torch.equal(theirs.test.labels, ours.test.labels)
+
+    @pytest.mark.parametrize("attack", [a for a in ATTACKS if a != "none"])
+    def test_only_honest_clients_count(self, attack: str, tmp_path: Path) -> None:
+        how = {"attack": attack, "malicious_share": 0.25, "num_server_rounds": 2}
+        folder, grid = federate(tmp_path, method="fedavg,fedper", **how)
+        [bad] = malicious(config(num_clients=4, **how))
+        assert {r["client"] for r in records(folder, "clients.jsonl")} == set(range(4)) - {bad}
+        evaluated = {r["client"] for r in records(folder) if r["accuracy"] is not None}
+        assert evaluated == set(range(4)) - {bad}
+        trained = {m.content.config_records["config"]["client"] for m in train_messages(grid)}
+        assert trained == set(range(4))
+        assert set(summary(folder)) == {"fedavg", "fedper"}
+
+
+class TestDefences:
+    def test_distance_to_the_median(self) -> None:
+        """Median of 0, 1, 2, 3, 100 is 2: distances 2, 1, 0, 1, 98, whose median is 1."""
+        found = too_far(uploads(0, 1, 2, 3, 100), 2.5)
+        assert set(found) == {4}
+        assert "98 times" in found[4]
+        assert set(too_far(uploads(0, 1, 2, 3, 100), 1.5)) == {0, 4}
+        assert not too_far(uploads(0, 1, 2, 3, 100), 0.0)
+        assert not too_far(uploads(0, 100), 2.5)
+        assert not too_far(uploads(5, 5, 5, 6), 2.5)  # most are alike: nothing is usual
+
+    def test_refused_attackers_have_no_part(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"malicious_share": 0.2, "num_clients": 5, "attack_strength": 50.0}
+        how |= {"method": "fedavg,pfedgpa", "attack": "sign-flip", "max_distance": 3.0}
+        folder, _ = federate(tmp_path, **how)
+        [bad] = malicious(config(attack="scale", malicious_share=0.2, num_clients=5))
+        took_part = {r["client"] for r in records(folder) if r["participated"]}
+        assert took_part == set(range(5)) - {bad}
+        texts = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
+        assert len(texts) == 2 * 4
+        assert all(f"client {bad} sent weights" in text for text in texts)
+
+    def test_krum_by_hand(self) -> None:
+        """Uploads 0, 1, 3, 9, 10 with f = 1: each counts its 5 − 1 − 2 = 2 nearest.
+
+        Scores 1 + 9, 1 + 4, 4 + 9, 1 + 36, 1 + 49: client 1. The mean of the best two: 0.5.
+        """
+        for select, expected in ((1, 1.0), (2, 0.5)):
+            settings = {"method": "krum", "krum.malicious": 1, "krum.select": select}
+            krum = Krum(resolve(settings).config, Shared({"w": torch.zeros(2)}))
+            krum.aggregate(1, uploads(0, 1, 3, 9, 10))
+            assert krum.state.global_weights["w"].tolist() == [expected, 0.0]
+
+    def test_trimmed_mean_by_hand(self) -> None:
+        """Of 0, 1, 3, 9, 100 a fifth falls off at either end: (1 + 3 + 9)/3."""
+        method = TrimmedMean(config(method="trimmed-mean"), Shared({"w": torch.zeros(2)}))
+        method.aggregate(1, uploads(0, 1, 3, 9, 100))
+        assert method.state.global_weights["w"].tolist() == pytest.approx([13 / 3, 0.0])
