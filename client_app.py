@@ -6,6 +6,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from pfedgpa_app.client import Single, Visit, compare_ways, describe
+from pfedgpa_app.privacy import private
 
 app = ClientApp()
 
@@ -19,6 +20,11 @@ def who(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round of the method's client half."""
+    return private(train_round, message, context)
+
+
+def train_round(message: Message, context: Context) -> Message:
+    """The round itself."""
     visit = Visit(message, context)
     task = visit.task()
     weights, loss = visit.method.train(task)

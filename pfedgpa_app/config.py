@@ -145,6 +145,11 @@ class Config:
         "an upload so many times as far from the median as is usual is refused; 0: none is",
         low=0,
     )
+    local_dp_epsilon: float = setting(
+        0.0, "ε of each upload's local differential privacy (docs/privacy.md); 0: none", low=0
+    )
+    local_dp_delta: float = setting(1e-5, "its δ", above=0, high=0.5)
+    local_dp_clip: float = setting(1.0, "its C: updates are clipped to this norm", above=0)
     attack: str = setting("none", "what malicious clients do, in simulations", choices=ATTACKS)
     malicious_share: float = setting(0.1, "share of the clients that attack", low=0, high=1)
     attack_strength: float = setting(

@@ -32,6 +32,7 @@ logger = logging.getLogger("pfedgpa")
 _WHAT: dict[int, str] = {  # what Flower's codes mean for whom reads the log
     ErrorCode.MESSAGE_UNAVAILABLE: "did not answer in time",
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "did not answer in time",
+    ErrorCode.MOD_FAILED_PRECONDITION: "uploads what its privacy mod does not take",
     ErrorCode.NODE_UNAVAILABLE: "is not connected any more",
     ErrorCode.CLIENT_APP_CRASHED: "lost its process",
 }

@@ -283,7 +283,10 @@ class BatchedGrid(LocalGrid):
         self.bank = Bank.of(config, next(self.model.parameters()).device)
         self._cohorts: dict[int, Batch] = {}
         self._said: set[str] = set()
-        self.batches = can_batch(self.model) and self.bank is not None
+        private = config.local_dp_epsilon > 0
+        self.batches = can_batch(self.model) and self.bank is not None and not private
+        if private:
+            self._say("every client learns on its own: its noise is its own")
         if not can_batch(self.model):
             self._say("every client learns on its own: the network has layers without batched form")
         if self.bank is None:

@@ -1,0 +1,103 @@
+"""Local differential privacy, and the attack that measures what weights give away."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from safetensors.torch import load_file
+
+from benchmarks import membership
+from pfedgpa_app.config import resolve
+from pfedgpa_app.engine.grid import identify
+from pfedgpa_app.models import build
+from pfedgpa_app.privacy import private
+from pfedgpa_app.strategy import NoUploadsError
+from tests.test_federation import federate, records, summary
+
+
+def noisy(epsilon: float, clip: float, sent: torch.Tensor, trained: torch.Tensor) -> np.ndarray:
+    """What arrives of an upload."""
+    identify()
+    run_config = {"local-dp-epsilon": epsilon, "local-dp-clip": clip}
+    context = Context(1, 1, {}, RecordDict(), run_config)
+    content = RecordDict({"arrays": ArrayRecord({"w": sent}), "config": ConfigRecord()})
+    message = Message(content, dst_node_id=1, message_type="train")
+
+    def handler(message: Message, context: Context) -> Message:
+        arrays = ArrayRecord({"w": trained})
+        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord()}), reply_to=message)
+
+    reply = private(handler, message, context)
+    return reply.content.array_records["arrays"]["w"].numpy()
+
+
+class TestLocalDP:
+    def test_clipping_and_noise(self) -> None:
+        """Norm 100 in 10,000 weights, C = 2, ε = 0.5: σ = 4 √(2 ln 125000)/0.5 = 38.76."""
+        sent, trained = torch.zeros(10_000), torch.ones(10_000)
+        found = noisy(0.5, 2.0, sent, trained)
+        sigma = 2 * 2 * math.sqrt(2 * math.log(1.25 / 1e-5)) / 0.5
+        assert sigma == pytest.approx(38.76, abs=0.01)
+        # the mean of 10,000 draws, and their deviation, within five of their own deviations
+        assert abs(found.mean() - 0.02) < 5 * sigma / 100
+        assert abs(found.std() - sigma) < 5 * sigma / math.sqrt(2 * 10_000)
+        barely = noisy(1e9, 2.0, sent, trained)
+        assert np.linalg.norm(barely) == pytest.approx(2.0, rel=1e-3)  # clipped
+        assert barely.dtype == np.float32
+
+    def test_two_processes_do_not_draw_the_same(self) -> None:
+        sent = torch.zeros(10)
+        found = []
+        for _ in range(2):
+            np.random.seed(7)  # noqa: NPY002 as forked workers have it
+            found.append(noisy(1.0, 1.0, sent, sent + 1))
+        assert not np.allclose(*found)
+
+    def test_off(self) -> None:
+        sent = torch.zeros(10)
+        assert np.array_equal(noisy(0.0, 1e-9, sent, sent + 1), np.ones(10))
+
+    def test_in_a_federation(self, tmp_path: Path) -> None:
+        plain, _ = federate(tmp_path / "0", method="fedavg", learning_rate=0.05)
+        how: dict[str, Any] = {"method": "fedavg", "learning_rate": 0.05, "local_dp_clip": 10.0}
+        weak, _ = federate(tmp_path / "1", **how, local_dp_epsilon=1e7)
+        strong, _ = federate(tmp_path / "2", **how, local_dp_epsilon=300.0, max_upload_norm=0)
+        accuracies = [summary(f)["fedavg"]["accuracy_before_ft"] for f in (plain, weak, strong)]
+        assert accuracies[1] == pytest.approx(accuracies[0], abs=3)
+        assert accuracies[2] < accuracies[0]
+
+    def test_an_upload_that_it_does_not_take_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(NoUploadsError, match="uploads other tensors than it is sent"):
+            federate(tmp_path, method="fedfomo", local_dp_epsilon=1.0)
+        assert records(tmp_path / "run", "events.jsonl")[-1]["kind"] == "failed"
+
+
+class TestMembership:
+    def test_a_model_that_learned_by_heart_gives_itself_away(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"method": "last-upload,fedavg", "learning_rate": 0.2}
+        folder, _ = federate(
+            tmp_path, **how, local_epochs=30, num_server_rounds=3, train_per_client=40
+        )
+        config = membership.config_of(folder)
+        assert config.num_clients == 4
+        own, shared = (
+            membership.examine(config, load_file(folder / "weights" / f"{name}.safetensors"))
+            for name in ("last-upload", "fedavg")
+        )
+        assert own.shape == shared.shape == (4, 3)
+        assert own[:, 1].mean() > 95  # by heart
+        assert own[:, 0].mean() > 0.6
+        assert ((own[:, 0] >= 0) & (own[:, 0] <= 1)).all()
+
+    def test_an_untrained_model_knows_nothing(self, tmp_path: Path) -> None:
+        sizes = {"num-clients": 4, "train-per-client": 150, "test-per-client": 100}
+        config = resolve(sizes).config
+        weights = {f"global/{n}": t for n, t in build("digits", 10, 0).state_dict().items()}
+        areas = membership.examine(config, weights)[:, 0]
+        assert abs(areas.mean() - 0.5) < 0.05
