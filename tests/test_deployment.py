@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import configparser
 import datetime
 import json
+import re
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from cryptography import x509
 from PIL import Image
 
@@ -264,3 +269,54 @@ def test_node_config_is_toml(tmp_path: Path) -> None:
     text = words({"partition-id": 1, "dataset": 'imagefolder:/a "b"/c d'})
     assert text == 'partition-id=1 dataset="imagefolder:/a \\"b\\"/c d"'
     assert json.loads(text.partition("dataset=")[2]) == 'imagefolder:/a "b"/c d'
+
+
+class TestShippedFiles:
+    """Units and containers can only be checked against the options that Flower has."""
+
+    def options(self, command: str) -> set[str]:
+        shown = subprocess.run(
+            [Path(sys.executable).parent / command, "--help"], capture_output=True, text=True
+        ).stdout
+        return set(re.findall(r"--[a-z][a-z-]+", shown))
+
+    @pytest.mark.parametrize("role", ["superlink", "supernode"])
+    def test_units(self, role: str) -> None:
+        text = (APP_DIR / "deploy" / f"{role}.service").read_text().replace("\\\n", " ")
+        unit = configparser.RawConfigParser(strict=False)
+        unit.optionxform = str  # type: ignore[assignment,method-assign]
+        unit.read_string(text)
+        command = unit["Service"]["ExecStart"]
+        assert command.split()[0].endswith(f"/flower-{role}")
+        assert set(re.findall(r"--[a-z][a-z-]+", command)) <= self.options(f"flower-{role}")
+
+    def test_compose(self) -> None:
+        compose = yaml.safe_load((APP_DIR / "deploy" / "compose.yaml").read_text())
+        services = compose["services"]
+        assert set(services) == {"superlink", "node-0", "node-1", "node-2"}
+        for name, service in services.items():
+            role = "superlink" if name == "superlink" else "supernode"
+            given = {word.partition("=")[0] for word in service["command"]}
+            assert given <= self.options(f"flower-{role}")
+            assert service["build"]["args"]["ROLE"] == role
+            assert (APP_DIR / "deploy" / service["build"]["context"] / "pyproject.toml").exists()
+        for i in range(3):  # each node has its own key, data and number
+            service = services[f"node-{i}"]
+            assert f"partition-id={i} " in service["command"][-1]
+            assert any(f"keys/node-{i}:" in volume for volume in service["volumes"])
+
+    def test_dockerfile_is_for_the_flower_we_use(self) -> None:
+        from importlib.metadata import version
+
+        text = (APP_DIR / "deploy" / "Dockerfile").read_text()
+        assert f"flwr/${{ROLE}}:{version('flwr')}" in text
+
+    def test_documented_commands_exist(self) -> None:
+        """Options of the commands in docs/deploy.md are options that there are."""
+        text = (APP_DIR / "docs" / "deploy.md").read_text().replace("\\\n", " ")
+        for command in ("flower-superlink", "flower-supernode"):
+            [line] = [line for line in text.splitlines() if f"{command} --" in line]
+            line = line.partition("--node-config '")[0]
+            assert set(re.findall(r"--[a-z][a-z-]+", line)) <= self.options(command)
+        for line in re.findall(r"^pfedgpa (keys|doctor)(.*)$", text, re.MULTILINE):
+            cli._parser().parse_args([line[0], *line[1].split()])

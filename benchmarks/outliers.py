@@ -1,0 +1,67 @@
+"""How far from the uploads' median spoiled uploads lie, and how far honest ones do.
+
+    pfedgpa run --conf compare-cifar10 method=fedavg save-uploads=true run-name=kept
+    python benchmarks/outliers.py results/kept/uploads.safetensors
+
+Takes the buffered rounds of a federation without attackers, spoils the uploads of two and of four
+clients as ``pfedgpa_app.attacks`` does, and prints squared distances to the median of each weight
+in units of the median client's: the largest of an honest client, the smallest of a spoiled one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pfedgpa_app.attacks import spoiled
+from pfedgpa_app.config import Config
+from pfedgpa_app.files import read_tensors
+from pfedgpa_app.randomness import torch_generator
+from pfedgpa_app.results.uploads import FORMAT
+
+ATTACKS = (("sign-flip", 4.0), ("scale", 4.0), ("noise", 4.0), ("noise", 1.0), ("sign-flip", 1.0))
+
+
+def separation(
+    uploads: torch.Tensor, sent: torch.Tensor, config: Config, bad: list[int]
+) -> tuple[float, float]:
+    """(largest of the honest, smallest of the spoiled) of uploads [N, P] trained from ``sent``."""
+    vectors = uploads.clone()
+    for client in bad:
+        generator = torch_generator(config.seed, "attack", client)
+        vectors[client] = spoiled(config, {"w": uploads[client]}, {"w": sent}, generator)["w"]
+    square = (vectors - vectors.median(0).values).square().sum(1)
+    square /= square.median()
+    honest = [client for client in range(len(vectors)) if client not in bad]
+    return float(square[honest].max()), float(square[bad].min())
+
+
+def main() -> None:
+    """Print a line an attack."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("uploads", type=Path, help="a run's uploads.safetensors")
+    tensors, _ = read_tensors(parser.parse_args().uploads, FORMAT)
+    rounds = {
+        int(r): tensors["vectors"][tensors["rounds"] == r] for r in tensors["rounds"].unique()
+    }
+    print("| attack | honest, largest | spoiled, smallest |")
+    print("| --- | --- | --- |")
+    for kind, strength in ATTACKS:
+        config = replace(Config(), attack=kind, attack_strength=strength)
+        found = [
+            separation(rounds[r], rounds[r - 1].mean(0), config, list(range(0, 20, 20 // count)))
+            for r in sorted(rounds)[1::6]
+            for count in (2, 4)
+        ]
+        honest, bad = zip(*found, strict=True)
+        print(
+            f"| {kind}, strength {strength:g} | {min(honest):.1f} to {max(honest):.1f} "
+            f"| {min(bad):.1f} to {max(bad):.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
