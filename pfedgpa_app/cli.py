@@ -12,7 +12,8 @@ from typing import Any
 
 from pfedgpa_app import __version__
 from pfedgpa_app.config import APP_DIR, keys, resolve
-from pfedgpa_app.settings import ConfigError
+from pfedgpa_app.engine import LaunchError
+from pfedgpa_app.settings import ConfigError, DataError
 
 YAML = (".yaml", ".yml")
 
@@ -200,9 +201,12 @@ def main(arguments: list[str] | None = None) -> int:
             return _sweep(overrides, [Path(file) for file in files], options)
         _end_with_parent()
         return _run(overrides, options.app.absolute())
-    except ConfigError as error:
+    except (ConfigError, DataError, FileExistsError) as error:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 2
+    except LaunchError as error:
+        print(f"pfedgpa: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -221,15 +225,13 @@ def _draw_partition(overrides: dict[str, Any], out: Path) -> int:
     import numpy as np
 
     from pfedgpa_app.data.client import load_dataset, load_partition
-    from pfedgpa_app.data.datasets import DataError
     from pfedgpa_app.results.plots import partition
 
+    config = resolve(overrides).config
     try:
-        config = resolve(overrides).config
         data, splits = load_dataset(config), load_partition(config)
-    except (ConfigError, DataError, ValueError) as error:
-        print(f"pfedgpa: {error}", file=sys.stderr)
-        return 2
+    except ValueError as error:  # a partition that the data do not allow
+        raise ConfigError(str(error)) from error
     held = [np.concatenate([split.train, split.validation]) for split in splits]
     counts = np.array(
         [np.bincount(data.train_labels[h], minlength=len(data.classes)) for h in held]
@@ -240,25 +242,15 @@ def _draw_partition(overrides: dict[str, Any], out: Path) -> int:
 
 
 def _run(overrides: dict[str, Any], app: Path) -> int:
-    from pfedgpa_app.data.datasets import DataError
-    from pfedgpa_app.engine import LaunchError
+    with contextlib.ExitStack() as stack:
+        flower = None
+        if overrides.get("engine") == "ray":  # it comes up while we import and check
+            from pfedgpa_app.engine.ray import Simulation
 
-    try:
-        with contextlib.ExitStack() as stack:
-            flower = None
-            if overrides.get("engine") == "ray":  # it comes up while we import and check
-                from pfedgpa_app.engine.ray import Simulation
+            flower = stack.enter_context(Simulation())
+        from pfedgpa_app.launcher import launch
 
-                flower = stack.enter_context(Simulation())
-            from pfedgpa_app.launcher import launch
-
-            launch(overrides, app, flower=flower)
-    except (ConfigError, DataError, FileExistsError) as error:
-        print(f"pfedgpa: {error}", file=sys.stderr)
-        return 2
-    except LaunchError as error:
-        print(f"pfedgpa: {error}", file=sys.stderr)
-        return 1
+        launch(overrides, app, flower=flower)
     return 0
 
 
@@ -299,23 +291,14 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _rehearse(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     from pfedgpa_app.deployment.rehearsal import rehearse
-    from pfedgpa_app.engine import LaunchError
 
     if options.nodes < 1:
         raise ConfigError(f"--nodes {options.nodes}: must be >= 1")
-    try:
-        rehearse(options.nodes, overrides, options.app.absolute())
-    except FileExistsError as error:
-        print(f"pfedgpa: {error}", file=sys.stderr)
-        return 2
-    except LaunchError as error:
-        print(f"pfedgpa: {error}", file=sys.stderr)
-        return 1
+    rehearse(options.nodes, overrides, options.app.absolute())
     return 0
 
 
 def _sweep(overrides: dict[str, Any], files: list[Path], options: argparse.Namespace) -> int:
-    from pfedgpa_app.data.datasets import DataError
     from pfedgpa_app.sweep import read, sweep
 
     settings: dict[str, Any] = {}
@@ -333,11 +316,7 @@ def _sweep(overrides: dict[str, Any], files: list[Path], options: argparse.Names
     _check_runs(settings | overrides, options)
     name = files[0].stem if files else "sweep"
     out = options.out or Path("results") / name
-    try:
-        done = sweep(settings | overrides, over, out, options.app.absolute(), options.jobs)
-    except DataError as error:
-        print(f"pfedgpa: {error}", file=sys.stderr)
-        return 2
+    done = sweep(settings | overrides, over, out, options.app.absolute(), options.jobs)
     return 0 if done else 1
 
 
@@ -352,7 +331,6 @@ def _check_runs(settings: dict[str, Any], options: argparse.Namespace) -> None:
 
 def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     from pfedgpa_app.compare import EXPERIMENTS, plan, table
-    from pfedgpa_app.data.datasets import DataError
     from pfedgpa_app.sweep import carry_out
 
     _check_runs(overrides, options)
@@ -365,9 +343,6 @@ def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     runs = plan(experiments, methods, seeds, overrides, options.out)
     try:
         done = carry_out(runs, options.out, options.app.absolute(), options.jobs)
-    except DataError as error:
-        print(f"pfedgpa: {error}", file=sys.stderr)
-        return 2
     finally:
         if text := table(options.out):
             (options.out / "compare.md").write_text(text)
@@ -376,7 +351,6 @@ def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
 
 
 def _tune(overrides: dict[str, Any], options: argparse.Namespace) -> int:
-    from pfedgpa_app.data.datasets import DataError
     from pfedgpa_app.tune import tunable, tune
 
     _check_runs(overrides, options)
@@ -388,11 +362,7 @@ def _tune(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     words += [f"{key}={value}" for key, value in overrides.items() if key != "data-dir"]
     command = " ".join(["pfedgpa tune", *words])
     app = options.app.absolute()
-    try:
-        chosen = tune(options.conf, methods, overrides, out, app, options.jobs, command)
-    except DataError as error:
-        print(f"pfedgpa: {error}", file=sys.stderr)
-        return 2
+    chosen = tune(options.conf, methods, overrides, out, app, options.jobs, command)
     for key, value in chosen.items():
         print(f"{key} = {value}")
     return 0

@@ -1,4 +1,4 @@
-"""How a setting is declared: its default, range and meaning, in one line."""
+"""How a setting is declared: its default, range and meaning, in one line; and what refuses."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ LEARNING_RATES = (0.02, 0.05, 0.1)  # that `pfedgpa tune` tries
 
 class ConfigError(ValueError):
     """A setting is unknown, of the wrong type or out of range; the text is for the user."""
+
+
+class DataError(RuntimeError):
+    """The data are absent or unusable; the text tells the user what to do."""
 
 
 def setting(

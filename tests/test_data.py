@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pfedgpa_app.data import datasets
-from pfedgpa_app.data.datasets import DataError, load
+from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.partition import (
     class_shares,
     deal,
@@ -19,6 +19,7 @@ from pfedgpa_app.data.partition import (
     partition,
     round_counts,
 )
+from pfedgpa_app.settings import DataError
 
 LABELS = np.repeat(np.arange(10), 5000)
 TEST_LABELS = np.repeat(np.arange(10), 1000)

@@ -10,10 +10,11 @@ import numpy as np
 from pfedgpa_app.attacks import flips_labels
 from pfedgpa_app.config import Config
 from pfedgpa_app.data import NODES
-from pfedgpa_app.data.datasets import DataError, Dataset, load
+from pfedgpa_app.data.datasets import Dataset, load
 from pfedgpa_app.data.images import Images, images_of
 from pfedgpa_app.data.partition import ClientSplit, partition
 from pfedgpa_app.randomness import numpy_generator
+from pfedgpa_app.settings import DataError
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pfedgpa_app.data import EMNIST_SPLITS
+from pfedgpa_app.settings import DataError
 
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "cifar-10-batches-py"}
@@ -24,10 +25,6 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".
 
 
 logger = logging.getLogger("pfedgpa")
-
-
-class DataError(RuntimeError):
-    """The data are absent or unusable; the text tells the user what to do."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from packaging.requirements import Requirement
 
 from pfedgpa_app.config import APP_DIR
 from pfedgpa_app.data.client import schema_of
-from pfedgpa_app.data.datasets import DataError, load
+from pfedgpa_app.data.datasets import load
 from pfedgpa_app.models import network_name
+from pfedgpa_app.settings import DataError
 
 _PATIENCE = 10.0  # seconds for a connection
 _FREE = 2 * 2**30  # bytes that a disk should have left

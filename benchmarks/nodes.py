@@ -1,0 +1,129 @@
+"""Real SuperNodes against one SuperLink on this machine: lost uploads, memory, what a round costs.
+
+    python benchmarks/nodes.py --nodes 10 --rounds 20
+
+Starts the processes on loopback, runs FedAvg on digits and prints, from the run's own records: seconds
+a round (median, range) and, of these, what training takes (the same clients' training, timed in this
+process), the uploads that were lost, and the memory of each role's processes over the run (PSS; the
+largest sample of each fifth of the rounds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pfedgpa_app import training
+from pfedgpa_app.client import build_model
+from pfedgpa_app.config import APP_DIR, resolve
+from pfedgpa_app.data.client import load_client, load_dataset, schema_of
+from pfedgpa_app.deployment.processes import Deployment
+from pfedgpa_app.engine.flower import processes_of, stage
+from pfedgpa_app.engine.ray import wait_for
+from pfedgpa_app.randomness import torch_generator
+
+ROLES = ("flower-superlink", "flwr-serverapp", "flower-supernode", "flwr-clientapp")
+
+
+def pss(pid: int) -> int:
+    """Bytes of memory, shared pages by their share."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+def memory(home: Path) -> dict[str, int]:
+    """Bytes of each role's processes together."""
+    found: dict[str, int] = defaultdict(int)
+    for pid in processes_of(home):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_text()
+            for role in ROLES:
+                if role in command:
+                    found[role] += pss(pid)
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def bare_seconds(settings: dict[str, Any]) -> float:
+    """What a round's training takes, one client after the other in this process."""
+    torch.set_num_threads(1)
+    config = resolve(settings).config
+    recipe = training.recipe(config, config.local_epochs, config.learning_rate)
+    clients = [load_client(config, client) for client in range(config.num_clients)]
+    model = build_model(config, schema_of(load_dataset(config)))
+    started = time.perf_counter()
+    for client, data in enumerate(clients):
+        training.train(model, data.train, recipe, torch_generator(0, client))
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--nodes", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args()
+    settings: dict[str, Any] = {"num-clients": options.nodes, "num-server-rounds": options.rounds}
+    settings |= {"method": "fedavg", "dataset": "digits", "evaluate-every": 1000, "run-name": "run"}
+    settings |= {"train-per-client": 60, "test-per-client": 40, "timeout": 300.0}
+    samples: list[tuple[float, dict[str, int]]] = []
+    with tempfile.TemporaryDirectory() as out, Deployment() as deployment:
+        settings["out-dir"] = out
+        deployment.wait_until_ready()
+        for node in range(options.nodes):
+            deployment.start_node(node)
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(1.0):
+                samples.append((time.time(), memory(deployment.home)))
+
+        run_id = deployment.run(stage(APP_DIR, deployment.home / "app"), settings)
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        failure = wait_for(deployment, run_id, Path(out) / "log", lambda: None)
+        stop.set()
+        watcher.join()
+        if failure:
+            raise SystemExit(failure)
+        folder = Path(out) / "run"
+        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        rounds = [event["time"] for event in events if event["kind"] == "round"]
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        uploads = sum(json.loads(line)["participated"] for line in lines)
+    wanted = options.nodes * options.rounds
+    print(f"{options.nodes} SuperNodes, {options.rounds} rounds")
+    print(f"uploads: {uploads} of {wanted}")
+    # rounds without an evaluation: not the first one and the last five
+    spans = [b - a for a, b in zip(rounds, rounds[1:], strict=False)][:-5]
+    bare = bare_seconds(settings)
+    print(
+        f"a round: {statistics.median(spans):.1f} s ({min(spans):.1f} to {max(spans):.1f}), "
+        f"of which training: {bare:.2f} s"
+    )
+    print("| memory, MiB | " + " | ".join(f"fifth {i + 1}" for i in range(5)) + " |")
+    print("| --- " * 6 + "|")
+    first, last = rounds[0], rounds[-1]
+    for role in ROLES:
+        cells = []
+        for i in range(5):
+            start, end = (first + (last - first) * (i + k) / 5 for k in (0, 1))
+            values = [found.get(role, 0) for when, found in samples if start <= when <= end]
+            cells.append(f"{max(values, default=0) / 2**20:.0f}")
+        print(f"| {role} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
