@@ -2,15 +2,16 @@
 
     python benchmarks/nodes.py --nodes 10 --rounds 20
 
-Starts the processes on loopback, runs FedAvg on digits and prints, from the run's own records: seconds
-a round (median, range) and, of these, what training takes (the same clients' training, timed in this
-process), the uploads that were lost, and the memory of each role's processes over the run (PSS; the
-largest sample of each fifth of the rounds).
+Starts the processes on loopback, runs FedAvg on digits and prints, from the run's own records:
+seconds a round (median, range) and, of these, what training takes (the same clients' training,
+timed in this process), the uploads that were lost, and the memory of each role's processes over
+the run (PSS; the largest sample of each fifth of the rounds).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -107,7 +108,7 @@ def main() -> None:
     print(f"{options.nodes} SuperNodes, {options.rounds} rounds")
     print(f"uploads: {uploads} of {wanted}")
     # rounds without an evaluation: not the first one and the last five
-    spans = [b - a for a, b in zip(rounds, rounds[1:], strict=False)][:-5]
+    spans = [b - a for a, b in itertools.pairwise(rounds)][:-5]
     bare = bare_seconds(settings)
     print(
         f"a round: {statistics.median(spans):.1f} s ({min(spans):.1f} to {max(spans):.1f}), "
