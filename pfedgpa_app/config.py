@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import types
 import typing
@@ -26,6 +27,10 @@ from pfedgpa_app.settings import LEARNING_RATES, ConfigError, setting
 
 if TYPE_CHECKING:
     from pfedgpa_app.methods.pfedgpa import PFedGPASettings
+
+# settings that have no part in the results
+NO_PART = {"conf", "engine", "workers", "out-dir", "run-name", "data-dir", "download", "timeout"}
+NO_PART |= {"save-weights", "save-uploads", "checkpoint-every", "resume"}
 
 APP_DIR = Path(__file__).resolve().parents[1]
 Scalar = str | int | float | bool
@@ -302,6 +307,22 @@ class Resolved:
             value = getattr(holder, field.replace("-", "_"))
             shown[name] = {"value": "auto" if value is None else value, "from": self.sources[name]}
         return shown
+
+
+def differences(kept: Path, resolved: Resolved) -> list[str]:
+    """Settings that have a part in the results and differ from those kept as ``config.json``."""
+    there = json.loads(kept.read_text())
+    here = json.loads(json.dumps(resolved.as_dict()))
+    defaults = {name: "auto" if k.default is None else k.default for name, k in keys().items()}
+    read = {"", *(s for name in resolved.config.method for s in method_class(name).reads())}
+    return [
+        f"{key} = {there.get(key, {}).get('value')!r} there, {entry['value']!r} here"
+        for key, entry in here.items()
+        if key not in NO_PART
+        and key.rpartition(".")[0] in read
+        # a setting that was not there yet was what is now its default
+        and there.get(key, {"value": defaults[key]})["value"] != entry["value"]
+    ]
 
 
 def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:

@@ -17,8 +17,8 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from safetensors.torch import save_file
 
-from pfedgpa_app.checkpoint import Checkpoint, CheckpointError
-from pfedgpa_app.config import Config, Resolved
+from pfedgpa_app.checkpoint import Checkpoint, CheckpointError, replacing
+from pfedgpa_app.config import Config, Resolved, differences
 from pfedgpa_app.data import NODES
 from pfedgpa_app.data.client import load_dataset, load_partition, schema_of
 from pfedgpa_app.diffusion import saved
@@ -35,9 +35,6 @@ from pfedgpa_app.strategy import FinalScore, Personalised, ways
 
 logger = logging.getLogger("pfedgpa")
 CHECKPOINT = "checkpoint"
-# settings that may be others when a run is resumed
-MAY_CHANGE = {"conf", "engine", "workers", "out-dir", "run-name", "data-dir", "download"}
-MAY_CHANGE |= {"timeout", "resume", "checkpoint-every", "save-weights"}
 
 
 def run_folder(config: Config) -> Path:
@@ -59,24 +56,6 @@ def run_folder(config: Config) -> Path:
             "go on with it by resume=true"
         )
     return folder
-
-
-def refuse_other_settings(folder: Path, resolved: Resolved) -> None:
-    """A run goes on with the settings it began with.
-
-    Raises:
-        ConfigError: it began with others.
-    """
-    path = folder / "config.json"
-    if not path.exists():
-        return
-    there, here = json.loads(path.read_text()), json.loads(json.dumps(resolved.as_dict()))
-    for key, entry in here.items():
-        began = there.get(key, entry)["value"]
-        if key not in MAY_CHANGE and began != entry["value"]:
-            raise ConfigError(
-                f"resume: {folder} began with {key} = {began!r}, not {entry['value']!r}"
-            )
 
 
 def federations(config: Config) -> dict[str, list[str]]:
@@ -125,11 +104,14 @@ def run(grid: Grid, resolved: Resolved) -> Path:
     """
     config = resolved.config
     folder = run_folder(config)
+    kept = folder / "config.json"
+    if kept.exists() and (other := differences(kept, resolved)):
+        raise ConfigError(f"resume: {folder} has other settings: {'; '.join(other)}")
     if is_done(folder):
         return folder  # nothing is left to resume
-    refuse_other_settings(folder, resolved)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(resolved.as_dict(), indent=2) + "\n")
+    with replacing(kept) as new:
+        new.write_text(json.dumps(resolved.as_dict(), indent=2) + "\n")
     shared = federations(config)
     evaluations = len({method_class(m).weights_from or m for m in config.method})
     per_evaluation = 1 + sum(way.epochs for way in ways(config)) / config.local_epochs / 2
@@ -239,9 +221,8 @@ class _Run:
     def federation(self, name: str, methods: list[str]) -> None:
         """Run one federation's rounds, then make and evaluate each of its methods' weights."""
         runner_class = method_class(name)
-        state = runner_class.begin(self.config, self.initial)
         going, self.going = self.going, {}
-        state = going.get("state", state)
+        state = going["state"] if going else runner_class.begin(self.config, self.initial)
 
         def keep(server_round: int) -> None:
             every = self.config.checkpoint_every

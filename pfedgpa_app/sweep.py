@@ -29,19 +29,16 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from pfedgpa_app.config import Config, Resolved, keys, resolve
+from pfedgpa_app.config import Config, Resolved, differences, resolve
 from pfedgpa_app.engine import PARENT, engine_for
 from pfedgpa_app.experiment import federations
 from pfedgpa_app.launcher import LOG, preflight
-from pfedgpa_app.methods import method_class
 from pfedgpa_app.results.log import EVENTS, clock, is_done, last_event
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.settings import ConfigError
 
 LOOK = 0.5  # seconds between looks at the runs
 # how a run is carried out may differ from what a finished run says; its results do not
-FREE = {"conf", "engine", "workers", "out-dir", "run-name", "data-dir", "download", "timeout"}
-FREE |= {"save-weights", "save-uploads", "checkpoint-every", "resume"}
 COLUMNS = {
     "before FT": "accuracy_before_ft",
     "after FT": "accuracy_after_ft",
@@ -101,18 +98,7 @@ class Run:
 
     def differences(self) -> list[str]:
         """Settings in which the finished run in its folder differs from this one."""
-        there = json.loads((self.folder / "config.json").read_text())
-        here = json.loads(json.dumps(self.resolved.as_dict()))
-        defaults = {name: "auto" if k.default is None else k.default for name, k in keys().items()}
-        read = {"", *(s for name in self.config.method for s in method_class(name).reads())}
-        return [
-            f"{key} = {there.get(key, {}).get('value')!r} there, {entry['value']!r} here"
-            for key, entry in here.items()
-            if key not in FREE
-            and key.rpartition(".")[0] in read
-            # a setting that was not there yet was what is now its default
-            and there.get(key, {"value": defaults[key]})["value"] != entry["value"]
-        ]
+        return differences(self.folder / "config.json", self.resolved)
 
 
 def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> list[Run]:
