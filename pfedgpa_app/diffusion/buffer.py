@@ -172,15 +172,19 @@ class Buffer:
             newest[client] = entry
         return newest
 
+    def entries(self) -> list[Entry]:
+        """The window, by round and client."""
+        return [self._entries[key] for key in sorted(self._entries)]
+
     def stack(self) -> tuple[Layout, Tensor, Tensor, Tensor]:
         """The window as (layout, vectors [N, P], rounds [N], clients [N]), by round and client.
 
         Raises:
             ValueError: nothing is buffered.
         """
-        if self.layout is None or not self._entries:
+        entries = self.entries()
+        if self.layout is None or not entries:
             raise ValueError("no uploads are buffered")
-        entries = [self._entries[key] for key in sorted(self._entries)]
         return (
             self.layout,
             torch.stack([e.vector for e in entries]),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pfedgpa_app.diffusion.autoencoder import blocks
 
 
-def novelty(generated: Tensor, newest: Tensor, uploads: Tensor) -> Tensor:
+def novelty(generated: Sequence[Tensor], newest: Tensor, uploads: Sequence[Tensor]) -> Tensor:
     """How far clients' generated weights are from the nearest upload [M].
 
     In units of the distance that the client's newest upload has to the nearest other one: 0 is
@@ -16,14 +18,15 @@ def novelty(generated: Tensor, newest: Tensor, uploads: Tensor) -> Tensor:
     for such a ratio). NaN where uploads coincide.
 
     Args:
-        generated: [M, P]. newest: each client's row among ``uploads`` [N, P], [M].
+        generated: M vectors [P]. newest: each client's place [M] among ``uploads``, N vectors [P].
     """
-    ours, theirs = generated.shape[0], len(newest)
+    ours, theirs = len(generated), len(newest)
     squared = torch.zeros(ours + theirs, len(uploads), dtype=torch.float64)
-    for block in blocks(uploads.shape[1]):
-        origin = uploads[0, block].double()  # close to all: nothing cancels in the squares
-        all_of_them = uploads[:, block].double() - origin
-        rows = torch.cat([generated[:, block].double() - origin, all_of_them[newest]])
+    for block in blocks(len(uploads[0])):
+        origin = uploads[0][block].double()  # close to all: nothing cancels in the squares
+        all_of_them = torch.stack([vector[block] for vector in uploads]).double() - origin
+        made = torch.stack([vector[block] for vector in generated]).double() - origin
+        rows = torch.cat([made, all_of_them[newest]])
         squared -= 2 * rows @ all_of_them.T
         squared += rows.square().sum(1)[:, None] + all_of_them.square().sum(1)
     squared[torch.arange(ours, ours + theirs), newest] = torch.inf

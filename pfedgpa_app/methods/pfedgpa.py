@@ -15,6 +15,7 @@ that are not generated.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -182,11 +183,16 @@ class PFedGPA(FedAvg):
 
     def personalise(self) -> dict[int, Weights]:
         """Generated weights; a client never seen gets the global ones."""
-        generated = self._generate(self.distribution())
+        common = self.state.global_weights
         return {
-            client: generated.get(client, self.state.global_weights)
+            client: common | self.made[client] if client in self.made else common
             for client in range(self.config.num_clients)
         }
+
+    @functools.cached_property
+    def made(self) -> dict[int, Weights]:
+        """What the last generation makes for every client that ever uploaded."""
+        return self._decoded(self.distribution())
 
     def distribution(self) -> WeightDistribution:
         """The distribution of the newest uploads after the last round; fitted once."""
@@ -263,12 +269,11 @@ class PFedGPA(FedAvg):
         return newest[client].weights() if client in newest else None
 
     def report(self) -> dict[str, Any]:
-        fitted = self.distribution()
-        layout, vectors, _, clients = self._uploads(self.config.pfedgpa.layers).stack()
-        decoded = self._decoded(fitted)
-        here = [c for c in decoded if bool((clients == c).any())]  # with an upload in the window
-        generated = torch.stack([layout.flatten(decoded[c]) for c in here])
-        new = novelty(generated, newest_rows(clients), vectors)
+        fitted, entries = self.distribution(), self._uploads(self.config.pfedgpa.layers).entries()
+        here = sorted({entry.client for entry in entries})  # with an upload in the window
+        generated = [fitted.layout.flatten(self.made[client]) for client in here]
+        newest = newest_rows(torch.tensor([entry.client for entry in entries]))
+        new = novelty(generated, newest, [entry.vector for entry in entries])
         return {
             "rank": fitted.rank,
             "strength": fitted.strength,
