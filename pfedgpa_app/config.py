@@ -104,7 +104,9 @@ class Config:
         False, "clients tell the server how many images of each class they hold"
     )
     evaluate_every: int = setting(
-        5, "rounds between evaluations of all clients; the last five are always evaluated", low=1
+        5,
+        "rounds between evaluations of all clients; the last five are evaluated, too; 0: none is",
+        low=0,
     )
     local_epochs: int = setting(2, "epochs a client trains each round", low=1)
     batch_size: int = setting(50, "images a step", low=1)

@@ -398,6 +398,8 @@ class Personalised(Strategy):
 
     def _evaluated(self, server_round: int) -> bool:
         rounds, every = self.config.num_server_rounds, self.config.evaluate_every
+        if not every:
+            return False
         return server_round > rounds - 5 or server_round % every == 0 or server_round == 1
 
     def configure_evaluate(

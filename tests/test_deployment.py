@@ -34,12 +34,16 @@ from pfedgpa_app.settings import ConfigError
 from tests.local_grid import InProcessGrid
 from tests.test_federation import SMALL, federate, records, summary
 
+# they fill the machine: one after the other
+processes = pytest.mark.xdist_group("processes")
 
+
+@processes
 def test_deployed_processes_come_to_the_same_numbers(tmp_path: Path) -> None:
     more: dict[str, Any] = {
         "num-clients": 2,
         "num-server-rounds": 2,
-        "method": "fedavg,client-mean,scaffold",
+        "method": "fedavg,scaffold",
         "dataset": "digits",
     }
     reference, _ = federate(
@@ -60,10 +64,11 @@ def test_deployed_processes_come_to_the_same_numbers(tmp_path: Path) -> None:
     assert not processes_of(deployment.home)
 
 
+@processes
 def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """TLS, authenticated nodes, data of their own; twice the same seed, twice the same result."""
     words = ["rehearse", f"out-dir={tmp_path}", "run-name=run", "num-server-rounds=2"]
-    words += ["pfedgpa.fit-steps=20", "method=fedper,pfedgpa"]
+    words += ["pfedgpa.fit-steps=20", "method=fedper,pfedgpa", "evaluate-every=0"]
     assert cli.main(words) == 0
     said = capsys.readouterr().out
     assert "3 SuperNodes, each with its own images" in said

@@ -110,6 +110,7 @@ class TestQuickstart:
             if tensor.is_floating_point():
                 assert torch.allclose(means[0][name].float(), tensor, atol=1e-6)
 
+    @pytest.mark.xdist_group("processes")
     def test_in_flowers_simulation(self, tmp_path: Path) -> None:
         """``flwr run`` on the app as it lies there."""
         federation = "num-supernodes=4 client-resources-num-cpus=1"

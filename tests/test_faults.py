@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pfedgpa_app.config import APP_DIR
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError
@@ -25,6 +27,8 @@ from tests.test_resume import results
 LOST = ("did not answer", "lost its process")  # whether Flower or we noticed first
 SLOW = 90.0  # seconds that a slow client takes
 QUICK = {k: v for k, v in SMALL.items() if not k.startswith("pfedgpa.")}
+QUICK["evaluate-every"] = 0  # every message starts a process that imports torch
+pytestmark = pytest.mark.xdist_group("processes")  # one after the other: they fill the machine
 
 
 def faulty(folder: Path, faults: dict[str, str]) -> Path:
@@ -115,6 +119,7 @@ def test_a_node_that_dies_in_a_round_and_comes_back(tmp_path: Path) -> None:
 def test_a_superlink_that_is_killed(tmp_path: Path) -> None:
     """Nodes reconnect; the run is started again and ends as if nothing had happened."""
     how: dict[str, Any] = {"method": "fedper,pfedgpa", "num_clients": 2, "num_server_rounds": 2}
+    how["evaluate_every"] = 0
     reference, _ = federate(tmp_path / "reference", **how)
     settings = SMALL | {key.replace("_", "-"): value for key, value in how.items()}
     settings |= {"out-dir": str(tmp_path), "run-name": "run"}

@@ -18,6 +18,7 @@ from pfedgpa_app.config import APP_DIR
 from pfedgpa_app.engine.flower import free_port, processes_of
 from tests.test_federation import SMALL, federate, records, summary
 
+pytestmark = pytest.mark.xdist_group("processes")  # Ray fills the machine
 SETTINGS = [f"{key}={value}" for key, value in SMALL.items()]
 LIMIT = 400  # seconds; a run takes about 30
 
