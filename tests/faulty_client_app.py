@@ -44,7 +44,7 @@ def train(message: Message, context: Context) -> Message:
     if fault == "exits":
         os._exit(7)
     if fault == "slow":
-        time.sleep(90)
+        time.sleep(60)  # the server waits 45
     reply = honest(message, context)
     arrays = {name: array.numpy().copy() for name, array in reply.content["arrays"].items()}
     name = next(iter(arrays))

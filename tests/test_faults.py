@@ -25,7 +25,7 @@ from tests.test_federation import SMALL, federate, records, summary
 from tests.test_resume import results
 
 LOST = ("did not answer", "lost its process")  # whether Flower or we noticed first
-SLOW = 90.0  # seconds that a slow client takes
+SLOW = 90.0  # seconds, longer than what Flower takes to notice a dead process
 QUICK = {k: v for k, v in SMALL.items() if not k.startswith("pfedgpa.")}
 QUICK["evaluate-every"] = 0  # every message starts a process that imports torch
 pytestmark = pytest.mark.xdist_group("processes")  # one after the other: they fill the machine
