@@ -85,6 +85,7 @@ def main() -> None:
         deployment.wait_until_ready()
         for node in range(options.nodes):
             deployment.start_node(node)
+        deployment.await_nodes()
         stop = threading.Event()
 
         def watch() -> None:

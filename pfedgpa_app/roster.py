@@ -40,12 +40,16 @@ class OneAtATime(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Send in waves of one message a node; ``timeout`` seconds are for each wave."""
+        """Send in waves of one message a node; ``timeout`` seconds are for each wave.
+
+        A later wave's messages live so much longer: Flower refuses to send an expired one.
+        """
         waves: list[list[Message]] = []
         sent_to: Counter[int] = Counter()
         for message in messages:
             wave = sent_to[message.metadata.dst_node_id]
             sent_to[message.metadata.dst_node_id] += 1
+            message.metadata.ttl *= wave + 1
             if wave == len(waves):
                 waves.append([])
             waves[wave].append(message)

@@ -54,6 +54,7 @@ def test_deployed_processes_come_to_the_same_numbers(tmp_path: Path) -> None:
         deployment.wait_until_ready()
         for node in range(2):
             deployment.start_node(node, state_dir=str(deployment.home / "state"))
+        deployment.await_nodes()
         staged = stage(APP_DIR, deployment.home / "app")
         run_id = deployment.run(staged, settings)
         failure = wait_for(deployment, run_id, tmp_path / "log", lambda: None)

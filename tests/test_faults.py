@@ -62,14 +62,14 @@ def test_clients_that_go_wrong(tmp_path: Path) -> None:
     faults = {
         **{"1 1": "raises", "1 2": "nan", "1 3": "huge"},
         **{"2 1": "shape", "2 2": "dtype", "2 3": "infinite"},
-        **{"3 1": "names", "3 2": "empty", "3 3": "replayed"},
-        **{"4 1": "exits", "4 2": "slow", "4 3": "large"},
+        **{"3 1": "names", "3 2": "empty", "3 3": "exits"},
+        **{"4 1": "large", "4 2": "replayed", "4 3": "slow"},
     }
     said = {
         **{"1 1": "out of paper", "1 2": "not finite", "1 3": "as large as usual"},
         **{"2 1": "of shape", "2 2": "float64", "2 3": "not finite"},
-        **{"3 1": "missing names", "3 2": "missing names", "3 3": "an upload of round 2"},
-        **{"4 1": "lost", "4 2": "lost", "4 3": "are enough"},
+        **{"3 1": "missing names", "3 2": "missing names", "3 3": "lost"},
+        **{"4 1": "are enough", "4 2": "an upload of round 1", "4 3": "lost"},
     }
     settings = QUICK | {"method": "pfedgpa-once", "num-clients": 5, "num-server-rounds": 3}
     settings |= {"out-dir": str(tmp_path), "run-name": "run", "timeout": SLOW / 2}
@@ -77,6 +77,7 @@ def test_clients_that_go_wrong(tmp_path: Path) -> None:
         deployment.wait_until_ready()
         for node in range(5):
             deployment.start_node(node)
+        deployment.await_nodes()
         run_id = deployment.run(faulty(deployment.home / "app", faults), settings)
         failure = wait_for(deployment, run_id, tmp_path / "log", lambda: None)
     assert not failure, (tmp_path / "log").read_text()
@@ -90,7 +91,7 @@ def test_clients_that_go_wrong(tmp_path: Path) -> None:
     wrong = {(int(r), int(c)) for c, r in (key.split() for key in faults)}
     took_part = {(r["round"], r["client"]) for r in records(folder) if r["participated"]}
     assert took_part == {(r, c) for r in range(1, 4) for c in range(5)} - wrong
-    assert len({r["client"] for r in records(folder, "clients.jsonl")}) == 5
+    assert {r["client"] for r in records(folder, "clients.jsonl")} >= {0, 1, 2, 3}
 
 
 def test_a_node_that_dies_in_a_round_and_comes_back(tmp_path: Path) -> None:
@@ -102,6 +103,7 @@ def test_a_node_that_dies_in_a_round_and_comes_back(tmp_path: Path) -> None:
         deployment.wait_until_ready()
         for node in range(3):
             deployment.start_node(node, state_dir=str(deployment.home / f"state-{node}"))
+        deployment.await_nodes()
         app = faulty(deployment.home / "app", {"2 2": f"touch {here}"})
         run_id = deployment.run(app, settings)
         until(here.exists)
@@ -128,6 +130,7 @@ def test_a_superlink_that_is_killed(tmp_path: Path) -> None:
         deployment.wait_until_ready()
         for node in range(2):
             deployment.start_node(node, state_dir=str(deployment.home / f"state-{node}"))
+        deployment.await_nodes()
         staged = stage(APP_DIR, deployment.home / "app")
         deployment.run(staged, settings)
         until(lambda: events.exists() and "fedper round 1/2" in events.read_text())

@@ -499,6 +499,12 @@ class TestBadUploads:
         trained = {(r["round"], r["client"]) for r in records(folder) if r["participated"]}
         assert trained == {(r, c) for r in range(1, 5) for c in range(4)} - {(2, 1)}
 
+    def test_messages_that_wait_for_their_node_live_longer(self, tmp_path: Path) -> None:
+        """Flower drops a message ``ttl`` s after it was made, and ends a run that sends it then."""
+        how: dict[str, Any] = {"method": "fedavg", "num_clients": 5, "num_server_rounds": 1}
+        _, grid = federate(tmp_path, nodes=2, timeout=60.0, **how)
+        assert [m.metadata.ttl for m in train_messages(grid)] == [60, 60, 120, 120, 180]
+
     def test_a_failing_client_is_named(self, tmp_path: Path) -> None:
         folder, grid = federate(tmp_path, method="fedavg", num_server_rounds=1)
         message = train_messages(grid)[0]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 from pfedgpa_app.deployment import keys
+from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.engine.flower import CONNECTION, Flower, free_port, words
 
 
@@ -65,6 +67,19 @@ class Deployment(Flower):
         named = {name.replace("_", "-"): value for name, value in config.items()}
         command += ["--node-config", words({"partition-id": number} | named)]
         self.nodes[number] = self.spawn(command, self.node_log(number))
+
+    def await_nodes(self) -> None:
+        """Return when every node that was started is connected.
+
+        Raises:
+            LaunchError: they took two minutes.
+        """
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            listed = self.flwr("supernode", "list", CONNECTION)["nodes"]
+            if sum(node["status"] == "online" for node in listed) >= len(self.nodes):
+                return
+        raise LaunchError(f"not all of {len(self.nodes)} SuperNodes have connected")
 
     def node_log(self, number: int) -> Path:
         """Where a node's SuperNode and clients write."""
