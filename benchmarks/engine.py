@@ -39,7 +39,7 @@ from joblib import cpu_count
 from pfedgpa_app import training
 from pfedgpa_app.client import build_model
 from pfedgpa_app.config import Config, resolve
-from pfedgpa_app.data.client import load_client, load_dataset, schema_of
+from pfedgpa_app.data.client import load_client, load_schema
 from pfedgpa_app.engine import gpu_for
 from pfedgpa_app.models import weights_of
 from pfedgpa_app.randomness import torch_generator
@@ -71,7 +71,7 @@ def settings(options: argparse.Namespace, clients: int, fraction: float) -> dict
 
 def _train_one(config: Config, client: int) -> None:
     torch.set_num_threads(1)
-    schema = schema_of(load_dataset(config))
+    schema = load_schema(config)
     model, data = build_model(config, schema), load_client(config, client)
     way = training.recipe(config, config.local_epochs, config.learning_rate)
     training.train(model, data.train, way, torch_generator(0, client))

@@ -26,10 +26,9 @@ import torch
 from pfedgpa_app import training
 from pfedgpa_app.client import build_model
 from pfedgpa_app.config import APP_DIR, resolve
-from pfedgpa_app.data.client import load_client, load_dataset, schema_of
+from pfedgpa_app.data.client import load_client, load_schema
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine.flower import processes_of, stage
-from pfedgpa_app.engine.ray import wait_for
 from pfedgpa_app.randomness import torch_generator
 
 ROLES = ("flower-superlink", "flwr-serverapp", "flower-supernode", "flwr-clientapp")
@@ -63,7 +62,7 @@ def bare_seconds(settings: dict[str, Any]) -> float:
     config = resolve(settings).config
     recipe = training.recipe(config, config.local_epochs, config.learning_rate)
     clients = [load_client(config, client) for client in range(config.num_clients)]
-    model = build_model(config, schema_of(load_dataset(config)))
+    model = build_model(config, load_schema(config))
     started = time.perf_counter()
     for client, data in enumerate(clients):
         training.train(model, data.train, recipe, torch_generator(0, client))
@@ -95,7 +94,7 @@ def main() -> None:
         run_id = deployment.run(stage(APP_DIR, deployment.home / "app"), settings)
         watcher = threading.Thread(target=watch)
         watcher.start()
-        failure = wait_for(deployment, run_id, Path(out) / "log", lambda: None)
+        failure = deployment.wait(run_id, Path(out) / "log")
         stop.set()
         watcher.join()
         if failure:

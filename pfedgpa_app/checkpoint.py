@@ -12,9 +12,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from pfedgpa_app.files import replacing
 
 FORMAT = "pfedgpa-checkpoint-1"
 MANIFEST = "checkpoint.json"
@@ -34,16 +34,6 @@ Get = Callable[[list[str]], Tensor]
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the text says why."""
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to in the place of ``path``, which is replaced whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    yield new
-    with new.open("rb+") as written:
-        os.fsync(written.fileno())
-    new.replace(path)
 
 
 def encode(value: Any, put: Put) -> Any:

@@ -28,9 +28,9 @@ from pfedgpa_app.data.client import (
     ClientData,
     Schema,
     load_client,
-    load_dataset,
     load_own,
     load_own_client,
+    load_schema,
     schema_of,
 )
 from pfedgpa_app.methods import method_class
@@ -76,7 +76,7 @@ class Visit:
         """What its network must know of its images."""
         if self.config.dataset == NODES:
             return schema_of(load_own(self.config, self._source))
-        return schema_of(load_dataset(self.config))
+        return load_schema(self.config)
 
     def data(self) -> ClientData:
         """What this client holds."""

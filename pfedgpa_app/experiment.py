@@ -17,12 +17,13 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from safetensors.torch import save_file
 
-from pfedgpa_app.checkpoint import Checkpoint, CheckpointError, replacing
+from pfedgpa_app.checkpoint import Checkpoint, CheckpointError
 from pfedgpa_app.config import Config, Resolved, differences
 from pfedgpa_app.data import NODES
-from pfedgpa_app.data.client import load_dataset, load_partition, schema_of
+from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.engine.grid import LocalGrid
+from pfedgpa_app.files import replacing
 from pfedgpa_app.methods import federation_of, method_class
 from pfedgpa_app.methods.base import Method
 from pfedgpa_app.models import Weights, build, network_name, weights_of
@@ -151,7 +152,7 @@ class _Run:
         self.going: dict[str, Any] = {}  # the checkpoint, as long as its federation goes
         own = config.dataset == NODES
         self.roster = Roster(grid, config.num_clients, config.timeout, own)
-        self.dataset = self.roster.schema or schema_of(load_dataset(config))
+        self.dataset = self.roster.schema or load_schema(config)
         network = network_name(config.model, self.dataset.shape)
         self.initial = weights_of(build(network, len(self.dataset.classes), config.seed))
         if config.start_from:

@@ -1,11 +1,24 @@
-"""Our safetensors files: numbers and JSON, nothing that runs."""
+"""Files: written whole or not at all, and our safetensors, which hold nothing that runs."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to in the place of ``path``, which is replaced whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    yield new
+    with new.open("rb+") as written:
+        os.fsync(written.fileno())
+    new.replace(path)
 
 
 def read_tensors(path: Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:

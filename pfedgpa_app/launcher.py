@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +111,29 @@ def launch(
     if config.uploads:
         settings["uploads"] = str(Path(config.uploads).expanduser().absolute())
     carry = functools.partial(ray.run, flower=flower) if engine == "ray" else local.run
-    watcher = Watcher(folder / EVENTS, console)
-    try:
-        failure = carry(app, settings, resolve(settings).config, folder / LOG, watcher.look)
-    finally:
-        watcher.close()
-    if failure or watcher.last != "done":
-        reason = failure_of(folder) or failure or "the server ended before the run was done"
+    there = resolve(settings).config
+    reason = watched(folder, console, lambda look: carry(app, settings, there, folder / LOG, look))
+    if reason:
         raise LaunchError(f"{reason}\nResults so far and Flower's log are in {folder}")
     return folder
 
 
-def failure_of(folder: Path) -> str:
-    """Why the run says that it failed."""
+def watched(folder: Path, console: Console, carry_out: Callable[[Callable[[], None]], str]) -> str:
+    """Show the events of the run in ``folder`` while it goes on: why it failed, or "".
+
+    Args:
+        carry_out: calls what it is given while the run goes on; why that failed, or "".
+    """
     events = folder / EVENTS
+    watcher = Watcher(events, console)
+    try:
+        failure = carry_out(watcher.look)
+    finally:
+        watcher.close()
+    if not failure and watcher.last == "done":
+        return ""
     lines = events.read_text().splitlines() if events.exists() else []
     reasons = [e["text"] for e in map(json.loads, lines) if e["kind"] == "failed"]
-    return f"the run failed: {reasons[-1]}" if reasons else ""
+    if reasons:
+        return f"the run failed: {reasons[-1]}"
+    return failure or "the server ended before the run was done"

@@ -8,7 +8,6 @@ results. So a node that was started again, and a run that was resumed, go on whe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from flwr.app import ArrayRecord, Context
 from safetensors.torch import load_file, save_file
 
+from pfedgpa_app.files import replacing
 from pfedgpa_app.models import Weights
 
 _ROUNDS = 2  # a resumed run may repeat a round: what was kept before it is still there
@@ -59,8 +59,7 @@ def keep(
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key}@{server_round}.safetensors"
-    new = path.with_suffix(".new")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, new)
-    os.replace(new, path)
+    with replacing(path) as new:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, new)
     for old in list(_kept(folder, key).values())[:-_ROUNDS]:
         old.unlink(missing_ok=True)

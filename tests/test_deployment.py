@@ -27,7 +27,6 @@ from pfedgpa_app.deployment.doctor import Node, NodeError, examine
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.deployment.rehearsal import site_images
 from pfedgpa_app.engine.flower import processes_of, stage
-from pfedgpa_app.engine.ray import wait_for
 from pfedgpa_app.experiment import run
 from pfedgpa_app.roster import RosterError
 from pfedgpa_app.settings import ConfigError
@@ -57,7 +56,7 @@ def test_deployed_processes_come_to_the_same_numbers(tmp_path: Path) -> None:
         deployment.await_nodes()
         staged = stage(APP_DIR, deployment.home / "app")
         run_id = deployment.run(staged, settings)
-        failure = wait_for(deployment, run_id, tmp_path / "log", lambda: None)
+        failure = deployment.wait(run_id, tmp_path / "log")
     assert not failure, (tmp_path / "log").read_text()
     folder = tmp_path / "deployed" / "run"
     for file in ("metrics.jsonl", "clients.jsonl"):

@@ -20,7 +20,6 @@ from pfedgpa_app.config import APP_DIR
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.engine.flower import stage
-from pfedgpa_app.engine.ray import wait_for
 from tests.test_federation import SMALL, federate, records, summary
 from tests.test_resume import results
 
@@ -79,7 +78,7 @@ def test_clients_that_go_wrong(tmp_path: Path) -> None:
             deployment.start_node(node)
         deployment.await_nodes()
         run_id = deployment.run(faulty(deployment.home / "app", faults), settings)
-        failure = wait_for(deployment, run_id, tmp_path / "log", lambda: None)
+        failure = deployment.wait(run_id, tmp_path / "log")
     assert not failure, (tmp_path / "log").read_text()
     folder = tmp_path / "run"
     for where, what in said.items():
@@ -109,7 +108,7 @@ def test_a_node_that_dies_in_a_round_and_comes_back(tmp_path: Path) -> None:
         until(here.exists)
         deployment.kill_node(2)
         deployment.start_node(2, state_dir=str(deployment.home / "state-2"))
-        failure = wait_for(deployment, run_id, tmp_path / "log", lambda: None)
+        failure = deployment.wait(run_id, tmp_path / "log")
     assert not failure, (tmp_path / "log").read_text()
     folder = tmp_path / "run"
     [text] = [text for text in warnings(folder) if "round 2: client 2 " in text]
@@ -146,7 +145,7 @@ def test_a_superlink_that_is_killed(tmp_path: Path) -> None:
                 return ""
 
         run_id = again()
-        failure = wait_for(deployment, run_id, tmp_path / "log", lambda: None)
+        failure = deployment.wait(run_id, tmp_path / "log")
     assert not failure, (tmp_path / "log").read_text()
     assert results(tmp_path / "run") == results(reference)
     assert any(e["kind"] == "resumed" for e in records(tmp_path / "run", "events.jsonl"))

@@ -54,6 +54,15 @@ def load_dataset(config: Config) -> Dataset:
     return load(config.dataset, config.data_dir, config.download, config.image_size)
 
 
+def load_schema(config: Config) -> Schema:
+    """Of the run's data set.
+
+    Raises:
+        DataError: as ``load_dataset``.
+    """
+    return schema_of(load_dataset(config))
+
+
 @lru_cache(maxsize=2)
 def load_partition(config: Config) -> list[ClientSplit]:
     """The run's partition, the same on every machine that has the data."""
@@ -99,11 +108,8 @@ def load_own_client(config: Config, source: str, client: int) -> ClientData:
     if kept == len(order):
         raise DataError(f"dataset {source}: validation-share leaves no image to train on")
     every = np.arange(len(data.test_labels))
-    return ClientData(
-        train=images_of(data.train_images, data.train_labels, np.sort(order[kept:])),
-        validation=images_of(data.train_images, data.train_labels, np.sort(order[:kept])),
-        test=images_of(data.test_images, data.test_labels, every),
-    )
+    split = ClientSplit(np.sort(order[kept:]), np.sort(order[:kept]), every, group=0)
+    return _held(data, split, data.train_labels)
 
 
 @lru_cache(maxsize=256)
@@ -113,6 +119,11 @@ def load_client(config: Config, client: int) -> ClientData:
     labels = data.train_labels
     if flips_labels(config, client):
         labels = len(data.classes) - 1 - labels
+    return _held(data, split, labels)
+
+
+def _held(data: Dataset, split: ClientSplit, labels: np.ndarray) -> ClientData:
+    """The images of ``split``, those of training with ``labels``."""
     return ClientData(
         train=images_of(data.train_images, labels, split.train),
         validation=images_of(data.train_images, labels, split.validation),

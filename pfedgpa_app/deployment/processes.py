@@ -52,12 +52,8 @@ class Deployment(Flower):
     def start_node(self, number: int, **config: Any) -> None:
         """Start a SuperNode, or start it again, with the node config given."""
         command = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}"]
-        command += [
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self._ports.setdefault(number, free_port())),
-        ]
+        port = self._ports.setdefault(number, free_port())
+        command += ["--host", "127.0.0.1", "--port", str(port)]
         if self.certificates is None:
             command += ["--insecure"]
         else:

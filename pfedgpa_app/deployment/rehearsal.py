@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,8 @@ from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.engine.flower import stage
-from pfedgpa_app.engine.ray import wait_for
 from pfedgpa_app.experiment import run_folder
-from pfedgpa_app.launcher import LOG, Watcher, failure_of
-from pfedgpa_app.results.log import EVENTS
+from pfedgpa_app.launcher import LOG, watched
 
 SETTINGS: dict[str, Any] = {
     "dataset": "nodes",
@@ -84,17 +83,14 @@ def rehearse(
                 deployment.start_node(node, dataset=f"imagefolder:{data}", state_dir=str(state))
             say(f"{nodes} SuperNodes, each with its own images")
             staged = stage(app, deployment.home / "app")
-            watcher = Watcher(folder / EVENTS, console)
-            try:
-                run_id = deployment.run(staged, settings)
-                failure = wait_for(deployment, run_id, folder / LOG, watcher.look)
-            finally:
-                watcher.close()
-            if failure or watcher.last != "done":
+
+            def carry_out(look: Callable[[], None]) -> str:
+                return deployment.wait(deployment.run(staged, settings), folder / LOG, look)
+
+            if reason := watched(folder, console, carry_out):
                 for node in range(nodes):
                     said = deployment.node_log(node).read_text(errors="replace")
                     (folder / f"node-{node}.log").write_text(said)
-                reason = failure_of(folder) or failure or "the server ended before the run was done"
                 raise LaunchError(f"{reason}\nFlower's and the nodes' logs are in {folder}")
     say("everything is taken down; nothing is left but the results")
     return folder

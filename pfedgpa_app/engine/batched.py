@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pfedgpa_app.client import Visit, build_model, compare_ways
 from pfedgpa_app.config import Config
-from pfedgpa_app.data.client import ClientData, load_client, load_dataset, schema_of
+from pfedgpa_app.data.client import ClientData, load_client, load_schema
 from pfedgpa_app.data.images import Images, normalised
 from pfedgpa_app.engine.grid import LocalGrid, raised
 from pfedgpa_app.models import Weights, weights_of
@@ -279,7 +279,7 @@ class BatchedGrid(LocalGrid):
     def __init__(self, app: ClientApp, run_config: dict[str, Any], config: Config) -> None:
         super().__init__(run_config, config.num_clients)
         self.app, self.config = app, config
-        self.model = build_model(config, schema_of(load_dataset(config)))
+        self.model = build_model(config, load_schema(config))
         self.bank = Bank.of(config, next(self.model.parameters()).device)
         self._cohorts: dict[int, Batch] = {}
         self._said: set[str] = set()

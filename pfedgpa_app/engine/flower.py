@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 from urllib.error import URLError
@@ -166,6 +166,22 @@ class Flower:
     def follow(self, run_id: str, log: Path) -> subprocess.Popen[bytes]:
         """Append the run's log to ``log``; the process ends when the run does."""
         return self.spawn(["flwr", "log", run_id, CONNECTION, "--stream"], log)
+
+    def wait(self, run_id: str, log: Path, look: Callable[[], None] = lambda: None) -> str:
+        """Return when the run has ended: why it did not complete, or "".
+
+        Args:
+            log: where the run's log goes.
+            look: called while the run goes on.
+        """
+        status, details = "", ""
+        while not status.startswith("finished"):
+            follower = self.follow(run_id, log)  # a log stream may break off before the run ends
+            while follower.poll() is None:
+                look()
+                time.sleep(0.2)
+            status, details = self.status(run_id)
+        return "" if status.startswith("finished:completed") else details or status
 
     def __exit__(self, *_: object) -> None:
         for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):

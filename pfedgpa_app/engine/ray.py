@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -67,16 +66,4 @@ def run(
         staged = stage(app, flower.home / "app")
         flower.wait_until_ready()
         run_id = flower.run(staged, dict(settings), "--federation-config", federation)
-        return wait_for(flower, run_id, log, look)
-
-
-def wait_for(flower: Flower, run_id: str, log: Path, look: Callable[[], None]) -> str:
-    """Return when the run has ended: why it did not complete, or ""."""
-    status, details = "", ""
-    while not status.startswith("finished"):
-        follower = flower.follow(run_id, log)  # a log stream may break off before the run ends
-        while follower.poll() is None:
-            look()
-            time.sleep(0.2)
-        status, details = flower.status(run_id)
-    return "" if status.startswith("finished:completed") else details or status
+        return flower.wait(run_id, log, look)

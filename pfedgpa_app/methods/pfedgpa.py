@@ -179,15 +179,13 @@ class PFedGPA(FedAvg):
         super().aggregate(server_round, uploads)
         if server_round >= first:
             own = self.config.pfedgpa
-            self.state.generated = self._generate(self._fit(own.round_layers, own.round_denoiser))
+            fitted = self._fit(own.round_layers, own.round_denoiser)
+            self.state.generated = self._whole(self._decoded(fitted))
 
     def personalise(self) -> dict[int, Weights]:
         """Generated weights; a client never seen gets the global ones."""
-        common = self.state.global_weights
-        return {
-            client: common | self.made[client] if client in self.made else common
-            for client in range(self.config.num_clients)
-        }
+        common, made = self.state.global_weights, self._whole(self.made)
+        return {client: made.get(client, common) for client in range(self.config.num_clients)}
 
     @functools.cached_property
     def made(self) -> dict[int, Weights]:
@@ -229,9 +227,9 @@ class PFedGPA(FedAvg):
             buffer = buffer.last(last_layers(self.state.global_weights, layers))
         return buffer
 
-    def _generate(self, fitted: WeightDistribution) -> dict[int, Weights]:
-        """Every uploader's whole weights, what is not generated from the global mean."""
-        return {c: self.state.global_weights | mine for c, mine in self._decoded(fitted).items()}
+    def _whole(self, made: dict[int, Weights]) -> dict[int, Weights]:
+        """Generated tensors, and from the global mean what is not generated."""
+        return {client: self.state.global_weights | mine for client, mine in made.items()}
 
     def _decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
         """The generated tensors of every client that ever uploaded."""

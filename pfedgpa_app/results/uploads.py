@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from pfedgpa_app.config import Resolved, keys
+from pfedgpa_app.config import NO_PART, Resolved
 from pfedgpa_app.files import read_tensors
 from pfedgpa_app.methods.fedavg import FedAvgState
 from pfedgpa_app.settings import ConfigError
@@ -16,11 +16,8 @@ from pfedgpa_app.settings import ConfigError
 FILE = "uploads.safetensors"
 FORMAT = "pfedgpa-uploads-1"
 # settings that may differ between the run that kept the uploads and the one that takes them
-_FREE = ("conf", "method", "out-dir", "run-name", "data-dir", "download", "device", "timeout")
-_FREE_PREFIXES = (
-    *("pfedgpa.", "fine-tune-", "evaluate-every", "uploads", "save-"),
-    *("checkpoint-every", "resume"),
-)
+_FREE = NO_PART | {"method", "device", "evaluate-every", "uploads"}
+_FREE_PREFIXES = ("pfedgpa.", "fine-tune-")
 
 
 def _fixed(resolved: Resolved) -> dict[str, Any]:
@@ -57,11 +54,11 @@ def load(
     except ValueError as error:
         raise ConfigError(f"uploads = {str(path)!r}: {error}") from error
     theirs, ours = json.loads(metadata["settings"]), _fixed(resolved)
-    for name in keys():
-        if theirs.get(name) != ours.get(name):
+    for name, value in ours.items():
+        if theirs.get(name) != value:
             raise ConfigError(
                 f"uploads = {str(path)!r}: made with {name} = {theirs.get(name)!r}, but this run "
-                f"has {ours.get(name)!r}"
+                f"has {value!r}"
             )
     like = state.global_weights
     state.global_weights = {name: tensors[f"global/{name}"] for name in like}
