@@ -3,16 +3,18 @@
     python benchmarks/membership.py results/RUN
 
 A loss-threshold attack (Yeom et al. 2018) on the weights that a run kept: images with a small
-loss are taken for training images. For each method, the area under the ROC curve between each
-client's own training and test images (of the same classes in the same shares), its mean and
-spread over clients; 0.5 is guessing. Beside it accuracy on both. ``pfedgpa`` shows what generated
-weights give away, ``last-upload`` what the client's own upload does, ``fedavg`` everybody's model.
+loss are taken for training images. For each method, the area under the ROC curve between a
+client's training and test images (of the same classes in the same shares), 0.5 being a guess:
+of each client's own images under its model, and of every other client's, which is what its model
+tells it about them. ``pfedgpa`` shows what generated weights give away, ``last-upload`` what the
+client's own upload does, ``fedavg`` everybody's model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
 from pfedgpa_app.config import Config, resolve
-from pfedgpa_app.data.client import load_client, load_dataset
+from pfedgpa_app.data.client import load_client, load_dataset, load_partition
 from pfedgpa_app.data.images import Images
 from pfedgpa_app.models import Weights, build, load, network_name
 
@@ -36,6 +38,20 @@ def config_of(run: Path) -> Config:
     return resolve(given).config
 
 
+@dataclass(frozen=True)
+class Found:
+    """What the attack finds.
+
+    Attributes:
+        areas: [clients, clients], of row's model on column's images, without those training
+            images of the other that the model's client has, too.
+        accuracies: [clients, 2] in %, of every model on its client's training and test images.
+    """
+
+    areas: np.ndarray
+    accuracies: np.ndarray
+
+
 @torch.no_grad()
 def losses(model: torch.nn.Module, images: Images) -> tuple[np.ndarray, float]:
     """Each image's loss, and the share of them that is recognised."""
@@ -45,12 +61,13 @@ def losses(model: torch.nn.Module, images: Images) -> tuple[np.ndarray, float]:
     return found.numpy(), float(right)
 
 
-def examine(config: Config, weights: dict[str, torch.Tensor]) -> np.ndarray:
-    """(attack's area, training accuracy, test accuracy) of every client [clients, 3]."""
-    data = load_dataset(config)
+def examine(config: Config, weights: dict[str, torch.Tensor]) -> Found:
+    """Attack every client's model with every client's images."""
+    data, splits = load_dataset(config), load_partition(config)
     model = build(network_name(config.model, data.shape), len(data.classes), config.seed)
-    rows = []
-    for client in range(config.founders):
+    clients = range(config.founders)
+    areas, accuracies = np.zeros((len(clients), len(clients))), np.zeros((len(clients), 2))
+    for client in clients:
         own: Weights = {
             name.partition("/")[2]: tensor
             for prefix in ("global", f"client-{client}")
@@ -58,12 +75,17 @@ def examine(config: Config, weights: dict[str, torch.Tensor]) -> np.ndarray:
             if name.startswith(f"{prefix}/")
         }
         load(model, own)
-        images = load_client(config, client)
-        member, seen = losses(model, images.train)
-        other, unseen = losses(model, images.test)
-        truth = np.r_[np.ones(len(member)), np.zeros(len(other))]
-        rows.append((roc_auc_score(truth, -np.r_[member, other]), 100 * seen, 100 * unseen))
-    return np.array(rows)
+        for other in clients:
+            images = load_client(config, other)
+            member, seen = losses(model, images.train)
+            stranger, unseen = losses(model, images.test)
+            if other == client:
+                accuracies[client] = 100 * seen, 100 * unseen
+            else:
+                member = member[~np.isin(splits[other].train, splits[client].train)]
+            truth = np.r_[np.ones(len(member)), np.zeros(len(stranger))]
+            areas[client, other] = roc_auc_score(truth, -np.r_[member, stranger])
+    return Found(areas, accuracies)
 
 
 def main() -> None:
@@ -71,17 +93,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="a run's folder, with the weights that it kept")
     run = parser.parse_args().run
+    torch.set_num_threads(1)
     config = config_of(run)
     print(
-        "| method | attack's area under the curve | worst client | on training images | on test |"
+        "| method | own images | the worst client's | others' images | the worst pair's "
+        "| accuracy on own training images | on own test images |"
     )
-    print("| --- | --- | --- | --- | --- |")
+    print("| --- " * 7 + "|")
     for file in sorted(run.glob("weights/*.safetensors")):
-        rows = examine(config, load_file(file))
-        area, spread = rows[:, 0].mean(), rows[:, 0].std()
+        found = examine(config, load_file(file))
+        own = found.areas.diagonal()
+        others = found.areas[~np.eye(len(own), dtype=bool)]
+        seen, unseen = found.accuracies.mean(0)
         print(
-            f"| {file.stem} | {area:.3f} ± {spread:.3f} | {rows[:, 0].max():.3f} "
-            f"| {rows[:, 1].mean():.1f} | {rows[:, 2].mean():.1f} |",
+            f"| {file.stem} | {own.mean():.3f} ± {own.std():.3f} | {own.max():.3f} "
+            f"| {others.mean():.3f} ± {others.std():.3f} | {others.max():.3f} "
+            f"| {seen:.1f} | {unseen:.1f} |",
             flush=True,
         )
 

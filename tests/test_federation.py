@@ -33,6 +33,7 @@ SMALL: dict[str, Any] = {
     "pfedgpa.width": 16,
     "pfedgpa.draws": 4,
 }
+PLAIN = {name: value for name, value in SMALL.items() if not name.startswith("pfedgpa.")}
 
 
 def federate(
@@ -491,8 +492,7 @@ class TestBadUploads:
                     )
                 return list(self.contexts)
 
-        run_config = {k: v for k, v in SMALL.items() if not k.startswith("pfedgpa.")}
-        run_config |= {"method": "fedper", "out-dir": str(tmp_path), "run-name": "run"}
+        run_config = PLAIN | {"method": "fedper", "out-dir": str(tmp_path), "run-name": "run"}
         folder = run(Wandering(run_config, 4), resolve(run_config))
         texts = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
         assert "fedper round 2: client 1 is not connected" in texts

@@ -90,14 +90,17 @@ class TestMembership:
             membership.examine(config, load_file(folder / "weights" / f"{name}.safetensors"))
             for name in ("last-upload", "fedavg")
         )
-        assert own.shape == shared.shape == (4, 3)
-        assert own[:, 1].mean() > 95  # by heart
-        assert own[:, 0].mean() > 0.6
-        assert ((own[:, 0] >= 0) & (own[:, 0] <= 1)).all()
+        assert own.areas.shape == shared.areas.shape == (4, 4)
+        assert own.accuracies[:, 0].mean() > 95  # by heart
+        mine = np.eye(4, dtype=bool)
+        assert own.areas[mine].mean() > 0.6
+        assert own.areas[mine].mean() > own.areas[~mine].mean() + 0.1  # not the others'
+        # one model: what a client learns about others is what they learn about it
+        assert np.ptp(shared.areas, axis=0).max() < 0.1
 
     def test_an_untrained_model_knows_nothing(self, tmp_path: Path) -> None:
         sizes = {"num-clients": 4, "train-per-client": 150, "test-per-client": 100}
         config = resolve(sizes).config
         weights = {f"global/{n}": t for n, t in build("digits", 10, 0).state_dict().items()}
-        areas = membership.examine(config, weights)[:, 0]
+        areas = membership.examine(config, weights).areas
         assert abs(areas.mean() - 0.5) < 0.05
