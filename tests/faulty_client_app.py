@@ -63,7 +63,7 @@ def train(message: Message, context: Context) -> Message:
     elif fault == "empty":
         arrays = {}
     elif fault == "large":
-        arrays[name] = np.zeros(2**24, np.float32)
+        arrays[name] = np.zeros(2**29, np.float32)  # 2 GiB
     elif fault == "replayed":
         reply.content["metrics"]["round"] -= 1
     elif fault.startswith("touch "):  # tells the test that it is here, and waits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,7 +195,7 @@ class Distribution:
     strength: int
     denoiser: Denoiser
 
-    @property
+    @functools.cached_property
     def schedule(self) -> Schedule:
         """Of its noise."""
         return Schedule(self.settings.diffusion_steps, self.settings.schedule)
