@@ -5,7 +5,8 @@
 Starts the processes on loopback, runs FedAvg on digits and prints, from the run's own records:
 seconds a round (median, range) and, of these, what training takes (the same clients' training,
 timed in this process), the uploads that were lost, and the memory of each role's processes over
-the run (PSS; the largest sample of each fifth of the rounds).
+the run (PSS; the largest sample of each fifth of the rounds). A SuperNode starts a process for
+every message: what that one imports before it does anything is timed, too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import itertools
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -69,6 +72,21 @@ def bare_seconds(settings: dict[str, Any]) -> float:
     return time.perf_counter() - started
 
 
+def import_seconds() -> dict[str, float]:
+    """What a client's process takes to import, by whose code it is: the least of three."""
+    how: dict[str, Any] = {"cwd": APP_DIR, "capture_output": True, "text": True, "check": True}
+    code = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+    cumulative = [
+        min(
+            float(subprocess.run([sys.executable, "-c", code.format(modules)], **how).stdout)
+            for _ in range(3)
+        )
+        for modules in ("torch", "torch, flwr.clientapp", "torch, flwr.clientapp, client_app")
+    ]
+    own = [b - a for a, b in itertools.pairwise([0.0, *cumulative])]
+    return dict(zip(("torch", "Flower", "the app"), own, strict=True))
+
+
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -76,7 +94,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     settings: dict[str, Any] = {"num-clients": options.nodes, "num-server-rounds": options.rounds}
-    settings |= {"method": "fedavg", "dataset": "digits", "evaluate-every": 1000, "run-name": "run"}
+    settings |= {"method": "fedavg", "dataset": "digits", "evaluate-every": 0, "run-name": "run"}
     settings |= {"train-per-client": 60, "test-per-client": 40, "timeout": 300.0}
     samples: list[tuple[float, dict[str, int]]] = []
     with tempfile.TemporaryDirectory() as out, Deployment() as deployment:
@@ -107,13 +125,14 @@ def main() -> None:
     wanted = options.nodes * options.rounds
     print(f"{options.nodes} SuperNodes, {options.rounds} rounds")
     print(f"uploads: {uploads} of {wanted}")
-    # rounds without an evaluation: not the first one and the last five
-    spans = [b - a for a, b in itertools.pairwise(rounds)][:-5]
+    spans = [b - a for a, b in itertools.pairwise(rounds)]
     bare = bare_seconds(settings)
     print(
         f"a round: {statistics.median(spans):.1f} s ({min(spans):.1f} to {max(spans):.1f}), "
         f"of which training: {bare:.2f} s"
     )
+    said = ", ".join(f"{whose} {seconds:.2f} s" for whose, seconds in import_seconds().items())
+    print(f"imports of a client's process: {said}")
     print("| memory, MiB | " + " | ".join(f"fifth {i + 1}" for i in range(5)) + " |")
     print("| --- " * 6 + "|")
     first, last = rounds[0], rounds[-1]
