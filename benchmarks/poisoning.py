@@ -1,0 +1,76 @@
+"""Accuracy of honest clients while others attack, method by method.
+
+    python benchmarks/poisoning.py [--out results/poisoning] [--jobs 2]
+
+20 clients of Fashion-MNIST with 300 images each, 30 rounds, one seed; 10 and 20 % of the clients
+attack as ``pfedgpa_app.attacks`` says. Runs that are complete are skipped, so it can be stopped
+and started again. Prints a table: accuracy in % before fine-tuning, mean of the honest clients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pfedgpa_app.attacks import ATTACKS
+from pfedgpa_app.config import APP_DIR
+from pfedgpa_app.sweep import Run, carry_out, expand
+
+BASE: dict[str, Any] = {
+    "conf": "compare-fashion-mnist",
+    "train-per-client": 300,
+    "num-server-rounds": 30,
+    "evaluate-every": 0,
+    "fine-tune-grid-learning-rates": [0.005],
+    "save-weights": False,
+}
+# {row: the settings that make it, apart from the attack}
+ROWS: dict[str, dict[str, Any]] = {
+    "FedAvg": {"method": "fedavg"},
+    "FedAvg, max-distance 2.5": {"method": "fedavg", "max-distance": 2.5},
+    "pFedGPA": {"method": "pfedgpa"},
+    "pFedGPA, max-distance 2.5": {"method": "pfedgpa", "max-distance": 2.5},
+    "Krum": {"method": "krum"},
+    "trimmed mean": {"method": "trimmed-mean"},
+}
+CONDITIONS = [("none", 0.0)] + [(a, s) for a in ATTACKS if a != "none" for s in (0.1, 0.2)]
+
+
+def planned(out: Path) -> dict[tuple[str, str, float], Run]:
+    """{(row, attack, share of malicious clients): its run}."""
+    runs = {}
+    for row, settings in ROWS.items():
+        for attack, share in CONDITIONS:
+            over = settings | {"attack": attack, "malicious-share": share}
+            if row == "Krum":  # knows how many; without any it keeps the mean's best neighbour
+                over["krum.malicious"] = round(share * 20)
+            [runs[row, attack, share]] = expand(BASE, {k: [v] for k, v in over.items()}, out)
+    return runs
+
+
+def accuracy(run: Run) -> float:
+    """Mean of the honest clients, before fine-tuning."""
+    [row] = json.loads((run.folder / "summary.json").read_text())
+    return float(row["accuracy_before_ft"])
+
+
+def main() -> None:
+    """Carry out what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("results/poisoning"))
+    parser.add_argument("--jobs", type=int)
+    options = parser.parse_args()
+    runs = planned(options.out)
+    if not carry_out(list(runs.values()), options.out, APP_DIR, options.jobs):
+        raise SystemExit("some runs failed")
+    print("| | " + " | ".join(f"{a}, {s:.0%}" if s else a for a, s in CONDITIONS) + " |")
+    print("| --- " * (len(CONDITIONS) + 1) + "|")
+    for row in ROWS:
+        cells = [f"{accuracy(runs[row, attack, share]):.1f}" for attack, share in CONDITIONS]
+        print(f"| {row} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
