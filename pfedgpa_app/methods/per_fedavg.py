@@ -28,7 +28,9 @@ from pfedgpa_app.training import cross_entropy, drawn, sgd_step
 class PerFedAvgSettings(MethodSettings):
     """The step that clients adapt with."""
 
-    alpha: float | None = setting(None, "α, the adaptation's step; auto: the learning rate", low=0)
+    alpha: float | None = setting(
+        None, "α, the adaptation's step; auto: the learning rate", low=0, grid=(0.001, 0.003, 0.01)
+    )
 
 
 def alpha_of(config: Config) -> float:
@@ -42,6 +44,7 @@ class PerFedAvg(Averaging[Shared]):
 
     title = "Per-FedAvg"
     settings = PerFedAvgSettings
+    tuned = ("alpha", "learning-rate")
     fine_tuning = "own"
     uniform = True
 
