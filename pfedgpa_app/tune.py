@@ -8,7 +8,6 @@ would be many. A best value at an end of its grid has the search go on beyond th
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -40,12 +39,15 @@ def tunable(config: Config) -> list[str]:
     return [m for m in METHODS if federation_of(m, config) == m and main_settings(m)]
 
 
-def score(run: Run) -> float:
-    """The best accuracy on validation images, before or after a fine-tuning, in percent."""
+def score(run: Run) -> tuple[float, ...]:
+    """Accuracies on validation images in %, before and after fine-tunings, the best one first.
+
+    Of runs whose best are equal, the next best decide; () if it failed.
+    """
     if not is_done(run.folder):
-        return -math.inf  # it failed: the weights went to infinity
-    values = json.loads((run.folder / "summary.json").read_text())[0]["validation"].values()
-    return max(values, default=-math.inf)
+        return ()  # the weights went to infinity
+    [row, *_] = json.loads((run.folder / "summary.json").read_text())
+    return tuple(sorted(row["validation"].values(), reverse=True))
 
 
 def tune(
@@ -95,7 +97,7 @@ def tune(
                 carry_out(more, out, app, jobs, console)
         for method, (key, runs) in going.items():
             best = max(runs, key=score)  # the first of equals
-            if score(best) == -math.inf:
+            if not score(best):
                 raise ConfigError(f"tune: no run of {method} came to its end; see {out}")
             chosen[method][key] = best.varied[key]
     flat = {key: value for own in chosen.values() for key, value in own.items()}
@@ -106,7 +108,7 @@ def tune(
     return flat
 
 
-def next_beyond(tried: Sequence[tuple[Any, float]]) -> float | None:
+def next_beyond(tried: Sequence[tuple[Any, Any]]) -> float | None:
     """The value to try next where the best of (value, score) is the smallest or the largest.
 
     At the grid's own ratio; None where the best lies inside, or for what is no positive float.

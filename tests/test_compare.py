@@ -113,6 +113,7 @@ class TestTune:
         ("validation", "best", "runs"),
         [
             ({0.001: 50.0, 0.01: 70.0, 0.1: 60.0}, 0.01, 3),
+            ({0.001: 70.0, 0.01: 70.0, 0.1: 60.0}, 0.01, 3),  # better before fine-tuning
             # beyond the smallest, 0.001: first 0.0001, then 0.00001, which is no better
             ({1e-3: 50.0, 1e-4: 60.0, 1e-5: 55.0}, 1e-4, 3),
         ],
@@ -135,7 +136,7 @@ class TestTune:
                     run.folder.mkdir(parents=True)
                     row = {"method": "fedprox", "title": "FedProx", "rounds": 2}
                     row |= {"accuracy_before_ft": -validation[mu]}
-                    row |= {"validation": {"before_ft": 1.0, "after_ft_tuned": validation[mu]}}
+                    row |= {"validation": {"before_ft": mu, "after_ft_tuned": validation[mu]}}
                     (run.folder / "summary.json").write_text(json.dumps([row]))
                     (run.folder / EVENTS).write_text('{"kind": "done", "text": ""}\n')
                     settings = json.dumps(run.resolved.as_dict())
