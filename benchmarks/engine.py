@@ -71,8 +71,7 @@ def settings(options: argparse.Namespace, clients: int, fraction: float) -> dict
 
 def _train_one(config: Config, client: int) -> None:
     torch.set_num_threads(1)
-    schema = load_schema(config)
-    model, data = build_model(config, schema), load_client(config, client)
+    model, data = build_model(config, load_schema(config)), load_client(config, client)
     way = training.recipe(config, config.local_epochs, config.learning_rate)
     training.train(model, data.train, way, torch_generator(0, client))
     weights_of(model)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedgpa_app.config import resolve
-from pfedgpa_app.results.log import is_done
+from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import seeds_table
 
 HERE = Path(__file__).resolve().parent
@@ -59,7 +59,7 @@ def run(
                 f"uploads={federated / 'uploads.safetensors'}" if step else "save-uploads=true"
             ]
             subprocess.run(command, check=True)
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = rows_of(folder)
         if step == "-principal":
             summary[0] |= {"method": "principal", "title": "pFedGPA on principal directions"}
         rows |= {row["method"]: row for row in summary}

@@ -93,7 +93,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="a run's folder, with the weights that it kept")
     run = parser.parse_args().run
-    torch.set_num_threads(1)
     config = config_of(run)
     print(
         "| method | own images | the worst client's | others' images | the worst pair's "

@@ -10,12 +10,12 @@ and started again. Prints a table: accuracy in % before fine-tuning, mean of the
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.attacks import ATTACKS
-from pfedgpa_app.config import APP_DIR
+from pfedgpa_app.attacks import ATTACKS, malicious
+from pfedgpa_app.config import APP_DIR, resolve
+from pfedgpa_app.results.log import rows_of
 from pfedgpa_app.sweep import Run, carry_out, expand
 
 BASE: dict[str, Any] = {
@@ -44,15 +44,15 @@ def planned(out: Path) -> dict[tuple[str, str, float], Run]:
     for row, settings in ROWS.items():
         for attack, share in CONDITIONS:
             over = settings | {"attack": attack, "malicious-share": share}
-            if row == "Krum":  # knows how many; without any it keeps the mean's best neighbour
-                over["krum.malicious"] = round(share * 20)
+            if row == "Krum":  # it is told how many attack
+                over["krum.malicious"] = len(malicious(resolve(BASE | over).config))
             [runs[row, attack, share]] = expand(BASE, {k: [v] for k, v in over.items()}, out)
     return runs
 
 
 def accuracy(run: Run) -> float:
     """Mean of the honest clients, before fine-tuning."""
-    [row] = json.loads((run.folder / "summary.json").read_text())
+    [row] = rows_of(run.folder)
     return float(row["accuracy_before_ft"])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from pfedgpa_app.config import resolve
 from pfedgpa_app.methods import METHODS, federation_of, method_class
-from pfedgpa_app.results.log import is_done
+from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.sweep import Run, Settings, expand
 
@@ -124,7 +124,7 @@ def table(out: Path) -> str:
         if is_done(folder):
             experiment = json.loads((folder / "config.json").read_text())["conf"]["value"]
             methods = found.setdefault(Path(experiment).stem, {})
-            for row in json.loads((folder / "summary.json").read_text()):
+            for row in rows_of(folder):
                 methods.setdefault(row["method"], []).append(row)
     parts = []
     for experiment, methods in found.items():

@@ -33,7 +33,7 @@ from pfedgpa_app.config import Config, Resolved, differences, resolve
 from pfedgpa_app.engine import PARENT, engine_for
 from pfedgpa_app.experiment import federations
 from pfedgpa_app.launcher import LOG, preflight
-from pfedgpa_app.results.log import EVENTS, clock, is_done, last_event
+from pfedgpa_app.results.log import EVENTS, clock, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.settings import ConfigError
 
@@ -303,14 +303,13 @@ def _argument(value: Any) -> str:
 
 
 def _headline(folder: Path) -> str:
-    rows = json.loads((folder / "summary.json").read_text())
-    return ", ".join(f"{row['method']} {row['accuracy_before_ft']:.1f}" for row in rows)
+    return ", ".join(f"{r['method']} {r['accuracy_before_ft']:.1f}" for r in rows_of(folder))
 
 
 def summarise(runs: Sequence[Run], out: Path) -> str:
     """Write ``sweep.json`` (every finished run's rows) and ``sweep.md`` (means over seeds)."""
     finished = [run for run in runs if is_done(run.folder)]
-    rows = {run.name: json.loads((run.folder / "summary.json").read_text()) for run in finished}
+    rows = {run.name: rows_of(run.folder) for run in finished}
     record = [{"run": r.name, "varied": r.varied, "summary": rows[r.name]} for r in finished]
     (out / "sweep.json").write_text(json.dumps(record, indent=1) + "\n")
     parts = []

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pfedgpa_app.config import Config, conf_path, keys
 from pfedgpa_app.methods import METHODS, federation_of, method_class
-from pfedgpa_app.results.log import is_done
+from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.sweep import Run, Settings, carry_out, expand
 
@@ -46,8 +46,7 @@ def score(run: Run) -> tuple[float, ...]:
     """
     if not is_done(run.folder):
         return ()  # the weights went to infinity
-    [row, *_] = json.loads((run.folder / "summary.json").read_text())
-    return tuple(sorted(row["validation"].values(), reverse=True))
+    return tuple(sorted(rows_of(run.folder)[0]["validation"].values(), reverse=True))
 
 
 def tune(
@@ -151,7 +150,7 @@ def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:
 def _rows(out: Path, conf: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for folder in sorted(path.parent for path in out.glob("*/summary.json")):
         config = json.loads((folder / "config.json").read_text())
-        row = json.loads((folder / "summary.json").read_text())[0]
+        row = rows_of(folder)[0]
         if is_done(folder) and config["conf"]["value"] == conf:
             names = main_settings(row["method"])
             yield row["title"], ", ".join(f"{n} = {config[n]['value']}" for n in names), row

@@ -36,6 +36,12 @@ def is_done(folder: Path) -> bool:
     return last_event(folder).get("kind") == "done"
 
 
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The summary of the run in ``folder``: one row a method."""
+    rows: list[dict[str, Any]] = json.loads((folder / "summary.json").read_text())
+    return rows
+
+
 def mean(values: list[float]) -> float:
     """NaN for no values."""
     return sum(values) / len(values) if values else float("nan")
