@@ -90,7 +90,7 @@ def test_only_registered_keys_enter(tmp_path: Path) -> None:
         deployment.register(0)
         for node in range(2):
             deployment.start_node(node)
-        assert deployment.nodes.pop(1).wait(timeout=120) != 0
+        assert deployment.nodes.pop(1).wait(timeout=600) != 0
         deployment.await_nodes()
         listed = deployment.flwr("supernode", "list", CONNECTION)["nodes"]
     assert [node["status"] for node in listed] == ["online"]

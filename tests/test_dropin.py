@@ -110,7 +110,7 @@ class TestQuickstart:
             if tensor.is_floating_point():
                 assert torch.allclose(means[0][name].float(), tensor, atol=1e-6)
 
-    @pytest.mark.xdist_group("processes")
+    @pytest.mark.xdist_group("simulation")
     def test_in_flowers_simulation(self, tmp_path: Path) -> None:
         """``flwr run`` on the app as it lies there."""
         federation = "num-supernodes=4 client-resources-num-cpus=1"
@@ -119,7 +119,7 @@ class TestQuickstart:
             run_id = flower.run(
                 QUICKSTART, {"out": str(tmp_path)}, "--federation-config", federation
             )
-            flower.follow(run_id, tmp_path / "log").wait(timeout=300)
+            flower.follow(run_id, tmp_path / "log").wait(timeout=1200)
             status, _ = flower.status(run_id)
         log = (tmp_path / "log").read_text(errors="replace")
         assert status.startswith("finished:completed"), log[-3000:]

@@ -23,8 +23,7 @@ from pfedgpa_app.engine.flower import stage
 from tests.test_federation import PLAIN, federate, records, summary
 from tests.test_resume import results
 
-LOST = ("did not answer", "lost its process")  # whether Flower or we noticed first
-SLOW = 90.0  # seconds, longer than what Flower takes to notice a dead process
+LOST = ("did not answer", "lost its process", "code 5")  # whether Flower or we noticed first
 QUICK = PLAIN | {"evaluate-every": 0}  # every message starts a process that imports torch
 pytestmark = pytest.mark.xdist_group("processes")  # one after the other: they fill the machine
 
@@ -38,7 +37,7 @@ def faulty(folder: Path, faults: dict[str, str]) -> Path:
     return staged
 
 
-def until(condition: Callable[[], Any], seconds: float = 120) -> None:
+def until(condition: Callable[[], Any], seconds: float = 600) -> None:
     """Return when it holds.
 
     Raises:
@@ -55,69 +54,68 @@ def warnings(folder: Path) -> list[str]:
     return [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
 
 
-def test_clients_that_go_wrong(tmp_path: Path) -> None:
-    """Five nodes, one of them healthy; what others send never enters, and the run ends."""
+def test_clients_that_send_garbage(tmp_path: Path) -> None:
+    """What two of three nodes send never enters, 2 GiB among it, and the run ends."""
     faults = {
-        **{"1 1": "raises", "1 2": "nan", "1 3": "huge"},
-        **{"2 1": "shape", "2 2": "dtype", "2 3": "infinite"},
-        **{"3 1": "names", "3 2": "empty", "3 3": "exits"},
-        **{"4 2": "replayed", "4 3": "slow"},
+        "1": ["raises", "nan", "huge", "shape", "large"],
+        "2": ["names", "replayed", "infinite", "dtype", "empty"],
     }
     said = {
-        **{"1 1": "out of paper", "1 2": "not finite", "1 3": "as large as usual"},
-        **{"2 1": "of shape", "2 2": "float64", "2 3": "not finite"},
-        **{"3 1": "missing names", "3 2": "missing names", "3 3": "lost"},
-        **{"4 2": "an upload of round 1", "4 3": "lost"},
+        "1": ["out of paper", "not finite", "as large as usual", "of shape", "are enough"],
+        "2": ["missing names", "of round 1", "not finite", "float64", "missing names"],
     }
-    settings = QUICK | {"method": "pfedgpa-once", "num-clients": 5, "num-server-rounds": 3}
-    settings |= {"out-dir": str(tmp_path), "run-name": "run", "timeout": SLOW / 2}
-    with Deployment() as deployment:
-        deployment.wait_until_ready()
-        for node in range(5):
-            deployment.start_node(node)
-        deployment.await_nodes()
-        run_id = deployment.run(faulty(deployment.home / "app", faults), settings)
-        failure = deployment.wait(run_id, tmp_path / "log")
-    assert not failure, (tmp_path / "log").read_text()
-    folder = tmp_path / "run"
-    for where, what in said.items():
-        client, server_round = where.split()
-        start = f"fedavg round {server_round}: client {client} "
-        found = [text for text in warnings(folder) if text.startswith(start)]
-        lost = what == "lost" and any(text in found[0] for text in LOST)
-        assert what in found[0] or lost, found
-    wrong = {(int(r), int(c)) for c, r in (key.split() for key in faults)}
-    took_part = {(r["round"], r["client"]) for r in records(folder) if r["participated"]}
-    assert took_part == {(r, c) for r in range(1, 4) for c in range(5)} - wrong
-    assert {r["client"] for r in records(folder, "clients.jsonl")} >= {0, 1, 2, 3}
-
-
-def test_a_node_that_dies_in_a_round_and_comes_back(tmp_path: Path) -> None:
-    """Without a key it comes back by another name, and is still the same client.
-
-    Another one sends 2 GiB.
-    """
-    here = tmp_path / "here"
-    settings = QUICK | {"method": "fedper", "num-clients": 3, "timeout": SLOW}
-    settings |= {"out-dir": str(tmp_path), "run-name": "run", "num-server-rounds": 3}
+    settings = QUICK | {"method": "pfedgpa-once", "num-clients": 3, "num-server-rounds": 5}
+    settings |= {"out-dir": str(tmp_path), "run-name": "run", "timeout": 600.0}
     with Deployment() as deployment:
         deployment.wait_until_ready()
         for node in range(3):
-            deployment.start_node(node, state_dir=str(deployment.home / f"state-{node}"))
+            deployment.start_node(node)
         deployment.await_nodes()
-        app = faulty(deployment.home / "app", {"1 1": "large", "2 2": f"touch {here}"})
-        run_id = deployment.run(app, settings)
-        until(here.exists)
-        deployment.kill_node(2)
-        deployment.start_node(2, state_dir=str(deployment.home / "state-2"))
+        by_round = {f"{c} {r}": fault for c in faults for r, fault in enumerate(faults[c], 1)}
+        run_id = deployment.run(faulty(deployment.home / "app", by_round), settings)
         failure = deployment.wait(run_id, tmp_path / "log")
     assert not failure, (tmp_path / "log").read_text()
     folder = tmp_path / "run"
-    [text] = [text for text in warnings(folder) if "round 2: client 2 " in text]
-    assert "code 5" in text or "did not answer" in text
-    assert any("round 1: client 1 sent" in t and "are enough" in t for t in warnings(folder))
+    for client, expected in said.items():
+        for server_round, what in enumerate(expected, 1):
+            start = f"fedavg round {server_round}: client {client} "
+            [found] = [text for text in warnings(folder) if text.startswith(start)]
+            assert what in found
     took_part = {(r["round"], r["client"]) for r in records(folder) if r["participated"]}
-    assert took_part == {(r, c) for r in range(1, 4) for c in range(3)} - {(1, 1), (2, 2)}
+    assert took_part == {(r, 0) for r in range(1, 6)}
+    assert {r["client"] for r in records(folder, "clients.jsonl")} == {0, 1, 2}
+
+
+def test_clients_that_fall_silent(tmp_path: Path) -> None:
+    """One loses its process; one's node dies and comes back, without a key and so by another
+    name, and is still the same client; one is slower than the timeout."""
+    here, go_on = tmp_path / "here", tmp_path / "go on"
+    faults = {"1 1": "exits", "2 1": f"touch {here}", "3 1": f"wait {go_on}"}
+    # Flower takes a minute to notice a dead process; on a busy machine the healthy take that, too
+    settings = QUICK | {"method": "fedper", "num-clients": 4, "timeout": 120.0}
+    settings |= {"out-dir": str(tmp_path), "run-name": "run", "num-server-rounds": 3}
+    folder = tmp_path / "run"
+    with Deployment() as deployment:
+        deployment.wait_until_ready()
+        for node in range(4):
+            deployment.start_node(node, state_dir=str(deployment.home / f"state-{node}"))
+        deployment.await_nodes()
+        run_id = deployment.run(faulty(deployment.home / "app", faults), settings)
+        until(here.exists)
+        deployment.kill_node(2)
+        deployment.start_node(2, state_dir=str(deployment.home / "state-2"))
+        events = folder / "events.jsonl"
+        until(lambda: "round 1: client 3 did not answer" in events.read_text())
+        go_on.touch()
+        failure = deployment.wait(run_id, tmp_path / "log")
+    assert not failure, (tmp_path / "log").read_text()
+    for client in (1, 2, 3):
+        [text] = [text for text in warnings(folder) if f"round 1: client {client} " in text]
+        assert any(word in text for word in LOST)
+    took_part = {(r["round"], r["client"]) for r in records(folder) if r["participated"]}
+    everything = {(r, c) for r in range(1, 4) for c in range(4)}
+    assert everything - took_part <= {(1, 1), (1, 2), (1, 3), (2, 3)}  # the last may be late again
+    assert not took_part & {(1, 1), (1, 2), (1, 3)}
 
 
 def test_a_superlink_that_is_killed(tmp_path: Path) -> None:
