@@ -73,7 +73,10 @@ def bare_seconds(settings: dict[str, Any]) -> float:
 
 
 def import_seconds() -> dict[str, float]:
-    """What a client's process takes to import, by whose code it is: the least of three."""
+    """What a client's process takes to import, with every method, by whose code it is.
+
+    The least of three.
+    """
     how: dict[str, Any] = {"cwd": APP_DIR, "capture_output": True, "text": True, "check": True}
     code = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
     cumulative = [
@@ -81,7 +84,11 @@ def import_seconds() -> dict[str, float]:
             float(subprocess.run([sys.executable, "-c", code.format(modules)], **how).stdout)
             for _ in range(3)
         )
-        for modules in ("torch", "torch, flwr.clientapp", "torch, flwr.clientapp, client_app")
+        for modules in (
+            "torch",
+            "torch, flwr.clientapp",
+            "torch, flwr.clientapp, client_app, pfedgpa_app.config as c; c.resolve({})",
+        )
     ]
     own = [b - a for a, b in itertools.pairwise([0.0, *cumulative])]
     return dict(zip(("torch", "Flower", "the app"), own, strict=True))

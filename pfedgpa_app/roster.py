@@ -8,6 +8,7 @@ each, one message a node at a time, so that a node's state is never written by t
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from flwr.superlink.grid import HttpGrid
 
 from pfedgpa_app.data import NODES
 from pfedgpa_app.data.client import Schema
@@ -24,6 +26,7 @@ from pfedgpa_app.models import Weights
 logger = logging.getLogger("pfedgpa")
 
 ARRIVAL = 3.0  # seconds without a new node, after which no more are waited for
+LOOK = 0.25  # seconds between looks for replies over HTTP
 Settings = dict[str, Any]  # what a ConfigRecord takes
 
 
@@ -53,9 +56,22 @@ class OneAtATime(Grid):
             if wave == len(waves):
                 waves.append([])
             waves[wave].append(message)
-        return [
-            reply for wave in waves for reply in self._grid.send_and_receive(wave, timeout=timeout)
-        ]
+        return [reply for wave in waves for reply in self._exchange(wave, timeout)]
+
+    def _exchange(self, messages: list[Message], timeout: float | None) -> Iterable[Message]:
+        """As the grid does it, but for Flower's over HTTP, which looks every 3 s only."""
+        if not isinstance(self._grid, HttpGrid):
+            return self._grid.send_and_receive(messages, timeout=timeout)
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        owed = set(self._grid.push_messages(messages))
+        replies: list[Message] = []
+        while owed and time.monotonic() < end:
+            if new := list(self._grid.pull_messages(owed)):
+                replies += new
+                owed -= {reply.metadata.reply_to_message_id for reply in new}
+            else:
+                time.sleep(LOOK)
+        return replies
 
     def set_run(self, run: Run) -> None:
         self._grid.set_run(run)

@@ -96,6 +96,24 @@ def test_only_registered_keys_enter(tmp_path: Path) -> None:
     assert [node["status"] for node in listed] == ["online"]
 
 
+def test_a_clients_process_imports_little() -> None:
+    """It is a new one for every message."""
+    code = """if True:
+        import sys
+        import client_app
+        from pfedgpa_app.config import resolve
+        from pfedgpa_app.data.client import load_client
+        load_client(resolve({"dataset": "digits"}).config, 0)
+        print(*sys.modules)
+    """
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=APP_DIR, check=True)  # reads the data set, once a machine
+    done = subprocess.run(command, cwd=APP_DIR, check=True, capture_output=True, text=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "torch" in loaded
+    assert not loaded & {"sklearn", "scipy", "pandas", "matplotlib", "torchvision", "ray"}
+
+
 class TestOwnData:
     """What nodes bring themselves, in this process."""
 

@@ -62,7 +62,7 @@ def load(name: str, data_dir: str, download: bool = False, image_size: int = 0) 
     """
     root = resolve_data_dir(data_dir)
     if name == "digits":
-        return _digits()
+        return _cached(["digits"], _digits)  # scikit-learn takes longer to import than a round
     if name.startswith("imagefolder:"):
         path = Path(name.removeprefix("imagefolder:")).expanduser()
         return _imagefolder(path if path.is_absolute() else root / path, image_size)

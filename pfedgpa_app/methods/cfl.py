@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from sklearn.cluster import AgglomerativeClustering
 from torch import Tensor
 
 from pfedgpa_app.config import Config
@@ -62,6 +61,8 @@ class Cluster:
 
 def bipartition(updates: Tensor, linkage: str) -> Tensor:
     """Which of two sides each of the updates [n, P] is on, [n], by their cosines."""
+    from sklearn.cluster import AgglomerativeClustering  # here: no client waits for it
+
     unit = updates / updates.norm(dim=1, keepdim=True).clamp_min(1e-12)
     distance = (1 - unit @ unit.T).clamp_(0, 2).fill_diagonal_(0)
     tree = AgglomerativeClustering(n_clusters=2, metric="precomputed", linkage=linkage)
