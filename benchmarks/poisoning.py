@@ -2,7 +2,7 @@
 
     python benchmarks/poisoning.py [--out results/poisoning] [--jobs 2]
 
-20 clients of Fashion-MNIST with 200 images each, 30 rounds, one seed; 10 and 20 % of the clients
+20 clients of Fashion-MNIST with 200 images each, 20 rounds, one seed; 10 and 20 % of the clients
 attack as ``pfedgpa_app.attacks`` says. Runs that are complete are skipped, so it can be stopped
 and started again. Prints a table: accuracy in % before fine-tuning, mean of the honest clients.
 """
@@ -21,8 +21,9 @@ from pfedgpa_app.sweep import Run, carry_out, expand
 BASE: dict[str, Any] = {
     "conf": "compare-fashion-mnist",
     "train-per-client": 200,
-    "num-server-rounds": 30,
+    "num-server-rounds": 20,
     "evaluate-every": 0,
+    "fine-tune-grid-epochs": 1,
     "fine-tune-grid-learning-rates": [0.005],
     "save-weights": False,
 }
