@@ -114,8 +114,12 @@ class Visit:
         return Message(content, reply_to=self.message)
 
     def trained(self, weights: Weights, loss: float) -> Message:
-        """The answer to a round."""
-        self.keep_state()
+        """The answer to a round.
+
+        A client whose training went to infinity keeps what it had before: it would never come back.
+        """
+        if all(t.isfinite().all() for t in (*weights.values(), *self.state.values())):
+            self.keep_state()
         if self.client in malicious(self.config):
             weights = spoiled(self.config, weights, self.weights, self.generator("attack"))
         metrics: Metrics = {

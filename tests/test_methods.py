@@ -32,7 +32,7 @@ from pfedgpa_app.methods.cfl import bipartition
 from pfedgpa_app.methods.fedfomo import AFFINITY, FedFomo
 from pfedgpa_app.methods.fedproto import NEVER
 from pfedgpa_app.methods.pfedhn import Hypernetwork, PFedHN, sgd_coefficients
-from pfedgpa_app.methods.scaffold import CONTROL, effective_steps
+from pfedgpa_app.methods.scaffold import CONTROL, Scaffold, effective_steps
 from pfedgpa_app.models import Weights, build, last_layers, layers, load, weights_of
 from pfedgpa_app.randomness import torch_generator
 from pfedgpa_app.training import Recipe, pull_to
@@ -925,6 +925,27 @@ class TestMemory:
             for c in range(4)
             for r in (3, 4)
         }
+
+    def test_training_that_went_to_infinity_is_forgotten(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It costs a round, not the client."""
+        train = Scaffold.train
+        rounds: list[int] = []
+
+        def diverging(task: ClientTask) -> tuple[Weights, float]:
+            weights, loss = train(task)
+            rounds.append(task.round)
+            if rounds.count(2) == 1 and task.round == 2:
+                for tensor in (*weights.values(), *task.state.values()):
+                    tensor.fill_(torch.inf)
+            return weights, loss
+
+        monkeypatch.setattr(Scaffold, "train", diverging)
+        folder, _ = federate(tmp_path, method="scaffold")
+        took_part = {(r["round"], r["client"]) for r in records(folder) if r["participated"]}
+        everything = {(r, c) for r in range(1, 5) for c in range(4)}
+        assert everything - took_part == {(2, 0)}
 
 
 class TestLayers:
