@@ -64,6 +64,9 @@ class Config:
     uniform_share: float = setting(
         0.2, "dominant: share of a client's images uniform over all classes", low=0, high=1
     )
+    group_shares: tuple[float, ...] = setting(
+        (), "dominant: relative sizes of the hidden groups; empty: all alike", above=0
+    )
     dirichlet_alpha: float = setting(0.5, "dirichlet: concentration", above=0)
     shards_per_client: int = setting(2, "shards: one-class shards a client", low=1)
     validation_share: float = setting(
@@ -293,6 +296,23 @@ def conf_path(conf: str) -> Path:
     return path
 
 
+def _conf_layers(conf: str, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """(file's name, its values) of ``conf``, after that of the file it builds on, its ``conf``."""
+    path = conf_path(conf)
+    if path in above:
+        raise ConfigError(f"{path}: builds on itself by its `conf`")
+    try:
+        loaded = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: must map settings to values")
+    values = dict(_flatten(loaded))
+    base = values.pop("conf", None)
+    below = _conf_layers(str(base), (*above, path)) if base else []
+    return [*below, (path.name, values)]
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A configuration and, for each key, where its value came from."""
@@ -340,17 +360,11 @@ def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
     overrides = {k: v for k, v in _flatten(run_config or {}) if v != ""}
     for name in overrides:
         _known(name, "run-config")
-    path = conf_path(str(overrides.get("conf", keys()["conf"].default)))
-    try:
-        loaded = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: must map settings to values")
+    files = _conf_layers(str(overrides.get("conf", keys()["conf"].default)))
 
     values: dict[str, Any] = {name: key.default for name, key in keys().items()}
     sources = dict.fromkeys(keys(), "default")
-    for source, layer in ((path.name, dict(_flatten(loaded))), ("run-config", overrides)):
+    for source, layer in (*files, ("run-config", overrides)):
         for name, value in layer.items():
             values[name] = _parse(_known(name, source), value, source)
             sources[name] = source

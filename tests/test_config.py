@@ -32,6 +32,18 @@ class TestLayers:
         assert resolved.as_dict()["pfedgpa.rank"] == {"value": 5, "from": "mine.yaml"}
         assert resolved.as_dict()["pfedgpa.strength"]["value"] == "auto"
 
+    def test_a_conf_file_builds_on_another(self, tmp_path: Path) -> None:
+        (tmp_path / "base.yaml").write_text("num-clients: 7\nlocal-epochs: 3\n")
+        mine = tmp_path / "mine.yaml"
+        mine.write_text(f"conf: {tmp_path / 'base.yaml'}\nlocal-epochs: 4\n")
+        resolved = resolve({"conf": str(mine)})
+        assert (resolved.config.num_clients, resolved.config.local_epochs) == (7, 4)
+        assert resolved.sources["num-clients"] == "base.yaml"
+        assert resolved.config.conf == str(mine)
+        mine.write_text(f"conf: {mine}\n")
+        with pytest.raises(ConfigError, match="builds on itself"):
+            resolve({"conf": str(mine)})
+
     def test_pyproject_lists_every_setting(self) -> None:
         # Flower lets --run-config override listed keys only
         app = tomllib.loads((APP_DIR / "pyproject.toml").read_text())["tool"]["flwr"]["app"]

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pfedgpa_app.config import resolve
 from pfedgpa_app.data import datasets
+from pfedgpa_app.data.client import load_partition
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.partition import (
     class_shares,
@@ -45,6 +47,16 @@ class TestPartition:
             assert counts(LABELS, split.train) == train
             assert counts(TEST_LABELS, split.test) == test
             assert split.group == client % 5
+
+    def test_unequal_groups(self) -> None:
+        rng = np.random.default_rng(0)
+        _, groups = class_shares("dominant", 20, 10, rng, group_shares=(8, 5, 4, 2, 1))
+        assert np.bincount(groups).tolist() == [8, 5, 4, 2, 1]
+        assert groups.tolist()[:9] == [0, 1, 2, 3, 4, 0, 1, 2, 3]  # the last to join are mixed
+        with pytest.raises(ValueError, match="3 group shares"):
+            class_shares("dominant", 20, 10, rng, group_shares=(1, 1, 1))
+        with pytest.raises(DataError, match="group-shares: names 2 groups"):
+            load_partition(resolve({"group-shares": "1,2"}).config)
 
     def test_disjoint_while_the_data_last(self) -> None:
         splits = partition(LABELS, TEST_LABELS, 10, 20, test_per_client=100)

@@ -12,7 +12,7 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.data import NODES
 from pfedgpa_app.data.datasets import Dataset, load
 from pfedgpa_app.data.images import Images, images_of
-from pfedgpa_app.data.partition import ClientSplit, partition
+from pfedgpa_app.data.partition import ClientSplit, dominant_groups, partition
 from pfedgpa_app.randomness import numpy_generator
 from pfedgpa_app.settings import DataError
 
@@ -65,8 +65,17 @@ def load_schema(config: Config) -> Schema:
 
 @lru_cache(maxsize=2)
 def load_partition(config: Config) -> list[ClientSplit]:
-    """The run's partition, the same on every machine that has the data."""
+    """The run's partition, the same on every machine that has the data.
+
+    Raises:
+        DataError: the data set is absent or unusable, or has not so many groups as have shares.
+    """
     data = load_dataset(config)
+    groups = len(dominant_groups(len(data.classes)))
+    if config.partition == "dominant" and len(config.group_shares) not in (0, groups):
+        raise DataError(
+            f"group-shares: names {len(config.group_shares)} groups, but {data.name} has {groups}"
+        )
     return partition(
         data.train_labels,
         data.test_labels,
@@ -77,6 +86,7 @@ def load_partition(config: Config) -> list[ClientSplit]:
         test_per_client=config.test_per_client,
         validation_share=config.validation_share,
         uniform_share=config.uniform_share,
+        group_shares=config.group_shares,
         alpha=config.dirichlet_alpha,
         shards=config.shards_per_client,
         seed=config.seed,

@@ -7,6 +7,7 @@ out that many images: disjoint while the data last, the test images in the same 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,10 +68,14 @@ def class_shares(
     rng: np.random.Generator,
     *,
     uniform_share: float = 0.2,
+    group_shares: Sequence[float] = (),
     alpha: float = 0.5,
     shards: int = 2,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Each client's class mix.
+
+    Args:
+        group_shares: relative sizes of the hidden groups; empty: all alike.
 
     Returns:
         shares [clients, classes], each row summing to 1, and each client's hidden group
@@ -91,7 +96,11 @@ def class_shares(
     if kind != "dominant":
         raise ValueError(f"no partition called {kind!r}")
     dominant = dominant_groups(num_classes)
-    groups = np.arange(num_clients) % len(dominant)
+    if group_shares and len(group_shares) != len(dominant):
+        raise ValueError(f"{len(group_shares)} group shares, but there are {len(dominant)} groups")
+    sizes = round_counts(np.array(group_shares or [1.0] * len(dominant)), num_clients)
+    # in turn: group after group, as long as it has members left
+    groups = np.array([g for turn in range(max(sizes)) for g, n in enumerate(sizes) if turn < n])
     shares = np.full((num_clients, num_classes), uniform_share / num_classes)
     for client, group in enumerate(groups):
         shares[client, dominant[group]] += (1 - uniform_share) / len(dominant[group])
@@ -142,6 +151,7 @@ def partition(
     test_per_client: int = 600,
     validation_share: float = 0.1,
     uniform_share: float = 0.2,
+    group_shares: Sequence[float] = (),
     alpha: float = 0.5,
     shards: int = 2,
     seed: int = 0,
@@ -156,6 +166,7 @@ def partition(
         num_classes,
         numpy_generator(seed, "partition"),
         uniform_share=uniform_share,
+        group_shares=group_shares,
         alpha=alpha,
         shards=shards,
     )

@@ -1,0 +1,160 @@
+"""Rank and strength chosen without labels, against the best fixed ones in hindsight.
+
+    python benchmarks/rank_strength.py [--out results/rank-strength] [--cifar10 imagefolder:cifar10]
+
+Trains FedAvg on two data sets in federations of 10, 20 and 100 clients (30 % a round) with hidden
+groups of equal sizes, of 20 with unequal ones, by Dirichlet(0.1) and (0.5), and IID; makes every
+client's weights from the uploads kept, with each rank and strength of a grid and with those that
+the rules choose, and prints test accuracy in %. The denoiser is the exact one of the finite set.
+What is done is skipped, so it can be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pfedgpa_app.config import APP_DIR, Config, resolve
+from pfedgpa_app.data.client import load_client, load_schema
+from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
+from pfedgpa_app.diffusion.rank import RULES
+from pfedgpa_app.files import replacing
+from pfedgpa_app.methods.fedavg import FedAvg, FedAvgState
+from pfedgpa_app.models import Weights, build, load, network_name, weights_of
+from pfedgpa_app.results import uploads
+from pfedgpa_app.sweep import Run, carry_out, expand
+from pfedgpa_app.training import evaluate
+
+BASE: dict[str, Any] = {
+    "method": "fedavg",
+    "num-server-rounds": 60,
+    "evaluate-every": 0,
+    "fine-tune-grid-epochs": 0,
+    "save-uploads": True,
+    "save-weights": False,
+}
+FEDERATIONS: dict[str, dict[str, Any]] = {
+    "20 clients": {},
+    "10 clients": {"num-clients": 10},
+    "100 clients, 30 %": {"num-clients": 100, "fraction-train": 0.3, "train-per-client": 380},
+    "groups of 8, 5, 4, 2, 1": {"group-shares": [8, 5, 4, 2, 1]},
+    "Dirichlet(0.1)": {"partition": "dirichlet", "dirichlet-alpha": 0.1},
+    "Dirichlet(0.5)": {"partition": "dirichlet", "dirichlet-alpha": 0.5},
+    "IID": {"partition": "iid"},
+}
+RANKS = (2, 3, 4, 5, 6, 8, 12)
+STRENGTHS = (0, 50, 100, 150, 200, 300, 450)
+MOST = 40  # clients of a federation that are evaluated
+
+
+def planned(out: Path, sets: Mapping[str, str]) -> dict[tuple[str, str], Run]:
+    """{(experiment, federation): its run}."""
+    runs = {}
+    for name, over in FEDERATIONS.items():
+        for conf, dataset in sets.items():
+            settings = BASE | {"conf": conf, "dataset": dataset}
+            [runs[conf, name]] = expand(settings, {k: [v] for k, v in over.items()}, out)
+    return runs
+
+
+class Bench:
+    """One federation's uploads, and how accurate weights made from them are."""
+
+    def __init__(self, run: Run) -> None:
+        self.config: Config = run.config
+        schema = load_schema(self.config)
+        network = network_name(self.config.model, schema.shape)
+        self.model = build(network, len(schema.classes), self.config.seed)
+        state = FedAvg.begin(self.config, weights_of(self.model))
+        resolved = resolve(run.settings)
+        self.state: FedAvgState
+        self.state, _ = uploads.load(run.folder / uploads.FILE, state, resolved)
+        self.clients = list(range(min(MOST, self.config.num_clients)))
+
+    def accuracy(self, made: Mapping[int, Weights]) -> float:
+        """Mean over the clients, each under its own weights; without some: the global ones."""
+        found = []
+        for client in self.clients:
+            load(self.model, made.get(client, self.state.global_weights))
+            found.append(evaluate(self.model, load_client(self.config, client).test).accuracy)
+        return float(np.mean(found))
+
+    def fit(self, **settings: Any) -> WeightDistribution:
+        """The distribution of the uploads."""
+        chosen = FitSettings(denoiser="finite-set", **settings)
+        return WeightDistribution(self.state.buffer, chosen, self.config.seed)
+
+    def client_means(self) -> dict[int, Weights]:
+        """The mean of each client's buffered uploads."""
+        layout, vectors, _, clients = self.state.buffer.stack()
+        return {int(c): layout.unflatten(vectors[clients == c].mean(0)) for c in clients.unique()}
+
+    def everything(self) -> dict[str, Any]:
+        """All figures."""
+        newest = self.state.buffer.newest()
+        found: dict[str, Any] = {
+            "fedavg": self.accuracy({}),
+            "last upload": self.accuracy({c: entry.weights() for c, entry in newest.items()}),
+            "client mean": self.accuracy(self.client_means()),
+            "rules": {},
+            "grid": {},
+        }
+        for rule in RULES:
+            fitted = self.fit(rank_rule=rule)
+            accuracy = self.accuracy(fitted.generate(draws=64))
+            found["rules"][rule] = (fitted.rank, fitted.strength, accuracy)
+        for rank in RANKS:
+            if rank < self.config.num_clients:
+                fitted = self.fit(rank=rank, strength=0)
+                for t in STRENGTHS:
+                    made = fitted.generate(strength=t, draws=64)
+                    found["grid"][f"{rank},{t}"] = self.accuracy(made)
+        return found
+
+
+def line(name: str, found: Mapping[str, Any]) -> str:
+    """A federation's row of the table."""
+    best = max(found["grid"], key=found["grid"].get)
+    rank, strength = best.split(",")
+    default = found["rules"]["shrinkage"]
+    cells = [name, *(f"{found[key]:.1f}" for key in ("fedavg", "last upload", "client mean"))]
+    cells.append(f"{found['grid'][best]:.1f} ({rank}, {strength})")
+    cells += [f"{a:.1f} ({r}, {t})" for r, t, a in (found["rules"][rule] for rule in RULES)]
+    cells.append(f"{default[2] - found['grid'][best]:+.1f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    """Train what is missing, and print a table a data set."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("results/rank-strength"))
+    parser.add_argument("--cifar10", default="cifar10", help="or imagefolder:PATH")
+    parser.add_argument("--jobs", type=int)
+    options = parser.parse_args()
+    sets = {"compare-cifar10": options.cifar10, "compare-fashion-mnist": "fashion-mnist"}
+    runs = planned(options.out, sets)
+    if not carry_out(list(runs.values()), options.out, APP_DIR, options.jobs):
+        raise SystemExit("some runs failed")
+    torch.set_num_threads(1)
+    for conf in sets:
+        print(f"\n{conf}: accuracy in % (rank, strength)\n")
+        columns = ["", "FedAvg", "last upload", "client mean", "best of the grid", *RULES]
+        print("| " + " | ".join([*columns, "default less best"]) + " |")
+        print("| --- " * (len(columns) + 1) + "|")
+        for name in FEDERATIONS:
+            kept = runs[conf, name].folder / "rank-strength.json"
+            if not kept.exists():
+                found = Bench(runs[conf, name]).everything()
+                with replacing(kept) as new:
+                    new.write_text(json.dumps(found, indent=1))
+            print(line(name, json.loads(kept.read_text())), flush=True)
+
+
+if __name__ == "__main__":
+    main()
