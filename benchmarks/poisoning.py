@@ -30,7 +30,6 @@ BASE: dict[str, Any] = {
 # {row: the settings that make it, apart from the attack}
 ROWS: dict[str, dict[str, Any]] = {
     "FedAvg": {"method": "fedavg"},
-    "FedAvg, max-distance 2.5": {"method": "fedavg", "max-distance": 2.5},
     "pFedGPA": {"method": "pfedgpa"},
     "pFedGPA, max-distance 2.5": {"method": "pfedgpa", "max-distance": 2.5},
     "Krum": {"method": "krum"},
