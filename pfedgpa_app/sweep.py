@@ -2,7 +2,7 @@
 
 A sweep is every combination of the settings it varies. Each run is a ``pfedgpa run`` of its
 own in a folder named after its settings, so a sweep that was stopped goes on where it was:
-runs that are done are skipped, one that was broken off starts again.
+runs that are done are skipped, one that was broken off goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
+from pfedgpa_app.checkpoint import MANIFEST
 from pfedgpa_app.config import Config, Resolved, differences, resolve
 from pfedgpa_app.engine import PARENT, engine_for
-from pfedgpa_app.experiment import federations
+from pfedgpa_app.experiment import CHECKPOINT, federations
 from pfedgpa_app.launcher import LOG, preflight
 from pfedgpa_app.results.log import EVENTS, clock, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
@@ -97,8 +98,17 @@ class Run:
         return any((self.folder / file).exists() for file in (EVENTS, LOG))
 
     def differences(self) -> list[str]:
-        """Settings in which the finished run in its folder differs from this one."""
+        """Settings in which the run in its folder differs from this one."""
         return differences(self.folder / "config.json", self.resolved)
+
+    def can_go_on(self) -> bool:
+        """Whether its folder holds a checkpoint of this run, which was killed, but had not failed.
+
+        What made a run fail may lie in its checkpoint.
+        """
+        kept = (self.folder / CHECKPOINT / MANIFEST).exists()
+        failed = last_event(self.folder).get("kind") == "failed"
+        return kept and not failed and not self.differences()
 
 
 def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> list[Run]:
@@ -249,11 +259,12 @@ class Sweep:
                 process.communicate()
 
     def _begin(self, run: Run) -> None:
-        if run.folder.exists():  # broken off: it is not done
+        resume = run.can_go_on()
+        if run.folder.exists() and not resume:
             shutil.rmtree(run.folder)
         command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--app", str(self.app)]
         env = os.environ | {PARENT: str(os.getpid())}
-        settings = dict(run.settings)
+        settings = run.settings | {"resume": resume}
         if self.workers:
             settings["workers"] = self.workers
             env["OMP_NUM_THREADS"] = str(self.workers)  # the server's share, too

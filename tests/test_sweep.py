@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import pytest
 
 from pfedgpa_app.config import APP_DIR
 from pfedgpa_app.engine import PARENT
-from pfedgpa_app.results.log import is_done
+from pfedgpa_app.results.log import is_done, last_event
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.sweep import Run, _only_one, expand, read, shares
@@ -151,6 +152,38 @@ def test_a_sweep_skips_what_is_done_and_repeats_what_was_broken_off(tmp_path: Pa
     other = sweep(tmp_path, "--over", "seed=0,1", learning_rate=0.5)
     assert other.returncode == 2
     assert "learning-rate = 0.02 there, 0.5 here" in other.stderr
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    command_line = command("--over", "seed=0", num_server_rounds=20)
+    env = os.environ | {"PYTHONPATH": str(APP_DIR)}
+    process = subprocess.Popen(
+        command_line, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    folder = tmp_path / "out" / "demo_seed=0"
+    deadline = time.monotonic() + 600
+    while "round 3/20" not in last_event(folder).get("text", ""):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    started = descendants(process.pid)
+    process.kill()  # before the run, which it would call failed
+    process.wait()
+    for pid in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    while any(alive(pid) for pid in started):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not is_done(folder)
+    again = sweep(tmp_path, "--over", "seed=0", num_server_rounds=20)
+    assert again.returncode == 0, again.stdout + again.stderr
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    [resumed] = [event["text"] for event in events if event["kind"] == "resumed"]
+    assert "the run goes on after round" in resumed
+    rounds = [event["text"].split()[2] for event in events if event["kind"] == "round"]
+    assert rounds[:3] == ["1/20", "2/20", "3/20"]
+    assert rounds[-1] == "20/20"
+    assert len(rounds) <= 21  # the one that was going on when it was killed comes twice
 
 
 def test_a_failed_run_does_not_stop_the_others(tmp_path: Path) -> None:
