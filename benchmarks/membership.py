@@ -5,9 +5,9 @@
 A loss-threshold attack (Yeom et al. 2018) on the weights that a run kept: images with a small
 loss are taken for training images. For each method, the area under the ROC curve between a
 client's training and test images (of the same classes in the same shares), 0.5 being a guess:
-of each client's own images under its model, and of every other client's, which is what its model
-tells it about them. ``pfedgpa`` shows what generated weights give away, ``last-upload`` what the
-client's own upload does, ``fedavg`` everybody's model.
+of each client's own images under its model, and of every other client's, of its hidden group and
+of others, which is what its model tells about them. ``pfedgpa`` shows what generated weights give
+away, ``last-upload`` what the client's own upload does, ``fedavg`` everybody's model.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ from sklearn.metrics import roc_auc_score
 from pfedgpa_app.config import Config, resolve
 from pfedgpa_app.data.client import load_client, load_dataset, load_partition
 from pfedgpa_app.data.images import Images
+from pfedgpa_app.methods import method_class
 from pfedgpa_app.models import Weights, build, load, network_name
 
 
 def config_of(run: Path) -> Config:
     """The settings that the run in ``run`` had."""
     kept = json.loads((run / "config.json").read_text())
-    given = {name: entry["value"] for name, entry in kept.items() if entry["from"] != "default"}
-    methods = given["method"]
-    given["method"] = ",".join(methods) if isinstance(methods, list) else methods
+    methods = kept["method"]["value"]
+    read = {"", *(section for name in methods for section in method_class(name).reads())}
+    given = {
+        name: entry["value"]
+        for name, entry in kept.items()
+        if entry["from"] != "default" and name.rpartition(".")[0] in read
+    }
     return resolve(given).config
 
 
@@ -94,19 +99,21 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run's folder, with the weights that it kept")
     run = parser.parse_args().run
     config = config_of(run)
+    groups = np.array([split.group for split in load_partition(config)])[: config.founders]
+    alike, same = groups[:, None] == groups, np.eye(len(groups), dtype=bool)
     print(
-        "| method | own images | the worst client's | others' images | the worst pair's "
-        "| accuracy on own training images | on own test images |"
+        "| method | own images | the worst client's | its hidden group's | other groups' "
+        "| the worst pair's | accuracy on own training images | on own test images |"
     )
-    print("| --- " * 7 + "|")
+    print("| --- " * 8 + "|")
     for file in sorted(run.glob("weights/*.safetensors")):
         found = examine(config, load_file(file))
-        own = found.areas.diagonal()
-        others = found.areas[~np.eye(len(own), dtype=bool)]
+        own, near, far = (found.areas[which] for which in (same, alike & ~same, ~alike))
         seen, unseen = found.accuracies.mean(0)
         print(
             f"| {file.stem} | {own.mean():.3f} ± {own.std():.3f} | {own.max():.3f} "
-            f"| {others.mean():.3f} ± {others.std():.3f} | {others.max():.3f} "
+            f"| {near.mean():.3f} ± {near.std():.3f} | {far.mean():.3f} ± {far.std():.3f} "
+            f"| {found.areas[~same].max():.3f} "
             f"| {seen:.1f} | {unseen:.1f} |",
             flush=True,
         )
