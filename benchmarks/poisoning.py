@@ -4,7 +4,8 @@
 
 20 clients of Fashion-MNIST with 200 images each, 20 rounds, one seed; 10 and 20 % of the clients
 attack as ``pfedgpa_app.attacks`` says. Runs that are complete are skipped, so it can be stopped
-and started again. Prints a table: accuracy in % before fine-tuning, mean of the honest clients.
+and started again. Prints a table: accuracy in % before fine-tuning, mean of the honest clients;
+"diverged" where an attack drove every client's weights to infinity.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from pfedgpa_app.attacks import ATTACKS, malicious
 from pfedgpa_app.config import APP_DIR, resolve
-from pfedgpa_app.results.log import rows_of
+from pfedgpa_app.results.log import is_done, last_event, rows_of
 from pfedgpa_app.sweep import Run, carry_out, expand
 
 BASE: dict[str, Any] = {
@@ -50,10 +51,15 @@ def planned(out: Path) -> dict[tuple[str, str, float], Run]:
     return runs
 
 
-def accuracy(run: Run) -> float:
-    """Mean of the honest clients, before fine-tuning."""
+def accuracy(run: Run) -> str:
+    """Mean of the honest clients, before fine-tuning; or that there were no usable uploads."""
+    if not is_done(run.folder):
+        last = last_event(run.folder)
+        if "min-uploads" not in last["text"]:
+            raise SystemExit(f"{run.folder}: {last['text']}")
+        return "diverged"
     [row] = rows_of(run.folder)
-    return float(row["accuracy_before_ft"])
+    return f"{row['accuracy_before_ft']:.1f}"
 
 
 def main() -> None:
@@ -63,12 +69,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int)
     options = parser.parse_args()
     runs = planned(options.out)
-    if not carry_out(list(runs.values()), options.out, APP_DIR, options.jobs):
-        raise SystemExit("some runs failed")
+    carry_out(list(runs.values()), options.out, APP_DIR, options.jobs)
     print("| | " + " | ".join(f"{a}, {s:.0%}" if s else a for a, s in CONDITIONS) + " |")
     print("| --- " * (len(CONDITIONS) + 1) + "|")
     for row in ROWS:
-        cells = [f"{accuracy(runs[row, attack, share]):.1f}" for attack, share in CONDITIONS]
+        cells = [accuracy(runs[row, attack, share]) for attack, share in CONDITIONS]
         print(f"| {row} | " + " | ".join(cells) + " |")
 
 
