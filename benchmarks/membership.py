@@ -66,6 +66,16 @@ def losses(model: torch.nn.Module, images: Images) -> tuple[np.ndarray, float]:
     return found.numpy(), float(right)
 
 
+def own_weights(weights: Weights, client: int) -> Weights:
+    """One client's of a run's saved weights."""
+    return {
+        name.partition("/")[2]: tensor
+        for prefix in ("global", f"client-{client}")
+        for name, tensor in weights.items()
+        if name.startswith(f"{prefix}/")
+    }
+
+
 def examine(config: Config, weights: dict[str, torch.Tensor]) -> Found:
     """Attack every client's model with every client's images."""
     data, splits = load_dataset(config), load_partition(config)
@@ -73,13 +83,7 @@ def examine(config: Config, weights: dict[str, torch.Tensor]) -> Found:
     clients = range(config.founders)
     areas, accuracies = np.zeros((len(clients), len(clients))), np.zeros((len(clients), 2))
     for client in clients:
-        own: Weights = {
-            name.partition("/")[2]: tensor
-            for prefix in ("global", f"client-{client}")
-            for name, tensor in weights.items()
-            if name.startswith(f"{prefix}/")
-        }
-        load(model, own)
+        load(model, own_weights(weights, client))
         for other in clients:
             images = load_client(config, other)
             member, seen = losses(model, images.train)

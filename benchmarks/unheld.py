@@ -1,0 +1,64 @@
+"""Accuracy on training images that no client holds: to choose settings by, instead of test images.
+
+    python benchmarks/unheld.py results/RUN [results/RUN …]
+
+For runs that kept their weights: the mean over clients, each on images of its own class mix drawn
+from those that were dealt to nobody, 12,000 in all (an image may be drawn for several clients).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from membership import config_of, own_weights
+from safetensors.torch import load_file
+
+from pfedgpa_app.data.client import load_dataset, load_partition
+from pfedgpa_app.data.images import Images, images_of
+from pfedgpa_app.data.partition import round_counts
+from pfedgpa_app.models import build, load, network_name
+from pfedgpa_app.training import evaluate
+
+IMAGES = 12_000
+
+
+def unheld(config_path: Path) -> list[Images]:
+    """Each client's images."""
+    config = config_of(config_path)
+    data, splits = load_dataset(config), load_partition(config)
+    held = [np.r_[split.train, split.validation] for split in splits]
+    free = np.setdiff1d(np.arange(len(data.train_labels)), np.concatenate(held))
+    pools = [free[data.train_labels[free] == c] for c in range(len(data.classes))]
+    found = []
+    for client, own in enumerate(held):
+        rng = np.random.default_rng(client)
+        mix = np.bincount(data.train_labels[own], minlength=len(pools))
+        counts = round_counts(mix, IMAGES // len(splits))
+        drawn = [
+            rng.choice(pool, min(n, len(pool)), replace=False)
+            for pool, n in zip(pools, counts, strict=True)
+        ]
+        found.append(images_of(data.train_images, data.train_labels, np.concatenate(drawn)))
+    return found
+
+
+def main() -> None:
+    """Print a line for each method of each run."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="runs' folders, with their weights")
+    for run in parser.parse_args().runs:
+        config = config_of(run)
+        data, images = load_dataset(config), unheld(run)
+        model = build(network_name(config.model, data.shape), len(data.classes), config.seed)
+        for file in sorted(run.glob("weights/*.safetensors")):
+            weights, accuracies = load_file(file), []
+            for client in range(config.founders):
+                load(model, own_weights(weights, client))
+                accuracies.append(evaluate(model, images[client]).accuracy)
+            print(f"{run.name} {file.stem}: {np.mean(accuracies):.2f} %", flush=True)
+
+
+if __name__ == "__main__":
+    main()
