@@ -15,8 +15,10 @@ from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.sweep import Run, Settings, expand
 
-EXPERIMENTS = ("compare-cifar10", "compare-fashion-mnist")
-EXPERIMENTS += ("compare-cifar10-100", "compare-fashion-mnist-100")
+EXPERIMENTS = (
+    *("compare-cifar10", "compare-fashion-mnist"),
+    *("compare-cifar10-100", "compare-fashion-mnist-100"),
+)
 # the methods of the paper's Table 1, and what they are measured against: three seeds
 MAIN = (
     *("local", "fedavg", "fedavg-ft", "fedavg-ft-tuned", "fedper", "fedrep", "lg-fedavg"),

@@ -25,6 +25,7 @@ from pfedgpa_app.config import Config, resolve
 from pfedgpa_app.data import images as images_module
 from pfedgpa_app.data.client import ClientData, load_client
 from pfedgpa_app.data.images import Images
+from pfedgpa_app.diffusion.fit import rank_of
 from pfedgpa_app.experiment import run
 from pfedgpa_app.methods import METHODS, method_class
 from pfedgpa_app.methods.base import ClientTask, Method, Upload
@@ -593,6 +594,27 @@ class TestServers:
             assert bool(method.state.generated) == (number >= 4)
         rounds = method.state.buffer.stack()[2]
         assert rounds.tolist() == [4, 4, 5, 5]  # learned from these alone
+
+    def test_the_rank_is_chosen_before_the_first_generation(self) -> None:
+        # clients of two groups; then, trained on from generated weights, of four
+        draws = torch.Generator().manual_seed(0)
+        config = configured(
+            method="pfedgpa", num_clients=8, num_server_rounds=6, **{"pfedgpa.generate-from": 5}
+        )
+        kind = method_class("pfedgpa")
+        like = {"body.weight": column(0), "head.weight": torch.zeros(20, 10)}
+        method = kind(config, kind.begin(config, like))
+        two, four = (torch.randn(n, 20, 10, generator=draws) for n in (2, 4))
+        for number in range(1, 7):
+            uploads = {}
+            for client in range(8):
+                noise = 0.1 * torch.randn(20, 10, generator=draws)
+                mine = two[client % 2] if number < 5 else four[client % 4]
+                uploads[client] = Upload(like | {"head.weight": mine + noise}, 1)
+            method.aggregate(number, uploads)
+            assert method.state.rank == (None if number < 5 else 2)
+        assert method.distribution().rank == 2
+        assert rank_of(method.state.buffer, "shrinkage", 0) == 3  # by what clients are now
 
     def test_pfedme_goes_part_of_the_way(self) -> None:
         method = server("pfedme", **{"pfedme.beta": 0.25})

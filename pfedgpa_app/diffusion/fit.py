@@ -173,6 +173,17 @@ def fit_network(
     return NetworkDenoiser(average.module.cpu(), schedule)  # latents are few: generate there
 
 
+def rank_of(buffer: Buffer, rule: str, seed: int) -> int:
+    """The rank that ``rule`` chooses for the uploads of a buffer.
+
+    Raises:
+        ValueError: nothing is buffered, or no such rule.
+    """
+    layout, vectors, rounds, clients = buffer.stack()
+    deltas, head = remove_drift(vectors, rounds, clients), layout.head()
+    return choose_rank(rule, deltas, head, deltas.gram(head), clients, seed)
+
+
 @dataclass
 class Distribution:
     """A learned distribution of clients' weights, for clients that it need not have seen.

@@ -27,13 +27,15 @@ from pfedgpa_app.settings import setting
 class FedAvgState(Shared):
     """What FedAvg's server knows: the mean, and the newest uploads for those who learn from them.
 
-    ``velocity`` is the server's momentum. ``generated``, ``admitted`` and ``fitted`` are
-    pFedGPA's: what clients train from, what those that join were sent last, and what the last
-    generation learned. ``labels``: class counts of clients that share them.
+    ``velocity`` is the server's momentum. ``rank``, ``generated``, ``admitted`` and ``fitted`` are
+    pFedGPA's: the latent rank chosen before the first generation, what clients train from, what
+    those that join were sent last, and what the last generation learned. ``labels``: class counts
+    of clients that share them.
     """
 
     buffer: Buffer
     velocity: Weights = field(default_factory=dict)
+    rank: int | None = None
     generated: dict[int, Weights] = field(default_factory=dict)
     admitted: dict[int, Weights] = field(default_factory=dict)
     labels: dict[int, list[int]] = field(default_factory=dict)

@@ -26,7 +26,7 @@ from pfedgpa_app.config import Config
 from pfedgpa_app.diffusion.buffer import Buffer
 from pfedgpa_app.diffusion.copies import novelty
 from pfedgpa_app.diffusion.directions import newest_rows
-from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
+from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution, rank_of
 from pfedgpa_app.diffusion.rank import RULES
 from pfedgpa_app.methods.base import Upload
 from pfedgpa_app.methods.fedavg import FedAvg
@@ -175,12 +175,23 @@ class PFedGPA(FedAvg):
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         first = self.first_generation(self.config)
         if server_round == first:
-            self.state.buffer.drop_before(first)
+            self._prepare(first)
         super().aggregate(server_round, uploads)
         if server_round >= first:
             own = self.config.pfedgpa
             fitted = self._fit(own.round_layers, own.round_denoiser)
             self.state.generated = self._whole(self._decoded(fitted))
+
+    def _prepare(self, first: int) -> None:
+        """Choose the rank by FedAvg's rounds, and forget them.
+
+        Clients that train on from generated weights differ ever more along the directions that
+        generation kept, so that a rank chosen by their uploads would only confirm itself.
+        """
+        own, buffer = self.config.pfedgpa, self.state.buffer
+        if own.rank is None and len(buffer):
+            self.state.rank = rank_of(buffer, own.rank_rule, self.config.seed)
+        buffer.drop_before(first)
 
     def personalise(self) -> dict[int, Weights]:
         """Generated weights; a client never seen gets the global ones."""
@@ -201,6 +212,7 @@ class PFedGPA(FedAvg):
 
     def _fit(self, layers: int, denoiser: str) -> WeightDistribution:
         values = dataclasses.asdict(self.config.pfedgpa) | {"denoiser": denoiser}
+        values["rank"] = self.config.pfedgpa.rank or self.state.rank
         names = {f.name for f in dataclasses.fields(FitSettings)}
         return WeightDistribution(
             self._uploads(layers),
