@@ -122,7 +122,7 @@ def line(name: str, found: Mapping[str, Any]) -> str:
     """A federation's row of the table."""
     best = max(found["grid"], key=found["grid"].get)
     rank, strength = best.split(",")
-    default = found["rules"]["shrinkage"]
+    default = found["rules"][FitSettings().rank_rule]
     cells = [name, *(f"{found[key]:.1f}" for key in ("fedavg", "last upload", "client mean"))]
     cells.append(f"{found['grid'][best]:.1f} ({rank}, {strength})")
     cells += [f"{a:.1f} ({r}, {t})" for r, t, a in (found["rules"][rule] for rule in RULES)]

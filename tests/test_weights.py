@@ -252,6 +252,17 @@ class TestRank:
         assert ranks["head-gap"] > 5
         assert ranks["shrinkage"] == ranks["likelihood"] == ranks["cross-validation"] == 2
 
+    def test_the_widest_gap_is_not_fooled_by_noise_that_prefers_directions(self) -> None:
+        # 100 clients in five groups; what each memorised has a deviation of j^-0.7 along axis j
+        rng = torch.Generator().manual_seed(0)
+        own = torch.randn(100, 720, generator=rng)
+        own[:, 620:] *= torch.arange(1, 101).pow(-0.7)
+        groups = 2 * torch.randn(5, 720, generator=rng)[torch.arange(100) % 5]
+        _, stacked, rounds, who = buffer((own + groups)[None]).stack()
+        deltas = remove_drift(stacked, rounds, who)
+        assert rank_by("shrinkage", deltas, who, 0) > 8
+        assert rank_by("widest-gap", deltas, who, 0) == 4
+
     @pytest.mark.parametrize(
         ("aspect", "squared"),
         # ω(β)² of Gavish and Donoho (2014), Table IV: ω = 1.5194, 1.6089, 2.1711, 2.8582

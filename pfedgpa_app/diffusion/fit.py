@@ -49,7 +49,7 @@ class FitSettings:
     chunk_latents: int = 16
     autoencoder_steps: int = 1500
     rank: int | None = None
-    rank_rule: str = "shrinkage"
+    rank_rule: str = "widest-gap"
     directions: str = "shared"
     strength: int | None = None
     own_weight: float = 0.5

@@ -15,7 +15,7 @@ from pfedgpa_app.diffusion.autoencoder import Deltas
 from pfedgpa_app.diffusion.directions import client_means
 from pfedgpa_app.randomness import torch_generator
 
-RULES = ("head-gap", "shrinkage", "cross-validation", "likelihood")
+RULES = ("widest-gap", "head-gap", "shrinkage", "cross-validation", "likelihood")
 _SPLITS = 40  # of clients and weights in cross-validation
 
 
@@ -29,9 +29,12 @@ def choose_rank(
             median; what each client merely memorised spreads evenly over directions.
             ``shrinkage``: above the optimal hard threshold for a matrix of that shape (Gavish
             and Donoho 2014), which is the same where classifiers are far larger than clients
-            are many. ``cross-validation``: the least error in predicting held-out weights of
-            held-out clients from the rest (Owen and Perry 2009). ``likelihood``: the largest
-            likelihood of a held-out client under the others' probabilistic PCA.
+            are many. ``widest-gap``: of these, as many as stand before the last gap in the
+            eigenvalues' logarithms that is at least half as wide as the widest; of many clients
+            what each memorised has large eigenvalues, too, but without gaps.
+            ``cross-validation``: the least error in predicting held-out weights of held-out
+            clients from the rest (Owen and Perry 2009). ``likelihood``: the largest likelihood
+            of a held-out client under the others' probabilistic PCA.
         head: the classifier's columns; head_gram [N, N]: inner products over them.
         clients: [N], of the deltas' rows.
 
@@ -54,7 +57,17 @@ def choose_rank(
             eigenvalues = torch.linalg.eigvalsh(gram).flip(0)[: n - 1]
             times = 2.0 if rule == "head-gap" else hard_threshold((n - 1) / p)
             rank = int((eigenvalues > times * eigenvalues.median()).sum())
+            if rule == "widest-gap":
+                rank = _last_wide_gap(eigenvalues, rank)
     return min(max(2, rank), n - 1)
+
+
+def _last_wide_gap(eigenvalues: Tensor, most: int) -> int:
+    """How many of the first ``most`` eigenvalues, in falling order, stand before the gap."""
+    logs = eigenvalues.clamp_min(1e-300).log()
+    gaps = logs[1:most] - logs[2 : most + 1]  # after the second, the third, …
+    wide = torch.nonzero(gaps >= gaps.max() / 2) if len(gaps) else gaps
+    return 2 + int(wide[-1]) if len(wide) else most
 
 
 def hard_threshold(aspect: float) -> float:

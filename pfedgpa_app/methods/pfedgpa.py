@@ -64,7 +64,7 @@ class PFedGPASettings:
     autoencoder_steps: int = setting(1500, "conv: optimiser steps", low=1)
     rank: int | None = setting(None, "latent dimensions; auto: by rank-rule", low=1)
     rank_rule: str = setting(
-        "shrinkage", "how clients' mean classifiers tell the rank", choices=RULES
+        "widest-gap", "how clients' mean classifiers tell the rank", choices=RULES
     )
     directions: str = setting(
         "shared",
