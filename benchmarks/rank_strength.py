@@ -135,9 +135,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results/rank-strength"))
     parser.add_argument("--cifar10", default="cifar10", help="or imagefolder:PATH")
+    parser.add_argument("--conf", nargs="+", default=["compare-cifar10", "compare-fashion-mnist"])
     parser.add_argument("--jobs", type=int)
     options = parser.parse_args()
-    sets = {"compare-cifar10": options.cifar10, "compare-fashion-mnist": "fashion-mnist"}
+    every = {"compare-cifar10": options.cifar10, "compare-fashion-mnist": "fashion-mnist"}
+    sets = {conf: every[conf] for conf in options.conf}
     runs = planned(options.out, sets)
     if not carry_out(list(runs.values()), options.out, APP_DIR, options.jobs):
         raise SystemExit("some runs failed")
