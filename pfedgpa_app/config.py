@@ -334,13 +334,15 @@ class Resolved:
 def differences(kept: Path, resolved: Resolved) -> list[str]:
     """Settings that have a part in the results and differ from those kept as ``config.json``."""
     there = json.loads(kept.read_text())
-    here = json.loads(json.dumps(resolved.as_dict()))
-    defaults = {name: "auto" if k.default is None else k.default for name, k in keys().items()}
-    read = {"", *(s for name in resolved.config.method for s in method_class(name).reads())}
+    first = {name: "auto" if k.default is None else k.default for name, k in keys().items()}
+    here, defaults = json.loads(json.dumps([resolved.as_dict(), first]))
+    methods = [method_class(name) for name in resolved.config.method]
+    read = {"", *(section for method in methods for section in method.reads())}
+    no_part = NO_PART | set.intersection(*(method.overlooks() for method in methods))
     return [
         f"{key} = {there.get(key, {}).get('value')!r} there, {entry['value']!r} here"
         for key, entry in here.items()
-        if key not in NO_PART
+        if key not in no_part
         and key.rpartition(".")[0] in read
         # a setting that was not there yet was what is now its default
         and there.get(key, {"value": defaults[key]})["value"] != entry["value"]

@@ -14,7 +14,7 @@ from pfedgpa_app.compare import MAIN, PAPER, plan, table
 from pfedgpa_app.config import APP_DIR, resolve
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.fedprox import FedProxSettings
-from pfedgpa_app.results.log import EVENTS
+from pfedgpa_app.results.log import EVENTS, is_done
 from pfedgpa_app.sweep import Run
 from tests.test_federation import SMALL
 
@@ -73,6 +73,16 @@ class TestPlan:
         # √(((70 − 71)² + (72 − 71)²)/1) = 1.41; the paper's figure for 20 clients
         figures = ["71.00 ± 1.41", "71.00 ± 1.41", "–", "71.00 ± 1.41", "35.50 ± 0.71", "63.68"]
         assert cells == ["FedPer", "2", *figures]
+
+
+@pytest.mark.parametrize(
+    ("conf", "dataset"),
+    [("compare-cifar10", "imagefolder:cifar10"), ("compare-fashion-mnist", "fashion-mnist")],
+)
+def test_compare_goes_on_from_the_results_that_are_kept(conf: str, dataset: str) -> None:
+    out = APP_DIR / "benchmarks" / "results" / "compare"
+    runs = plan([conf], None, None, {"dataset": dataset}, out)  # refuses runs of other settings
+    assert all(is_done(run.folder) for run in runs)
 
 
 def test_the_readme_quotes_the_results_that_are_kept() -> None:

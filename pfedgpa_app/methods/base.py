@@ -107,6 +107,11 @@ class Method(Generic[S]):
         return {name for name, kind in sections().items() if kind is cls.settings}
 
     @classmethod
+    def overlooks(cls) -> set[str]:
+        """Settings among those that have no part in its results."""
+        return set()
+
+    @classmethod
     def check(cls, config: Config) -> None:
         """Refuse what its settings' ranges alone cannot show.
 

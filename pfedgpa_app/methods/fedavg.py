@@ -42,6 +42,13 @@ class FedAvgState(Shared):
     fitted: WeightDistribution | None = None
 
 
+# what only rounds that end with generation go by
+GENERATING = {
+    f"pfedgpa.{name}"
+    for name in ("generate-from", "round-rate", "round-layers", "round-denoiser", "momentum")
+}
+
+
 class FedAvg(Averaging[FedAvgState]):
     """One model for all clients."""
 
@@ -51,6 +58,10 @@ class FedAvg(Averaging[FedAvgState]):
     @classmethod
     def reads(cls) -> set[str]:
         return super().reads() | {"pfedgpa"}  # how many uploads are kept
+
+    @classmethod
+    def overlooks(cls) -> set[str]:
+        return GENERATING
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> FedAvgState:

@@ -29,7 +29,7 @@ from pfedgpa_app.diffusion.directions import newest_rows
 from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution, rank_of
 from pfedgpa_app.diffusion.rank import RULES
 from pfedgpa_app.methods.base import Upload
-from pfedgpa_app.methods.fedavg import FedAvg
+from pfedgpa_app.methods.fedavg import GENERATING, FedAvg
 from pfedgpa_app.models import Weights, last_layers
 from pfedgpa_app.settings import ConfigError, setting
 from pfedgpa_app.training import device_for
@@ -133,6 +133,10 @@ class PFedGPA(FedAvg):
     settings = PFedGPASettings
     tuned = ("momentum",)
     rounds = "pfedgpa"
+
+    @classmethod
+    def overlooks(cls) -> set[str]:
+        return set()
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -296,6 +300,10 @@ class PFedGPAOnce(PFedGPA):
 
     title = "pFedGPA, once"
     rounds = "fedavg"
+
+    @classmethod
+    def overlooks(cls) -> set[str]:
+        return GENERATING
 
 
 class PFedGPAInverted(PFedGPAOnce):
