@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)  # small matrices: more threads only contend
+settings.register_profile("untimed", deadline=None)  # how long a test takes is no part of it
+settings.load_profile("untimed")
 
 
 def _real(name: str) -> Path:

@@ -101,7 +101,7 @@ class TestPartition:
         st.lists(st.floats(0, 1), min_size=1, max_size=20).filter(lambda x: sum(x) > 0.01),
         st.integers(0, 1000),
     )
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     def test_rounding_is_exact_in_sum_and_off_by_less_than_one(
         self, shares: list[float], total: int
     ) -> None:
@@ -115,7 +115,7 @@ class TestPartition:
         st.integers(1, 12),
         st.integers(0, 100),
     )
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_every_kind_deals_equal_sizes_in_one_mix(
         self, kind: str, clients: int, seed: int
     ) -> None:

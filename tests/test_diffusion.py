@@ -95,7 +95,7 @@ class TestSchedule:
         assert float(schedule.alpha_bar[-1]) < 1e-3
 
     @given(st.integers(1, 1000), st.integers(0, 2**31))
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     def test_conversions_agree(self, t: int, seed: int) -> None:
         clean, eps = torch.randn(2, 5, 3, generator=generator(seed), dtype=torch.float64)
         z = SCHEDULE.add_noise(clean, eps, t)
