@@ -23,18 +23,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from pfedgpa_app.config import Config, resolve
+from pfedgpa_app.config import Config, resolve, sections_read
 from pfedgpa_app.data.client import load_client, load_dataset, load_partition
 from pfedgpa_app.data.images import Images
-from pfedgpa_app.methods import method_class
 from pfedgpa_app.models import Weights, build, load, network_name
 
 
 def config_of(run: Path) -> Config:
     """The settings that the run in ``run`` had."""
     kept = json.loads((run / "config.json").read_text())
-    methods = kept["method"]["value"]
-    read = {"", *(section for name in methods for section in method_class(name).reads())}
+    read = {"", *sections_read(kept["method"]["value"])}
     given = {
         name: entry["value"]
         for name, entry in kept.items()

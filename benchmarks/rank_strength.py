@@ -25,6 +25,7 @@ from pfedgpa_app.data.client import load_client, load_schema
 from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
 from pfedgpa_app.diffusion.rank import RULES
 from pfedgpa_app.files import replacing
+from pfedgpa_app.methods.controls import ClientMean, LastUpload
 from pfedgpa_app.methods.fedavg import FedAvg, FedAvgState
 from pfedgpa_app.models import Weights, build, load, network_name, weights_of
 from pfedgpa_app.results import uploads
@@ -90,18 +91,12 @@ class Bench:
         chosen = FitSettings(denoiser="finite-set", **settings)
         return WeightDistribution(self.state.buffer, chosen, self.config.seed)
 
-    def client_means(self) -> dict[int, Weights]:
-        """The mean of each client's buffered uploads."""
-        layout, vectors, _, clients = self.state.buffer.stack()
-        return {int(c): layout.unflatten(vectors[clients == c].mean(0)) for c in clients.unique()}
-
     def everything(self) -> dict[str, Any]:
         """All figures."""
-        newest = self.state.buffer.newest()
         found: dict[str, Any] = {
             "fedavg": self.accuracy({}),
-            "last upload": self.accuracy({c: entry.weights() for c, entry in newest.items()}),
-            "client mean": self.accuracy(self.client_means()),
+            "last upload": self.accuracy(LastUpload(self.config, self.state).personalise()),
+            "client mean": self.accuracy(ClientMean(self.config, self.state).personalise()),
             "rules": {},
             "grid": {},
         }

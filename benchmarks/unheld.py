@@ -15,6 +15,7 @@ import numpy as np
 from membership import config_of, own_weights
 from safetensors.torch import load_file
 
+from pfedgpa_app.config import Config
 from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.images import Images, images_of
 from pfedgpa_app.data.partition import round_counts
@@ -24,9 +25,8 @@ from pfedgpa_app.training import evaluate
 IMAGES = 12_000
 
 
-def unheld(config_path: Path) -> list[Images]:
+def unheld(config: Config) -> list[Images]:
     """Each client's images."""
-    config = config_of(config_path)
     data, splits = load_dataset(config), load_partition(config)
     held = [np.r_[split.train, split.validation] for split in splits]
     free = np.setdiff1d(np.arange(len(data.train_labels)), np.concatenate(held))
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="runs' folders, with their weights")
     for run in parser.parse_args().runs:
         config = config_of(run)
-        data, images = load_dataset(config), unheld(run)
+        data, images = load_dataset(config), unheld(config)
         model = build(network_name(config.model, data.shape), len(data.classes), config.seed)
         for file in sorted(run.glob("weights/*.safetensors")):
             weights, accuracies = load_file(file), []

@@ -12,7 +12,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -331,14 +331,19 @@ class Resolved:
         return shown
 
 
+def sections_read(methods: Iterable[str]) -> set[str]:
+    """The methods whose own settings any of ``methods`` goes by."""
+    return {section for name in methods for section in method_class(name).reads()}
+
+
 def differences(kept: Path, resolved: Resolved) -> list[str]:
     """Settings that have a part in the results and differ from those kept as ``config.json``."""
     there = json.loads(kept.read_text())
     first = {name: "auto" if k.default is None else k.default for name, k in keys().items()}
     here, defaults = json.loads(json.dumps([resolved.as_dict(), first]))
-    methods = [method_class(name) for name in resolved.config.method]
-    read = {"", *(section for method in methods for section in method.reads())}
-    no_part = NO_PART | set.intersection(*(method.overlooks() for method in methods))
+    methods = resolved.config.method
+    read = {"", *sections_read(methods)}
+    no_part = NO_PART | set.intersection(*(method_class(m).overlooks() for m in methods))
     return [
         f"{key} = {there.get(key, {}).get('value')!r} there, {entry['value']!r} here"
         for key, entry in here.items()
@@ -396,10 +401,10 @@ def resolve_cached(run_config: Mapping[str, Any]) -> Resolved:
 
 def _refuse_idle(config: Config, overrides: Mapping[str, Any]) -> None:
     """Refuse a method's own settings, given for this run, that no method of it reads."""
+    read = {"", *sections_read(method for method in config.method if method in METHODS)}
     for name in overrides:
         section = name.rpartition(".")[0]
-        known = [method_class(method) for method in config.method if method in METHODS]
-        if section and not any(section in method.reads() for method in known):
+        if section not in read:
             raise ConfigError(
                 f"{name} (run-config): none of this run's methods ({', '.join(config.method)}) "
                 f"reads the settings of {section}"

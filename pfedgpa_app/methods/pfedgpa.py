@@ -29,7 +29,7 @@ from pfedgpa_app.diffusion.directions import newest_rows
 from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution, rank_of
 from pfedgpa_app.diffusion.rank import RULES
 from pfedgpa_app.methods.base import Upload
-from pfedgpa_app.methods.fedavg import GENERATING, FedAvg
+from pfedgpa_app.methods.fedavg import FedAvg
 from pfedgpa_app.models import Weights, last_layers
 from pfedgpa_app.settings import ConfigError, setting
 from pfedgpa_app.training import device_for
@@ -136,7 +136,7 @@ class PFedGPA(FedAvg):
 
     @classmethod
     def overlooks(cls) -> set[str]:
-        return set()
+        return super().overlooks() if cls.rounds == FedAvg.rounds else set()
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -300,10 +300,6 @@ class PFedGPAOnce(PFedGPA):
 
     title = "pFedGPA, once"
     rounds = "fedavg"
-
-    @classmethod
-    def overlooks(cls) -> set[str]:
-        return GENERATING
 
 
 class PFedGPAInverted(PFedGPAOnce):
