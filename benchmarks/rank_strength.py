@@ -5,8 +5,9 @@
 Trains FedAvg on two data sets in federations of 10, 20 and 100 clients (30 % a round) with hidden
 groups of equal sizes, of 20 with unequal ones, by Dirichlet(0.1) and (0.5), and IID; makes every
 client's weights from the uploads kept, with each rank and strength of a grid and with those that
-the rules choose, and prints test accuracy in %. The denoiser is the exact one of the finite set.
-What is done is skipped, so it can be stopped and started again.
+the rules choose, and prints test accuracy in %; with --unheld, to choose defaults by, accuracy on
+training images that no client holds. The denoiser is the exact one of the finite set. What is done
+is skipped, so it can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from unheld import unheld
 
 from pfedgpa_app.config import APP_DIR, Config, resolve
 from pfedgpa_app.data.client import load_client, load_schema
+from pfedgpa_app.data.images import Images
 from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
 from pfedgpa_app.diffusion.rank import RULES
 from pfedgpa_app.files import replacing
@@ -67,7 +70,7 @@ def planned(out: Path, sets: Mapping[str, str]) -> dict[tuple[str, str], Run]:
 class Bench:
     """One federation's uploads, and how accurate weights made from them are."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, on_unheld: bool) -> None:
         self.config: Config = run.config
         schema = load_schema(self.config)
         network = network_name(self.config.model, schema.shape)
@@ -76,14 +79,19 @@ class Bench:
         resolved = resolve(run.settings)
         self.state: FedAvgState
         self.state, _ = uploads.load(run.folder / uploads.FILE, state, resolved)
-        self.clients = list(range(min(MOST, self.config.num_clients)))
+        clients = range(min(MOST, self.config.num_clients))
+        self.images: list[Images] = (
+            unheld(self.config)[: len(clients)]
+            if on_unheld
+            else [load_client(self.config, client).test for client in clients]
+        )
 
     def accuracy(self, made: Mapping[int, Weights]) -> float:
         """Mean over the clients, each under its own weights; without some: the global ones."""
         found = []
-        for client in self.clients:
+        for client, images in enumerate(self.images):
             load(self.model, made.get(client, self.state.global_weights))
-            found.append(evaluate(self.model, load_client(self.config, client).test).accuracy)
+            found.append(evaluate(self.model, images).accuracy)
         return float(np.mean(found))
 
     def fit(self, **settings: Any) -> WeightDistribution:
@@ -131,6 +139,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/rank-strength"))
     parser.add_argument("--cifar10", default="cifar10", help="or imagefolder:PATH")
     parser.add_argument("--conf", nargs="+", default=["compare-cifar10", "compare-fashion-mnist"])
+    parser.add_argument("--unheld", action="store_true", help="images nobody holds, not test ones")
     parser.add_argument("--jobs", type=int)
     options = parser.parse_args()
     every = {"compare-cifar10": options.cifar10, "compare-fashion-mnist": "fashion-mnist"}
@@ -145,9 +154,10 @@ def main() -> None:
         print("| " + " | ".join([*columns, "default less best"]) + " |")
         print("| --- " * (len(columns) + 1) + "|")
         for name in FEDERATIONS:
-            kept = runs[conf, name].folder / "rank-strength.json"
+            file = "rank-strength-unheld.json" if options.unheld else "rank-strength.json"
+            kept = runs[conf, name].folder / file
             if not kept.exists():
-                found = Bench(runs[conf, name]).everything()
+                found = Bench(runs[conf, name], options.unheld).everything()
                 with replacing(kept) as new:
                     new.write_text(json.dumps(found, indent=1))
             print(line(name, json.loads(kept.read_text())), flush=True)

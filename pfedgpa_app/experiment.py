@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,10 @@ from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_tab
 from pfedgpa_app.roster import Roster
 from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.strategy import FinalScore, Personalised, ways
+from pfedgpa_app.training import bfloat16_is_emulated, device_for
 
-logger = logging.getLogger("pfedgpa")
 CHECKPOINT = "checkpoint"
+SIMULATED = (LocalGrid, InMemoryGrid)  # their clients are on this machine
 
 
 def run_folder(config: Config) -> Path:
@@ -98,6 +99,18 @@ def warm_start(path: Path, initial: Weights) -> Weights:
     return initial | mean
 
 
+def _warnings(grid: Grid, config: Config) -> Iterator[str]:
+    """What the user may not expect of such a run."""
+    if config.engine not in ("auto", "ray") and not isinstance(grid, LocalGrid):
+        yield f"engine = {config.engine} is for `pfedgpa run`; Flower carries this run itself"
+    emulated = isinstance(grid, SIMULATED) and bfloat16_is_emulated(device_for(config.device))
+    if config.precision == "bfloat16" and emulated:
+        yield (
+            "precision = bfloat16: this CPU has no instructions for it, training may take "
+            "ten times as long as with precision=float32"
+        )
+
+
 def run(grid: Grid, resolved: Resolved) -> Path:
     """Run everything; returns the folder of the results.
 
@@ -121,10 +134,8 @@ def run(grid: Grid, resolved: Resolved) -> Path:
     log = RunLog(folder, config.num_server_rounds, work)
     try:
         log.event("start", f"results: {folder}")
-        if config.engine not in ("auto", "ray") and not isinstance(grid, LocalGrid):
-            text = f"engine = {config.engine} is for `pfedgpa run`; Flower carries this run itself"
+        for text in _warnings(grid, config):
             log.event("warning", text)
-            logger.warning(text)
         _Run(grid, resolved, folder, log, per_evaluation).everything(shared)
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk does not hide what went wrong
@@ -159,8 +170,7 @@ class _Run:
             self.initial = warm_start(Path(config.start_from), self.initial)
         self._resume()
         self.roster.common["run"] = self.name
-        simulated = isinstance(grid, (LocalGrid, InMemoryGrid))  # clients see our files
-        if config.checkpoint_every and simulated:
+        if config.checkpoint_every and isinstance(grid, SIMULATED):  # clients see our files
             self.roster.common["state-dir"] = str(folder / CHECKPOINT / "clients")
 
     def _resume(self) -> None:
@@ -202,7 +212,6 @@ class _Run:
         except OSError as error:
             text = f"no checkpoint could be written, the run goes on without: {error}"
             self.log.event("warning", text)
-            logger.warning(text)
 
     def everything(self, federations: dict[str, list[str]]) -> None:
         for federation, names in federations.items():

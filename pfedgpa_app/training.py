@@ -66,6 +66,11 @@ class Score:
         return 100 * self.correct / self.images if self.images else float("nan")
 
 
+def bfloat16_is_emulated(device: torch.device) -> bool:
+    """Whether ``device`` is a CPU without instructions for it."""
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def device_for(setting: str) -> torch.device:
     """The device that the ``device`` setting means here."""
     if setting == "auto":

@@ -12,6 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from safetensors.torch import load_file
 
+from pfedgpa_app import experiment
 from pfedgpa_app.config import resolve
 from pfedgpa_app.diffusion.fit import WeightDistribution
 from pfedgpa_app.diffusion.saved import load
@@ -513,3 +514,21 @@ class TestBadUploads:
         assert upload is None
         assert "['other']" in reason
         assert folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("precision", "emulated", "warns"),
+    [("bfloat16", True, True), ("bfloat16", False, False), ("float32", True, False)],
+)
+def test_warns_of_a_precision_that_the_machine_must_emulate(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    emulated: bool,
+    warns: bool,
+) -> None:
+    monkeypatch.setattr(experiment, "bfloat16_is_emulated", lambda device: emulated)
+    settings = {"method": "fedavg", "num_server_rounds": 1, "precision": precision}
+    folder, _ = federate(tmp_path, **settings)
+    warned = [r["text"] for r in records(folder, "events.jsonl") if r["kind"] == "warning"]
+    assert any(text.startswith("precision = bfloat16") for text in warned) == warns

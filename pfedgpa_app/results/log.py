@@ -99,8 +99,7 @@ class RunLog:
         progress = round(self._done / self._work, 4) if self._work else 1.0
         record = {"kind": kind, "text": text, "time": now, "progress": progress}
         self._append(EVENTS, record | more)
-        if kind != "warning":
-            logger.info(text)
+        (logger.warning if kind == "warning" else logger.info)(text)
 
     def advance(self, work: float) -> float:
         """``work`` more rounds are done; the seconds that are left at the recent pace."""
@@ -118,7 +117,6 @@ class RunLog:
         self.rejections += 1
         text = f"{name} round {server_round}: client {client} {reason}"
         self.event("warning", text)
-        logger.warning(text)
 
     def round(
         self,
