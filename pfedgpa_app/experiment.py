@@ -128,7 +128,9 @@ def run(grid: Grid, resolved: Resolved) -> Path:
         new.write_text(json.dumps(resolved.as_dict(), indent=2) + "\n")
     shared = federations(config)
     evaluations = len({method_class(m).weights_from or m for m in config.method})
+    # all clients take part in it; ways that differ in epochs share them
     per_evaluation = 1 + sum(way.epochs for way in ways(config)) / config.local_epochs / 2
+    per_evaluation /= config.fraction_train
     rounds = 0 if config.uploads else len(shared) * config.num_server_rounds
     work = rounds + evaluations * per_evaluation
     log = RunLog(folder, config.num_server_rounds, work)

@@ -352,3 +352,17 @@ class TestTraining:
             assert float((weights * own).sum(2).mean()) == pytest.approx(wanted, abs=0.05)
             assert t > previous
             previous = t
+
+    def test_clients_unlike_each_other_are_not_blurred_away(self) -> None:
+        """No noise is enough to hide them; the most that is allowed is."""
+        clients = torch.arange(5)
+        latents = 3 * torch.eye(5)
+        free = calibrate_strength(latents, clients, clients, SCHEDULE, 0.5, 0)
+        t = calibrate_strength(latents, clients, clients, SCHEDULE, 0.5, 0, most_noise=0.5)
+        assert t < free
+        assert SCHEDULE.noise(t) <= 0.5 * SCHEDULE.signal(t)
+        assert SCHEDULE.noise(t + 1) > 0.5 * SCHEDULE.signal(t + 1)
+        near = latents / 10  # little noise is enough: the bound has no part
+        free = calibrate_strength(near, clients, clients, SCHEDULE, 0.5, 0)
+        assert free < t
+        assert free == calibrate_strength(near, clients, clients, SCHEDULE, 0.5, 0, most_noise=0.5)

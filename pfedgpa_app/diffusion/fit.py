@@ -53,6 +53,7 @@ class FitSettings:
     directions: str = "shared"
     strength: int | None = None
     own_weight: float = 0.5
+    most_noise: float = 0.5
     denoiser: str = "mlp"
     schedule: str = "linear"
     diffusion_steps: int = 1000
@@ -216,15 +217,6 @@ class Distribution:
         """Latent dimensions: less than asked for where uploads span less."""
         return self.latents.shape[1]
 
-    def strength_for(self, own_weight: float) -> int:
-        """t0 at which the posterior weight left on a client's own uploads is ``own_weight``."""
-        if not self.rank:
-            return 0
-        newest = newest_rows(self.clients)
-        return calibrate_strength(
-            self.latents, self.clients, newest, self.schedule, own_weight, self.seed
-        )
-
     def _latents_of(self, weights: dict[int, Weights]) -> Tensor:
         """Where weights that are no upload of the buffer lie [M, k]."""
         vectors = torch.stack([self.layout.flatten(mine) for mine in weights.values()])
@@ -311,9 +303,23 @@ class WeightDistribution(Distribution):
         self.newest = sorted(buffer.newest())
         self._newest_deltas = _newest_deltas(buffer, deltas)
         self.newest_latents = self._within(self.autoencoder.encode(self._newest_deltas))
-        own, given = settings.own_weight, settings.strength
-        self.strength = self.strength_for(own) if given is None else given
+        given = settings.strength
+        self.strength = self._calibrated(settings) if given is None else given
         self.denoiser = self._fit(settings, torch.device(device), descriptors)
+
+    def _calibrated(self, settings: FitSettings) -> int:
+        """t0 at which a client's own uploads keep the wanted posterior weight."""
+        if not self.rank:
+            return 0
+        return calibrate_strength(
+            self.latents,
+            self.clients,
+            newest_rows(self.clients),
+            self.schedule,
+            settings.own_weight,
+            self.seed,
+            settings.most_noise,
+        )
 
     def _within(self, newest: Tensor) -> Tensor:
         """Latents [M, k] of ``newest``, those of stale uploads as far out as the window goes.

@@ -8,6 +8,7 @@ the share of stored noise that is replayed, and the mean of several decodings.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -206,12 +207,15 @@ def calibrate_strength(
     schedule: Schedule,
     own_weight: float,
     seed: int,
+    most_noise: float = math.inf,
     draws: int = 20,
 ) -> int:
     """The smallest t0 at which noise hides each newest latent among others' enough.
 
     Enough: under the uploads' own empirical distribution, the posterior weight on a client's
-    own uploads falls to ``own_weight`` on average. Needs no data, labels or groups.
+    own uploads falls to ``own_weight`` on average. Where clients are too unlike each other for
+    that, the largest t0 whose noise is at most ``most_noise`` times the signal: latents' deviation
+    is 1, so more of it hides what tells any two of them apart. Needs no data, labels or groups.
 
     Args:
         latents: [N, k]; clients: [N]; newest: rows [M] of each client's newest upload.
@@ -226,7 +230,7 @@ def calibrate_strength(
         weights = points.weights(noisy.view(-1, latents.shape[1]), t).view(draws, *own.shape)
         return float((weights * own).sum(2).mean())
 
-    low, high = 1, schedule.steps  # the weight falls as t rises
+    low, high = 1, schedule.last_below(most_noise)  # the weight falls as t rises
     while low < high:
         middle = (low + high) // 2
         if weight(middle) <= own_weight:

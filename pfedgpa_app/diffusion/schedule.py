@@ -47,6 +47,10 @@ class Schedule:
         """√(1−ᾱ_t)."""
         return math.sqrt(1 - self.alpha_bar[t])
 
+    def last_below(self, ratio: float) -> int:
+        """The last t, but at least 1, whose noise is at most ``ratio`` times the signal."""
+        return max(1, int((1 - self.alpha_bar <= ratio**2 * self.alpha_bar).sum()) - 1)
+
     def add_noise(self, clean: Tensor, eps: Tensor, t: int) -> Tensor:
         """A draw of q(z_t | z_0)."""
         return self.signal(t) * clean + self.noise(t) * eps

@@ -82,6 +82,9 @@ class PFedGPASettings:
     own_weight: float = setting(
         0.5, "auto strength: posterior weight left on a client's own uploads", above=0, high=1
     )
+    most_noise: float = setting(
+        0.5, "auto strength: most noise, in deviations of the unit-variance latents", above=0
+    )
     keep: float = setting(0.0, "share of the stored noise replayed by invert", low=0, high=1)
     draws: int = setting(64, "decodings averaged for each client", low=1)
     residual_keep: float = setting(
