@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pfedgpa_app.config import resolve
 from pfedgpa_app.methods import METHODS, federation_of, method_class
 from pfedgpa_app.results.log import is_done, rows_of
+from pfedgpa_app.results.tables import over_seeds
 from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.sweep import Run, Settings, expand
 
@@ -140,11 +139,8 @@ def table(out: Path) -> str:
         parts.append("| --- " * (len(COLUMNS) + 3) + "|")
         for name in (name for name in METHODS if name in methods):
             rows = methods[name]
-            cells = [rows[0]["title"], str(len(rows))]
-            for key in COLUMNS.values():
-                values = np.array([row[key] for row in rows if row[key] is not None])
-                spread = f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else ""
-                cells.append(f"{values.mean():.2f}{spread}" if len(values) else "–")
-            parts.append("| " + " | ".join([*cells, _published(rows[0])]) + " |")
+            cells = [over_seeds([row[key] for row in rows]) for key in COLUMNS.values()]
+            cells = [rows[0]["title"], str(len(rows)), *cells, _published(rows[0])]
+            parts.append("| " + " | ".join(cells) + " |")
         parts.append("")
     return "\n".join(parts)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -77,6 +79,12 @@ def save_weights(path: Path, weights: dict[int, Weights], common: Weights) -> No
     if tensors:
         path.parent.mkdir(exist_ok=True)
         save_file(tensors, path)
+
+
+def peak_memory() -> float:
+    """The most MiB that this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def warm_start(path: Path, initial: Weights) -> Weights:
@@ -353,6 +361,7 @@ class _Run:
             ),
             rounds_to_95_percent_of_peak=(min(soon) if soon and name == strategy.name else None),
             server_seconds=round(strategy.server_seconds + seconds, 3),
+            peak_memory_mib=peak_memory(),
             bytes_up=strategy.bytes_up,
             bytes_down=strategy.bytes_down + hand_over,
             **method.report(),

@@ -39,14 +39,17 @@ from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.settings import ConfigError
 
 LOOK = 0.5  # seconds between looks at the runs
-# how a run is carried out may differ from what a finished run says; its results do not
 COLUMNS = {
     "before FT": "accuracy_before_ft",
     "after FT": "accuracy_after_ft",
     "kept by validation": "accuracy_kept",
     "tuned FT": "accuracy_after_ft_tuned",
     "worst client before FT": "accuracy_worst_client_before_ft",
+    "rounds to 95 % of the peak": "rounds_to_95_percent_of_peak",
+    "server s": "server_seconds",
+    "peak MiB": "peak_memory_mib",
 }
+JOINED = "accuracy_of_joining_clients"  # as welcomed and after each upload
 
 Settings = dict[str, Any]
 
@@ -327,10 +330,21 @@ def summarise(runs: Sequence[Run], out: Path) -> str:
     for varied, alike in _groups(finished):
         title = ", ".join(f"{key} = {value}" for key, value in varied.items()) or "all runs"
         seeds = ", ".join(str(run.config.seed) for run in alike)
-        table = seeds_table([rows[run.name] for run in alike], COLUMNS)
-        parts.append(f"### {title}\n\nSeeds {seeds}.\n\n{table}\n")
+        figures = table([rows[run.name] for run in alike])
+        parts.append(f"### {title}\n\nSeeds {seeds}.\n\n{figures}\n")
     (out / "sweep.md").write_text("\n".join(parts))
     return "\n".join(parts)
+
+
+def table(seeds: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """Its columns are those that the runs have something for."""
+    most = max(len(row.get(JOINED, [])) for rows in seeds for row in rows)
+    joined = {f"joined, after {i}" if i else "joined": f"joined {i}" for i in range(most)}
+    flat = [
+        [row | {f"joined {i}": a for i, a in enumerate(row.get(JOINED, []))} for row in rows]
+        for rows in seeds
+    ]
+    return seeds_table(flat, COLUMNS | joined)
 
 
 def _groups(runs: Sequence[Run]) -> Iterator[tuple[Settings, list[Run]]]:

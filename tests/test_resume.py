@@ -52,10 +52,10 @@ def killer(after: int) -> Any:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """All figures and weights; times are no figures."""
+    """All figures and weights; times and memory are no figures."""
     rows = summary(folder)
     for row in rows.values():
-        del row["server_seconds"]
+        del row["server_seconds"], row["peak_memory_mib"]
     weights = {
         f"{path.stem}/{name}": tensor
         for path in sorted(folder.glob("weights/*.safetensors"))

@@ -19,7 +19,7 @@ from pfedgpa_app.engine import PARENT
 from pfedgpa_app.results.log import is_done, last_event
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.settings import ConfigError
-from pfedgpa_app.sweep import Run, _only_one, expand, read, shares
+from pfedgpa_app.sweep import Run, _only_one, expand, read, shares, table
 from tests.test_federation import SMALL
 from tests.test_simulation import alive, descendants
 
@@ -96,12 +96,25 @@ class TestPlan:
             return {"title": title, "a": a, "b": b}
 
         seeds = [[row("x", 1.0, 2.0), row("y", 5.0, None)], [row("x", 3.0, 2.0), row("y", 5.0, 1)]]
-        # mean 2, deviation sqrt(((1 − 2)² + (3 − 2)²) / (2 − 1)) = 1.41; b is not in every row
-        assert seeds_table(seeds, {"A": "a", "B": "b"}).splitlines() == [
-            "| method | A |",
-            "| --- | --- |",
-            "| x | 2.00 ± 1.41 |",
-            "| y | 5.00 ± 0.00 |",
+        # mean 2, deviation sqrt(((1 − 2)² + (3 − 2)²) / (2 − 1)) = 1.41; nobody has a c
+        assert seeds_table(seeds, {"A": "a", "B": "b", "C": "c"}).splitlines() == [
+            "| method | A | B |",
+            "| --- | --- | --- |",
+            "| x | 2.00 ± 1.41 | 2.00 ± 0.00 |",
+            "| y | 5.00 ± 0.00 | 1.00 |",
+        ]
+        assert seeds_table(seeds[:1], {"B": "b"}).splitlines()[2:] == ["| x | 2.00 |", "| y | – |"]
+
+    def test_clients_that_join_have_a_column_for_each_upload(self) -> None:
+        seeds = [
+            [{"title": "x", "accuracy_of_joining_clients": [10.0, first]}, {"title": "y"}]
+            for first in (20.0, 30.0)
+        ]
+        assert table(seeds).splitlines() == [
+            "| method | joined | joined, after 1 |",
+            "| --- | --- | --- |",
+            "| x | 10.00 ± 0.00 | 25.00 ± 7.07 |",
+            "| y | – | – |",
         ]
 
 
@@ -133,9 +146,9 @@ def test_a_sweep_skips_what_is_done_and_repeats_what_was_broken_off(tmp_path: Pa
         for f in (first, second)
     ]
     mean = sum(accuracies) / 2
-    table = (tmp_path / "out" / "sweep.md").read_text()
-    assert f"| FedAvg | {mean:.2f} ± " in table
-    assert "Seeds 0, 1." in table
+    written = (tmp_path / "out" / "sweep.md").read_text()
+    assert f"| FedAvg | {mean:.2f} ± " in written
+    assert "Seeds 0, 1." in written
     # one is broken off: its last event is gone, and half a line is left
     events = (second / "events.jsonl").read_text().splitlines(keepends=True)
     (second / "events.jsonl").write_text("".join(events[:-2]) + events[-2][:20])

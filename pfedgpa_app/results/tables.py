@@ -144,6 +144,15 @@ def text_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def over_seeds(values: Sequence[float | None]) -> str:
+    """Mean ± standard deviation of what is known of several seeds; of one seed its value."""
+    known = np.array([value for value in values if value is not None])
+    if not len(known):
+        return "–"
+    spread = f" ± {known.std(ddof=1):.2f}" if len(known) > 1 else ""
+    return f"{known.mean():.2f}{spread}"
+
+
 def seeds_table(seeds: Sequence[Sequence[Mapping[str, Any]]], columns: Mapping[str, str]) -> str:
     """Mean ± standard deviation over seeds, in Markdown.
 
@@ -151,13 +160,12 @@ def seeds_table(seeds: Sequence[Sequence[Mapping[str, Any]]], columns: Mapping[s
         seeds: each seed's entries of ``summary.json``, the same methods in the same order.
         columns: {heading: key of an entry}; a column without any value is left out.
     """
-    shown = {h: k for h, k in columns.items() if all(r[k] is not None for s in seeds for r in s)}
+    rows = list(zip(*seeds, strict=True))
+    shown = {
+        h: k for h, k in columns.items() if any(r.get(k) is not None for s in seeds for r in s)
+    }
     lines = ["| method | " + " | ".join(shown) + " |", "| --- " * (len(shown) + 1) + "|"]
-    for rows in zip(*seeds, strict=True):
-        cells = [rows[0]["title"]]
-        for key in shown.values():
-            values = np.array([row[key] for row in rows])
-            deviation = values.std(ddof=1) if len(values) > 1 else 0.0
-            cells.append(f"{values.mean():.2f} ± {deviation:.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
+    for alike in rows:
+        cells = [over_seeds([row.get(key) for row in alike]) for key in shown.values()]
+        lines.append("| " + " | ".join([alike[0]["title"], *cells]) + " |")
     return "\n".join(lines)
