@@ -116,11 +116,8 @@ def _published(row: Mapping[str, Any]) -> str:
     return "–"
 
 
-def table(out: Path) -> str:
-    """One table an experiment, in Markdown, of all finished runs in ``out``.
-
-    Means ± standard deviations over seeds.
-    """
+def _finished(out: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """{experiment: {method: its entry of every seed}} of all finished runs in ``out``."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for folder in sorted(path.parent for path in out.glob("*/summary.json")):
         if is_done(folder):
@@ -128,8 +125,40 @@ def table(out: Path) -> str:
             methods = found.setdefault(Path(experiment).stem, {})
             for row in rows_of(folder):
                 methods.setdefault(row["method"], []).append(row)
+    return found
+
+
+def overview(out: Path) -> str:
+    """A column an experiment, in Markdown: accuracy as sent, and after tuned fine-tuning.
+
+    Methods that only fine-tune another's weights are left out: they are its second figure.
+    """
+    found = _finished(out)
+    firsts = [next(iter(methods.values()))[0] for methods in found.values()]
+    heads = [f"{row['dataset']}, {row['num_clients']} clients" for row in firsts]
+    lines = ["| method | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
+    for name in METHODS:
+        rows = [methods.get(name, []) for methods in found.values()]
+        if not any(rows) or method_class(name).weights_from:
+            continue
+        cells = [method_class(name).title]
+        for seeds in rows:
+            sent, tuned = (
+                over_seeds([row[key] for row in seeds], digits=1)
+                for key in ("accuracy_before_ft", "accuracy_after_ft_tuned")
+            )
+            cells.append(f"{sent} / {tuned}" if seeds else "–")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def table(out: Path) -> str:
+    """One table an experiment, in Markdown, of all finished runs in ``out``.
+
+    Means ± standard deviations over seeds.
+    """
     parts = []
-    for experiment, methods in found.items():
+    for experiment, methods in _finished(out).items():
         some = next(iter(methods.values()))[0]
         parts.append(
             f"### {some['dataset']}, {some['num_clients']} clients, {some['rounds']} rounds "

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pfedgpa_app import cli, tune
-from pfedgpa_app.compare import MAIN, PAPER, plan, table
+from pfedgpa_app.compare import MAIN, PAPER, overview, plan, table
 from pfedgpa_app.config import APP_DIR, resolve
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.fedprox import FedProxSettings
@@ -73,6 +73,11 @@ class TestPlan:
         # √(((70 − 71)² + (72 − 71)²)/1) = 1.41; the paper's figure for 20 clients
         figures = ["71.00 ± 1.41", "71.00 ± 1.41", "–", "71.00 ± 1.41", "35.50 ± 0.71", "63.68"]
         assert cells == ["FedPer", "2", *figures]
+        assert overview(tmp_path).splitlines() == [
+            "| method | imagefolder:cifar10, 20 clients |",
+            "| --- | --- |",
+            "| FedPer | 71.0 ± 1.4 / – |",
+        ]
 
 
 @pytest.mark.parametrize(
@@ -85,10 +90,11 @@ def test_compare_goes_on_from_the_results_that_are_kept(conf: str, dataset: str)
     assert all(is_done(run.folder) for run in runs)
 
 
-def test_the_readme_quotes_the_results_that_are_kept() -> None:
-    text = table(APP_DIR / "benchmarks" / "results" / "compare").strip()
-    assert text
-    assert text in (APP_DIR / "README.md").read_text()
+def test_readme_and_docs_quote_the_results_that_are_kept() -> None:
+    out = APP_DIR / "benchmarks" / "results" / "compare"
+    for text, file in ((overview(out), "README.md"), (table(out).strip(), "docs/results.md")):
+        assert text
+        assert text in (APP_DIR / file).read_text()
 
 
 def test_compare_runs_resumes_and_writes(
@@ -104,7 +110,7 @@ def test_compare_runs_resumes_and_writes(
     assert {path: path.stat().st_mtime_ns for path in first} == first
     text = (out / "compare.md").read_text()
     assert text in capsys.readouterr().out
-    rows = [line for line in text.splitlines() if line.startswith("| Fed")]
+    rows = [line for line in text.splitlines() if line.startswith("| Fed") and "/" not in line]
     assert [row.split("|")[2].strip() for row in rows] == ["2", "2", "2"]
     assert not list(out.glob("*/weights"))
     assert cli.main(["compare", "--methods", "fedsvg"]) == 2

@@ -144,13 +144,13 @@ def text_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def over_seeds(values: Sequence[float | None]) -> str:
+def over_seeds(values: Sequence[float | None], digits: int = 2) -> str:
     """Mean ± standard deviation of what is known of several seeds; of one seed its value."""
     known = np.array([value for value in values if value is not None])
     if not len(known):
         return "–"
-    spread = f" ± {known.std(ddof=1):.2f}" if len(known) > 1 else ""
-    return f"{known.mean():.2f}{spread}"
+    spread = f" ± {known.std(ddof=1):.{digits}f}" if len(known) > 1 else ""
+    return f"{known.mean():.{digits}f}{spread}"
 
 
 def seeds_table(seeds: Sequence[Sequence[Mapping[str, Any]]], columns: Mapping[str, str]) -> str:
