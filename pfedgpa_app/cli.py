@@ -330,7 +330,7 @@ def _check_runs(settings: dict[str, Any], options: argparse.Namespace) -> None:
 
 
 def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
-    from pfedgpa_app.compare import EXPERIMENTS, overview, plan, table
+    from pfedgpa_app.compare import EXPERIMENTS, plan, report
     from pfedgpa_app.sweep import carry_out
 
     _check_runs(overrides, options)
@@ -344,8 +344,7 @@ def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     try:
         done = carry_out(runs, options.out, options.app.absolute(), options.jobs)
     finally:
-        if text := table(options.out):
-            text = f"As sent / after tuned fine-tuning:\n\n{overview(options.out)}\n\n{text}"
+        if text := report(options.out):
             (options.out / "compare.md").write_text(text)
     print(text)
     return 0 if done else 1

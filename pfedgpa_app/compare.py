@@ -173,3 +173,10 @@ def table(out: Path) -> str:
             parts.append("| " + " | ".join(cells) + " |")
         parts.append("")
     return "\n".join(parts)
+
+
+def report(out: Path) -> str:
+    """The overview and the tables; nothing without a finished run."""
+    if not (tables := table(out)):
+        return ""
+    return f"As sent / after tuned fine-tuning:\n\n{overview(out)}\n\n{tables}"
