@@ -125,7 +125,7 @@ def _finished(out: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
             methods = found.setdefault(Path(experiment).stem, {})
             for row in rows_of(folder):
                 methods.setdefault(row["method"], []).append(row)
-    return found
+    return dict(sorted(found.items()))
 
 
 def overview(out: Path) -> str:
