@@ -13,7 +13,7 @@ import json
 import shutil
 from pathlib import Path
 
-from pfedgpa_app.compare import overview, report, table
+from pfedgpa_app.compare import finished, overview, report, table
 from pfedgpa_app.config import APP_DIR
 from pfedgpa_app.results.log import EVENTS, is_done
 
@@ -54,8 +54,9 @@ def main() -> None:
             if is_done(run):
                 keep(run)
     (KEPT / "compare.md").write_text(report(KEPT))
-    quote(APP_DIR / "README.md", overview(KEPT))
-    quote(APP_DIR / "docs" / "results.md", table(KEPT))
+    found = finished(KEPT)
+    quote(APP_DIR / "README.md", overview(found))
+    quote(APP_DIR / "docs" / "results.md", table(found))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 
 import torch
@@ -18,11 +17,7 @@ import torch
 from pfedgpa_app.diffusion.autoencoder import remove_drift
 from pfedgpa_app.diffusion.buffer import Buffer
 from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
-
-
-def peak_bytes() -> int:
-    """The most memory that this process ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+from pfedgpa_app.experiment import peak_memory
 
 
 def synthetic(clients: int, rounds: int, weights: int) -> Buffer:
@@ -56,13 +51,13 @@ def main() -> None:
     WeightDistribution(small, FitSettings(fit_steps=2), 0, device).generate("tweedie", draws=2)
     buffer = synthetic(options.clients, options.rounds, options.weights)
     size = options.clients * options.rounds * options.weights * 4
-    before = peak_bytes()
+    before = peak_memory()
     started = time.perf_counter()
     fitted = WeightDistribution(buffer, FitSettings(), 0, device)
     fit = time.perf_counter() - started
     generated = fitted.generate("tweedie", draws=64)
     total = time.perf_counter() - started
-    extra = peak_bytes() - before
+    extra = peak_memory() - before
     started = time.perf_counter()
     remove_drift(*buffer.stack()[1:]).gram()
     gram = time.perf_counter() - started

@@ -10,7 +10,7 @@ from typing import Any
 from pfedgpa_app.config import resolve
 from pfedgpa_app.methods import METHODS, federation_of, method_class
 from pfedgpa_app.results.log import is_done, rows_of
-from pfedgpa_app.results.tables import over_seeds
+from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.sweep import Run, Settings, expand
 
@@ -25,6 +25,8 @@ MAIN = (
     *("pfedgpa", "pfedgpa-once", "pfedgpa-inverted", "pfedgpa-sampled"),
 )
 SEEDS = (0, 1, 2)
+# {experiment: {method: its entry of every seed}}
+Finished = dict[str, dict[str, list[dict[str, Any]]]]
 
 # Lai et al., AAAI 2025, Table 1: {data set: {method: with 10, 20 and 100 clients}}
 PAPER: dict[str, dict[str, tuple[float, float, float]]] = {
@@ -116,9 +118,9 @@ def _published(row: Mapping[str, Any]) -> str:
     return "–"
 
 
-def _finished(out: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """{experiment: {method: its entry of every seed}} of all finished runs in ``out``."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+def finished(out: Path) -> Finished:
+    """All finished runs in ``out``."""
+    found: Finished = {}
     for folder in sorted(path.parent for path in out.glob("*/summary.json")):
         if is_done(folder):
             experiment = json.loads((folder / "config.json").read_text())["conf"]["value"]
@@ -128,55 +130,49 @@ def _finished(out: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
     return dict(sorted(found.items()))
 
 
-def overview(out: Path) -> str:
+def overview(found: Finished) -> str:
     """A column an experiment, in Markdown: accuracy as sent, and after tuned fine-tuning.
 
     Methods that only fine-tune another's weights are left out: they are its second figure.
     """
-    found = _finished(out)
     firsts = [next(iter(methods.values()))[0] for methods in found.values()]
     heads = [f"{row['dataset']}, {row['num_clients']} clients" for row in firsts]
-    lines = ["| method | " + " | ".join(heads) + " |", "| --- " * (len(heads) + 1) + "|"]
+    rows = []
     for name in METHODS:
-        rows = [methods.get(name, []) for methods in found.values()]
-        if not any(rows) or method_class(name).weights_from:
+        columns = [methods.get(name, []) for methods in found.values()]
+        if not any(columns) or method_class(name).weights_from:
             continue
         cells = [method_class(name).title]
-        for seeds in rows:
+        for seeds in columns:
             sent, tuned = (
                 over_seeds([row[key] for row in seeds], digits=1)
                 for key in ("accuracy_before_ft", "accuracy_after_ft_tuned")
             )
             cells.append(f"{sent} / {tuned}" if seeds else "–")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(["method", *heads], rows)
 
 
-def table(out: Path) -> str:
-    """One table an experiment, in Markdown, of all finished runs in ``out``.
-
-    Means ± standard deviations over seeds.
-    """
+def table(found: Finished) -> str:
+    """One table an experiment, in Markdown: means ± standard deviations over seeds."""
     parts = []
-    for experiment, methods in _finished(out).items():
+    for experiment, methods in found.items():
         some = next(iter(methods.values()))[0]
         parts.append(
             f"### {some['dataset']}, {some['num_clients']} clients, {some['rounds']} rounds "
             f"({experiment})\n"
         )
-        parts.append("| method | seeds | " + " | ".join([*COLUMNS, "the paper's figure"]) + " |")
-        parts.append("| --- " * (len(COLUMNS) + 3) + "|")
+        lines = []
         for name in (name for name in METHODS if name in methods):
             rows = methods[name]
             cells = [over_seeds([row[key] for row in rows]) for key in COLUMNS.values()]
-            cells = [rows[0]["title"], str(len(rows)), *cells, _published(rows[0])]
-            parts.append("| " + " | ".join(cells) + " |")
-        parts.append("")
+            lines.append([rows[0]["title"], str(len(rows)), *cells, _published(rows[0])])
+        parts.append(markdown(["method", "seeds", *COLUMNS, "the paper's figure"], lines) + "\n")
     return "\n".join(parts)
 
 
 def report(out: Path) -> str:
-    """The overview and the tables; nothing without a finished run."""
-    if not (tables := table(out)):
+    """The overview and the tables of all finished runs in ``out``; nothing without one."""
+    if not (found := finished(out)):
         return ""
-    return f"As sent / after tuned fine-tuning:\n\n{overview(out)}\n\n{tables}"
+    return f"As sent / after tuned fine-tuning:\n\n{overview(found)}\n\n{table(found)}"

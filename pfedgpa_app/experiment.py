@@ -81,10 +81,10 @@ def save_weights(path: Path, weights: dict[int, Weights], common: Weights) -> No
         save_file(tensors, path)
 
 
-def peak_memory() -> float:
-    """The most MiB that this process ever held."""
+def peak_memory() -> int:
+    """The most bytes that this process ever held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def warm_start(path: Path, initial: Weights) -> Weights:
@@ -111,8 +111,8 @@ def _warnings(grid: Grid, config: Config) -> Iterator[str]:
     """What the user may not expect of such a run."""
     if config.engine not in ("auto", "ray") and not isinstance(grid, LocalGrid):
         yield f"engine = {config.engine} is for `pfedgpa run`; Flower carries this run itself"
-    emulated = isinstance(grid, SIMULATED) and bfloat16_is_emulated(device_for(config.device))
-    if config.precision == "bfloat16" and emulated:
+    here = config.precision == "bfloat16" and isinstance(grid, SIMULATED)
+    if here and bfloat16_is_emulated(device_for(config.device)):
         yield (
             "precision = bfloat16: this CPU has no instructions for it, training may take "
             "ten times as long as with precision=float32"
@@ -361,7 +361,7 @@ class _Run:
             ),
             rounds_to_95_percent_of_peak=(min(soon) if soon and name == strategy.name else None),
             server_seconds=round(strategy.server_seconds + seconds, 3),
-            peak_memory_mib=peak_memory(),
+            peak_memory_mib=round(peak_memory() / 2**20, 1),
             bytes_up=strategy.bytes_up,
             bytes_down=strategy.bytes_down + hand_over,
             **method.report(),

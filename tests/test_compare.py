@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pfedgpa_app import cli, tune
-from pfedgpa_app.compare import MAIN, PAPER, overview, plan, table
+from pfedgpa_app.compare import MAIN, PAPER, finished, overview, plan, table
 from pfedgpa_app.config import APP_DIR, resolve
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.fedprox import FedProxSettings
@@ -68,12 +68,12 @@ class TestPlan:
             (folder / "summary.json").write_text(json.dumps([row | more]))
             kind = "done" if seed < 2 else "failed"
             (folder / EVENTS).write_text(json.dumps({"kind": kind, "text": ""}) + "\n")
-        *_, line = table(tmp_path).strip().splitlines()
+        *_, line = table(finished(tmp_path)).strip().splitlines()
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         # √(((70 − 71)² + (72 − 71)²)/1) = 1.41; the paper's figure for 20 clients
         figures = ["71.00 ± 1.41", "71.00 ± 1.41", "–", "71.00 ± 1.41", "35.50 ± 0.71", "63.68"]
         assert cells == ["FedPer", "2", *figures]
-        assert overview(tmp_path).splitlines() == [
+        assert overview(finished(tmp_path)).splitlines() == [
             "| method | imagefolder:cifar10, 20 clients |",
             "| --- | --- |",
             "| FedPer | 71.0 ± 1.4 / – |",
@@ -101,8 +101,8 @@ def test_compare_goes_on_from_the_results_that_are_kept(conf: str, dataset: str)
 
 
 def test_readme_and_docs_quote_the_results_that_are_kept() -> None:
-    out = APP_DIR / "benchmarks" / "results" / "compare"
-    for text, file in ((overview(out), "README.md"), (table(out).strip(), "docs/results.md")):
+    found = finished(APP_DIR / "benchmarks" / "results" / "compare")
+    for text, file in ((overview(found), "README.md"), (table(found).strip(), "docs/results.md")):
         assert text
         assert text in (APP_DIR / file).read_text()
 

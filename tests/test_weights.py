@@ -471,6 +471,9 @@ class TestSaved:
         for client in one:
             for name, tensor in one[client].items():
                 assert torch.equal(tensor, two[client][name])
+        assert again.strength == fitted.strength
+        assert torch.equal(again.latents, fitted.latents)
+        assert torch.equal(again.clients, fitted.clients)
 
     def test_refuses_other_files(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="cannot be read"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -144,6 +144,12 @@ def text_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of these cells."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def over_seeds(values: Sequence[float | None], digits: int = 2) -> str:
     """Mean ± standard deviation of what is known of several seeds; of one seed its value."""
     known = np.array([value for value in values if value is not None])
@@ -160,12 +166,11 @@ def seeds_table(seeds: Sequence[Sequence[Mapping[str, Any]]], columns: Mapping[s
         seeds: each seed's entries of ``summary.json``, the same methods in the same order.
         columns: {heading: key of an entry}; a column without any value is left out.
     """
-    rows = list(zip(*seeds, strict=True))
     shown = {
         h: k for h, k in columns.items() if any(r.get(k) is not None for s in seeds for r in s)
     }
-    lines = ["| method | " + " | ".join(shown) + " |", "| --- " * (len(shown) + 1) + "|"]
-    for alike in rows:
+    rows = []
+    for alike in zip(*seeds, strict=True):
         cells = [over_seeds([row.get(key) for row in alike]) for key in shown.values()]
-        lines.append("| " + " | ".join([alike[0]["title"], *cells]) + " |")
-    return "\n".join(lines)
+        rows.append([alike[0]["title"], *cells])
+    return markdown(["method", *shown], rows)
