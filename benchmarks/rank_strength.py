@@ -38,6 +38,7 @@ from pfedgpa_app.training import evaluate
 BASE: dict[str, Any] = {
     "method": "fedavg",
     "num-server-rounds": 60,
+    "precision": "float32",  # the same figures on any machine
     "evaluate-every": 0,
     "fine-tune-grid-epochs": 0,
     "save-uploads": True,

@@ -19,6 +19,7 @@ from rich.console import Console
 from pfedgpa_app.config import Config, conf_path, keys
 from pfedgpa_app.methods import METHODS, federation_of, method_class
 from pfedgpa_app.results.log import is_done, rows_of
+from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.sweep import Run, Settings, carry_out, expand
 
@@ -164,16 +165,15 @@ def merged(earlier: str, report: str) -> str:
 
 
 def _report(out: Path, conf: str, command: str) -> str:
-    lines = [
-        f"Made by `{command}`.\n",
-        "Accuracy on the clients' pooled validation images in %; the largest of a method's three "
-        "figures decides.\n",
-        "| method | settings | rounds | before FT | its own FT | tuned FT |",
-        "| --- " * 6 + "|",
-    ]
+    rows = []
     for title, names, row in _rows(out, conf):
         shown = row["validation"]
         kinds = ("before_ft", "after_ft", "after_ft_tuned")
         cells = [f"{shown[kind]:.2f}" for kind in kinds if kind in shown]
-        lines.append("| " + " | ".join([title, names, str(row["rounds"]), *cells]) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([title, names, str(row["rounds"]), *cells])
+    header = ["method", "settings", "rounds", "before FT", "its own FT", "tuned FT"]
+    return (
+        f"Made by `{command}`.\n\n"
+        "Accuracy on the clients' pooled validation images in %; the largest of a method's three "
+        f"figures decides.\n\n{markdown(header, rows)}\n"
+    )

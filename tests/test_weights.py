@@ -355,6 +355,23 @@ class TestDistribution:
         distance = (got[3] - own).norm()
         assert distance < 0.1 * (others - own).norm(dim=1).min()
 
+    @pytest.mark.parametrize(("clients", "wanted"), [(2 * GROUPS, 0.5**0.5), (16 * GROUPS, 0.25)])
+    def test_the_more_clients_of_a_kind_the_more_each_is_like_them(
+        self, clients: int, wanted: float
+    ) -> None:
+        """Its own uploads keep √(kinds / clients): more than a half under four of a kind."""
+        vectors, group = uploads(clients=clients), torch.arange(clients) % GROUPS
+
+        def apart(**settings: object) -> float:
+            fitted = distribution(vectors, latent_noise=0.0, **settings)
+            assert fitted.rank == GROUPS - 1
+            assert fitted.own_weight == pytest.approx(settings.get("own_weight", wanted))
+            made = generated(fitted)
+            kind = torch.stack([made[group == g].mean(0) for g in group])
+            return float((made - kind).norm() / made.std(0).norm())
+
+        assert (apart() > apart(own_weight=0.5)) == (wanted > 0.5)
+
     def test_same_seed_same_weights(self) -> None:
         settings = {"denoiser": "mlp", "fit_steps": 30, "width": 16}
         one, two = (generated(distribution(uploads(), **settings)) for _ in range(2))

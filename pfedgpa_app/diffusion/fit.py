@@ -35,7 +35,12 @@ from pfedgpa_app.diffusion.directions import (
     principal_directions,
     shared_directions,
 )
-from pfedgpa_app.diffusion.inversion import calibrate_strength, guided, regenerate
+from pfedgpa_app.diffusion.inversion import (
+    calibrate_strength,
+    guided,
+    own_weight_of,
+    regenerate,
+)
 from pfedgpa_app.diffusion.rank import choose_rank
 from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.randomness import torch_generator
@@ -52,7 +57,7 @@ class FitSettings:
     rank_rule: str = "widest-gap"
     directions: str = "shared"
     strength: int | None = None
-    own_weight: float = 0.5
+    own_weight: float | None = None
     most_noise: float = 0.5
     denoiser: str = "mlp"
     schedule: str = "linear"
@@ -276,6 +281,7 @@ class WeightDistribution(Distribution):
 
     Attributes:
         newest: clients with an upload, in rising order; newest_latents [M, k]: their newest.
+        own_weight: posterior weight that clients' own uploads keep, as given or as chosen.
     """
 
     def __init__(
@@ -298,16 +304,22 @@ class WeightDistribution(Distribution):
         self.layout, vectors, self.rounds, self.clients = buffer.stack()
         deltas = remove_drift(vectors, self.rounds, self.clients)
         self.anchor = deltas.means[-1]
-        self.autoencoder = self._autoencoder(deltas, settings, torch.device(device))
+        head = self.layout.head()
+        head_gram = deltas.gram(head)
+        rank = settings.rank or choose_rank(
+            settings.rank_rule, deltas, head, head_gram, self.clients, seed
+        )
+        self.own_weight = settings.own_weight or own_weight_of(len(self.clients.unique()), rank)
+        self.autoencoder = self._autoencoder(deltas, head_gram, rank, torch.device(device))
         self.latents = self.autoencoder.encode_all(deltas)
         self.newest = sorted(buffer.newest())
         self._newest_deltas = _newest_deltas(buffer, deltas)
         self.newest_latents = self._within(self.autoencoder.encode(self._newest_deltas))
         given = settings.strength
-        self.strength = self._calibrated(settings) if given is None else given
+        self.strength = self._calibrated() if given is None else given
         self.denoiser = self._fit(settings, torch.device(device), descriptors)
 
-    def _calibrated(self, settings: FitSettings) -> int:
+    def _calibrated(self) -> int:
         """t0 at which a client's own uploads keep the wanted posterior weight."""
         if not self.rank:
             return 0
@@ -316,9 +328,9 @@ class WeightDistribution(Distribution):
             self.clients,
             newest_rows(self.clients),
             self.schedule,
-            settings.own_weight,
+            self.own_weight,
             self.seed,
-            settings.most_noise,
+            self.settings.most_noise,
         )
 
     def _within(self, newest: Tensor) -> Tensor:
@@ -334,19 +346,15 @@ class WeightDistribution(Distribution):
         return torch.where(fresh, newest, newest * most.clamp_max(1))
 
     def _autoencoder(
-        self, deltas: Deltas, settings: FitSettings, device: torch.device
+        self, deltas: Deltas, head_gram: Tensor, rank: int, device: torch.device
     ) -> Autoencoder:
-        seed = self.seed
+        settings, seed = self.settings, self.seed
         if settings.autoencoder == "conv":
             training = ConvolutionalSettings(
                 settings.chunk_latents, settings.autoencoder_steps, input_noise=settings.input_noise
             )
             return ConvolutionalAutoencoder.fit(deltas, self.layout, training, seed, device)
-        head = self.layout.head()
-        gram, head_gram = deltas.gram(), deltas.gram(head)
-        rank = settings.rank or choose_rank(
-            settings.rank_rule, deltas, head, head_gram, self.clients, seed
-        )
+        gram = deltas.gram()
         if settings.directions == "principal":
             combinations = principal_directions(gram, rank)
         else:
@@ -356,7 +364,7 @@ class WeightDistribution(Distribution):
                 self.clients,
                 rank,
                 self.schedule,
-                own_weight=settings.own_weight,
+                own_weight=self.own_weight,
                 blur=settings.latent_noise,
                 seed=seed,
             )

@@ -200,6 +200,16 @@ def _ddim(z: Tensor, denoiser: Denoiser, schedule: Schedule, strength: int, step
     return z
 
 
+def own_weight_of(clients: int, rank: int) -> float:
+    """Posterior weight that clients' own uploads shall keep.
+
+    ``rank`` directions tell rank + 1 kinds of clients apart, g = clients / (rank + 1) of each.
+    The geometric mean of 1, which pools nothing, and 1/g, which makes all of a kind the same:
+    the more there are of a kind, the more others tell about each.
+    """
+    return min(1.0, math.sqrt((rank + 1) / clients))
+
+
 def calibrate_strength(
     latents: Tensor,
     clients: Tensor,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pfedgpa_app.config import Config
+from pfedgpa_app.config import Config, keys
 from pfedgpa_app.diffusion.buffer import Buffer
 from pfedgpa_app.diffusion.fit import WeightDistribution
 from pfedgpa_app.methods.averaging import Averaging, Shared
@@ -42,11 +42,7 @@ class FedAvgState(Shared):
     fitted: WeightDistribution | None = None
 
 
-# what only rounds that end with generation go by
-GENERATING = {
-    f"pfedgpa.{name}"
-    for name in ("generate-from", "round-rate", "round-layers", "round-denoiser", "momentum")
-}
+KEPT_ROUNDS = "pfedgpa.buffer-rounds"
 
 
 class FedAvg(Averaging[FedAvgState]):
@@ -61,7 +57,7 @@ class FedAvg(Averaging[FedAvgState]):
 
     @classmethod
     def overlooks(cls) -> set[str]:
-        return GENERATING
+        return {name for name in keys() if name.startswith("pfedgpa.")} - {KEPT_ROUNDS}
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> FedAvgState:

@@ -79,8 +79,11 @@ class PFedGPASettings:
     strength: int | None = setting(
         None, "t0: how far an upload is noised, 0..diffusion-steps, or auto", low=0
     )
-    own_weight: float = setting(
-        0.5, "auto strength: posterior weight left on a client's own uploads", above=0, high=1
+    own_weight: float | None = setting(
+        None,
+        "auto strength: posterior weight left on a client's own uploads; auto: by clients and rank",
+        above=0,
+        high=1,
     )
     most_noise: float = setting(
         0.5, "auto strength: most noise, in deviations of the unit-variance latents", above=0
@@ -124,6 +127,13 @@ class PFedGPASettings:
     latent_noise: float = setting(0.1, "noise on the unit-variance latents in training", low=0)
 
 
+# what only rounds that end with generation go by
+GENERATING = {
+    f"pfedgpa.{name}"
+    for name in ("generate-from", "round-rate", "round-layers", "round-denoiser", "momentum")
+}
+
+
 class PFedGPA(FedAvg):
     """FedAvg, maybe with momentum; then generation ends every round, and clients train on from it.
 
@@ -139,7 +149,7 @@ class PFedGPA(FedAvg):
 
     @classmethod
     def overlooks(cls) -> set[str]:
-        return super().overlooks() if cls.rounds == FedAvg.rounds else set()
+        return GENERATING if cls.rounds == FedAvg.rounds else set()
 
     @classmethod
     def check(cls, config: Config) -> None:
