@@ -14,7 +14,7 @@ from pfedgpa_app.compare import MAIN, PAPER, finished, overview, plan, table
 from pfedgpa_app.config import APP_DIR, resolve
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.fedprox import FedProxSettings
-from pfedgpa_app.results.log import EVENTS, is_done
+from pfedgpa_app.results.log import EVENTS, is_done, rows_of
 from pfedgpa_app.sweep import Run
 from tests.test_federation import SMALL
 
@@ -90,14 +90,20 @@ class TestPlan:
     ],
 )
 def test_compare_goes_on_from_the_results_that_are_kept(conf: str, dataset: str) -> None:
-    out = APP_DIR / "benchmarks" / "results" / "compare"
-    methods = ["fedavg", "fedavg-ft-tuned", "client-mean", "fedbabu", "pfedgpa"]
-    large = conf.endswith("-100")  # what was run of it
-    # refuses runs of other settings
-    runs = plan(
-        [conf], methods if large else None, [0] if large else None, {"dataset": dataset}, out
-    )
-    assert all(is_done(run.folder) for run in runs)
+    out, kept = APP_DIR / "benchmarks" / "results" / "compare", set()
+    for folder in out.glob(f"{conf}_*"):
+        rows = rows_of(folder)
+        methods, seed = [row["method"] for row in rows], rows[0]["seed"]
+        # refuses a run of other settings
+        [run] = plan([conf], methods, [seed], {"dataset": dataset}, out)
+        assert run.folder == folder
+        assert is_done(folder)
+        kept |= {(name, seed) for name in methods}
+    assert {("fedavg-ft-tuned", 0), ("client-mean", 0), ("fedbabu", 0), ("pfedgpa", 0)} <= kept
+    if not conf.endswith("-100"):
+        assert all(
+            is_done(run.folder) for run in plan([conf], None, None, {"dataset": dataset}, out)
+        )
 
 
 def test_readme_and_docs_quote_the_results_that_are_kept() -> None:
