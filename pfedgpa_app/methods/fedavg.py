@@ -42,9 +42,6 @@ class FedAvgState(Shared):
     fitted: WeightDistribution | None = None
 
 
-KEPT_ROUNDS = "pfedgpa.buffer-rounds"
-
-
 class FedAvg(Averaging[FedAvgState]):
     """One model for all clients."""
 
@@ -57,7 +54,7 @@ class FedAvg(Averaging[FedAvgState]):
 
     @classmethod
     def overlooks(cls) -> set[str]:
-        return {name for name in keys() if name.startswith("pfedgpa.")} - {KEPT_ROUNDS}
+        return {name for name in keys() if name.startswith("pfedgpa.")} - {"pfedgpa.buffer-rounds"}
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> FedAvgState:
