@@ -44,6 +44,7 @@ from pfedgpa_app.engine import gpu_for
 from pfedgpa_app.models import weights_of
 from pfedgpa_app.randomness import torch_generator
 from pfedgpa_app.results.log import EVENTS, METRICS
+from pfedgpa_app.results.tables import markdown
 
 HERE = Path(__file__).resolve().parent
 LAST_EVALUATED = 5
@@ -152,26 +153,21 @@ def run(engine: str, chosen: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """As Markdown."""
-    lines = [
-        "| federation | engine | start-up | round | ratio to the bare loop | evaluation "
-        "| memory: PSS (RSS) |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    header = ["federation", "engine", "start-up", "round", "ratio to the bare loop", "evaluation"]
+    rows = []
     for part in results:
         bare = part["bare_seconds"]
         low, high = min(part["bare"]), max(part["bare"])
-        lines.append(
-            f"| {part['federation']} | bare loop, {part['workers']} workers | | {bare:.2f} s "
-            f"({low:.2f}–{high:.2f}) | 1 | | |"
-        )
-        for row in part["runs"]:
-            lines.append(
-                f"| {part['federation']} | {row['engine']} | {row['startup_seconds']:.1f} s "
-                f"| {row['round_seconds']:.2f} s | {row['round_seconds'] / bare:.3g} "
-                f"| {row['evaluation_seconds']:.2f} s ({row['images']} images) "
-                f"| {row['peak_pss_bytes'] / 2**30:.2f} ({row['peak_rss_bytes'] / 2**30:.2f}) GiB |"
-            )
-    return "\n".join(lines)
+        loop = f"bare loop, {part['workers']} workers"
+        spans = f"{bare:.2f} s ({low:.2f}–{high:.2f})"
+        rows.append([part["federation"], loop, "", spans, "1", "", ""])
+        for run in part["runs"]:
+            pss, rss = (run[f"peak_{kind}_bytes"] / 2**30 for kind in ("pss", "rss"))
+            cells = [part["federation"], run["engine"], f"{run['startup_seconds']:.1f} s"]
+            cells += [f"{run['round_seconds']:.2f} s", f"{run['round_seconds'] / bare:.3g}"]
+            cells.append(f"{run['evaluation_seconds']:.2f} s ({run['images']} images)")
+            rows.append([*cells, f"{pss:.2f} ({rss:.2f}) GiB"])
+    return markdown([*header, "memory: PSS (RSS)"], rows)
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from pfedgpa_app.config import Config, resolve, sections_read
 from pfedgpa_app.data.client import load_client, load_dataset, load_partition
 from pfedgpa_app.data.images import Images
 from pfedgpa_app.models import Weights, build, load, network_name
+from pfedgpa_app.results.tables import markdown
 
 
 def config_of(run: Path) -> Config:
@@ -103,22 +104,18 @@ def main() -> None:
     config = config_of(run)
     groups = np.array([split.group for split in load_partition(config)])[: config.founders]
     alike, same = groups[:, None] == groups, np.eye(len(groups), dtype=bool)
-    print(
-        "| method | own images | the worst client's | its hidden group's | other groups' "
-        "| the worst pair's | accuracy on own training images | on own test images |"
-    )
-    print("| --- " * 8 + "|")
+    rows = []
     for file in sorted(run.glob("weights/*.safetensors")):
         found = examine(config, load_file(file))
         own, near, far = (found.areas[which] for which in (same, alike & ~same, ~alike))
         seen, unseen = found.accuracies.mean(0)
-        print(
-            f"| {file.stem} | {own.mean():.3f} ± {own.std():.3f} | {own.max():.3f} "
-            f"| {near.mean():.3f} ± {near.std():.3f} | {far.mean():.3f} ± {far.std():.3f} "
-            f"| {found.areas[~same].max():.3f} "
-            f"| {seen:.1f} | {unseen:.1f} |",
-            flush=True,
-        )
+        means = [f"{areas.mean():.3f} ± {areas.std():.3f}" for areas in (own, near, far)]
+        means.insert(1, f"{own.max():.3f}")
+        worst = f"{found.areas[~same].max():.3f}"
+        rows.append([file.stem, *means, worst, f"{seen:.1f}", f"{unseen:.1f}"])
+    header = ["method", "own images", "the worst client's", "its hidden group's", "other groups'"]
+    header += ["the worst pair's", "accuracy on own training images", "on own test images"]
+    print(markdown(header, rows))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from pfedgpa_app.data.client import load_client, load_schema
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine.flower import processes_of, stage
 from pfedgpa_app.randomness import torch_generator
+from pfedgpa_app.results.tables import markdown
 
 ROLES = ("flower-superlink", "flwr-serverapp", "flower-supernode", "flwr-clientapp")
 
@@ -140,16 +141,16 @@ def main() -> None:
     )
     said = ", ".join(f"{whose} {seconds:.2f} s" for whose, seconds in import_seconds().items())
     print(f"imports of a client's process: {said}")
-    print("| memory, MiB | " + " | ".join(f"fifth {i + 1}" for i in range(5)) + " |")
-    print("| --- " * 6 + "|")
     first, last = rounds[0], rounds[-1]
+    rows = []
     for role in ROLES:
-        cells = []
+        cells = [role]
         for i in range(5):
             start, end = (first + (last - first) * (i + k) / 5 for k in (0, 1))
             values = [found.get(role, 0) for when, found in samples if start <= when <= end]
             cells.append(f"{max(values, default=0) / 2**20:.0f}")
-        print(f"| {role} | " + " | ".join(cells) + " |")
+        rows.append(cells)
+    print(markdown(["memory, MiB", *(f"fifth {i + 1}" for i in range(5))], rows))
 
 
 if __name__ == "__main__":

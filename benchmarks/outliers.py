@@ -20,6 +20,7 @@ from pfedgpa_app.attacks import spoiled
 from pfedgpa_app.config import Config
 from pfedgpa_app.files import read_tensors
 from pfedgpa_app.randomness import torch_generator
+from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.results.uploads import FORMAT
 
 ATTACKS = (("sign-flip", 4.0), ("scale", 4.0), ("noise", 4.0), ("noise", 1.0), ("sign-flip", 1.0))
@@ -47,8 +48,7 @@ def main() -> None:
     rounds = {
         int(r): tensors["vectors"][tensors["rounds"] == r] for r in tensors["rounds"].unique()
     }
-    print("| attack | honest, largest | spoiled, smallest |")
-    print("| --- | --- | --- |")
+    rows = []
     for kind, strength in ATTACKS:
         config = replace(Config(), attack=kind, attack_strength=strength)
         found = [
@@ -57,10 +57,9 @@ def main() -> None:
             for count in (2, 4)
         ]
         honest, bad = zip(*found, strict=True)
-        print(
-            f"| {kind}, strength {strength:g} | {min(honest):.1f} to {max(honest):.1f} "
-            f"| {min(bad):.1f} to {max(bad):.1f} |"
-        )
+        ranges = (f"{min(lengths):.1f} to {max(lengths):.1f}" for lengths in (honest, bad))
+        rows.append([f"{kind}, strength {strength:g}", *ranges])
+    print(markdown(["attack", "honest, largest", "spoiled, smallest"], rows))
 
 
 if __name__ == "__main__":

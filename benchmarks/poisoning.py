@@ -17,6 +17,7 @@ from typing import Any
 from pfedgpa_app.attacks import ATTACKS, malicious
 from pfedgpa_app.config import APP_DIR, resolve
 from pfedgpa_app.results.log import is_done, last_event, rows_of
+from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.sweep import Run, carry_out, expand
 
 BASE: dict[str, Any] = {
@@ -70,11 +71,9 @@ def main() -> None:
     options = parser.parse_args()
     runs = planned(options.out)
     carry_out(list(runs.values()), options.out, APP_DIR, options.jobs)
-    print("| | " + " | ".join(f"{a}, {s:.0%}" if s else a for a, s in CONDITIONS) + " |")
-    print("| --- " * (len(CONDITIONS) + 1) + "|")
-    for row in ROWS:
-        cells = [accuracy(runs[row, attack, share]) for attack, share in CONDITIONS]
-        print(f"| {row} | " + " | ".join(cells) + " |")
+    header = ["", *(f"{a}, {s:.0%}" if s else a for a, s in CONDITIONS)]
+    rows = [[row, *(accuracy(runs[row, *condition]) for condition in CONDITIONS)] for row in ROWS]
+    print(markdown(header, rows))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from pfedgpa_app.methods.controls import ClientMean, LastUpload
 from pfedgpa_app.methods.fedavg import FedAvg, FedAvgState
 from pfedgpa_app.models import Weights, build, load, network_name, weights_of
 from pfedgpa_app.results import uploads
+from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.sweep import Run, carry_out, expand
 from pfedgpa_app.training import evaluate
 
@@ -122,7 +123,7 @@ class Bench:
         return found
 
 
-def line(name: str, found: Mapping[str, Any]) -> str:
+def cells_of(name: str, found: Mapping[str, Any]) -> list[str]:
     """A federation's row of the table."""
     best = max(found["grid"], key=found["grid"].get)
     rank, strength = best.split(",")
@@ -131,7 +132,7 @@ def line(name: str, found: Mapping[str, Any]) -> str:
     cells.append(f"{found['grid'][best]:.1f} ({rank}, {strength})")
     cells += [f"{a:.1f} ({r}, {t})" for r, t, a in (found["rules"][rule] for rule in RULES)]
     cells.append(f"{default[2] - found['grid'][best]:+.1f}")
-    return "| " + " | ".join(cells) + " |"
+    return cells
 
 
 def main() -> None:
@@ -150,10 +151,7 @@ def main() -> None:
         raise SystemExit("some runs failed")
     torch.set_num_threads(1)
     for conf in sets:
-        print(f"\n{conf}: accuracy in % (rank, strength)\n")
-        columns = ["", "FedAvg", "last upload", "client mean", "best of the grid", *RULES]
-        print("| " + " | ".join([*columns, "default less best"]) + " |")
-        print("| --- " * (len(columns) + 1) + "|")
+        rows = []
         for name in FEDERATIONS:
             file = "rank-strength-unheld.json" if options.unheld else "rank-strength.json"
             kept = runs[conf, name].folder / file
@@ -161,7 +159,10 @@ def main() -> None:
                 found = Bench(runs[conf, name], options.unheld).everything()
                 with replacing(kept) as new:
                     new.write_text(json.dumps(found, indent=1))
-            print(line(name, json.loads(kept.read_text())), flush=True)
+            rows.append(cells_of(name, json.loads(kept.read_text())))
+        columns = ["", "FedAvg", "last upload", "client mean", "best of the grid", *RULES]
+        print(f"\n{conf}: accuracy in % (rank, strength)\n")
+        print(markdown([*columns, "default less best"], rows), flush=True)
 
 
 if __name__ == "__main__":
