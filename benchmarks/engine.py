@@ -161,11 +161,11 @@ def table(results: list[dict[str, Any]]) -> str:
         loop = f"bare loop, {part['workers']} workers"
         spans = f"{bare:.2f} s ({low:.2f}–{high:.2f})"
         rows.append([part["federation"], loop, "", spans, "1", "", ""])
-        for run in part["runs"]:
-            pss, rss = (run[f"peak_{kind}_bytes"] / 2**30 for kind in ("pss", "rss"))
-            cells = [part["federation"], run["engine"], f"{run['startup_seconds']:.1f} s"]
-            cells += [f"{run['round_seconds']:.2f} s", f"{run['round_seconds'] / bare:.3g}"]
-            cells.append(f"{run['evaluation_seconds']:.2f} s ({run['images']} images)")
+        for row in part["runs"]:
+            pss, rss = (row[f"peak_{kind}_bytes"] / 2**30 for kind in ("pss", "rss"))
+            cells = [part["federation"], row["engine"], f"{row['startup_seconds']:.1f} s"]
+            cells += [f"{row['round_seconds']:.2f} s", f"{row['round_seconds'] / bare:.3g}"]
+            cells.append(f"{row['evaluation_seconds']:.2f} s ({row['images']} images)")
             rows.append([*cells, f"{pss:.2f} ({rss:.2f}) GiB"])
     return markdown([*header, "memory: PSS (RSS)"], rows)
 

@@ -109,10 +109,10 @@ def main() -> None:
         found = examine(config, load_file(file))
         own, near, far = (found.areas[which] for which in (same, alike & ~same, ~alike))
         seen, unseen = found.accuracies.mean(0)
-        means = [f"{areas.mean():.3f} ± {areas.std():.3f}" for areas in (own, near, far)]
-        means.insert(1, f"{own.max():.3f}")
-        worst = f"{found.areas[~same].max():.3f}"
-        rows.append([file.stem, *means, worst, f"{seen:.1f}", f"{unseen:.1f}"])
+        mine, group, others = (f"{a.mean():.3f} ± {a.std():.3f}" for a in (own, near, far))
+        cells = [file.stem, mine, f"{own.max():.3f}", group, others]
+        cells += [f"{found.areas[~same].max():.3f}", f"{seen:.1f}", f"{unseen:.1f}"]
+        rows.append(cells)
     header = ["method", "own images", "the worst client's", "its hidden group's", "other groups'"]
     header += ["the worst pair's", "accuracy on own training images", "on own test images"]
     print(markdown(header, rows))

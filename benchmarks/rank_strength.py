@@ -56,6 +56,15 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
 }
 RANKS = (2, 3, 4, 5, 6, 8, 12)
 STRENGTHS = (0, 50, 100, 150, 200, 300, 450)
+HEADER = (
+    "",
+    "FedAvg",
+    "last upload",
+    "client mean",
+    "best of the grid",
+    *RULES,
+    "default less best",
+)
 MOST = 40  # clients of a federation that are evaluated
 
 
@@ -160,9 +169,7 @@ def main() -> None:
                 with replacing(kept) as new:
                     new.write_text(json.dumps(found, indent=1))
             rows.append(cells_of(name, json.loads(kept.read_text())))
-        columns = ["", "FedAvg", "last upload", "client mean", "best of the grid", *RULES]
-        print(f"\n{conf}: accuracy in % (rank, strength)\n")
-        print(markdown([*columns, "default less best"], rows), flush=True)
+        print(f"\n{conf}: accuracy in % (rank, strength)\n\n{markdown(HEADER, rows)}", flush=True)
 
 
 if __name__ == "__main__":
