@@ -15,8 +15,8 @@ from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.datasets import resolve_data_dir
 from pfedgpa_app.engine import LaunchError, engine_for, gpu_for, local, ray
 from pfedgpa_app.engine.ray import Simulation
-from pfedgpa_app.experiment import run_folder
-from pfedgpa_app.models import network_name
+from pfedgpa_app.experiment import run_folder, warm_start
+from pfedgpa_app.models import build, network_name, weights_of
 from pfedgpa_app.results.log import EVENTS
 from pfedgpa_app.settings import ConfigError
 
@@ -67,8 +67,11 @@ def preflight(config: Config) -> None:
     """
     try:
         data = load_dataset(config)
-        network_name(config.model, data.shape)
+        network = network_name(config.model, data.shape)
         load_partition(config)
+        if config.start_from:
+            initial = weights_of(build(network, len(data.classes), config.seed))
+            warm_start(Path(config.start_from), initial)
         if config.uploads and not Path(config.uploads).expanduser().is_file():
             raise ConfigError(f"uploads = {config.uploads!r}: no such file")
     except ValueError as error:
@@ -108,8 +111,9 @@ def launch(
     }
     if (conf := Path(str(settings.get("conf", "demo"))).expanduser()).is_file():
         settings["conf"] = str(conf.absolute())
-    if config.uploads:
-        settings["uploads"] = str(Path(config.uploads).expanduser().absolute())
+    for name, path in (("start-from", config.start_from), ("uploads", config.uploads)):
+        if path:
+            settings[name] = str(Path(path).expanduser().absolute())
     carry = functools.partial(ray.run, flower=flower) if engine == "ray" else local.run
     there = resolve(settings).config
     reason = watched(folder, console, lambda look: carry(app, settings, there, folder / LOG, look))

@@ -139,6 +139,9 @@ class TestRefusals:
         assert "class 0 has" in capsys.readouterr().err
         assert cli.main(["run", "uploads=nowhere", "method=fedavg"]) == 2
         assert "no such file" in capsys.readouterr().err
+        assert cli.main(["run", "start-from=nowhere"]) == 2
+        assert "start-from = 'nowhere': cannot be read" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
 
     def test_a_named_run_is_never_overwritten(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

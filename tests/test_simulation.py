@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from pfedgpa_app.config import APP_DIR
+from pfedgpa_app.engine import LaunchError, local
 from pfedgpa_app.engine.flower import free_port, processes_of
+from pfedgpa_app.launcher import launch
 from tests.test_federation import SMALL, federate, records, summary
 
 pytestmark = pytest.mark.xdist_group("simulation")  # one after the other: Ray fills the machine
@@ -79,6 +81,26 @@ def test_the_demo_runs_where_the_user_is_and_leaves_nothing_running(
     names = {p.name for p in folder.iterdir()}
     assert {"accuracy.png", "clients.png", "latents.png", "table.md", "weights"} <= names
     assert not [p for p in Path("/proc").glob("[0-9]*") if _runs_in(p, str(tmp_path))]
+
+
+def test_relative_paths_are_the_users(
+    tmp_path: Path, in_process: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(in_process / "distribution.safetensors", tmp_path / "learned")
+    (tmp_path / "kept").touch()
+    monkeypatch.chdir(tmp_path)
+    given = {"start-from": "learned", "uploads": "kept", "method": "fedavg"}
+    sent: dict[str, object] = {}
+
+    def carry(app: Path, settings: dict[str, object], *rest: object) -> str:
+        sent.update(settings)
+        return "that will do"
+
+    monkeypatch.setattr(local, "run", carry)
+    with pytest.raises(LaunchError, match="that will do"):
+        launch(given | {"engine": "process"})
+    assert sent["start-from"] == str(tmp_path / "learned")
+    assert sent["uploads"] == str(tmp_path / "kept")
 
 
 def _runs_in(process: Path, mark: str) -> bool:
