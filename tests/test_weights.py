@@ -263,6 +263,20 @@ class TestRank:
         assert rank_by("shrinkage", deltas, who, 0) > 8
         assert rank_by("widest-gap", deltas, who, 0) == 4
 
+    def test_many_directions_do_not_hide_the_weakest_of_them(self) -> None:
+        # 20 clients, no two alike: ten directions whose variances in the head fall from 30 to
+        # 4.5 times the noise's. The median of all 19 eigenvalues is then one of theirs.
+        rng = torch.Generator().manual_seed(0)
+        scores = torch.randn(20, 10, generator=rng)
+        scores = torch.linalg.qr(scores - scores.mean(0)).Q
+        axes = torch.linalg.qr(torch.randn(100, 10, generator=rng)).Q.T
+        vectors = torch.randn(20, 720, generator=rng)
+        vectors[:, 620:] += scores * (100 * torch.logspace(1.48, 0.65, 10)).sqrt() @ axes
+        _, stacked, rounds, who = buffer(vectors[None]).stack()
+        deltas = remove_drift(stacked, rounds, who)
+        assert rank_by("shrinkage", deltas, who, 0) < 10
+        assert rank_by("widest-gap", deltas, who, 0) == 10
+
     @pytest.mark.parametrize(
         ("aspect", "squared"),
         # ω(β)² of Gavish and Donoho (2014), Table IV: ω = 1.5194, 1.6089, 2.1711, 2.8582

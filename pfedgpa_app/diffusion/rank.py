@@ -29,9 +29,11 @@ def choose_rank(
             median; what each client merely memorised spreads evenly over directions.
             ``shrinkage``: above the optimal hard threshold for a matrix of that shape (Gavish
             and Donoho 2014), which is the same where classifiers are far larger than clients
-            are many. ``widest-gap``: of these, as many as stand before the last gap in the
-            eigenvalues' logarithms that is at least half as wide as the widest; of many clients
-            what each memorised has large eigenvalues, too, but without gaps.
+            are many. ``widest-gap``: the same, the median being of those not counted, until no
+            more are (where clients differ in many directions, these raise the median of all); of
+            these, as many as stand before the last gap in the eigenvalues' logarithms that is at
+            least half as wide as the widest: of many clients what each memorised has large
+            eigenvalues, too, but without gaps.
             ``cross-validation``: the least error in predicting held-out weights of held-out
             clients from the rest (Owen and Perry 2009). ``likelihood``: the largest likelihood
             of a held-out client under the others' probabilistic PCA.
@@ -56,10 +58,16 @@ def choose_rank(
         else:
             eigenvalues = torch.linalg.eigvalsh(gram).flip(0)[: n - 1]
             times = 2.0 if rule == "head-gap" else hard_threshold((n - 1) / p)
-            rank = int((eigenvalues > times * eigenvalues.median()).sum())
+            rank = _above(eigenvalues, times * eigenvalues.median())
             if rule == "widest-gap":
+                while (more := _above(eigenvalues, times * eigenvalues[rank:].median())) > rank:
+                    rank = more
                 rank = _last_wide_gap(eigenvalues, rank)
     return min(max(2, rank), n - 1)
+
+
+def _above(eigenvalues: Tensor, threshold: Tensor) -> int:
+    return int((eigenvalues > threshold).sum())
 
 
 def _last_wide_gap(eigenvalues: Tensor, most: int) -> int:
