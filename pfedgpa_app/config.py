@@ -138,7 +138,7 @@ class Config:
         True, "write what the server makes for each client beside the results"
     )
     start_from: str = setting(
-        "", "a run's distribution.safetensors, whose mean every method starts from"
+        "", "a run's distribution.safetensors, whose mean methods start from if they share weights"
     )
     save_uploads: bool = setting(False, "keep the buffered uploads beside the results")
     uploads: str = setting(
