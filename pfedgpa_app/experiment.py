@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from pfedgpa_app.checkpoint import Checkpoint, CheckpointError
 from pfedgpa_app.config import Config, Resolved, differences
 from pfedgpa_app.data import NODES
-from pfedgpa_app.data.client import load_partition, load_schema
+from pfedgpa_app.data.client import Schema, load_partition, load_schema
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.engine.grid import LocalGrid
 from pfedgpa_app.files import replacing
@@ -85,6 +85,18 @@ def peak_memory() -> int:
     """The most bytes that this process ever held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def initial_weights(config: Config, schema: Schema) -> Weights:
+    """What every method starts from: by the seed, or a saved distribution's mean.
+
+    Raises:
+        ValueError: no network fits the images.
+        ConfigError: ``start-from`` cannot be read, or is of another network.
+    """
+    network = network_name(config.model, schema.shape)
+    initial = weights_of(build(network, len(schema.classes), config.seed))
+    return warm_start(Path(config.start_from), initial) if config.start_from else initial
 
 
 def warm_start(path: Path, initial: Weights) -> Weights:
@@ -174,10 +186,7 @@ class _Run:
         own = config.dataset == NODES
         self.roster = Roster(grid, config.num_clients, config.timeout, own)
         self.dataset = self.roster.schema or load_schema(config)
-        network = network_name(config.model, self.dataset.shape)
-        self.initial = weights_of(build(network, len(self.dataset.classes), config.seed))
-        if config.start_from:
-            self.initial = warm_start(Path(config.start_from), self.initial)
+        self.initial = initial_weights(config, self.dataset)
         self._resume()
         self.roster.common["run"] = self.name
         if config.checkpoint_every and isinstance(grid, SIMULATED):  # clients see our files

@@ -11,12 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from pfedgpa_app.config import APP_DIR, Config, resolve
-from pfedgpa_app.data.client import load_dataset, load_partition
+from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.data.datasets import resolve_data_dir
 from pfedgpa_app.engine import LaunchError, engine_for, gpu_for, local, ray
 from pfedgpa_app.engine.ray import Simulation
-from pfedgpa_app.experiment import run_folder, warm_start
-from pfedgpa_app.models import build, network_name, weights_of
+from pfedgpa_app.experiment import initial_weights, run_folder
 from pfedgpa_app.results.log import EVENTS
 from pfedgpa_app.settings import ConfigError
 
@@ -66,12 +65,8 @@ def preflight(config: Config) -> None:
         ConfigError, DataError, FileExistsError: what is wrong and what to do.
     """
     try:
-        data = load_dataset(config)
-        network = network_name(config.model, data.shape)
+        initial_weights(config, load_schema(config))
         load_partition(config)
-        if config.start_from:
-            initial = weights_of(build(network, len(data.classes), config.seed))
-            warm_start(Path(config.start_from), initial)
         if config.uploads and not Path(config.uploads).expanduser().is_file():
             raise ConfigError(f"uploads = {config.uploads!r}: no such file")
     except ValueError as error:

@@ -89,7 +89,7 @@ def test_relative_paths_are_the_users(
     shutil.copy(in_process / "distribution.safetensors", tmp_path / "learned")
     (tmp_path / "kept").touch()
     monkeypatch.chdir(tmp_path)
-    given = {"start-from": "learned", "uploads": "kept", "method": "fedavg"}
+    given = {"start-from": "learned", "uploads": "kept", "method": "fedavg", "engine": "process"}
     sent: dict[str, object] = {}
 
     def carry(app: Path, settings: dict[str, object], *rest: object) -> str:
@@ -98,7 +98,7 @@ def test_relative_paths_are_the_users(
 
     monkeypatch.setattr(local, "run", carry)
     with pytest.raises(LaunchError, match="that will do"):
-        launch(given | {"engine": "process"})
+        launch(given)
     assert sent["start-from"] == str(tmp_path / "learned")
     assert sent["uploads"] == str(tmp_path / "kept")
 

@@ -58,16 +58,17 @@ def choose_rank(
         else:
             eigenvalues = torch.linalg.eigvalsh(gram).flip(0)[: n - 1]
             times = 2.0 if rule == "head-gap" else hard_threshold((n - 1) / p)
-            rank = _above(eigenvalues, times * eigenvalues.median())
+            rank = _above(eigenvalues, times)
             if rule == "widest-gap":
-                while (more := _above(eigenvalues, times * eigenvalues[rank:].median())) > rank:
+                while (more := _above(eigenvalues, times, rank)) > rank:
                     rank = more
                 rank = _last_wide_gap(eigenvalues, rank)
     return min(max(2, rank), n - 1)
 
 
-def _above(eigenvalues: Tensor, threshold: Tensor) -> int:
-    return int((eigenvalues > threshold).sum())
+def _above(eigenvalues: Tensor, times: float, first: int = 0) -> int:
+    """How many are above ``times`` the median of all but the ``first``, in falling order."""
+    return int((eigenvalues > times * eigenvalues[first:].median()).sum())
 
 
 def _last_wide_gap(eigenvalues: Tensor, most: int) -> int:
