@@ -116,7 +116,7 @@ def run(engine: str, chosen: dict[str, Any], out: Path) -> dict[str, Any]:
     """One run through the command line, as a user starts it."""
     mark = f"PFEDGPA_BENCHMARK={engine}-{time.time_ns()}"
     name, value = mark.split("=")
-    command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--app", str(HERE.parent)]
+    command = [sys.executable, "-m", "pfedgpa_app", "run", "--app", str(HERE.parent)]
     command += ["--engine", engine, f"out-dir={out}", f"run-name={value}"]
     command += [f"{key}={json.dumps(v) if v in (True, False) else v}" for key, v in chosen.items()]
     seen, done = [(0, 0)], threading.Event()

@@ -51,7 +51,7 @@ def run(
         if not is_done(folder):
             if folder.exists():
                 folder.rename(folder.with_name(f"{folder.name}-broken-{time.time_ns()}"))
-            command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--conf", conf]
+            command = [sys.executable, "-m", "pfedgpa_app", "run", "--conf", conf]
             command += ["--app", str(HERE.parent), f"dataset={dataset}", f"seed={seed}"]
             command += [f"data-dir={data_dir}", f"out-dir={out}", f"run-name={folder.name}"]
             command += [settings]

@@ -13,6 +13,7 @@ from typing import Any
 from pfedgpa_app import __version__
 from pfedgpa_app.config import APP_DIR, keys, resolve
 from pfedgpa_app.engine import LaunchError
+from pfedgpa_app.engine.spawning import Server
 from pfedgpa_app.settings import ConfigError, DataError
 
 YAML = (".yaml", ".yml")
@@ -158,8 +159,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0 done, 1 the run failed, 2 refused."""
+def main(arguments: list[str] | None = None, server: Server | None = None) -> int:
+    """Run the command.
+
+    Args:
+        server: for a run, one that has been started already.
+
+    Returns:
+        the exit status: 0 done, 1 the run failed, 2 refused.
+    """
     parser = _parser()
     # settings may stand before and after options, which argparse's subcommands cannot mix
     options, rest = parser.parse_known_args(arguments)
@@ -200,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "sweep":
             return _sweep(overrides, [Path(file) for file in files], options)
         _end_with_parent()
-        return _run(overrides, options.app.absolute())
+        return _run(overrides, options.app.absolute(), server)
     except (ConfigError, DataError, FileExistsError) as error:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 2
@@ -241,7 +249,7 @@ def _draw_partition(overrides: dict[str, Any], out: Path) -> int:
     return 0
 
 
-def _run(overrides: dict[str, Any], app: Path) -> int:
+def _run(overrides: dict[str, Any], app: Path, server: Server | None) -> int:
     with contextlib.ExitStack() as stack:
         flower = None
         if overrides.get("engine") == "ray":  # it comes up while we import and check
@@ -250,7 +258,7 @@ def _run(overrides: dict[str, Any], app: Path) -> int:
             flower = stack.enter_context(Simulation())
         from pfedgpa_app.launcher import launch
 
-        launch(overrides, app, flower=flower)
+        launch(overrides, app, flower=flower, server=server)
     return 0
 
 

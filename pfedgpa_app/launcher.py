@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,27 +13,79 @@ from rich.console import Console
 from pfedgpa_app.config import APP_DIR, Config, resolve
 from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.data.datasets import resolve_data_dir
-from pfedgpa_app.engine import LaunchError, engine_for, gpu_for, local, ray
+from pfedgpa_app.engine import LaunchError, Look, engine_for, gpu_for, local, ray
 from pfedgpa_app.engine.ray import Simulation
+from pfedgpa_app.engine.spawning import Server
 from pfedgpa_app.experiment import initial_weights, run_folder
-from pfedgpa_app.results.log import EVENTS
+from pfedgpa_app.results.log import EVENTS, clock, say
 from pfedgpa_app.settings import ConfigError
 
 LOG = "flower.log"
 
 
+class Patience:
+    """How long a run may say nothing before its user is told.
+
+    A multiple of its longest silence so far, a round's as a rule; before the first round
+    ``timeout`` seconds, in which a client must answer, but no more than two minutes.
+    """
+
+    LEAST, MOST_AT_FIRST, TIMES = 60.0, 120.0, 5
+
+    def __init__(self, timeout: float, now: float) -> None:
+        self.first, self.heard, self.longest = min(timeout, self.MOST_AT_FIRST), now, 0.0
+        self.said = 0.0  # the silence that was told of last
+
+    def hear(self, kind: str, now: float) -> None:
+        """There was an event."""
+        if self.longest or kind == "round":
+            self.longest = max(self.longest, now - self.heard)
+        self.heard, self.said = now, 0.0
+
+    def is_over(self, now: float) -> bool:
+        """Whether to tell of a silence, for the first time or since it was half as long."""
+        limit = max(self.LEAST, self.TIMES * self.longest) if self.longest else self.first
+        silence = now - self.heard
+        if silence <= max(limit, 2 * self.said):
+            return False
+        self.said = silence
+        return True
+
+    def text(self, why: str, advice: str) -> str:
+        """What to tell."""
+        usual = f" (a round took {clock(self.longest)} at most)" if self.longest else ""
+        parts = [f"nothing has happened for {clock(self.said)}{usual}", why, advice]
+        return "; ".join(part for part in parts if part)
+
+
 class Watcher:
     """Shows a run's events: one live line on a terminal, plain lines elsewhere."""
 
-    def __init__(self, events: Path, console: Console) -> None:
+    def __init__(self, events: Path, console: Console, patience: Patience, advice: str) -> None:
+        """``advice``: how to go on with a run that stands still."""
         self.events, self.console = events, console
-        self.place, self.last = 0, ""
+        self.patience, self.advice = patience, advice
+        self.place, self.last, self.progress = 0, "", 0.0
         self.status = console.status("starting") if console.is_terminal else None
 
-    def look(self) -> None:
-        """Show what is new."""
-        if self.status:  # its thread begins here, after an engine has forked
+    def look(self, explain: Callable[[], str] = lambda: "") -> None:
+        """Show what is new, or that for too long nothing is.
+
+        Args:
+            explain: tells which process waits for what.
+        """
+        if self.status:
             self.status.start()
+        self._read()
+        if self.patience.is_over(time.monotonic()):
+            why = explain()  # takes a while
+            self._read()
+            if self.patience.said and self.last != "done":
+                text = self.patience.text(why, self.advice)
+                say(self.events.parent, "stalled", text, self.progress)
+                self._read()
+
+    def _read(self) -> None:
         if not self.events.exists():
             return
         with self.events.open() as file:
@@ -44,10 +96,13 @@ class Watcher:
 
     def show(self, event: dict[str, Any]) -> None:
         """One event."""
-        self.last = event["kind"]
-        if self.last == "failed":
+        if event["kind"] != "stalled":
+            self.last = event["kind"]
+            self.progress = event.get("progress", 0.0)
+            self.patience.hear(self.last, time.monotonic())
+        if event["kind"] == "failed":
             return  # said at the end, once
-        if self.last in ("round", "status") and self.status:
+        if event["kind"] in ("round", "status") and self.status:
             self.status.update(event["text"], spinner="dots")
         else:
             self.console.print(event["text"], markup=False, highlight=False, soft_wrap=True)
@@ -78,11 +133,13 @@ def launch(
     app: Path = APP_DIR,
     console: Console | None = None,
     flower: Simulation | None = None,
+    server: Server | None = None,
 ) -> Path:
     """Run the app in ``app`` and return the folder of its results, once it has succeeded.
 
     Args:
         flower: for the ray engine, if one has been started already.
+        server: for the other engines, likewise.
 
     Raises:
         ConfigError, DataError, FileExistsError: refused before anything started.
@@ -109,22 +166,38 @@ def launch(
     for name, path in (("start-from", config.start_from), ("uploads", config.uploads)):
         if path:
             settings[name] = str(Path(path).expanduser().absolute())
-    carry = functools.partial(ray.run, flower=flower) if engine == "ray" else local.run
     there = resolve(settings).config
-    reason = watched(folder, console, lambda look: carry(app, settings, there, folder / LOG, look))
+
+    def carry_out(look: Look) -> str:
+        if engine == "ray":
+            return ray.run(app, settings, there, folder / LOG, look, flower)
+        return local.run(app, settings, folder / LOG, look, server)
+
+    reason = watched(folder, console, there, carry_out)
     if reason:
         raise LaunchError(f"{reason}\nResults so far and Flower's log are in {folder}")
     return folder
 
 
-def watched(folder: Path, console: Console, carry_out: Callable[[Callable[[], None]], str]) -> str:
+def advice(config: Config) -> str:
+    """How to go on with a run that stands still."""
+    if config.checkpoint_every:
+        again = f"go on from its last checkpoint by run-name={config.run_name} resume=true"
+    else:
+        again = "start it again; with checkpoint-every=1 it could go on where it was"
+    return f"if that does not change, stop it with Ctrl-C and {again}"
+
+
+def watched(
+    folder: Path, console: Console, config: Config, carry_out: Callable[[Look], str]
+) -> str:
     """Show the events of the run in ``folder`` while it goes on: why it failed, or "".
 
     Args:
         carry_out: calls what it is given while the run goes on; why that failed, or "".
     """
     events = folder / EVENTS
-    watcher = Watcher(events, console)
+    watcher = Watcher(events, console, Patience(config.timeout, time.monotonic()), advice(config))
     try:
         failure = carry_out(watcher.look)
     finally:

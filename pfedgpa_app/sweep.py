@@ -177,10 +177,11 @@ class Show(Protocol):
 
 
 class Lines:
-    """One line when a run starts and one when it ends."""
+    """One line when a run starts, one when it ends, and one when it stands still."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self.stalled: dict[str, str] = {}  # {run: what was said of its standing still}
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -189,7 +190,9 @@ class Lines:
         self._say(f"{text}  {run.name}: started")
 
     def update(self, run: Run, event: Mapping[str, Any], text: str) -> None:
-        pass
+        if event.get("kind") == "stalled" and self.stalled.get(run.name) != event["text"]:
+            self.stalled[run.name] = event["text"]
+            self._say(f"{text}  {run.name}: {event['text']}")
 
     def end(self, run: Run, outcome: str, text: str) -> None:
         self._say(f"{text}  {run.name}: {outcome}")
@@ -216,6 +219,7 @@ class Bars(Lines):
         self.progress.update(self.sweep, now=text)
 
     def update(self, run: Run, event: Mapping[str, Any], text: str) -> None:
+        super().update(run, event, text)
         now = escape(event["text"].splitlines()[0]) if event else "starting"
         completed = event.get("progress", 0)
         self.progress.update(self.tasks[run.name], completed=completed, now=now)
@@ -265,7 +269,7 @@ class Sweep:
         resume = run.can_go_on()
         if run.folder.exists() and not resume:
             shutil.rmtree(run.folder)
-        command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--app", str(self.app)]
+        command = [sys.executable, "-m", "pfedgpa_app", "run", "--app", str(self.app)]
         env = os.environ | {PARENT: str(os.getpid())}
         settings = run.settings | {"resume": resume}
         if self.workers:

@@ -37,7 +37,7 @@ def test_the_example_is_one_file_and_one_line(tmp_path: Path) -> None:
 
     def pfedgpa(*words: str, **more: object) -> subprocess.CompletedProcess[str]:
         chosen = [f"{key}={value}" for key, value in (settings | more).items()]
-        command = [sys.executable, "-m", "pfedgpa_app.cli", *words]
+        command = [sys.executable, "-m", "pfedgpa_app", *words]
         return subprocess.run(
             command + (chosen if words[0] == "run" else []),
             cwd=app,

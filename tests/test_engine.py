@@ -45,7 +45,7 @@ def in_turn(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class TestProcessEngine:
     def test_the_same_numbers_to_the_last_digit(self, tmp_path: Path, in_turn: Path) -> None:
         chosen = settings(tmp_path)
-        with ProcessGrid(lambda: client_app.app, chosen, 4, workers=3) as grid:
+        with ProcessGrid(honest, chosen, 4, workers=3) as grid:
             folder = run(grid, resolve(chosen))
         for file in ("metrics.jsonl", "clients.jsonl"):
             assert records(folder, file) == records(in_turn, file)
@@ -109,6 +109,11 @@ class TestProcessEngine:
         for pid in pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(int(pid), 0)  # type: ignore[arg-type]
+
+
+def honest() -> ClientApp:
+    """The app's own."""
+    return client_app.app
 
 
 def obey() -> ClientApp:

@@ -157,7 +157,7 @@ def test_a_disk_without_room_for_checkpoints(tmp_path: Path) -> None:
     settings = QUICK | {"method": "fedavg", "num-clients": 8, "num-server-rounds": 2}
     settings |= {"out-dir": str(tmp_path), "run-name": "run", "save-weights": "false"}
     words = [f"{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--engine", "process", *words]
+    command = [sys.executable, "-m", "pfedgpa_app", "run", "--engine", "process", *words]
     done = subprocess.run(
         command,
         env=os.environ | {"PYTHONPATH": str(APP_DIR)},

@@ -119,7 +119,7 @@ def test_a_killed_process(tmp_path: Path) -> None:
     """SIGKILL to everything that ``pfedgpa run`` started, at some moment of round 3."""
     settings = SMALL | {"method": "fedper,pfedgpa", "num-server-rounds": 5, "workers": 1}
     words = [f"{key}={value}" for key, value in settings.items()]
-    command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--engine", "process", *words]
+    command = [sys.executable, "-m", "pfedgpa_app", "run", "--engine", "process", *words]
     env = os.environ | {"PYTHONPATH": str(APP_DIR)}
 
     def run(name: str, *more: str) -> list[str]:

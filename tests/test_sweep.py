@@ -121,7 +121,7 @@ class TestPlan:
 def command(*arguments: str, **settings: Any) -> list[str]:
     named = QUICK | {key.replace("_", "-"): value for key, value in settings.items()}
     words = [f"{key}={value}" for key, value in named.items()]
-    return [sys.executable, "-m", "pfedgpa_app.cli", "sweep", *words, *arguments, "--out", "out"]
+    return [sys.executable, "-m", "pfedgpa_app", "sweep", *words, *arguments, "--out", "out"]
 
 
 def sweep(folder: Path, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:

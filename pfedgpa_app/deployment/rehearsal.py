@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from pfedgpa_app.config import APP_DIR, resolve
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
-from pfedgpa_app.engine import LaunchError
+from pfedgpa_app.engine import LaunchError, Look
 from pfedgpa_app.engine.flower import stage
 from pfedgpa_app.experiment import run_folder
 from pfedgpa_app.launcher import LOG, watched
@@ -66,7 +65,7 @@ def rehearse(
     settings = SETTINGS | {"num-clients": nodes} | overrides
     folder = run_folder(resolve(settings).config)
     settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
-    resolve(settings)
+    config = resolve(settings).config
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="pfedgpa-rehearsal-") as place:
         certificates = Path(place) / "keys"
@@ -84,10 +83,10 @@ def rehearse(
             say(f"{nodes} SuperNodes, each with its own images")
             staged = stage(app, deployment.home / "app")
 
-            def carry_out(look: Callable[[], None]) -> str:
+            def carry_out(look: Look) -> str:
                 return deployment.wait(deployment.run(staged, settings), folder / LOG, look)
 
-            if reason := watched(folder, console, carry_out):
+            if reason := watched(folder, console, config, carry_out):
                 for node in range(nodes):
                     said = deployment.node_log(node).read_text(errors="replace")
                     (folder / f"node-{node}.log").write_text(said)

@@ -7,16 +7,21 @@ batched   a Grid in one process that trains a round's clients as one batched mod
 
 from __future__ import annotations
 
-import os
-
-# Asks the driver's library, not CUDA itself, so that a process can still be forked afterwards.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+from collections.abc import Callable
+from typing import Protocol
 
 PARENT = "PFEDGPA_PARENT"  # environment: the process that a run must not outlive
 
 
 class LaunchError(RuntimeError):
     """A run could not be started, or failed; the text is for the user."""
+
+
+class Look(Protocol):
+    """Is called by an engine while a run goes on."""
+
+    def __call__(self, explain: Callable[[], str] = ...) -> None:
+        """``explain`` tells which process waits for what."""
 
 
 def gpu_for(device: str) -> bool:

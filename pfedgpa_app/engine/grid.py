@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple, Self
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -22,6 +22,14 @@ FIRST_NODE, NODE_STEP = 1_000_003, -7
 def identify() -> None:
     """Tell Flower who this process is: its messages cannot be made without."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, 1, 1
+
+
+class Awaited(NamedTuple):
+    """A client that the server waits for."""
+
+    client: int
+    process: int  # that serves it
+    seconds: float  # since it was asked
 
 
 class LocalGrid(Grid):
@@ -49,6 +57,20 @@ class LocalGrid(Grid):
     @abstractmethod
     def serve(self, messages: list[Message], timeout: float | None) -> list[Message]:
         """Have the clients answer; replies come in any order, silent clients' not at all."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """What serves the messages ends here."""
+
+    def client_of(self, message: Message) -> int:
+        """Whom a message is for."""
+        return int(self.contexts[message.metadata.dst_node_id].node_config["partition-id"])
+
+    def awaited(self) -> list[Awaited]:
+        """Whose answers are outstanding just now; asked by a thread of its own."""
+        return []
 
     def set_run(self, run: Run) -> None:
         self._run = run

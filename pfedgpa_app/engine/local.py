@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
-from multiprocessing.connection import wait
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 from flwr.app import Context, RecordDict
 from flwr.common.config import get_project_config
 from flwr.supercore.object_ref import load_app
 
-from pfedgpa_app.config import Config, resolve
-from pfedgpa_app.engine import LaunchError, gpu_for
-from pfedgpa_app.engine.grid import RUN_ID
-from pfedgpa_app.engine.process import ProcessGrid, context_for
+from pfedgpa_app.config import resolve
+from pfedgpa_app.engine import LaunchError, Look, spawning
+from pfedgpa_app.engine.grid import RUN_ID, Awaited, LocalGrid
+from pfedgpa_app.engine.process import ProcessGrid
+from pfedgpa_app.engine.spawning import Server
+from pfedgpa_app.results.log import clock
 
 PACKAGE = Path(__file__).resolve().parents[1]
+_PATIENCE = 5.0  # seconds in which the server answers
 
 
 def load_door(app: Path, door: str) -> Any:
@@ -33,38 +34,47 @@ def load_door(app: Path, door: str) -> Any:
 
 
 def run(
-    app: Path, settings: Mapping[str, Any], config: Config, log: Path, look: Callable[[], None]
+    app: Path,
+    settings: Mapping[str, Any],
+    log: Path,
+    look: Look,
+    server: Server | None = None,
 ) -> str:
-    """Run the app in ``app`` with ``settings``; ``look`` is called while it runs.
+    """Run the app in ``app`` with ``settings``.
+
+    Args:
+        look: called while it runs.
+        server: one that has been started already.
 
     Returns:
         why the run did not complete, or "".
     """
-    ours = (app / PACKAGE.name).resolve() == PACKAGE
-    if not ours:  # an app with a package of its own: nothing that is imported here may be used
+    if _has_package_of_its_own(app):  # nothing that was imported from here may be used
         sys.path.insert(0, str(app))
-    start = context_for(fork=ours and not gpu_for(config.device))
-    server = start.Process(target=_serve, args=(app, dict(settings), log))
-    server.start()
+        server = None
+    with server or Server() as server:
+        with contextlib.suppress(OSError):  # its exit status says more
+            server.connection.send((app, dict(settings), log))
+        while server.process.exitcode is None:
+            look(functools.partial(_state, server))
+            server.process.join(0.2)
+    status = server.process.exitcode
+    return f"the server ended with exit status {status}" if status else ""
+
+
+def _has_package_of_its_own(app: Path) -> bool:
+    """Whether the app brings a ``pfedgpa_app``."""
+    package = (app / PACKAGE.name).resolve()
+    return package.is_dir() and package != PACKAGE
+
+
+def serve(orders: Connection) -> None:
+    """What the server process does: both doors and, between them, a grid."""
     try:
-        while server.exitcode is None:
-            look()
-            server.join(0.2)
-    finally:
-        server.terminate()
-        server.join(20)
-        server.kill()
-        server.join()
-    return "" if server.exitcode == 0 else f"the server ended with exit status {server.exitcode}"
-
-
-def _serve(app: Path, settings: dict[str, Any], log: Path) -> None:
-    """The server process: both doors and, between them, a grid."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher decides when to stop
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
+        app, settings, log = orders.recv()
+    except EOFError:  # the launcher has refused the run
+        return
+    spawning.write_to(log)
     load_client = functools.partial(load_door, app, "clientapp")
     server_app = load_door(app, "serverapp")
     context = Context(RUN_ID, 1, {}, RecordDict(), settings)
@@ -72,25 +82,48 @@ def _serve(app: Path, settings: dict[str, Any], log: Path) -> None:
     if config.engine == "batched":
         from pfedgpa_app.engine.batched import BatchedGrid
 
-        _end_with_launcher()
-        server_app(grid=BatchedGrid(load_client(), settings, config), context=context)
-        return
-    load_client()  # before the workers are forked: imported once
-    fork = not gpu_for(config.device)
-    with ProcessGrid(load_client, settings, config.num_clients, config.workers, fork) as grid:
-        _end_with_launcher()  # a thread, which is better not there when workers are forked
+        grid: LocalGrid = BatchedGrid(load_client(), settings, config)
+    else:
+        grid = ProcessGrid(load_client, settings, config.num_clients, config.workers, log)
+    with grid:
+        spawning.end_with_parent(orders, grid.awaited)
         server_app(grid=grid, context=context)
 
 
-def _end_with_launcher() -> None:
-    """A launcher that was killed cannot end the run; then the run ends itself."""
-    launcher = multiprocessing.parent_process()
-    assert launcher is not None
+def _state(server: Server) -> str:
+    """Which process waits for what, in one sentence."""
+    pid, questions = server.process.pid or 0, server.connection
+    try:
+        while questions.poll():  # answers that came too late
+            questions.recv()
+        questions.send(None)
+        answers = questions.poll(_PATIENCE)
+        awaited: list[Awaited] = questions.recv() if answers else []
+    except (OSError, EOFError):
+        return f"the server (process {pid}) is ending"
+    load = _load([pid, *(each.process for each in awaited)])
+    if not answers:
+        return f"the server (process {pid}, {load[pid]}) does not answer"
+    if not awaited:
+        return f"the server (process {pid}, {load[pid]}) waits for no client"
+    clients = ", ".join(
+        f"client {each.client} (process {each.process}, {load[each.process]}, "
+        f"for {clock(each.seconds)})"
+        for each in awaited
+    )
+    return f"the server (process {pid}, {load[pid]}) waits for {clients}"
 
-    def watch(sentinel: int) -> None:
-        wait([sentinel])
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(20)
-        os._exit(1)
 
-    threading.Thread(target=watch, args=(launcher.sentinel,), daemon=True).start()
+def _load(pids: Sequence[int]) -> dict[int, str]:
+    """What each process uses of a CPU in a second, as in "98 % CPU"."""
+    found = {}
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            found[pid] = psutil.Process(pid)
+            found[pid].cpu_percent()
+    time.sleep(1)
+    load = dict.fromkeys(pids, "gone")
+    for pid, process in found.items():
+        with contextlib.suppress(psutil.Error):
+            load[pid] = f"{process.cpu_percent():.0f} % CPU"
+    return load

@@ -9,14 +9,13 @@ client's round some hundred).
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -25,28 +24,22 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from joblib import cpu_count
 
-from pfedgpa_app.engine.grid import LocalGrid, identify, raised
+from pfedgpa_app.engine import spawning
+from pfedgpa_app.engine.grid import Awaited, LocalGrid, identify, raised
 
 LoadApp = Callable[[], ClientApp]
 
 
-def context_for(fork: bool) -> Any:
-    """How processes are started: forked, so that nothing is imported twice, or afresh.
-
-    CUDA does not survive a fork, nor does macOS's Accelerate.
-    """
-    return multiprocessing.get_context("fork" if fork and sys.platform == "linux" else "spawn")
-
-
-def _work(load_app: LoadApp, connection: Connection) -> None:
+def _work(load_app: LoadApp, connection: Connection, log: Path | None) -> None:
     """A worker's life: serve one message after another until the server is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    spawning.write_to(log)
+    spawning.end_with_parent()
     identify()
     torch.set_num_threads(1)
-    app, server = load_app(), multiprocessing.parent_process()
-    assert server is not None
-    while connection in wait([connection, server.sentinel]):
+    app = load_app()
+    while True:
         try:
             message, context = connection.recv()
         except EOFError:
@@ -64,12 +57,19 @@ def _work(load_app: LoadApp, connection: Connection) -> None:
 class _Worker:
     """A worker process and what it is busy with."""
 
-    def __init__(self, start: Any, load_app: LoadApp) -> None:
+    def __init__(self, start: Any, load_app: LoadApp, log: Path | None) -> None:
         self.connection, theirs = start.Pipe()
-        self.process: BaseProcess = start.Process(target=_work, args=(load_app, theirs))
+        self.process: BaseProcess = start.Process(target=_work, args=(load_app, theirs, log))
         self.process.start()
         theirs.close()
         self.message: Message | None = None
+        self.since = 0.0
+
+    def begin(self, message: Message, context: Any) -> None:
+        """Have the message served."""
+        self.message, self.since = message, time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # seen at the answer, as the worker's end
+            self.connection.send((message, context))
 
     def end(self) -> None:
         self.process.kill()
@@ -90,11 +90,11 @@ class ProcessGrid(LocalGrid):
         run_config: dict[str, Any],
         nodes: int,
         workers: int | None = None,
-        fork: bool = True,
+        log: Path | None = None,
     ) -> None:
-        """``load_app`` runs in each worker; forked workers cannot use CUDA."""
+        """``load_app``, which pickle must know, runs in each worker, whose words go to ``log``."""
         super().__init__(run_config, nodes)
-        self._start, self._load_app = context_for(fork), load_app
+        self._start, self._load_app, self._log = spawning.workers(), load_app, log
         self._size = min(nodes, workers or int(cpu_count()))
         self._workers: list[_Worker] = []
 
@@ -108,11 +108,19 @@ class ProcessGrid(LocalGrid):
         self._workers = []
 
     def _new_worker(self) -> _Worker:
-        return _Worker(self._start, self._load_app)
+        return _Worker(self._start, self._load_app, self._log)
 
     def _replace(self, worker: _Worker) -> None:
         worker.end()
         self._workers[self._workers.index(worker)] = self._new_worker()
+
+    def awaited(self) -> list[Awaited]:
+        now = time.monotonic()
+        return [
+            Awaited(self.client_of(message), worker.process.pid or 0, now - worker.since)
+            for worker in list(self._workers)
+            if (message := worker.message) is not None
+        ]
 
     def serve(self, messages: list[Message], timeout: float | None) -> list[Message]:
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -120,10 +128,8 @@ class ProcessGrid(LocalGrid):
         while True:
             for worker in self._workers:
                 if worker.message is None and queue:
-                    worker.message = queue.popleft()
-                    context = self.contexts[worker.message.metadata.dst_node_id]
-                    with contextlib.suppress(BrokenPipeError):  # seen below, as its end
-                        worker.connection.send((worker.message, context))
+                    message = queue.popleft()
+                    worker.begin(message, self.contexts[message.metadata.dst_node_id])
             busy = [worker for worker in self._workers if worker.message is not None]
             if not busy:
                 return replies

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pfedgpa_app.config import Config
-from pfedgpa_app.engine import gpu_for
+from pfedgpa_app.engine import Look, gpu_for
 from pfedgpa_app.engine.flower import Flower, stage
 
 
@@ -45,7 +45,7 @@ def run(
     settings: Mapping[str, Any],
     config: Config,
     log: Path,
-    look: Callable[[], None],
+    look: Look,
     flower: Simulation | None = None,
 ) -> str:
     """Run the app in ``app`` with ``settings``; ``look`` is called while it runs.

@@ -36,6 +36,13 @@ def is_done(folder: Path) -> bool:
     return last_event(folder).get("kind") == "done"
 
 
+def say(folder: Path, kind: str, text: str, progress: float) -> None:
+    """Add to the events in a run's folder what somebody else says of it."""
+    record = {"kind": kind, "text": text, "time": round(time.time(), 3), "progress": progress}
+    with (folder / EVENTS).open("a", encoding="utf-8") as out:
+        out.write(json.dumps(record) + "\n")
+
+
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The summary of the run in ``folder``: one row a method."""
     rows: list[dict[str, Any]] = json.loads((folder / "summary.json").read_text())

@@ -1,0 +1,133 @@
+"""How our processes start: afresh, never as a copy of one that has computed.
+
+A fork copies memory and locks, but no threads. In a copy of a process in which torch has computed
+the next parallel loop waits for OpenMP's threads for ever (pytorch/pytorch#17199). So a run's
+server is a new interpreter, and its workers are copies of a fork server, which imports what they
+need, computes nothing and has one thread; where there is none, they are new interpreters, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Self
+
+IMPORTED = ["pfedgpa_app.cli", "pfedgpa_app.engine.local", "pfedgpa_app.client"]  # by workers
+GRACE = 5.0  # seconds that a process which is to end may take
+_SOCKET = 70  # characters of a folder in which the fork server's socket has a valid name
+
+
+class Server:
+    """A run's server process, which imports what it needs and then waits for its orders.
+
+    It ends with the ``with`` block.
+    """
+
+    def __init__(self) -> None:
+        start = multiprocessing.get_context("spawn")
+        self.connection, theirs = start.Pipe()
+        self.process = start.Process(target=_serve, args=(theirs,))
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: the launcher decides
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, before)
+        theirs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.join(GRACE)
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(orders: Connection) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        prepare()  # it imports while we do
+        from pfedgpa_app.engine import local
+
+        local.serve(orders)
+
+
+def workers() -> Any:
+    """What starts workers, as ``multiprocessing`` has it."""
+    if _has_fork_server():
+        prepare()
+        return multiprocessing.get_context("forkserver")
+    return multiprocessing.get_context("spawn")
+
+
+def _has_fork_server() -> bool:
+    return sys.platform == "linux" and len(tempfile.gettempdir()) <= _SOCKET
+
+
+def prepare() -> None:
+    """Start the fork server, which imports while this process goes on."""
+    if not _has_fork_server():
+        return
+    forkserver.set_forkserver_preload(IMPORTED)
+    # modules come from where this process has them, never from the user's folder; NumPy's
+    # OpenBLAS would start threads when it is imported
+    path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+    with _environment(PYTHONPATH=path, PYTHONSAFEPATH="1", OPENBLAS_NUM_THREADS="1"):
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def write_to(log: Path | None) -> None:
+    """Append what this process says to ``log``."""
+    if log is not None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
+
+
+def end_with_parent(
+    questions: Connection | None = None, answer: Callable[[], object] = lambda: None
+) -> None:
+    """Have a thread end this process soon after the one that started it is gone.
+
+    Args:
+        questions: where the parent asks for an ``answer`` now and then.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch(sentinel: int) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while questions is not None and wait([sentinel, questions]) == [questions]:
+                questions.recv()
+                questions.send(answer())
+            wait([sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE)
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
