@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from pfedgpa_app.attacks import ATTACKS
+from pfedgpa_app.attacks import ATTACKS, malicious
 from pfedgpa_app.data import DATASET_HELP, is_known_dataset
 from pfedgpa_app.methods import METHODS, federation_of, method_class
 from pfedgpa_app.settings import LEARNING_RATES, ConfigError, setting
@@ -171,6 +171,11 @@ class Config:
     def founders(self) -> int:
         """Clients 0..founders−1 are there from the start; the rest joins after the last round."""
         return self.num_clients - self.join_clients
+
+    @property
+    def round_clients(self) -> int:
+        """Clients sampled each round."""
+        return max(1, round(self.fraction_train * self.founders))
 
     def of(self, kind: type[S]) -> S:
         """One method's own settings, ``kind`` being their class in the method's file."""
@@ -429,6 +434,16 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"join-clients = {config.join_clients}: must be less than num-clients = "
             f"{config.num_clients}"
+        )
+    if config.min_uploads > config.round_clients:
+        raise ConfigError(
+            f"min-uploads = {config.min_uploads}: no round has so many; by fraction-train, "
+            f"{config.round_clients} of {config.founders} clients take part in one"
+        )
+    if len(malicious(config)) == config.founders:
+        raise ConfigError(
+            f"malicious-share = {config.malicious_share:g}: leaves no honest client of "
+            f"{config.founders} to evaluate"
         )
     for name in config.method:
         method_class(name).check(config)

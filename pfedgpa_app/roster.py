@@ -222,15 +222,23 @@ class Roster:
                 break
             time.sleep(0.1)
         if not nodes:
-            raise RosterError("no node has connected: start the SuperNodes first")
+            raise RosterError(
+                f"no node has connected within {now - started:.3g} s: start the SuperNodes first, "
+                "or raise timeout"
+            )
         answers, failed = self._asked(sorted(nodes))
+        late = f"did not answer within timeout = {self.timeout:g} s: raise timeout"
+        if not answers and not failed:
+            raise RosterError(f"all {len(nodes)} nodes {late}")
         if self._own_data and len(answers) != num_clients:
+            silent = len(nodes) - len(answers)
+            why = f"one that has none: {failed}" if failed else f"{silent} more {late}"
             raise RosterError(
                 f"{len(answers)} nodes with data are here, and num-clients is {num_clients}"
-                + (f"; one that has none: {failed}" if failed else "")
+                + (f"; {why}" if silent else "")
             )
         if not answers:
-            raise RosterError("no node answers: the ClientApp fails to start, see the log above")
+            raise RosterError(f"the ClientApp fails on every node that answers: {failed}")
         return answers
 
     def message(self, client: int, kind: str, weights: Weights, settings: Settings) -> Message:

@@ -251,10 +251,9 @@ class Personalised(Strategy):
 
     def sample(self, server_round: int) -> list[int]:
         """The round's clients, in rising order."""
-        n = self.config.founders
-        size = max(1, round(self.config.fraction_train * n))  # of those who are there
         rng = numpy_generator(self.config.seed, "sample", server_round)
-        return sorted(int(c) for c in rng.choice(n, size, replace=False))
+        drawn = rng.choice(self.config.founders, self.config.round_clients, replace=False)
+        return sorted(int(c) for c in drawn)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

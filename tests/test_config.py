@@ -96,6 +96,11 @@ class TestRefusals:
             ({"fine-tune-grid-epochs": 2, "validation-share": 0}, ["validation-share"]),
             ({"fine-tune-grid-learning-rates": "0.1,x"}, ["fine-tune-grid-learning-rates", "x"]),
             ({"uploads": "x", "method": "local"}, ["uploads", "local"]),
+            ({"attack": "scale", "malicious-share": 1}, ["malicious-share = 1", "honest"]),
+            ({"attack": "noise", "malicious-share": 0.96}, ["malicious-share = 0.96", "of 10"]),
+            ({"min-uploads": 11}, ["min-uploads = 11", "10 of 10 clients"]),
+            ({"min-uploads": 4, "fraction-train": 0.3}, ["min-uploads = 4", "3 of 10 clients"]),
+            ({"min-uploads": 9, "join-clients": 2}, ["min-uploads = 9", "8 of 8 clients"]),
         ],
     )
     def test_names_key_value_and_what_is_allowed(

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import yaml
 from cryptography import x509
+from flwr.clientapp import ClientApp
 from PIL import Image
 
 from pfedgpa_app import cli
@@ -28,7 +29,7 @@ from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.deployment.rehearsal import site_images
 from pfedgpa_app.engine.flower import CONNECTION, processes_of, stage
 from pfedgpa_app.experiment import run
-from pfedgpa_app.roster import RosterError
+from pfedgpa_app.roster import Roster, RosterError
 from pfedgpa_app.settings import ConfigError
 from tests.local_grid import InProcessGrid
 from tests.test_federation import PLAIN, SMALL, federate, records, summary
@@ -163,6 +164,20 @@ class TestOwnData:
             Image.fromarray(np.zeros((8, 8), np.uint8)).save(place / "x.png")
         with pytest.raises(RosterError, match=r"partition 0 has 1×8×8 images of 10 classes"):
             self.start(self.grid(tmp_path, sources))
+
+    @pytest.mark.parametrize("own_data", [True, False])
+    def test_silence_is_told_from_failure(
+        self, own_data: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(RosterError, match=r"[Nn]o .*query"):
+            Roster(InProcessGrid({}, 2, app=ClientApp()), 2, 0.5, own_data)
+        monkeypatch.setattr(InProcessGrid, "serve", lambda *_: [])
+        with pytest.raises(RosterError, match=r"2 nodes did not answer within timeout = 0\.5 s"):
+            Roster(InProcessGrid({}, 2), 2, 0.5, own_data)
+
+    def test_nobody_connects(self) -> None:
+        with pytest.raises(RosterError, match=r"within 0\.\d+ s: start .* or raise timeout"):
+            Roster(InProcessGrid({}, 0), 2, 0.01)
 
     def test_nobody_knows_their_groups(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="groups"):
