@@ -270,6 +270,13 @@ def _parse(key: _Key, value: Any, source: str) -> Any:
     return value
 
 
+def check_section(method: str, values: Any) -> None:
+    """Refuse settings of a method's own, made without ``resolve``, that are out of range."""
+    for key in _fields(type(values), f"{method}."):
+        field = key.name.rpartition(".")[2].replace("-", "_")
+        _parse(key, getattr(values, field), type(values).__name__)
+
+
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):

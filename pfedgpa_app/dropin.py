@@ -5,15 +5,22 @@
     result = strategy.start(grid=grid, initial_arrays=arrays, num_rounds=50)
 
 The ClientApp stays as it is: it replies to ``train`` with one ArrayRecord and the number of its
-examples. Floating-point tensors are generated, of any architecture; others (BatchNorm's counters)
-are those of the round's largest client. What a node is, it is for the whole run.
+examples. Of any architecture, generated is what is floating-point, not empty and finite at the
+start. Other numbers that have a mean (complex ones, masks of −inf) are averaged; those that have
+none in their type (BatchNorm's counters) are the round's largest client's. What a node is, it is
+for the whole run.
+
+Where Flower's FedAvg ends the run because of one reply, that reply is left out by name, and the
+run goes on; also, as FedAvg's, after a round without one usable upload.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +29,21 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from safetensors.torch import save_file
+from torch import Tensor
 
-from pfedgpa_app.config import Config
+from pfedgpa_app.config import Config, check_section
+from pfedgpa_app.diffusion.buffer import finite
+from pfedgpa_app.files import replacing
+from pfedgpa_app.methods.averaging import weighted_mean
 from pfedgpa_app.methods.base import Upload
 from pfedgpa_app.methods.pfedgpa import PFedGPA as Server
 from pfedgpa_app.methods.pfedgpa import PFedGPASettings
 from pfedgpa_app.models import Weights
 from pfedgpa_app.settings import ConfigError
-from pfedgpa_app.strategy import checked, failure
+from pfedgpa_app.strategy import MOST_EXAMPLES, NoUploadsError, checked, failure, too_large
 
 logger = logging.getLogger("flwr")
+Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
 
 class PFedGPA(FedAvg):
@@ -41,7 +53,7 @@ class PFedGPA(FedAvg):
     are sent is ``settings.round_rate`` times as large. After ``start``:
 
     Attributes:
-        personal: {node id: its generated weights}, of every node that ever uploaded.
+        personal: {node id: its generated weights}, of every node that ever uploaded in the run.
     """
 
     def __init__(
@@ -51,6 +63,7 @@ class PFedGPA(FedAvg):
         rate_key: str = "lr",
         seed: int = 0,
         save_dir: str | Path | None = None,
+        max_upload_norm: float = Config.max_upload_norm,
         **kwargs: Any,
     ) -> None:
         """All of FedAvg's arguments, and:
@@ -61,14 +74,21 @@ class PFedGPA(FedAvg):
                 their own train on at full strength in the last rounds, which costs accuracy.
             seed: of what the diffusion model draws.
             save_dir: where each node's weights are written after the last round, as
-                ``node-ID.safetensors``.
+                ``node-ID.safetensors``; a folder that holds some is refused before round 1.
+            max_upload_norm: an upload so many times as large as the round's median, or of one or
+                two as the global mean before, is left out; 0: none is.
 
         Raises:
-            ValueError: class counts as descriptors, which no foreign client shares.
+            ValueError: class counts as descriptors, which no foreign client shares, or a setting
+                out of range.
         """
         super().__init__(*args, **kwargs)
         self.settings, self.rate_key, self.seed = settings or PFedGPASettings(), rate_key, seed
         self.save_dir = Path(save_dir) if save_dir is not None else None
+        self.max_upload_norm = max_upload_norm
+        check_section("pfedgpa", self.settings)
+        if not max_upload_norm >= 0:
+            raise ValueError(f"max_upload_norm = {max_upload_norm}: must be >= 0")
         if self.settings.descriptor == "labels":
             raise ValueError("descriptor = 'labels': these clients do not share class counts")
         self.personal: dict[int, ArrayRecord] = {}
@@ -92,31 +112,40 @@ class PFedGPA(FedAvg):
         """As FedAvg's; the result's arrays are the global mean, nodes' own are in ``personal``.
 
         Raises:
-            ConfigError: ``settings`` that cannot run for so many rounds, or nothing to generate.
+            ConfigError: ``settings`` that cannot run for so many rounds, nothing to generate, or
+                ``save_dir`` cannot be written to or holds an earlier run's weights.
+            NoUploadsError: no round brought a usable upload.
         """
-        self._expected: Weights = dict(initial_arrays.to_torch_state_dict())
-        self._others = {n: t for n, t in self._expected.items() if not t.is_floating_point()}
-        floats = {n: t for n, t in self._expected.items() if n not in self._others}
+        self.personal = {}
+        if num_rounds < 1:
+            raise ConfigError(f"num_rounds = {num_rounds}: must be >= 1")
+        if self.save_dir is not None:
+            claim(self.save_dir)
+        self._expected = dict(initial_arrays.to_torch_state_dict())
+        floats = {name: t for name, t in self._expected.items() if is_generated(t)}
+        self._others = {name: t for name, t in self._expected.items() if name not in floats}
         if not floats:
-            raise ConfigError("initial_arrays: has no floating-point tensor to generate")
+            raise ConfigError(
+                "initial_arrays: no floating-point tensor that is finite, to generate"
+            )
         config = Config(num_server_rounds=num_rounds, seed=self.seed, sections=(self.settings,))
         Server.check(config)
         self._server = Server(config, Server.begin(config, floats))
         self._nodes: dict[int, int] = {}  # node id → client, in order of appearance
-        if self.rate_key not in (train_config or {}):
+        if not isinstance(dict(train_config or {}).get(self.rate_key), (int, float)):
             logger.warning(
-                "PFedGPA: train_config has no %r: clients train at their own learning rate in the "
-                "last rounds, too",
+                "PFedGPA: train_config has no number %r: clients train at their own learning rate "
+                "in the last rounds, too",
                 self.rate_key,
             )
         result = super().start(
             grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
         )
         if self.save_dir is not None:
-            self.save_dir.mkdir(parents=True, exist_ok=True)
             for node, record in self.personal.items():
                 tensors = {n: t.contiguous() for n, t in record.to_torch_state_dict().items()}
-                save_file(tensors, self.save_dir / f"node-{node}.safetensors")
+                with replacing(self.save_dir / weights_file(node)) as new:
+                    save_file(tensors, new)
         return result
 
     def configure_train(
@@ -150,62 +179,196 @@ class PFedGPA(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """FedAvg's mean of the usable uploads; in the last rounds also ``personal``."""
-        uploads: dict[int, Upload] = {}
-        contents = []
-        # nodes' ids are random: an order that does not hang on when replies came
-        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
-            upload, wrong = self._upload(reply)
-            node = reply.metadata.src_node_id
-            if upload is None:
-                logger.warning("PFedGPA: round %d: node %d %s", server_round, node, wrong)
-                continue
-            uploads[self._nodes.setdefault(node, len(self._nodes))] = upload
-            contents.append(reply.content)
+        """FedAvg's mean of the usable uploads; in the last rounds also ``personal``.
+
+        Raises:
+            NoUploadsError: this was the last round, and none brought a usable upload.
+        """
+        contents, unusable = self._sorted_out(replies)
+        uploads, wrong = self._uploads(contents)
+        self._warn(server_round, unusable | wrong)
+        server = self._server
+        last = server_round == server.config.num_server_rounds
+        if uploads:
+            self._learn(server_round, uploads)
+        elif last and not self._nodes:
+            raise no_uploads(server_round, unusable | wrong)
+        if last or (uploads and server.state.generated):
+            self.personal = self._made(server.personalise() if last else server.state.generated)
         if not uploads:
             return None, None
-        largest = max(uploads.values(), key=lambda upload: upload.examples)
-        self._others = {name: largest.weights[name] for name in self._others}
-        floats = {
-            client: Upload(
-                {n: t for n, t in upload.weights.items() if n not in self._others}, upload.examples
-            )
-            for client, upload in sorted(uploads.items())
-        }
-        server = self._server
-        server.config = dataclasses.replace(server.config, num_clients=len(self._nodes))
-        last = server_round == server.config.num_server_rounds
-        server.aggregate(server_round, floats)
-        if last or server.state.generated:
-            made = server.personalise() if last else server.state.generated
-            newest = server.state.buffer.newest()
-            made = like_uploads(made, [newest[client].weights() for client in sorted(newest)])
-            self.personal = {
-                node: self._record(made[client])
-                for node, client in self._nodes.items()
-                if client in made
-            }
-        metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
-        return self._record(server.state.global_weights), metrics
+        mean = self._record(server.state.global_weights)
+        likely = {node: contents[node] for node in uploads}
+        return mean, self._mean(self.train_metrics_aggr_fn, server_round, likely)
 
-    def _upload(self, reply: Message) -> tuple[Upload | None, str]:
-        """The reply's upload, or None and what is wrong with it."""
-        if reply.has_error():
-            return None, failure(reply)
-        arrays = list(reply.content.array_records.values())
-        metrics = list(reply.content.metric_records.values())
-        if len(arrays) != 1 or len(metrics) != 1:
-            return None, f"sent {len(arrays)} array and {len(metrics)} metric records, not 1 and 1"
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """FedAvg's mean of the usable evaluations."""
+        contents, unusable = self._sorted_out(replies)
+        self._warn(server_round, unusable)
+        return self._mean(self.evaluate_metrics_aggr_fn, server_round, contents)
+
+    def _sorted_out(
+        self, replies: Iterable[Message]
+    ) -> tuple[dict[int, RecordDict], dict[int, str]]:
+        """{node: its reply} where the metrics can be used, and what is wrong with the others."""
+        usable: dict[int, RecordDict] = {}
+        unusable: dict[int, str] = {}
+        # nodes' ids are random: an order that does not hang on when replies came
+        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
+            node = reply.metadata.src_node_id
+            wrong = failure(reply) if reply.has_error() else self._wrong(reply.content)
+            if wrong:
+                unusable[node] = wrong
+            else:
+                usable[node] = reply.content
+        return usable, unusable
+
+    def _wrong(self, content: RecordDict) -> str:
+        """What is wrong with a reply's metrics; "" for nothing."""
+        metrics = list(content.metric_records.values())
+        if len(metrics) != 1:
+            return f"sent {len(metrics)} metric records, not 1"
         examples: Any = metrics[0].get(self.weighted_by_key)
-        if not isinstance(examples, (int, float)) or not 0 < examples < float("inf"):
-            return None, f"sent {self.weighted_by_key} {examples!r} instead of a number above 0"
+        number = isinstance(examples, (int, float)) and not isinstance(examples, bool)
+        if not number or not 0 < examples <= MOST_EXAMPLES:
+            name = self.weighted_by_key
+            return f"sent {name} {examples!r} instead of a number above 0, at most 2^53"[:300]
+        return ""
+
+    def _uploads(self, contents: dict[int, RecordDict]) -> tuple[dict[int, Upload], dict[int, str]]:
+        """{node: its upload} of the usable ones, and what is wrong with the others."""
+        uploads: dict[int, Upload] = {}
+        unusable: dict[int, str] = {}
+        for node, content in contents.items():
+            upload, wrong = self._upload(content)
+            if upload is None:
+                unusable[node] = wrong
+            else:
+                uploads[node] = upload
+        now = self._server.state.global_weights | self._others
+        have_mean = [name for name, tensor in now.items() if has_mean(tensor)]
+        measured = {node: part(upload, have_mean) for node, upload in uploads.items()}
+        limit, usual = self.max_upload_norm, {name: now[name] for name in have_mean}
+        for node, wrong in too_large(measured, usual, limit).items():
+            unusable[node] = f"{wrong}, and max_upload_norm is {limit:g}"
+            del uploads[node]
+        return uploads, unusable
+
+    def _upload(self, content: RecordDict) -> tuple[Upload | None, str]:
+        """The upload that a reply holds, or None and what is wrong with it."""
+        arrays = list(content.array_records.values())
+        if len(arrays) != 1:
+            return None, f"sent {len(arrays)} array records, not 1"
         weights, wrong = checked(arrays[0], self._expected)
-        return (None, wrong) if weights is None else (Upload(weights, examples), "")
+        if weights is None:
+            return None, wrong
+        [metrics] = content.metric_records.values()
+        examples: Any = metrics[self.weighted_by_key]
+        return Upload(weights, examples), ""
+
+    def _warn(self, server_round: int, unusable: Mapping[int, str]) -> None:
+        for node, wrong in sorted(unusable.items()):
+            logger.warning("PFedGPA: round %d: node %d %s", server_round, node, wrong)
+
+    def _mean(
+        self, function: Aggregate, server_round: int, contents: Mapping[int, RecordDict]
+    ) -> MetricRecord | None:
+        """``function`` of the metrics of the commonest form: it may take no others."""
+        if not contents:
+            return None
+        forms = {node: metrics_form(content) for node, content in contents.items()}
+        [(commonest, _)] = Counter(forms.values()).most_common(1)
+        others = [node for node, form in forms.items() if form != commonest]
+        self._warn(server_round, dict.fromkeys(others, "sent other metrics than most: left out"))
+        alike = [content for node, content in contents.items() if node not in others]
+        return function(alike, self.weighted_by_key)
+
+    def _learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        """Take in a round's usable uploads, keyed by node."""
+        largest = max(uploads.values(), key=lambda upload: upload.examples)
+        averaged = [name for name, tensor in self._others.items() if has_mean(tensor)]
+        means = weighted_mean({node: part(upload, averaged) for node, upload in uploads.items()})
+        self._others = {name: means.get(name, largest.weights[name]) for name in self._others}
+        server = self._server
+        mine = {
+            self._nodes.setdefault(node, len(self._nodes)): part(upload, server.expected_upload())
+            for node, upload in uploads.items()
+        }
+        server.config = dataclasses.replace(server.config, num_clients=len(self._nodes))
+        server.aggregate(server_round, dict(sorted(mine.items())))
+
+    def _made(self, generated: dict[int, Weights]) -> dict[int, ArrayRecord]:
+        """Clients' generated weights as their nodes' whole models."""
+        newest = self._server.state.buffer.newest()
+        uploads = [newest[client].weights() for client in sorted(newest)]
+        made = like_uploads(generated, uploads)
+        return {
+            node: self._record(made[client])
+            for node, client in self._nodes.items()
+            if client in made
+        }
 
     def _record(self, floats: Weights) -> ArrayRecord:
         """``floats`` and the tensors that are not generated, in the model's order."""
         every = floats | self._others
         return ArrayRecord({name: every[name] for name in self._expected})
+
+
+def is_generated(tensor: Tensor) -> bool:
+    """Whether it is floating-point, not empty and finite."""
+    return tensor.is_floating_point() and tensor.numel() > 0 and bool(finite(tensor).all())
+
+
+def has_mean(tensor: Tensor) -> bool:
+    """Whether its type holds the mean of two of its numbers."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def part(upload: Upload, names: Iterable[str]) -> Upload:
+    """Only some of an upload's tensors."""
+    return Upload({name: upload.weights[name] for name in names}, upload.examples)
+
+
+def metrics_form(content: RecordDict) -> tuple[str, frozenset[tuple[str, int | None]]]:
+    """The name of a reply's one metric record, its keys and the lengths of its lists."""
+    [(name, metrics)] = content.metric_records.items()
+    lengths = {k: len(v) if isinstance(v, list) else None for k, v in metrics.items()}
+    return name, frozenset(lengths.items())
+
+
+def no_uploads(rounds: int, unusable: Mapping[int, str]) -> NoUploadsError:
+    """What a run ends with whose ``rounds`` brought nothing."""
+    why = "; ".join(f"node {node} {wrong}" for node, wrong in list(unusable.items())[:3])
+    return NoUploadsError(
+        f"PFedGPA: none of {rounds} rounds brought a usable upload; in round {rounds}: "
+        + (why or "no node answered")
+    )
+
+
+def weights_file(node: int | str) -> str:
+    """The name of a node's file in ``save_dir``."""
+    return f"node-{node}.safetensors"
+
+
+def claim(folder: Path) -> None:
+    """Make ``save_dir``.
+
+    Raises:
+        ConfigError: it cannot be written to, or holds an earlier run's weights.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"save_dir = '{folder}': cannot be written to: {error}") from error
+    if earlier := sorted(folder.glob(weights_file("*"))):
+        raise ConfigError(
+            f"save_dir = '{folder}': holds an earlier run's {earlier[0].name}: "
+            "move its files away, or name another folder"
+        )
 
 
 def like_uploads(made: dict[int, Weights], uploads: Sequence[Weights]) -> dict[int, Weights]:

@@ -20,7 +20,7 @@ from flwr.serverapp.strategy import Strategy
 
 from pfedgpa_app.attacks import malicious
 from pfedgpa_app.config import Config
-from pfedgpa_app.diffusion.buffer import Layout
+from pfedgpa_app.diffusion.buffer import Layout, finite
 from pfedgpa_app.methods import method_class
 from pfedgpa_app.methods.base import Method, Upload, Way
 from pfedgpa_app.models import Weights
@@ -36,6 +36,7 @@ _WHAT: dict[int, str] = {  # what Flower's codes mean for whom reads the log
     ErrorCode.NODE_UNAVAILABLE: "is not connected any more",
     ErrorCode.CLIENT_APP_CRASHED: "lost its process",
 }
+MOST_EXAMPLES = 2**53  # that a client may claim: further than float64 counts
 _HEADER = 4096  # bytes; NumPy's format needs some 128
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -55,7 +56,8 @@ def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str
     """A client's arrays in the order of ``expected``, or None and what is wrong with them.
 
     Args:
-        expected: tensors of the names, shapes and dtypes that they must have.
+        expected: tensors of the names, shapes and dtypes that they must have, finite where
+            these are.
     """
     missing, extra = sorted(expected.keys() - arrays), sorted(arrays.keys() - expected)
     if missing or extra:
@@ -74,7 +76,7 @@ def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str
             return None, f"sent {name} of shape {list(tensor.shape)}, not {list(like.shape)}"
         if tensor.dtype != like.dtype:
             return None, f"sent {name} as {tensor.dtype}, not {like.dtype}"
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool((finite(tensor) | ~finite(like)).all()):
             return None, f"sent {name} with numbers that are not finite"
     return {name: weights[name] for name in expected}, ""
 
@@ -95,8 +97,8 @@ def check_upload(
     if list(records) != ["arrays"]:
         return None, f"sent array records {sorted(records)} instead of ['arrays']"
     examples = metrics.get("num-examples") if metrics is not None else None
-    if not isinstance(examples, int) or examples < 1:
-        return None, f"sent num-examples {examples!r} instead of a whole number above 0"
+    if not isinstance(examples, int) or not 1 <= examples <= MOST_EXAMPLES:
+        return None, f"sent num-examples {examples!r} instead of a whole number from 1 to 2^53"
     of_round = metrics.get("round") if metrics is not None else None
     if of_round != server_round:
         return None, f"sent an upload of round {of_round}"
@@ -129,8 +131,9 @@ def check_counts(counts: Mapping[str, Any]) -> str:
 
 
 def norm(weights: Weights) -> float:
-    """Of all tensors as one vector."""
-    return math.sqrt(sum(float(t.double().square().sum()) for t in weights.values()))
+    """Of all finite numbers of all tensors as one vector."""
+    wide = (t.to(torch.promote_types(t.dtype, torch.float64)) for t in weights.values())
+    return math.sqrt(sum(float(t.abs().nan_to_num(posinf=0).square().sum()) for t in wide))
 
 
 def too_large(uploads: dict[int, Upload], expected: Weights, limit: float) -> dict[int, str]:

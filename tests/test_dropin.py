@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -12,13 +13,16 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load_file
 
 from pfedgpa_app import PFedGPA
 from pfedgpa_app.dropin import like_uploads
+from pfedgpa_app.engine.grid import FIRST_NODE, NODE_STEP
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.methods.pfedgpa import PFedGPASettings
 from pfedgpa_app.settings import ConfigError
+from pfedgpa_app.strategy import NoUploadsError
 from tests.local_grid import InProcessGrid
 
 QUICKSTART = Path(__file__).parent / "quickstart"
@@ -37,7 +41,7 @@ def quickstart(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         del sys.modules[name]
 
 
-def weights_app(dtype: torch.dtype = torch.float32) -> ClientApp:
+def weights_app() -> ClientApp:
     """Clients that reply with what they were sent, plus their partition's number."""
     app = ClientApp()
 
@@ -50,7 +54,36 @@ def weights_app(dtype: torch.dtype = torch.float32) -> ClientApp:
         content = RecordDict({"model": ArrayRecord(arrays), "metrics": metrics})
         return Message(content, reply_to=message)
 
+    @app.evaluate()
+    def evaluate(message: Message, context: Any) -> Message:
+        mine = context.node_config["partition-id"]
+        metrics = MetricRecord({"num-examples": 10 * (mine + 1), "loss": float(mine)})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
     return app
+
+
+def partition_of(message: Message) -> int:
+    return (FIRST_NODE - message.metadata.dst_node_id) // -NODE_STEP
+
+
+def start(
+    arrays: dict[str, torch.Tensor],
+    tamper: Any = None,
+    *,
+    nodes: int = 4,
+    rounds: int = 2,
+    settings: PFedGPASettings = QUICK,
+    **how: Any,
+) -> tuple[PFedGPA, Any]:
+    how = {"min_train_nodes": 1, "min_available_nodes": 1, "fraction_evaluate": 0.0} | how
+    strategy = PFedGPA(settings=settings, **how)
+    grid = InProcessGrid({}, nodes, tamper, weights_app())
+    return strategy, strategy.start(grid, ArrayRecord(arrays), rounds)
+
+
+def own(strategy: PFedGPA) -> list[dict[str, torch.Tensor]]:
+    return [dict(record.to_torch_state_dict()) for record in strategy.personal.values()]
 
 
 class TestQuickstart:
@@ -92,8 +125,6 @@ class TestQuickstart:
         assert accuracies[-1] > max(0.5, accuracies[0])
 
     def test_before_generation_it_is_fedavg(self, quickstart: Any) -> None:
-        from flwr.serverapp.strategy import FedAvg
-
         app, net = quickstart
         torch.manual_seed(0)
         initial = net().state_dict()
@@ -130,67 +161,220 @@ class TestQuickstart:
 
 
 class TestArrays:
-    def start(
-        self, arrays: dict[str, torch.Tensor], tamper: Any = None, **how: Any
-    ) -> tuple[PFedGPA, Any]:
-        strategy = PFedGPA(settings=QUICK, fraction_evaluate=0.0, **how)
-        grid = InProcessGrid({}, 4, tamper, weights_app())
-        return strategy, strategy.start(grid, ArrayRecord(arrays), 2)
-
     def test_half_precision_and_scalars(self) -> None:
         arrays = {"w": torch.zeros(3, dtype=torch.float16), "w0": torch.tensor(0.0)}
-        strategy, _ = self.start(arrays)
-        for record in strategy.personal.values():
-            own = record.to_torch_state_dict()
-            assert own["w"].dtype == torch.float16
-            assert own["w0"].shape == ()
-            assert own["w"][0].item() == pytest.approx(own["w0"].item(), abs=1e-2)
+        strategy, _ = start(arrays)
+        for mine in own(strategy):
+            assert mine["w"].dtype == torch.float16
+            assert mine["w0"].shape == ()
+            assert mine["w"][0].item() == pytest.approx(mine["w0"].item(), abs=1e-2)
 
     def test_whole_numbers_are_the_largest_clients(self) -> None:
         arrays = {"w": torch.zeros(3), "w counter": torch.tensor(0), "w mask": torch.tensor([1])}
-        _, result = self.start(arrays)
+        _, result = start(arrays)
         found = result.arrays.to_torch_state_dict()
         assert found["w counter"] == 6  # partition 3 adds 3 in each of two rounds
         assert found["w mask"].dtype == torch.int64
 
-    def test_only_whole_numbers_are_refused(self) -> None:
+    @pytest.mark.parametrize(
+        "other",
+        [
+            torch.tensor([[0.0, -torch.inf], [0.0, 0.0]]),  # a causal mask
+            torch.tensor([torch.nan, 1.0]),
+            torch.tensor([1e300, 2.0], dtype=torch.float64),  # not finite in float32
+            torch.tensor([1 + 2j, -3j]),
+            torch.tensor([1 + 2j], dtype=torch.complex128),
+            torch.zeros(0, 3),
+            torch.zeros(0),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("name", ["w other", "other"])  # that clients change, that they do not
+    def test_what_cannot_be_generated_is_flowers_mean(self, other: torch.Tensor, name: str) -> None:
+        arrays = ArrayRecord({"w": torch.zeros(2, 3), name: other})
+        flower = FedAvg(fraction_evaluate=0.0).start(
+            InProcessGrid({}, 4, None, weights_app()), arrays, 2
+        )
+        strategy, result = start(dict(arrays.to_torch_state_dict()))
+        mean = flower.arrays.to_torch_state_dict()[name].to(other.dtype)
+        for found in [result.arrays.to_torch_state_dict(), *own(strategy)]:
+            assert torch.allclose(found[name], mean, equal_nan=True)
+            assert found[name].dtype == other.dtype
+        values = {mine["w"][0, 0].item() for mine in own(strategy)}
+        assert len(values) == 4  # generated beside it
+
+    @pytest.mark.parametrize(
+        "only", [torch.zeros(3, dtype=torch.int64), torch.zeros(0), torch.tensor(torch.inf)]
+    )
+    def test_nothing_to_generate_is_refused(self, only: torch.Tensor) -> None:
         with pytest.raises(ConfigError, match="floating-point"):
-            self.start({"w": torch.zeros(3, dtype=torch.int64)})
+            start({"w": only})
+
+
+class TestHostileNodes:
+    """Partition 3 of 0..3, or 2 and 3, misbehave; the rest is served as if they were not there."""
 
     def test_a_bad_upload_is_left_out(self, caplog: pytest.LogCaptureFixture) -> None:
-        spoiled: set[int] = set()
-
         def spoil(message: Message, reply: Message) -> Message:
-            node = message.metadata.dst_node_id
-            spoiled.add(node) if len(spoiled) < 1 else None
-            if node in spoiled:
+            if partition_of(message) == 3:
                 array = Array(torch.full((3,), torch.nan).numpy())
                 reply.content["model"] = ArrayRecord({"w": array})
             return reply
 
-        strategy, result = self.start({"w": torch.zeros(3)}, spoil)
+        strategy, result = start({"w": torch.zeros(3)}, spoil)
         assert len(strategy.personal) == 3
-        assert not spoiled & set(strategy.personal)
         assert torch.isfinite(result.arrays.to_torch_state_dict()["w"]).all()
         assert "not finite" in caplog.text
 
-    def test_nothing_usable_keeps_the_model(self) -> None:
+    @pytest.mark.parametrize(
+        "examples",
+        [1e308, 10**400, 2**54, torch.inf, torch.nan, 0, -1.0, [10], None],
+        ids="{!r:.9}".format,
+    )
+    def test_impossible_counts(self, examples: Any, caplog: pytest.LogCaptureFixture) -> None:
+        def spoil(message: Message, reply: Message) -> Message:
+            metrics = reply.content.metric_records["metrics"]
+            if partition_of(message) > 1:
+                del metrics["num-examples"]
+                if examples is not None:
+                    metrics["num-examples"] = examples
+            return reply
+
+        strategy, result = start({"w": torch.zeros(1)}, spoil, fraction_evaluate=1.0)
+        # partitions 0 and 1 of 10 and 20 examples add 0 and 1 in each of two rounds
+        assert result.arrays.to_torch_state_dict()["w"].item() == pytest.approx(4 / 3)
+        assert len(strategy.personal) == 2
+        for metrics in (result.train_metrics_clientapp, result.evaluate_metrics_clientapp):
+            assert metrics[2]["loss"] == pytest.approx(2 / 3)
+        assert f"sent num-examples {examples!r}"[:100] in caplog.text
+
+    @pytest.mark.parametrize("odd", [{}, {"loss": 9.0, "more": 1.0}, {"loss": [9.0]}])
+    def test_metrics_of_another_form(
+        self, odd: dict[str, Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Flower's FedAvg ends the run; here the upload counts, and the metrics do not."""
+
+        def spoil(message: Message, reply: Message) -> Message:
+            if partition_of(message) == 3:
+                metrics = MetricRecord({"num-examples": 40, **odd})
+                reply.content["metrics"] = metrics
+            return reply
+
+        strategy, result = start({"w": torch.zeros(1)}, spoil, fraction_evaluate=1.0)
+        assert result.arrays.to_torch_state_dict()["w"].item() == pytest.approx(4.0)
+        assert len(strategy.personal) == 4
+        for metrics in (result.train_metrics_clientapp, result.evaluate_metrics_clientapp):
+            assert dict(metrics[1]) == {"loss": pytest.approx((0 * 10 + 1 * 20 + 2 * 30) / 60)}
+        bad = FIRST_NODE + 3 * NODE_STEP
+        assert f"round 1: node {bad} sent other metrics than most" in caplog.text
+
+    @pytest.mark.parametrize("nodes", [2, 4])
+    @pytest.mark.parametrize("limit", [100.0, 0.0])
+    def test_a_huge_upload_in_the_last_round(
+        self, nodes: int, limit: float, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def spoil(message: Message, reply: Message) -> Message:
+            config: Any = message.content.config_records["config"]
+            if partition_of(message) == nodes - 1 and config["server-round"] == 2:
+                sent = reply.content.array_records["model"].to_torch_state_dict()
+                huge = {name: tensor * 1e30 for name, tensor in sent.items()}
+                reply.content["model"] = ArrayRecord(huge)
+            return reply
+
+        arrays = {"w": torch.ones(3), "w spectrum": torch.ones(2, dtype=torch.complex64)}
+        how = {} if limit == 100 else {"max_upload_norm": limit}
+        strategy, result = start(arrays, spoil, nodes=nodes, **how)
+        found = [result.arrays.to_torch_state_dict(), *own(strategy)]
+        assert (max(float(t.abs().max()) for f in found for t in f.values()) < 100) == bool(limit)
+        assert ("max_upload_norm is 100" in caplog.text) == bool(limit)
+
+    def test_weighting_and_metrics_are_fedavgs(self) -> None:
+        _, result = start({"w": torch.zeros(1)}, weighted_by_key="num-examples")
+        # partitions 0..3 with 10(p + 1) examples add p: (0·1 + 1·2 + 2·3 + 3·4)/10 = 2
+        assert result.train_metrics_clientapp[1]["loss"] == pytest.approx(2.0)
+
+
+class TestRounds:
+    @pytest.mark.parametrize("empty", [{1}, {2}, {3}, {4}, {3, 4}, {1, 2, 3}], ids=str)
+    def test_a_round_without_uploads_is_passed_over(self, empty: set[int]) -> None:
+        def spoil(message: Message, reply: Message) -> Message | None:
+            config: Any = message.content.config_records["config"]
+            return None if config["server-round"] in empty else reply
+
+        settings = dataclasses.replace(QUICK, generate_from=3)
+        strategy, result = start({"w": torch.ones(3)}, spoil, rounds=4, settings=settings)
+        assert set(result.train_metrics_clientapp) == {1, 2, 3, 4} - empty
+        assert len({mine["w"][0].item() for mine in own(strategy)}) == 4
+
+    def test_generation_may_begin_late(self) -> None:
+        """After a first generating round without uploads, FedAvg's are forgotten all the same."""
+
+        def spoil(message: Message, reply: Message) -> Message | None:
+            config: Any = message.content.config_records["config"]
+            return None if config["server-round"] == 3 else reply
+
+        settings = dataclasses.replace(QUICK, generate_from=3)
+        strategy, _ = start({"w": torch.ones(3)}, spoil, rounds=4, settings=settings)
+        buffered = strategy._server.state.buffer.entries()
+        assert {entry.server_round for entry in buffered} == {4}
+
+    def test_no_usable_upload_at_all(self) -> None:
         def spoil(message: Message, reply: Message) -> Message:
             reply.content["more"] = reply.content["model"]
             return reply
 
-        strategy, result = self.start({"w": torch.zeros(3)}, spoil)
+        words = (
+            rf"none of 2 .* in round 2: node \d+ sent 2 array records.*; node {FIRST_NODE - 7} sent"
+        )
+        with pytest.raises(NoUploadsError, match=words):
+            start({"w": torch.zeros(3)}, spoil)
+        with pytest.raises(NoUploadsError, match="no node answered"):
+            start({"w": torch.zeros(3)}, lambda message, reply: None)
+
+    def test_one_node_alone(self) -> None:
+        strategy, _ = start({"w": torch.ones(2, 2)}, nodes=1, rounds=1)
+        assert own(strategy)[0]["w"].tolist() == [[1.0, 1.0]] * 2
+
+    def test_a_second_start_begins_anew(self) -> None:
+        strategy, _ = start({"w": torch.zeros(3)})
+        sent = []
+        grid = InProcessGrid({}, 4, lambda m, r: sent.append(m), weights_app())
+        with pytest.raises(NoUploadsError):
+            strategy.start(grid, ArrayRecord({"v": torch.zeros(2)}), 1)
+        assert all(list(m.content.array_records["arrays"]) == ["v"] for m in sent)
         assert not strategy.personal
-        assert not result.train_metrics_clientapp
 
-    def test_weighting_and_metrics_are_fedavgs(self) -> None:
-        _, result = self.start({"w": torch.zeros(1)}, weighted_by_key="num-examples")
-        # partitions 0..3 with 10(p + 1) examples add p: (0·1 + 1·2 + 2·3 + 3·4)/10 = 2
-        assert result.train_metrics_clientapp[1]["loss"] == pytest.approx(2.0)
 
+class TestRefusals:
     def test_descriptors_that_foreign_clients_cannot_give(self) -> None:
         with pytest.raises(ValueError, match="class counts"):
             PFedGPA(settings=PFedGPASettings(descriptor="labels"))
+
+    def test_settings_out_of_range(self) -> None:
+        with pytest.raises(ConfigError, match=r"pfedgpa\.denoiser = 'gausian'.*gaussian"):
+            PFedGPA(settings=PFedGPASettings(denoiser="gausian"))
+        with pytest.raises(ValueError, match="max_upload_norm = nan"):
+            PFedGPA(max_upload_norm=torch.nan)
+        with pytest.raises(ConfigError, match="num_rounds = 0"):
+            start({"w": torch.zeros(3)}, rounds=0)
+
+    def test_a_folder_that_cannot_be_written_to(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/here")):
+            with pytest.raises(ConfigError, match=r"save_dir = .* cannot be written to"):
+                start({"w": torch.zeros(3)}, self.unasked, save_dir=folder)
+
+    def test_a_folder_with_an_earlier_runs_weights(self, tmp_path: Path) -> None:
+        start({"w": torch.zeros(3)}, save_dir=tmp_path / "new" / "folder")
+        before = {p: p.read_bytes() for p in (tmp_path / "new" / "folder").iterdir()}
+        assert len(before) == 4
+        with pytest.raises(ConfigError, match=r"earlier run's node-\d+\.safetensors: move"):
+            start({"w": torch.ones(3)}, self.unasked, save_dir=tmp_path / "new" / "folder")
+        assert before == {p: p.read_bytes() for p in (tmp_path / "new" / "folder").iterdir()}
+
+    @staticmethod
+    def unasked(message: Message, reply: Message) -> Message:
+        raise AssertionError("a node was asked before the refusal")
 
 
 def test_generated_weights_keep_ties_and_signs() -> None:

@@ -28,6 +28,7 @@ from pfedgpa_app.data.images import Images
 from pfedgpa_app.diffusion.fit import rank_of
 from pfedgpa_app.experiment import run
 from pfedgpa_app.methods import METHODS, method_class
+from pfedgpa_app.methods.averaging import weighted_mean
 from pfedgpa_app.methods.base import ClientTask, Method, Upload
 from pfedgpa_app.methods.cfl import bipartition
 from pfedgpa_app.methods.fedfomo import AFFINITY, FedFomo
@@ -517,6 +518,14 @@ def server(name: str, clients: int = 2, **settings: Any) -> Method[Any]:
 
 
 class TestServers:
+    @pytest.mark.parametrize("examples", [1e308, 1e-320, 10**300])
+    def test_no_count_overflows_the_mean(self, examples: float) -> None:
+        one, other = Upload({"w": column(1.0)}, examples), Upload({"w": column(3.0)}, examples)
+        assert near(weighted_mean({0: one, 1: other})["w"], 2.0)
+        mask = {"w": column(-torch.inf)}
+        rare = {0: Upload(mask, examples), 1: Upload(mask, 1.0), 2: Upload(mask, 1e-320)}
+        assert weighted_mean(rare)["w"].item() == -torch.inf
+
     @pytest.mark.parametrize(
         ("name", "mean"),
         # uploads 0 and 4 of clients with 1 and 3 images: (1·0 + 3·4)/4 = 3, or (0 + 4)/2

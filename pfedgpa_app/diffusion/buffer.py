@@ -11,6 +11,11 @@ from torch import Tensor
 Weights = dict[str, Tensor]
 
 
+def finite(tensor: Tensor) -> Tensor:
+    """Which of its numbers are finite, also in the float32 of a layout's vectors."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).isfinite()
+
+
 @dataclass(frozen=True)
 class Layout:
     """How named tensors lie in one vector, in the order of the names."""
@@ -74,11 +79,11 @@ class Layout:
         return found
 
     def head(self) -> slice:
-        """Where the last matrix-shaped tensor lies: the classifier of a feed-forward network."""
+        """Where the last matrix that is not empty lies: a feed-forward network's classifier."""
         end = 0
         found = slice(0, sum(self.sizes))
         for shape, size in zip(self.shapes, self.sizes, strict=True):
-            if len(shape) == 2:
+            if len(shape) == 2 and size:
                 found = slice(end, end + size)
             end += size
         return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,16 +24,23 @@ class Shared:
 S = TypeVar("S", bound=Shared)
 
 
+def shares_of(counts: Sequence[float]) -> list[float]:
+    """n_i / Σ_i n_i, scaled by a power of two first, lest the sum overflow; it changes no bit."""
+    exponent = math.frexp(max(counts))[1]
+    scaled = [math.ldexp(count, -exponent) for count in counts]
+    return [count / sum(scaled) for count in scaled]
+
+
 def weighted_mean(uploads: Mapping[int, Upload], uniform: bool = False) -> Weights:
     """Σ_i n_i w_i / Σ_i n_i, or with n_i = 1; summed in float64 in the order of the clients."""
-    total = len(uploads) if uniform else sum(upload.examples for upload in uploads.values())
+    shares = shares_of([1 if uniform else upload.examples for upload in uploads.values()])
     first = next(iter(uploads.values())).weights
     mean = {}
     for name, like in first.items():
-        summed = torch.zeros(like.shape, dtype=torch.float64)
-        for upload in uploads.values():
-            share = (1 if uniform else upload.examples) / total
-            summed += upload.weights[name].double() * share
+        summed = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float64))
+        for upload, share in zip(uploads.values(), shares, strict=True):
+            if share:  # else 0 · ∞
+                summed += upload.weights[name].to(summed.dtype) * share
         mean[name] = summed.to(like.dtype)
     return mean
 

@@ -191,7 +191,7 @@ class PFedGPA(FedAvg):
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         first = self.first_generation(self.config)
-        if server_round == first:
+        if server_round >= first and not self.state.generated:
             self._prepare(first)
         super().aggregate(server_round, uploads)
         if server_round >= first:
