@@ -28,6 +28,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -74,7 +75,7 @@ class PFedGPA(FedAvg):
                 their own train on at full strength in the last rounds, which costs accuracy.
             seed: of what the diffusion model draws.
             save_dir: where each node's weights are written after the last round, as
-                ``node-ID.safetensors``; a folder that holds some is refused before round 1.
+                ``node-ID.safetensors``; a folder that has such files is refused before round 1.
             max_upload_norm: an upload so many times as large as the round's median, or of one or
                 two as the global mean before, is left out; 0: none is.
 
@@ -113,15 +114,16 @@ class PFedGPA(FedAvg):
 
         Raises:
             ConfigError: ``settings`` that cannot run for so many rounds, nothing to generate, or
-                ``save_dir`` cannot be written to or holds an earlier run's weights.
+                a ``save_dir`` that cannot take the model or holds an earlier run's.
             NoUploadsError: no round brought a usable upload.
         """
         self.personal = {}
         if num_rounds < 1:
             raise ConfigError(f"num_rounds = {num_rounds}: must be >= 1")
-        if self.save_dir is not None:
-            claim(self.save_dir)
-        self._expected = dict(initial_arrays.to_torch_state_dict())
+        try:
+            self._expected = dict(initial_arrays.to_torch_state_dict())
+        except (TypeError, ValueError) as error:  # types that NumPy has and torch has not
+            raise ConfigError(f"initial_arrays: are no tensors of torch's: {error}") from error
         floats = {name: t for name, t in self._expected.items() if is_generated(t)}
         self._others = {name: t for name, t in self._expected.items() if name not in floats}
         if not floats:
@@ -130,6 +132,8 @@ class PFedGPA(FedAvg):
             )
         config = Config(num_server_rounds=num_rounds, seed=self.seed, sections=(self.settings,))
         Server.check(config)
+        if self.save_dir is not None:
+            claim(self.save_dir, self._expected)
         self._server = Server(config, Server.begin(config, floats))
         self._nodes: dict[int, int] = {}  # node id → client, in order of appearance
         if not isinstance(dict(train_config or {}).get(self.rate_key), (int, float)):
@@ -143,9 +147,8 @@ class PFedGPA(FedAvg):
         )
         if self.save_dir is not None:
             for node, record in self.personal.items():
-                tensors = {n: t.contiguous() for n, t in record.to_torch_state_dict().items()}
                 with replacing(self.save_dir / weights_file(node)) as new:
-                    save_file(tensors, new)
+                    write(record.to_torch_state_dict(), new)
         return result
 
     def configure_train(
@@ -198,8 +201,8 @@ class PFedGPA(FedAvg):
         if not uploads:
             return None, None
         mean = self._record(server.state.global_weights)
-        likely = {node: contents[node] for node in uploads}
-        return mean, self._mean(self.train_metrics_aggr_fn, server_round, likely)
+        accepted = {node: contents[node] for node in uploads}
+        return mean, self._mean(self.train_metrics_aggr_fn, server_round, accepted)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -352,17 +355,24 @@ def weights_file(node: int | str) -> str:
     return f"node-{node}.safetensors"
 
 
-def claim(folder: Path) -> None:
+def write(weights: Weights, path: Path) -> None:
+    """As safetensors."""
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+
+
+def claim(folder: Path, model: Weights) -> None:
     """Make ``save_dir``.
 
     Raises:
-        ConfigError: it cannot be written to, or holds an earlier run's weights.
+        ConfigError: it cannot take a ``model``, or holds an earlier run's weights.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
+        with tempfile.TemporaryDirectory(dir=folder) as trial:
+            write(model, Path(trial) / weights_file("trial"))
+    except KeyError as error:  # a type that safetensors does not know
+        raise ConfigError(f"save_dir: safetensors cannot hold {error.args[0]}") from error
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"save_dir = '{folder}': cannot be written to: {error}") from error
     if earlier := sorted(folder.glob(weights_file("*"))):
         raise ConfigError(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -363,6 +364,18 @@ class TestRefusals:
         for folder in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/here")):
             with pytest.raises(ConfigError, match=r"save_dir = .* cannot be written to"):
                 start({"w": torch.zeros(3)}, self.unasked, save_dir=folder)
+
+    def test_what_torch_or_safetensors_cannot_hold(self, tmp_path: Path) -> None:
+        wide = {"w": torch.zeros(3), "spectrum": torch.zeros(3, dtype=torch.complex128)}
+        with pytest.raises(
+            ConfigError, match=r"save_dir: safetensors cannot hold torch\.complex128"
+        ):
+            start(wide, self.unasked, save_dir=tmp_path / "personal")
+        assert not list((tmp_path / "personal").iterdir())
+        grid = InProcessGrid({}, 2, self.unasked, weights_app())
+        for foreign in (np.zeros(3, ">f4"), np.zeros(3, "U2")):
+            with pytest.raises(ConfigError, match=r"initial_arrays: are no tensors"):
+                PFedGPA().start(grid, ArrayRecord([foreign]), 1)
 
     def test_a_folder_with_an_earlier_runs_weights(self, tmp_path: Path) -> None:
         start({"w": torch.zeros(3)}, save_dir=tmp_path / "new" / "folder")

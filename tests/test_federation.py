@@ -370,7 +370,8 @@ def spoil(kind: str, message: Message, reply: Message) -> Message | None:
         arrays["fc1.weight"] = Array(np.zeros((2000, 2560), np.float32))
     elif kind == "empty":
         arrays = {}
-    wrong = {"examples": {"num-examples": 0}, "replayed": {"round": 3}}
+    wrong = {"examples": {"num-examples": 0}, "claims": {"num-examples": 2**60}}
+    wrong["replayed"] = {"round": 3}
     return reply_with(message, arrays, **wrong.get(kind, {}))
 
 
@@ -384,6 +385,7 @@ BAD = {
     "inf": "fc1.weight with numbers that are not finite",
     "garbage": "cannot be read",
     "examples": "num-examples 0",
+    "claims": "num-examples 1152921504606846976 instead of a whole number from 1 to 2^53",
     "huge": "1e+09 times as large as usual",
     "large": "fc1.weight in 20480128 bytes, where 20480 are enough",
     "empty": "missing names",

@@ -244,6 +244,13 @@ class TestRank:
             rank = rank_by(rule, deltas, who, 0)
             assert 1 <= rank <= max(1, clients - 1)
 
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("columns", [1, 2, 3])
+    def test_a_head_smaller_than_clients_are_many(self, rule: str, columns: int) -> None:
+        _, vectors, rounds, clients = buffer(uploads(clients=16)).stack()
+        deltas, head = remove_drift(vectors, rounds, clients), slice(720 - columns, 720)
+        assert 2 <= choose_rank(rule, deltas, head, deltas.gram(head), clients, 0) <= 15
+
     def test_shrinkage_does_not_count_noise_where_clients_are_many(self) -> None:
         # 60 clients, 100 head weights, no groups: the noise's own spread passes twice the median
         rng = torch.Generator().manual_seed(0)

@@ -56,7 +56,7 @@ def choose_rank(
         if rule == "likelihood":
             rank = _likeliest(gram, p)
         else:
-            eigenvalues = torch.linalg.eigvalsh(gram).flip(0)[: n - 1]
+            eigenvalues = torch.linalg.eigvalsh(gram).flip(0)[: min(n - 1, p)]
             times = 2.0 if rule == "head-gap" else hard_threshold((n - 1) / p)
             rank = _above(eigenvalues, times)
             if rule == "widest-gap":
@@ -74,7 +74,7 @@ def _above(eigenvalues: Tensor, times: float, first: int = 0) -> int:
 def _last_wide_gap(eigenvalues: Tensor, most: int) -> int:
     """How many of the first ``most`` eigenvalues, in falling order, stand before the gap."""
     logs = eigenvalues.clamp_min(1e-300).log()
-    gaps = logs[1:most] - logs[2 : most + 1]  # after the second, the third, …
+    gaps = -logs[1 : most + 1].diff()  # after the second, the third, …
     wide = torch.nonzero(gaps >= gaps.max() / 2) if len(gaps) else gaps
     return 2 + int(wide[-1]) if len(wide) else most
 
@@ -101,7 +101,7 @@ def _cross_validated(deltas: Deltas, head: slice, means: Tensor, seed: int) -> i
     generator = torch_generator(seed, "rank")
     n = len(means)
     table = means @ deltas.columns(head)
-    most = n // 2 - 1
+    most = min(n // 2 - 1, table.shape[1] // 2)
     errors = torch.zeros(most + 1, dtype=torch.float64)
     for _ in range(_SPLITS):
         rows = torch.randperm(n, generator=generator)
@@ -139,7 +139,7 @@ def _likeliest(gram: Tensor, size: int) -> int:
         values, vectors = values.flip(0)[: n - 2].clamp(min=1e-300), vectors.flip(1)[:, : n - 2]
         scores = (centred[out, kept] @ vectors).square() / values  # squared, along each axis
         variances, length = values / (n - 1), centred[out, out]
-        for k in range(1, n - 2):
+        for k in range(1, min(n - 2, size)):
             left = size - k
             noise = variances[k:].sum() / left
             total[k] -= 0.5 * (
@@ -148,5 +148,5 @@ def _likeliest(gram: Tensor, size: int) -> int:
                 + (scores[:k] / variances[:k]).sum()
                 + (length - scores[:k].sum()) / noise
             )
-    total[0] = -math.inf
+    total[0] = total[size:] = -math.inf
     return int(total.argmax())
