@@ -227,12 +227,12 @@ class Roster:
                 "or raise timeout"
             )
         answers, failed = self._asked(sorted(nodes))
-        late = f"did not answer within timeout = {self.timeout:g} s: raise timeout"
+        within = f"within timeout = {self.timeout:g} s: raise timeout"
         if not answers and not failed:
-            raise RosterError(f"all {len(nodes)} nodes {late}")
+            raise RosterError(f"none of {len(nodes)} nodes answered {within}")
         if self._own_data and len(answers) != num_clients:
             silent = len(nodes) - len(answers)
-            why = f"one that has none: {failed}" if failed else f"{silent} more {late}"
+            why = f"one that has none: {failed}" if failed else f"{silent} more did not answer {within}"
             raise RosterError(
                 f"{len(answers)} nodes with data are here, and num-clients is {num_clients}"
                 + (f"; {why}" if silent else "")

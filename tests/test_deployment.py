@@ -172,7 +172,7 @@ class TestOwnData:
         with pytest.raises(RosterError, match=r"[Nn]o .*query"):
             Roster(InProcessGrid({}, 2, app=ClientApp()), 2, 0.5, own_data)
         monkeypatch.setattr(InProcessGrid, "serve", lambda *_: [])
-        with pytest.raises(RosterError, match=r"2 nodes did not answer within timeout = 0\.5 s"):
+        with pytest.raises(RosterError, match=r"none of 2 nodes answered within timeout = 0\.5 s"):
             Roster(InProcessGrid({}, 2), 2, 0.5, own_data)
 
     def test_nobody_connects(self) -> None:
