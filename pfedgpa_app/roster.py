@@ -232,7 +232,7 @@ class Roster:
             raise RosterError(f"none of {len(nodes)} nodes answered {within}")
         if self._own_data and len(answers) != num_clients:
             silent = len(nodes) - len(answers)
-            why = f"one that has none: {failed}" if failed else f"{silent} more did not answer {within}"
+            why = f"one that has none: {failed}" if failed else f"{silent} did not answer {within}"
             raise RosterError(
                 f"{len(answers)} nodes with data are here, and num-clients is {num_clients}"
                 + (f"; {why}" if silent else "")
