@@ -32,11 +32,18 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
             key, found, value = part.partition("=")
             if not found:
                 raise ConfigError(f"{part!r}: settings are given as KEY=VALUE")
-            try:
-                settings[key] = tomllib.loads(f"v = {value}")["v"]
-            except tomllib.TOMLDecodeError:
-                settings[key] = value
+            settings[key] = _value(key, value)
     return settings
+
+
+def _value(key: str, text: str) -> Any:
+    """What a setting's text means: a name like 7 or 2026-11-26 is text where text is wanted."""
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+    wants_text = key in keys() and keys()[key].type is str
+    return text if wants_text and not isinstance(value, str) else value
 
 
 def _split(text: str) -> list[str]:
@@ -201,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
             return _sweep(overrides, [Path(file) for file in files], options)
         _end_with_parent()
         return _run(overrides, options.app.absolute())
-    except (ConfigError, DataError, FileExistsError) as error:
+    except (ConfigError, DataError) as error:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 2
     except LaunchError as error:
@@ -331,6 +338,7 @@ def _check_runs(settings: dict[str, Any], options: argparse.Namespace) -> None:
 
 def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     from pfedgpa_app.compare import EXPERIMENTS, plan, report
+    from pfedgpa_app.files import write_text
     from pfedgpa_app.sweep import carry_out
 
     _check_runs(overrides, options)
@@ -345,7 +353,7 @@ def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
         done = carry_out(runs, options.out, options.app.absolute(), options.jobs)
     finally:
         if text := report(options.out):
-            (options.out / "compare.md").write_text(text)
+            write_text(options.out / "compare.md", text)
     print(text)
     return 0 if done else 1
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,37 +14,34 @@ from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.data.datasets import resolve_data_dir
 from pfedgpa_app.engine import LaunchError, engine_for, gpu_for, local, ray
 from pfedgpa_app.engine.ray import Simulation
-from pfedgpa_app.experiment import initial_weights, run_folder
-from pfedgpa_app.results.log import EVENTS
+from pfedgpa_app.experiment import initial_weights
+from pfedgpa_app.folder import LOG, is_running, run_folder, running
+from pfedgpa_app.results.log import EVENTS, Records, is_done
 from pfedgpa_app.settings import ConfigError
-
-LOG = "flower.log"
 
 
 class Watcher:
     """Shows a run's events: one live line on a terminal, plain lines elsewhere."""
 
     def __init__(self, events: Path, console: Console) -> None:
-        self.events, self.console = events, console
-        self.place, self.last = 0, ""
+        self.events, self.console = Records(events), console
+        self.last, self.failure = "", ""
+        for _ in self.events.new():  # of a run that goes on, what it said before
+            pass
         self.status = console.status("starting") if console.is_terminal else None
 
     def look(self) -> None:
         """Show what is new."""
         if self.status:  # its thread begins here, after an engine has forked
             self.status.start()
-        if not self.events.exists():
-            return
-        with self.events.open() as file:
-            file.seek(self.place)
-            while (line := file.readline()).endswith("\n"):
-                self.place = file.tell()
-                self.show(json.loads(line))
+        for event in self.events.new():
+            self.show(event)
 
     def show(self, event: dict[str, Any]) -> None:
         """One event."""
         self.last = event["kind"]
         if self.last == "failed":
+            self.failure = event["text"]
             return  # said at the end, once
         if self.last in ("round", "status") and self.status:
             self.status.update(event["text"], spinner="dots")
@@ -62,7 +58,7 @@ def preflight(config: Config) -> None:
     """Everything that can be refused before Flower is started.
 
     Raises:
-        ConfigError, DataError, FileExistsError: what is wrong and what to do.
+        ConfigError, DataError: what is wrong and what to do.
     """
     try:
         initial_weights(config, load_schema(config))
@@ -85,23 +81,19 @@ def launch(
         flower: for the ray engine, if one has been started already.
 
     Raises:
-        ConfigError, DataError, FileExistsError: refused before anything started.
+        ConfigError, DataError: refused before anything started.
         LaunchError: the run failed.
     """
     console = console or Console()
     config = resolve(run_config).config
     gpu_for(config.device)
-    engine = engine_for(config.engine, config.device)
-    preflight(config)
-    folder = run_folder(config)
     if not (app / "pyproject.toml").is_file():
         raise LaunchError(f"{app} is not the app's folder: it has no pyproject.toml")
-    folder.mkdir(parents=True, exist_ok=True)
+    preflight(config)
     # the run works elsewhere: every path it gets is absolute
+    engine = engine_for(config.engine, config.device)
     settings = dict(run_config) | {
         "engine": engine,
-        "out-dir": str(folder.parent),
-        "run-name": folder.name,
         "data-dir": str(resolve_data_dir(config.data_dir)),
     }
     if (conf := Path(str(settings.get("conf", "demo"))).expanduser()).is_file():
@@ -109,6 +101,11 @@ def launch(
     for name, path in (("start-from", config.start_from), ("uploads", config.uploads)):
         if path:
             settings[name] = str(Path(path).expanduser().absolute())
+    folder = run_folder(resolve(settings))
+    if is_done(folder):
+        console.print(f"nothing is left to do: results are in {folder}", soft_wrap=True)
+        return folder
+    settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
     carry = functools.partial(ray.run, flower=flower) if engine == "ray" else local.run
     there = resolve(settings).config
     reason = watched(folder, console, lambda look: carry(app, settings, there, folder / LOG, look))
@@ -122,17 +119,19 @@ def watched(folder: Path, console: Console, carry_out: Callable[[Callable[[], No
 
     Args:
         carry_out: calls what it is given while the run goes on; why that failed, or "".
+
+    Raises:
+        ConfigError: another run has just begun there.
     """
-    events = folder / EVENTS
-    watcher = Watcher(events, console)
+    watcher = Watcher(folder / EVENTS, console)
     try:
         failure = carry_out(watcher.look)
     finally:
         watcher.close()
-    if not failure and watcher.last == "done":
+    if not failure and is_done(folder):
         return ""
-    lines = events.read_text().splitlines() if events.exists() else []
-    reasons = [e["text"] for e in map(json.loads, lines) if e["kind"] == "failed"]
-    if reasons:
-        return f"the run failed: {reasons[-1]}"
+    if watcher.failure:
+        return f"the run failed: {watcher.failure}"
+    if is_running(folder):  # not ours, which has ended: another began in the same moment
+        raise ConfigError(running(folder))
     return failure or "the server ended before the run was done"

@@ -7,8 +7,6 @@ runs that are done are skipped, one that was broken off goes on from its checkpo
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -33,8 +31,10 @@ from pfedgpa_app.checkpoint import MANIFEST
 from pfedgpa_app.config import Config, Resolved, differences, resolve
 from pfedgpa_app.engine import PARENT, engine_for
 from pfedgpa_app.experiment import CHECKPOINT, federations
-from pfedgpa_app.launcher import LOG, preflight
-from pfedgpa_app.results.log import EVENTS, clock, is_done, last_event, rows_of
+from pfedgpa_app.files import write_text
+from pfedgpa_app.folder import is_foreign, is_running, kept_settings, locked
+from pfedgpa_app.launcher import preflight
+from pfedgpa_app.results.log import clock, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.settings import ConfigError
 
@@ -61,8 +61,8 @@ def read(path: Path) -> tuple[Settings, dict[str, list[Any]]]:
         ConfigError: no such file, or another form.
     """
     try:
-        loaded = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(loaded, dict) or loaded.keys() - {"settings", "over"}:
         raise ConfigError(f"{path}: wants settings: and over:, and nothing else")
@@ -96,13 +96,9 @@ class Run:
         trained = max(1, round(c.fraction_train * c.num_clients)) * c.train_per_client
         return len(federations(c)) * c.num_server_rounds * c.local_epochs * trained
 
-    def is_begun(self) -> bool:
-        """Whether its folder holds what a run leaves."""
-        return any((self.folder / file).exists() for file in (EVENTS, LOG))
-
     def differences(self) -> list[str]:
         """Settings in which the run in its folder differs from this one."""
-        return differences(self.folder / "config.json", self.resolved)
+        return differences(kept_settings(self.folder), self.resolved)
 
     def can_go_on(self) -> bool:
         """Whether its folder holds a checkpoint of this run, which was killed, but had not failed.
@@ -133,7 +129,7 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
                 f"{folder} holds a run with other settings ({'; '.join(differences)}): "
                 "choose another --out, or delete it"
             )
-        if folder.exists() and any(folder.iterdir()) and not run.is_begun():
+        if is_foreign(folder):
             raise ConfigError(f"{folder} exists, and is not a run's folder: choose another --out")
         runs.append(run)
     if twice := [name for name, n in Counter(run.name for run in runs).items() if n > 1]:
@@ -263,7 +259,7 @@ class Sweep:
 
     def _begin(self, run: Run) -> None:
         resume = run.can_go_on()
-        if run.folder.exists() and not resume:
+        if run.folder.exists() and not resume and not is_running(run.folder):
             shutil.rmtree(run.folder)
         command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--app", str(self.app)]
         env = os.environ | {PARENT: str(os.getpid())}
@@ -325,14 +321,14 @@ def summarise(runs: Sequence[Run], out: Path) -> str:
     finished = [run for run in runs if is_done(run.folder)]
     rows = {run.name: rows_of(run.folder) for run in finished}
     record = [{"run": r.name, "varied": r.varied, "summary": rows[r.name]} for r in finished]
-    (out / "sweep.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_text(out / "sweep.json", json.dumps(record, indent=1) + "\n")
     parts = []
     for varied, alike in _groups(finished):
         title = ", ".join(f"{key} = {value}" for key, value in varied.items()) or "all runs"
         seeds = ", ".join(str(run.config.seed) for run in alike)
         figures = table([rows[run.name] for run in alike])
         parts.append(f"### {title}\n\nSeeds {seeds}.\n\n{figures}\n")
-    (out / "sweep.md").write_text("\n".join(parts))
+    write_text(out / "sweep.md", "\n".join(parts))
     return "\n".join(parts)
 
 
@@ -384,20 +380,12 @@ def carry_out(
     for run in runs:
         preflight(run.config)
     jobs, workers = shares(runs, jobs, int(cpu_count()))
-    out.mkdir(parents=True, exist_ok=True)
-    with _only_one(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: the folder cannot be made: {error.strerror}") from error
+    with locked(out, f"{out}: another sweep is running there"):
         return _run_all(runs, out, app, jobs, workers, console)
-
-
-@contextlib.contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Refuse a second sweep in ``out`` while one goes; the system frees a dead one's lock."""
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"{out}: another sweep is running there") from error
-        yield
 
 
 def _run_all(

@@ -16,10 +16,11 @@ import pytest
 
 from pfedgpa_app.config import APP_DIR
 from pfedgpa_app.engine import PARENT
+from pfedgpa_app.folder import locked
 from pfedgpa_app.results.log import is_done, last_event
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.settings import ConfigError
-from pfedgpa_app.sweep import Run, _only_one, expand, read, shares, table
+from pfedgpa_app.sweep import Run, expand, read, shares, table
 from tests.test_federation import SMALL
 from tests.test_simulation import alive, descendants
 
@@ -70,9 +71,9 @@ class TestPlan:
         with pytest.raises(ConfigError, match="not a run's folder"):
             runs(tmp_path, {"seed": [0]})
         refused = pytest.raises(ConfigError, match="another sweep")
-        with _only_one(tmp_path), refused, _only_one(tmp_path):
+        with locked(tmp_path, "another sweep"), refused, locked(tmp_path, "another sweep"):
             pass
-        with _only_one(tmp_path):
+        with locked(tmp_path, "another sweep"):
             pass
 
     def test_the_machine_is_shared_out_and_never_oversubscribed(self, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.engine.flower import stage
-from pfedgpa_app.experiment import run_folder
-from pfedgpa_app.launcher import LOG, watched
+from pfedgpa_app.folder import LOG, run_folder
+from pfedgpa_app.launcher import watched
 
 SETTINGS: dict[str, Any] = {
     "dataset": "nodes",
@@ -55,7 +55,7 @@ def rehearse(
         overrides: settings of the run.
 
     Raises:
-        ConfigError, FileExistsError: refused before anything started.
+        ConfigError: refused before anything started.
         LaunchError: the rehearsal failed.
     """
     console = console or Console()
@@ -64,10 +64,8 @@ def rehearse(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     settings = SETTINGS | {"num-clients": nodes} | overrides
-    folder = run_folder(resolve(settings).config)
+    folder = run_folder(resolve(settings))
     settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
-    resolve(settings)
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="pfedgpa-rehearsal-") as place:
         certificates = Path(place) / "keys"
         keys.make(certificates, ["localhost", "127.0.0.1"], nodes)
