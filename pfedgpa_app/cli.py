@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import signal
 import sys
 import tomllib
@@ -12,7 +13,7 @@ from typing import Any
 
 from pfedgpa_app import __version__
 from pfedgpa_app.config import APP_DIR, keys, resolve
-from pfedgpa_app.engine import LaunchError
+from pfedgpa_app.engine import LaunchError, StoppedError
 from pfedgpa_app.settings import ConfigError, DataError
 
 YAML = (".yaml", ".yml")
@@ -214,9 +215,23 @@ def main(arguments: list[str] | None = None) -> int:
     except LaunchError as error:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 1
+    except StoppedError as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        if options.command != "rehearse":  # whose nodes are gone
+            words = sys.argv[1:] if arguments is None else arguments
+            print(f"to go on: {_again(options.command, words, stop.folder)}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def _again(command: str, words: list[str], folder: Path) -> str:
+    """By what a command goes on that was given as ``words`` and stopped."""
+    if command == "run":
+        words = [word for word in words if not word.startswith(("run-name=", "resume="))]
+        words += [f"run-name={folder.name}", "resume=true"]
+    return shlex.join(["pfedgpa", *words])
 
 
 def _print_settings() -> None:

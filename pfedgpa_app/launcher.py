@@ -12,7 +12,7 @@ from rich.console import Console
 from pfedgpa_app.config import APP_DIR, Config, resolve
 from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.data.datasets import resolve_data_dir
-from pfedgpa_app.engine import LaunchError, engine_for, gpu_for, local, ray
+from pfedgpa_app.engine import LaunchError, StoppedError, engine_for, gpu_for, local, ray
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.experiment import initial_weights
 from pfedgpa_app.folder import LOG, is_running, run_folder, running
@@ -83,6 +83,7 @@ def launch(
     Raises:
         ConfigError, DataError: refused before anything started.
         LaunchError: the run failed.
+        StoppedError: the user stopped it.
     """
     console = console or Console()
     config = resolve(run_config).config
@@ -122,10 +123,13 @@ def watched(folder: Path, console: Console, carry_out: Callable[[Callable[[], No
 
     Raises:
         ConfigError: another run has just begun there.
+        StoppedError: the user stopped it.
     """
     watcher = Watcher(folder / EVENTS, console)
     try:
         failure = carry_out(watcher.look)
+    except KeyboardInterrupt as stop:
+        raise StoppedError(folder) from stop
     finally:
         watcher.close()
     if not failure and is_done(folder):

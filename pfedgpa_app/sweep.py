@@ -29,7 +29,7 @@ from rich.table import Column
 
 from pfedgpa_app.checkpoint import MANIFEST
 from pfedgpa_app.config import Config, Resolved, differences, resolve
-from pfedgpa_app.engine import PARENT, engine_for
+from pfedgpa_app.engine import PARENT, StoppedError, engine_for
 from pfedgpa_app.experiment import CHECKPOINT, federations
 from pfedgpa_app.files import write_text
 from pfedgpa_app.folder import is_foreign, is_running, kept_settings, locked
@@ -236,6 +236,7 @@ class Sweep:
         self.waiting = [run for run in runs if not is_done(run.folder)]
         self.done = len(runs) - len(self.waiting)
         self.going: list[tuple[Run, subprocess.Popen[str]]] = []
+        self._earlier: dict[str, dict[str, Any]] = {}  # the last event before a run went on
         self.failed: dict[str, str] = {}
         self._started = time.monotonic()
         self._finished_work = 0.0
@@ -248,7 +249,9 @@ class Sweep:
                     self._begin(self.waiting.pop(0))
                 time.sleep(LOOK)
                 for run, process in list(self.going):
-                    self.show.update(run, last_event(run.folder), self.state())
+                    event = last_event(run.folder)
+                    fresh = event != self._earlier[run.name]
+                    self.show.update(run, event if fresh else {}, self.state())
                     if process.poll() is not None:
                         self._end(run, process)
         finally:
@@ -259,6 +262,7 @@ class Sweep:
 
     def _begin(self, run: Run) -> None:
         resume = run.can_go_on()
+        self._earlier[run.name] = last_event(run.folder) if resume else {}
         if run.folder.exists() and not resume and not is_running(run.folder):
             shutil.rmtree(run.folder)
         command = [sys.executable, "-m", "pfedgpa_app.cli", "run", "--app", str(self.app)]
@@ -283,7 +287,7 @@ class Sweep:
     def _end(self, run: Run, process: subprocess.Popen[str]) -> None:
         _, said = process.communicate()
         self.going.remove((run, process))
-        self._finished_work += run.work
+        self._finished_work += self._worked(run, 1.0)
         if process.returncode == 0:
             self.done += 1
             outcome = _headline(run.folder)
@@ -295,14 +299,20 @@ class Sweep:
     def state(self) -> str:
         """``3/9 done, 12:31 left``."""
         partly = {run.name: last_event(run.folder).get("progress", 0.0) for run, _ in self.going}
-        begun = sum(run.work * partly[run.name] for run, _ in self.going)
-        left = sum(run.work for run in self.waiting) - begun
-        left += sum(run.work for run, _ in self.going)
+        going = [run for run, _ in self.going]
+        left = sum(run.work for run in [*self.waiting, *going])
+        left -= sum(run.work * partly[run.name] for run in going)
+        worked = self._finished_work + sum(self._worked(run, partly[run.name]) for run in going)
         text = f"{self.done}/{len(self.runs)} done"
-        if (worked := self._finished_work + begun) > 0:
+        if worked > 0:
             elapsed = time.monotonic() - self._started
             text += f", {clock(left / worked * elapsed)} left"
         return text
+
+    def _worked(self, run: Run, progress: float) -> float:
+        """Of its work, what was done since it began or went on here."""
+        before: float = self._earlier[run.name].get("progress", 0.0)
+        return run.work * max(0.0, progress - before)
 
 
 def _argument(value: Any) -> str:
@@ -397,6 +407,8 @@ def _run_all(
         console.print(f"{skipped} of {len(runs)} runs are done already", highlight=False)
     try:
         going.everything()
+    except KeyboardInterrupt as stop:
+        raise StoppedError(out.absolute()) from stop
     finally:
         if isinstance(show, Bars):
             show.close()

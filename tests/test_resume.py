@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Message
+from rich.console import Console
 from safetensors.torch import load_file
 
 from pfedgpa_app import checkpoint, cli
@@ -24,6 +28,7 @@ from pfedgpa_app.config import APP_DIR, Resolved, resolve
 from pfedgpa_app.diffusion.buffer import Buffer
 from pfedgpa_app.experiment import CHECKPOINT
 from pfedgpa_app.folder import is_running, run_folder
+from pfedgpa_app.launcher import watched
 from pfedgpa_app.methods.cfl import Cluster
 from pfedgpa_app.methods.fedavg import FedAvgState
 from pfedgpa_app.results.log import Records, RunLog, is_done, last_event
@@ -384,6 +389,68 @@ class TestLog:
         log.go_on({"curves": {}, "rejections": 0, "done": 90.0, "sizes": {}})
         assert log.advance(1) == 90.0
         assert log.advance(1) == 80.0
+
+
+class TestStopped:
+    def stop(self, *_: Any) -> str:
+        raise KeyboardInterrupt
+
+    def test_a_run_says_how_it_goes_on(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pfedgpa_app.launcher.local.run", self.stop)
+        words = [f"{key}={value}" for key, value in SMALL.items()]
+        words += [f"out-dir={tmp_path}/my results", "--engine", "process"]
+        assert cli.main(["run", *words]) == 130
+        [folder] = (tmp_path / "my results").iterdir()
+        stopped, again = capsys.readouterr().err.splitlines()
+        assert stopped == f"stopped: results so far are in {folder}"
+        assert again.startswith("to go on: pfedgpa run num-clients=4 ")
+        given: list[Any] = []
+        monkeypatch.setattr(
+            "pfedgpa_app.launcher.local.run", lambda *a: given.append(a) or self.stop()
+        )
+        repeated = shlex.split(again.removeprefix("to go on: pfedgpa "))
+        assert cli.main(repeated) == 130
+        config = given[0][2]
+        assert (config.resume, config.run_name, config.num_clients) == (True, folder.name, 4)
+        assert capsys.readouterr().err.splitlines()[1] == again  # and again
+
+    @pytest.mark.parametrize("command", ["sweep", "compare", "tune"])
+    def test_many_runs_go_on_by_the_same_command(
+        self,
+        command: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("pfedgpa_app.sweep.Sweep.everything", self.stop)
+        monkeypatch.setattr("pfedgpa_app.sweep.preflight", lambda _: None)
+        words = {
+            "sweep": ["sweep", "--over", "seed=0,1"],
+            "compare": ["compare", "--conf", "demo", "--methods", "local"],
+            "tune": ["tune", "--conf", "demo", "--methods", "local"],
+        }[command]
+        words += ["num-server-rounds=2", "--out", str(tmp_path / "out")]
+        assert cli.main(words) == 130
+        assert capsys.readouterr().err.splitlines() == [
+            f"stopped: results so far are in {tmp_path / 'out'}",
+            f"to go on: pfedgpa {shlex.join(words)}",
+        ]
+
+    def test_a_run_that_goes_on_shows_what_is_new(self, tmp_path: Path) -> None:
+        def carry_out(look: Callable[[], None]) -> str:
+            look()
+            log.event("done", "the end")
+            return ""
+
+        log = RunLog(tmp_path, 3, 3.0)
+        log.event("round", "round 1, 9:99 left")
+        log.event("failed", "by a full disk")
+        said = io.StringIO()
+        assert watched(tmp_path, Console(file=said), carry_out) == ""
+        assert said.getvalue() == "the end\n"
+        assert watched(tmp_path, Console(file=said), lambda _: "it was killed") == "it was killed"
 
 
 class TestFolder:
