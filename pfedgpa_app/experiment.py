@@ -120,11 +120,11 @@ def run(grid: Grid, resolved: Resolved) -> Path:
     if is_done(folder):
         return folder  # nothing is left to resume
     with locked(folder, running(folder)):
-        _run(grid, resolved, folder)
+        _carry_out(grid, resolved, folder)
     return folder
 
 
-def _run(grid: Grid, resolved: Resolved, folder: Path) -> None:
+def _carry_out(grid: Grid, resolved: Resolved, folder: Path) -> None:
     """The same, in a folder that is this run's alone."""
     config = resolved.config
     write_text(folder / CONFIG, json.dumps(resolved.as_dict(), indent=2) + "\n")
@@ -135,7 +135,11 @@ def _run(grid: Grid, resolved: Resolved, folder: Path) -> None:
     per_evaluation /= config.fraction_train
     rounds = 0 if config.uploads else len(shared) * config.num_server_rounds
     work = rounds + evaluations * per_evaluation
-    log = RunLog(folder, config.num_server_rounds, work)
+    making = {
+        federation: max(method_class(name).making_seconds(config) for name in names)
+        for federation, names in shared.items()
+    }
+    log = RunLog(folder, config.num_server_rounds, work, making)
     try:
         log.event("start", f"results: {folder}", process=os.getpid())
         for text in _warnings(grid, config):
@@ -244,6 +248,8 @@ class _Run:
                 )
 
     def everything(self, federations: dict[str, list[str]]) -> None:
+        for federation in self.finished:
+            self.log.making.pop(federation, None)
         for federation, names in federations.items():
             if federation not in self.finished:
                 self.federation(federation, names)
@@ -304,7 +310,7 @@ class _Run:
         scores: dict[str, tuple[dict[int, FinalScore], int]] = {}
         for method_name in methods:
             method = method_class(method_name)(self.config, state)
-            self.log.event("status", f"{method.title}: making and evaluating clients' weights")
+            method.progress = self.log.watch(name, f"{method.title}: making clients' weights")
             started = time.perf_counter()
             weights = method.personalise()
             weights = {c: mine for c, mine in weights.items() if c in strategy.honest}
@@ -317,6 +323,7 @@ class _Run:
                 )
             source = method.weights_from or method_name
             if source not in scores:
+                self.log.event("status", f"{method.title}: evaluating clients' weights")
                 references = {c: r for c in weights if (r := method.reference(c)) is not None}
                 scores[source] = strategy.finish(weights, references, method_name)
                 self.log.advance(self.per_evaluation)

@@ -43,9 +43,9 @@ class Watcher:
         if self.last == "failed":
             self.failure = event["text"]
             return  # said at the end, once
-        if self.last in ("round", "status") and self.status:
+        if self.last in ("round", "status", "progress") and self.status:
             self.status.update(event["text"], spinner="dots")
-        else:
+        elif self.last != "progress":  # that is for a live line only
             self.console.print(event["text"], markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:

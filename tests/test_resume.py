@@ -26,8 +26,10 @@ from pfedgpa_app import checkpoint, cli
 from pfedgpa_app.checkpoint import MANIFEST, Checkpoint, CheckpointError
 from pfedgpa_app.config import APP_DIR, Resolved, resolve
 from pfedgpa_app.diffusion.buffer import Buffer
+from pfedgpa_app.diffusion.fit import FitSettings, fit_network
+from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.experiment import CHECKPOINT
-from pfedgpa_app.folder import is_running, run_folder
+from pfedgpa_app.folder import is_running, locked, run_folder
 from pfedgpa_app.launcher import watched
 from pfedgpa_app.methods.cfl import Cluster
 from pfedgpa_app.methods.fedavg import FedAvgState
@@ -390,6 +392,44 @@ class TestLog:
         assert log.advance(1) == 90.0
         assert log.advance(1) == 80.0
 
+    def test_the_last_step_says_how_far_it_is(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = iter([0.0, 1.0, 2.0, 2.0, 2.5, 5.0])
+        monkeypatch.setattr("pfedgpa_app.results.log.time.monotonic", lambda: next(clock))
+        log = RunLog(tmp_path, 2, 3.0, {"pfedgpa": 30.0})
+        log.advance(1)
+        assert log.advance(1) == 1.0 + 30.0  # a final evaluation, and the making of the weights
+        tell = log.watch("pfedgpa", "pFedGPA: making weights")
+        tell(0.1)
+        tell(0.6)  # 3 s for 60 %
+        first, then = records(tmp_path, "events.jsonl")
+        assert (first["kind"], first["text"]) == ("status", "pFedGPA: making weights")
+        assert (then["kind"], then["text"]) == (
+            "progress",
+            "pFedGPA: making weights: 60%  0:03 left",
+        )
+
+    def test_fitting_tells_its_progress(self) -> None:
+        shares: list[float] = []
+        latents, noise = torch.randn(8, 2), torch.zeros(2)
+        settings = FitSettings(fit_steps=4, width=4, blocks=1, fit_batch_size=4)
+        schedule, device = Schedule(10), torch.device("cpu")
+        fit_network(latents, noise, schedule, settings, 0, device, progress=shares.append)
+        assert shares == [0.25, 0.5, 0.75, 1.0]
+
+    def test_the_run_passes_it_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        told: dict[str, list[float]] = {}
+
+        def watch(log: RunLog, federation: str, what: str) -> Callable[[float], None]:
+            return told.setdefault(what, []).append
+
+        monkeypatch.setattr(RunLog, "watch", watch)
+        how: dict[str, Any] = {"method": "fedavg,pfedgpa-once", "num_server_rounds": 2}
+        federate(tmp_path, evaluate_every=0, **how)
+        assert told["FedAvg: making clients' weights"] == []
+        assert told["pFedGPA, once: making clients' weights"][-1] == 1.0
+
 
 class TestStopped:
     def stop(self, *_: Any) -> str:
@@ -521,6 +561,10 @@ class TestFolder:
         rounds = [(r["round"], r["client"]) for r in records(folder)]
         assert len(rounds) == len(set(rounds)) == 2 * 4
         assert not is_running(folder)
+
+    def test_of_two_that_begin_at_once_one_is_refused(self, tmp_path: Path) -> None:
+        with locked(tmp_path, ""), pytest.raises(ConfigError, match="a run is going on there"):
+            watched(tmp_path, Console(file=io.StringIO()), lambda _: "the server ended")
 
     @pytest.mark.parametrize("name", ["7", "2026-11-26", "true", "1e3", "'7'"])
     def test_a_name_may_look_like_something_else(self, name: str) -> None:

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +115,14 @@ class RunLog:
 
     Attributes:
         curves: {federation: [(round, mean accuracy of all clients, of the participants)]}.
+        making: {federation: seconds that the server will take to make its weights}.
     """
 
-    def __init__(self, folder: Path, rounds: int, work: float) -> None:
+    def __init__(
+        self, folder: Path, rounds: int, work: float, making: Mapping[str, float] | None = None
+    ) -> None:
         """``work`` is the run's length in rounds, final evaluations reckoned as rounds."""
-        self.folder, self.rounds = folder, rounds
+        self.folder, self.rounds, self.making = folder, rounds, dict(making or {})
         self.curves: dict[str, list[tuple[int, float, float]]] = {}
         self.rejections = 0
         self._work, self._done = work, 0.0
@@ -188,7 +191,26 @@ class RunLog:
         else:
             self._pace = 0.8 * self._pace + 0.2 * pace
         self._done, self._last = self._done + work, now
-        return max(0.0, self._work - self._done) * self._pace
+        return self.left()
+
+    def left(self) -> float:
+        """The seconds that are left at the recent pace."""
+        return max(0.0, self._work - self._done) * self._pace + sum(self.making.values())
+
+    def watch(self, federation: str, what: str) -> Callable[[float], None]:
+        """What is told the share of ``what`` that is done and says so, once a second."""
+        self.making.pop(federation, None)  # from here on by its own pace
+        self.event("status", what)
+        started = said = time.monotonic()
+
+        def tell(share: float) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= 1:
+                said, left = now, (now - started) * (1 / share - 1) + self.left()
+                self.event("progress", f"{what}: {share:.0%}  {clock(left)} left")
+
+        return tell
 
     def rejected(self, name: str, server_round: int, client: int, reason: str) -> None:
         """A client's reply cannot be used."""
