@@ -4,14 +4,15 @@ A checkpoint is a tree of numbers, texts, containers, tensors and this package's
 manifest in JSON and tensors in safetensors files, nothing that runs. A tensor that an earlier
 checkpoint holds already is not written again, so that a buffer of uploads costs one round's.
 The manifest is replaced last and whole: whenever a run is killed, the newest or the one before
-it is there.
+it is there. All of it has checksums, so that a damaged one is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
+import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pfedgpa_app.files import replacing
+from pfedgpa_app.files import checksum, replacing, write_text
 
-FORMAT = "pfedgpa-checkpoint-1"
+FORMAT = "pfedgpa-checkpoint-2"
 MANIFEST = "checkpoint.json"
 _PACKAGE = __name__.partition(".")[0] + "."
+_DTYPES = {dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+# what is raised where a checkpoint is not what it should be
+_DAMAGED: tuple[type[Exception], ...] = (OSError, SafetensorError, RuntimeError, ValueError)
+_DAMAGED += (AttributeError, LookupError, TypeError)
 
 Put = Callable[[Tensor], list[str]]
 Get = Callable[[list[str]], Tensor]
@@ -80,21 +85,37 @@ def decode(node: Any, get: Get, like: Any = None) -> Any:
     if kind == "array":
         return get(content).numpy()
     if kind == "dtype":
-        return getattr(torch, content)
+        return {str(dtype): dtype for dtype in _DTYPES}[f"torch.{content}"]
     if kind == "module":
         like.load_state_dict(decode(content, get))
         return like
     if kind == "dict":
         return {decode(k, get): decode(v, get) for k, v in content}
     if kind == "data":
-        module, _, name = content.partition(":")
-        found = getattr(importlib.import_module(module), name, None)
-        if not module.startswith(_PACKAGE) or not dataclasses.is_dataclass(found):
-            raise CheckpointError(f"names {content}, which is no data of this package")
         fields = {f: decode(v, get, getattr(like, f, None)) for f, v in node[2].items()}
-        return found(**fields)  # type: ignore[operator]
+        return _dataclass(content)(**fields)
     items = [decode(item, get) for item in content]
     return {"Size": torch.Size, "list": list, "tuple": tuple}[kind](items)
+
+
+def _dataclass(where: str) -> type[Any]:
+    """This package's dataclass that ``where`` names: nothing is imported for it.
+
+    The run, which has been set up, has imported all that its checkpoint can hold.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    module, _, name = where.partition(":")
+    ours = module.startswith(_PACKAGE)
+    found = getattr(sys.modules.get(module), name, None) if ours else None
+    if not isinstance(found, type) or not dataclasses.is_dataclass(found):
+        raise CheckpointError(f"names {where}, which is no data of this package")
+    return found
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content).encode())
 
 
 class Checkpoint:
@@ -105,6 +126,7 @@ class Checkpoint:
         self._number = 0
         # {id: (tensor, its version, where it is)}: what the newest checkpoint holds
         self._kept: dict[int, tuple[Tensor, int, list[str]]] = {}
+        self._checksums: dict[str, int] = {}  # of the files with tensors
 
     def save(self, parts: dict[str, Any]) -> None:
         """Replace the checkpoint by named parts.
@@ -140,13 +162,13 @@ class Checkpoint:
                     save_file(new, path)
                 except SafetensorError as error:
                     raise OSError(str(error)) from error
-        with replacing(self.folder / MANIFEST) as path:
-            path.write_text(json.dumps({"format": FORMAT, "parts": described}))
-        self._kept = kept
-        self._drop_unused()
-
-    def _drop_unused(self) -> None:
-        used = {MANIFEST, *(where[0] for _, _, where in self._kept.values())}
+                self._checksums[file] = checksum(path)
+        used = {where[0] for _, _, where in kept.values()}
+        checksums = {name: self._checksums[name] for name in sorted(used)}
+        content = {"files": checksums, "parts": described}
+        about = {"format": FORMAT, "checksum": _checksum(content)}
+        write_text(self.folder / MANIFEST, json.dumps(about | content))
+        self._kept, self._checksums = kept, checksums
         for path in self.folder.glob("*.safetensors*"):
             if path.name not in used:
                 path.unlink()
@@ -161,15 +183,20 @@ class Checkpoint:
         if not path.exists():
             return {}
         try:
-            manifest = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else None
             raise CheckpointError(
-                f"{path}: its format is {found!r}, and this version reads {FORMAT}"
+                f"{path}: its format is {found!r}, and this version reads {FORMAT}: run anew "
+                "under another run-name"
             )
-        parts: dict[str, Any] = manifest.get("parts", {})
+        content = {name: manifest.get(name, {}) for name in ("files", "parts")}
+        if manifest.get("checksum") != _checksum(content):
+            raise CheckpointError(f"{path}: is damaged: its checksum does not fit")
+        self._checksums = content["files"]
+        parts: dict[str, Any] = content["parts"]
         return parts
 
     def restore(self, node: Any, like: Any = None) -> Any:
@@ -181,19 +208,24 @@ class Checkpoint:
         open_files: dict[str, Any] = {}
         found: dict[tuple[str, str], Tensor] = {}
 
+        def opened(file: str) -> Any:
+            if checksum(self.folder / file) != self._checksums[file]:
+                raise CheckpointError(f"{self.folder / file}: is damaged: its checksum differs")
+            self._number = max(self._number, int(file.partition(".")[0]))
+            return safe_open(self.folder / file, "pt")
+
         def get(where: list[str]) -> Tensor:
             file, key = where
             if (file, key) not in found:
                 if file not in open_files:
-                    open_files[file] = safe_open(self.folder / file, "pt")
+                    open_files[file] = opened(file)
                 tensor = found[file, key] = open_files[file].get_tensor(key)
                 self._kept[id(tensor)] = tensor, tensor._version, where
-                self._number = max(self._number, int(file.partition(".")[0]))
             return found[file, key]
 
         try:
             return decode(node, get, like)
         except CheckpointError:
             raise
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except _DAMAGED as error:
             raise CheckpointError(f"{self.folder}: is not whole: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import signal
 import sys
 import tomllib
@@ -12,7 +13,7 @@ from typing import Any
 
 from pfedgpa_app import __version__
 from pfedgpa_app.config import APP_DIR, keys, resolve
-from pfedgpa_app.engine import LaunchError
+from pfedgpa_app.engine import LaunchError, StoppedError
 from pfedgpa_app.engine.spawning import Server
 from pfedgpa_app.settings import ConfigError, DataError
 
@@ -33,11 +34,18 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
             key, found, value = part.partition("=")
             if not found:
                 raise ConfigError(f"{part!r}: settings are given as KEY=VALUE")
-            try:
-                settings[key] = tomllib.loads(f"v = {value}")["v"]
-            except tomllib.TOMLDecodeError:
-                settings[key] = value
+            settings[key] = _value(key, value)
     return settings
+
+
+def _value(key: str, text: str) -> Any:
+    """What a setting's text means: a name like 7 or 2026-11-26 is text where text is wanted."""
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+    wants_text = key in keys() and keys()[key].type is str
+    return text if wants_text and not isinstance(value, str) else value
 
 
 def _split(text: str) -> list[str]:
@@ -209,15 +217,29 @@ def main(arguments: list[str] | None = None, server: Server | None = None) -> in
             return _sweep(overrides, [Path(file) for file in files], options)
         _end_with_parent()
         return _run(overrides, options.app.absolute(), server)
-    except (ConfigError, DataError, FileExistsError) as error:
+    except (ConfigError, DataError) as error:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 2
     except LaunchError as error:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 1
+    except StoppedError as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        if options.command != "rehearse":  # whose nodes are gone
+            words = sys.argv[1:] if arguments is None else arguments
+            print(f"to go on: {_again(options.command, words, stop.folder)}", file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def _again(command: str, words: list[str], folder: Path) -> str:
+    """By what a command goes on that was given as ``words`` and stopped."""
+    if command == "run":
+        words = [word for word in words if not word.startswith(("run-name=", "resume="))]
+        words += [f"run-name={folder.name}", "resume=true"]
+    return shlex.join(["pfedgpa", *words])
 
 
 def _print_settings() -> None:
@@ -339,6 +361,7 @@ def _check_runs(settings: dict[str, Any], options: argparse.Namespace) -> None:
 
 def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     from pfedgpa_app.compare import EXPERIMENTS, plan, report
+    from pfedgpa_app.files import write_text
     from pfedgpa_app.sweep import carry_out
 
     _check_runs(overrides, options)
@@ -353,7 +376,7 @@ def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
         done = carry_out(runs, options.out, options.app.absolute(), options.jobs)
     finally:
         if text := report(options.out):
-            (options.out / "compare.md").write_text(text)
+            write_text(options.out / "compare.md", text)
     print(text)
     return 0 if done else 1
 

@@ -104,7 +104,8 @@ class Visit:
 
     def keep_state(self) -> None:
         """What it keeps for its next visit."""
-        memory.keep(self.context, self._asked, self._state_key, self.state, self.round)
+        again = max(1, self.config.checkpoint_every)
+        memory.keep(self.context, self._asked, self._state_key, self.state, self.round, again)
 
     def reply(self, metrics: Metrics, weights: Weights | None = None) -> Message:
         """The answer."""

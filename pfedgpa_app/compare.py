@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pfedgpa_app.config import resolve
+from pfedgpa_app.folder import kept_settings
 from pfedgpa_app.methods import METHODS, federation_of, method_class
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
@@ -123,7 +123,7 @@ def finished(out: Path) -> Finished:
     found: Finished = {}
     for folder in sorted(path.parent for path in out.glob("*/summary.json")):
         if is_done(folder):
-            experiment = json.loads((folder / "config.json").read_text())["conf"]["value"]
+            experiment = kept_settings(folder)["conf"]["value"]
             methods = found.setdefault(Path(experiment).stem, {})
             for row in rows_of(folder):
                 methods.setdefault(row["method"], []).append(row)

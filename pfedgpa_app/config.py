@@ -348,9 +348,8 @@ def sections_read(methods: Iterable[str]) -> set[str]:
     return {section for name in methods for section in method_class(name).reads()}
 
 
-def differences(kept: Path, resolved: Resolved) -> list[str]:
-    """Settings that have a part in the results and differ from those kept as ``config.json``."""
-    there = json.loads(kept.read_text())
+def differences(there: Mapping[str, Any], resolved: Resolved) -> list[str]:
+    """Settings that have a part in the results and differ from those that a run has kept."""
     first = {name: "auto" if k.default is None else k.default for name, k in keys().items()}
     here, defaults = json.loads(json.dumps([resolved.as_dict(), first]))
     methods = resolved.config.method

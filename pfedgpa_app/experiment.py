@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import resource
 import secrets
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,20 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from safetensors.torch import save_file
 
+from pfedgpa_app import memory
 from pfedgpa_app.checkpoint import Checkpoint, CheckpointError
-from pfedgpa_app.config import Config, Resolved, differences
+from pfedgpa_app.config import Config, Resolved
 from pfedgpa_app.data import NODES
 from pfedgpa_app.data.client import Schema, load_partition, load_schema
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.engine.grid import LocalGrid
-from pfedgpa_app.files import replacing
+from pfedgpa_app.files import checksum, write_text
+from pfedgpa_app.folder import CONFIG, locked, run_folder, running
 from pfedgpa_app.methods import federation_of, method_class
 from pfedgpa_app.methods.base import Method
 from pfedgpa_app.models import Weights, build, network_name, weights_of
 from pfedgpa_app.results import plots, uploads
-from pfedgpa_app.results.log import RunLog, is_done, mean
+from pfedgpa_app.results.log import SUMMARY, RunLog, is_done, mean
 from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
 from pfedgpa_app.roster import Roster
 from pfedgpa_app.settings import ConfigError
@@ -39,27 +40,6 @@ from pfedgpa_app.training import bfloat16_is_emulated, device_for
 
 CHECKPOINT = "checkpoint"
 SIMULATED = (LocalGrid, InMemoryGrid)  # their clients are on this machine
-
-
-def run_folder(config: Config) -> Path:
-    """Where the run's results go, absolute; unless it is resumed, nobody's are there.
-
-    Raises:
-        FileExistsError: another run's are.
-        ConfigError: a run to resume without a name.
-    """
-    if config.resume and not config.run_name:
-        raise ConfigError("resume = true: give the run-name of the run that is to go on")
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    dataset = Path(config.dataset.replace(":", "-")).name
-    name = config.run_name or f"{dataset}-{config.num_clients}c-s{config.seed}-{stamp}"
-    folder = (Path(config.out_dir).expanduser() / name).absolute()
-    if (folder / "config.json").exists() and not config.resume:
-        raise FileExistsError(
-            f"run-name = {name!r}: {folder} holds another run's results; choose another name, or "
-            "go on with it by resume=true"
-        )
-    return folder
 
 
 def federations(config: Config) -> dict[str, list[str]]:
@@ -136,16 +116,18 @@ def run(grid: Grid, resolved: Resolved) -> Path:
 
     Whatever goes wrong, results so far are on disk and the error goes on to the caller.
     """
-    config = resolved.config
-    folder = run_folder(config)
-    kept = folder / "config.json"
-    if kept.exists() and (other := differences(kept, resolved)):
-        raise ConfigError(f"resume: {folder} has other settings: {'; '.join(other)}")
+    folder = run_folder(resolved)
     if is_done(folder):
         return folder  # nothing is left to resume
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(kept) as new:
-        new.write_text(json.dumps(resolved.as_dict(), indent=2) + "\n")
+    with locked(folder, running(folder)):
+        _carry_out(grid, resolved, folder)
+    return folder
+
+
+def _carry_out(grid: Grid, resolved: Resolved, folder: Path) -> None:
+    """The same, in a folder that is this run's alone."""
+    config = resolved.config
+    write_text(folder / CONFIG, json.dumps(resolved.as_dict(), indent=2) + "\n")
     shared = federations(config)
     evaluations = len({method_class(m).weights_from or m for m in config.method})
     # all clients take part in it; ways that differ in epochs share them
@@ -153,19 +135,21 @@ def run(grid: Grid, resolved: Resolved) -> Path:
     per_evaluation /= config.fraction_train
     rounds = 0 if config.uploads else len(shared) * config.num_server_rounds
     work = rounds + evaluations * per_evaluation
-    log = RunLog(folder, config.num_server_rounds, work)
+    making = {
+        federation: max(method_class(name).making_seconds(config) for name in names)
+        for federation, names in shared.items()
+    }
+    log = RunLog(folder, config.num_server_rounds, work, making)
     try:
-        log.event("start", f"results: {folder}")
+        log.event("start", f"results: {folder}", process=os.getpid())
         for text in _warnings(grid, config):
             log.event("warning", text)
         _Run(grid, resolved, folder, log, per_evaluation).everything(shared)
     except Exception as error:
-        with contextlib.suppress(OSError):  # a full disk does not hide what went wrong
-            log.event("failed", f"{error}")
+        log.failed(error)
         raise
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     log.event("done", f"results are in {folder}")
-    return folder
 
 
 class _Run:
@@ -182,6 +166,7 @@ class _Run:
         self.name = secrets.token_hex(8)  # what clients know the run by, after a resumption, too
         self.checkpoint = Checkpoint(folder / CHECKPOINT)
         self.finished: list[str] = []  # federations
+        self._checksums: dict[str, int] = {}  # of clients' files
         self.going: dict[str, Any] = {}  # the checkpoint, as long as its federation goes
         own = config.dataset == NODES
         self.roster = Roster(grid, config.num_clients, config.timeout, own)
@@ -190,7 +175,7 @@ class _Run:
         self._resume()
         self.roster.common["run"] = self.name
         if config.checkpoint_every and isinstance(grid, SIMULATED):  # clients see our files
-            self.roster.common["state-dir"] = str(folder / CHECKPOINT / "clients")
+            self.roster.common["state-dir"] = str(self._clients)
 
     def _resume(self) -> None:
         """Be where the last checkpoint is, if there is one."""
@@ -201,6 +186,7 @@ class _Run:
                 return
             names = ("name", "finished", "rows", "results", "log")
             values = {name: self.checkpoint.restore(kept[name]) for name in names}
+            self.name = values["name"]
             if "state" in kept:
                 federation, done = kept["federation"], kept["round"]
                 begun = method_class(federation).begin(self.config, self.initial)
@@ -209,9 +195,10 @@ class _Run:
                     "costs": self.checkpoint.restore(kept["costs"]),
                     "round": done,
                 }
+                self._check_clients(self.checkpoint.restore(kept["clients"]))
         except (CheckpointError, KeyError) as error:
             raise ConfigError(f"resume: {error}") from error
-        self.name, self.finished = values["name"], values["finished"]
+        self.finished = values["finished"]
         self.rows, self.results = values["rows"], values["results"]
         self.log.go_on(values["log"])
         after = f"round {done} of {federation}" if self.going else ", ".join(self.finished)
@@ -219,20 +206,50 @@ class _Run:
 
     def _keep(self, going: dict[str, Any]) -> None:
         """Replace the checkpoint; a disk that is full does not end the run."""
-        every = {
-            "name": self.name,
-            "finished": self.finished,
-            "rows": self.rows,
-            "results": self.results,
-            "log": self.log.state(),
-        }
         try:
+            every = {
+                "name": self.name,
+                "finished": self.finished,
+                "rows": self.rows,
+                "results": self.results,
+                "log": self.log.state(),
+                "clients": self._client_files(going.get("federation", "")),
+            }
             self.checkpoint.save(every | going)
         except OSError as error:
             text = f"no checkpoint could be written, the run goes on without: {error}"
             self.log.event("warning", text)
 
+    @property
+    def _clients(self) -> Path:
+        """Where clients keep their state, if they are on this machine."""
+        return self.folder / CHECKPOINT / "clients"
+
+    def _client_files(self, federation: str) -> dict[str, int]:
+        """{file: its checksum} of what clients have kept last; a file is never changed."""
+        files = memory.newest(self._clients / f"run-{self.name}", federation)
+        known = self._checksums
+        self._checksums = {f.name: known.get(f.name) or checksum(f) for f in files}
+        return self._checksums
+
+    def _check_clients(self, files: dict[str, int]) -> None:
+        """Refuse to go on without what clients had kept: their results would be others.
+
+        Raises:
+            CheckpointError: it is not there, or not what it was.
+        """
+        for name, expected in files.items():
+            path = self._clients / f"run-{self.name}" / name
+            wrong = "damaged" if path.exists() else "missing"
+            if wrong == "missing" or checksum(path) != expected:
+                raise CheckpointError(
+                    f"{path}, what a client kept for its next round, is {wrong}: put it back, "
+                    "or run anew under another run-name"
+                )
+
     def everything(self, federations: dict[str, list[str]]) -> None:
+        for federation in self.finished:
+            self.log.making.pop(federation, None)
         for federation, names in federations.items():
             if federation not in self.finished:
                 self.federation(federation, names)
@@ -244,7 +261,7 @@ class _Run:
         plots.accuracy_over_rounds(self.folder / "accuracy.png", self.log, results)
         plots.before_and_after(self.folder / "clients.png", results)
         table = text_table(rows)
-        (self.folder / "table.md").write_text(table + "\n")
+        write_text(self.folder / "table.md", table + "\n")
         self.log.event("table", table)
 
     def federation(self, name: str, methods: list[str]) -> None:
@@ -293,7 +310,7 @@ class _Run:
         scores: dict[str, tuple[dict[int, FinalScore], int]] = {}
         for method_name in methods:
             method = method_class(method_name)(self.config, state)
-            self.log.event("status", f"{method.title}: making and evaluating clients' weights")
+            method.progress = self.log.watch(name, f"{method.title}: making clients' weights")
             started = time.perf_counter()
             weights = method.personalise()
             weights = {c: mine for c, mine in weights.items() if c in strategy.honest}
@@ -306,6 +323,7 @@ class _Run:
                 )
             source = method.weights_from or method_name
             if source not in scores:
+                self.log.event("status", f"{method.title}: evaluating clients' weights")
                 references = {c: r for c in weights if (r := method.reference(c)) is not None}
                 scores[source] = strategy.finish(weights, references, method_name)
                 self.log.advance(self.per_evaluation)
@@ -329,7 +347,7 @@ class _Run:
         curve = strategy.join(method)
         accuracies = [round(mean(list(scores.values())), 4) for scores in curve]
         self.rows[name]["accuracy_of_joining_clients"] = accuracies
-        with (self.folder / "joining.jsonl").open("a") as out:
+        with (self.folder / "joining.jsonl").open("a", encoding="utf-8") as out:
             for iteration, scores in enumerate(curve):
                 for client, accuracy in scores.items():
                     record = {"method": name, "iteration": iteration, "client": client}
@@ -380,7 +398,7 @@ class _Run:
             f"{method.title}: {result.before.mean():.1f} % before fine-tuning, "
             f"{result.after.mean():.1f} % after",
         )
-        with (self.folder / "clients.jsonl").open("a") as out:
+        with (self.folder / "clients.jsonl").open("a", encoding="utf-8") as out:
             for row, client in enumerate(result.clients):
                 record = {
                     "method": name,
@@ -394,4 +412,4 @@ class _Run:
 
     def _write_summary(self) -> None:
         summary = [self.rows[n] for n in self.config.method if n in self.rows]
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_text(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,25 @@ def replacing(path: Path) -> Iterator[Path]:
     """A path to write to in the place of ``path``, which is replaced whole or not at all."""
     new = path.with_name(path.name + ".new")
     yield new
-    with new.open("rb+") as written:
-        os.fsync(written.fileno())
+    sync(new)
     new.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Return when what was written to ``path`` is on the disk."""
+    with path.open("rb+") as written:
+        os.fsync(written.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text``, whole or not at all."""
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of the file's bytes, by which damage is seen."""
+    return zlib.crc32(path.read_bytes())
 
 
 def read_tensors(path: Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:

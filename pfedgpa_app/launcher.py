@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,14 +12,13 @@ from rich.console import Console
 from pfedgpa_app.config import APP_DIR, Config, resolve
 from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.data.datasets import resolve_data_dir
-from pfedgpa_app.engine import LaunchError, Look, engine_for, gpu_for, local, ray
+from pfedgpa_app.engine import LaunchError, Look, StoppedError, engine_for, gpu_for, local, ray
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.engine.spawning import Server
-from pfedgpa_app.experiment import initial_weights, run_folder
-from pfedgpa_app.results.log import EVENTS, clock, say
+from pfedgpa_app.experiment import initial_weights
+from pfedgpa_app.folder import LOG, is_running, run_folder, running
+from pfedgpa_app.results.log import EVENTS, Records, clock, is_done, say
 from pfedgpa_app.settings import ConfigError
-
-LOG = "flower.log"
 
 
 class Patience:
@@ -63,9 +61,11 @@ class Watcher:
 
     def __init__(self, events: Path, console: Console, patience: Patience, advice: str) -> None:
         """``advice``: how to go on with a run that stands still."""
-        self.events, self.console = events, console
+        self.events, self.console = Records(events), console
         self.patience, self.advice = patience, advice
-        self.place, self.last, self.progress = 0, "", 0.0
+        self.last, self.failure, self.progress = "", "", 0.0
+        for _ in self.events.new():  # of a run that goes on, what it said before
+            pass
         self.status = console.status("starting") if console.is_terminal else None
 
     def look(self, explain: Callable[[], str] = lambda: "") -> None:
@@ -82,29 +82,25 @@ class Watcher:
             self._read()
             if self.patience.said and self.last != "done":
                 text = self.patience.text(why, self.advice)
-                say(self.events.parent, "stalled", text, self.progress)
+                say(self.events.path.parent, "stalled", text, self.progress)
                 self._read()
 
     def _read(self) -> None:
-        if not self.events.exists():
-            return
-        with self.events.open() as file:
-            file.seek(self.place)
-            while (line := file.readline()).endswith("\n"):
-                self.place = file.tell()
-                self.show(json.loads(line))
+        for event in self.events.new():
+            self.show(event)
 
     def show(self, event: dict[str, Any]) -> None:
         """One event."""
-        if event["kind"] != "stalled":
-            self.last = event["kind"]
-            self.progress = event.get("progress", 0.0)
-            self.patience.hear(self.last, time.monotonic())
-        if event["kind"] == "failed":
+        kind = event["kind"]
+        if kind != "stalled":
+            self.last, self.progress = kind, event.get("progress", 0.0)
+            self.patience.hear(kind, time.monotonic())
+        if kind == "failed":
+            self.failure = event["text"]
             return  # said at the end, once
-        if event["kind"] in ("round", "status") and self.status:
+        if kind in ("round", "status", "progress") and self.status:
             self.status.update(event["text"], spinner="dots")
-        else:
+        elif kind != "progress":  # that is for a live line only
             self.console.print(event["text"], markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -117,7 +113,7 @@ def preflight(config: Config) -> None:
     """Everything that can be refused before Flower is started.
 
     Raises:
-        ConfigError, DataError, FileExistsError: what is wrong and what to do.
+        ConfigError, DataError: what is wrong and what to do.
     """
     try:
         initial_weights(config, load_schema(config))
@@ -142,23 +138,20 @@ def launch(
         server: for the other engines, likewise.
 
     Raises:
-        ConfigError, DataError, FileExistsError: refused before anything started.
+        ConfigError, DataError: refused before anything started.
         LaunchError: the run failed.
+        StoppedError: the user stopped it.
     """
     console = console or Console()
     config = resolve(run_config).config
     gpu_for(config.device)
-    engine = engine_for(config.engine, config.device)
-    preflight(config)
-    folder = run_folder(config)
     if not (app / "pyproject.toml").is_file():
         raise LaunchError(f"{app} is not the app's folder: it has no pyproject.toml")
-    folder.mkdir(parents=True, exist_ok=True)
+    preflight(config)
     # the run works elsewhere: every path it gets is absolute
+    engine = engine_for(config.engine, config.device)
     settings = dict(run_config) | {
         "engine": engine,
-        "out-dir": str(folder.parent),
-        "run-name": folder.name,
         "data-dir": str(resolve_data_dir(config.data_dir)),
     }
     if (conf := Path(str(settings.get("conf", "demo"))).expanduser()).is_file():
@@ -166,6 +159,11 @@ def launch(
     for name, path in (("start-from", config.start_from), ("uploads", config.uploads)):
         if path:
             settings[name] = str(Path(path).expanduser().absolute())
+    folder = run_folder(resolve(settings))
+    if is_done(folder):
+        console.print(f"nothing is left to do: results are in {folder}", soft_wrap=True)
+        return folder
+    settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
     there = resolve(settings).config
 
     def carry_out(look: Look) -> str:
@@ -195,17 +193,24 @@ def watched(
 
     Args:
         carry_out: calls what it is given while the run goes on; why that failed, or "".
+
+    Raises:
+        ConfigError: another run has just begun there.
+        StoppedError: the user stopped it.
     """
-    events = folder / EVENTS
-    watcher = Watcher(events, console, Patience(config.timeout, time.monotonic()), advice(config))
+    watcher = Watcher(
+        folder / EVENTS, console, Patience(config.timeout, time.monotonic()), advice(config)
+    )
     try:
         failure = carry_out(watcher.look)
+    except KeyboardInterrupt as stop:
+        raise StoppedError(folder) from stop
     finally:
         watcher.close()
-    if not failure and watcher.last == "done":
+    if not failure and is_done(folder):
         return ""
-    lines = events.read_text().splitlines() if events.exists() else []
-    reasons = [e["text"] for e in map(json.loads, lines) if e["kind"] == "failed"]
-    if reasons:
-        return f"the run failed: {reasons[-1]}"
+    if watcher.failure:
+        return f"the run failed: {watcher.failure}"
+    if is_running(folder):  # not ours, which has ended: another began in the same moment
+        raise ConfigError(running(folder))
     return failure or "the server ended before the run was done"

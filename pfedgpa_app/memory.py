@@ -18,20 +18,29 @@ from safetensors.torch import load_file, save_file
 from pfedgpa_app.files import replacing
 from pfedgpa_app.models import Weights
 
-_ROUNDS = 2  # a resumed run may repeat a round: what was kept before it is still there
-
 
 def _folder(context: Context, asked: Mapping[str, Any]) -> Path | None:
     folder: Any = context.node_config.get("state-dir") or asked.get("state-dir")
     return Path(str(folder)).expanduser() / f"run-{asked['run']}" if folder else None
 
 
-def _kept(folder: Path | None, key: str) -> dict[int, Path]:
-    """{round: file}, the newest round last."""
-    if folder is None or not folder.is_dir():
-        return {}
-    files = folder.glob(f"{key}@*.safetensors")
-    return dict(sorted((int(file.stem.rpartition("@")[2]), file) for file in files))
+def _kept(folder: Path | None, key: str) -> list[Path]:
+    """Files, the newest round's last."""
+    return sorted(folder.glob(f"{key}@*.safetensors"), key=_round) if folder else []
+
+
+def _round(file: Path) -> int:
+    return int(file.stem.rpartition("@")[2])
+
+
+def newest(folder: Path, method: str) -> list[Path]:
+    """The newest file of every client that keeps something for ``method``.
+
+    Args:
+        folder: a run's, in a ``state-dir``.
+    """
+    files = _kept(folder, f"{method}.*")
+    return list({file.stem.rpartition("@")[0]: file for file in files}.values())
 
 
 def recall(context: Context, asked: Mapping[str, Any], key: str, before: int) -> Weights:
@@ -43,14 +52,23 @@ def recall(context: Context, asked: Mapping[str, Any], key: str, before: int) ->
     kept = context.state.array_records.get(key)
     if kept is not None:
         return dict(kept.to_torch_state_dict())
-    files = [file for r, file in _kept(_folder(context, asked), key).items() if r < before]
+    files = [file for file in _kept(_folder(context, asked), key) if _round(file) < before]
     return load_file(files[-1]) if files else {}
 
 
 def keep(
-    context: Context, asked: Mapping[str, Any], key: str, state: Weights, server_round: int
+    context: Context,
+    asked: Mapping[str, Any],
+    key: str,
+    state: Weights,
+    server_round: int,
+    again: int = 1,
 ) -> None:
-    """Keep ``state`` under ``key``; a file is written whole or not at all."""
+    """Keep ``state`` under ``key``; a file is written whole or not at all.
+
+    Args:
+        again: how many rounds a resumed run may repeat; what was kept before them stays.
+    """
     if not state:
         return
     context.state[key] = ArrayRecord(state)
@@ -61,5 +79,5 @@ def keep(
     path = folder / f"{key}@{server_round}.safetensors"
     with replacing(path) as new:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, new)
-    for old in list(_kept(folder, key).values())[:-_ROUNDS]:
+    for old in _kept(folder, key)[: -1 - again]:
         old.unlink(missing_ok=True)

@@ -7,8 +7,6 @@ runs that are done are skipped, one that was broken off goes on from its checkpo
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import itertools
 import json
 import os
@@ -31,10 +29,12 @@ from rich.table import Column
 
 from pfedgpa_app.checkpoint import MANIFEST
 from pfedgpa_app.config import Config, Resolved, differences, resolve
-from pfedgpa_app.engine import PARENT, engine_for
+from pfedgpa_app.engine import PARENT, StoppedError, engine_for
 from pfedgpa_app.experiment import CHECKPOINT, federations
-from pfedgpa_app.launcher import LOG, preflight
-from pfedgpa_app.results.log import EVENTS, clock, is_done, last_event, rows_of
+from pfedgpa_app.files import write_text
+from pfedgpa_app.folder import is_foreign, is_running, kept_settings, locked
+from pfedgpa_app.launcher import preflight
+from pfedgpa_app.results.log import clock, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.settings import ConfigError
 
@@ -61,8 +61,8 @@ def read(path: Path) -> tuple[Settings, dict[str, list[Any]]]:
         ConfigError: no such file, or another form.
     """
     try:
-        loaded = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(loaded, dict) or loaded.keys() - {"settings", "over"}:
         raise ConfigError(f"{path}: wants settings: and over:, and nothing else")
@@ -96,13 +96,9 @@ class Run:
         trained = max(1, round(c.fraction_train * c.num_clients)) * c.train_per_client
         return len(federations(c)) * c.num_server_rounds * c.local_epochs * trained
 
-    def is_begun(self) -> bool:
-        """Whether its folder holds what a run leaves."""
-        return any((self.folder / file).exists() for file in (EVENTS, LOG))
-
     def differences(self) -> list[str]:
         """Settings in which the run in its folder differs from this one."""
-        return differences(self.folder / "config.json", self.resolved)
+        return differences(kept_settings(self.folder), self.resolved)
 
     def can_go_on(self) -> bool:
         """Whether its folder holds a checkpoint of this run, which was killed, but had not failed.
@@ -133,7 +129,7 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
                 f"{folder} holds a run with other settings ({'; '.join(differences)}): "
                 "choose another --out, or delete it"
             )
-        if folder.exists() and any(folder.iterdir()) and not run.is_begun():
+        if is_foreign(folder):
             raise ConfigError(f"{folder} exists, and is not a run's folder: choose another --out")
         runs.append(run)
     if twice := [name for name, n in Counter(run.name for run in runs).items() if n > 1]:
@@ -244,6 +240,7 @@ class Sweep:
         self.waiting = [run for run in runs if not is_done(run.folder)]
         self.done = len(runs) - len(self.waiting)
         self.going: list[tuple[Run, subprocess.Popen[str]]] = []
+        self._earlier: dict[str, dict[str, Any]] = {}  # the last event before a run went on
         self.failed: dict[str, str] = {}
         self._started = time.monotonic()
         self._finished_work = 0.0
@@ -256,7 +253,9 @@ class Sweep:
                     self._begin(self.waiting.pop(0))
                 time.sleep(LOOK)
                 for run, process in list(self.going):
-                    self.show.update(run, last_event(run.folder), self.state())
+                    event = last_event(run.folder)
+                    fresh = event != self._earlier[run.name]
+                    self.show.update(run, event if fresh else {}, self.state())
                     if process.poll() is not None:
                         self._end(run, process)
         finally:
@@ -267,7 +266,8 @@ class Sweep:
 
     def _begin(self, run: Run) -> None:
         resume = run.can_go_on()
-        if run.folder.exists() and not resume:
+        self._earlier[run.name] = last_event(run.folder) if resume else {}
+        if run.folder.exists() and not resume and not is_running(run.folder):
             shutil.rmtree(run.folder)
         command = [sys.executable, "-m", "pfedgpa_app", "run", "--app", str(self.app)]
         env = os.environ | {PARENT: str(os.getpid())}
@@ -291,7 +291,7 @@ class Sweep:
     def _end(self, run: Run, process: subprocess.Popen[str]) -> None:
         _, said = process.communicate()
         self.going.remove((run, process))
-        self._finished_work += run.work
+        self._finished_work += self._worked(run, 1.0)
         if process.returncode == 0:
             self.done += 1
             outcome = _headline(run.folder)
@@ -303,14 +303,20 @@ class Sweep:
     def state(self) -> str:
         """``3/9 done, 12:31 left``."""
         partly = {run.name: last_event(run.folder).get("progress", 0.0) for run, _ in self.going}
-        begun = sum(run.work * partly[run.name] for run, _ in self.going)
-        left = sum(run.work for run in self.waiting) - begun
-        left += sum(run.work for run, _ in self.going)
+        going = [run for run, _ in self.going]
+        left = sum(run.work for run in [*self.waiting, *going])
+        left -= sum(run.work * partly[run.name] for run in going)
+        worked = self._finished_work + sum(self._worked(run, partly[run.name]) for run in going)
         text = f"{self.done}/{len(self.runs)} done"
-        if (worked := self._finished_work + begun) > 0:
+        if worked > 0:
             elapsed = time.monotonic() - self._started
             text += f", {clock(left / worked * elapsed)} left"
         return text
+
+    def _worked(self, run: Run, progress: float) -> float:
+        """Of its work, what was done since it began or went on here."""
+        before: float = self._earlier[run.name].get("progress", 0.0)
+        return run.work * max(0.0, progress - before)
 
 
 def _argument(value: Any) -> str:
@@ -329,14 +335,14 @@ def summarise(runs: Sequence[Run], out: Path) -> str:
     finished = [run for run in runs if is_done(run.folder)]
     rows = {run.name: rows_of(run.folder) for run in finished}
     record = [{"run": r.name, "varied": r.varied, "summary": rows[r.name]} for r in finished]
-    (out / "sweep.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_text(out / "sweep.json", json.dumps(record, indent=1) + "\n")
     parts = []
     for varied, alike in _groups(finished):
         title = ", ".join(f"{key} = {value}" for key, value in varied.items()) or "all runs"
         seeds = ", ".join(str(run.config.seed) for run in alike)
         figures = table([rows[run.name] for run in alike])
         parts.append(f"### {title}\n\nSeeds {seeds}.\n\n{figures}\n")
-    (out / "sweep.md").write_text("\n".join(parts))
+    write_text(out / "sweep.md", "\n".join(parts))
     return "\n".join(parts)
 
 
@@ -388,20 +394,12 @@ def carry_out(
     for run in runs:
         preflight(run.config)
     jobs, workers = shares(runs, jobs, int(cpu_count()))
-    out.mkdir(parents=True, exist_ok=True)
-    with _only_one(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: the folder cannot be made: {error.strerror}") from error
+    with locked(out, f"{out}: another sweep is running there"):
         return _run_all(runs, out, app, jobs, workers, console)
-
-
-@contextlib.contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Refuse a second sweep in ``out`` while one goes; the system frees a dead one's lock."""
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(f"{out}: another sweep is running there") from error
-        yield
 
 
 def _run_all(
@@ -413,6 +411,8 @@ def _run_all(
         console.print(f"{skipped} of {len(runs)} runs are done already", highlight=False)
     try:
         going.everything()
+    except KeyboardInterrupt as stop:
+        raise StoppedError(out.absolute()) from stop
     finally:
         if isinstance(show, Bars):
             show.close()

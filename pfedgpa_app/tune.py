@@ -7,7 +7,6 @@ would be many. A best value at an end of its grid has the search go on beyond th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ import yaml
 from rich.console import Console
 
 from pfedgpa_app.config import Config, conf_path, keys
+from pfedgpa_app.files import write_text
+from pfedgpa_app.folder import kept_settings
 from pfedgpa_app.methods import METHODS, federation_of, method_class
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown
@@ -103,8 +104,8 @@ def tune(
     flat = {key: value for own in chosen.values() for key, value in own.items()}
     _keep(path, flat, command)
     beside = path.with_suffix(".search.md")
-    earlier = beside.read_text() if beside.exists() else ""
-    beside.write_text(merged(earlier, _report(out, conf, command)))
+    earlier = beside.read_text(encoding="utf-8") if beside.exists() else ""
+    write_text(beside, merged(earlier, _report(out, conf, command)))
     return flat
 
 
@@ -140,19 +141,20 @@ def _possible(base: Settings, over: dict[str, list[Any]], out: Path) -> list[Run
 
 def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:
     """Write ``chosen`` below the marks, one a command, keeping what earlier ones chose."""
-    text, mark, below = path.read_text().partition(MARK)
+    text, mark, below = path.read_text(encoding="utf-8").partition(MARK)
     earlier = mark + below
     marks = [line for line in earlier.splitlines() if line.startswith(MARK)]
     marks = list(dict.fromkeys([*marks, MARK + command]))
     block = yaml.safe_dump((yaml.safe_load(earlier) or {}) | dict(chosen), sort_keys=False)
-    path.write_text(text + "\n".join(marks) + f"\n{block}")
+    write_text(path, text + "\n".join(marks) + f"\n{block}")
 
 
 def _rows(out: Path, conf: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for folder in sorted(path.parent for path in out.glob("*/summary.json")):
-        config = json.loads((folder / "config.json").read_text())
-        row = rows_of(folder)[0]
-        if is_done(folder) and config["conf"]["value"] == conf:
+        if not is_done(folder):
+            continue
+        config, row = kept_settings(folder), rows_of(folder)[0]
+        if config["conf"]["value"] == conf:
             names = main_settings(row["method"])
             yield row["title"], ", ".join(f"{n} = {config[n]['value']}" for n in names), row
 

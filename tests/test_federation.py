@@ -74,6 +74,7 @@ class TestResults:
         folder, _ = federate(tmp_path)
         files = {p.name for p in folder.iterdir()}
         assert files == {
+            ".lock",
             "config.json",
             "metrics.jsonl",
             "events.jsonl",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,21 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Message
+from rich.console import Console
 from safetensors.torch import load_file
 
 from pfedgpa_app import checkpoint, cli
 from pfedgpa_app.checkpoint import MANIFEST, Checkpoint, CheckpointError
-from pfedgpa_app.config import APP_DIR
+from pfedgpa_app.config import APP_DIR, Resolved, resolve
 from pfedgpa_app.diffusion.buffer import Buffer
+from pfedgpa_app.diffusion.fit import FitSettings, fit_network
+from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.experiment import CHECKPOINT
+from pfedgpa_app.folder import is_running, locked, run_folder
+from pfedgpa_app.launcher import watched
 from pfedgpa_app.methods.cfl import Cluster
 from pfedgpa_app.methods.fedavg import FedAvgState
+from pfedgpa_app.results.log import Records, RunLog, is_done, last_event
 from pfedgpa_app.settings import ConfigError
 from tests.test_federation import SMALL, federate, records, summary
 
@@ -69,6 +78,16 @@ def results(folder: Path) -> dict[str, Any]:
     }
 
 
+def flip(path: Path) -> None:
+    """One bit of its last digit or tensor."""
+    content = bytearray(path.read_bytes())
+    place = max(
+        i for i, byte in enumerate(content) if chr(byte).isdigit() or path.suffix != ".json"
+    )
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
 def check_same(folder: Path, reference: Path) -> None:
     for kind, expected in results(reference).items():
         assert results(folder)[kind] == expected, kind
@@ -89,6 +108,16 @@ def test_every_method_ends_bit_for_bit_as_if_nothing_had_happened(
         check_same(folder, reference)
         [resumed] = [e for e in records(folder, "events.jsonl") if e["kind"] == "resumed"]
         assert f"of {method}" in resumed["text"]
+
+
+def test_checkpoints_that_are_rounds_apart(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"method": "scaffold", "num_server_rounds": 6, "checkpoint_every": 3}
+    how |= {"evaluate_every": 0}
+    reference, _ = federate(tmp_path / "reference", **how)
+    with pytest.raises(KilledError):
+        federate(tmp_path / "out", killer(22), **how)  # in round 6, whose clients have moved on
+    folder, _ = federate(tmp_path / "out", resume=True, **how)
+    check_same(folder, reference)
 
 
 def test_between_federations_and_in_the_final_evaluation(tmp_path: Path) -> None:
@@ -154,6 +183,43 @@ class TestRefused:
             federate(out, killer(9), method="fedavg")
         return out / "run" / CHECKPOINT
 
+    @pytest.mark.parametrize("file", ["metrics.jsonl", "clients.jsonl"])
+    @pytest.mark.parametrize("left", [-1, 300])
+    def test_records_that_are_shorter_than_they_were(
+        self, file: str, left: int, tmp_path: Path
+    ) -> None:
+        how: dict[str, Any] = {"method": "fedavg,local", "num_server_rounds": 1}
+        with pytest.raises(KilledError):  # FedAvg is done, and has its records in both
+            federate(tmp_path, killer(13), **how)
+        path = tmp_path / "run" / file
+        if left < 0:
+            path.unlink()
+        else:
+            os.truncate(path, left)
+        with pytest.raises(ConfigError, match=rf"{file} has \d+ bytes, and the checkpoint counts"):
+            federate(tmp_path, resume=True, **how)
+        assert not path.exists() or path.stat().st_size == left
+
+    @pytest.mark.parametrize("damage", ["missing", "damaged"])
+    def test_clients_without_what_they_kept(self, damage: str, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"method": "scaffold", "evaluate_every": 0}
+        with pytest.raises(KilledError):
+            federate(tmp_path, killer(9), **how)
+        [kept] = (tmp_path / "run" / CHECKPOINT / "clients").glob("run-*/scaffold.2@2.safetensors")
+        if damage == "missing":
+            kept.unlink()
+        else:
+            flip(kept)
+        with pytest.raises(ConfigError, match=rf"scaffold\.2@2\.safetensors, .* is {damage}"):
+            federate(tmp_path, resume=True, **how)
+
+    @pytest.mark.parametrize("pattern", ["*.safetensors", MANIFEST])
+    def test_a_flipped_bit(self, pattern: str, tmp_path: Path) -> None:
+        for file in self.interrupted(tmp_path).glob(pattern):
+            flip(file)
+        with pytest.raises(ConfigError, match="is damaged"):
+            federate(tmp_path, method="fedavg", resume=True)
+
     def test_other_settings(self, tmp_path: Path) -> None:
         self.interrupted(tmp_path)
         with pytest.raises(ConfigError, match=r"learning-rate = 0\.\d+ there, 0\.5 here"):
@@ -182,7 +248,7 @@ class TestRefused:
         folder = self.interrupted(tmp_path)
         newest = max(folder.glob("*.safetensors"), key=lambda path: int(path.stem))
         newest.write_bytes(newest.read_bytes()[:-100])
-        with pytest.raises(ConfigError, match="is not whole"):
+        with pytest.raises(ConfigError, match="is damaged"):
             federate(tmp_path, method="fedavg", resume=True)
 
     def test_half_written_files_are_never_read(self, tmp_path: Path) -> None:
@@ -262,10 +328,245 @@ class TestCheckpoint:
         found = Checkpoint(before)
         assert found.restore(found.read()["x"]).tolist() == [1, 1, 1]
 
-    def test_nothing_runs(self, tmp_path: Path) -> None:
+    def test_nothing_runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         kept = Checkpoint(tmp_path)
+        (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        for name in ("evil:x", "pfedgpa_app.evil:x", "pfedgpa_app.strategy:asdict", "x", ""):
+            with pytest.raises(CheckpointError, match="no data of this package"):
+                kept.restore(["data", name, {}])
+        for node in ([], ["dtype", "hub"], ["module", ["dict", []]], ["tensor", ["../1", "0"]]):
+            with pytest.raises(CheckpointError, match="is not whole"):
+                kept.restore(node)
         for name in ("subprocess:Popen", "pfedgpa_app.cli:main", "os:system"):
             with pytest.raises(CheckpointError):
                 kept.restore(["data", name, {}])
         with pytest.raises(TypeError, match="cannot hold a object"):
             kept.save({"x": object()})
+
+
+class TestLog:
+    TORN = (b'{"kind": "round", "te', b"\0" * 40, b'{"kind": "r\xff\xfe"}', b"[1]", b"7")
+
+    @pytest.mark.parametrize("torn", TORN)
+    def test_torn_lines_are_passed_over(self, torn: bytes, tmp_path: Path) -> None:
+        path = tmp_path / "events.jsonl"
+        path.write_bytes(b'{"kind": "start"}\n' + torn + b'\n{"kind": "done"}\n' + torn)
+        assert [event["kind"] for event in Records(path).new()] == ["start", "done"]
+        assert is_done(tmp_path)
+        path.write_bytes(torn)
+        assert last_event(tmp_path) == {}
+
+    def test_records_are_read_once_and_whole(self, tmp_path: Path) -> None:
+        path = tmp_path / "events.jsonl"
+        records = Records(path)
+        assert list(records.new()) == []
+        path.write_text('{"a": 1}\n{"b":')
+        assert list(records.new()) == [{"a": 1}]
+        with path.open("a") as out:
+            out.write(' "é"}\n')
+        assert list(records.new()) == [{"b": "é"}]
+        assert list(records.new()) == []
+
+    def test_the_newest_event_of_a_long_log(self, tmp_path: Path) -> None:
+        long = "".join(json.dumps({"n": n, "text": "x" * 50}) + "\n" for n in range(1000))
+        (tmp_path / "events.jsonl").write_text(long + "x" * 9000)  # more than is read at first
+        assert last_event(tmp_path)["n"] == 999
+
+    @pytest.mark.parametrize("torn", TORN)
+    def test_a_run_goes_on_behind_a_torn_line(self, torn: bytes, tmp_path: Path) -> None:
+        log = RunLog(tmp_path, 3, 3.0)
+        log.event("start", "one")
+        with (tmp_path / "events.jsonl").open("ab") as out:
+            out.write(torn)
+        RunLog(tmp_path, 3, 3.0).event("resumed", "two")
+        assert [event["text"] for event in records(tmp_path, "events.jsonl")] == ["one", "two"]
+
+    def test_time_left_is_by_the_pace_of_this_process(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = iter([0.0, 10.0, 20.0])
+        monkeypatch.setattr("pfedgpa_app.results.log.time.monotonic", lambda: next(clock))
+        log = RunLog(tmp_path, 100, 100.0)
+        log.go_on({"curves": {}, "rejections": 0, "done": 90.0, "sizes": {}})
+        assert log.advance(1) == 90.0
+        assert log.advance(1) == 80.0
+
+    def test_the_last_step_says_how_far_it_is(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock = iter([0.0, 1.0, 2.0, 2.0, 2.5, 5.0])
+        monkeypatch.setattr("pfedgpa_app.results.log.time.monotonic", lambda: next(clock))
+        log = RunLog(tmp_path, 2, 3.0, {"pfedgpa": 30.0})
+        log.advance(1)
+        assert log.advance(1) == 1.0 + 30.0  # a final evaluation, and the making of the weights
+        tell = log.watch("pfedgpa", "pFedGPA: making weights")
+        tell(0.1)
+        tell(0.6)  # 3 s for 60 %
+        first, then = records(tmp_path, "events.jsonl")
+        assert (first["kind"], first["text"]) == ("status", "pFedGPA: making weights")
+        assert (then["kind"], then["text"]) == (
+            "progress",
+            "pFedGPA: making weights: 60%  0:03 left",
+        )
+
+    def test_fitting_tells_its_progress(self) -> None:
+        shares: list[float] = []
+        latents, noise = torch.randn(8, 2), torch.zeros(2)
+        settings = FitSettings(fit_steps=4, width=4, blocks=1, fit_batch_size=4)
+        schedule, device = Schedule(10), torch.device("cpu")
+        fit_network(latents, noise, schedule, settings, 0, device, progress=shares.append)
+        assert shares == [0.25, 0.5, 0.75, 1.0]
+
+    def test_the_run_passes_it_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        told: dict[str, list[float]] = {}
+
+        def watch(log: RunLog, federation: str, what: str) -> Callable[[float], None]:
+            return told.setdefault(what, []).append
+
+        monkeypatch.setattr(RunLog, "watch", watch)
+        how: dict[str, Any] = {"method": "fedavg,pfedgpa-once", "num_server_rounds": 2}
+        federate(tmp_path, evaluate_every=0, **how)
+        assert told["FedAvg: making clients' weights"] == []
+        assert told["pFedGPA, once: making clients' weights"][-1] == 1.0
+
+
+class TestStopped:
+    def stop(self, *_: Any) -> str:
+        raise KeyboardInterrupt
+
+    def test_a_run_says_how_it_goes_on(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pfedgpa_app.launcher.local.run", self.stop)
+        words = [f"{key}={value}" for key, value in SMALL.items()]
+        words += [f"out-dir={tmp_path}/my results", "--engine", "process"]
+        assert cli.main(["run", *words]) == 130
+        [folder] = (tmp_path / "my results").iterdir()
+        stopped, again = capsys.readouterr().err.splitlines()
+        assert stopped == f"stopped: results so far are in {folder}"
+        assert again.startswith("to go on: pfedgpa run num-clients=4 ")
+        given: list[Any] = []
+        monkeypatch.setattr(
+            "pfedgpa_app.launcher.local.run", lambda *a: given.append(a) or self.stop()
+        )
+        repeated = shlex.split(again.removeprefix("to go on: pfedgpa "))
+        assert cli.main(repeated) == 130
+        config = given[0][2]
+        assert (config.resume, config.run_name, config.num_clients) == (True, folder.name, 4)
+        assert capsys.readouterr().err.splitlines()[1] == again  # and again
+
+    @pytest.mark.parametrize("command", ["sweep", "compare", "tune"])
+    def test_many_runs_go_on_by_the_same_command(
+        self,
+        command: str,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("pfedgpa_app.sweep.Sweep.everything", self.stop)
+        monkeypatch.setattr("pfedgpa_app.sweep.preflight", lambda _: None)
+        words = {
+            "sweep": ["sweep", "--over", "seed=0,1"],
+            "compare": ["compare", "--conf", "demo", "--methods", "local"],
+            "tune": ["tune", "--conf", "demo", "--methods", "local"],
+        }[command]
+        words += ["num-server-rounds=2", "--out", str(tmp_path / "out")]
+        assert cli.main(words) == 130
+        assert capsys.readouterr().err.splitlines() == [
+            f"stopped: results so far are in {tmp_path / 'out'}",
+            f"to go on: pfedgpa {shlex.join(words)}",
+        ]
+
+    def test_a_run_that_goes_on_shows_what_is_new(self, tmp_path: Path) -> None:
+        def carry_out(look: Callable[[], None]) -> str:
+            look()
+            log.event("done", "the end")
+            return ""
+
+        log = RunLog(tmp_path, 3, 3.0)
+        log.event("round", "round 1, 9:99 left")
+        log.event("failed", "by a full disk")
+        said = io.StringIO()
+        assert watched(tmp_path, Console(file=said), carry_out) == ""
+        assert said.getvalue() == "the end\n"
+        assert watched(tmp_path, Console(file=said), lambda _: "it was killed") == "it was killed"
+
+
+class TestFolder:
+    def resolved(self, out: Path, **more: Any) -> Resolved:
+        return resolve({"out-dir": str(out)} | {k.replace("_", "-"): v for k, v in more.items()})
+
+    def test_runs_without_a_name_never_meet(self, tmp_path: Path) -> None:
+        folders = {run_folder(self.resolved(tmp_path)) for _ in range(12)}
+        assert len(folders) == 12
+        assert {folder.parent for folder in folders} == {tmp_path}
+
+    @pytest.mark.parametrize(
+        "name", ["..", ".", "../up", "/abs", "a/b", "a//b", "a\\b", " ", "a\nb"]
+    )
+    def test_names_that_leave_their_place(self, name: str, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"run-name = .* wants a plain name"):
+            run_folder(self.resolved(tmp_path / "out", run_name=name))
+        assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
+
+    def test_places_that_cannot_be(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("")
+        for out, name, words in (
+            (tmp_path, "x" * 300, "File name too long"),
+            (tmp_path, "file", "File exists"),
+            (tmp_path / "file", "run", "File exists"),
+            (tmp_path / "file" / "below", "", "Not a directory"),
+        ):
+            with pytest.raises(ConfigError, match=f"out-dir = .* cannot be written there: {words}"):
+                run_folder(self.resolved(out, run_name=name))
+
+    def test_a_foreign_folder_is_left_alone(self, tmp_path: Path) -> None:
+        mine = tmp_path / "mine"
+        mine.mkdir()
+        assert run_folder(self.resolved(tmp_path, run_name="mine")) == mine
+        (mine / "flower.log").write_text("of a run that never began")
+        assert run_folder(self.resolved(tmp_path, run_name="mine")) == mine
+        (mine / "metrics.jsonl").write_text("my own")
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match="not a run's folder"):
+                run_folder(self.resolved(tmp_path, run_name="mine", resume=resume))
+        for config in ("[]", "{", '{"name": "a web page"}'):
+            (mine / "config.json").write_text(config)
+            with pytest.raises(ConfigError, match=r"mine/config\.json"):
+                run_folder(self.resolved(tmp_path, run_name="mine", resume=True))
+        assert (mine / "metrics.jsonl").read_text() == "my own"
+
+    def test_a_run_that_goes_on_is_left_alone(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        how: dict[str, Any] = {"method": "fedavg", "num_server_rounds": 2}
+        words = [
+            "run",
+            *(f"{key}={value}" for key, value in (SMALL | {"method": "fedavg"}).items()),
+        ]
+        words += ["num-server-rounds=2", f"out-dir={tmp_path}", "run-name=run", "resume=true"]
+        refused = []
+
+        def meanwhile(message: Message, reply: Message) -> Message:
+            if message.metadata.message_type == "train" and not refused:
+                refused.append(cli.main(words))
+            return reply
+
+        folder, _ = federate(tmp_path, meanwhile, **how)
+        assert refused == [2]
+        said = capsys.readouterr().err
+        assert f"{folder}: a run is going on there (process {os.getpid()}, since 20" in said
+        assert "wait for its end, or stop it, or choose another run-name" in said
+        rounds = [(r["round"], r["client"]) for r in records(folder)]
+        assert len(rounds) == len(set(rounds)) == 2 * 4
+        assert not is_running(folder)
+
+    def test_of_two_that_begin_at_once_one_is_refused(self, tmp_path: Path) -> None:
+        with locked(tmp_path, ""), pytest.raises(ConfigError, match="a run is going on there"):
+            watched(tmp_path, Console(file=io.StringIO()), lambda _: "the server ended")
+
+    @pytest.mark.parametrize("name", ["7", "2026-11-26", "true", "1e3", "'7'"])
+    def test_a_name_may_look_like_something_else(self, name: str) -> None:
+        parsed = cli.parse_overrides([f"run-name={name}", "seed=7"])
+        assert parsed == {"run-name": name.strip("'"), "seed": 7}

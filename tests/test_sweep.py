@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
@@ -13,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from pfedgpa_app import sweep as sweep_module
 from pfedgpa_app.config import APP_DIR
 from pfedgpa_app.engine import PARENT
+from pfedgpa_app.folder import locked
 from pfedgpa_app.results.log import is_done, last_event
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.settings import ConfigError
-from pfedgpa_app.sweep import Run, _only_one, expand, read, shares, table
+from pfedgpa_app.sweep import Lines, Run, Sweep, expand, read, shares, table
 from tests.test_federation import SMALL
 from tests.test_simulation import alive, descendants
 
@@ -70,9 +74,9 @@ class TestPlan:
         with pytest.raises(ConfigError, match="not a run's folder"):
             runs(tmp_path, {"seed": [0]})
         refused = pytest.raises(ConfigError, match="another sweep")
-        with _only_one(tmp_path), refused, _only_one(tmp_path):
+        with locked(tmp_path, "another sweep"), refused, locked(tmp_path, "another sweep"):
             pass
-        with _only_one(tmp_path):
+        with locked(tmp_path, "another sweep"):
             pass
 
     def test_the_machine_is_shared_out_and_never_oversubscribed(self, tmp_path: Path) -> None:
@@ -90,6 +94,26 @@ class TestPlan:
                 at_once, workers = shares(many, jobs, cores)
                 assert workers
                 assert at_once * workers <= max(cores, jobs or 0)
+
+    def test_time_left_is_by_what_was_done_since_it_began(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def say(progress: float) -> None:
+            event = {"kind": "round", "text": "", "progress": progress}
+            (run.folder / "events.jsonl").write_text(json.dumps(event) + "\n")
+
+        (run,) = planned = runs(tmp_path, {"seed": [0]})
+        run.folder.mkdir()
+        monkeypatch.setattr(Run, "can_go_on", lambda _: True)
+        monkeypatch.setattr(sweep_module.subprocess, "Popen", lambda *_, **__: None)
+        now = iter([100.0, 110.0])
+        monkeypatch.setattr(sweep_module.time, "monotonic", lambda: next(now))
+        going = Sweep(planned, tmp_path, 1, None, Lines(Console(file=io.StringIO())))
+        say(0.8)  # when it was stopped
+        going._begin(going.waiting.pop())
+        assert going.state() == "0/1 done"
+        say(0.9)
+        assert going.state() == "0/1 done, 0:10 left"
 
     def test_means_over_seeds(self) -> None:
         def row(title: str, a: float, b: float | None) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError, Look
 from pfedgpa_app.engine.flower import stage
-from pfedgpa_app.experiment import run_folder
-from pfedgpa_app.launcher import LOG, watched
+from pfedgpa_app.folder import LOG, run_folder
+from pfedgpa_app.launcher import watched
 
 SETTINGS: dict[str, Any] = {
     "dataset": "nodes",
@@ -54,7 +54,7 @@ def rehearse(
         overrides: settings of the run.
 
     Raises:
-        ConfigError, FileExistsError: refused before anything started.
+        ConfigError: refused before anything started.
         LaunchError: the rehearsal failed.
     """
     console = console or Console()
@@ -63,10 +63,9 @@ def rehearse(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     settings = SETTINGS | {"num-clients": nodes} | overrides
-    folder = run_folder(resolve(settings).config)
+    folder = run_folder(resolve(settings))
     settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
     config = resolve(settings).config
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="pfedgpa-rehearsal-") as place:
         certificates = Path(place) / "keys"
         keys.make(certificates, ["localhost", "127.0.0.1"], nodes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +73,13 @@ class FitSettings:
     guidance: float = 0.0
 
 
+Progress = Callable[[float], None]  # is told which share of something is done
+
+
+def silent(share: float) -> None:
+    """Progress that nobody watches."""
+
+
 _HIDDEN = 0.1  # share of the steps that learn without descriptors (classifier-free guidance)
 
 
@@ -124,6 +131,7 @@ def fit_network(
     device: torch.device,
     tokens: tuple[int, int] = (1, 1),
     descriptors: Tensor | None = None,
+    progress: Progress = silent,
 ) -> NetworkDenoiser:
     """Train a residual MLP, or a transformer over ``tokens``, by AdamW with one cycle and EMA.
 
@@ -135,6 +143,7 @@ def fit_network(
         noise: deviation of the augmentation in each direction [k].
         tokens: k as the autoencoder's tokens.
         descriptors: of each latent's client [N, d], hidden in a share of the steps.
+        progress: is told after each step.
     """
     generator = torch_generator(seed, "fit")
     order = torch.arange(len(latents))
@@ -160,7 +169,7 @@ def fit_network(
     )
     alpha_bar = schedule.alpha_bar.float().to(device)
     batch, k = settings.fit_batch_size, latents.shape[1]
-    for _ in range(settings.fit_steps):
+    for step in range(settings.fit_steps):
         rows = torch.randint(len(latents), (batch,), generator=generator).to(device)
         t = torch.randint(1, schedule.steps + 1, (batch,), generator=generator).to(device)
         jitter, eps = torch.randn(2, batch, k, generator=generator).to(device)
@@ -176,6 +185,7 @@ def fit_network(
         optimiser.step()
         cycle.step()
         average.update_parameters(network)
+        progress((step + 1) / settings.fit_steps)
     return NetworkDenoiser(average.module.cpu(), schedule)  # latents are few: generate there
 
 
@@ -291,11 +301,13 @@ class WeightDistribution(Distribution):
         seed: int,
         device: str | torch.device = "cpu",
         descriptors: dict[int, Tensor] | None = None,
+        progress: Progress = silent,
     ) -> None:
         """Fit the distribution to the buffer.
 
         Args:
             descriptors: what is known of clients, each [d]; only networks go by it.
+            progress: is told how far a network's training is.
 
         Raises:
             ValueError: nothing is buffered.
@@ -317,7 +329,7 @@ class WeightDistribution(Distribution):
         self.newest_latents = self._within(self.autoencoder.encode(self._newest_deltas))
         given = settings.strength
         self.strength = self._calibrated() if given is None else given
-        self.denoiser = self._fit(settings, torch.device(device), descriptors)
+        self.denoiser = self._fit(settings, torch.device(device), descriptors, progress)
 
     def _calibrated(self) -> int:
         """t0 at which a client's own uploads keep the wanted posterior weight."""
@@ -377,6 +389,7 @@ class WeightDistribution(Distribution):
         settings: FitSettings,
         device: torch.device,
         descriptors: dict[int, Tensor] | None,
+        progress: Progress,
     ) -> Denoiser:
         exact = closed_form(settings, self.latents, self.schedule)
         if exact is not None:
@@ -392,6 +405,7 @@ class WeightDistribution(Distribution):
                 device,
                 self.autoencoder.tokens,
                 described(self.clients.tolist(), descriptors),
+                progress,
             )
         return fitted.of(described(self.newest, descriptors), settings.guidance)
 

@@ -8,6 +8,7 @@ batched   a Grid in one process that trains a round's clients as one batched mod
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 PARENT = "PFEDGPA_PARENT"  # environment: the process that a run must not outlive
@@ -15,6 +16,14 @@ PARENT = "PFEDGPA_PARENT"  # environment: the process that a run must not outliv
 
 class LaunchError(RuntimeError):
     """A run could not be started, or failed; the text is for the user."""
+
+
+class StoppedError(KeyboardInterrupt):
+    """The user stopped what was running; ``folder`` holds the results so far."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"results so far are in {folder}")
+        self.folder = folder
 
 
 class Look(Protocol):

@@ -16,6 +16,7 @@ from torch import nn
 from pfedgpa_app import training
 from pfedgpa_app.config import Config, sections
 from pfedgpa_app.data.client import ClientData
+from pfedgpa_app.diffusion.fit import Progress, silent
 from pfedgpa_app.models import Weights, load, weights_of
 from pfedgpa_app.settings import MethodSettings
 from pfedgpa_app.training import Recipe
@@ -84,6 +85,7 @@ class Method(Generic[S]):
         analysis_only: it uses what no server knows, and is no contender.
         is_defence: it is for federations with malicious clients; `pfedgpa compare` leaves it out.
         tuned: the main ones of its own settings, which `pfedgpa tune` searches in this order.
+        progress: is told which share of ``personalise`` is done, where that takes long.
     """
 
     title = ""
@@ -98,6 +100,7 @@ class Method(Generic[S]):
     def __init__(self, config: Config, state: S) -> None:
         self.config = config
         self.state = state
+        self.progress: Progress = silent
 
     # settings
 
@@ -150,6 +153,11 @@ class Method(Generic[S]):
     def personalise(self) -> dict[int, Weights]:
         """What every client is sent to be evaluated after the last round."""
         return {c: self.evaluation_download(c) for c in range(self.config.num_clients)}
+
+    @classmethod
+    def making_seconds(cls, config: Config) -> float:
+        """About how long the server takes to ``personalise``, where that takes long."""
+        return 0.0
 
     def welcome(self, clients: Sequence[int]) -> dict[int, Weights]:
         """What clients that join are sent first."""

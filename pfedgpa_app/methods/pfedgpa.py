@@ -127,6 +127,7 @@ class PFedGPASettings:
     latent_noise: float = setting(0.1, "noise on the unit-variance latents in training", low=0)
 
 
+STEP_SECONDS = {"mlp": 0.01, "transformer": 0.06}  # of a denoiser's training on a CPU
 # what only rounds that end with generation go by
 GENERATING = {
     f"pfedgpa.{name}"
@@ -215,6 +216,10 @@ class PFedGPA(FedAvg):
         common, made = self.state.global_weights, self._whole(self.made)
         return {client: made.get(client, common) for client in range(self.config.num_clients)}
 
+    @classmethod
+    def making_seconds(cls, config: Config) -> float:
+        return config.pfedgpa.fit_steps * STEP_SECONDS.get(config.pfedgpa.denoiser, 0.0)
+
     @functools.cached_property
     def made(self) -> dict[int, Weights]:
         """What the last generation makes for every client that ever uploaded."""
@@ -237,6 +242,7 @@ class PFedGPA(FedAvg):
             self.config.seed,
             device_for(self.config.device),
             self._descriptors(),
+            self.progress,
         )
 
     def _descriptors(self) -> dict[int, torch.Tensor] | None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
 import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pfedgpa_app.files import sync
+from pfedgpa_app.settings import ConfigError
+
 logger = logging.getLogger("pfedgpa")
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+METRICS, EVENTS, SUMMARY = "metrics.jsonl", "events.jsonl", "summary.json"
 RECORDS = (METRICS, "clients.jsonl", "joining.jsonl")  # what a resumed run shortens, too
 
 
@@ -23,12 +29,52 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+class Records:
+    """The records of a log that may still be written.
+
+    What a killed process or a full disk left torn is passed over.
+    """
+
+    def __init__(self, path: Path, place: int = 0) -> None:
+        """``place``: the byte from which on they are read."""
+        self.path, self.place = path, place
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """The whole records that have not been read yet."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.place)
+            while (line := file.readline()).endswith(b"\n"):
+                self.place = file.tell()
+                if record := _record(line):
+                    yield record
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    """{} for a line that is no record."""
+    try:
+        found = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def last_event(folder: Path) -> dict[str, Any]:
     """The newest whole event of the run in ``folder``; {} before the first."""
-    events = folder / EVENTS
-    lines = events.read_text().splitlines(keepends=True) if events.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    return dict(json.loads(whole[-1])) if whole else {}
+    path = folder / EVENTS
+    window, size = 4096, path.stat().st_size if path.exists() else 0
+    while True:  # from the end: a long run's log is large
+        newest = deque(Records(path, max(0, size - window)).new(), maxlen=1)
+        if newest or window >= size:
+            return newest[0] if newest else {}
+        window *= 8
+
+
+def end_whole(path: Path) -> None:
+    """Cut a last line that was not written to its end, so that the next one is by itself."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def is_done(folder: Path) -> bool:
@@ -44,8 +90,18 @@ def say(folder: Path, kind: str, text: str, progress: float) -> None:
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The summary of the run in ``folder``: one row a method."""
-    rows: list[dict[str, Any]] = json.loads((folder / "summary.json").read_text())
+    """The summary of the run in ``folder``: one row a method.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = folder / SUMMARY
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error}; delete {folder}, and run it again"
+        ) from error
     return rows
 
 
@@ -66,20 +122,28 @@ class RunLog:
 
     Attributes:
         curves: {federation: [(round, mean accuracy of all clients, of the participants)]}.
+        making: {federation: seconds that the server will take to make its weights}.
     """
 
-    def __init__(self, folder: Path, rounds: int, work: float) -> None:
+    def __init__(
+        self, folder: Path, rounds: int, work: float, making: Mapping[str, float] | None = None
+    ) -> None:
         """``work`` is the run's length in rounds, final evaluations reckoned as rounds."""
-        self.folder, self.rounds = folder, rounds
+        self.folder, self.rounds, self.making = folder, rounds, dict(making or {})
         self.curves: dict[str, list[tuple[int, float, float]]] = {}
         self.rejections = 0
         self._work, self._done = work, 0.0
         self._started = self._last = time.monotonic()
+        self._begun = 0.0  # where this process began
         self._pace = 0.0  # seconds a round, smoothed
+        end_whole(folder / EVENTS)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the log."""
-        sizes = {f: (self.folder / f).stat().st_size for f in RECORDS if (self.folder / f).exists()}
+        """What a checkpoint keeps of the log; the records that it counts are on the disk."""
+        paths = [self.folder / file for file in RECORDS if (self.folder / file).exists()]
+        for path in paths:
+            sync(path)
+        sizes = {path.name: path.stat().st_size for path in paths}
         return {
             "curves": self.curves,
             "rejections": self.rejections,
@@ -88,16 +152,27 @@ class RunLog:
         }
 
     def go_on(self, state: dict[str, Any]) -> None:
-        """Be as it was at a checkpoint: records written since then are forgotten."""
+        """Be as it was at a checkpoint: records written since then are forgotten.
+
+        Raises:
+            ConfigError: some that the checkpoint counts are not there any more.
+        """
         self.curves, self.rejections = state["curves"], state["rejections"]
-        self._done = state["done"]
-        for file in RECORDS:
-            path = self.folder / file
+        self._done = self._begun = state["done"]
+        sizes = {self.folder / file: state["sizes"].get(file, 0) for file in RECORDS}
+        for path, size in sizes.items():
+            there = path.stat().st_size if path.exists() else 0
+            if there < size:
+                raise ConfigError(
+                    f"resume: {path} has {there} bytes, and the checkpoint counts {size}: it was "
+                    "cut since; put it back, or run anew under another run-name"
+                )
+        for path, size in sizes.items():
             if path.exists():
-                os.truncate(path, state["sizes"].get(file, 0))
+                os.truncate(path, size)
 
     def _append(self, file: str, record: dict[str, Any]) -> None:
-        with (self.folder / file).open("a") as out:
+        with (self.folder / file).open("a", encoding="utf-8") as out:
             out.write(json.dumps(_plain(record)) + "\n")
 
     def event(self, kind: str, text: str, **more: Any) -> None:
@@ -108,16 +183,41 @@ class RunLog:
         self._append(EVENTS, record | more)
         (logger.warning if kind == "warning" else logger.info)(text)
 
+    def failed(self, error: Exception) -> None:
+        """The run cannot go on; a disk that is full does not hide what went wrong."""
+        with contextlib.suppress(OSError):
+            end_whole(self.folder / EVENTS)  # it may have filled up in the middle of a line
+            self.event("failed", f"{error}")
+
     def advance(self, work: float) -> float:
         """``work`` more rounds are done; the seconds that are left at the recent pace."""
         now = time.monotonic()
         pace = (now - self._last) / work
-        if self._done <= 2:  # the first round starts the clients and says little
+        if self._done - self._begun <= 2:  # the first round starts the clients and says little
             self._pace = pace
         else:
             self._pace = 0.8 * self._pace + 0.2 * pace
         self._done, self._last = self._done + work, now
-        return max(0.0, self._work - self._done) * self._pace
+        return self.left()
+
+    def left(self) -> float:
+        """The seconds that are left at the recent pace."""
+        return max(0.0, self._work - self._done) * self._pace + sum(self.making.values())
+
+    def watch(self, federation: str, what: str) -> Callable[[float], None]:
+        """What is told the share of ``what`` that is done and says so, once a second."""
+        self.making.pop(federation, None)  # from here on by its own pace
+        self.event("status", what)
+        started = said = time.monotonic()
+
+        def tell(share: float) -> None:
+            nonlocal said
+            now = time.monotonic()
+            if now - said >= 1:
+                said, left = now, (now - started) * (1 / share - 1) + self.left()
+                self.event("progress", f"{what}: {share:.0%}  {clock(left)} left")
+
+        return tell
 
     def rejected(self, name: str, server_round: int, client: int, reason: str) -> None:
         """A client's reply cannot be used."""
