@@ -25,6 +25,7 @@ from pfedgpa_app.settings import DataError
 
 LABELS = np.repeat(np.arange(10), 5000)
 TEST_LABELS = np.repeat(np.arange(10), 1000)
+CLASSES = tuple("abcdefghij")
 
 
 def counts(labels: np.ndarray, indices: np.ndarray) -> list[int]:
@@ -36,7 +37,7 @@ class TestPartition:
     def test_paper_partition_has_exact_counts(self, clients: int) -> None:
         # s = 20 %: 120 of 600 uniform (12 a class) and 480 over three dominant classes (160 each)
         splits = partition(
-            LABELS, TEST_LABELS, 10, clients, test_per_client=300, validation_share=0, seed=1
+            LABELS, TEST_LABELS, CLASSES, clients, test_per_client=300, validation_share=0, seed=1
         )
         assert len(splits) == clients
         for client, split in enumerate(splits):
@@ -59,7 +60,7 @@ class TestPartition:
             load_partition(resolve({"group-shares": "1,2"}).config)
 
     def test_disjoint_while_the_data_last(self) -> None:
-        splits = partition(LABELS, TEST_LABELS, 10, 20, test_per_client=100)
+        splits = partition(LABELS, TEST_LABELS, CLASSES, 20, test_per_client=100)
         everything = np.concatenate([np.r_[s.train, s.validation] for s in splits])
         assert len(np.unique(everything)) == len(everything) == 20 * 600
         tests = np.concatenate([s.test for s in splits])
@@ -69,9 +70,10 @@ class TestPartition:
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         # 100 clients want 7600 of each even class, which has 5000, and 4400 of each odd one
-        splits = partition(LABELS, TEST_LABELS, 10, 100, test_per_client=10)
+        splits = partition(LABELS, TEST_LABELS, CLASSES, 100, test_per_client=10)
         used = np.bincount(np.concatenate([np.r_[s.train, s.validation] for s in splits]))
-        assert "class 0: clients ask for 7600 images" in caplog.text
+        assert "class 'a': clients are to hold 7600 training images in all" in caplog.text
+        assert "lower train-per-client or num-clients" in caplog.text
         assert used[LABELS[: len(used)] % 2 == 1].max() == 1
         assert used.max() == 2
         for split in splits:  # never twice with the same client
@@ -79,14 +81,14 @@ class TestPartition:
             assert len(np.unique(held)) == len(held)
 
     def test_validation_is_a_share_of_training(self) -> None:
-        for split in partition(LABELS, TEST_LABELS, 10, 5, validation_share=0.1):
+        for split in partition(LABELS, TEST_LABELS, CLASSES, 5, validation_share=0.1):
             assert len(split.train) == 540
             assert len(split.validation) == 60
             assert not set(split.train) & set(split.validation)
 
     def test_seeded(self) -> None:
         one, two, other = (
-            partition(LABELS, TEST_LABELS, 10, 3, seed=seed)[1].train for seed in (4, 4, 5)
+            partition(LABELS, TEST_LABELS, CLASSES, 3, seed=seed)[1].train for seed in (4, 4, 5)
         )
         assert np.array_equal(one, two)
         assert not np.array_equal(one, other)
@@ -122,7 +124,7 @@ class TestPartition:
         splits = partition(
             LABELS,
             TEST_LABELS,
-            10,
+            CLASSES,
             clients,
             kind=kind,
             train_per_client=200,
@@ -148,9 +150,23 @@ class TestPartition:
         iid, _ = class_shares("iid", 3, 4, rng)
         assert (iid == 0.25).all()
 
-    def test_one_client_cannot_hold_more_than_there_is(self) -> None:
-        with pytest.raises(ValueError, match="class 0 has 5 images"):
-            deal(np.zeros(5, dtype=int), np.array([[6]]), np.random.default_rng(0))
+    @pytest.mark.parametrize(
+        ("split", "there", "said"),
+        [
+            (
+                "train",
+                5,
+                "'cat': one client is to hold 6 training images, there are 5: lower train-",
+            ),
+            ("test", 5, "'cat': one client is to hold 6 test images, there are 5: lower test-"),
+            ("test", 0, "'cat' has no test images, but clients are to hold some: add some"),
+        ],
+    )
+    def test_one_client_cannot_hold_more_than_there_is(
+        self, split: str, there: int, said: str
+    ) -> None:
+        with pytest.raises(ValueError, match=said):
+            deal(np.zeros(there, dtype=int), np.array([[6]]), ("cat",), split, 0)
 
 
 def make_images(root: Path, sizes: dict[str, tuple[int, int]] | None = None) -> Path:
