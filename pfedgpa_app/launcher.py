@@ -102,7 +102,7 @@ def launch(
         "engine": engine,
         "out-dir": str(folder.parent),
         "run-name": folder.name,
-        "data-dir": str(resolve_data_dir(config.data_dir)),
+        "data-dir": str(resolve_data_dir(config.data_dir, config.dataset)),
     }
     if (conf := Path(str(settings.get("conf", "demo"))).expanduser()).is_file():
         settings["conf"] = str(conf.absolute())

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from pfedgpa_app.config import APP_DIR, resolve
-from pfedgpa_app.data.datasets import load
+from pfedgpa_app.data.datasets import load, resolve_data_dir
 from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError
@@ -64,8 +64,13 @@ def rehearse(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     settings = SETTINGS | {"num-clients": nodes} | overrides
-    folder = run_folder(resolve(settings).config)
-    settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
+    config = resolve(settings).config
+    folder = run_folder(config)
+    settings |= {
+        "out-dir": str(folder.parent),
+        "run-name": folder.name,
+        "data-dir": str(resolve_data_dir(config.data_dir, config.dataset)),
+    }
     resolve(settings)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="pfedgpa-rehearsal-") as place:
