@@ -152,7 +152,7 @@ def launch(
     engine = engine_for(config.engine, config.device)
     settings = dict(run_config) | {
         "engine": engine,
-        "data-dir": str(resolve_data_dir(config.data_dir)),
+        "data-dir": str(resolve_data_dir(config.data_dir, config.dataset)),
     }
     if (conf := Path(str(settings.get("conf", "demo"))).expanduser()).is_file():
         settings["conf"] = str(conf.absolute())

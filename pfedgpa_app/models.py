@@ -64,10 +64,11 @@ def network_name(model: str, shape: tuple[int, int, int]) -> str:
     fitting = SHAPES.get(shape)
     if fitting is None or model not in ("auto", fitting):
         asked = "no network" if model == "auto" else f"model {model} does not"
-        sizes = ", ".join("×".join(map(str, s)) for s in SHAPES)
+        shapes = ", ".join("×".join(map(str, s)) for s in SHAPES)
+        sizes = [str(s[1]) for s, n in SHAPES.items() if s[0] == shape[0] and model in ("auto", n)]
+        resize = f" (imagefolder: set image-size={' or '.join(sizes)})" if sizes else ""
         raise ValueError(
-            f"{asked} fit images of {'×'.join(map(str, shape))}; networks take {sizes} "
-            "(imagefolder: set image-size to resize)"
+            f"{asked} fit images of {'×'.join(map(str, shape))}; networks take {shapes}{resize}"
         )
     return fitting
 

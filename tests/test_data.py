@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+import struct
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms
 
 from pfedgpa_app.config import resolve
 from pfedgpa_app.data import datasets
-from pfedgpa_app.data.client import load_partition
+from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.partition import (
     class_shares,
@@ -21,10 +25,13 @@ from pfedgpa_app.data.partition import (
     partition,
     round_counts,
 )
+from pfedgpa_app.engine import LaunchError, local
+from pfedgpa_app.launcher import launch
 from pfedgpa_app.settings import DataError
 
 LABELS = np.repeat(np.arange(10), 5000)
 TEST_LABELS = np.repeat(np.arange(10), 1000)
+CLASSES = tuple("abcdefghij")
 
 
 def counts(labels: np.ndarray, indices: np.ndarray) -> list[int]:
@@ -36,7 +43,7 @@ class TestPartition:
     def test_paper_partition_has_exact_counts(self, clients: int) -> None:
         # s = 20 %: 120 of 600 uniform (12 a class) and 480 over three dominant classes (160 each)
         splits = partition(
-            LABELS, TEST_LABELS, 10, clients, test_per_client=300, validation_share=0, seed=1
+            LABELS, TEST_LABELS, CLASSES, clients, test_per_client=300, validation_share=0, seed=1
         )
         assert len(splits) == clients
         for client, split in enumerate(splits):
@@ -59,7 +66,7 @@ class TestPartition:
             load_partition(resolve({"group-shares": "1,2"}).config)
 
     def test_disjoint_while_the_data_last(self) -> None:
-        splits = partition(LABELS, TEST_LABELS, 10, 20, test_per_client=100)
+        splits = partition(LABELS, TEST_LABELS, CLASSES, 20, test_per_client=100)
         everything = np.concatenate([np.r_[s.train, s.validation] for s in splits])
         assert len(np.unique(everything)) == len(everything) == 20 * 600
         tests = np.concatenate([s.test for s in splits])
@@ -69,9 +76,10 @@ class TestPartition:
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
         # 100 clients want 7600 of each even class, which has 5000, and 4400 of each odd one
-        splits = partition(LABELS, TEST_LABELS, 10, 100, test_per_client=10)
+        splits = partition(LABELS, TEST_LABELS, CLASSES, 100, test_per_client=10)
         used = np.bincount(np.concatenate([np.r_[s.train, s.validation] for s in splits]))
-        assert "class 0: clients ask for 7600 images" in caplog.text
+        assert "class 'a': clients are to hold 7600 training images in all" in caplog.text
+        assert "lower train-per-client or num-clients" in caplog.text
         assert used[LABELS[: len(used)] % 2 == 1].max() == 1
         assert used.max() == 2
         for split in splits:  # never twice with the same client
@@ -79,14 +87,14 @@ class TestPartition:
             assert len(np.unique(held)) == len(held)
 
     def test_validation_is_a_share_of_training(self) -> None:
-        for split in partition(LABELS, TEST_LABELS, 10, 5, validation_share=0.1):
+        for split in partition(LABELS, TEST_LABELS, CLASSES, 5, validation_share=0.1):
             assert len(split.train) == 540
             assert len(split.validation) == 60
             assert not set(split.train) & set(split.validation)
 
     def test_seeded(self) -> None:
         one, two, other = (
-            partition(LABELS, TEST_LABELS, 10, 3, seed=seed)[1].train for seed in (4, 4, 5)
+            partition(LABELS, TEST_LABELS, CLASSES, 3, seed=seed)[1].train for seed in (4, 4, 5)
         )
         assert np.array_equal(one, two)
         assert not np.array_equal(one, other)
@@ -122,7 +130,7 @@ class TestPartition:
         splits = partition(
             LABELS,
             TEST_LABELS,
-            10,
+            CLASSES,
             clients,
             kind=kind,
             train_per_client=200,
@@ -148,12 +156,28 @@ class TestPartition:
         iid, _ = class_shares("iid", 3, 4, rng)
         assert (iid == 0.25).all()
 
-    def test_one_client_cannot_hold_more_than_there_is(self) -> None:
-        with pytest.raises(ValueError, match="class 0 has 5 images"):
-            deal(np.zeros(5, dtype=int), np.array([[6]]), np.random.default_rng(0))
+    @pytest.mark.parametrize(
+        ("split", "there", "said"),
+        [
+            (
+                "train",
+                5,
+                "'cat': one client is to hold 6 training images, there are 5: lower train-",
+            ),
+            ("test", 5, "'cat': one client is to hold 6 test images, there are 5: lower test-"),
+            ("test", 0, "'cat' has no test images, but clients are to hold some: add some"),
+        ],
+    )
+    def test_one_client_cannot_hold_more_than_there_is(
+        self, split: str, there: int, said: str
+    ) -> None:
+        with pytest.raises(ValueError, match=said):
+            deal(np.zeros(there, dtype=int), np.array([[6]]), ("cat",), split, 0)
 
 
-def make_images(root: Path, sizes: dict[str, tuple[int, int]] | None = None) -> Path:
+def make_images(
+    root: Path, sizes: dict[str, tuple[int, int]] | None = None, mode: str = "RGB"
+) -> Path:
     """root/{train,test}/{cat,dog}/*.png, four a class."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
@@ -162,8 +186,44 @@ def make_images(root: Path, sizes: dict[str, tuple[int, int]] | None = None) -> 
             folder.mkdir(parents=True)
             for i in range(4):
                 pixels = rng.integers(0, 256, (*(sizes or {}).get(name, (32, 32)), 3), np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
+                Image.fromarray(pixels).convert(mode).save(folder / f"{i}.png")
     return root
+
+
+def one_image_a_class(root: Path, image: Image.Image, suffix: str, **options: Any) -> Path:
+    """root/{train,test}/only/image.SUFFIX."""
+    for split in ("train", "test"):
+        folder = root / split / "only"
+        folder.mkdir(parents=True)
+        image.save(folder / f"image.{suffix}", **options)
+    return root
+
+
+def tiff_of_12_bits(path: Path, values: list[int]) -> None:
+    """A grey TIFF of one row, which Pillow reads and does not write."""
+    bits = "".join(f"{value:012b}" for value in values)
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    #       width, height, bits, uncompressed, black is 0, offset, channels, rows, bytes
+    tags = (256, len(values)), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1)
+    entries = [struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags]
+    entries += [
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in ((278, 1), (279, len(data)))
+    ]
+    directory = struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+    path.write_bytes(b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory)
+
+
+COLOURS = Image.fromarray(np.arange(0, 240, dtype=np.uint8).reshape(8, 10, 3))
+TURNS = [  # that make orientations 2 to 8 upright
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+]
+SIXTEEN_BITS = np.array([[0, 255, 256, 257, 32768, 65279, 65535]] * 7, dtype=np.uint16)
 
 
 class TestDatasets:
@@ -204,9 +264,335 @@ class TestDatasets:
 
     def test_imagefolder_resizes(self, tmp_path: Path) -> None:
         root = make_images(tmp_path / "own", {"dog": (40, 30)})
-        with pytest.raises(DataError, match="image-size"):
+        with pytest.raises(
+            DataError, match=r"dog/0.png: is 40×30 .*cat/0.png is 32×32; set image-"
+        ):
             load(f"imagefolder:{root}", "")
         assert load(f"imagefolder:{root}", "", image_size=28).shape == (3, 28, 28)
+        with pytest.raises(DataError, match="image-size = 100000: networks take 8, 28, 32"):
+            load(f"imagefolder:{root}", "", image_size=100000)
+
+    def test_train_and_test_images_are_of_one_size(self, tmp_path: Path) -> None:
+        root = make_images(tmp_path / "own")
+        shutil.rmtree(root / "test")
+        shutil.copytree(make_images(tmp_path / "other", {"cat": (28, 28)}) / "test", root / "test")
+        with pytest.raises(DataError, match=r"test/cat/0.png: is 28×28 .*train/cat/0.png is 32×32"):
+            load(f"imagefolder:{root}", "")
+
+    @pytest.mark.parametrize("coloured", ["train/cat/0.png", "train/cat/2.png", "test/dog/3.png"])
+    def test_grey_images_are_coloured_where_any_is(self, coloured: str, tmp_path: Path) -> None:
+        grey = load(f"imagefolder:{make_images(tmp_path / 'grey', mode='L')}", "")
+        assert grey.shape == (1, 32, 32)
+        root = make_images(tmp_path / "own", mode="L")
+        Image.new("RGB", (32, 32), (1, 2, 3)).save(root / coloured)
+        mixed = load(f"imagefolder:{root}", "")
+        assert mixed.train_images.shape == mixed.test_images.shape == (8, 3, 32, 32)
+        for ours, theirs in (
+            (mixed.train_images, grey.train_images),
+            (mixed.test_images, grey.test_images),
+        ):
+            differ = (ours != theirs).any(axis=(1, 2, 3))
+            assert (ours[differ] == np.array([1, 2, 3]).reshape(3, 1, 1)).all()
+        both = np.concatenate([mixed.train_images, mixed.test_images])
+        assert (both == np.array([1, 2, 3]).reshape(3, 1, 1)).all(axis=(1, 2, 3)).sum() == 1
+
+    # what Pillow writes of each mode, and how it reads it again
+    @pytest.mark.parametrize(
+        ("mode", "suffix", "read", "channels"),
+        [
+            ("1", "png", "1", 1),
+            ("1", "tif", "1", 1),
+            ("L", "png", "L", 1),
+            ("L", "jpg", "L", 1),
+            ("L", "bmp", "L", 1),
+            ("L", "gif", "P", 3),
+            ("LA", "png", "LA", 3),
+            ("LA", "tif", "LA", 3),
+            ("P", "png", "P", 3),
+            ("P", "bmp", "P", 3),
+            ("P", "gif", "P", 3),
+            ("PA", "tif", "PA", 3),
+            ("RGB", "png", "RGB", 3),
+            ("RGB", "ppm", "RGB", 3),
+            ("RGBA", "png", "RGBA", 3),
+            ("RGBA", "tif", "RGBA", 3),
+            ("RGBX", "tif", "RGB", 3),
+            ("CMYK", "jpg", "CMYK", 3),
+            ("CMYK", "tif", "CMYK", 3),
+            ("YCbCr", "jpg", "RGB", 3),
+            ("YCbCr", "tif", "YCbCr", 3),
+            ("LAB", "tif", "LAB", 3),
+        ],
+    )
+    def test_modes_of_8_bits(
+        self, mode: str, suffix: str, read: str, channels: int, tmp_path: Path
+    ) -> None:
+        if mode == "LAB":
+            profiles = (ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"))
+            image = ImageCms.profileToProfile(COLOURS, *profiles, outputMode="LAB")
+            assert image is not None
+        else:
+            image = COLOURS.convert("P" if mode == "PA" else mode).convert(mode)
+        root = one_image_a_class(tmp_path / "own", image, suffix)
+        with Image.open(root / "train" / "only" / f"image.{suffix}") as again:
+            assert again.mode == read
+            expected = np.atleast_3d(again.convert("RGB" if channels == 3 else "L"))
+        data = load(f"imagefolder:{root}", "")
+        assert data.shape == (channels, 8, 10)
+        assert np.array_equal(data.train_images[0], expected.transpose(2, 0, 1))
+
+    @pytest.mark.parametrize(
+        ("mode", "suffix", "read"),
+        [
+            ("I;16", "png", "I;16"),
+            ("I;16", "tif", "I;16"),
+            ("I;16", "ppm", "I"),
+            ("I;16B", "png", "I;16"),
+            ("I;16B", "tif", "I;16B"),
+            ("I;16L", "tif", "I;16"),
+        ],
+    )
+    def test_16_bits_are_scaled_to_8(
+        self, mode: str, suffix: str, read: str, tmp_path: Path
+    ) -> None:
+        pixels = SIXTEEN_BITS.astype(">u2" if mode == "I;16B" else "<u2").tobytes()
+        image = Image.frombytes(mode, SIXTEEN_BITS.shape, pixels)
+        root = one_image_a_class(tmp_path / "own", image, suffix)
+        with Image.open(root / "train" / "only" / f"image.{suffix}") as again:
+            assert again.mode == read
+        data = load(f"imagefolder:{root}", "")
+        assert data.shape == (1, 7, 7)
+        assert data.train_images[0, 0, 0].tolist() == [0, 0, 1, 1, 128, 254, 255]
+        assert data.test_images[0, 0, 6].tolist() == [0, 0, 1, 1, 128, 254, 255]
+        load.cache_clear()
+        assert load(f"imagefolder:{root}", "", image_size=8).shape == (1, 8, 8)
+
+    def test_12_bits_are_scaled_to_8(self, tmp_path: Path) -> None:
+        root = one_image_a_class(tmp_path / "own", Image.new("L", (4, 1)), "tif")
+        tiff_of_12_bits(root / "train" / "only" / "image.tif", [0, 15, 2048, 4095])
+        assert load(f"imagefolder:{root}", "").train_images[0, 0, 0].tolist() == [0, 0, 128, 255]
+
+    @pytest.mark.parametrize(("mode", "suffix"), [("I", "tif"), ("F", "tif"), ("F", "ppm")])
+    def test_pixels_without_a_range_are_refused(
+        self, mode: str, suffix: str, tmp_path: Path
+    ) -> None:
+        root = one_image_a_class(tmp_path / "own", Image.new(mode, (8, 8), 1), suffix)
+        said = (
+            rf"train/only/image.{suffix}: .*no defined range \(mode {mode}\); save it with 8 or 16"
+        )
+        with pytest.raises(DataError, match=said):
+            load(f"imagefolder:{root}", "")
+
+    @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_images_are_turned_as_exif_says(
+        self, orientation: int, suffix: str, tmp_path: Path
+    ) -> None:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        options = {"lossless": True} if suffix == "webp" else {}
+        root = one_image_a_class(tmp_path / "own", COLOURS, suffix, exif=exif, **options)
+        upright = [
+            np.asarray(COLOURS),
+            *(np.asarray(COLOURS.transpose(t)) for t in TURNS),
+        ][orientation - 1]
+        data = load(f"imagefolder:{root}", "")
+        assert np.array_equal(data.train_images[0], upright.transpose(2, 0, 1))
+
+    def test_garbled_exif_is_overlooked(self, tmp_path: Path) -> None:
+        root = one_image_a_class(tmp_path / "own", COLOURS, "png", exif=b"Exif\0\0garbled")
+        data = load(f"imagefolder:{root}", "")
+        assert np.array_equal(data.train_images[0], np.asarray(COLOURS).transpose(2, 0, 1))
+
+    @pytest.mark.parametrize(
+        "copy",
+        [
+            "train/.ipynb_checkpoints/0.png",
+            "train/__MACOSX/cat/0.png",
+            "test/.hidden/0.png",
+            "train/cat/.0-checkpoint.png",
+            "train/cat/._0.png",
+            "train/cat/.ipynb_checkpoints/0-checkpoint.png",
+            "train/cat/more/__MACOSX/0.png",
+            "test/dog/__MACOSX/._0.png",
+        ],
+    )
+    def test_hidden_files_and_folders_are_not_there(self, copy: str, tmp_path: Path) -> None:
+        root = make_images(tmp_path / ".own")  # what lies above is the user's
+        (root / copy).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / "train" / "cat" / "0.png", root / copy)
+        data = load(f"imagefolder:{root}", "")
+        assert data.classes == ("cat", "dog")
+        assert len(data.train_labels) == len(data.test_labels) == 8
+
+    @pytest.mark.parametrize(
+        ("link", "to", "said"),
+        [
+            ("train/cat/9.png", "nowhere.png", "train/cat/9.png cannot be read: No such file"),
+            ("test/dog/9.png", "9.png", "test/dog/9.png cannot be read: Too many levels"),
+            ("train/cow", "nowhere", "train/cow cannot be read: No such file"),
+            ("train/cat/up", "..", "train/cat/up: is a link to a folder that it lies in"),
+            ("train/cat/self", ".", "train/cat/self: is a link to a folder that it lies in"),
+        ],
+    )
+    def test_links_that_lead_nowhere_are_named(
+        self, link: str, to: str, said: str, tmp_path: Path
+    ) -> None:
+        root = make_images(tmp_path / "own")
+        (root / link).symlink_to(to)
+        if to == "..":
+            said = "train/cat/up/cat: is a link to a folder that it lies in"
+        with pytest.raises(DataError, match=said):
+            load(f"imagefolder:{root}", "")
+
+    def test_links_to_other_folders_hold(self, tmp_path: Path) -> None:
+        root, other = make_images(tmp_path / "own"), make_images(tmp_path / "other")
+        (root / "train" / "cow").symlink_to(other / "train" / "cat")
+        (root / "train" / "cat" / "more").symlink_to(other / "train" / "cat")
+        (root / "train" / "cat" / "notes.txt").symlink_to("nowhere")
+        data = load(f"imagefolder:{root}", "")
+        assert np.bincount(data.train_labels).tolist() == [8, 4, 4]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("9.ppm", b"P6 1x1 255 ", "cannot be read as an image: .*; mend it, or remove it"),
+            ("9.ppm", b"P6\n4 4\n99999999\n" + bytes(48), "cannot be read as an image"),
+            ("9.ppm", b"P6\n0 0\n255\n", "cannot be read as an image"),
+            ("9.png", b"", "cannot be read as an image"),
+            ("9.bmp", b"BM" + b"\xff" * 60, "cannot be read as an image"),
+            ("9.tif", b"II*\0\x08\0\0\0\xff\xff" + b"\xff" * 40, "cannot be read as an image"),
+        ],
+        ids=["header", "maxval", "no pixels", "empty", "bmp", "tiff"],
+    )
+    def test_damaged_images_are_named(
+        self, name: str, content: bytes, said: str, tmp_path: Path
+    ) -> None:
+        root = make_images(tmp_path / "own")
+        (root / "test" / "dog" / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"test/dog/{name}: {said}"):
+            load(f"imagefolder:{root}", "")
+
+    @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "webp", "ppm", "tif"])
+    def test_cut_images_are_named(self, kind: str, tmp_path: Path) -> None:
+        root = one_image_a_class(tmp_path / "own", COLOURS, kind)
+        file = root / "train" / "only" / f"image.{kind}"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(DataError, match=f"image.{kind}: cannot be read as an image"):
+            load(f"imagefolder:{root}", "")
+
+    @pytest.mark.parametrize("side", [10_000, 14_000])  # where Pillow warns, and where it refuses
+    def test_images_too_large_are_named(self, side: int, tmp_path: Path) -> None:
+        root = make_images(tmp_path / "own")
+        Image.new("1", (side, side)).save(root / "train" / "dog" / "9.png")
+        with pytest.raises(DataError, match=r"dog/9.png: has more than 89,478,485 pixels: make it"):
+            load(f"imagefolder:{root}", "", image_size=32)
+
+    @pytest.mark.parametrize(
+        "file", ["about.json", "stamps.json", "train_images.npy", "test_labels.npy"]
+    )
+    @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "garbled", "a folder"])
+    def test_a_damaged_cache_is_made_anew(self, file: str, damage: str, tmp_path: Path) -> None:
+        root = make_images(tmp_path / "own")
+        first = load(f"imagefolder:{root}", "")
+        (cache,) = (tmp_path / "cache" / "pfedgpa").iterdir()
+        damaged, whole = cache / file, (cache / file).read_bytes()
+        flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+        left = {"empty": b"", "cut": whole[:-1], "garbled": flipped}
+        damaged.unlink()
+        time.sleep(0.02)  # clocks of file systems tick a hundred times a second
+        if damage == "a folder":
+            damaged.mkdir()
+        elif damage != "missing":
+            damaged.write_bytes(left[damage])
+        load.cache_clear()
+        data = load(f"imagefolder:{root}", "")
+        assert data.classes == first.classes
+        for name in datasets.ARRAYS:
+            assert np.array_equal(getattr(data, name), getattr(first, name))
+        assert isinstance(data.train_images, np.memmap)
+        assert file == "stamps.json" or (cache / file).read_bytes() == whole
+        assert list((tmp_path / "cache" / "pfedgpa").iterdir()) == [cache]
+
+    def test_a_file_in_the_caches_place_is_replaced(self, tmp_path: Path) -> None:
+        root = make_images(tmp_path / "own")
+        load(f"imagefolder:{root}", "")
+        (cache,) = (tmp_path / "cache" / "pfedgpa").iterdir()
+        shutil.rmtree(cache)
+        cache.write_text("no folder")
+        load.cache_clear()
+        assert isinstance(load(f"imagefolder:{root}", "").train_images, np.memmap)
+
+    def test_replacing_a_cache_leaves_its_readers_alone(self, tmp_path: Path) -> None:
+        root = make_images(tmp_path / "own")
+        load(f"imagefolder:{root}", "")
+        load.cache_clear()
+        reader = load(f"imagefolder:{root}", "")
+        expected = reader.train_images.copy()
+        (cache,) = (tmp_path / "cache" / "pfedgpa").iterdir()
+        (cache / "about.json").write_text("garbled")
+        load.cache_clear()
+        load(f"imagefolder:{root}", "")
+        assert np.array_equal(reader.train_images, expected)
+
+    def test_a_cache_that_another_replaced_meanwhile(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # both found it damaged; the other's is in place when ours is ready
+        root = make_images(tmp_path / "own")
+        load(f"imagefolder:{root}", "")
+        (cache,) = (tmp_path / "cache" / "pfedgpa").iterdir()
+        rename = Path.rename
+
+        def raced(self: Path, target: Path) -> Path:
+            if target == cache:
+                shutil.copytree(self, cache)
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", raced)
+        (cache / "about.json").write_text("garbled")
+        load.cache_clear()
+        assert load(f"imagefolder:{root}", "").classes == ("cat", "dog")
+        assert list((tmp_path / "cache" / "pfedgpa").iterdir()) == [cache]
+
+    def test_relative_imagefolders(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        here, below = tmp_path / "here", tmp_path / "data"
+        make_images(below / "own")
+        make_images(here / "mine" / "own", mode="L")
+        monkeypatch.chdir(here)
+        assert load("imagefolder:own", str(below)).shape == (3, 32, 32)
+        assert load("imagefolder:mine/own", str(below)).shape == (1, 32, 32)
+        (here / "own").mkdir()  # something else that has the name
+        load.cache_clear()
+        assert load("imagefolder:own", str(below)).shape == (3, 32, 32)
+        monkeypatch.chdir(here / "mine")  # both have one: the current folder's
+        load.cache_clear()
+        assert load("imagefolder:own", str(below)).shape == (1, 32, 32)
+        said = f"no folder {here}/mine/none/train nor {below}/none/train; images are expected"
+        with pytest.raises(DataError, match=said):
+            load("imagefolder:none", str(below))
+
+    def test_relative_imagefolders_are_the_users_where_the_run_works(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_images(tmp_path / "here" / "own")
+        monkeypatch.chdir(tmp_path / "here")
+        sent: dict[str, Any] = {}
+
+        def carry(app: Path, settings: dict[str, Any], *rest: object) -> str:
+            sent.update(settings)
+            return "that will do"
+
+        monkeypatch.setattr(local, "run", carry)
+        given = {"dataset": "imagefolder:own", "engine": "process", "method": "fedavg"}
+        sizes = {"num-clients": 2, "train-per-client": 2, "test-per-client": 2}
+        with pytest.raises(LaunchError, match="that will do"):
+            launch(given | sizes)
+        (tmp_path / "there" / "own").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "there")
+        load.cache_clear()
+        assert load_dataset(resolve(sent).config).classes == ("cat", "dog")
+        assert sent["dataset"] == "imagefolder:own"  # as a resumed run compares it
 
     def test_imagefolder_refuses_what_is_none(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"no folder .*train"):
@@ -225,6 +611,16 @@ class TestDatasets:
     def test_absent_data_say_what_to_do(self, name: str, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="download=true"):
             load(name, str(tmp_path))
+
+    @pytest.mark.parametrize("content", [b"", b"\0\0\x08\x01\0\0\0\x09", b"\xff" * 99])
+    def test_damaged_official_files_are_named(self, content: bytes, tmp_path: Path) -> None:
+        raw = tmp_path / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for split in ("train", "t10k"):
+            for kind in ("images-idx3", "labels-idx1"):
+                (raw / f"{split}-{kind}-ubyte").write_bytes(content)
+        with pytest.raises(DataError, match=f"its files in {tmp_path}/MNIST are damaged .*delete"):
+            load("mnist", str(tmp_path))
 
     def test_a_cache_that_cannot_be_written_is_done_without(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

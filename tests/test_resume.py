@@ -452,7 +452,7 @@ class TestStopped:
         )
         repeated = shlex.split(again.removeprefix("to go on: pfedgpa "))
         assert cli.main(repeated) == 130
-        config = given[0][2]
+        config = resolve(given[0][1]).config
         assert (config.resume, config.run_name, config.num_clients) == (True, folder.name, 4)
         assert capsys.readouterr().err.splitlines()[1] == again  # and again
 

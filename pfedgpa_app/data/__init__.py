@@ -2,8 +2,9 @@
 
 DATASET_HELP = (
     "digits, mnist, fashion-mnist, emnist-SPLIT (balanced, byclass, bymerge, digits, letters, "
-    "mnist), cifar10, imagefolder:PATH with train/ and test/ by class, or nodes: each node's own, "
-    "which its --node-config names as dataset"
+    "mnist), cifar10, imagefolder:PATH with train/ and test/ by class (a relative PATH: below the "
+    "current folder, else below data-dir), or nodes: each node's own, which its --node-config "
+    "names as dataset"
 )
 NODES = "nodes"
 EMNIST_SPLITS = ("balanced", "byclass", "bymerge", "digits", "letters", "mnist")

@@ -79,7 +79,7 @@ def load_partition(config: Config) -> list[ClientSplit]:
     return partition(
         data.train_labels,
         data.test_labels,
-        len(data.classes),
+        data.classes,
         config.num_clients,
         kind=config.partition,
         train_per_client=config.train_per_client,

@@ -6,20 +6,29 @@ import hashlib
 import json
 import logging
 import os
-import shutil
+import stat
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pfedgpa_app.data import EMNIST_SPLITS
+from pfedgpa_app.models import SHAPES
 from pfedgpa_app.settings import DataError
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+SPLITS = ("train", "test")
+ABOUT, STAMPS = "about.json", "stamps.json"
+IMAGEFOLDER = "imagefolder:"
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "cifar-10-batches-py"}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
 
@@ -48,9 +57,25 @@ class Dataset:
         return channels, height, width
 
 
-def resolve_data_dir(data_dir: str) -> Path:
-    """Where data sets lie: the setting, else $PFEDGPA_DATA, else ./data; absolute."""
+def resolve_data_dir(data_dir: str, name: str) -> Path:
+    """The folder below which the data set ``name`` is looked for, absolute.
+
+    The setting, else $PFEDGPA_DATA, else ./data; but the current folder where a relative
+    ``imagefolder:`` lies below that.
+    """
+    if name.startswith(IMAGEFOLDER) and not _missing(Path.cwd() / _path(name)):
+        return Path.cwd()
     return Path(data_dir or os.environ.get("PFEDGPA_DATA") or "data").expanduser().absolute()
+
+
+def _path(name: str) -> Path:
+    """The path in an ``imagefolder:PATH``; folder / it is itself where it is absolute."""
+    return Path(name.removeprefix(IMAGEFOLDER)).expanduser()
+
+
+def _missing(path: Path) -> Path | None:
+    """What the image folder ``path`` lacks."""
+    return next((path / split for split in SPLITS if not (path / split).is_dir()), None)
 
 
 @lru_cache(maxsize=2)
@@ -60,16 +85,22 @@ def load(name: str, data_dir: str, download: bool = False, image_size: int = 0) 
     Raises:
         DataError: it is not there, or cannot be read as labelled images.
     """
-    root = resolve_data_dir(data_dir)
-    if name == "digits":
-        return _cached(["digits"], _digits)  # scikit-learn takes longer to import than a round
-    if name.startswith("imagefolder:"):
-        path = Path(name.removeprefix("imagefolder:")).expanduser()
-        return _imagefolder(path if path.is_absolute() else root / path, image_size)
-    folder = root / FOLDERS.get(name, "EMNIST")
-    if not folder.is_dir():
-        return _torchvision(name, root, download)  # downloads, or says what to do
-    return _cached([name, _files(folder)], lambda: _torchvision(name, root, download))
+    root = resolve_data_dir(data_dir, name)
+    try:
+        if name == "digits":
+            return _cached(["digits"], _digits)  # scikit-learn takes longer to import than a round
+        if name.startswith(IMAGEFOLDER):
+            return _imagefolder(name, root, image_size)
+        folder = _folder(name, root)
+        if not folder.is_dir():
+            return _torchvision(name, root, download)  # downloads, or says what to do
+        identity = [name, sorted(map(_stamped, _files(folder)))]
+        return _cached(identity, lambda: _torchvision(name, root, download))
+    except OSError as error:
+        raise DataError(
+            f"dataset {name}: {error.filename} cannot be read: {error.strerror}; if it is a link, "
+            "mend what it points to, or remove it"
+        ) from error
 
 
 def _digits() -> Dataset:
@@ -95,6 +126,11 @@ def _digits() -> Dataset:
     )
 
 
+def _folder(name: str, root: Path) -> Path:
+    """Where torchvision keeps a data set's files."""
+    return root / FOLDERS.get(name, "EMNIST")
+
+
 def _torchvision(name: str, root: Path, download: bool) -> Dataset:
     from torchvision import datasets
 
@@ -109,7 +145,13 @@ def _torchvision(name: str, root: Path, download: bool) -> Dataset:
         )
     try:
         train, test = (makers[name](root, train=t, download=download) for t in (True, False))
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # torchvision raises all kinds on damaged files
+        if not isinstance(error, OSError) and "download" not in str(error):
+            raise DataError(
+                f"dataset {name}: its files in {_folder(name, root)} are damaged "
+                f"({str(error) or type(error).__name__}): delete them, and then run once with "
+                "download=true where there is internet, or put the official files there"
+            ) from error
         how = (
             "the download failed (no internet connection?); put the official files there"
             if download
@@ -131,34 +173,45 @@ def _torchvision(name: str, root: Path, download: bool) -> Dataset:
     )
 
 
-def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """(path, bytes, mtime) of every file below ``folder``, sorted; by far the quickest way."""
-    found = []
+def _is_there(entry: os.DirEntry[str] | Path) -> bool:
+    """Whether it counts: what is hidden does not, nor what macOS packs beside the files."""
+    return not entry.name.startswith(".") and entry.name != "__MACOSX"
+
+
+def _files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[os.DirEntry[str]]:
+    """Every file below ``folder``; by far the quickest way.
+
+    Raises:
+        DataError: a link leads back to one of the folders ``above``.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        raise DataError(f"{folder}: is a link to a folder that it lies in itself: remove it")
     with os.scandir(folder) as entries:
-        for entry in entries:
+        for entry in filter(_is_there, entries):
             if entry.is_dir():
-                found += _files(Path(entry.path))
+                yield from _files(entry.path, (*above, real))
             else:
-                stat = entry.stat()
-                found.append((entry.path, stat.st_size, stat.st_mtime_ns))
-    return sorted(found)
+                yield entry
+
+
+def _stamped(entry: os.DirEntry[str] | Path) -> tuple[str, int, int]:
+    """(path, bytes, mtime), which tell whether the file has changed."""
+    found = entry.stat()
+    return os.fspath(entry), found.st_size, found.st_mtime_ns
 
 
 def _listing(path: Path) -> dict[str, list[tuple[str, str, int, int]]]:
     """{split: [(relative path, class, bytes, mtime)]}, sorted; refuses what is no image folder."""
     listing = {}
-    for split in ("train", "test"):
+    for split in SPLITS:
         folder = path / split
-        if not folder.is_dir():
-            raise DataError(
-                f"dataset imagefolder:{path}: no folder {folder}; images are expected as "
-                "train/CLASS/IMAGE and test/CLASS/IMAGE"
-            )
         start = len(str(path)) + 1
         files = []
-        for entry in sorted(p for p in folder.iterdir() if p.is_dir()):
-            for file, size, changed in _files(entry):
-                if os.path.splitext(file)[1].lower() in SUFFIXES:
+        for entry in sorted(filter(_is_there, folder.iterdir())):
+            if stat.S_ISDIR(entry.stat().st_mode):  # a link to nothing is an error
+                images = (f for f in _files(entry) if Path(f.name).suffix.lower() in SUFFIXES)
+                for file, size, changed in sorted(map(_stamped, images)):
                     files.append((file[start:], entry.name, size, changed))
         if not files:
             raise DataError(f"dataset imagefolder:{path}: no images in the folders of {folder}")
@@ -172,44 +225,104 @@ def _listing(path: Path) -> dict[str, list[tuple[str, str, int, int]]]:
     return listing
 
 
-def _decode(path: Path, files: list[tuple[str, str, int, int]], size: int) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+def _eight_bits(image: Image) -> Image:
+    """``image`` in grey or RGB, of 8 bits a channel; without its transparency.
 
-    def pixels(file: str) -> np.ndarray:
-        try:
-            with Image.open(path / file) as opened:
-                image = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
-                if size:
-                    image = image.resize((size, size), Image.Resampling.BILINEAR)
-                array = np.asarray(image)
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"{path / file}: cannot be read as an image: {error}") from error
-        return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    Raises:
+        ValueError: it cannot be told which values are black and white.
+    """
+    from PIL import ExifTags, Image
 
-    first = pixels(files[0][0])
-    images = np.empty((len(files), *first.shape), dtype=np.uint8)
-    for i, (file, *_) in enumerate(files):
-        image = pixels(file)
-        if image.shape != first.shape:
-            raise DataError(
-                f"{path / file}: is {image.shape} (C, H, W) but {path / files[0][0]} is "
-                f"{first.shape}; set image-size to resize all images alike"
-            )
-        images[i] = image
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+        bits = image.getexif()[ExifTags.Base.BitsPerSample] if image.format == "TIFF" else 16
+        return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels have no defined range (mode {image.mode}); save it with 8 or 16 bits"
+        )
+    return image.convert("RGB")
+
+
+def _pixels(file: Path, size: int) -> np.ndarray:
+    """An image as [C, H, W] uint8, upright; C is 1 if it is grey, else 3.
+
+    Raises:
+        DataError: it cannot be read, or is too large.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            opened.load()
+            with suppress(Exception):  # garbled EXIF does not say how the image lies
+                ImageOps.exif_transpose(opened, in_place=True)
+            image = _eight_bits(opened)
+            if size:
+                image = image.resize((size, size), Image.Resampling.BILINEAR)
+            array = np.asarray(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(
+            f"{file}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, or "
+            "remove it"
+        ) from error
+    except Exception as error:  # Pillow raises all kinds on damaged files
+        raise DataError(
+            f"{file}: cannot be read as an image: {str(error) or type(error).__name__}; mend it, or "
+            "remove it"
+        ) from error
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _decode(files: Sequence[Path], size: int) -> np.ndarray:
+    """The images [N, C, H, W]: all in colour if any is."""
+    from PIL import Image
+
+    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+        first = _pixels(files[0], size)
+        images = np.empty((len(files), *first.shape), dtype=np.uint8)
+        for i, file in enumerate(files):
+            image = _pixels(file, size)
+            if image.shape[1:] != first.shape[1:]:
+                sizes = ["×".join(map(str, a.shape[1:])) for a in (image, first)]
+                raise DataError(
+                    f"{file}: is {sizes[0]} (H×W) but {files[0]} is {sizes[1]}; set image-size to "
+                    "resize all images alike"
+                )
+            if len(image) > images.shape[1]:  # the first one in colour
+                images = images.repeat(len(image), axis=1)
+            images[i] = image
     return images
 
 
-def _imagefolder(path: Path, size: int) -> Dataset:
+def _imagefolder(name: str, root: Path, size: int) -> Dataset:
     """Anyone's own images."""
+    path = root / _path(name)
+    if _missing(path):
+        places = dict.fromkeys(str(_missing(p / _path(name))) for p in (Path.cwd(), root))
+        raise DataError(
+            f"dataset {name}: no folder {' nor '.join(places)}; images are expected as "
+            "train/CLASS/IMAGE and test/CLASS/IMAGE"
+        )
+    if size and size not in (sizes := sorted({height for _, height, _ in SHAPES})):
+        raise DataError(f"image-size = {size}: networks take {', '.join(map(str, sizes))}")
     listing = _listing(path)
     classes = tuple(sorted({f[1] for f in listing["train"]}))
 
     def read() -> Dataset:
-        arrays = []
-        for files in listing.values():
-            arrays.append(_decode(path, files, size))
-            arrays.append(np.array([classes.index(f[1]) for f in files], dtype=np.int64))
-        return Dataset(f"imagefolder:{path.name}", classes, *arrays)
+        train, test = listing.values()
+        images = _decode([path / f[0] for f in (*train, *test)], size)
+        labels = np.array([classes.index(f[1]) for f in (*train, *test)], dtype=np.int64)
+        cut = len(train)
+        return Dataset(
+            f"imagefolder:{path.name}",
+            classes,
+            images[:cut],
+            labels[:cut],
+            images[cut:],
+            labels[cut:],
+        )
 
     return _cached([str(path), size, listing], read)
 
@@ -222,38 +335,55 @@ def _cached(identity: Any, read: Callable[[], Dataset]) -> Dataset:
     """
     text = json.dumps(identity, separators=(",", ":"))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pfedgpa"
-    cache = home / f"2-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
-    if not cache.is_dir():
-        data = read()
-        try:
-            _store(data, cache)
-        except OSError as error:
-            logger.warning(
-                "%s: data sets cannot be kept there for other processes: %s", home, error
-            )
-            return data
-    about = json.loads((cache / "about.json").read_text())
-    arrays = {
-        name: np.load(cache / f"{name}.npy", mmap_mode="r" if "images" in name else None)
-        for name in ARRAYS
-    }
+    cache = home / f"3-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    if found := _stored(cache):
+        return found
+    data = read()
+    try:
+        _store(data, cache)
+    except OSError as error:
+        logger.warning("%s: data sets cannot be kept there for other processes: %s", home, error)
+    return _stored(cache) or data
+
+
+def _stamps(cache: Path) -> str:
+    """When each file of ``cache`` was written, and its size."""
+    files = (ABOUT, *(f"{name}.npy" for name in ARRAYS))
+    return json.dumps([(name, *_stamped(cache / name)[1:]) for name in files])
+
+
+def _stored(cache: Path) -> Dataset | None:
+    """The data set in ``cache``; None if it is not there, or any file is not as it was stored."""
+    try:
+        if (cache / STAMPS).read_text() != _stamps(cache):
+            return None
+        about = json.loads((cache / ABOUT).read_text())
+        arrays = {
+            name: np.load(cache / f"{name}.npy", mmap_mode="r" if "images" in name else None)
+            for name in ARRAYS
+        }
+    except (OSError, ValueError, EOFError):  # gone or garbled
+        return None
     return Dataset(about["name"], tuple(about["classes"]), **arrays)
 
 
 def _store(data: Dataset, cache: Path) -> None:
-    """Write ``data`` to the folder ``cache``, which nobody ever sees half full."""
+    """Write ``data`` to the folder ``cache``, which nobody ever sees half full.
+
+    A damaged one is moved away: who has mapped its files keeps them.
+    """
     cache.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=cache.parent))
-    try:
+    with tempfile.TemporaryDirectory(dir=cache.parent, ignore_cleanup_errors=True) as place:
+        building = Path(place) / "new"
+        building.mkdir(mode=0o700)
         for name in ARRAYS:
             np.save(building / f"{name}.npy", getattr(data, name))
-        (building / "about.json").write_text(
-            json.dumps({"name": data.name, "classes": data.classes})
-        )
+        (building / ABOUT).write_text(json.dumps({"name": data.name, "classes": data.classes}))
+        (building / STAMPS).write_text(_stamps(building))
+        with suppress(FileNotFoundError):
+            cache.rename(Path(place) / "damaged")
         try:
             building.rename(cache)
         except OSError:
             if not cache.is_dir():  # else another process was faster, with the same content
                 raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)

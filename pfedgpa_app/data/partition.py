@@ -107,31 +107,49 @@ def class_shares(
     return shares, groups
 
 
-def deal(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+def deal(
+    labels: np.ndarray, counts: np.ndarray, classes: Sequence[str], split: str, seed: int
+) -> list[np.ndarray]:
     """Hand out ``counts[i, c]`` images of class c to each client i.
 
     Each class is shuffled once and dealt in turn; no image is dealt twice to anyone before
     its class is used up, and then the class is dealt again from its start, with a warning.
 
+    Args:
+        classes: their names, for messages.
+        split: "train" or "test".
+
     Returns:
         one index array a client, sorted.
+
+    Raises:
+        ValueError: one client is to hold more images of a class than there are.
     """
+    rng = numpy_generator(seed, f"deal-{split}")
+    images = "training images" if split == "train" else "test images"
     dealt: list[list[np.ndarray]] = [[] for _ in counts]
-    for c in range(counts.shape[1]):
+    for c, name in enumerate(classes):
         pool = rng.permutation(np.flatnonzero(labels == c))
         wanted = counts[:, c]
         if wanted.sum() and not len(pool):
-            raise ValueError(f"class {c} has no images, but clients are to hold some")
+            raise ValueError(
+                f"class {name!r} has no {images}, but clients are to hold some: add some, or leave "
+                "the class out"
+            )
         if wanted.max(initial=0) > len(pool):
             raise ValueError(
-                f"class {c} has {len(pool)} images, but one client is to hold {wanted.max()}"
+                f"class {name!r}: one client is to hold {wanted.max()} {images}, there are "
+                f"{len(pool)}: lower {split}-per-client"
             )
         if wanted.sum() > len(pool):
             logger.warning(
-                "class %d: clients ask for %d images in all, there are %d: some are shared",
-                c,
+                "class %r: clients are to hold %d %s in all, there are %d, so some are shared: "
+                "lower %s-per-client or num-clients to avoid it",
+                name,
                 wanted.sum(),
+                images,
                 len(pool),
+                split,
             )
         start = 0
         for client, n in enumerate(wanted):
@@ -143,7 +161,7 @@ def deal(labels: np.ndarray, counts: np.ndarray, rng: np.random.Generator) -> li
 def partition(
     train_labels: np.ndarray,
     test_labels: np.ndarray,
-    num_classes: int,
+    classes: Sequence[str],
     num_clients: int,
     *,
     kind: str = "dominant",
@@ -159,23 +177,22 @@ def partition(
     """Deal a data set to clients of equal size; see ``class_shares`` for the kinds.
 
     A client's validation images are a random share of its training images.
+
+    Raises:
+        ValueError: a class has too few images for one client.
     """
     shares, groups = class_shares(
         kind,
         num_clients,
-        num_classes,
+        len(classes),
         numpy_generator(seed, "partition"),
         uniform_share=uniform_share,
         group_shares=group_shares,
         alpha=alpha,
         shards=shards,
     )
-    train = deal(
-        train_labels, round_counts(shares, train_per_client), numpy_generator(seed, "deal-train")
-    )
-    test = deal(
-        test_labels, round_counts(shares, test_per_client), numpy_generator(seed, "deal-test")
-    )
+    train = deal(train_labels, round_counts(shares, train_per_client), classes, "train", seed)
+    test = deal(test_labels, round_counts(shares, test_per_client), classes, "test", seed)
     held_out = round(train_per_client * validation_share)
     splits = []
     for client in range(num_clients):

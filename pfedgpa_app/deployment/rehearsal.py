@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from pfedgpa_app.config import APP_DIR, resolve
-from pfedgpa_app.data.datasets import load
+from pfedgpa_app.data.datasets import load, resolve_data_dir
 from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError, Look
@@ -63,6 +63,8 @@ def rehearse(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     settings = SETTINGS | {"num-clients": nodes} | overrides
+    config = resolve(settings).config
+    settings["data-dir"] = str(resolve_data_dir(config.data_dir, config.dataset))
     folder = run_folder(resolve(settings))
     settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
     config = resolve(settings).config
