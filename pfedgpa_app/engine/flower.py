@@ -21,6 +21,7 @@ from urllib.request import urlopen
 
 from flwr.common.config import get_project_config
 
+from pfedgpa_app.config import INSTALLED, package_of
 from pfedgpa_app.engine import LaunchError
 
 CONNECTION = "pfedgpa"
@@ -198,18 +199,23 @@ class Flower:
         shutil.rmtree(self.home, ignore_errors=True)
 
 
+def _unstaged(folder: str, names: list[str]) -> list[str]:
+    """What is left out of a copy: in it, the app's folder is around the package, not inside."""
+    return [n for n in names if n == "__pycache__" or Path(folder, n) == INSTALLED]
+
+
 def stage(app: Path, folder: Path) -> Path:
     """A copy of the app's files in ``folder``: Flower looks at every file below an app's folder,
     and data sets that lie there, too, can be a hundred thousand."""
     config = get_project_config(app)
     doors = config["tool"]["flwr"]["app"]["components"].values()
-    parts = {door.partition(":")[0].partition(".")[0] for door in doors}
-    parts |= {Path(__file__).parents[1].name, "conf"}
+    parts = {app / door.partition(":")[0].partition(".")[0] for door in doors}
+    parts |= {app / "conf", package_of(app)}
     folder.mkdir()
     for entry in app.iterdir():
         if entry.is_file():
             shutil.copy(entry, folder)
-        elif entry.name in parts:
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(entry, folder / entry.name, ignore=ignored)
+    for part in parts:
+        if part.is_dir():
+            shutil.copytree(part, folder / part.name, ignore=_unstaged)
     return folder

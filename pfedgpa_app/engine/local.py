@@ -18,12 +18,10 @@ from flwr.app import Context, RecordDict
 from flwr.common.config import get_project_config
 from flwr.supercore.object_ref import load_app
 
-from pfedgpa_app.config import Config, resolve
+from pfedgpa_app.config import PACKAGE, Config, package_of, resolve
 from pfedgpa_app.engine import LaunchError, gpu_for
 from pfedgpa_app.engine.grid import RUN_ID
 from pfedgpa_app.engine.process import ProcessGrid, context_for
-
-PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def load_door(app: Path, door: str) -> Any:
@@ -40,7 +38,7 @@ def run(
     Returns:
         why the run did not complete, or "".
     """
-    ours = (app / PACKAGE.name).resolve() == PACKAGE
+    ours = package_of(app).samefile(PACKAGE)
     if not ours:  # an app with a package of its own: nothing that is imported here may be used
         sys.path.insert(0, str(app))
     start = context_for(fork=ours and not gpu_for(config.device))
