@@ -19,6 +19,7 @@ from typing import Any, Self
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
 from flwr.common.config import get_project_config
 
 from pfedgpa_app.config import INSTALLED, package_of
@@ -46,17 +47,19 @@ def words(settings: dict[str, Any]) -> str:
     return " ".join(f"{key}={toml(value)}" for key, value in settings.items())
 
 
+def processes_with(variable: str, value: str) -> list[psutil.Process]:
+    """Other processes than this one in whose environment the variable has the value."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has just ended, or is somebody else's
+            if process.environ().get(variable) == value and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
 def processes_of(home: Path) -> list[int]:
     """Processes whose environment names the home: what we started, wherever it detached."""
-    mark = f"FLWR_HOME={home}".encode()
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (process / "environ").read_bytes().split(b"\0"):
-                found.append(int(process.name))
-        except (OSError, ValueError):
-            continue
-    return [pid for pid in found if pid != os.getpid()]
+    return [process.pid for process in processes_with("FLWR_HOME", str(home))]
 
 
 class Flower:
