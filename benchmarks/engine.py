@@ -19,6 +19,7 @@ pFedGPA's server step at the end. Prints the table and writes ``results/engine.{
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -33,6 +34,7 @@ from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from joblib import cpu_count
 
@@ -41,12 +43,14 @@ from pfedgpa_app.client import build_model
 from pfedgpa_app.config import Config, resolve
 from pfedgpa_app.data.client import load_client, load_schema
 from pfedgpa_app.engine import gpu_for
+from pfedgpa_app.engine.flower import processes_with
 from pfedgpa_app.models import weights_of
 from pfedgpa_app.randomness import torch_generator
 from pfedgpa_app.results.log import EVENTS, METRICS
 from pfedgpa_app.results.tables import markdown
 
 HERE = Path(__file__).resolve().parent
+MARK = "PFEDGPA_BENCHMARK"  # names a run in its processes' environment
 LAST_EVALUATED = 5
 FEDERATIONS = {"20 clients": (20, 1.0), "100 clients at 30 %": (100, 0.3)}
 
@@ -99,44 +103,38 @@ class Bare:
 
 def _resident(mark: str) -> tuple[int, int]:
     """PSS and RSS in bytes of the processes whose environment holds ``mark``."""
-    totals = {"Pss:": 0, "Rss:": 0}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (process / "environ").read_bytes():
-                for line in (process / "smaps_rollup").read_text().splitlines():
-                    name, _, rest = line.partition(" ")
-                    if name in totals:
-                        totals[name] += int(rest.split()[0]) * 1024
-        except OSError:
-            continue
-    return totals["Pss:"], totals["Rss:"]
+    totals = [0, 0]
+    for process in processes_with(MARK, mark):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            used = process.memory_full_info()
+            totals = [totals[0] + used.pss, totals[1] + used.rss]
+    return totals[0], totals[1]
 
 
 def run(engine: str, chosen: dict[str, Any], out: Path) -> dict[str, Any]:
     """One run through the command line, as a user starts it."""
-    mark = f"PFEDGPA_BENCHMARK={engine}-{time.time_ns()}"
-    name, value = mark.split("=")
+    mark = f"{engine}-{time.time_ns()}"
     command = [sys.executable, "-m", "pfedgpa_app", "run", "--app", str(HERE.parent)]
-    command += ["--engine", engine, f"out-dir={out}", f"run-name={value}"]
+    command += ["--engine", engine, f"out-dir={out}", f"run-name={mark}"]
     command += [f"{key}={json.dumps(v) if v in (True, False) else v}" for key, v in chosen.items()]
     seen, done = [(0, 0)], threading.Event()
 
     def watch() -> None:
         while not done.wait(5.0):
-            if (out / value / METRICS).exists():  # counting pages would slow the start
+            if (out / mark / METRICS).exists():  # counting pages would slow the start
                 seen.append(_resident(mark))
 
     started = time.time()
     watcher = threading.Thread(target=watch)
     watcher.start()
     finished = subprocess.run(
-        command, env=os.environ | {name: value}, capture_output=True, text=True
+        command, env=os.environ | {MARK: mark}, capture_output=True, text=True
     )
     done.set()
     watcher.join()
     if finished.returncode:
         raise SystemExit(f"{engine}: {finished.stdout}{finished.stderr}")
-    events = [json.loads(line) for line in (out / value / EVENTS).read_text().splitlines()]
+    events = [json.loads(line) for line in (out / mark / EVENTS).read_text().splitlines()]
     ends = [event["time"] for event in events if event["kind"] == "round"]
     lengths = [b - a for a, b in pairwise(ends)]  # rounds 2, 3, …
     plain, evaluated = lengths[:-LAST_EVALUATED], lengths[-LAST_EVALUATED:]

@@ -12,6 +12,7 @@ every message: what that one imports before it does anything is timed, too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
@@ -24,6 +25,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from pfedgpa_app import training
@@ -31,32 +33,22 @@ from pfedgpa_app.client import build_model
 from pfedgpa_app.config import APP_DIR, resolve
 from pfedgpa_app.data.client import load_client, load_schema
 from pfedgpa_app.deployment.processes import Deployment
-from pfedgpa_app.engine.flower import processes_of, stage
+from pfedgpa_app.engine.flower import processes_with, stage
 from pfedgpa_app.randomness import torch_generator
 from pfedgpa_app.results.tables import markdown
 
 ROLES = ("flower-superlink", "flwr-serverapp", "flower-supernode", "flwr-clientapp")
 
 
-def pss(pid: int) -> int:
-    """Bytes of memory, shared pages by their share."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return 1024 * int(line.split()[1])
-    return 0
-
-
 def memory(home: Path) -> dict[str, int]:
-    """Bytes of each role's processes together."""
+    """Bytes of each role's processes together, shared pages by their share."""
     found: dict[str, int] = defaultdict(int)
-    for pid in processes_of(home):
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_text()
+    for process in processes_with("FLWR_HOME", str(home)):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            command = " ".join(process.cmdline())
             for role in ROLES:
                 if role in command:
-                    found[role] += pss(pid)
-        except OSError:  # it has just ended
-            continue
+                    found[role] += process.memory_full_info().pss
     return found
 
 

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 NO_PART = {"conf", "engine", "workers", "out-dir", "run-name", "data-dir", "download", "timeout"}
 NO_PART |= {"save-weights", "save-uploads", "checkpoint-every", "resume"}
 
-APP_DIR = Path(__file__).resolve().parents[1]
+PACKAGE = Path(__file__).resolve().parent
+# the app's folder: the doors, conf/ and pyproject.toml, inside the package where it is installed
+INSTALLED = PACKAGE / "app"
+APP_DIR = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent
 Scalar = str | int | float | bool
 S = TypeVar("S")
 
@@ -293,6 +296,12 @@ def _known(name: str, source: str) -> _Key:
             f"{name} ({source}): no such setting{hint} All settings: pfedgpa settings"
         )
     return keys()[name]
+
+
+def package_of(app: Path) -> Path:
+    """The package that the app in ``app`` runs: its own or, if it has none, the one we are in."""
+    own = app / PACKAGE.name
+    return own if own.is_dir() else PACKAGE
 
 
 def conf_path(conf: str) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from pfedgpa_app.config import Config, conf_path, keys
+from pfedgpa_app.config import PACKAGE, Config, conf_path, keys
 from pfedgpa_app.files import write_text
 from pfedgpa_app.folder import kept_settings
 from pfedgpa_app.methods import METHODS, federation_of, method_class
@@ -66,6 +66,12 @@ def tune(
     Raises:
         ConfigError: a method without main settings, or settings that cannot run.
     """
+    path, console = conf_path(conf), console or Console()
+    if path.is_relative_to(PACKAGE):
+        raise ConfigError(
+            f"tune keeps what it chooses in the experiment, and {conf} is part of the installed "
+            f"package: copy {path} to a folder of yours and give the copy's path as --conf"
+        )
     for method in methods:
         if method not in METHODS or not main_settings(method):
             raise ConfigError(f"tune: {method} is no method with settings to choose")
@@ -73,7 +79,6 @@ def tune(
         rest = [method for method in methods if method != "fedavg"]
         first = tune(conf, ["fedavg"], settings, out, app, jobs, command, console)
         return first | tune(conf, rest, settings, out, app, jobs, command, console)
-    path, console = conf_path(conf), console or Console()
     base = DEFAULTS | settings | {"conf": conf}
     chosen: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for step in range(max(len(main_settings(method)) for method in methods)):

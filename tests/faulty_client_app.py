@@ -5,19 +5,18 @@ It takes the place of the app's own door, which lies beside it as ``honest_clien
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from faults import FAULTS
 from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 from honest_client_app import app as honest
 
 app = ClientApp()
-FAULTS = json.loads((Path(__file__).parent / "faults.json").read_text())
 
 
 @app.query()

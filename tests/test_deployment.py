@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import configparser
 import datetime
+import io
 import json
 import re
+import shutil
 import socket
 import ssl
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import numpy as np
 import pytest
 import yaml
 from cryptography import x509
+from flwr.cli.build import build_fab_from_disk
 from flwr.clientapp import ClientApp
 from PIL import Image
 
@@ -277,7 +281,7 @@ class TestDoctor:
             ({"superlink": "127.0.0.1:9"}, "connection", "cannot be reached"),
             ({"key": "/nowhere"}, "key", "no private key"),
             ({"certificates": "/nowhere"}, "certificate", "no certificate"),
-            ({"state_dir": "/proc/nowhere"}, "state-dir", "cannot be written"),
+            ({"state_dir": f"{__file__}/nowhere"}, "state-dir", "cannot be written"),
         ],
     )
     def test_what_is_wrong(self, node: dict[str, Any], check: str, says: str) -> None:
@@ -356,6 +360,18 @@ class TestShippedFiles:
             service = services[f"node-{i}"]
             assert f"partition-id={i} " in service["command"][-1]
             assert any(f"keys/node-{i}:" in volume for volume in service["volumes"])
+
+    def test_the_bundle_is_the_app_and_nothing_else(self, tmp_path: Path) -> None:
+        staged = stage(APP_DIR, tmp_path / "app")
+        app = {path.relative_to(staged).as_posix() for path in staged.rglob("*.*")}
+        for folder in ("benchmarks", "docs", "sweeps", "tests"):
+            shutil.copytree(APP_DIR / folder, staged / folder)
+        bundle = build_fab_from_disk(staged)
+        assert len(bundle) < 600_000
+        with zipfile.ZipFile(io.BytesIO(bundle)) as file:
+            names = set(file.namelist())
+        app = {name for name in app if name.endswith((".py", ".yaml", ".toml"))}
+        assert names == app | {"README.md", "LICENSE", ".info/CONTENT"}
 
     def test_dockerfile_is_for_the_flower_we_use(self) -> None:
         from importlib.metadata import version

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import shutil
@@ -33,7 +32,7 @@ def faulty(folder: Path, faults: dict[str, str]) -> Path:
     staged = stage(APP_DIR, folder)
     (staged / "client_app.py").rename(staged / "honest_client_app.py")
     shutil.copy(Path(__file__).parent / "faulty_client_app.py", staged / "client_app.py")
-    (staged / "faults.json").write_text(json.dumps(faults))
+    (staged / "faults.py").write_text(f"FAULTS = {faults!r}\n")
     return staged
 
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pfedgpa_app.config import APP_DIR
@@ -80,7 +81,8 @@ def test_the_demo_runs_where_the_user_is_and_leaves_nothing_running(
     assert config["engine"] == {"value": engine, "from": "run-config"}
     names = {p.name for p in folder.iterdir()}
     assert {"accuracy.png", "clients.png", "latents.png", "table.md", "weights"} <= names
-    assert not [p for p in Path("/proc").glob("[0-9]*") if _runs_in(p, str(tmp_path))]
+    commands = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]
+    assert not [c for c in commands if str(tmp_path) in " ".join(c or [])]
 
 
 def test_relative_paths_are_the_users(
@@ -101,13 +103,6 @@ def test_relative_paths_are_the_users(
         launch(given)
     assert sent["start-from"] == str(tmp_path / "learned")
     assert sent["uploads"] == str(tmp_path / "kept")
-
-
-def _runs_in(process: Path, mark: str) -> bool:
-    try:
-        return mark.encode() in (process / "cmdline").read_bytes()
-    except OSError:
-        return False
 
 
 def test_plain_flwr_run_does_the_same_on_flowers_two_default_nodes(
@@ -214,7 +209,7 @@ def test_an_interrupted_process_run_stops_what_it_started(
     sign: signal.Signals, tmp_path: Path
 ) -> None:
     process = started(tmp_path, "process", {})
-    children = descendants(process.pid)
+    children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 3  # the server and two workers, and Python's own for starting them
     process.send_signal(sign)
     process.communicate()
@@ -225,27 +220,11 @@ def test_an_interrupted_process_run_stops_what_it_started(
     assert not any(map(alive, children))
 
 
-def descendants(pid: int) -> list[int]:
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        parents[int(status.parent.name)] = int(fields[1])
-    found, frontier = [], [pid]
-    while frontier:
-        frontier = [child for child, parent in parents.items() if parent in frontier]
-        found += frontier
-    return found
-
-
-def alive(pid: int) -> bool:
+def alive(process: psutil.Process) -> bool:
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return state != "Z"
 
 
 def test_a_ray_cluster_of_two_nodes_serves_a_run(tmp_path: Path, in_process: Path) -> None:

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -25,7 +26,7 @@ from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.sweep import Lines, Run, Sweep, expand, read, shares, table
 from tests.test_federation import SMALL
-from tests.test_simulation import alive, descendants
+from tests.test_simulation import alive
 
 QUICK = SMALL | {"method": "fedavg", "num-server-rounds": 2, "device": "cpu"}
 
@@ -202,13 +203,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     while "round 3/20" not in last_event(folder).get("text", ""):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    started = descendants(process.pid)
+    started = psutil.Process(process.pid).children(recursive=True)
     process.kill()  # before the run, which it would call failed
     process.wait()
-    for pid in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    while any(alive(pid) for pid in started):
+    for child in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    while any(map(alive, started)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert not is_done(folder)
@@ -262,7 +263,7 @@ def test_a_stopped_sweep_leaves_nothing_running(sign: signal.Signals, tmp_path: 
         time.sleep(0.2)
         metrics = list((tmp_path / "out").glob("*/metrics.jsonl"))
     assert metrics
-    children = descendants(process.pid)
+    children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 3  # a run, its server and its worker
     process.send_signal(sign)
     assert process.wait(timeout=600) == (-9 if sign == signal.SIGKILL else 130)

@@ -11,7 +11,6 @@ import socket
 import ssl
 import sys
 import tempfile
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from packaging.requirements import Requirement
 
-from pfedgpa_app.config import APP_DIR
 from pfedgpa_app.data.client import schema_of
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.models import network_name
 from pfedgpa_app.settings import DataError
 
+DISTRIBUTION = "pfedgpa-app"
 _PATIENCE = 10.0  # seconds for a connection
 _FREE = 2 * 2**30  # bytes that a disk should have left
 
@@ -54,11 +53,15 @@ def python() -> str:
 
 
 def packages() -> str:
-    """Everything that pyproject.toml asks for, in the ranges that it asks for."""
-    wanted = tomllib.loads((APP_DIR / "pyproject.toml").read_text())["project"]["dependencies"]
+    """Everything that the installed app asks for, in the ranges that it asks for."""
+    try:
+        wanted = map(Requirement, importlib.metadata.requires(DISTRIBUTION) or [])
+    except importlib.metadata.PackageNotFoundError as error:
+        raise NodeError(f"{DISTRIBUTION} is not installed: pip install the app") from error
     wrong, names = [], []
-    for text in wanted:
-        requirement = Requirement(text)
+    for requirement in wanted:
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue  # for development
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:

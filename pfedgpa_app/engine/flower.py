@@ -19,8 +19,10 @@ from typing import Any, Self
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import psutil
 from flwr.common.config import get_project_config
 
+from pfedgpa_app.config import INSTALLED, package_of
 from pfedgpa_app.engine import LaunchError
 
 CONNECTION = "pfedgpa"
@@ -45,17 +47,19 @@ def words(settings: dict[str, Any]) -> str:
     return " ".join(f"{key}={toml(value)}" for key, value in settings.items())
 
 
+def processes_with(variable: str, value: str) -> list[psutil.Process]:
+    """Other processes than this one in whose environment the variable has the value."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it has just ended, or is somebody else's
+            if process.environ().get(variable) == value and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
 def processes_of(home: Path) -> list[int]:
     """Processes whose environment names the home: what we started, wherever it detached."""
-    mark = f"FLWR_HOME={home}".encode()
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark in (process / "environ").read_bytes().split(b"\0"):
-                found.append(int(process.name))
-        except (OSError, ValueError):
-            continue
-    return [pid for pid in found if pid != os.getpid()]
+    return [process.pid for process in processes_with("FLWR_HOME", str(home))]
 
 
 class Flower:
@@ -198,18 +202,23 @@ class Flower:
         shutil.rmtree(self.home, ignore_errors=True)
 
 
+def _unstaged(folder: str, names: list[str]) -> list[str]:
+    """What is left out of a copy: in it, the app's folder is around the package, not inside."""
+    return [n for n in names if n == "__pycache__" or Path(folder, n) == INSTALLED]
+
+
 def stage(app: Path, folder: Path) -> Path:
     """A copy of the app's files in ``folder``: Flower looks at every file below an app's folder,
     and data sets that lie there, too, can be a hundred thousand."""
     config = get_project_config(app)
     doors = config["tool"]["flwr"]["app"]["components"].values()
-    parts = {door.partition(":")[0].partition(".")[0] for door in doors}
-    parts |= {Path(__file__).parents[1].name, "conf"}
+    parts = {app / door.partition(":")[0].partition(".")[0] for door in doors}
+    parts |= {app / "conf", package_of(app)}
     folder.mkdir()
     for entry in app.iterdir():
         if entry.is_file():
             shutil.copy(entry, folder)
-        elif entry.name in parts:
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(entry, folder / entry.name, ignore=ignored)
+    for part in parts:
+        if part.is_dir():
+            shutil.copytree(part, folder / part.name, ignore=_unstaged)
     return folder

@@ -16,14 +16,13 @@ from flwr.app import Context, RecordDict
 from flwr.common.config import get_project_config
 from flwr.supercore.object_ref import load_app
 
-from pfedgpa_app.config import resolve
+from pfedgpa_app.config import PACKAGE, package_of, resolve
 from pfedgpa_app.engine import LaunchError, Look, spawning
 from pfedgpa_app.engine.grid import RUN_ID, Awaited, LocalGrid
 from pfedgpa_app.engine.process import ProcessGrid
 from pfedgpa_app.engine.spawning import Server
 from pfedgpa_app.results.log import clock
 
-PACKAGE = Path(__file__).resolve().parents[1]
 _PATIENCE = 5.0  # seconds in which the server answers
 
 
@@ -49,7 +48,7 @@ def run(
     Returns:
         why the run did not complete, or "".
     """
-    if _has_package_of_its_own(app):  # nothing that was imported from here may be used
+    if not package_of(app).samefile(PACKAGE):  # nothing that was imported from here may be used
         sys.path.insert(0, str(app))
         server = None
     with server or Server() as server:
@@ -60,12 +59,6 @@ def run(
             server.process.join(0.2)
     status = server.process.exitcode
     return f"the server ended with exit status {status}" if status else ""
-
-
-def _has_package_of_its_own(app: Path) -> bool:
-    """Whether the app brings a ``pfedgpa_app``."""
-    package = (app / PACKAGE.name).resolve()
-    return package.is_dir() and package != PACKAGE
 
 
 def serve(orders: Connection) -> None:
