@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from pfedgpa_app import checkpoint, cli
 from pfedgpa_app.checkpoint import MANIFEST, Checkpoint, CheckpointError
-from pfedgpa_app.config import APP_DIR, Resolved, resolve
+from pfedgpa_app.config import APP_DIR, Config, Resolved, resolve
 from pfedgpa_app.diffusion.buffer import Buffer
 from pfedgpa_app.diffusion.fit import FitSettings, fit_network
 from pfedgpa_app.diffusion.schedule import Schedule
@@ -488,7 +488,7 @@ class TestStopped:
         log.event("round", "round 1, 9:99 left")
         log.event("failed", "by a full disk")
         said = io.StringIO()
-        assert watched(tmp_path, Console(file=said), carry_out) == ""
+        assert watched(tmp_path, Console(file=said), Config(), carry_out) == ""
         assert said.getvalue() == "the end\n"
         assert watched(tmp_path, Console(file=said), lambda _: "it was killed") == "it was killed"
 
