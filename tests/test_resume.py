@@ -490,7 +490,10 @@ class TestStopped:
         said = io.StringIO()
         assert watched(tmp_path, Console(file=said), Config(), carry_out) == ""
         assert said.getvalue() == "the end\n"
-        assert watched(tmp_path, Console(file=said), lambda _: "it was killed") == "it was killed"
+        assert (
+            watched(tmp_path, Console(file=said), Config(), lambda _: "it was killed")
+            == "it was killed"
+        )
 
 
 class TestFolder:
@@ -564,7 +567,7 @@ class TestFolder:
 
     def test_of_two_that_begin_at_once_one_is_refused(self, tmp_path: Path) -> None:
         with locked(tmp_path, ""), pytest.raises(ConfigError, match="a run is going on there"):
-            watched(tmp_path, Console(file=io.StringIO()), lambda _: "the server ended")
+            watched(tmp_path, Console(file=io.StringIO()), Config(), lambda _: "the server ended")
 
     @pytest.mark.parametrize("name", ["7", "2026-11-26", "true", "1e3", "'7'"])
     def test_a_name_may_look_like_something_else(self, name: str) -> None:
