@@ -269,7 +269,8 @@ class Sweep:
         self._earlier[run.name] = last_event(run.folder) if resume else {}
         if run.folder.exists() and not resume and not is_running(run.folder):
             shutil.rmtree(run.folder)
-        command = [sys.executable, "-m", "pfedgpa_app", "run", "--app", str(self.app)]
+        # -P: nothing is imported from the user's folder, whatever lies there
+        command = [sys.executable, "-P", "-m", "pfedgpa_app", "run", "--app", str(self.app)]
         env = os.environ | {PARENT: str(os.getpid())}
         settings = run.settings | {"resume": resume}
         if self.workers:

@@ -1,0 +1,200 @@
+"""What users run: real data, default settings, as many threads as the machine has.
+
+Each is a process of its own that is started by the command as it is installed; what is small
+here are the federations. All of it stood still for ever where a process was forked from one in
+which torch had computed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from pfedgpa_app.config import APP_DIR
+from pfedgpa_app.engine.flower import free_port, processes_of
+from pfedgpa_app.results.log import is_done
+from tests.test_federation import records, summary
+from tests.test_simulation import alive
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("user")]
+LIMIT = 240  # seconds; each takes some ten
+BIN = Path(sys.executable).parent
+FEW = {"num-clients": 4, "train-per-client": 60, "test-per-client": 20, "fine-tune-epochs": 0}
+SHORT = {"num-server-rounds": 3, "pfedgpa.fit-steps": 20}
+
+
+def environment(data: Path, **more: str) -> dict[str, str]:
+    """A user's: nothing says how many threads torch may have, or where the checkout is."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    ours.pop("PYTHONPATH", None)
+    path = f"{BIN}{os.pathsep}{ours['PATH']}"
+    return ours | {"PFEDGPA_DATA": str(data), "PATH": path} | more
+
+
+def words(*settings: dict[str, Any]) -> list[str]:
+    return [f"{key}={value}" for each in settings for key, value in each.items()]
+
+
+def pfedgpa(folder: Path, data: Path, *arguments: str) -> str:
+    """Run the command in ``folder``; what it said. It comes to its end in time."""
+    done = subprocess.run(
+        ["pfedgpa", *arguments],
+        cwd=folder,
+        env=environment(data),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def fashion(fashion_mnist: Path, tmp_path: Path) -> Path:
+    """The data folder; the current folder holds what must not be imported from there."""
+    for name in ("torch", "flwr", "pfedgpa_app", "server_app"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a foreign module')")
+    return fashion_mnist
+
+
+CIFAR10 = {"dataset": "imagefolder:cifar10", "num-server-rounds": 2}
+
+
+class TestRun:
+    def test_fashion_mnist(self, tmp_path: Path, fashion: Path) -> None:
+        more = FEW | SHORT | {"num-clients": 5, "run-name": "run"}
+        said = pfedgpa(tmp_path, fashion, "run", "--conf", "fashion-mnist-20", *words(more))
+        assert "| pFedGPA" in said
+        rows = summary(tmp_path / "results" / "run")
+        assert list(rows) == ["local", "fedavg", "fedavg-ft", "client-mean", "pfedgpa"]
+        assert all(row["dataset"] == "fashion-mnist" for row in rows.values())
+
+    @pytest.mark.parametrize("engine", ["process", "ray", "batched"])
+    def test_cifar10_as_images(self, engine: str, tmp_path: Path, cifar10_folder: Path) -> None:
+        more = FEW | CIFAR10 | {"method": "fedavg", "run-name": "run", "device": "cpu"}
+        arguments = ["run", "--conf", "cifar10-20", "--engine", engine, *words(more)]
+        pfedgpa(tmp_path, cifar10_folder, *arguments)
+        trained = [r for r in records(tmp_path / "results" / "run") if r["participated"]]
+        assert len(trained) == 2 * 4
+
+    def test_a_worker_that_is_killed_is_replaced(self, tmp_path: Path, fashion: Path) -> None:
+        """Its server has long computed with threads."""
+        more = FEW | {"num-server-rounds": 60, "method": "fedavg", "evaluate-every": 1}
+        more |= {"run-name": "run", "workers": 2}
+        run = subprocess.Popen(
+            ["pfedgpa", "run", "--conf", "fashion-mnist-20", *words(more)],
+            cwd=tmp_path,
+            env=environment(fashion),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert run.stdout is not None
+        for line in run.stdout:
+            if "round 3/" in line:
+                break
+        started = psutil.Process(run.pid).children(recursive=True)
+        newest = max((p for p in started if alive(p)), key=psutil.Process.create_time)
+        newest.kill()  # the server is older than its workers
+        said, _ = run.communicate(timeout=LIMIT)
+        assert run.returncode == 0, said
+        [lost] = [line for line in said.splitlines() if "lost its process" in line]
+        assert "exit status -9" in lost
+        trained = [r for r in records(tmp_path / "results" / "run") if r["participated"]]
+        assert len(trained) == 60 * 4 - 1
+
+    @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+    def test_one_that_is_stopped_leaves_nothing_running(
+        self, sign: signal.Signals, tmp_path: Path, fashion: Path
+    ) -> None:
+        more = FEW | {"num-server-rounds": 100_000, "method": "fedavg", "run-name": "run"}
+        run = subprocess.Popen(
+            ["pfedgpa", "run", "--conf", "fashion-mnist-20", *words(more)],
+            cwd=tmp_path,
+            env=environment(fashion),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        assert run.stdout is not None
+        for line in run.stdout:
+            if "round 2/" in line:
+                break
+        started = psutil.Process(run.pid).children(recursive=True)
+        if sign == signal.SIGINT:
+            os.killpg(run.pid, sign)  # as a terminal does
+        else:
+            run.kill()
+        said, _ = run.communicate(timeout=60)
+        if sign == signal.SIGINT:
+            assert "resume=true" in said
+            assert "Traceback" not in said
+        _, left = psutil.wait_procs([p for p in started if alive(p)], timeout=60)
+        assert not [process for process in left if alive(process)]
+
+
+class TestManyRuns:
+    """One job, two workers: the settings in which each of them stood still."""
+
+    JOBS = ("--jobs", "1", "--out", "out")
+
+    def test_sweep(self, tmp_path: Path, fashion: Path) -> None:
+        more = FEW | {"num-server-rounds": 2, "method": "fedavg", "workers": 2}
+        arguments = ["--conf", "fashion-mnist-20", "--over", "seed=0,1", *words(more)]
+        said = pfedgpa(tmp_path, fashion, "sweep", *arguments, *self.JOBS)
+        assert "2/2 done" in said
+
+    def test_compare(self, tmp_path: Path, fashion: Path) -> None:
+        more = FEW | {"num-server-rounds": 2, "workers": 2, "fine-tune-grid-epochs": 1}
+        arguments = ["--conf", "compare-fashion-mnist", "--methods", "fedavg,fedbabu"]
+        said = pfedgpa(
+            tmp_path, fashion, "compare", *arguments, "--seeds", "0", *words(more), *self.JOBS
+        )
+        assert "| FedBABU |" in said
+
+    def test_tune(self, tmp_path: Path, fashion: Path) -> None:
+        mine = tmp_path / "mine.yaml"
+        mine.write_text("conf: fashion-mnist-20\nmethod: [fedavg]\n")
+        more = FEW | {"num-server-rounds": 1, "workers": 2}
+        arguments = ["--conf", str(mine), "--methods", "fedavg", *words(more)]
+        pfedgpa(tmp_path, fashion, "tune", *arguments, *self.JOBS)
+        assert yaml.safe_load(mine.read_text())["learning-rate"] > 0
+
+
+def test_plain_flwr_run(tmp_path: Path, fashion_mnist: Path) -> None:
+    home = tmp_path / "home"
+    ports = {
+        f"FLWR_LOCAL_{name}_PORT": str(free_port())
+        for name in ("SUPERLINK_HTTP_API", "CONTROL_API")
+    }
+    env = environment(
+        fashion_mnist,
+        FLWR_HOME=str(home),
+        FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+        FLWR_DISABLE_UPDATE_CHECK="1",
+        **ports,
+    )
+    more = FEW | {"num-server-rounds": 2, "method": '"fedavg"', "conf": '"fashion-mnist-20"'}
+    more |= {"out-dir": f'"{tmp_path}"', "run-name": '"run"'}
+    try:
+        subprocess.run(
+            ["flwr", "run", str(APP_DIR), "--stream", "-c", " ".join(words(more))],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            timeout=LIMIT,
+        )
+        assert is_done(tmp_path / "run")
+    finally:
+        for pid in processes_of(home):
+            os.kill(pid, signal.SIGTERM)
