@@ -15,7 +15,6 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
-from flwr.superlink.grid.inmemory_grid import InMemoryGrid
 from safetensors.torch import save_file
 
 from pfedgpa_app import memory
@@ -24,7 +23,7 @@ from pfedgpa_app.config import Config, Resolved
 from pfedgpa_app.data import NODES
 from pfedgpa_app.data.client import Schema, load_partition, load_schema
 from pfedgpa_app.diffusion import saved
-from pfedgpa_app.engine.grid import LocalGrid
+from pfedgpa_app.engine.grid import LocalGrid, is_simulated
 from pfedgpa_app.files import checksum, write_text
 from pfedgpa_app.folder import CONFIG, locked, run_folder, running
 from pfedgpa_app.methods import federation_of, method_class
@@ -39,7 +38,6 @@ from pfedgpa_app.strategy import FinalScore, Personalised, ways
 from pfedgpa_app.training import bfloat16_is_emulated, device_for
 
 CHECKPOINT = "checkpoint"
-SIMULATED = (LocalGrid, InMemoryGrid)  # their clients are on this machine
 
 
 def federations(config: Config) -> dict[str, list[str]]:
@@ -103,7 +101,7 @@ def _warnings(grid: Grid, config: Config) -> Iterator[str]:
     """What the user may not expect of such a run."""
     if config.engine not in ("auto", "ray") and not isinstance(grid, LocalGrid):
         yield f"engine = {config.engine} is for `pfedgpa run`; Flower carries this run itself"
-    here = config.precision == "bfloat16" and isinstance(grid, SIMULATED)
+    here = config.precision == "bfloat16" and is_simulated(grid)
     if here and bfloat16_is_emulated(device_for(config.device)):
         yield (
             "precision = bfloat16: this CPU has no instructions for it, training may take "
@@ -174,7 +172,7 @@ class _Run:
         self.initial = initial_weights(config, self.dataset)
         self._resume()
         self.roster.common["run"] = self.name
-        if config.checkpoint_every and isinstance(grid, SIMULATED):  # clients see our files
+        if config.checkpoint_every and is_simulated(grid):  # clients see our files
             self.roster.common["state-dir"] = str(self._clients)
 
     def _resume(self) -> None:

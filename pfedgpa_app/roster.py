@@ -17,10 +17,10 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
-from flwr.superlink.grid import HttpGrid
 
 from pfedgpa_app.data import NODES
 from pfedgpa_app.data.client import Schema
+from pfedgpa_app.engine.grid import is_flowers
 from pfedgpa_app.models import Weights
 
 logger = logging.getLogger("pfedgpa")
@@ -60,7 +60,7 @@ class OneAtATime(Grid):
 
     def _exchange(self, messages: list[Message], timeout: float | None) -> Iterable[Message]:
         """As the grid does it, but for Flower's over HTTP, which looks every 3 s only."""
-        if not isinstance(self._grid, HttpGrid):
+        if not is_flowers(self._grid, "HttpGrid"):
             return self._grid.send_and_receive(messages, timeout=timeout)
         end = math.inf if timeout is None else time.monotonic() + timeout
         owed = set(self._grid.push_messages(messages))

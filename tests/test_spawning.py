@@ -65,3 +65,14 @@ def test_where_the_fork_servers_socket_would_have_too_long_a_name(tmp_path: Path
     env = os.environ | {"TMPDIR": str(place), "PYTHONPATH": str(Path(spawning.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout == "spawn\n", done.stderr
+
+
+def test_what_a_run_waits_for_at_its_start_is_torch_alone() -> None:
+    """Flower's own link, with its web server and data bases, would take a second and a half."""
+    code = "import sys, pfedgpa_app.launcher, pfedgpa_app.engine.local; print(*sys.modules)"
+    env = os.environ | {"PYTHONPATH": str(Path(spawning.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "torch" in loaded, done.stderr
+    slow = {"fastapi", "sqlalchemy", "alembic", "sklearn", "pandas", "matplotlib", "torchvision"}
+    assert not loaded & (slow | {"ray"})

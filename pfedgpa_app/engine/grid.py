@@ -121,3 +121,13 @@ def raised(message: Message, error: BaseException) -> Message:
     reason = f"{type(error)}:<'{error}'>\n{where}"
     code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     return Message(Error(code=code, reason=reason), reply_to=message)
+
+
+def is_flowers(grid: Grid, name: str) -> bool:
+    """Whether ``grid`` is of Flower's class called ``name``, which takes a second to import."""
+    return any(kind.__name__ == name for kind in type(grid).__mro__)
+
+
+def is_simulated(grid: Grid) -> bool:
+    """Whether the clients are on this machine."""
+    return isinstance(grid, LocalGrid) or is_flowers(grid, "InMemoryGrid")
