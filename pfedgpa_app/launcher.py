@@ -168,6 +168,8 @@ def launch(
 
     def carry_out(look: Look) -> str:
         if engine == "ray":
+            if server:  # the experiment's file asks for Ray, which the command line did not tell
+                server.end()
             return ray.run(app, settings, there, folder / LOG, look, flower)
         return local.run(app, settings, folder / LOG, look, server)
 

@@ -48,6 +48,10 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End it; for good, if need be."""
         self.process.terminate()
         self.process.join(GRACE)
         self.process.kill()
