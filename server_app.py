@@ -9,12 +9,30 @@ from flwr.serverapp import Grid, ServerApp
 
 from pfedgpa_app.config import resolve
 from pfedgpa_app.experiment import run
+from pfedgpa_app.settings import ConfigError, DataError
 
 app = ServerApp()
 
 logger = logging.getLogger("pfedgpa")  # what the run says goes where Flower's words go
 logger.setLevel(logging.INFO)
 logger.handlers = logging.getLogger("flwr").handlers
+
+
+class Plain(logging.Filter):
+    """A user's mistake is told by its sentence alone: no traceback, no exit code below it."""
+
+    told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether Flower is to print ``record``, which may lose its traceback here."""
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, (ConfigError, DataError)):
+            record.msg, record.args, record.exc_info = "%s", (str(error),), None
+            self.told = True
+        return not (self.told and record.getMessage().startswith("Exit Code"))
+
+
+logging.getLogger("flwr").addFilter(Plain())
 
 
 @app.main()

@@ -134,7 +134,9 @@ def run(engine: str, chosen: dict[str, Any], out: Path) -> dict[str, Any]:
     watcher.join()
     if finished.returncode:
         raise SystemExit(f"{engine}: {finished.stdout}{finished.stderr}")
-    events = [json.loads(line) for line in (out / mark / EVENTS).read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (out / mark / EVENTS).read_text(encoding="utf-8").splitlines()
+    ]
     ends = [event["time"] for event in events if event["kind"] == "round"]
     lengths = [b - a for a, b in pairwise(ends)]  # rounds 2, 3, …
     plain, evaluated = lengths[:-LAST_EVALUATED], lengths[-LAST_EVALUATED:]
@@ -211,8 +213,10 @@ def main() -> None:
             }
         )
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "engine.json").write_text(json.dumps(results, indent=1) + "\n")
-        (options.out / "engine.md").write_text(table(results) + "\n")
+        (options.out / "engine.json").write_text(
+            json.dumps(results, indent=1) + "\n", encoding="utf-8"
+        )
+        (options.out / "engine.md").write_text(table(results) + "\n", encoding="utf-8")
     print(table(results))
 
 

@@ -89,7 +89,9 @@ def main() -> None:
 def _write(collected: dict[str, list[list[dict[str, Any]]]], sets: dict[str, str]) -> None:
     results = HERE / "results"
     results.mkdir(exist_ok=True)
-    (results / "first_light.json").write_text(json.dumps(collected, indent=1) + "\n")
+    (results / "first_light.json").write_text(
+        json.dumps(collected, indent=1) + "\n", encoding="utf-8"
+    )
     parts = []
     for conf, summaries in collected.items():
         if summaries:
@@ -102,7 +104,7 @@ def _write(collected: dict[str, list[list[dict[str, Any]]]], sets: dict[str, str
             title = f"### {conf} ({sets[conf]}), {len(summaries)} seeds"
             table = seeds_table(summaries, COLUMNS)
             parts.append(f"{title}\n\n{table}\n\nChosen without labels: {chosen}.\n")
-    (results / "first_light.md").write_text("\n".join(parts))
+    (results / "first_light.md").write_text("\n".join(parts), encoding="utf-8")
 
 
 if __name__ == "__main__":

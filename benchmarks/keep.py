@@ -27,22 +27,24 @@ def keep(run: Path) -> None:
     """Copy a finished run's small files to where results are kept."""
     kept = KEPT / run.name
     kept.mkdir(parents=True, exist_ok=True)
-    settings = json.loads((run / "config.json").read_text())
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
     settings = {name: value for name, value in settings.items() if name not in OF_THIS_MACHINE}
-    events = [json.loads(line) for line in (run / EVENTS).read_text().splitlines()]
+    events = [json.loads(line) for line in (run / EVENTS).read_text(encoding="utf-8").splitlines()]
     events = [event | {"text": event["text"].replace(f"{run.parent}/", "")} for event in events]
     for figures in FIGURES:
         if run != kept:
             shutil.copyfile(run / figures, kept / figures)
-    (kept / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (kept / EVENTS).write_text("".join(json.dumps(event) + "\n" for event in events))
+    (kept / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (kept / EVENTS).write_text(
+        "".join(json.dumps(event) + "\n" for event in events), encoding="utf-8"
+    )
 
 
 def quote(file: Path, text: str) -> None:
     """Put ``text`` between the two marks of ``file``."""
-    before, rest = file.read_text().split(BEGIN)
+    before, rest = file.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
-    file.write_text(f"{before}{BEGIN}\n{text.strip()}\n\n{END}{after}")
+    file.write_text(f"{before}{BEGIN}\n{text.strip()}\n\n{END}{after}", encoding="utf-8")
 
 
 def main() -> None:
@@ -53,7 +55,7 @@ def main() -> None:
         for run in sorted(path.parent for path in folder.absolute().glob("*/summary.json")):
             if is_done(run):
                 keep(run)
-    (KEPT / "compare.md").write_text(report(KEPT))
+    (KEPT / "compare.md").write_text(report(KEPT), encoding="utf-8")
     found = finished(KEPT)
     quote(APP_DIR / "README.md", overview(found))
     quote(APP_DIR / "docs" / "results.md", table(found))

@@ -32,7 +32,7 @@ from pfedgpa_app.results.tables import markdown
 
 def config_of(run: Path) -> Config:
     """The settings that the run in ``run`` had."""
-    kept = json.loads((run / "config.json").read_text())
+    kept = json.loads((run / "config.json").read_text(encoding="utf-8"))
     read = {"", *sections_read(kept["method"]["value"])}
     given = {
         name: entry["value"]

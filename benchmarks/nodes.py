@@ -118,9 +118,12 @@ def main() -> None:
         if failure:
             raise SystemExit(failure)
         folder = Path(out) / "run"
-        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        events = [
+            json.loads(line)
+            for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         rounds = [event["time"] for event in events if event["kind"] == "round"]
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         uploads = sum(json.loads(line)["participated"] for line in lines)
     wanted = options.nodes * options.rounds
     print(f"{options.nodes} SuperNodes, {options.rounds} rounds")

@@ -167,8 +167,8 @@ def main() -> None:
             if not kept.exists():
                 found = Bench(runs[conf, name], options.unheld).everything()
                 with replacing(kept) as new:
-                    new.write_text(json.dumps(found, indent=1))
-            rows.append(cells_of(name, json.loads(kept.read_text())))
+                    new.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            rows.append(cells_of(name, json.loads(kept.read_text(encoding="utf-8"))))
         print(f"\n{conf}: accuracy in % (rank, strength)\n\n{markdown(HEADER, rows)}", flush=True)
 
 

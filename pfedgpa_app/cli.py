@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
+import os
 import shlex
 import signal
 import sys
@@ -12,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from pfedgpa_app import __version__
-from pfedgpa_app.config import APP_DIR, keys, resolve
+from pfedgpa_app.config import APP_DIR, keys, known, require_dataset, resolve
 from pfedgpa_app.engine import LaunchError, StoppedError
 from pfedgpa_app.engine.spawning import Server
-from pfedgpa_app.settings import ConfigError, DataError
+from pfedgpa_app.settings import ConfigError, DataError, shown
 
 YAML = (".yaml", ".yml")
 
 
 def parse_overrides(texts: list[str]) -> dict[str, Any]:
     """``KEY=VALUE`` settings; a value is TOML, and what is not valid TOML is text.
+
+    What a setting that wants text is given is text in any case.
 
     A text may hold several settings, as Flower's --run-config does: ``'seed=1 method="local"'``.
 
@@ -32,9 +36,9 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         for part in _split(text):
             key, found, value = part.partition("=")
-            if not found:
-                raise ConfigError(f"{part!r}: settings are given as KEY=VALUE")
-            settings[key] = _value(key, value)
+            if not found or not key.strip():
+                raise ConfigError(f"{shown(part)}: settings are given as KEY=VALUE")
+            settings[key.strip()] = _value(key.strip(), value)
     return settings
 
 
@@ -42,10 +46,10 @@ def _value(key: str, text: str) -> Any:
     """What a setting's text means: a name like 7 or 2026-11-26 is text where text is wanted."""
     try:
         value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, or a number of thousands of digits
         return text
-    wants_text = key in keys() and keys()[key].type is str
-    return text if wants_text and not isinstance(value, str) else value
+    wants_text = key in keys() and keys()[key].type in (str, tuple[str, ...])
+    return text if wants_text and not isinstance(value, (str, list)) else value
 
 
 def _split(text: str) -> list[str]:
@@ -167,15 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None, server: Server | None = None) -> int:
-    """Run the command.
-
-    Args:
-        server: for a run, one that has been started already.
-
-    Returns:
-        the exit status: 0 done, 1 the run failed, 2 refused.
-    """
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = _parser()
     # settings may stand before and after options, which argparse's subcommands cannot mix
     options, rest = parser.parse_known_args(arguments)
@@ -185,38 +181,28 @@ def main(arguments: list[str] | None = None, server: Server | None = None) -> in
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     else:
         options.settings += rest
+    return options
+
+
+def main(arguments: list[str] | None = None, server: Server | None = None) -> int:
+    """Run the command.
+
+    Args:
+        server: for a run, one that has been started already.
+
+    Returns:
+        the exit status: 0 done, 1 the run failed, 2 refused.
+    """
+    options = _options(arguments)
     # a background job has SIGINT ignored, and SIGTERM must stop what was started, too
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, signal.default_int_handler)
-    if options.command == "settings":
-        _print_settings()
-        return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may have no letter for ±
+        sys.stdout.reconfigure(errors="replace")
     try:
-        if options.command == "keys":
-            return _keys(options)
-        if options.command == "doctor":
-            return _doctor(options)
-        files = [word for word in options.settings if "=" not in word and word.endswith(YAML)]
-        words = [word for word in options.settings if word not in files]
-        if options.command != "sweep":
-            files, words = [], options.settings
-        overrides = parse_overrides(words + getattr(options, "run_config", []))
-        if options.command == "compare":
-            return _compare(overrides, options)
-        if options.command == "tune":
-            return _tune(overrides, options)
-        if options.command == "rehearse":
-            return _rehearse(overrides, options)
-        if options.conf:
-            overrides["conf"] = options.conf
-        if getattr(options, "engine", None):
-            overrides["engine"] = options.engine
-        if options.command == "partition":
-            return _draw_partition(overrides, options.out)
-        if options.command == "sweep":
-            return _sweep(overrides, [Path(file) for file in files], options)
-        _end_with_parent()
-        return _run(overrides, options.app.absolute(), server)
+        status = _carry_out(options, server)
+        sys.stdout.flush()
+        return status
     except (ConfigError, DataError) as error:
         print(f"pfedgpa: {error}", file=sys.stderr)
         return 2
@@ -229,6 +215,16 @@ def main(arguments: list[str] | None = None, server: Server | None = None) -> in
             words = sys.argv[1:] if arguments is None else arguments
             print(f"to go on: {_again(options.command, words, stop.folder)}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError as error:
+        print(f"pfedgpa: there is not enough memory for these settings: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"pfedgpa: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -242,13 +238,44 @@ def _again(command: str, words: list[str], folder: Path) -> str:
     return shlex.join(["pfedgpa", *words])
 
 
-def _print_settings() -> None:
+def _carry_out(options: argparse.Namespace, server: Server | None) -> int:
+    if options.command == "settings":
+        return _print_settings()
+    if options.command == "keys":
+        return _keys(options)
+    if options.command == "doctor":
+        return _doctor(options)
+    files = [word for word in options.settings if "=" not in word and word.endswith(YAML)]
+    words = [word for word in options.settings if word not in files]
+    if options.command != "sweep":
+        files, words = [], options.settings
+    overrides = parse_overrides(words + getattr(options, "run_config", []))
+    if options.command == "compare":
+        return _compare(overrides, options)
+    if options.command == "tune":
+        return _tune(overrides, options)
+    if options.command == "rehearse":
+        return _rehearse(overrides, options)
+    if options.conf:
+        overrides["conf"] = options.conf
+    if getattr(options, "engine", None):
+        overrides["engine"] = options.engine
+    if options.command == "partition":
+        return _draw_partition(overrides, options.out)
+    if options.command == "sweep":
+        return _sweep(overrides, [Path(file) for file in files], options)
+    _end_with_parent()
+    return _run(overrides, options.app.absolute(), server)
+
+
+def _print_settings() -> int:
     for key in keys().values():
         default = "auto" if key.default is None else key.default
         if isinstance(default, tuple):
             default = ",".join(map(str, default))
         choices = f" ({', '.join(key.rules['choices'])})" if key.rules["choices"] else ""
         print(f"{key.name} = {default!r}\n    {key.rules['help']}{choices}")
+    return 0
 
 
 def _draw_partition(overrides: dict[str, Any], out: Path) -> int:
@@ -258,6 +285,7 @@ def _draw_partition(overrides: dict[str, Any], out: Path) -> int:
     from pfedgpa_app.results.plots import partition
 
     config = resolve(overrides).config
+    _check_picture(out)
     try:
         data, splits = load_dataset(config), load_partition(config)
     except ValueError as error:  # a partition that the data do not allow
@@ -269,6 +297,30 @@ def _draw_partition(overrides: dict[str, Any], out: Path) -> int:
     partition(out, counts, data.classes)
     print(f"wrote {out.absolute()}")
     return 0
+
+
+def _check_picture(out: Path) -> None:
+    """Refuse what no picture can be written to."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known_formats = FigureCanvasBase.get_supported_filetypes()
+    if out.suffix.lower().removeprefix(".") not in known_formats:
+        raise ConfigError(
+            f"--out {out}: its ending must be one of .{', .'.join(sorted(known_formats))}"
+        )
+    if os.path.isdir(out):
+        raise ConfigError(f"--out {out}: is a folder; name a file")
+    if not os.path.isdir(out.parent):
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}")
+    if not os.access(out if os.path.exists(out) else out.parent, os.W_OK):
+        raise ConfigError(f"--out {out}: may not be written")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what cannot be made a folder to write to."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder}: nothing can be written there: {there} is no folder of yours")
 
 
 def _run(overrides: dict[str, Any], app: Path, server: Server | None) -> int:
@@ -292,17 +344,24 @@ node-0.pub to the SuperLink)."""
 def _keys(options: argparse.Namespace) -> int:
     from pfedgpa_app.deployment import keys as made
 
-    for name, value in (("--nodes", options.nodes), ("--days", options.days)):
-        if value < 1:
-            raise ConfigError(f"{name} {value}: must be >= 1")
+    _check_number("--nodes", options.nodes, 100_000)
+    _check_number("--days", options.days, 100 * 366)
+    _check_folder(options.folder)
     for path in made.make(options.folder, options.host, options.nodes, options.days):
         print(path)
     return 0
 
 
+def _check_number(option: str, value: int, most: int) -> None:
+    if not 1 <= value <= most:
+        raise ConfigError(f"{option} {value}: must be >= 1 and <= {most}")
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from pfedgpa_app.deployment.doctor import Node, examine
 
+    if options.dataset:
+        require_dataset(options.dataset, "--dataset")
     node = Node(
         dataset=options.dataset,
         data_dir=options.data_dir,
@@ -322,8 +381,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _rehearse(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     from pfedgpa_app.deployment.rehearsal import rehearse
 
-    if options.nodes < 1:
-        raise ConfigError(f"--nodes {options.nodes}: must be >= 1")
+    _check_number("--nodes", options.nodes, 1000)
     rehearse(options.nodes, overrides, options.app.absolute())
     return 0
 
@@ -336,27 +394,50 @@ def _sweep(overrides: dict[str, Any], files: list[Path], options: argparse.Names
     for file in files:
         shared, varied = read(file)
         settings, over = settings | shared, over | varied
-    for text in options.over:
-        key, found, values = text.partition("=")
-        if not found or key not in keys():
-            raise ConfigError(f"--over {text!r}: wants KEY=V1,V2 with a setting's name")
-        over[key] = [parse_overrides([f"{key}={value}"])[key] for value in values.split(",")]
+    over |= _varied(options.over)
     if not over:
         raise ConfigError("nothing to sweep over: give a file with over:, or --over KEY=V1,V2")
-    _check_runs(settings | overrides, options)
     name = files[0].stem if files else "sweep"
     out = options.out or Path("results") / name
+    _check_runs(settings | overrides | over, options, out)
     done = sweep(settings | overrides, over, out, options.app.absolute(), options.jobs)
     return 0 if done else 1
 
 
-def _check_runs(settings: dict[str, Any], options: argparse.Namespace) -> None:
+def _varied(texts: list[str]) -> dict[str, list[Any]]:
+    """What ``--over`` says: {setting: its values}."""
+    over: dict[str, list[Any]] = {}
+    for text in texts:
+        key, _, values = text.partition("=")
+        known(key, "--over")
+        if key in over:
+            raise ConfigError(f"--over {key}: is given twice")
+        over[key] = [_value(key, value) for value in _items(f"--over {key}", values)]
+    return over
+
+
+def _items(option: str, text: str) -> list[str]:
+    items = [item.strip() for item in text.split(",")]
+    if "" in items:
+        raise ConfigError(f"{option} {text!r}: wants at least one value, separated by commas")
+    return items
+
+
+def _check_runs(settings: dict[str, Any], options: argparse.Namespace, out: Path) -> None:
     """Refuse what many runs cannot have."""
     if options.jobs is not None and options.jobs < 1:
         raise ConfigError(f"--jobs {options.jobs}: must be >= 1")
     for key in ("out-dir", "run-name"):
         if key in settings:
             raise ConfigError(f"{key}: many runs' folders are named for them; use --out")
+    _check_folder(out)
+
+
+def _refuse_as_settings(settings: dict[str, Any], options: dict[str, str]) -> None:
+    """Refuse as settings what a command's options say, {setting: option}."""
+    for key, option in options.items():
+        if key in settings:
+            raise ConfigError(f"{key}: use {option}")
 
 
 def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
@@ -364,13 +445,12 @@ def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     from pfedgpa_app.files import write_text
     from pfedgpa_app.sweep import carry_out
 
-    _check_runs(overrides, options)
-    experiments = options.conf.split(",") if options.conf else EXPERIMENTS
-    methods = options.methods.split(",") if options.methods else None
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else None
-    except ValueError as error:
-        raise ConfigError(f"--seeds {options.seeds}: wants whole numbers") from error
+    _check_runs(overrides, options, options.out)
+    varied = {"conf": "--conf", "method": "--methods", "seed": "--seeds"}
+    _refuse_as_settings(overrides, varied)
+    experiments = EXPERIMENTS if options.conf is None else _items("--conf", options.conf)
+    methods = None if options.methods is None else _items("--methods", options.methods)
+    seeds = None if options.seeds is None else _seeds(options.seeds)
     runs = plan(experiments, methods, seeds, overrides, options.out)
     try:
         done = carry_out(runs, options.out, options.app.absolute(), options.jobs)
@@ -381,13 +461,23 @@ def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     return 0 if done else 1
 
 
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in _items("--seeds", text)]
+    except ValueError as error:
+        raise ConfigError(f"--seeds {shown(text)}: wants whole numbers") from error
+
+
 def _tune(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     from pfedgpa_app.tune import tunable, tune
 
-    _check_runs(overrides, options)
-    config = resolve({"conf": options.conf}).config
-    methods = options.methods.split(",") if options.methods else tunable(config)
     out = options.out or Path("results") / f"tune-{Path(options.conf).stem}"
+    _check_runs(overrides, options, out)
+    _refuse_as_settings(overrides, {"conf": "--conf", "method": "--methods"})
+    config = resolve({"conf": options.conf}).config
+    methods = tunable(config)
+    if options.methods is not None:
+        methods = _items("--methods", options.methods)
     # what can be repeated elsewhere: no paths of this machine
     words = [f"--conf {Path(options.conf).stem}", f"--methods {','.join(methods)}"]
     words += [f"{key}={value}" for key, value in overrides.items() if key != "data-dir"]
@@ -401,7 +491,6 @@ def _tune(overrides: dict[str, Any], options: argparse.Namespace) -> int:
 
 def _end_with_parent() -> None:
     """A run that a sweep started stops when the sweep is gone, however it went."""
-    import os
     import threading
     import time
 

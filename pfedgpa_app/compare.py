@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.config import resolve
+from pfedgpa_app.config import require_method, resolve
 from pfedgpa_app.folder import kept_settings
 from pfedgpa_app.methods import METHODS, federation_of, method_class
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
-from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.sweep import Run, Settings, expand
 
 EXPERIMENTS = (
@@ -91,8 +90,8 @@ def plan(
     """
     every = [name for name in METHODS if not method_class(name).is_defence]
     asked = every if methods is None else methods
-    if unknown := [name for name in asked if name not in METHODS]:
-        raise ConfigError(f"no method {', '.join(unknown)}; there are {', '.join(METHODS)}")
+    for name in asked:
+        require_method(name, "--methods")
     chosen = [name for name in METHODS if name in asked]  # a run's name goes by this order
     runs = []
     for seed in dict.fromkeys(SEEDS if seeds is None else seeds):

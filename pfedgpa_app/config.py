@@ -7,9 +7,9 @@ experiment's ``conf/*.yaml``, and ``--run-config``. ``resolve`` says which one w
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,12 +18,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
-
+from pfedgpa_app import yaml_file
 from pfedgpa_app.attacks import ATTACKS, malicious
-from pfedgpa_app.data import DATASET_HELP, is_known_dataset
+from pfedgpa_app.data import DATASET_HELP, DATASETS, NODES, is_known_dataset
 from pfedgpa_app.methods import METHODS, federation_of, method_class
-from pfedgpa_app.settings import LEARNING_RATES, ConfigError, setting
+from pfedgpa_app.settings import LEARNING_RATES, ConfigError, near, setting, shown, user_path
 
 if TYPE_CHECKING:
     from pfedgpa_app.methods.pfedgpa import PFedGPASettings
@@ -36,6 +35,8 @@ PACKAGE = Path(__file__).resolve().parent
 # the app's folder: the doors, conf/ and pyproject.toml, inside the package where it is installed
 INSTALLED = PACKAGE / "app"
 APP_DIR = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent
+MOST_CLIENTS = 1_000_000
+MOST = 2**63 - 1  # as much as NumPy's and Flower's whole numbers hold
 Scalar = str | int | float | bool
 S = TypeVar("S")
 
@@ -61,7 +62,7 @@ class Config:
         "how images are dealt to clients",
         choices=("dominant", "dirichlet", "shards", "iid"),
     )
-    num_clients: int = setting(10, "clients of the federation", low=1)
+    num_clients: int = setting(10, "clients of the federation", low=1, high=MOST_CLIENTS)
     train_per_client: int = setting(600, "training images a client, validation included", low=1)
     test_per_client: int = setting(600, "test images a client", low=1)
     uniform_share: float = setting(
@@ -70,7 +71,7 @@ class Config:
     group_shares: tuple[float, ...] = setting(
         (), "dominant: relative sizes of the hidden groups; empty: all alike", above=0
     )
-    dirichlet_alpha: float = setting(0.5, "dirichlet: concentration", above=0)
+    dirichlet_alpha: float = setting(0.5, "dirichlet: concentration", above=0, high=1e6)
     shards_per_client: int = setting(2, "shards: one-class shards a client", low=1)
     validation_share: float = setting(
         0.1, "share of a client's training images that it keeps for validation", low=0, high=0.9
@@ -228,7 +229,7 @@ def _parse(key: _Key, value: Any, source: str) -> Any:
     """``value`` as the key's type, or a ConfigError that names key, value and what is allowed."""
 
     def refuse(allowed: str) -> ConfigError:
-        return ConfigError(f"{key.name} = {value!r} ({source}): {allowed}")
+        return ConfigError(f"{key.name} = {shown(value)} ({source}): {allowed}")
 
     wanted, auto = key.type, False
     if typing.get_origin(wanted) is types.UnionType:  # int | None: None is "auto"
@@ -244,32 +245,31 @@ def _parse(key: _Key, value: Any, source: str) -> Any:
             raise refuse("wants at least one value, separated by commas")
         return tuple(_parse(dataclasses.replace(key, type=item), i, source) for i in items)
 
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if wanted is bool:
         if not isinstance(value, bool):
             raise refuse("wants true or false")
     elif wanted is str:
         if not isinstance(value, str):
-            raise refuse("wants text")
+            raise refuse("wants text; put it in quotes")
+        if "\0" in value:
+            raise refuse("must not hold a NUL character")
     else:
-        if isinstance(value, str):  # an item of a comma-separated list
-            try:
-                value, number = float(value), True
-            except ValueError:
-                pass
-        whole = number and float(value).is_integer()
-        if not number or not math.isfinite(value) or (wanted is int and not whole):
+        number = _number(value, wanted)
+        if number is None:
             kind = "a whole number" if wanted is int else "a number"
             raise refuse(f"wants {kind}" + (' or "auto"' if auto else ""))
-        value = wanted(value)
+        value = number
         low, high, above = (key.rules[k] for k in ("low", "high", "above"))
+        if wanted is int and value > MOST:
+            high = min(high, MOST)
         if not low <= value <= high or value <= above:
-            bounds = [f"> {above:g}"] if above > -math.inf else []
-            bounds += [f">= {low:g}"] if low > -math.inf else []
-            bounds += [f"<= {high:g}"] if high < math.inf else []
+            bounds = [f"> {above}"] if above > -math.inf else []
+            bounds += [f">= {low}"] if low > -math.inf else []
+            bounds += [f"<= {high}"] if high < math.inf else []
             raise refuse("must be " + " and ".join(bounds))
-    if key.rules["choices"] and value not in key.rules["choices"]:
-        raise refuse("must be one of " + ", ".join(key.rules["choices"]))
+    choices = key.rules["choices"]
+    if choices and value not in choices:
+        raise refuse(f"must be one of {', '.join(choices)}{near(value, choices)}")
     return value
 
 
@@ -280,6 +280,20 @@ def check_section(method: str, values: Any) -> None:
         _parse(key, getattr(values, field), type(values).__name__)
 
 
+def _number(value: Any, wanted: type[int] | type[float]) -> int | float | None:
+    """``value`` as the finite number that is wanted, if it is one or, in a list, its text."""
+    if isinstance(value, bool):
+        return None
+    if wanted is int and isinstance(value, int):
+        return value  # it may be longer than a float's range
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    whole = wanted is float or number.is_integer()
+    return wanted(number) if math.isfinite(number) and whole else None
+
+
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -288,12 +302,24 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{name}", value
 
 
-def _known(name: str, source: str) -> _Key:
+def flat(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """``values`` with ``pfedgpa.rank: 5`` for ``pfedgpa: {rank: 5}``.
+
+    Raises:
+        ConfigError: a setting is there in both ways.
+    """
+    found: dict[str, Any] = {}
+    for name, value in _flatten(values):
+        if name in found:
+            raise ConfigError(f"{name} ({source}): is given twice")
+        found[name] = value
+    return found
+
+
+def known(name: str, source: str) -> _Key:
     if name not in keys():
-        near = difflib.get_close_matches(name, keys(), n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(
-            f"{name} ({source}): no such setting{hint} All settings: pfedgpa settings"
+            f"{name} ({source}): no such setting{near(name, keys())} All settings: pfedgpa settings"
         )
     return keys()[name]
 
@@ -304,16 +330,35 @@ def package_of(app: Path) -> Path:
     return own if own.is_dir() else PACKAGE
 
 
+def require_dataset(name: str, source: str) -> None:
+    """Refuse a ``name`` that no data set has."""
+    if not is_known_dataset(name):
+        raise ConfigError(
+            f"{source}: no data set {name!r}{near(name, (*DATASETS, NODES))} "
+            f"There are {DATASET_HELP}"
+        )
+
+
+def require_method(name: str, source: str) -> None:
+    """Refuse a ``name`` that no method has."""
+    if name not in METHODS:
+        raise ConfigError(
+            f"{source}: no method {name!r}{near(name, METHODS)} Methods: {', '.join(METHODS)}"
+        )
+
+
 def conf_path(conf: str) -> Path:
     """The YAML file that ``conf`` names: in the app's conf/ or a path of the user's."""
-    path = Path(conf).expanduser()
+    path = user_path(conf)
     if path.suffix not in (".yaml", ".yml"):
         path = APP_DIR / "conf" / f"{conf}.yaml"
-    elif not path.is_absolute() and not path.exists():
+    elif not path.is_absolute() and not os.path.exists(path):
         path = APP_DIR / path
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in (APP_DIR / "conf").glob("*.yaml")))
-        raise ConfigError(f"conf = {conf!r}: no file {path}; experiments here: {names}")
+    if not os.path.isfile(path):  # a name that is too long is no file, either
+        names = sorted(p.stem for p in (APP_DIR / "conf").glob("*.yaml"))
+        raise ConfigError(
+            f"conf = {conf!r}: no file {path}{near(conf, names)} Experiments: {', '.join(names)}"
+        )
     return path
 
 
@@ -322,13 +367,7 @@ def _conf_layers(conf: str, above: tuple[Path, ...] = ()) -> list[tuple[str, dic
     path = conf_path(conf)
     if path in above:
         raise ConfigError(f"{path}: builds on itself by its `conf`")
-    try:
-        loaded = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: must map settings to values")
-    values = dict(_flatten(loaded))
+    values = flat(yaml_file.read(path), str(path))
     base = values.pop("conf", None)
     below = _conf_layers(str(base), (*above, path)) if base else []
     return [*below, (path.name, values)]
@@ -386,14 +425,14 @@ def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
     """
     overrides = {k: v for k, v in _flatten(run_config or {}) if v != ""}
     for name in overrides:
-        _known(name, "run-config")
+        known(name, "run-config")
     files = _conf_layers(str(overrides.get("conf", keys()["conf"].default)))
 
     values: dict[str, Any] = {name: key.default for name, key in keys().items()}
     sources = dict.fromkeys(keys(), "default")
     for source, layer in (*files, ("run-config", overrides)):
         for name, value in layer.items():
-            values[name] = _parse(_known(name, source), value, source)
+            values[name] = _parse(known(name, source), value, source)
             sources[name] = source
 
     def made(kind: type[S], prefix: str = "", **more: Any) -> S:
@@ -434,12 +473,10 @@ def _refuse_idle(config: Config, overrides: Mapping[str, Any]) -> None:
 def _check(config: Config) -> None:
     """Refuse what each value alone cannot show."""
     for name in config.method:
-        if name not in METHODS:
-            raise ConfigError(f"method = {name!r}: must be one of {', '.join(METHODS)}")
+        require_method(name, "method")
     if len(set(config.method)) < len(config.method):
         raise ConfigError(f"method = {','.join(config.method)}: names a method twice")
-    if not is_known_dataset(config.dataset):
-        raise ConfigError(f"dataset = {config.dataset!r}: must be {DATASET_HELP}")
+    require_dataset(config.dataset, "dataset")
     others = {m: f for m in config.method if (f := federation_of(m, config)) != "fedavg"}
     if config.uploads and others:
         raise ConfigError(

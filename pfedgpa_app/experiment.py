@@ -33,7 +33,7 @@ from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import SUMMARY, RunLog, is_done, mean
 from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
 from pfedgpa_app.roster import Roster
-from pfedgpa_app.settings import ConfigError
+from pfedgpa_app.settings import ConfigError, user_path
 from pfedgpa_app.strategy import FinalScore, Personalised, ways
 from pfedgpa_app.training import bfloat16_is_emulated, device_for
 
@@ -84,7 +84,7 @@ def warm_start(path: Path, initial: Weights) -> Weights:
         ConfigError: it cannot be read, or was learned from another network's weights.
     """
     try:
-        start = saved.load(path.expanduser().absolute())
+        start = saved.load(user_path(path).absolute())
     except ValueError as error:
         raise ConfigError(f"start-from = {str(path)!r}: {error}") from error
     mean = start.layout.unflatten(start.anchor)
@@ -293,7 +293,7 @@ class _Run:
         if going:
             strategy.go_on(going["costs"], going["round"])
         if self.config.uploads:
-            path = Path(self.config.uploads).expanduser().absolute()
+            path = user_path(self.config.uploads).absolute()
             state, costs = uploads.load(path, state, self.resolved)
             strategy.go_on(costs)
         elif strategy.done < rounds:

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -38,18 +39,33 @@ def checksum(path: Path) -> int:
     return zlib.crc32(path.read_bytes())
 
 
+@contextmanager
+def _opened(path: Path, file_format: str) -> Iterator[tuple[Any, dict[str, str]]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != file_format:
+                raise ValueError(f"format {metadata.get('format')!r}, not {file_format}")
+            yield file, metadata
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot be read: {error}") from error
+
+
+def read_metadata(path: Path, file_format: str) -> dict[str, str]:
+    """What a file of ours says of itself.
+
+    Raises:
+        ValueError: no such file, another format, or one that has been cut.
+    """
+    with _opened(path, file_format) as (_, metadata):
+        return metadata
+
+
 def read_tensors(path: Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a file of ours.
 
     Raises:
-        ValueError: no such file, or another format.
+        ValueError: no such file, another format, or one that has been cut.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot be read: {error}") from error
-    if metadata.get("format") != file_format:
-        raise ValueError(f"format {metadata.get('format')!r}, not {file_format}")
-    return tensors, metadata
+    with _opened(path, file_format) as (file, metadata):
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118

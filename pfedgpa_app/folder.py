@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from pfedgpa_app.config import Config, Resolved, differences
 from pfedgpa_app.results.log import EVENTS, Records, last_event
-from pfedgpa_app.settings import ConfigError
+from pfedgpa_app.settings import ConfigError, user_path
 
 CONFIG, LOG, LOCK = "config.json", "flower.log", ".lock"
 _BEFORE = {LOG, LOCK}  # what is there before the settings
@@ -96,7 +96,7 @@ def run_folder(resolved: Resolved) -> Path:
     config = resolved.config
     if config.resume and not config.run_name:
         raise ConfigError("resume = true: give the run-name of the run that is to go on")
-    out = Path(config.out_dir).expanduser().absolute()
+    out = user_path(config.out_dir).absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
         folder = _named(out, config.run_name) if config.run_name else _new(out, config)

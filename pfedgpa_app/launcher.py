@@ -17,8 +17,9 @@ from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.engine.spawning import Server
 from pfedgpa_app.experiment import initial_weights
 from pfedgpa_app.folder import LOG, is_running, run_folder, running
+from pfedgpa_app.results import uploads
 from pfedgpa_app.results.log import EVENTS, Records, clock, is_done, say
-from pfedgpa_app.settings import ConfigError
+from pfedgpa_app.settings import ConfigError, user_path
 
 
 class Patience:
@@ -118,8 +119,10 @@ def preflight(config: Config) -> None:
     try:
         initial_weights(config, load_schema(config))
         load_partition(config)
-        if config.uploads and not Path(config.uploads).expanduser().is_file():
+        if config.uploads and not user_path(config.uploads).is_file():
             raise ConfigError(f"uploads = {config.uploads!r}: no such file")
+        if config.uploads:
+            uploads.described(user_path(config.uploads))
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -154,11 +157,11 @@ def launch(
         "engine": engine,
         "data-dir": str(resolve_data_dir(config.data_dir, config.dataset)),
     }
-    if (conf := Path(str(settings.get("conf", "demo"))).expanduser()).is_file():
+    if (conf := user_path(str(settings.get("conf", "demo")))).is_file():
         settings["conf"] = str(conf.absolute())
     for name, path in (("start-from", config.start_from), ("uploads", config.uploads)):
         if path:
-            settings[name] = str(Path(path).expanduser().absolute())
+            settings[name] = str(user_path(path).absolute())
     folder = run_folder(resolve(settings))
     if is_done(folder):
         console.print(f"nothing is left to do: results are in {folder}", soft_wrap=True)

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 
 from pfedgpa_app.files import replacing
 from pfedgpa_app.models import Weights
+from pfedgpa_app.settings import user_path
 
 
 def _folder(context: Context, asked: Mapping[str, Any]) -> Path | None:
     folder: Any = context.node_config.get("state-dir") or asked.get("state-dir")
-    return Path(str(folder)).expanduser() / f"run-{asked['run']}" if folder else None
+    return user_path(str(folder)) / f"run-{asked['run']}" if folder else None
 
 
 def _kept(folder: Path | None, key: str) -> list[Path]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 LEARNING_RATES = (0.02, 0.05, 0.1)  # that `pfedgpa tune` tries
@@ -15,6 +19,26 @@ class ConfigError(ValueError):
 
 class DataError(RuntimeError):
     """The data are absent or unusable; the text tells the user what to do."""
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence that refuses ``name``: the one of ``names`` that may be meant."""
+    found = difflib.get_close_matches(name.lower(), list(names), n=1)
+    return f"; did you mean {found[0]}?" if found else "."
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as users write it, ``~`` for their home; ``~nobody`` stays, for want of a home."""
+    return Path(os.path.expanduser(text))
+
+
+def shown(value: Any) -> str:
+    """A user's value as a sentence repeats it, not at any length."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def setting(

@@ -20,15 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
 from joblib import cpu_count
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
+from pfedgpa_app import yaml_file
 from pfedgpa_app.checkpoint import MANIFEST
-from pfedgpa_app.config import Config, Resolved, differences, resolve
+from pfedgpa_app.config import Config, Resolved, differences, flat, known, resolve
 from pfedgpa_app.engine import PARENT, StoppedError, engine_for
 from pfedgpa_app.experiment import CHECKPOINT, federations
 from pfedgpa_app.files import write_text
@@ -60,16 +60,15 @@ def read(path: Path) -> tuple[Settings, dict[str, list[Any]]]:
     Raises:
         ConfigError: no such file, or another form.
     """
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from error
-    if not isinstance(loaded, dict) or loaded.keys() - {"settings", "over"}:
-        raise ConfigError(f"{path}: wants settings: and over:, and nothing else")
+    loaded = yaml_file.read(path)
     settings, over = loaded.get("settings") or {}, loaded.get("over") or {}
+    if loaded.keys() - {"settings", "over"}:
+        raise ConfigError(f"{path}: wants settings: and over:, and nothing else")
     if not isinstance(settings, dict) or not isinstance(over, dict):
         raise ConfigError(f"{path}: settings: and over: must map settings to values")
+    settings, over = flat(settings, f"{path}: settings"), flat(over, f"{path}: over")
     for key, values in over.items():
+        known(key, f"{path}: over")
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{path}: over: {key}: wants a list of values")
     return settings, over

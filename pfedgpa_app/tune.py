@@ -8,14 +8,14 @@ would be many. A best value at an end of its grid has the search go on beyond th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from rich.console import Console
 
-from pfedgpa_app.config import PACKAGE, Config, conf_path, keys
+from pfedgpa_app.config import PACKAGE, Config, conf_path, flat, keys, require_method
 from pfedgpa_app.files import write_text
 from pfedgpa_app.folder import kept_settings
 from pfedgpa_app.methods import METHODS, federation_of, method_class
@@ -73,8 +73,10 @@ def tune(
             f"package: copy {path} to a folder of yours and give the copy's path as --conf"
         )
     for method in methods:
-        if method not in METHODS or not main_settings(method):
-            raise ConfigError(f"tune: {method} is no method with settings to choose")
+        require_method(method, "--methods")
+        if not main_settings(method):
+            raise ConfigError(f"--methods: {method} has no settings to choose")
+    _refuse_in_sections(path, methods)
     if "fedavg" in methods and len(methods) > 1:  # its learning rate is the others' default
         rest = [method for method in methods if method != "fedavg"]
         first = tune(conf, ["fedavg"], settings, out, app, jobs, command, console)
@@ -106,12 +108,12 @@ def tune(
             if not score(best):
                 raise ConfigError(f"tune: no run of {method} came to its end; see {out}")
             chosen[method][key] = best.varied[key]
-    flat = {key: value for own in chosen.values() for key, value in own.items()}
-    _keep(path, flat, command)
+    found_best = {key: value for own in chosen.values() for key, value in own.items()}
+    _keep(path, found_best, command)
     beside = path.with_suffix(".search.md")
     earlier = beside.read_text(encoding="utf-8") if beside.exists() else ""
     write_text(beside, merged(earlier, _report(out, conf, command)))
-    return flat
+    return found_best
 
 
 def next_beyond(tried: Sequence[tuple[Any, Any]]) -> float | None:
@@ -144,10 +146,25 @@ def _possible(base: Settings, over: dict[str, list[Any]], out: Path) -> list[Run
         return []
 
 
+def _without(text: str, names: Collection[str]) -> str:
+    """YAML ``text`` without the lines that set ``names``."""
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if line.partition(":")[0].rstrip() not in names)
+
+
+def _refuse_in_sections(path: Path, methods: Sequence[str]) -> None:
+    """Refuse an experiment that has what is to be written inside a section."""
+    chosen = {name for method in methods for name in main_settings(method)}
+    text = path.read_text(encoding="utf-8").partition(MARK)[0]
+    above = flat(yaml.safe_load(_without(text, chosen)) or {}, str(path))
+    if twice := sorted(chosen & above.keys()):
+        raise ConfigError(f"{path}: has {', '.join(twice)}, which tune is to choose; take it out")
+
+
 def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:
     """Write ``chosen`` below the marks, one a command, keeping what earlier ones chose."""
     text, mark, below = path.read_text(encoding="utf-8").partition(MARK)
-    earlier = mark + below
+    text, earlier = _without(text, chosen), mark + below
     marks = [line for line in earlier.splitlines() if line.startswith(MARK)]
     marks = list(dict.fromkeys([*marks, MARK + command]))
     block = yaml.safe_dump((yaml.safe_load(earlier) or {}) | dict(chosen), sort_keys=False)

@@ -205,6 +205,19 @@ class TestTune:
         assert yaml.safe_load(text)["fedprox.mu"] == 0.01
         assert yaml.safe_load(text)["num-clients"] == 4
 
+    def test_a_value_of_the_users_own_is_replaced(self, experiment: Path) -> None:
+        experiment.write_text("num-clients: 4\nlearning-rate: 0.5  # a guess\n")
+        tune._keep(experiment, {"learning-rate": 0.1}, "a command")
+        config = resolve({"conf": str(experiment)}).config  # no setting is there twice
+        assert (config.learning_rate, config.num_clients) == (0.1, 4)
+
+    def test_a_section_with_what_is_to_be_chosen_is_refused(
+        self, experiment: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        experiment.write_text("fedprox: {mu: 0.5}\n")
+        assert cli.main(["tune", "--conf", str(experiment), "--methods", "fedprox"]) == 2
+        assert "has fedprox.mu, which tune is to choose" in capsys.readouterr().err
+
     def test_reports_of_other_commands_stay(self) -> None:
         first, second = "Made by `a`.\n\n| 1 |\n", "Made by `b`.\n\n| 2 |\n"
         both = tune.merged(first, second)

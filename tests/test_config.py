@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import logging
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import server_app
 from pfedgpa_app import cli
 from pfedgpa_app.config import APP_DIR, keys, resolve
 from pfedgpa_app.diffusion.fit import FitSettings
 from pfedgpa_app.methods import METHODS, federation_of, method_class
 from pfedgpa_app.methods.pfedgpa import PFedGPASettings
+from pfedgpa_app.models import build
+from pfedgpa_app.randomness import numpy_generator, torch_generator
 from pfedgpa_app.settings import ConfigError
 
 
@@ -78,10 +86,19 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("settings", "words"),
         [
-            ({"method": "fedsvg"}, ["method", "fedsvg", "fedavg"]),
+            ({"method": "fedsvg"}, ["method", "fedsvg", "did you mean fedavg?"]),
             ({"method": "fedavg,fedavg"}, ["method", "twice"]),
             ({"dataset": "imagenet"}, ["dataset", "imagenet", "fashion-mnist"]),
-            ({"learning-rat": 0.1}, ["learning-rat", "did you mean learning-rate"]),
+            ({"dataset": "fashon-mnist"}, ["dataset", "did you mean fashion-mnist?"]),
+            ({"engine": "proces"}, ["engine", "did you mean process?"]),
+            ({"conf": "Demo"}, ["conf", "did you mean demo?"]),
+            ({"learning-rat": 0.1}, ["learning-rat", "did you mean learning-rate?"]),
+            ({"zzz": 1}, ["zzz", "no such setting. All settings: pfedgpa settings"]),
+            ({"seed": 2**63}, ["seed", "<= 9223372036854775807"]),
+            ({"seed": 10**400}, ["seed", "…", "<= 9223372036854775807"]),
+            ({"learning-rate": 10**400}, ["learning-rate", "wants a number"]),
+            ({"num-clients": 10**12}, ["num-clients", "<= 1000000"]),
+            ({"dirichlet-alpha": 1e300}, ["dirichlet-alpha", "<= 1000000"]),
             ({"learning-rate": 0}, ["learning-rate", "0", "> 0"]),
             ({"learning-rate": float("nan")}, ["learning-rate", "number"]),
             ({"num-server-rounds": 2.5}, ["num-server-rounds", "2.5", "whole number"]),
@@ -123,14 +140,54 @@ class TestRefusals:
         assert words[0] in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
 
-    def test_bad_yaml(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (b"a: [1,", "line 1: not valid YAML"),
+            (b"- 1", "must map settings"),
+            (b"text", "must map settings"),
+            ("method: é".encode("latin-1"), "is not text in UTF-8"),
+            ("method: fedavg".encode("utf-16"), "is not text in UTF-8"),
+            (b"a: &a [*a]", "line 1: not valid YAML: found unconstructable recursive node"),
+            (b"&a\nmethod: *a", "recursive"),
+            (b"a: " + b"[" * 5000, "nested too deeply"),
+            (b"seed: " + b"9" * 400, "must be >= 0 and <= 9223372036854775807"),
+            (b"seed: " + b"9" * 5000, "a value cannot be read"),
+            (b"seed: 2026-11-26", "wants a whole number"),
+            (b"run-name: 2026-13-45", "a value cannot be read"),
+            (b"run-name: 2026-11-26", "wants text; put it in quotes"),
+            (b'out-dir: "a\\0b"', "NUL"),
+            (b"seed:", "seed = None"),
+            (b"1: 2", "no such setting"),
+            (b"[1, 2]: 3", "a key must be text"),
+            (b"seed: !!python/object:os.system 1", "not valid YAML"),
+            (b"seed: 1\nmethod: local\nseed: 2", "line 3: not valid YAML: seed stands here and in"),
+            (b"pfedgpa: {rank: 1, rank: 2}", "rank stands here and in line 1"),
+            (b"pfedgpa.rank: 1\npfedgpa: {rank: 2}", "pfedgpa.rank .* is given twice"),
+        ],
+        ids=lambda value: repr(value)[:30],
+    )
+    def test_bad_yaml(self, content: bytes, words: str, tmp_path: Path) -> None:
         conf = tmp_path / "bad.yaml"
-        conf.write_text("a: [1,")
-        with pytest.raises(ConfigError, match="not valid YAML"):
+        conf.write_bytes(content)
+        with pytest.raises(ConfigError, match=words) as refusal:
             resolve({"conf": str(conf)})
-        conf.write_text("- 1")
-        with pytest.raises(ConfigError, match="must map settings"):
-            resolve({"conf": str(conf)})
+        assert "bad.yaml" in str(refusal.value)
+
+    @pytest.mark.parametrize("conf", [".", "folder.yaml", "~nobody/x.yaml", "\0", "x" * 300])
+    def test_no_yaml_at_all(
+        self, conf: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "folder.yaml").mkdir()
+        with pytest.raises(ConfigError, match=r"no file .*Experiments: .*demo"):
+            resolve({"conf": conf})
+
+    def test_a_run_can_have_the_largest_seed(self) -> None:
+        seed = resolve({"seed": 2**63 - 1}).config.seed
+        build("digits", 10, seed)
+        torch_generator(seed, "sample").initial_seed()
+        assert numpy_generator(seed, "sample").random() < 1
 
     def test_absent_data_and_unfit_images(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -182,7 +239,126 @@ class TestCommandLine:
         printed = capsys.readouterr().out
         assert all(f"{key} = " in printed for key in keys())
 
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ["run", "="],
+            ["run", "method"],
+            ["run", "method=,"],
+            ["run", "seed=" + "9" * 5000],
+            ["run", "seed=" + "[" * 3000],
+            ["run", "start-from=~nobody/x"],
+            ["run", "start-from=file"],
+            ["run", "uploads=file", "method=fedavg"],
+            ["run", "data-dir=~nobody", "dataset=cifar10"],
+            ["sweep"],
+            ["sweep", "nowhere.yaml"],
+            ["sweep", "folder.yaml"],
+            ["sweep", "--over", ""],
+            ["sweep", "--over", "seed"],
+            ["sweep", "--over", "seed=,"],
+            ["sweep", "--over", "seed=" + "9" * 5000],
+            ["sweep", "--over", "seed=1", "--over", "seed=2"],
+            ["sweep", "--over", "seed=1", "--out", "file"],
+            ["sweep", "--over", "seed=1", "--out", "file/below"],
+            ["sweep", "--over", "run-name=a,b"],
+            ["compare", "--methods", ""],
+            ["compare", "--methods", "fedsvg"],
+            ["compare", "--seeds", ","],
+            ["compare", "--seeds", "9" * 5000],
+            ["compare", "--seeds", "-1"],
+            ["compare", "--conf", ""],
+            ["compare", "--conf", "demo,"],
+            ["compare", "--out", "file"],
+            ["compare", "seed=1"],
+            ["tune", "--conf", "folder.yaml"],
+            ["tune", "--conf", "demo", "--methods", "pfedgpa,"],
+            ["tune", "--conf", "demo", "--methods", "fedavg", "--out", "file"],
+            ["tune", "--conf", "demo", "method=fedavg"],
+            ["keys", "file", "--host", "localhost", "--nodes", "1"],
+            ["keys", "k", "--host", "a b", "--nodes", "1"],
+            ["keys", "k", "--host", "", "--nodes", "1"],
+            ["keys", "k", "--host", "localhost", "--nodes", "9" * 400],
+            ["keys", "k", "--host", "localhost", "--nodes", "1", "--days", "99999999"],
+            ["rehearse", "--nodes", "0"],
+            ["doctor", "--dataset", "x"],
+        ],
+        ids=lambda words: " ".join(words)[:50],
+    )
+    def test_a_users_mistake_gets_a_sentence(
+        self,
+        command: list[str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "folder.yaml").mkdir()
+        (tmp_path / "file").write_text("no folder")
+        assert cli.main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("pfedgpa: ")
+        assert {path.name for path in tmp_path.iterdir()} == {"folder.yaml", "file"}
+
+    def test_a_terminal_without_our_letters(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr("sys.stdout", ascii_only)
+        monkeypatch.setattr("pfedgpa_app.cli._run", lambda *_: print("80.0 ± 1.0") or 0)
+        assert cli.main(["run"]) == 0
+        ascii_only.seek(0)
+        assert ascii_only.read() == "80.0 ? 1.0\n"
+
+    def test_a_reader_that_has_seen_enough(self) -> None:
+        command = f"{sys.executable} -m pfedgpa_app settings | head -1"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+
+    @pytest.mark.parametrize("out", ["nowhere/p.png", "file/p.png", "folder.png", "p.xyz", "p"])
+    def test_no_picture_is_drawn_for_nothing(
+        self,
+        out: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("pfedgpa_app.data.client.load_dataset", None)  # no work before it
+        (tmp_path / "folder.png").mkdir()
+        (tmp_path / "file").write_text("no folder")
+        assert cli.main(["partition", "--out", out]) == 2
+        assert capsys.readouterr().err.startswith(f"pfedgpa: --out {out}: ")
+
     def test_draws_a_partition(self, tmp_path: Path) -> None:
         picture = tmp_path / "p.png"
         assert cli.main(["partition", "partition=dirichlet", "--out", str(picture)]) == 0
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+class TestPlainFlower:
+    """What ``flwr run`` prints of a user's mistake."""
+
+    def lines(self, error: Exception) -> list[str]:
+        """What Flower's logger prints where the ServerApp raises ``error``."""
+        said = io.StringIO()
+        flower, handler = logging.getLogger("flwr"), logging.StreamHandler(said)
+        flower.addHandler(handler)
+        plain = [f for f in flower.filters if type(f).__name__ == "Plain"]
+        try:
+            flower.error("%s raised an exception", "Simulation", exc_info=error)
+            flower.error("Exit Code: 700\nAn unhandled exception occurred")
+        finally:
+            flower.removeHandler(handler)
+            for one in plain:
+                one.told = False
+        return said.getvalue().splitlines()
+
+    def test_a_wrong_value_is_told_by_its_sentence_alone(self) -> None:
+        context = SimpleNamespace(run_config={"seed": -1})
+        with pytest.raises(ConfigError) as refusal:
+            server_app.main(None, context)  # so the run counts as failed
+        assert self.lines(refusal.value) == ["seed = -1 (run-config): must be >= 0"]
+
+    def test_any_other_error_keeps_its_traceback_and_code(self) -> None:
+        lines = self.lines(RuntimeError("no idea"))
+        assert "RuntimeError: no idea" in lines
+        assert "Exit Code: 700" in lines

@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pfedgpa_app import experiment
 from pfedgpa_app.config import resolve
+from pfedgpa_app.data.client import load_schema
 from pfedgpa_app.diffusion.fit import WeightDistribution
 from pfedgpa_app.diffusion.saved import load
-from pfedgpa_app.experiment import run
+from pfedgpa_app.experiment import initial_weights, run
 from pfedgpa_app.methods.averaging import weighted_mean
 from pfedgpa_app.methods.base import Upload
+from pfedgpa_app.methods.fedavg import FedAvg
+from pfedgpa_app.results import uploads
 from pfedgpa_app.settings import ConfigError
 from pfedgpa_app.strategy import NoUploadsError, check_upload, too_large
 from tests.local_grid import InProcessGrid
@@ -146,6 +150,37 @@ class TestResults:
                 assert summary(one)[name][key] == summary(two)[name][key]
         with pytest.raises(ValueError, match="learning-rate"):
             federate(tmp_path / "3", method=methods, uploads=uploads, learning_rate=0.5)
+
+    def test_damaged_uploads_are_refused(self, tmp_path: Path) -> None:
+        one, _ = federate(tmp_path / "1", method="fedavg", save_uploads=True, num_server_rounds=1)
+        with safe_open(one / "uploads.safetensors", "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        resolved, bad = resolve(SMALL | {"num-server-rounds": 1}), tmp_path / "bad.safetensors"
+        initial = initial_weights(resolved.config, load_schema(resolved.config))
+        state = FedAvg.begin(resolved.config, initial)
+        vectors = tensors["vectors"]
+        bias = tensors["global/fc2.bias"]
+        for change, described in (
+            ({}, {name: text for name, text in metadata.items() if name != "settings"}),
+            ({}, metadata | {"costs": "{}"}),
+            ({}, metadata | {"costs": "[[1]]"}),
+            ({}, metadata | {"settings": "3"}),
+            ({"vectors": vectors * float("nan")}, metadata),
+            ({"vectors": vectors[:, 1:].contiguous()}, metadata),
+            ({"vectors": vectors[1:]}, metadata),
+            ({"vectors": torch.zeros(())}, metadata),
+            ({"clients": tensors["clients"] + 100}, metadata),
+            ({"clients": torch.zeros(())}, metadata),
+            ({"global/fc2.bias": bias * float("inf")}, metadata),
+            ({"global/fc2.bias": bias[1:]}, metadata),
+        ):
+            save_file(tensors | change, bad, described)
+            with pytest.raises(ConfigError, match=r"^uploads = .*bad.*: is (not whole|damaged)"):
+                uploads.load(bad, state, resolved)
+        bad.write_bytes((one / "uploads.safetensors").read_bytes()[:-1])
+        with pytest.raises(ConfigError, match=r"^uploads = .*bad.*: cannot be read"):
+            uploads.load(bad, state, resolved)
 
 
 class TestMethods:

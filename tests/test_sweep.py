@@ -60,7 +60,7 @@ class TestPlan:
             ("over: {seed: 3}", "wants a list"),
             ("seeds: [1]", "wants settings: and over:"),
             ("over: [1]", "must map"),
-            ("{", "cannot be read"),
+            ("{", "not valid YAML"),
         ):
             (tmp_path / "plan.yaml").write_text(text)
             with pytest.raises(ConfigError, match=words):
@@ -236,7 +236,7 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path: Path) -> None:
 
 def test_what_cannot_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
     for arguments, words in (
-        (["--over", "sed=1"], "setting's name"),
+        (["--over", "sed=1"], "did you mean seed?"),
         (["--over", "seed=1,x"], "wants a whole number"),
         ([], "nothing to sweep over"),
         (["--over", "train-per-client=60,90000"], "one client is to hold"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from pfedgpa_app.diffusion.autoencoder import (
@@ -528,3 +529,23 @@ class TestSaved:
         save_file({"anchor": torch.zeros(2)}, tmp_path / "half.safetensors", described)
         with pytest.raises(ValueError, match="is not whole"):
             load(tmp_path / "half.safetensors")
+
+    @pytest.mark.parametrize(
+        ("name", "damaged"),
+        [
+            ("anchor", torch.full((720 + 5,), float("nan"))),
+            ("anchor", torch.zeros(3)),
+            ("latents", torch.zeros(())),
+            ("latents", torch.full((12, 2), float("inf"))),
+        ],
+        ids=["NaN", "another size", "no table", "infinite"],
+    )
+    def test_refuses_damaged_tensors(
+        self, name: str, damaged: torch.Tensor, tmp_path: Path
+    ) -> None:
+        save(distribution(uploads()), tmp_path / "d.safetensors")
+        with safe_open(tmp_path / "d.safetensors", "pt") as file:
+            tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+            save_file(tensors | {name: damaged}, tmp_path / "bad.safetensors", file.metadata())
+        with pytest.raises(ValueError, match=r"is not (whole|finite)"):
+            load(tmp_path / "bad.safetensors")

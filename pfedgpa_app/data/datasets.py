@@ -20,7 +20,7 @@ import numpy as np
 
 from pfedgpa_app.data import EMNIST_SPLITS
 from pfedgpa_app.models import SHAPES
-from pfedgpa_app.settings import DataError
+from pfedgpa_app.settings import DataError, user_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,12 +65,12 @@ def resolve_data_dir(data_dir: str, name: str) -> Path:
     """
     if name.startswith(IMAGEFOLDER) and not _missing(Path.cwd() / _path(name)):
         return Path.cwd()
-    return Path(data_dir or os.environ.get("PFEDGPA_DATA") or "data").expanduser().absolute()
+    return user_path(data_dir or os.environ.get("PFEDGPA_DATA") or "data").absolute()
 
 
 def _path(name: str) -> Path:
     """The path in an ``imagefolder:PATH``; folder / it is itself where it is absolute."""
-    return Path(name.removeprefix(IMAGEFOLDER)).expanduser()
+    return user_path(name.removeprefix(IMAGEFOLDER))
 
 
 def _missing(path: Path) -> Path | None:
@@ -269,8 +269,8 @@ def _pixels(file: Path, size: int) -> np.ndarray:
         ) from error
     except Exception as error:  # Pillow raises all kinds on damaged files
         raise DataError(
-            f"{file}: cannot be read as an image: {str(error) or type(error).__name__}; mend it, or "
-            "remove it"
+            f"{file}: cannot be read as an image: {str(error) or type(error).__name__}; mend it, "
+            "or remove it"
         ) from error
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
@@ -355,9 +355,9 @@ def _stamps(cache: Path) -> str:
 def _stored(cache: Path) -> Dataset | None:
     """The data set in ``cache``; None if it is not there, or any file is not as it was stored."""
     try:
-        if (cache / STAMPS).read_text() != _stamps(cache):
+        if (cache / STAMPS).read_text(encoding="utf-8") != _stamps(cache):
             return None
-        about = json.loads((cache / ABOUT).read_text())
+        about = json.loads((cache / ABOUT).read_text(encoding="utf-8"))
         arrays = {
             name: np.load(cache / f"{name}.npy", mmap_mode="r" if "images" in name else None)
             for name in ARRAYS
@@ -378,8 +378,9 @@ def _store(data: Dataset, cache: Path) -> None:
         building.mkdir(mode=0o700)
         for name in ARRAYS:
             np.save(building / f"{name}.npy", getattr(data, name))
-        (building / ABOUT).write_text(json.dumps({"name": data.name, "classes": data.classes}))
-        (building / STAMPS).write_text(_stamps(building))
+        about = json.dumps({"name": data.name, "classes": data.classes})
+        (building / ABOUT).write_text(about, encoding="utf-8")
+        (building / STAMPS).write_text(_stamps(building), encoding="utf-8")
         with suppress(FileNotFoundError):
             cache.rename(Path(place) / "damaged")
         try:

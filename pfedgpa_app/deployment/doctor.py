@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import os
 import re
 import shutil
 import socket
@@ -13,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -23,7 +21,7 @@ from packaging.requirements import Requirement
 from pfedgpa_app.data.client import schema_of
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.models import network_name
-from pfedgpa_app.settings import DataError
+from pfedgpa_app.settings import DataError, user_path
 
 DISTRIBUTION = "pfedgpa-app"
 _PATIENCE = 10.0  # seconds for a connection
@@ -92,7 +90,7 @@ def data(node: Node) -> str:
 
 def certificate(node: Node) -> str:
     """The authority's certificate."""
-    path = Path(node.certificates).expanduser()
+    path = user_path(node.certificates)
     try:
         found = x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -105,7 +103,7 @@ def certificate(node: Node) -> str:
 
 def key(node: Node) -> str:
     """The node's private key."""
-    path = Path(node.key).expanduser()
+    path = user_path(node.key)
     try:
         found = load_ssh_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
@@ -119,7 +117,7 @@ def key(node: Node) -> str:
 
 def state_dir(node: Node) -> str:
     """Where clients keep their state."""
-    path = Path(node.state_dir).expanduser()
+    path = user_path(node.state_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -142,7 +140,7 @@ def connection(node: Node) -> str:
         with socket.create_connection((host, port), _PATIENCE) as plain:
             if not node.certificates:
                 return f"{node.superlink}: it listens; not encrypted"
-            context = ssl.create_default_context(cafile=os.path.expanduser(node.certificates))
+            context = ssl.create_default_context(cafile=user_path(node.certificates))
             with context.wrap_socket(plain, server_hostname=host) as secure:
                 return f"{node.superlink}: {secure.version()}, a certificate for {host}"
     except ssl.SSLCertVerificationError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import string
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pfedgpa_app.settings import ConfigError
 
 CA, CA_KEY = "ca.crt", "ca.key"
 SERVER, SERVER_KEY = "server.crt", "server.key"
+_IN_HOSTS = {*string.ascii_letters, *string.digits, *"-._:*"}
 Key = ec.EllipticCurvePrivateKey
 
 
@@ -39,6 +41,17 @@ def _name(text: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
 
 
+def _host(text: str) -> str:
+    """A host's name as certificates hold it."""
+    try:
+        host = text.encode("idna").decode()
+    except UnicodeError as error:
+        raise ConfigError(f"--host {text!r}: is no host's name") from error
+    if not host or set(host) - _IN_HOSTS:
+        raise ConfigError(f"--host {text!r}: is no host's name")
+    return host
+
+
 def _address(host: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(host))
@@ -58,8 +71,9 @@ def make(folder: Path, hosts: Sequence[str], nodes: int, days: int = 365) -> lis
         the files, which were not there before.
 
     Raises:
-        ConfigError: one of them was: keys are not replaced unasked.
+        ConfigError: one of them was: keys are not replaced unasked; or what is no host's name.
     """
+    hosts = [_host(host) for host in hosts]
     names = [CA, CA_KEY, SERVER, SERVER_KEY]
     names += [f"node-{i}{end}" for i in range(nodes) for end in ("", ".pub")]
     paths = [folder / name for name in names]
@@ -104,7 +118,7 @@ def make(folder: Path, hosts: Sequence[str], nodes: int, days: int = 365) -> lis
         .sign(authority, hashes.SHA384())
     )
     leaf = (
-        certificate(_name(hosts[0]), server)
+        certificate(_name(hosts[0][:64]), server)  # no more is allowed there
         .add_extension(x509.SubjectAlternativeName([_address(h) for h in hosts]), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(usage(signs_certificates=False), critical=True)

@@ -89,8 +89,8 @@ def rehearse(
 
             if reason := watched(folder, console, config, carry_out):
                 for node in range(nodes):
-                    said = deployment.node_log(node).read_text(errors="replace")
-                    (folder / f"node-{node}.log").write_text(said)
+                    said = deployment.node_log(node).read_text(encoding="utf-8", errors="replace")
+                    (folder / f"node-{node}.log").write_text(said, encoding="utf-8")
                 raise LaunchError(f"{reason}\nFlower's and the nodes' logs are in {folder}")
     say("everything is taken down; nothing is left but the results")
     return folder

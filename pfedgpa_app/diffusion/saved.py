@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pfedgpa_app.diffusion.autoencoder import Autoencoder, LayeredAutoencoder, LinearAutoencoder
-from pfedgpa_app.diffusion.buffer import Layout
+from pfedgpa_app.diffusion.buffer import Layout, finite
 from pfedgpa_app.diffusion.convolutional import (
     ConvolutionalAutoencoder,
     ConvolutionalNetwork,
@@ -57,13 +57,16 @@ def load(path: Path) -> Distribution:
     """The distribution that ``save`` wrote.
 
     Raises:
-        ValueError: no such file, or not one of ours.
+        ValueError: no such file, not one of ours, or damaged.
     """
     tensors, metadata = read_tensors(path, FORMAT)
+    for name, tensor in tensors.items():
+        if not finite(tensor).all():
+            raise ValueError(f"its tensor {name} is not finite")
     try:
         return _from(tensors, json.loads(metadata["distribution"]))
-    except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
-        raise ValueError(f"is not whole: {error}") from error
+    except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"is not whole: {' '.join(str(error).split())}") from error
 
 
 def _from(tensors: Tensors, description: dict[str, object]) -> Distribution:
@@ -71,8 +74,9 @@ def _from(tensors: Tensors, description: dict[str, object]) -> Distribution:
     layout = Layout(
         tuple(name for name, _, _ in listed),
         tuple(torch.Size(shape) for _, shape, _ in listed),
-        tuple(getattr(torch, dtype) for _, _, dtype in listed),
+        tuple(torch.empty(0, dtype=getattr(torch, dtype)).dtype for _, _, dtype in listed),
     )
+    layout.unflatten(tensors["anchor"])  # one number for each of the weights
     given: dict[str, object] = description["settings"]  # type: ignore[assignment]
     settings = FitSettings(**given)  # type: ignore[arg-type]
     autoencoder = _autoencoder(settings, layout, tensors)

@@ -94,7 +94,8 @@ class Flower:
         trust = f'root-certificates = "{self.ca}"' if self.ca else "insecure = true"
         (self.home / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n[superlink.{CONNECTION}]\n'
-            f'address = "127.0.0.1:{self.port}"\n{trust}\n'
+            f'address = "127.0.0.1:{self.port}"\n{trust}\n',
+            encoding="utf-8",
         )
         self.start_superlink()
         return self
@@ -136,7 +137,7 @@ class Flower:
                     return
             except (URLError, OSError):
                 time.sleep(0.1)
-        said = self.log.read_text(errors="replace")[-2000:]
+        said = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
         raise LaunchError(f"Flower's SuperLink did not start:\n{said}")
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
@@ -148,6 +149,7 @@ class Flower:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            errors="replace",
         )
         start = done.stdout.find("{")
         if done.returncode or start < 0:

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from pfedgpa_app.config import NO_PART, Resolved
-from pfedgpa_app.files import read_tensors
+from pfedgpa_app.diffusion.buffer import Layout
+from pfedgpa_app.files import read_metadata, read_tensors
 from pfedgpa_app.methods.fedavg import FedAvgState
 from pfedgpa_app.settings import ConfigError
 
 FILE = "uploads.safetensors"
 FORMAT = "pfedgpa-uploads-1"
+COSTS = ("bytes_up", "bytes_down", "server_seconds")  # what the rounds cost
 # settings that may differ between the run that kept the uploads and the one that takes them
 _FREE = NO_PART | {"method", "device", "evaluate-every", "uploads"}
 _FREE_PREFIXES = ("pfedgpa.", "fine-tune-")
@@ -40,34 +43,61 @@ def save(path: Path, state: FedAvgState, resolved: Resolved, costs: dict[str, fl
     save_file(tensors, path, metadata)
 
 
+def described(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """The settings that made the uploads in ``path``, and what the rounds cost.
+
+    Raises:
+        ConfigError: no such file, another format, or damaged.
+    """
+    try:
+        metadata = read_metadata(path, FORMAT)
+    except ValueError as error:
+        raise _refused(path, str(error)) from error
+    try:
+        costs = json.loads(metadata["costs"])
+        known = {name: float(costs[name]) for name in COSTS}
+        return dict(json.loads(metadata["settings"])), known
+    except KeyError as error:
+        raise _refused(path, f"is not whole: it lacks {error}") from error
+    except (ValueError, TypeError) as error:
+        raise _refused(path, f"is damaged: {error}") from error
+
+
+def _refused(path: Path, why: str) -> ConfigError:
+    return ConfigError(f"uploads = {str(path)!r}: {why}")
+
+
 def load(
     path: Path, state: FedAvgState, resolved: Resolved
 ) -> tuple[FedAvgState, dict[str, float]]:
     """Fill a fresh ``state`` from ``path``; returns it and what the rounds cost.
 
     Raises:
-        ConfigError: no such file, another format, or uploads of a federation with other
-            settings than this run's.
+        ConfigError: no such file, another format, damaged, or uploads of a federation with
+            other settings than this run's.
     """
-    try:
-        tensors, metadata = read_tensors(path, FORMAT)
-    except ValueError as error:
-        raise ConfigError(f"uploads = {str(path)!r}: {error}") from error
-    theirs, ours = json.loads(metadata["settings"]), _fixed(resolved)
-    for name, value in ours.items():
+    theirs, costs = described(path)
+    for name, value in _fixed(resolved).items():
         if theirs.get(name) != value:
-            raise ConfigError(
-                f"uploads = {str(path)!r}: made with {name} = {theirs.get(name)!r}, but this run "
-                f"has {value!r}"
-            )
-    like = state.global_weights
-    state.global_weights = {name: tensors[f"global/{name}"] for name in like}
-    sizes = [tensor.numel() for tensor in like.values()]
-    rows = zip(
-        tensors["rounds"].tolist(), tensors["clients"].tolist(), tensors["vectors"], strict=True
-    )
-    for server_round, client, vector in rows:
-        parts = zip(like.items(), vector.split(sizes), strict=True)
-        state.buffer.add(server_round, client, {n: p.reshape(t.shape) for (n, t), p in parts})
-    costs: dict[str, float] = json.loads(metadata["costs"])
+            there = f"made with {name} = {theirs.get(name)!r}"
+            raise _refused(path, f"{there}, but this run has {value!r}")
+    try:
+        _fill(state, read_tensors(path, FORMAT)[0], resolved.config.num_clients)
+    except KeyError as error:
+        raise _refused(path, f"is not whole: it lacks {error}") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise _refused(path, f"is damaged: {error}") from error
     return state, costs
+
+
+def _fill(state: FedAvgState, tensors: dict[str, Tensor], num_clients: int) -> None:
+    layout = Layout.of(state.global_weights)
+    state.global_weights = {name: tensors[f"global/{name}"] for name in layout.names}
+    if not layout.flatten(state.global_weights).isfinite().all():
+        raise ValueError("the global weights are not finite")
+    clients = tensors["clients"].tolist()
+    if not set(clients) <= set(range(num_clients)):
+        raise ValueError("it has clients that the federation has not")
+    rows = zip(tensors["rounds"].tolist(), clients, tensors["vectors"], strict=True)
+    for server_round, client, vector in rows:
+        state.buffer.add(server_round, client, layout.unflatten(vector))
