@@ -39,7 +39,7 @@ from tests.local_grid import InProcessGrid
 from tests.test_federation import PLAIN, SMALL, federate, records, summary
 
 # they fill the machine: one after the other
-processes = pytest.mark.xdist_group("processes")
+processes = pytest.mark.xdist_group("deployment")
 
 
 @processes

@@ -24,7 +24,7 @@ from tests.test_resume import results
 
 LOST = ("did not answer", "lost its process", "code 5")  # whether Flower or we noticed first
 QUICK = PLAIN | {"evaluate-every": 0}  # every message starts a process that imports torch
-pytestmark = pytest.mark.xdist_group("processes")  # one after the other: they fill the machine
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("faults")]
 
 
 def faulty(folder: Path, faults: dict[str, str]) -> Path:
@@ -91,7 +91,7 @@ def test_clients_that_fall_silent(tmp_path: Path) -> None:
     here, go_on = tmp_path / "here", tmp_path / "go on"
     faults = {"1 1": "exits", "2 1": f"touch {here}", "3 1": f"wait {go_on}"}
     # Flower takes a minute to notice a dead process; on a busy machine the healthy take that, too
-    settings = QUICK | {"method": "fedper", "num-clients": 4, "timeout": 120.0}
+    settings = QUICK | {"method": "fedper", "num-clients": 4, "timeout": 75.0}
     settings |= {"out-dir": str(tmp_path), "run-name": "run", "num-server-rounds": 3}
     folder = tmp_path / "run"
     with Deployment() as deployment:

@@ -92,7 +92,7 @@ def served() -> list[psutil.Process]:
     return servers + sorted(started, key=psutil.Process.create_time)
 
 
-@pytest.mark.xdist_group("processes")
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["worker", "server"])
 def test_a_run_that_stands_still_is_explained_and_ends_when_it_is_told_to(
     who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -10,18 +11,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
 from pfedgpa_app.config import APP_DIR
 from pfedgpa_app.engine import LaunchError, local
 from pfedgpa_app.engine.flower import free_port, processes_of
+from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.launcher import launch
 from tests.test_federation import SMALL, federate, records, summary
 
-pytestmark = pytest.mark.xdist_group("simulation")  # one after the other: Ray fills the machine
+# one after the other: Ray fills the machine
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("simulation")]
 SETTINGS = [f"{key}={value}" for key, value in SMALL.items()]
 LIMIT = 1200  # seconds; a run takes about 30
 
@@ -135,7 +140,7 @@ def test_plain_flwr_run_does_the_same_on_flowers_two_default_nodes(
             os.kill(pid, signal.SIGTERM)
 
 
-@pytest.mark.parametrize(
+FAULTS = pytest.mark.parametrize(
     ("file", "old", "new", "words"),
     [
         (
@@ -159,17 +164,41 @@ def test_plain_flwr_run_does_the_same_on_flowers_two_default_nodes(
     ],
     ids=["ServerApp raises", "ServerApp exits", "every client raises"],
 )
-@pytest.mark.parametrize("engine", ["ray", "process"])
+
+
+@FAULTS
 def test_a_failed_run_says_so_and_exits_with_1(
-    engine: str, tmp_path: Path, file: str, old: str, new: str, words: str
+    tmp_path: Path, file: str, old: str, new: str, words: str
 ) -> None:
     app = broken_app(tmp_path, file, old, new)
-    done = pfedgpa(tmp_path, "--app", str(app), "--engine", engine, "method=fedavg")
+    done = pfedgpa(tmp_path, "--app", str(app), "--engine", "process", "method=fedavg")
     assert done.returncode == 1, done.stdout + done.stderr
     assert words in done.stderr
     assert "flower" in done.stderr.lower()  # where the log is
     if words:
         assert "no idea" in done.stdout + done.stderr
+        assert json.loads((results(tmp_path) / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def simulation() -> Iterator[Simulation]:
+    with Simulation() as flower:
+        yield flower
+
+
+@FAULTS
+def test_so_does_one_under_ray(
+    simulation: Simulation, tmp_path: Path, file: str, old: str, new: str, words: str
+) -> None:
+    app = broken_app(tmp_path, file, old, new)
+    chosen = SMALL | {"engine": "ray", "method": "fedavg", "out-dir": str(tmp_path / "results")}
+    said = io.StringIO()
+    with pytest.raises(LaunchError) as failed:  # for which the command exits with 1
+        launch(chosen, app, Console(file=said, width=1000), simulation)
+    assert words in str(failed.value)
+    assert "flower" in str(failed.value).lower()  # where the log is
+    if words:
+        assert "no idea" in said.getvalue() + str(failed.value)
         assert json.loads((results(tmp_path) / "config.json").read_text())
 
 

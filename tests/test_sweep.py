@@ -17,6 +17,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from pfedgpa_app import cli
 from pfedgpa_app import sweep as sweep_module
 from pfedgpa_app.config import APP_DIR
 from pfedgpa_app.engine import PARENT
@@ -234,7 +235,10 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path: Path) -> None:
     assert "learning-rate = 0.02" in (tmp_path / "out" / "sweep.md").read_text()
 
 
-def test_what_cannot_run_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_what_cannot_run_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for arguments, words in (
         (["--over", "sed=1"], "did you mean seed?"),
         (["--over", "seed=1,x"], "wants a whole number"),
@@ -243,9 +247,8 @@ def test_what_cannot_run_is_refused_before_anything_starts(tmp_path: Path) -> No
         (["--over", "seed=1", "--jobs", "0"], "--jobs 0"),
         (["--over", "seed=1", "run-name=mine"], "use --out"),
     ):
-        done = sweep(tmp_path, *arguments)
-        assert done.returncode == 2, arguments
-        assert words in done.stderr
+        assert cli.main(command(*arguments)[3:]) == 2, arguments
+        assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -19,7 +19,7 @@ import pytest
 from pfedgpa_app.config import APP_DIR, keys
 from tests.test_federation import SMALL, federate, records, summary
 
-pytestmark = pytest.mark.xdist_group("processes")  # one after the other: they fill the machine
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # installed once
 _SCRIPT = "#!{python}\nimport sys\nfrom {module} import {main}\nsys.exit({main}())\n"
 SETTINGS = [f"{key}={value}" for key, value in SMALL.items()]
 
