@@ -2,15 +2,26 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 STAMP := $(VENV)/.installed
 
-.PHONY: run test lint clean
+.PHONY: run test lowest lint clean
 
 run: $(STAMP)
 	$(BIN)/pfedgpa run $(ARGS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 4 --dist loadgroup $(ARGS)
+
+# the lowest versions that pyproject.toml allows: several GB and minutes more
+lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest -n 4 --dist loadgroup $(ARGS)
+
+$(LOWEST)/.installed: pyproject.toml scripts/lowest.py
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) scripts/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable '.[dev]'
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -25,4 +36,4 @@ $(STAMP): pyproject.toml scripts/activate-flower.sh
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .flwr-home
+	rm -rf $(VENV) $(LOWEST) .flwr-home

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from PIL import ExifTags, Image, ImageCms
 
 from pfedgpa_app.config import resolve
@@ -32,6 +34,9 @@ from pfedgpa_app.settings import DataError
 LABELS = np.repeat(np.arange(10), 5000)
 TEST_LABELS = np.repeat(np.arange(10), 1000)
 CLASSES = tuple("abcdefghij")
+PILLOW_13 = pytest.mark.skipif(
+    Version(PIL.__version__) < Version("13"), reason="earlier ones cannot read what they write"
+)
 
 
 def counts(labels: np.ndarray, indices: np.ndarray) -> list[int]:
@@ -320,7 +325,7 @@ class TestDatasets:
             ("CMYK", "jpg", "CMYK", 3),
             ("CMYK", "tif", "CMYK", 3),
             ("YCbCr", "jpg", "RGB", 3),
-            ("YCbCr", "tif", "YCbCr", 3),
+            pytest.param("YCbCr", "tif", "YCbCr", 3, marks=PILLOW_13),
             ("LAB", "tif", "LAB", 3),
         ],
     )
@@ -349,7 +354,6 @@ class TestDatasets:
             ("I;16", "ppm", "I"),
             ("I;16B", "png", "I;16"),
             ("I;16B", "tif", "I;16B"),
-            ("I;16L", "tif", "I;16"),
         ],
     )
     def test_16_bits_are_scaled_to_8(
