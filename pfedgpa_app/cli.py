@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedgpa_app import __version__
-from pfedgpa_app.config import APP_DIR, keys, known, require_dataset, resolve
+from pfedgpa_app.config import APP_DIR, flat, keys, known, require_dataset, resolve
 from pfedgpa_app.engine import LaunchError, StoppedError
 from pfedgpa_app.engine.spawning import Server
 from pfedgpa_app.settings import ConfigError, DataError, shown
@@ -39,7 +39,7 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
             if not found or not key.strip():
                 raise ConfigError(f"{shown(part)}: settings are given as KEY=VALUE")
             settings[key.strip()] = _value(key.strip(), value)
-    return settings
+    return flat(settings, "command line")
 
 
 def _value(key: str, text: str) -> Any:
@@ -362,6 +362,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
     if options.dataset:
         require_dataset(options.dataset, "--dataset")
+    if options.image_size:
+        _check_number("--image-size", options.image_size, 10_000)
     node = Node(
         dataset=options.dataset,
         data_dir=options.data_dir,
@@ -408,7 +410,9 @@ def _varied(texts: list[str]) -> dict[str, list[Any]]:
     """What ``--over`` says: {setting: its values}."""
     over: dict[str, list[Any]] = {}
     for text in texts:
-        key, _, values = text.partition("=")
+        key, found, values = text.partition("=")
+        if not found:
+            raise ConfigError(f"--over {text!r}: wants KEY=V1,V2")
         known(key, "--over")
         if key in over:
             raise ConfigError(f"--over {key}: is given twice")

@@ -69,7 +69,7 @@ class Config:
         0.2, "dominant: share of a client's images uniform over all classes", low=0, high=1
     )
     group_shares: tuple[float, ...] = setting(
-        (), "dominant: relative sizes of the hidden groups; empty: all alike", above=0
+        (), "dominant: relative sizes of the hidden groups; empty: all alike", above=0, high=1e6
     )
     dirichlet_alpha: float = setting(0.5, "dirichlet: concentration", above=0, high=1e6)
     shards_per_client: int = setting(2, "shards: one-class shards a client", low=1)
@@ -124,7 +124,7 @@ class Config:
     fine_tune_epochs: int = setting(1, "epochs of gentle fine-tuning", low=0)
     fine_tune_learning_rate: float = setting(0.002, "gentle fine-tuning's learning rate", above=0)
     fine_tune_grid_epochs: int = setting(
-        0, "tuned fine-tuning tries 1..this many epochs; 0: no tuning", low=0
+        0, "tuned fine-tuning tries 1..this many epochs; 0: no tuning", low=0, high=1000
     )
     fine_tune_grid_learning_rates: tuple[float, ...] = setting(
         (0.001, 0.002, 0.005, 0.02), "learning rates that tuned fine-tuning tries", above=0

@@ -234,6 +234,12 @@ class TestCommandLine:
             "augment": True,
         }
 
+    def test_a_table_of_a_methods_own_settings(self) -> None:
+        assert cli.parse_overrides(["pfedgpa={rank=3, draws=2}"]) == {
+            "pfedgpa.rank": 3,
+            "pfedgpa.draws": 2,
+        }
+
     def test_prints_every_setting(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["settings"]) == 0
         printed = capsys.readouterr().out
@@ -282,6 +288,10 @@ class TestCommandLine:
             ["keys", "k", "--host", "localhost", "--nodes", "1", "--days", "99999999"],
             ["rehearse", "--nodes", "0"],
             ["doctor", "--dataset", "x"],
+            ["doctor", "--dataset", "digits", "--image-size", "-1"],
+            ["run", "pfedgpa={rank=3}", "pfedgpa.rank=4"],
+            ["run", f"group-shares={','.join(['1e308'] * 5)}"],
+            ["run", "fine-tune-grid-epochs=100000000000"],
         ],
         ids=lambda words: " ".join(words)[:50],
     )

@@ -279,6 +279,8 @@ class TestDoctor:
         ("node", "check", "says"),
         [
             ({"dataset": "imagefolder:/nowhere"}, "data", "no folder"),
+            ({"dataset": "nodes"}, "data", "name the data set that this node has of its own"),
+            ({"superlink": f"{'x' * 300}:1"}, "connection", "cannot be reached"),
             ({"superlink": "nowhere"}, "connection", "HOST:PORT"),
             ({"superlink": "127.0.0.1:9"}, "connection", "cannot be reached"),
             ({"key": "/nowhere"}, "key", "no private key"),

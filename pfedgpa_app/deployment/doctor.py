@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from packaging.requirements import Requirement
 
+from pfedgpa_app.data import NODES
 from pfedgpa_app.data.client import schema_of
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.models import network_name
@@ -75,6 +76,8 @@ def packages() -> str:
 
 def data(node: Node) -> str:
     """The node's images."""
+    if node.dataset == NODES:
+        raise NodeError("dataset nodes: name the data set that this node has of its own")
     try:
         found = load(node.dataset, node.data_dir, image_size=node.image_size)
         schema = schema_of(found)
@@ -150,7 +153,7 @@ def connection(node: Node) -> str:
         ) from error
     except ssl.SSLError as error:
         raise NodeError(f"{node.superlink}: does not speak TLS: {error.reason}") from error
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # no host has such a name
         raise NodeError(f"{node.superlink}: cannot be reached: {error}") from error
 
 
