@@ -131,7 +131,8 @@ class TestQuickstart:
         initial = net().state_dict()
         means = []
         for kind in (FedAvg, PFedGPA):
-            strategy = kind(fraction_evaluate=0.0)
+            quick = {"settings": PFedGPASettings(fit_steps=20)} if kind is PFedGPA else {}
+            strategy = kind(fraction_evaluate=0.0, **quick)
             config = ConfigRecord({"lr": 0.1})
             grid = InProcessGrid(RUN, 3, app=app)
             strategy.start(grid, ArrayRecord(initial), 2, train_config=config)

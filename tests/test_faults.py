@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import shutil
@@ -11,14 +12,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from pfedgpa_app.config import APP_DIR
+import client_app
+from pfedgpa_app.config import APP_DIR, resolve
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.engine.flower import stage
+from pfedgpa_app.experiment import run
+from tests.local_grid import InProcessGrid
 from tests.test_federation import PLAIN, federate, records, summary
 from tests.test_resume import results
 
@@ -53,36 +58,72 @@ def warnings(folder: Path) -> list[str]:
     return [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
 
 
-def test_clients_that_send_garbage(tmp_path: Path) -> None:
-    """What two of three nodes send never enters, 2 GiB among it, and the run ends."""
-    faults = {
-        "1": ["raises", "nan", "huge", "shape", "large"],
-        "2": ["names", "replayed", "infinite", "dtype", "empty"],
+# {client: [(what goes wrong in a round, what is said of it)]}
+GARBAGE = {
+    "1": [
+        ("raises", "out of paper"),
+        ("nan", "not finite"),
+        ("huge", "as large as usual"),
+        ("shape", "of shape"),
+    ],
+    "2": [
+        ("names", "missing names"),
+        ("replayed", "of round 1"),
+        ("infinite", "not finite"),
+        ("dtype", "float64"),
+    ],
+    "3": [("empty", "missing names")] * 4,
+}
+# what takes a process and a network: 2 GiB where 400 kB were asked for
+SENT = {"1": [("raises", "out of paper"), ("large", "are enough")]}
+SENT["2"] = [("names", "missing names"), ("replayed", "of round 1")]
+Kinds = dict[str, list[tuple[str, str]]]
+
+
+def by_round(kinds: Kinds) -> dict[str, str]:
+    """As the faulty app wants it: {"CLIENT ROUND": FAULT}."""
+    return {
+        f"{c} {r}": fault for c, all_of in kinds.items() for r, (fault, _) in enumerate(all_of, 1)
     }
-    said = {
-        "1": ["out of paper", "not finite", "as large as usual", "of shape", "are enough"],
-        "2": ["missing names", "of round 1", "not finite", "float64", "missing names"],
-    }
-    settings = QUICK | {"method": "pfedgpa-once", "num-clients": 3, "num-server-rounds": 5}
+
+
+def check_garbage(folder: Path, kinds: Kinds) -> None:
+    """It was named, and nothing of it entered."""
+    for client, all_of in kinds.items():
+        for server_round, (_, what) in enumerate(all_of, 1):
+            start = f"fedavg round {server_round}: client {client} "
+            [found] = [text for text in warnings(folder) if text.startswith(start)]
+            assert what in found
+    took_part = {(r["round"], r["client"]) for r in records(folder) if r["participated"]}
+    assert took_part == {(r, 0) for r in range(1, len(kinds["1"]) + 1)}
+    clients = {r["client"] for r in records(folder, "clients.jsonl")}
+    assert clients == {0, *map(int, kinds)}
+
+
+def test_clients_that_send_garbage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = ModuleType("faults")
+    faults.FAULTS = by_round(GARBAGE)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "faults", faults)
+    monkeypatch.setitem(sys.modules, "honest_client_app", client_app)
+    monkeypatch.delitem(sys.modules, "tests.faulty_client_app", raising=False)
+    app = importlib.import_module("tests.faulty_client_app").app
+    settings = QUICK | {"method": "pfedgpa-once", "num-clients": 4, "num-server-rounds": 4}
+    settings |= {"out-dir": str(tmp_path), "run-name": "run", "pfedgpa.fit-steps": 20}
+    check_garbage(run(InProcessGrid(settings, 4, app=app), resolve(settings)), GARBAGE)
+
+
+def test_clients_that_send_garbage_over_a_network(tmp_path: Path) -> None:
+    settings = QUICK | {"method": "pfedgpa-once", "num-clients": 3, "num-server-rounds": 2}
     settings |= {"out-dir": str(tmp_path), "run-name": "run", "timeout": 600.0}
     with Deployment() as deployment:
         deployment.wait_until_ready()
         for node in range(3):
             deployment.start_node(node)
         deployment.await_nodes()
-        by_round = {f"{c} {r}": fault for c in faults for r, fault in enumerate(faults[c], 1)}
-        run_id = deployment.run(faulty(deployment.home / "app", by_round), settings)
+        run_id = deployment.run(faulty(deployment.home / "app", by_round(SENT)), settings)
         failure = deployment.wait(run_id, tmp_path / "log")
     assert not failure, (tmp_path / "log").read_text()
-    folder = tmp_path / "run"
-    for client, expected in said.items():
-        for server_round, what in enumerate(expected, 1):
-            start = f"fedavg round {server_round}: client {client} "
-            [found] = [text for text in warnings(folder) if text.startswith(start)]
-            assert what in found
-    took_part = {(r["round"], r["client"]) for r in records(folder) if r["participated"]}
-    assert took_part == {(r, 0) for r in range(1, 6)}
-    assert {r["client"] for r in records(folder, "clients.jsonl")} == {0, 1, 2}
+    check_garbage(tmp_path / "run", SENT)
 
 
 def test_clients_that_fall_silent(tmp_path: Path) -> None:
