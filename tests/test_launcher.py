@@ -77,8 +77,8 @@ class TestWatcher:
         assert "nothing has happened" not in console.export_text()
 
     def test_a_run_that_is_done_stays_done(self, tmp_path: Path) -> None:
-        (tmp_path / EVENTS).write_text(json.dumps({"kind": "done", "text": "done"}) + "\n")
         watcher, _ = self.watcher(tmp_path)
+        (tmp_path / EVENTS).write_text(json.dumps({"kind": "done", "text": "done"}) + "\n")
         watcher.look()
         watcher.patience.heard -= 1000.0
         watcher.look()
