@@ -64,7 +64,7 @@ def broken_app(folder: Path, file: str, old: str, new: str) -> Path:
 @pytest.fixture(scope="module")
 def in_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same federation, one client after another in this process."""
-    return federate(tmp_path_factory.mktemp("local"), dataset="digits")[0]
+    return federate(tmp_path_factory.mktemp("local"), dataset="digits", save_uploads=True)[0]
 
 
 @pytest.mark.parametrize("engine", ["ray", "process", "batched"])
@@ -94,7 +94,7 @@ def test_relative_paths_are_the_users(
     tmp_path: Path, in_process: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copy(in_process / "distribution.safetensors", tmp_path / "learned")
-    (tmp_path / "kept").touch()
+    shutil.copy(in_process / "uploads.safetensors", tmp_path / "kept")
     monkeypatch.chdir(tmp_path)
     given = {"start-from": "learned", "uploads": "kept", "method": "fedavg", "engine": "process"}
     sent: dict[str, object] = {}
