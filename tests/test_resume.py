@@ -144,7 +144,7 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     check_same(folder, reference)
 
 
-def test_a_killed_process(tmp_path: Path) -> None:
+def test_a_killed_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL to everything that ``pfedgpa run`` started, at some moment of round 3."""
     settings = SMALL | {"method": "fedper,pfedgpa", "num-server-rounds": 5, "workers": 1}
     words = [f"{key}={value}" for key, value in settings.items()]
@@ -154,7 +154,8 @@ def test_a_killed_process(tmp_path: Path) -> None:
     def run(name: str, *more: str) -> list[str]:
         return [*command, f"out-dir={tmp_path}", f"run-name={name}", *more]
 
-    subprocess.run(run("reference"), env=env, check=True, capture_output=True)
+    how = {"method": "fedper,pfedgpa", "num_server_rounds": 5}
+    reference, _ = federate(tmp_path / "reference", **how)
     process = subprocess.Popen(
         run("killed"), env=env, stdout=subprocess.DEVNULL, start_new_session=True
     )
@@ -166,15 +167,14 @@ def test_a_killed_process(tmp_path: Path) -> None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    refused = subprocess.run(run("killed"), env=env, capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "resume=true" in refused.stderr
+    assert cli.main(run("killed")[3:]) == 2
+    assert "resume=true" in capsys.readouterr().err
     done = subprocess.run(run("killed", "resume=true"), env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "the run goes on after round" in done.stdout
-    check_same(tmp_path / "killed", tmp_path / "reference")
-    again = subprocess.run(run("killed", "resume=true"), env=env, capture_output=True, text=True)
-    assert again.returncode == 0  # nothing is left to do
+    check_same(tmp_path / "killed", reference)
+    assert cli.main(run("killed", "resume=true")[3:]) == 0
+    assert "nothing is left to do" in capsys.readouterr().out
 
 
 class TestRefused:
