@@ -117,17 +117,17 @@ def test_compare_runs_resumes_and_writes(
     experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    words = ["compare", "--conf", str(experiment), "--methods", "fedavg,fedavg-ft,fedper"]
+    words = ["compare", "--conf", str(experiment), "--methods", "fedavg,fedavg-ft"]
     words += ["--out", str(out), "save-weights=false"]
     assert cli.main([*words, "--seeds", "0"]) == 0
     first = {path: path.stat().st_mtime_ns for path in out.glob("*/summary.json")}
-    assert len(first) == 2
+    assert len(first) == 1  # both methods' rounds are the same
     assert cli.main([*words, "--seeds", "0,1"]) == 0
     assert {path: path.stat().st_mtime_ns for path in first} == first
     text = (out / "compare.md").read_text()
     assert text in capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith("| Fed") and "/" not in line]
-    assert [row.split("|")[2].strip() for row in rows] == ["2", "2", "2"]
+    assert [row.split("|")[2].strip() for row in rows] == ["2", "2"]
     assert not list(out.glob("*/weights"))
     assert cli.main(["compare", "--methods", "fedsvg"]) == 2
 
@@ -226,12 +226,6 @@ class TestTune:
             second + "\n" + "Made by `a`.\n\n| 3 |\n"
         )
         assert tune.merged("", first) == first
-
-    def test_really(self, experiment: Path, tmp_path: Path) -> None:
-        words = ["tune", "--conf", str(experiment), "--methods", "fedala"]
-        words += ["--out", str(tmp_path / "out"), "num-server-rounds=1"]
-        assert cli.main(words) == 0
-        assert yaml.safe_load(experiment.read_text())["fedala.layers"] in (1, 2)
 
     def test_nothing_to_choose(self, experiment: Path) -> None:
         assert cli.main(["tune", "--conf", str(experiment), "--methods", "client-mean"]) == 2

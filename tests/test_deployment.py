@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import datetime
+import functools
 import io
 import json
 import re
@@ -75,7 +76,14 @@ def test_deployed_processes_come_to_the_same_numbers(tmp_path: Path) -> None:
 @processes
 def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """TLS, authenticated nodes, data of their own."""
-    words = ["rehearse", f"out-dir={tmp_path}", "run-name=run", "num-server-rounds=1"]
+    words = [
+        "rehearse",
+        "--nodes",
+        "2",
+        f"out-dir={tmp_path}",
+        "run-name=run",
+        "num-server-rounds=1",
+    ]
     words += ["pfedgpa.fit-steps=20", "method=pfedgpa", "evaluate-every=0"]
     assert cli.main(words) == 0
     said = capsys.readouterr().out
@@ -332,14 +340,18 @@ def test_node_config_is_toml(tmp_path: Path) -> None:
     assert json.loads(text.partition("dataset=")[2]) == 'imagefolder:/a "b"/c d'
 
 
+@functools.cache
+def options(command: str) -> set[str]:
+    """Those that one of Flower's commands has."""
+    shown = subprocess.run(
+        [Path(sys.executable).parent / command, "--help"], capture_output=True, text=True
+    ).stdout
+    return set(re.findall(r"--[a-z][a-z-]+", shown))
+
+
+@pytest.mark.xdist_group("options")  # asked for once
 class TestShippedFiles:
     """Units and containers can only be checked against the options that Flower has."""
-
-    def options(self, command: str) -> set[str]:
-        shown = subprocess.run(
-            [Path(sys.executable).parent / command, "--help"], capture_output=True, text=True
-        ).stdout
-        return set(re.findall(r"--[a-z][a-z-]+", shown))
 
     @pytest.mark.parametrize("role", ["superlink", "supernode"])
     def test_units(self, role: str) -> None:
@@ -349,7 +361,7 @@ class TestShippedFiles:
         unit.read_string(text)
         command = unit["Service"]["ExecStart"]
         assert command.split()[0].endswith(f"/flower-{role}")
-        assert set(re.findall(r"--[a-z][a-z-]+", command)) <= self.options(f"flower-{role}")
+        assert set(re.findall(r"--[a-z][a-z-]+", command)) <= options(f"flower-{role}")
 
     def test_compose(self) -> None:
         compose = yaml.safe_load((APP_DIR / "deploy" / "compose.yaml").read_text())
@@ -358,7 +370,7 @@ class TestShippedFiles:
         for name, service in services.items():
             role = "superlink" if name == "superlink" else "supernode"
             given = {word.partition("=")[0] for word in service["command"]}
-            assert given <= self.options(f"flower-{role}")
+            assert given <= options(f"flower-{role}")
             assert service["build"]["args"]["ROLE"] == role
             assert (APP_DIR / "deploy" / service["build"]["context"] / "pyproject.toml").exists()
         for i in range(3):  # each node has its own key, data and number
@@ -390,6 +402,6 @@ class TestShippedFiles:
         for command in ("flower-superlink", "flower-supernode"):
             [line] = [line for line in text.splitlines() if f"{command} --" in line]
             line = line.partition("--node-config '")[0]
-            assert set(re.findall(r"--[a-z][a-z-]+", line)) <= self.options(command)
+            assert set(re.findall(r"--[a-z][a-z-]+", line)) <= options(command)
         for line in re.findall(r"^pfedgpa (keys|doctor)(.*)$", text, re.MULTILINE):
             cli._parser().parse_args([line[0], *line[1].split()])

@@ -149,9 +149,8 @@ class TestQuickstart:
         federation = "num-supernodes=4 client-resources-num-cpus=1"
         with Simulation() as flower:
             flower.wait_until_ready()
-            run_id = flower.run(
-                QUICKSTART, {"out": str(tmp_path)}, "--federation-config", federation
-            )
+            given = {"out": str(tmp_path), "fit-steps": 20}
+            run_id = flower.run(QUICKSTART, given, "--federation-config", federation)
             flower.follow(run_id, tmp_path / "log").wait(timeout=1200)
             status, _ = flower.status(run_id)
         log = (tmp_path / "log").read_text(errors="replace")

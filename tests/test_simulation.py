@@ -18,6 +18,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from pfedgpa_app import cli
 from pfedgpa_app.config import APP_DIR
 from pfedgpa_app.engine import LaunchError, local
 from pfedgpa_app.engine.flower import free_port, processes_of
@@ -110,36 +111,6 @@ def test_relative_paths_are_the_users(
     assert sent["uploads"] == str(tmp_path / "kept")
 
 
-def test_plain_flwr_run_does_the_same_on_flowers_two_default_nodes(
-    tmp_path: Path, in_process: Path
-) -> None:
-    home = tmp_path / "home"
-    env = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "FLWR_HOME": str(home),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
-        "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
-    }
-    try:
-        done = subprocess.run(
-            ["flwr", "run", str(APP_DIR), "--stream", "-c", " ".join(SETTINGS)],
-            cwd=tmp_path,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-        )
-        folder = results(tmp_path)  # in the user's folder, not in a copy of the app
-        assert f"results are in {folder}" in done.stdout + done.stderr
-        assert records(folder) == records(in_process)
-    finally:
-        for pid in processes_of(home):
-            os.kill(pid, signal.SIGTERM)
-
-
 FAULTS = pytest.mark.parametrize(
     ("file", "old", "new", "words"),
     [
@@ -168,15 +139,23 @@ FAULTS = pytest.mark.parametrize(
 
 @FAULTS
 def test_a_failed_run_says_so_and_exits_with_1(
-    tmp_path: Path, file: str, old: str, new: str, words: str
+    tmp_path: Path,
+    file: str,
+    old: str,
+    new: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     app = broken_app(tmp_path, file, old, new)
-    done = pfedgpa(tmp_path, "--app", str(app), "--engine", "process", "method=fedavg")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert words in done.stderr
-    assert "flower" in done.stderr.lower()  # where the log is
+    arguments = ["run", "--app", str(app), "--engine", "process", *SETTINGS, "method=fedavg"]
+    assert cli.main(arguments) == 1
+    said = capsys.readouterr()
+    assert words in said.err
+    assert "flower" in said.err.lower()  # where the log is
     if words:
-        assert "no idea" in done.stdout + done.stderr
+        assert "no idea" in said.out + said.err
         assert json.loads((results(tmp_path) / "config.json").read_text())
 
 
@@ -233,16 +212,14 @@ def test_an_interrupted_ray_run_stops_what_it_started(tmp_path: Path) -> None:
     temporary.rmdir()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_process_run_stops_what_it_started(
-    sign: signal.Signals, tmp_path: Path
-) -> None:
+def test_an_interrupted_process_run_stops_what_it_started(tmp_path: Path) -> None:
+    """By a terminal or a kill: on the user's path (test_user_path.py)."""
     process = started(tmp_path, "process", {})
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 3  # the server and two workers, and Python's own for starting them
-    process.send_signal(sign)
+    process.send_signal(signal.SIGTERM)
     process.communicate()
-    assert process.wait(timeout=600) == (-9 if sign == signal.SIGKILL else 130)
+    assert process.wait(timeout=600) == 130
     deadline = time.monotonic() + 600  # a killed launcher's server notices by itself
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -161,7 +161,9 @@ def sweep(folder: Path, *arguments: str, **settings: Any) -> subprocess.Complete
     )
 
 
-def test_a_sweep_skips_what_is_done_and_repeats_what_was_broken_off(tmp_path: Path) -> None:
+def test_a_sweep_skips_what_is_done_and_repeats_what_was_broken_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = sweep(tmp_path, "--over", "seed=0,1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2/2 done" in done.stdout
@@ -181,16 +183,16 @@ def test_a_sweep_skips_what_is_done_and_repeats_what_was_broken_off(tmp_path: Pa
     assert not is_done(second)
     old = (first / "events.jsonl").stat().st_mtime_ns
     results = (second / "metrics.jsonl").read_text()
-    again = sweep(tmp_path, "--over", "seed=0,1")
-    assert again.returncode == 0
-    assert "1 of 2 runs are done already" in again.stdout
-    assert "demo_seed=0: started" not in again.stdout
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command("--over", "seed=0,1")[3:]) == 0
+    said = capsys.readouterr().out
+    assert "1 of 2 runs are done already" in said
+    assert "demo_seed=0: started" not in said
     assert (first / "events.jsonl").stat().st_mtime_ns == old
     assert is_done(second)
     assert (second / "metrics.jsonl").read_text() == results  # from its start, not appended
-    other = sweep(tmp_path, "--over", "seed=0,1", learning_rate=0.5)
-    assert other.returncode == 2
-    assert "learning-rate = 0.02 there, 0.5 here" in other.stderr
+    assert cli.main(command("--over", "seed=0,1", learning_rate=0.5)[3:]) == 2
+    assert "learning-rate = 0.02 there, 0.5 here" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:

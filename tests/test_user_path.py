@@ -18,9 +18,10 @@ import psutil
 import pytest
 import yaml
 
-from pfedgpa_app.config import APP_DIR
+from pfedgpa_app import experiment
+from pfedgpa_app.config import APP_DIR, resolve
 from pfedgpa_app.engine.flower import free_port, processes_of
-from pfedgpa_app.results.log import is_done
+from tests.local_grid import InProcessGrid
 from tests.test_federation import records, summary
 from tests.test_simulation import alive
 
@@ -133,6 +134,7 @@ class TestRun:
         else:
             run.kill()
         said, _ = run.communicate(timeout=60)
+        assert run.returncode == (130 if sign == signal.SIGINT else -9)
         if sign == signal.SIGINT:
             assert "resume=true" in said
             assert "Traceback" not in said
@@ -161,14 +163,19 @@ class TestManyRuns:
 
     def test_tune(self, tmp_path: Path, fashion: Path) -> None:
         mine = tmp_path / "mine.yaml"
-        mine.write_text("conf: fashion-mnist-20\nmethod: [fedavg]\n")
+        mine.write_text("conf: fashion-mnist-20\nmethod: [fedala]\n")
         more = FEW | {"num-server-rounds": 1, "workers": 2}
-        arguments = ["--conf", str(mine), "--methods", "fedavg", *words(more)]
+        arguments = ["--conf", str(mine), "--methods", "fedala", *words(more)]
         pfedgpa(tmp_path, fashion, "tune", *arguments, *self.JOBS)
-        assert yaml.safe_load(mine.read_text())["learning-rate"] > 0
+        assert yaml.safe_load(mine.read_text())["fedala.layers"] in (1, 2)
 
 
 def test_plain_flwr_run(tmp_path: Path, fashion_mnist: Path) -> None:
+    """On Flower's two default nodes, to the same numbers as in this process."""
+    settings = FEW | {"num-server-rounds": 2, "method": "fedavg", "conf": "fashion-mnist-20"}
+    settings |= {"run-name": "run"}
+    here = settings | {"data-dir": str(fashion_mnist), "out-dir": str(tmp_path / "reference")}
+    reference = experiment.run(InProcessGrid(here, 4), resolve(here))
     home = tmp_path / "home"
     ports = {
         f"FLWR_LOCAL_{name}_PORT": str(free_port())
@@ -181,17 +188,19 @@ def test_plain_flwr_run(tmp_path: Path, fashion_mnist: Path) -> None:
         FLWR_DISABLE_UPDATE_CHECK="1",
         **ports,
     )
-    more = FEW | {"num-server-rounds": 2, "method": '"fedavg"', "conf": '"fashion-mnist-20"'}
-    more |= {"out-dir": f'"{tmp_path}"', "run-name": '"run"'}
+    quoted = {k: f'"{v}"' if isinstance(v, str) else v for k, v in settings.items()}
     try:
-        subprocess.run(
-            ["flwr", "run", str(APP_DIR), "--stream", "-c", " ".join(words(more))],
+        done = subprocess.run(
+            ["flwr", "run", str(APP_DIR), "--stream", "-c", " ".join(words(quoted))],
             cwd=tmp_path,
             env=env,
             capture_output=True,
+            text=True,
             timeout=LIMIT,
         )
-        assert is_done(tmp_path / "run")
+        folder = tmp_path / "results" / "run"  # in the user's folder, not in a copy of the app
+        assert f"results are in {folder}" in done.stdout + done.stderr
+        assert records(folder) == records(reference)
     finally:
         for pid in processes_of(home):
             os.kill(pid, signal.SIGTERM)

@@ -195,6 +195,10 @@ def _files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[os.DirEn
                 yield entry
 
 
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # pathlib's takes as long as all the rest
+
+
 def _stamped(entry: os.DirEntry[str] | Path) -> tuple[str, int, int]:
     """(path, bytes, mtime), which tell whether the file has changed."""
     found = entry.stat()
@@ -210,7 +214,7 @@ def _listing(path: Path) -> dict[str, list[tuple[str, str, int, int]]]:
         files = []
         for entry in sorted(filter(_is_there, folder.iterdir())):
             if stat.S_ISDIR(entry.stat().st_mode):  # a link to nothing is an error
-                images = (f for f in _files(entry) if Path(f.name).suffix.lower() in SUFFIXES)
+                images = (f for f in _files(entry) if _suffix(f.name) in SUFFIXES)
                 for file, size, changed in sorted(map(_stamped, images)):
                     files.append((file[start:], entry.name, size, changed))
         if not files:

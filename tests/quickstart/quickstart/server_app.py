@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from pfedgpa_app import PFedGPA
+from pfedgpa_app.methods.pfedgpa import PFedGPASettings
 from quickstart.task import Net
 
 app = ServerApp()
@@ -20,7 +21,10 @@ def main(grid: Grid, context: Context) -> None:
     """Run the strategy."""
     config: Any = context.run_config
     out = Path(config["out"])
-    strategy = PFedGPA(fraction_evaluate=config["fraction-evaluate"], save_dir=out)
+    settings = PFedGPASettings(fit_steps=config["fit-steps"])
+    strategy = PFedGPA(
+        settings=settings, fraction_evaluate=config["fraction-evaluate"], save_dir=out
+    )
     result = strategy.start(
         grid=grid,
         initial_arrays=ArrayRecord(Net().state_dict()),
