@@ -76,14 +76,7 @@ def test_deployed_processes_come_to_the_same_numbers(tmp_path: Path) -> None:
 @processes
 def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """TLS, authenticated nodes, data of their own."""
-    words = [
-        "rehearse",
-        "--nodes",
-        "2",
-        f"out-dir={tmp_path}",
-        "run-name=run",
-        "num-server-rounds=1",
-    ]
+    words = ["rehearse", f"out-dir={tmp_path}", "run-name=run", "num-server-rounds=1"]
     words += ["pfedgpa.fit-steps=20", "method=pfedgpa", "evaluate-every=0"]
     assert cli.main(words) == 0
     said = capsys.readouterr().out
