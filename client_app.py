@@ -5,8 +5,9 @@ from __future__ import annotations
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from pfedgpa_app.client import Single, Visit, compare_ways, describe
-from pfedgpa_app.privacy import private
+from pfedgpa_app.client.cohort import SequentialCohort, compare_fine_tunings
+from pfedgpa_app.client.privacy import with_local_dp
+from pfedgpa_app.client.request import ClientRequest, describe
 
 app = ClientApp()
 
@@ -20,29 +21,27 @@ def who(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One round of the method's client half."""
-    return private(train_round, message, context)
+    return with_local_dp(train_round, message, context)
 
 
 def train_round(message: Message, context: Context) -> Message:
     """The round itself."""
-    visit = Visit(message, context)
-    task = visit.task()
-    weights, loss = visit.method.train(task)
-    return visit.trained(weights, loss)
+    request = ClientRequest(message, context)
+    return request.trained(request.method.train(request.task()))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Count this client's correct predictions on its test images."""
-    visit = Visit(message, context)
-    client = Single(visit)
-    client.load([visit.evaluated()])
-    return visit.scored(client.evaluate("test")[0])
+    request = ClientRequest(message, context)
+    client = SequentialCohort(request)
+    client.load([request.evaluated()])
+    return request.scored(client.evaluate("test")[0])
 
 
 @app.evaluate("final")
 def evaluate_final(message: Message, context: Context) -> Message:
-    """Evaluate before fine-tuning and after each way of it."""
-    visit = Visit(message, context)
-    client = Single(visit)
-    return compare_ways(client, [visit])[0]
+    """Evaluate before fine-tuning and after each kind of it."""
+    request = ClientRequest(message, context)
+    client = SequentialCohort(request)
+    return compare_fine_tunings(client, [request])[0]

@@ -38,16 +38,17 @@ import psutil
 import torch
 from joblib import cpu_count
 
-from pfedgpa_app import training
-from pfedgpa_app.client import build_model
-from pfedgpa_app.config import Config, resolve
+from pfedgpa_app.client.request import build_model
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.sections import Config
 from pfedgpa_app.data.client import load_client, load_schema
 from pfedgpa_app.engine import gpu_for
 from pfedgpa_app.engine.flower import processes_with
-from pfedgpa_app.models import weights_of
-from pfedgpa_app.randomness import torch_generator
+from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.results.log import EVENTS, METRICS
 from pfedgpa_app.results.tables import markdown
+from pfedgpa_app.training import sgd as training
 
 HERE = Path(__file__).resolve().parent
 MARK = "PFEDGPA_BENCHMARK"  # names a run in its processes' environment

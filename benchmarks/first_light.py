@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.config import resolve
+from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import seeds_table
 

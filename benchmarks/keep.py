@@ -13,9 +13,9 @@ import json
 import shutil
 from pathlib import Path
 
-from pfedgpa_app.compare import finished, overview, report, table
-from pfedgpa_app.config import APP_DIR
+from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.results.log import EVENTS, is_done
+from pfedgpa_app.study.compare import finished, overview, report, table
 
 KEPT = APP_DIR / "benchmarks" / "results" / "compare"
 FIGURES = ("summary.json", "clients.jsonl")

@@ -23,23 +23,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from pfedgpa_app.config import Config, resolve, sections_read
+from pfedgpa_app.config.resolve import is_read, keys, resolve
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.client import load_client, load_dataset, load_partition
 from pfedgpa_app.data.images import Images
-from pfedgpa_app.models import Weights, build, load, network_name
+from pfedgpa_app.models.networks import build, load, network_name
 from pfedgpa_app.results.tables import markdown
 
 
 def config_of(run: Path) -> Config:
     """The settings that the run in ``run`` had."""
     kept = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    read = {"", *sections_read(kept["method"]["value"])}
-    given = {
-        name: entry["value"]
-        for name, entry in kept.items()
-        if entry["from"] != "default" and name.rpartition(".")[0] in read
-    }
-    return resolve(given).config
+    given = {n: entry["value"] for n, entry in kept.items() if entry["from"] != "default"}
+    config = Config(method=tuple(kept["method"]["value"]))
+    own = {n for n in given if "." in n and not is_read(keys()[n], config)}
+    return resolve({n: value for n, value in given.items() if n not in own}).config
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def examine(config: Config, weights: dict[str, torch.Tensor]) -> Found:
     """Attack every client's model with every client's images."""
     data, splits = load_dataset(config), load_partition(config)
     model = build(network_name(config.model, data.shape), len(data.classes), config.seed)
-    clients = range(config.founders)
+    clients = range(config.initial_clients)
     areas, accuracies = np.zeros((len(clients), len(clients))), np.zeros((len(clients), 2))
     for client in clients:
         load(model, own_weights(weights, client))
@@ -102,7 +101,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run's folder, with the weights that it kept")
     run = parser.parse_args().run
     config = config_of(run)
-    groups = np.array([split.group for split in load_partition(config)])[: config.founders]
+    groups = np.array([split.group for split in load_partition(config)])[: config.initial_clients]
     alike, same = groups[:, None] == groups, np.eye(len(groups), dtype=bool)
     rows = []
     for file in sorted(run.glob("weights/*.safetensors")):

@@ -28,14 +28,15 @@ from typing import Any
 import psutil
 import torch
 
-from pfedgpa_app import training
-from pfedgpa_app.client import build_model
-from pfedgpa_app.config import APP_DIR, resolve
+from pfedgpa_app.client.request import build_model
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.data.client import load_client, load_schema
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine.flower import processes_with, stage
-from pfedgpa_app.randomness import torch_generator
 from pfedgpa_app.results.tables import markdown
+from pfedgpa_app.training import sgd as training
 
 ROLES = ("flower-superlink", "flwr-serverapp", "flower-supernode", "flwr-clientapp")
 

@@ -1,11 +1,12 @@
-"""How far from the uploads' median spoiled uploads lie, and how far honest ones do.
+"""How far from the uploads' median malicious uploads lie, and how far honest ones do.
 
     pfedgpa run --conf compare-cifar10 method=fedavg save-uploads=true run-name=kept
     python benchmarks/outliers.py results/kept/uploads.safetensors
 
 Takes the buffered rounds of a federation without attackers, spoils the uploads of two and of four
-clients as ``pfedgpa_app.attacks`` does, and prints squared distances to the median of each weight
-in units of the median client's: the largest of an honest client, the smallest of a spoiled one.
+clients as ``pfedgpa_app.client.attacks`` does, and prints squared distances to the median
+of each weight in units of the median client's: the largest of an honest client, the smallest of a
+malicious one.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from pfedgpa_app.attacks import spoiled
-from pfedgpa_app.config import Config
-from pfedgpa_app.files import read_tensors
-from pfedgpa_app.randomness import torch_generator
+from pfedgpa_app.client.attacks import malicious_upload
+from pfedgpa_app.core.files import read_tensors
+from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.sections import Config
 from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.results.uploads import FORMAT
 
@@ -29,11 +30,13 @@ ATTACKS = (("sign-flip", 4.0), ("scale", 4.0), ("noise", 4.0), ("noise", 1.0), (
 def separation(
     uploads: torch.Tensor, sent: torch.Tensor, config: Config, bad: list[int]
 ) -> tuple[float, float]:
-    """(largest of the honest, smallest of the spoiled) of uploads [N, P] trained from ``sent``."""
+    """(largest of the honest, smallest of the bad) of uploads [N, P] trained from ``sent``."""
     vectors = uploads.clone()
     for client in bad:
         generator = torch_generator(config.seed, "attack", client)
-        vectors[client] = spoiled(config, {"w": uploads[client]}, {"w": sent}, generator)["w"]
+        vectors[client] = malicious_upload(config, {"w": uploads[client]}, {"w": sent}, generator)[
+            "w"
+        ]
     square = (vectors - vectors.median(0).values).square().sum(1)
     square /= square.median()
     honest = [client for client in range(len(vectors)) if client not in bad]
@@ -59,7 +62,7 @@ def main() -> None:
         honest, bad = zip(*found, strict=True)
         ranges = (f"{min(lengths):.1f} to {max(lengths):.1f}" for lengths in (honest, bad))
         rows.append([f"{kind}, strength {strength:g}", *ranges])
-    print(markdown(["attack", "honest, largest", "spoiled, smallest"], rows))
+    print(markdown(["attack", "honest, largest", "malicious, smallest"], rows))
 
 
 if __name__ == "__main__":

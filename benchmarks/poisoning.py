@@ -3,9 +3,9 @@
     python benchmarks/poisoning.py [--out results/poisoning] [--jobs 2]
 
 20 clients of Fashion-MNIST with 200 images each, 20 rounds, one seed; 10 and 20 % of the clients
-attack as ``pfedgpa_app.attacks`` says. Runs that are complete are skipped, so it can be stopped
-and started again. Prints a table: accuracy in % before fine-tuning, mean of the honest clients;
-"diverged" where an attack drove every client's weights to infinity.
+attack as ``pfedgpa_app.client.attacks`` says. Runs that are complete are skipped, so it can be
+stopped and started again. Prints a table: accuracy in % before fine-tuning, mean of the honest
+clients; "diverged" where an attack drove every client's weights to infinity.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.attacks import ATTACKS, malicious
-from pfedgpa_app.config import APP_DIR, resolve
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.sections import ATTACKS
 from pfedgpa_app.results.log import is_done, last_event, rows_of
 from pfedgpa_app.results.tables import markdown
-from pfedgpa_app.sweep import Run, carry_out, expand
+from pfedgpa_app.study.sweep import Run, expand, run_sweep
 
 BASE: dict[str, Any] = {
     "conf": "compare-fashion-mnist",
@@ -47,7 +48,7 @@ def planned(out: Path) -> dict[tuple[str, str, float], Run]:
         for attack, share in CONDITIONS:
             over = settings | {"attack": attack, "malicious-share": share}
             if row == "Krum":  # it is told how many attack
-                over["krum.malicious"] = len(malicious(resolve(BASE | over).config))
+                over["krum.malicious"] = len(resolve(BASE | over).config.malicious_clients)
             [runs[row, attack, share]] = expand(BASE, {k: [v] for k, v in over.items()}, out)
     return runs
 
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int)
     options = parser.parse_args()
     runs = planned(options.out)
-    carry_out(list(runs.values()), options.out, APP_DIR, options.jobs)
+    run_sweep(list(runs.values()), options.out, APP_DIR, options.jobs)
     header = ["", *(f"{a}, {s:.0%}" if s else a for a, s in CONDITIONS)]
     rows = [[row, *(accuracy(runs[row, *condition]) for condition in CONDITIONS)] for row in ROWS]
     print(markdown(header, rows))

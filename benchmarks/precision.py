@@ -15,10 +15,10 @@ from dataclasses import replace
 
 import torch
 
-from pfedgpa_app import training
 from pfedgpa_app.data.images import Images
-from pfedgpa_app.models import SHAPES, build
-from pfedgpa_app.training import Recipe
+from pfedgpa_app.models.networks import SHAPES, build
+from pfedgpa_app.training import sgd as training
+from pfedgpa_app.training.sgd import Recipe
 
 
 def seconds(network: str, data: Images, recipe: Recipe) -> float:

@@ -22,19 +22,22 @@ import numpy as np
 import torch
 from unheld import unheld
 
-from pfedgpa_app.config import APP_DIR, Config, resolve
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.files import replacing
+from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.client import load_client, load_schema
 from pfedgpa_app.data.images import Images
-from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
-from pfedgpa_app.diffusion.rank import RULES
-from pfedgpa_app.files import replacing
-from pfedgpa_app.methods.controls import ClientMean, LastUpload
-from pfedgpa_app.methods.fedavg import FedAvg, FedAvgState
-from pfedgpa_app.models import Weights, build, load, network_name, weights_of
+from pfedgpa_app.diffusion.distribution import WeightDistribution
+from pfedgpa_app.diffusion.settings import RULES, DiffusionSettings
+from pfedgpa_app.methods.baselines import ClientMean, LastUpload
+from pfedgpa_app.methods.generation import RememberingFedAvg
+from pfedgpa_app.models.networks import build, load, network_name, weights_of
 from pfedgpa_app.results import uploads
 from pfedgpa_app.results.tables import markdown
-from pfedgpa_app.sweep import Run, carry_out, expand
-from pfedgpa_app.training import evaluate
+from pfedgpa_app.study.sweep import Run, expand, run_sweep
+from pfedgpa_app.training.evaluation import evaluate
 
 BASE: dict[str, Any] = {
     "method": "fedavg",
@@ -86,10 +89,8 @@ class Bench:
         schema = load_schema(self.config)
         network = network_name(self.config.model, schema.shape)
         self.model = build(network, len(schema.classes), self.config.seed)
-        state = FedAvg.begin(self.config, weights_of(self.model))
-        resolved = resolve(run.settings)
-        self.state: FedAvgState
-        self.state, _ = uploads.load(run.folder / uploads.FILE, state, resolved)
+        self.state = RememberingFedAvg.begin(self.config, weights_of(self.model))
+        uploads.load(run.folder / uploads.FILE, self.state, resolve(run.settings))
         clients = range(min(MOST, self.config.num_clients))
         self.images: list[Images] = (
             unheld(self.config)[: len(clients)]
@@ -107,7 +108,7 @@ class Bench:
 
     def fit(self, **settings: Any) -> WeightDistribution:
         """The distribution of the uploads."""
-        chosen = FitSettings(denoiser="finite-set", **settings)
+        chosen = DiffusionSettings(denoiser="finite-set", **settings)
         return WeightDistribution(self.state.buffer, chosen, self.config.seed)
 
     def everything(self) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def cells_of(name: str, found: Mapping[str, Any]) -> list[str]:
     """A federation's row of the table."""
     best = max(found["grid"], key=found["grid"].get)
     rank, strength = best.split(",")
-    default = found["rules"][FitSettings().rank_rule]
+    default = found["rules"][DiffusionSettings().rank_rule]
     cells = [name, *(f"{found[key]:.1f}" for key in ("fedavg", "last upload", "client mean"))]
     cells.append(f"{found['grid'][best]:.1f} ({rank}, {strength})")
     cells += [f"{a:.1f} ({r}, {t})" for r, t, a in (found["rules"][rule] for rule in RULES)]
@@ -156,7 +157,7 @@ def main() -> None:
     every = {"compare-cifar10": options.cifar10, "compare-fashion-mnist": "fashion-mnist"}
     sets = {conf: every[conf] for conf in options.conf}
     runs = planned(options.out, sets)
-    if not carry_out(list(runs.values()), options.out, APP_DIR, options.jobs):
+    if not run_sweep(list(runs.values()), options.out, APP_DIR, options.jobs):
         raise SystemExit("some runs failed")
     torch.set_num_threads(1)
     for conf in sets:

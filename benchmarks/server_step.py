@@ -14,10 +14,11 @@ import time
 
 import torch
 
+from pfedgpa_app.core.uploads import Buffer
 from pfedgpa_app.diffusion.autoencoder import remove_drift
-from pfedgpa_app.diffusion.buffer import Buffer
-from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
-from pfedgpa_app.experiment import peak_memory
+from pfedgpa_app.diffusion.distribution import WeightDistribution
+from pfedgpa_app.diffusion.settings import DiffusionSettings
+from pfedgpa_app.run.summary import peak_memory
 
 
 def synthetic(clients: int, rounds: int, weights: int) -> Buffer:
@@ -48,12 +49,14 @@ def main() -> None:
     device = torch.device(options.device)
     # what torch loads at its first matrix product and training step is not the step's
     small = synthetic(4, 3, 2000)
-    WeightDistribution(small, FitSettings(fit_steps=2), 0, device).generate("tweedie", draws=2)
+    WeightDistribution(small, DiffusionSettings(fit_steps=2), 0, device).generate(
+        "tweedie", draws=2
+    )
     buffer = synthetic(options.clients, options.rounds, options.weights)
     size = options.clients * options.rounds * options.weights * 4
     before = peak_memory()
     started = time.perf_counter()
-    fitted = WeightDistribution(buffer, FitSettings(), 0, device)
+    fitted = WeightDistribution(buffer, DiffusionSettings(), 0, device)
     fit = time.perf_counter() - started
     generated = fitted.generate("tweedie", draws=64)
     total = time.perf_counter() - started

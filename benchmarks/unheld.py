@@ -15,12 +15,12 @@ import numpy as np
 from membership import config_of, own_weights
 from safetensors.torch import load_file
 
-from pfedgpa_app.config import Config
+from pfedgpa_app.core.sections import Config
 from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.images import Images, images_of
 from pfedgpa_app.data.partition import round_counts
-from pfedgpa_app.models import build, load, network_name
-from pfedgpa_app.training import evaluate
+from pfedgpa_app.models.networks import build, load, network_name
+from pfedgpa_app.training.evaluation import evaluate
 
 IMAGES = 12_000
 
@@ -54,7 +54,7 @@ def main() -> None:
         model = build(network_name(config.model, data.shape), len(data.classes), config.seed)
         for file in sorted(run.glob("weights/*.safetensors")):
             weights, accuracies = load_file(file), []
-            for client in range(config.founders):
+            for client in range(config.initial_clients):
                 load(model, own_weights(weights, client))
                 accuracies.append(evaluate(model, images[client]).accuracy)
             print(f"{run.name} {file.stem}: {np.mean(accuracies):.2f} %", flush=True)

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from pfedgpa_app import __version__
-from pfedgpa_app.config import APP_DIR, flat, keys, known, require_dataset, resolve
+from pfedgpa_app.config.parse import flat
+from pfedgpa_app.config.resolve import keys, keys_of, known, require_dataset, resolve
+from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.settings import ConfigError, DataError, shown
 from pfedgpa_app.engine import LaunchError, StoppedError
 from pfedgpa_app.engine.spawning import Server
-from pfedgpa_app.settings import ConfigError, DataError, shown
 
 YAML = (".yaml", ".yml")
 
@@ -162,7 +164,17 @@ def _parser() -> argparse.ArgumentParser:
     rehearse.add_argument("--nodes", type=int, default=3, help="how many SuperNodes; default: 3")
     rehearse.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
 
-    commands.add_parser("settings", help="print every setting, its default and meaning")
+    listed = commands.add_parser(
+        "settings",
+        help="print settings, their defaults and meaning; with --conf, what a run would have",
+    )
+    listed.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a method, a section of the run's (data, training, …) or a setting; all if none",
+    )
+    listed.add_argument("--conf", help="experiment in conf/, or a YAML file")
 
     draw = commands.add_parser("partition", help="draw who holds which classes")
     draw.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=settings_help)
@@ -240,7 +252,7 @@ def _again(command: str, words: list[str], folder: Path) -> str:
 
 def _carry_out(options: argparse.Namespace, server: Server | None) -> int:
     if options.command == "settings":
-        return _print_settings()
+        return _print_settings(options.names, options.conf)
     if options.command == "keys":
         return _keys(options)
     if options.command == "doctor":
@@ -268,13 +280,17 @@ def _carry_out(options: argparse.Namespace, server: Server | None) -> int:
     return _run(overrides, options.app.absolute(), server)
 
 
-def _print_settings() -> int:
-    for key in keys().values():
-        default = "auto" if key.default is None else key.default
-        if isinstance(default, tuple):
-            default = ",".join(map(str, default))
+def _print_settings(names: list[str], conf: str | None) -> int:
+    chosen = [key for name in names for key in keys_of(name)] if names else list(keys().values())
+    here = resolve({"conf": conf}).as_dict() if conf else {}
+    for key in {key.name: key for key in chosen}.values():
+        value = here[key.name]["value"] if conf else key.default
+        value = "auto" if value is None else value
+        if isinstance(value, tuple):
+            value = ",".join(map(str, value))
+        source = f"  [{here[key.name]['from']}]" if conf else ""
         choices = f" ({', '.join(key.rules['choices'])})" if key.rules["choices"] else ""
-        print(f"{key.name} = {default!r}\n    {key.rules['help']}{choices}")
+        print(f"{key.name} = {value!r}{source}\n    {key.rules['help']}{choices}")
     return 0
 
 
@@ -330,7 +346,7 @@ def _run(overrides: dict[str, Any], app: Path, server: Server | None) -> int:
             from pfedgpa_app.engine.ray import Simulation
 
             flower = stack.enter_context(Simulation())
-        from pfedgpa_app.launcher import launch
+        from pfedgpa_app.run.launcher import launch
 
         launch(overrides, app, flower=flower, server=server)
     return 0
@@ -389,7 +405,7 @@ def _rehearse(overrides: dict[str, Any], options: argparse.Namespace) -> int:
 
 
 def _sweep(overrides: dict[str, Any], files: list[Path], options: argparse.Namespace) -> int:
-    from pfedgpa_app.sweep import read, sweep
+    from pfedgpa_app.study.sweep import read, sweep
 
     settings: dict[str, Any] = {}
     over: dict[str, list[Any]] = {}
@@ -445,9 +461,9 @@ def _refuse_as_settings(settings: dict[str, Any], options: dict[str, str]) -> No
 
 
 def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
-    from pfedgpa_app.compare import EXPERIMENTS, plan, report
-    from pfedgpa_app.files import write_text
-    from pfedgpa_app.sweep import carry_out
+    from pfedgpa_app.core.files import write_text
+    from pfedgpa_app.study.compare import EXPERIMENTS, plan, report
+    from pfedgpa_app.study.sweep import run_sweep
 
     _check_runs(overrides, options, options.out)
     varied = {"conf": "--conf", "method": "--methods", "seed": "--seeds"}
@@ -457,7 +473,7 @@ def _compare(overrides: dict[str, Any], options: argparse.Namespace) -> int:
     seeds = None if options.seeds is None else _seeds(options.seeds)
     runs = plan(experiments, methods, seeds, overrides, options.out)
     try:
-        done = carry_out(runs, options.out, options.app.absolute(), options.jobs)
+        done = run_sweep(runs, options.out, options.app.absolute(), options.jobs)
     finally:
         if text := report(options.out):
             write_text(options.out / "compare.md", text)
@@ -473,7 +489,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _tune(overrides: dict[str, Any], options: argparse.Namespace) -> int:
-    from pfedgpa_app.tune import tunable, tune
+    from pfedgpa_app.study.tune import tunable, tune
 
     out = options.out or Path("results") / f"tune-{Path(options.conf).stem}"
     _check_runs(overrides, options, out)

@@ -32,16 +32,15 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pfedgpa_app.config import Config, check_section
-from pfedgpa_app.diffusion.buffer import finite
-from pfedgpa_app.files import replacing
-from pfedgpa_app.methods.averaging import weighted_mean
-from pfedgpa_app.methods.base import Upload
+from pfedgpa_app.config.parse import check_section
+from pfedgpa_app.core.files import replacing
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.uploads import Upload, weighted_mean
+from pfedgpa_app.core.weights import Weights, finite
+from pfedgpa_app.methods.generation import PFedGPASettings
 from pfedgpa_app.methods.pfedgpa import PFedGPA as Server
-from pfedgpa_app.methods.pfedgpa import PFedGPASettings
-from pfedgpa_app.models import Weights
-from pfedgpa_app.settings import ConfigError
-from pfedgpa_app.strategy import MOST_EXAMPLES, NoUploadsError, checked, failure, too_large
+from pfedgpa_app.server.screening import MOST_EXAMPLES, NoUploadsError, checked, failure, too_large
 
 logger = logging.getLogger("flwr")
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]

@@ -1,4 +1,4 @@
-"""A ClientApp in this process, called in turn; what is sent can be seen and spoiled."""
+"""A ClientApp in this process, called in turn; what is sent can be seen and malicious_upload."""
 
 from __future__ import annotations
 

@@ -10,15 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pfedgpa_app.config import APP_DIR
+from pfedgpa_app.core.paths import APP_DIR
 from tests.test_federation import SMALL
 
 
-def test_the_example_is_one_file_and_one_line(tmp_path: Path) -> None:
+def test_the_example_is_one_file_and_its_name(tmp_path: Path) -> None:
     text = (APP_DIR / "docs" / "add-a-method.md").read_text()
-    file, line = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    file, lines = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(file.splitlines()) < 60
-    assert len(line.splitlines()) == 1
+    imported, line = lines.splitlines(keepends=True)
     app = tmp_path / "app"
     app.mkdir()
     for name in ("pyproject.toml", "server_app.py", "client_app.py"):
@@ -28,8 +28,10 @@ def test_the_example_is_one_file_and_one_line(tmp_path: Path) -> None:
     (app / "pfedgpa_app" / "methods" / "fedsmooth.py").write_text(file)
     registry = app / "pfedgpa_app" / "methods" / "__init__.py"
     before = registry.read_text()
-    registry.write_text(before.replace('    "local": ', line + '    "local": '))
-    assert registry.read_text() != before
+    first = "from pfedgpa_app.methods.fedavgm"
+    after = before.replace('    "local": ', line + '    "local": ').replace(first, imported + first)
+    registry.write_text(after)
+    assert len(after) == len(before) + len(lines)
 
     settings = {k: v for k, v in SMALL.items() if not k.startswith("pfedgpa.")}
     settings |= {"out-dir": str(tmp_path), "run-name": "run", "method": "fedavg,fedsmooth"}

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from pfedgpa_app.attacks import ATTACKS, malicious, spoiled
-from pfedgpa_app.config import Config, resolve
-from pfedgpa_app.data.client import load_client
+from pfedgpa_app.client.attacks import malicious_upload
+from pfedgpa_app.client.request import held_by
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.sections import ATTACKS, Config
+from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.methods.averaging import Shared
-from pfedgpa_app.methods.base import Upload
 from pfedgpa_app.methods.krum import Krum
 from pfedgpa_app.methods.trimmed_mean import TrimmedMean
-from pfedgpa_app.strategy import too_far
+from pfedgpa_app.server.screening import too_far
 from tests.test_federation import federate, records, summary, train_messages
 
 
@@ -30,12 +31,16 @@ def uploads(*values: float) -> dict[int, Upload]:
 
 class TestAttacks:
     def test_who(self) -> None:
-        found = malicious(config(attack="scale", malicious_share=0.3, num_clients=10))
+        found = config(attack="scale", malicious_share=0.3, num_clients=10).malicious_clients
         assert len(found) == 3
-        assert found == malicious(config(attack="noise", malicious_share=0.3, num_clients=10))
-        others = [malicious(config(attack="scale", num_clients=10, seed=s)) for s in range(9)]
+        assert (
+            found == config(attack="noise", malicious_share=0.3, num_clients=10).malicious_clients
+        )
+        others = [
+            config(attack="scale", num_clients=10, seed=s).malicious_clients for s in range(9)
+        ]
         assert len(set(others)) > 1
-        assert not malicious(config(num_clients=10))
+        assert not config(num_clients=10).malicious_clients
 
     def test_what_they_upload(self) -> None:
         """w = (1, 2) was trained to (2, 4): Δ = (1, 2), s = 3."""
@@ -45,7 +50,7 @@ class TestAttacks:
         def upload(kind: str) -> list[float]:
             chosen = config(attack=kind, attack_strength=3.0)
             generator = torch.Generator().manual_seed(0)
-            found = spoiled(chosen, trained, sent, generator)
+            found = malicious_upload(chosen, trained, sent, generator)
             assert torch.equal(found["own"], torch.ones(1))
             return list(found["w"].tolist())
 
@@ -60,9 +65,9 @@ class TestAttacks:
     def test_flipped_labels(self) -> None:
         honest = config(num_clients=4, train_per_client=60)
         flipped = replace(honest, attack="label-flip", malicious_share=0.25)
-        [bad] = malicious(flipped)
+        [bad] = flipped.malicious_clients
         for client in range(4):
-            theirs, ours = load_client(flipped, client), load_client(honest, client)
+            theirs, ours = held_by(flipped, client), held_by(honest, client)
             expected = 9 - ours.train.labels if client == bad else ours.train.labels
             assert torch.equal(theirs.train.labels, expected)
             assert torch.equal(theirs.train.pixels, ours.train.pixels)
@@ -72,7 +77,7 @@ class TestAttacks:
     def test_only_honest_clients_count(self, attack: str, tmp_path: Path) -> None:
         how = {"attack": attack, "malicious_share": 0.25, "num_server_rounds": 2}
         folder, grid = federate(tmp_path, method="fedavg,fedper", **how)
-        [bad] = malicious(config(num_clients=4, **how))
+        [bad] = config(num_clients=4, **how).malicious_clients
         assert {r["client"] for r in records(folder, "clients.jsonl")} == set(range(4)) - {bad}
         evaluated = {r["client"] for r in records(folder) if r["accuracy"] is not None}
         assert evaluated == set(range(4)) - {bad}
@@ -96,7 +101,7 @@ class TestDefences:
         how: dict[str, Any] = {"malicious_share": 0.2, "num_clients": 5, "attack_strength": 50.0}
         how |= {"method": "fedavg,pfedgpa", "attack": "sign-flip", "max_distance": 3.0}
         folder, _ = federate(tmp_path, **how)
-        [bad] = malicious(config(attack="scale", malicious_share=0.2, num_clients=5))
+        [bad] = config(attack="scale", malicious_share=0.2, num_clients=5).malicious_clients
         took_part = {r["client"] for r in records(folder) if r["participated"]}
         assert took_part == set(range(5)) - {bad}
         texts = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
-from pfedgpa_app import cli, tune
-from pfedgpa_app.compare import MAIN, PAPER, finished, overview, plan, table
-from pfedgpa_app.config import APP_DIR, resolve
+from pfedgpa_app import cli
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.fedprox import FedProxSettings
 from pfedgpa_app.results.log import EVENTS, is_done, rows_of
-from pfedgpa_app.sweep import Run
+from pfedgpa_app.study import tune
+from pfedgpa_app.study.compare import MAIN, PAPER, finished, overview, plan, table
+from pfedgpa_app.study.sweep import Run
 from tests.test_federation import SMALL
 
 
@@ -161,7 +163,7 @@ class TestTune:
     ) -> None:
         """Runs are replaced by their results: a test accuracy that misleads, and failures."""
 
-        def carry_out(runs: list[Run], *_: Any) -> bool:
+        def run_sweep(runs: list[Run], *_: Any) -> bool:
             for run in runs:
                 mu = run.varied["fedprox.mu"]
                 if mu in validation:
@@ -175,7 +177,7 @@ class TestTune:
                     (run.folder / "config.json").write_text(settings)
             return False
 
-        monkeypatch.setattr(tune, "carry_out", carry_out)
+        monkeypatch.setattr(tune, "run_sweep", run_sweep)
         words = ["tune", "--conf", str(experiment), "--methods", "fedprox"]
         assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
         text = experiment.read_text()

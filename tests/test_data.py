@@ -16,20 +16,14 @@ from hypothesis import strategies as st
 from packaging.version import Version
 from PIL import ExifTags, Image, ImageCms
 
-from pfedgpa_app.config import resolve
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data import datasets
 from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.datasets import load
-from pfedgpa_app.data.partition import (
-    class_shares,
-    deal,
-    dominant_groups,
-    partition,
-    round_counts,
-)
+from pfedgpa_app.data.partition import class_shares, deal, dominant_groups, partition, round_counts
 from pfedgpa_app.engine import LaunchError, local
-from pfedgpa_app.launcher import launch
-from pfedgpa_app.settings import DataError
+from pfedgpa_app.run.launcher import launch
 
 LABELS = np.repeat(np.arange(10), 5000)
 TEST_LABELS = np.repeat(np.arange(10), 1000)

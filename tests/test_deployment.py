@@ -29,17 +29,18 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from pfedgpa_app import cli
-from pfedgpa_app.config import APP_DIR, resolve
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.deployment import doctor, keys
 from pfedgpa_app.deployment.doctor import Node, NodeError, examine
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.deployment.rehearsal import site_images
 from pfedgpa_app.engine.flower import CONNECTION, processes_of, stage
-from pfedgpa_app.experiment import run
-from pfedgpa_app.roster import Roster, RosterError
-from pfedgpa_app.settings import ConfigError
+from pfedgpa_app.run.experiment import run
+from pfedgpa_app.server.roster import Roster, RosterError
 from tests.local_grid import InProcessGrid
-from tests.test_federation import PLAIN, SMALL, federate, records, summary
+from tests.test_federation import PLAIN, federate, records, summary
 
 # they fill the machine: one after the other
 processes = pytest.mark.xdist_group("deployment")
@@ -110,7 +111,7 @@ def test_a_clients_process_imports_little() -> None:
     code = """if True:
         import sys
         import client_app
-        from pfedgpa_app.config import resolve
+        from pfedgpa_app.config.resolve import resolve
         from pfedgpa_app.data.client import load_client
         load_client(resolve({"dataset": "digits"}).config, 0)
         print(*sys.modules)
@@ -127,7 +128,7 @@ class TestOwnData:
     """What nodes bring themselves, in this process."""
 
     def grid(self, tmp_path: Path, sources: list[str], **settings: Any) -> InProcessGrid:
-        run_config = SMALL | {"dataset": "nodes", "num-server-rounds": 1, "method": "fedavg"}
+        run_config = PLAIN | {"dataset": "nodes", "num-server-rounds": 1, "method": "fedavg"}
         run_config |= {"num-clients": len(sources), "out-dir": str(tmp_path), "run-name": "run"}
         run_config = {k: v for k, v in run_config.items() if not k.startswith("pfedgpa.")}
         grid = InProcessGrid(run_config | settings, len(sources))
@@ -381,6 +382,8 @@ class TestShippedFiles:
         with zipfile.ZipFile(io.BytesIO(bundle)) as file:
             names = set(file.namelist())
         app = {name for name in app if name.endswith((".py", ".yaml", ".toml"))}
+        left_out = (".", "pfedgpa_app/study/", "pfedgpa_app/deployment/")
+        app = {name for name in app if not name.startswith(left_out)}
         assert names == app | {"README.md", "LICENSE", ".info/CONTENT"}
 
     def test_dockerfile_is_for_a_flower_that_we_take(self) -> None:

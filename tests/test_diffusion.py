@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pfedgpa_app.diffusion.denoiser import FiniteSetDenoiser, GaussianDenoiser, ResidualMLP
-from pfedgpa_app.diffusion.fit import FitSettings, fit_network
 from pfedgpa_app.diffusion.inversion import calibrate_strength, encode, regenerate, reverse
+from pfedgpa_app.diffusion.network import fit_network
 from pfedgpa_app.diffusion.schedule import Schedule
+from pfedgpa_app.diffusion.settings import DiffusionSettings
 
 SCHEDULE = Schedule()
 LAMBDAS = torch.tensor([4.0, 1.0, 0.25], dtype=torch.float64)
@@ -147,7 +148,7 @@ class TestInversion:
     def out(self, denoiser: object = GAUSSIAN, seed: int = 0, **knobs: object) -> torch.Tensor:
         return regenerate(self.x, denoiser, SCHEDULE, generator(seed), **knobs)
 
-    @pytest.mark.parametrize("mode", ["invert", "edit-friendly"])
+    @pytest.mark.parametrize("mode", ["invert"])
     @pytest.mark.parametrize("strength", [1, 300, 1000])
     def test_full_replay_is_the_identity_for_any_network(self, mode: str, strength: int) -> None:
         out = self.out(random_network(), mode=mode, strength=strength, keep=1.0)
@@ -159,9 +160,7 @@ class TestInversion:
         out = regenerate(x, gaussian, SCHEDULE, generator(), mode="invert", strength=1000, keep=1.0)
         assert torch.allclose(out, x, atol=1e-5)
 
-    @pytest.mark.parametrize(
-        "mode", ["identity", "invert", "edit-friendly", "ddim", "sdedit", "tweedie"]
-    )
+    @pytest.mark.parametrize("mode", ["identity", "invert", "ddim", "sdedit", "tweedie"])
     def test_strength_zero_is_the_identity(self, mode: str) -> None:
         assert torch.equal(self.out(mode=mode, strength=0, keep=0.0), self.x)
 
@@ -203,14 +202,6 @@ class TestInversion:
         none = self.out(mode="invert", strength=300, keep=0.0)
         assert torch.allclose(out, keep * self.x + (1 - keep) * none, atol=1e-9)
 
-    def test_translate_moves_by_the_population_drift(self) -> None:
-        # same Σ, means A and B: x + (1 − g)(μ_B − μ_A), without any randomness
-        shift = torch.tensor([0.5, 1.0, -2.0], dtype=torch.float64)
-        other = GaussianDenoiser(MEAN + shift, torch.diag(LAMBDAS), SCHEDULE)
-        outs = [self.out(seed=s, mode="translate", strength=300, decode_with=other) for s in (0, 1)]
-        assert torch.allclose(outs[0], self.x + (1 - gains(300)) * shift, atol=1e-6)
-        assert torch.allclose(outs[0], outs[1], atol=1e-9)
-
     def test_ddim_tends_to_the_identity_with_its_steps(self) -> None:
         errors = [
             float((self.out(mode="ddim", strength=1000, ddim_steps=n) - self.x).abs().max())
@@ -219,28 +210,21 @@ class TestInversion:
         assert errors[0] > errors[1] > errors[2]
         assert errors[2] < 0.05
 
-    def test_stored_noise_is_white_only_for_the_stochastic_encoder(self) -> None:
-        # with the exact score: deviation 1 and no correlation between steps; edit-friendly: ≫ 1
-        rng = generator(5)
-        normal = noise_source(rng)
+    def test_stored_noise_is_white(self) -> None:
+        # with the exact score: deviation 1 and no correlation between steps
+        normal = noise_source(generator(5))
         x = MEAN + normal(400) * LAMBDAS.sqrt()
         sigma = SCHEDULE.sigma[2:].flip(0)[:, None, None]  # t = 1000..2
-        deviations = []
-        for independent in (False, True):
-            _, residuals = encode(x, GAUSSIAN, SCHEDULE, 1000, normal, independent=independent)
-            noise = torch.stack(residuals[:-1]) / sigma
-            deviations.append(float(noise.std()))
-            if not independent:
-                assert abs(float((noise[1:] * noise[:-1]).mean())) < 0.02
-        assert deviations[0] == pytest.approx(1, abs=0.03)
-        assert deviations[1] > 5
+        _, residuals = encode(x, GAUSSIAN, SCHEDULE, 1000, normal)
+        noise = torch.stack(residuals[:-1]) / sigma
+        assert abs(float((noise[1:] * noise[:-1]).mean())) < 0.02
+        assert float(noise.std()) == pytest.approx(1, abs=0.03)
 
     def test_refuses_nonsense(self) -> None:
         for knobs in (
             {"mode": "telepathy", "strength": 1},
             {"mode": "invert", "strength": 1001},
             {"mode": "invert", "strength": 1, "keep": 1.1},
-            {"mode": "translate", "strength": 1},
         ):
             with pytest.raises(ValueError):
                 self.out(**knobs)
@@ -256,7 +240,7 @@ class TestTraining:
             latents,
             torch.zeros(dimensions),
             SCHEDULE,
-            FitSettings(
+            DiffusionSettings(
                 denoiser="mlp" if tokens is None else "transformer",
                 fit_steps=1200,
                 width=128 if tokens is None else 32,
@@ -278,7 +262,7 @@ class TestTraining:
         centres = 3**0.5 * torch.cat([torch.eye(3), -torch.eye(3)])  # unit variance, 2.4 apart
         labels = torch.arange(360) % 6
         latents = centres[labels] + 0.1 * torch.randn(360, 3, generator=generator(2))
-        settings = FitSettings(fit_steps=1000, width=128, blocks=2)
+        settings = DiffusionSettings(fit_steps=1000, width=128, blocks=2)
         fitted = fit_network(
             latents, torch.full((3,), 0.1), SCHEDULE, settings, 0, torch.device("cpu")
         )
@@ -297,7 +281,7 @@ class TestTraining:
         who = torch.arange(200) % 2
         latents = centres[who] + 0.2 * torch.randn(200, 2, generator=generator(1))
         names = torch.eye(2)
-        settings = FitSettings(denoiser=kind, fit_steps=600, width=32, blocks=2)
+        settings = DiffusionSettings(denoiser=kind, fit_steps=600, width=32, blocks=2)
         fitted = fit_network(
             latents,
             torch.zeros(2),
@@ -328,7 +312,7 @@ class TestTraining:
     def test_order_of_latents_does_not_matter(self) -> None:
         latents = torch.randn(60, 2, generator=generator(1))
         shuffled = latents[torch.randperm(60, generator=generator(2))]
-        settings = FitSettings(fit_steps=20, width=16, blocks=1)
+        settings = DiffusionSettings(fit_steps=20, width=16, blocks=1)
         z = torch.randn(5, 2, generator=generator(3))
         one, two = (
             fit_network(rows, torch.zeros(2), SCHEDULE, settings, 0, torch.device("cpu"))(z, 100)

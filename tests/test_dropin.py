@@ -18,12 +18,12 @@ from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load_file
 
 from pfedgpa_app import PFedGPA
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.dropin import like_uploads
 from pfedgpa_app.engine.grid import FIRST_NODE, NODE_STEP
 from pfedgpa_app.engine.ray import Simulation
-from pfedgpa_app.methods.pfedgpa import PFedGPASettings
-from pfedgpa_app.settings import ConfigError
-from pfedgpa_app.strategy import NoUploadsError
+from pfedgpa_app.methods.generation import PFedGPASettings
+from pfedgpa_app.server.screening import NoUploadsError
 from tests.local_grid import InProcessGrid
 
 QUICKSTART = Path(__file__).parent / "quickstart"

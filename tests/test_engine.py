@@ -15,25 +15,28 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 import client_app
-from pfedgpa_app import client, models, training
-from pfedgpa_app.config import resolve
+from pfedgpa_app.client import request as client
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.client import ClientData
 from pfedgpa_app.data.images import Images
 from pfedgpa_app.engine import batched, engine_for, gpu_for
-from pfedgpa_app.engine.batched import Bank, Batch, BatchedGrid, Columns
+from pfedgpa_app.engine.batched import BatchedCohort, BatchedGrid, Columns, DeviceData
 from pfedgpa_app.engine.grid import LocalGrid
 from pfedgpa_app.engine.process import ProcessGrid
-from pfedgpa_app.experiment import run
-from pfedgpa_app.methods.base import ClientTask
+from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.methods.fedavg import FedAvg
-from pfedgpa_app.models import Weights
-from pfedgpa_app.randomness import torch_generator
-from pfedgpa_app.training import Recipe
-from tests.test_federation import SMALL, federate, records
+from pfedgpa_app.models import networks as models
+from pfedgpa_app.run.experiment import run
+from pfedgpa_app.training import evaluation
+from pfedgpa_app.training import sgd as training
+from pfedgpa_app.training.sgd import Recipe
+from tests.test_federation import federate, records, small
 
 
 def settings(out: Path, **more: Any) -> dict[str, Any]:
-    return SMALL | {"out-dir": str(out), "run-name": "run"} | more
+    return small({"out-dir": str(out), "run-name": "run"} | more)
 
 
 @pytest.fixture(scope="module")
@@ -198,12 +201,12 @@ class TestBatchedEngine:
         shape = next(s for s, name in models.SHAPES.items() if name == network)
         # 23 images in batches of 10: the last batch of an epoch is short
         clients = random_clients(shape, {"train": 23, "validation": 0, "test": 17}, 4)
-        monkeypatch.setattr(batched, "load_client", lambda config, i: clients[i])
+        monkeypatch.setattr(batched, "held_by", lambda config, i: clients[i])
         monkeypatch.setattr(batched, "IMAGES_AT_ONCE", 15)  # evaluation in several parts
         config = resolve({"num-clients": 4, "dataset": "digits"}).config
         model = models.build(network, 10, 0).to(device)
         initial = models.weights_of(model)
-        bank = Bank.of(config, torch.device(device))
+        bank = DeviceData.of(config, torch.device(device))
         assert bank is not None
         own: list[Weights] = [
             {},
@@ -211,7 +214,7 @@ class TestBatchedEngine:
             {name: tensor * 0.9 for name, tensor in initial.items()},
         ]
         recipe = Recipe(2, 0.05, 10, momentum=0.5, weight_decay=0.01, augment=shape[0] == 3)
-        cohort = Batch(model, bank, 3)
+        cohort = BatchedCohort(model, bank, 3)
         cohort.seat([0, 2, 3])
         for purpose in (1, 2):  # a second training starts afresh: momentum, weights, sums
             cohort.load(own)
@@ -227,7 +230,7 @@ class TestBatchedEngine:
                 for name, tensor in models.weights_of(alone).items():
                     moved = (tensor - start[name]).abs().max()
                     assert (weights[i][name] - tensor).abs().max() < 0.01 * moved
-                expected = training.evaluate(alone, data.test)
+                expected = evaluation.evaluate(alone, data.test)
                 assert scores[i].images == expected.images == 17
                 assert abs(scores[i].correct - expected.correct) <= 1
                 assert scores[i].loss == pytest.approx(expected.loss, rel=1e-3)
@@ -235,11 +238,11 @@ class TestBatchedEngine:
 
     def test_one_step_agrees_to_rounding(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clients = random_clients((3, 32, 32), {"train": 8, "validation": 0, "test": 1}, 2)
-        monkeypatch.setattr(batched, "load_client", lambda config, i: clients[i])
+        monkeypatch.setattr(batched, "held_by", lambda config, i: clients[i])
         model = models.build("cifar", 10, 0)
-        bank = Bank.of(resolve({"num-clients": 2}).config, torch.device("cpu"))
+        bank = DeviceData.of(resolve({"num-clients": 2}).config, torch.device("cpu"))
         assert bank is not None
-        cohort = Batch(model, bank, 2)
+        cohort = BatchedCohort(model, bank, 2)
         cohort.seat([1, 0])
         cohort.load([{}, {}])
         recipe = Recipe(1, 1.0, 8)
@@ -316,10 +319,10 @@ class TestBatchedEngine:
             title = "peculiar"
 
             @classmethod
-            def train(cls, task: ClientTask) -> tuple[Weights, float]:
+            def train(cls, task: ClientTask) -> Trained:
                 return super().train(task)
 
-        monkeypatch.setattr(client, "method_class", lambda name: Peculiar)
+        monkeypatch.setattr(client, "rounds_class", lambda name: Peculiar)
         assert FedAvg.is_plain_sgd()
         assert not Peculiar.is_plain_sgd()
         chosen = settings(tmp_path, method="fedavg")
@@ -340,8 +343,8 @@ class TestBatchedEngine:
     def test_unequal_clients_fall_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clients = random_clients((1, 8, 8), {"train": 8, "validation": 2, "test": 3}, 1)
         clients += random_clients((1, 8, 8), {"train": 9, "validation": 2, "test": 3}, 1)
-        monkeypatch.setattr(batched, "load_client", lambda config, i: clients[i])
-        assert Bank.of(resolve({"num-clients": 2}).config, torch.device("cpu")) is None
+        monkeypatch.setattr(batched, "held_by", lambda config, i: clients[i])
+        assert DeviceData.of(resolve({"num-clients": 2}).config, torch.device("cpu")) is None
 
 
 def refusing() -> ClientApp:

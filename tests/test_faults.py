@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 
 import client_app
-from pfedgpa_app.config import APP_DIR, resolve
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.engine.flower import stage
-from pfedgpa_app.experiment import run
+from pfedgpa_app.run.experiment import run
 from tests.local_grid import InProcessGrid
 from tests.test_federation import PLAIN, federate, records, summary
 from tests.test_resume import results
@@ -194,7 +195,7 @@ def test_a_superlink_that_is_killed(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_for_checkpoints(tmp_path: Path) -> None:
     """Files above 150 kB cannot be written: the run says so and comes to its end."""
-    settings = QUICK | {"method": "fedavg", "num-clients": 8, "num-server-rounds": 2}
+    settings = QUICK | {"method": "client-mean", "num-clients": 8, "num-server-rounds": 2}
     settings |= {"out-dir": str(tmp_path), "run-name": "run", "save-weights": "false"}
     words = [f"{key}={value}" for key, value in settings.items()]
     command = [sys.executable, "-m", "pfedgpa_app", "run", "--engine", "process", *words]
@@ -207,4 +208,4 @@ def test_a_disk_without_room_for_checkpoints(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no checkpoint could be written" in "".join(warnings(tmp_path / "run"))
-    assert summary(tmp_path / "run")["fedavg"]["accuracy_before_ft"] > 0
+    assert summary(tmp_path / "run")["client-mean"]["accuracy_before_ft"] > 0

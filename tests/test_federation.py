@@ -13,18 +13,18 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pfedgpa_app import experiment
-from pfedgpa_app.config import resolve
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.uploads import Upload, weighted_mean
 from pfedgpa_app.data.client import load_schema
-from pfedgpa_app.diffusion.fit import WeightDistribution
+from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.diffusion.saved import load
-from pfedgpa_app.experiment import initial_weights, run
-from pfedgpa_app.methods.averaging import weighted_mean
-from pfedgpa_app.methods.base import Upload
-from pfedgpa_app.methods.fedavg import FedAvg
+from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.results import uploads
-from pfedgpa_app.settings import ConfigError
-from pfedgpa_app.strategy import NoUploadsError, check_upload, too_large
+from pfedgpa_app.run import experiment
+from pfedgpa_app.run.experiment import run
+from pfedgpa_app.run.initial import initial_weights
+from pfedgpa_app.server.screening import NoUploadsError, check_upload, too_large
 from tests.local_grid import InProcessGrid
 
 SMALL: dict[str, Any] = {
@@ -41,16 +41,17 @@ SMALL: dict[str, Any] = {
 PLAIN = {name: value for name, value in SMALL.items() if not name.startswith("pfedgpa.")}
 
 
+def small(more: dict[str, Any]) -> dict[str, Any]:
+    """The demo at a small size with ``more`` settings, pFedGPA's own only where it runs."""
+    return (SMALL if "pfedgpa" in str(more.get("method", "pfedgpa")) else PLAIN) | more
+
+
 def federate(
     out: Path, tamper: Any = None, nodes: int | None = None, **settings: Any
 ) -> tuple[Path, InProcessGrid]:
     """Run the demo at a small size; ``settings`` by their names with underscores."""
     named = {name.replace("_", "-"): value for name, value in settings.items()}
-    run_config = SMALL | {"out-dir": str(out), "run-name": "run"} | named
-    if not any(
-        m.startswith(("pfedgpa", "fedavg")) for m in run_config.get("method", "pfedgpa").split(",")
-    ):
-        run_config = {k: v for k, v in run_config.items() if not k.startswith("pfedgpa.")}
+    run_config = small({"out-dir": str(out), "run-name": "run"} | named)
     resolved = resolve(run_config)
     grid = InProcessGrid(run_config, nodes or resolved.config.num_clients, tamper)
     return run(grid, resolved), grid
@@ -127,12 +128,13 @@ class TestResults:
 
     def test_copies_of_uploads_are_told(self, tmp_path: Path) -> None:
         one, _ = federate(tmp_path / "1", method="fedavg,pfedgpa-once")
-        own = {"pfedgpa.inversion": "identity", "pfedgpa.residual-keep": 1.0}
+        own = {"pfedgpa.inversion": "identity", "pfedgpa.directions": "principal"}
+        own["pfedgpa.rank"] = "40"  # all that uploads span
         two, _ = federate(tmp_path / "2", method="pfedgpa-once,pfedgpa", **own)
         assert summary(one)["fedavg"]["agreement_with_last_upload"] is None
         row = summary(one)["pfedgpa-once"]
         assert row["distance_to_nearest_upload"] > 0.1
-        for method in ("pfedgpa-once", "pfedgpa"):  # identity and all residuals: the upload
+        for method in ("pfedgpa-once", "pfedgpa"):  # the identity: the upload
             row = summary(two)[method]
             assert row["agreement_with_last_upload"] == 100
             assert row["distance_to_nearest_upload"] < 1e-4
@@ -156,9 +158,12 @@ class TestResults:
         with safe_open(one / "uploads.safetensors", "pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        resolved, bad = resolve(SMALL | {"num-server-rounds": 1}), tmp_path / "bad.safetensors"
+        resolved, bad = (
+            resolve(PLAIN | {"num-server-rounds": 1, "method": "fedavg"}),
+            tmp_path / "bad.safetensors",
+        )
         initial = initial_weights(resolved.config, load_schema(resolved.config))
-        state = FedAvg.begin(resolved.config, initial)
+        state = RememberingFedAvg.begin(resolved.config, initial)
         vectors = tensors["vectors"]
         bias = tensors["global/fc2.bias"]
         for change, described in (
@@ -186,7 +191,9 @@ class TestResults:
 class TestMethods:
     @pytest.mark.parametrize("method", ["pfedgpa", "pfedgpa-once"])
     def test_last_layers_alone_are_generated(self, tmp_path: Path, method: str) -> None:
-        settings = {"pfedgpa.layers": 1, "pfedgpa.round-layers": 1, "pfedgpa.generate-from": 2}
+        settings = {"pfedgpa.layers": 1}
+        if method == "pfedgpa":
+            settings |= {"pfedgpa.round-layers": 1, "pfedgpa.generate-from": 2}
         folder, grid = federate(tmp_path, method=f"fedavg,{method}", **settings)
         generated = load_file(folder / "weights" / f"{method}.safetensors")
         common = load_file(folder / "weights" / "fedavg.safetensors")

@@ -12,11 +12,12 @@ import psutil
 import pytest
 from rich.console import Console
 
-from pfedgpa_app import launcher
-from pfedgpa_app.config import APP_DIR, resolve
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.engine import local
-from pfedgpa_app.launcher import Patience, Watcher, watched
 from pfedgpa_app.results.log import EVENTS, is_done
+from pfedgpa_app.run import launcher
+from pfedgpa_app.run.launcher import Patience, Watcher, watched
 from tests.test_federation import PLAIN, records
 
 
@@ -58,8 +59,8 @@ class TestWatcher:
 
     def test_it_says_who_waits_for_whom_and_how_to_go_on(self, tmp_path: Path) -> None:
         watcher, console = self.watcher(tmp_path)
-        watcher.look(lambda: "the server waits for client 3")
-        watcher.look()
+        watcher.poll(lambda: "the server waits for client 3")
+        watcher.poll()
         text = console.export_text()
         assert "nothing has happened for 1:35; the server waits for client 3; stop" in text
         assert [e["kind"] for e in records(tmp_path, EVENTS)] == ["stalled"]  # for sweeps, too
@@ -73,15 +74,15 @@ class TestWatcher:
             (tmp_path / EVENTS).write_text(json.dumps(event) + "\n")
             return "the server waits for nobody"
 
-        watcher.look(explain)
+        watcher.poll(explain)
         assert "nothing has happened" not in console.export_text()
 
     def test_a_run_that_is_done_stays_done(self, tmp_path: Path) -> None:
         watcher, _ = self.watcher(tmp_path)
         (tmp_path / EVENTS).write_text(json.dumps({"kind": "done", "text": "done"}) + "\n")
-        watcher.look()
+        watcher.poll()
         watcher.patience.heard -= 1000.0
-        watcher.look()
+        watcher.poll()
         assert is_done(tmp_path)
 
 
@@ -108,7 +109,7 @@ def test_a_run_that_stands_still_is_explained_and_ends_when_it_is_told_to(
     console = Console(record=True, width=2000, file=(tmp_path / "out").open("w"))
     frozen: list[psutil.Process] = []
 
-    def carry_out(look: Any) -> str:
+    def run_sweep(look: Any) -> str:
         def freeze(explain: Callable[[], str] = lambda: "") -> None:
             look(explain)
             begun = (folder / EVENTS).exists()
@@ -124,7 +125,7 @@ def test_a_run_that_stands_still_is_explained_and_ends_when_it_is_told_to(
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        watched(folder, console, config, carry_out)
+        watched(folder, console, config, run_sweep)
     assert time.monotonic() - started < 300
     event, *_ = [e for e in records(folder, EVENTS) if e["kind"] == "stalled"]
     assert "nothing has happened for 0:" in event["text"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -20,28 +21,31 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pfedgpa_app import training
-from pfedgpa_app.config import Config, resolve
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.uploads import Upload, weighted_mean
+from pfedgpa_app.core.weights import Weights, last_layers, layers
 from pfedgpa_app.data import images as images_module
 from pfedgpa_app.data.client import ClientData, load_client
 from pfedgpa_app.data.images import Images
-from pfedgpa_app.diffusion.fit import rank_of
-from pfedgpa_app.experiment import run
-from pfedgpa_app.methods import METHODS, method_class
-from pfedgpa_app.methods.averaging import weighted_mean
-from pfedgpa_app.methods.base import ClientTask, Method, Upload
+from pfedgpa_app.diffusion.distribution import rank_of
+from pfedgpa_app.methods import METHODS, federation_of, rounds_class
+from pfedgpa_app.methods.base import ClientTask, Method, Trained
 from pfedgpa_app.methods.cfl import bipartition
 from pfedgpa_app.methods.fedfomo import AFFINITY, FedFomo
 from pfedgpa_app.methods.fedproto import NEVER
 from pfedgpa_app.methods.pfedhn import Hypernetwork, PFedHN, sgd_coefficients
 from pfedgpa_app.methods.scaffold import CONTROL, Scaffold, effective_steps
-from pfedgpa_app.models import Weights, build, last_layers, layers, load, weights_of
-from pfedgpa_app.randomness import torch_generator
-from pfedgpa_app.training import Recipe, pull_to
+from pfedgpa_app.models.networks import build, load, weights_of
+from pfedgpa_app.run.experiment import run
+from pfedgpa_app.training import evaluation
+from pfedgpa_app.training import sgd as training
+from pfedgpa_app.training.sgd import Recipe, pull_to
 from tests.local_grid import InProcessGrid
-from tests.test_federation import SMALL, federate, records, summary, train_messages
+from tests.test_federation import SMALL, federate, records, small, summary, train_messages
 
-OWN_ROUNDS = [m for m in METHODS if method_class(m).rounds in ("", m)]
+OWN_ROUNDS = [m for m in METHODS if federation_of(m) == m]
 
 
 @pytest.fixture(autouse=True)
@@ -105,8 +109,10 @@ def train(
     sent = weights_of(model) if weights is None else weights
     kept = dict(state or {})
     draws = lambda: torch_generator(0, "train")  # noqa: E731
-    uploaded, loss = method_class(name).train(ClientTask(config, sent, model, data, 1, draws, kept))
-    return uploaded, kept, loss
+    task = ClientTask(config, sent, model, data, 1, draws, MappingProxyType(kept))
+    trained = rounds_class(name).train(task)
+    assert kept.keys() == (state or {}).keys()  # nothing is changed on the side
+    return trained.upload, trained.state, trained.loss
 
 
 def near(tensor: Tensor, *values: float) -> bool:
@@ -320,7 +326,7 @@ class TestGoldenValues:
 
         recipe, before = Recipe(epochs, rate, 2, momentum=0), weights_of(model)
         if "mu" in how:
-            how = {"correct": pull_to(before, how["mu"])}
+            how = {"gradient_hook": pull_to(before, how["mu"])}
         training.train(model, data, recipe, torch.Generator(), loss_of, **how)
         x = pixels.flatten(1).float()
         loss = (x @ model.w - targets).abs().sum() / 2
@@ -347,7 +353,7 @@ class TestGoldenValues:
         def shifted(_: Any, gradients: Any) -> list[Tensor]:
             return [g + c for g in gradients.values()]
 
-        moved, left = self._pfl_research(1, 0.1, correct=shifted)
+        moved, left = self._pfl_research(1, 0.1, gradient_hook=shifted)
         assert near(moved, change[0], change[0], change[1], change[1])
         assert left == pytest.approx(loss, abs=1e-5)
 
@@ -376,7 +382,7 @@ class TestNothingFrozenMoves:
         data = Images(
             torch.randint(0, 255, (60, 1, 8, 8), dtype=torch.uint8), torch.randint(0, 10, (60,))
         )
-        recipe = Recipe(2, 0.1, 20, momentum=0.9, weight_decay=0.01, only=tuple(names))
+        recipe = Recipe(2, 0.1, 20, momentum=0.9, weight_decay=0.01, trainable=tuple(names))
         training.train(model, data, recipe, torch.Generator())
         after = weights_of(model)
         for name in before:
@@ -385,11 +391,11 @@ class TestNothingFrozenMoves:
     def test_recipes_of_fedrep_and_fedbabu(self) -> None:
         names = list(build("digits", 10, 0).state_dict())
         head = {"fc2.weight", "fc2.bias"}
-        first, second = method_class("fedrep").recipes(configured(method="fedrep"), names, 1)
-        assert (first.epochs, set(first.only)) == (10, head)
-        assert (second.epochs, set(second.only)) == (1, set(names) - head)
-        [only] = method_class("fedbabu").recipes(configured(method="fedbabu"), names, 1)
-        assert set(only.only) == set(names) - head
+        first, second = METHODS["fedrep"].recipes(configured(method="fedrep"), names, 1)
+        assert (first.epochs, set(first.trainable)) == (10, head)
+        assert (second.epochs, set(second.trainable)) == (1, set(names) - head)
+        [only] = METHODS["fedbabu"].recipes(configured(method="fedbabu"), names, 1)
+        assert set(only.trainable) == set(names) - head
 
 
 def weights(folder: Path, method: str) -> Weights:
@@ -502,7 +508,7 @@ class TestLimits:
 
 def resolve_demo(more: dict[str, Any]) -> Config:
     """The configuration that ``federate`` runs."""
-    return resolve(SMALL | {key.replace("_", "-"): value for key, value in more.items()}).config
+    return resolve(small({key.replace("_", "-"): value for key, value in more.items()})).config
 
 
 def took_part(folder: Path) -> set[int]:
@@ -513,7 +519,7 @@ def server(name: str, clients: int = 2, **settings: Any) -> Method[Any]:
     """A method's server half before round 1, over ``linear``'s or ``deep``'s weights."""
     config = configured(method=name, num_clients=clients, **settings)
     initial = weights_of(deep(0, 0, 0))
-    kind = method_class(name)
+    kind = METHODS[name]
     return kind(config, kind.begin(config, initial))
 
 
@@ -546,7 +552,7 @@ class TestServers:
     @pytest.mark.parametrize("name", OWN_ROUNDS)
     def test_the_initial_weights_are_left_alone(self, name: str) -> None:
         """The next method of a run starts from them, too."""
-        config, kind = configured(method=name, num_clients=2), method_class(name)
+        config, kind = configured(method=name, num_clients=2), METHODS[name]
         initial = weights_of(build("digits", 10, 0))
         before = {n: t.clone() for n, t in initial.items()}
         method = kind(config, kind.begin(config, initial))
@@ -590,7 +596,7 @@ class TestServers:
                 assert near(tensor, *[expected] * tensor.numel())
 
     def test_rounds_that_end_with_generation(self) -> None:
-        kind, names = method_class("pfedgpa"), ["1.weight", "2.weight"]
+        kind, names = METHODS["pfedgpa"], ["1.weight", "2.weight"]
         config = configured(method="pfedgpa", num_server_rounds=100, **{"pfedgpa.round-rate": 0.2})
         assert kind.first_generation(config) == 93  # the last 8 of 100
         rates = [kind.recipes(config, names, r)[0].learning_rate for r in (1, 92, 93, 100)]
@@ -613,7 +619,7 @@ class TestServers:
             num_server_rounds=6,
             **{"pfedgpa.generate-from": 5, "pfedgpa.fit-steps": 20},  # what is learned is no part
         )
-        kind = method_class("pfedgpa")
+        kind = METHODS["pfedgpa"]
         like = {"body.weight": column(0), "head.weight": torch.zeros(20, 10)}
         method = kind(config, kind.begin(config, like))
         two, four = (torch.randn(n, 20, 10, generator=draws) for n in (2, 4))
@@ -625,7 +631,7 @@ class TestServers:
                 uploads[client] = Upload(like | {"head.weight": mine + noise}, 1)
             method.aggregate(number, uploads)
             assert method.state.rank == (None if number < 5 else 2)
-        assert method.distribution().rank == 2
+        assert method.learned().rank == 2
         assert rank_of(method.state.buffer, "shrinkage", 0) == 3  # by what clients are now
 
     def test_pfedme_goes_part_of_the_way(self) -> None:
@@ -635,7 +641,7 @@ class TestServers:
         assert all(near(t, *[1.0] * t.numel()) for t in method.download(0).values())
 
     def test_fedproto_means_and_nearest_prototype(self) -> None:
-        config, kind = configured(method="fedproto"), method_class("fedproto")
+        config, kind = configured(method="fedproto"), METHODS["fedproto"]
         initial = {
             "body.weight": column(0),
             "head.weight": column(0, 0),
@@ -794,7 +800,7 @@ class TestHypernetwork:
 def _copy(network: Hypernetwork) -> Hypernetwork:
     sizes = network.embeddings.num_embeddings, network.output.out_features
     own = replace(
-        configured(method="pfedhn").of(method_class("pfedhn").settings),
+        configured(method="pfedhn").of(METHODS["pfedhn"].settings),
         hidden=network.output.in_features,
         hidden_layers=len(network.trunk) // 2,
     )
@@ -827,14 +833,14 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def test_training_never_sees_test_or_validation_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, really = [], training.drawn
+    seen, really = [], training.training_batches
 
-    def drawn(data: Images, *rest: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    def spied(data: Images, *rest: Any) -> Iterator[tuple[Tensor, Tensor]]:
         seen.append(data)
         return really(data, *rest)
 
-    for name in ("training", "methods.pfedme", "methods.per_fedavg", "methods.fedala"):
-        monkeypatch.setattr(f"pfedgpa_app.{name}.drawn", drawn)
+    for name in ("training.sgd", "methods.pfedme", "methods.per_fedavg", "methods.fedala"):
+        monkeypatch.setattr(f"pfedgpa_app.{name}.training_batches", spied)
     federate(tmp_path, method="fedavg-ft,fedrep,fedbabu,per-fedavg,pfedme,fedala,ditto,fedfomo")
     clients = [load_client(resolve_demo({}), client) for client in range(4)]
     held = [{bytes(image.numpy().data) for image in client.train.pixels} for client in clients]
@@ -910,12 +916,12 @@ class TestFederations:
         body = {name.removeprefix("global/"): tensor for name, tensor in body.items()}
         model, data = build("digits", 10, 0), load_client(resolve_demo(one), 0 if seen else 1)
         load(model, body)
-        score = training.evaluate(model, data.test)
+        score = evaluation.evaluate(model, data.test)
         assert told["fedper", 0 if seen else 1] == pytest.approx(score.accuracy)
 
     def test_fine_tuning_is_each_papers_own(self) -> None:
         config = configured(method="fedrep,fedbabu,per-fedavg,fedavg-ft")
-        own = {m: method_class(m).own_fine_tuning(config) for m in config.method}
+        own = {m: METHODS[m].own_fine_tuning(config) for m in config.method}
         told = {m: (w.epochs, w.learning_rate, w.part, w.full_batch) for m, w in own.items() if w}
         assert told == {
             "fedrep": (10, 1.0, "head", False),
@@ -968,13 +974,13 @@ class TestMemory:
         train = Scaffold.train
         rounds: list[int] = []
 
-        def diverging(task: ClientTask) -> tuple[Weights, float]:
-            weights, loss = train(task)
+        def diverging(task: ClientTask) -> Trained:
+            trained = train(task)
             rounds.append(task.round)
             if rounds.count(2) == 1 and task.round == 2:
-                for tensor in (*weights.values(), *task.state.values()):
+                for tensor in (*trained.upload.values(), *trained.state.values()):
                     tensor.fill_(torch.inf)
-            return weights, loss
+            return trained
 
         monkeypatch.setattr(Scaffold, "train", diverging)
         folder, _ = federate(tmp_path, method="scaffold")
@@ -992,7 +998,7 @@ class TestLayers:
         assert last_layers(names, 99) == names
 
     def test_fedfomo_needs_validation_images(self) -> None:
-        from pfedgpa_app.settings import ConfigError
+        from pfedgpa_app.core.settings import ConfigError
 
         with pytest.raises(ConfigError, match="validation-share"):
             configured(method="fedfomo", validation_share=0.0)

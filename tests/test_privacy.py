@@ -13,11 +13,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from safetensors.torch import load_file
 
 from benchmarks import membership
-from pfedgpa_app.config import resolve
+from pfedgpa_app.client.privacy import with_local_dp
+from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.engine.grid import identify
-from pfedgpa_app.models import build
-from pfedgpa_app.privacy import private
-from pfedgpa_app.strategy import NoUploadsError
+from pfedgpa_app.models.networks import build
+from pfedgpa_app.server.screening import NoUploadsError
 from tests.test_federation import federate, records, summary
 
 
@@ -33,7 +33,7 @@ def noisy(epsilon: float, clip: float, sent: torch.Tensor, trained: torch.Tensor
         arrays = ArrayRecord({"w": trained})
         return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord()}), reply_to=message)
 
-    reply = private(handler, message, context)
+    reply = with_local_dp(handler, message, context)
     return reply.content.array_records["arrays"]["w"].numpy()
 
 

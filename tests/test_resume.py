@@ -22,20 +22,24 @@ from flwr.app import Message
 from rich.console import Console
 from safetensors.torch import load_file
 
-from pfedgpa_app import checkpoint, cli
-from pfedgpa_app.checkpoint import MANIFEST, Checkpoint, CheckpointError
-from pfedgpa_app.config import APP_DIR, Config, Resolved, resolve
-from pfedgpa_app.diffusion.buffer import Buffer
-from pfedgpa_app.diffusion.fit import FitSettings, fit_network
+from pfedgpa_app import cli
+from pfedgpa_app.config.resolve import Resolved, resolve
+from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.uploads import Buffer
+from pfedgpa_app.diffusion.network import fit_network
 from pfedgpa_app.diffusion.schedule import Schedule
-from pfedgpa_app.experiment import CHECKPOINT
-from pfedgpa_app.folder import is_running, locked, run_folder
-from pfedgpa_app.launcher import watched
+from pfedgpa_app.diffusion.settings import DiffusionSettings
 from pfedgpa_app.methods.cfl import Cluster
-from pfedgpa_app.methods.fedavg import FedAvgState
+from pfedgpa_app.methods.pfedgpa import PFedGPAState
 from pfedgpa_app.results.log import Records, RunLog, is_done, last_event
-from pfedgpa_app.settings import ConfigError
-from tests.test_federation import SMALL, federate, records, summary
+from pfedgpa_app.run import checkpoint
+from pfedgpa_app.run.checkpoint import MANIFEST, Checkpoint, CheckpointError
+from pfedgpa_app.run.folder import is_running, locked, run_folder
+from pfedgpa_app.run.launcher import watched
+from pfedgpa_app.run.resuming import CHECKPOINT
+from tests.test_federation import SMALL, federate, records, small, summary
 
 # federations whose server or clients keep something of their own between rounds
 STATEFUL = ["fedavgm", "scaffold", "fedper", "fedala", "fedproto", "ditto", "pfedme", "cfl"]
@@ -284,7 +288,7 @@ class TestCheckpoint:
         for server_round in (1, 2, 3):
             buffer.add(server_round, 5, weights)
             buffer.drop_old(server_round)
-        state = FedAvgState(weights, buffer, labels={3: [1, 2]}, generated={5: weights})
+        state = PFedGPAState(weights, buffer, labels={3: [1, 2]}, generated={5: weights})
         clusters = [Cluster([0, 2], weights, {0: torch.ones(2)}, {0: 10})]
         parts = {"state": state, "clusters": clusters, "numbers": np.array([1.5, np.nan])}
         parts["plain"] = {"x": [(1, "two"), None, True, float("inf")], 7: {}}
@@ -392,7 +396,7 @@ class TestLog:
         clock = iter([0.0, 10.0, 20.0])
         monkeypatch.setattr("pfedgpa_app.results.log.time.monotonic", lambda: next(clock))
         log = RunLog(tmp_path, 100, 100.0)
-        log.go_on({"curves": {}, "rejections": 0, "done": 90.0, "sizes": {}})
+        log.restore({"curves": {}, "rejections": 0, "done": 90.0, "sizes": {}})
         assert log.advance(1) == 90.0
         assert log.advance(1) == 80.0
 
@@ -417,7 +421,7 @@ class TestLog:
     def test_fitting_tells_its_progress(self) -> None:
         shares: list[float] = []
         latents, noise = torch.randn(8, 2), torch.zeros(2)
-        settings = FitSettings(fit_steps=4, width=4, blocks=1, fit_batch_size=4)
+        settings = DiffusionSettings(fit_steps=4, width=4, blocks=1, fit_batch_size=4)
         schedule, device = Schedule(10), torch.device("cpu")
         fit_network(latents, noise, schedule, settings, 0, device, progress=shares.append)
         assert shares == [0.25, 0.5, 0.75, 1.0]
@@ -442,7 +446,7 @@ class TestStopped:
     def test_a_run_says_how_it_goes_on(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pfedgpa_app.launcher.local.run", self.stop)
+        monkeypatch.setattr("pfedgpa_app.run.launcher.local.run", self.stop)
         words = [f"{key}={value}" for key, value in SMALL.items()]
         words += [f"out-dir={tmp_path}/my results", "--engine", "process"]
         assert cli.main(["run", *words]) == 130
@@ -452,7 +456,7 @@ class TestStopped:
         assert again.startswith("to go on: pfedgpa run num-clients=4 ")
         given: list[Any] = []
         monkeypatch.setattr(
-            "pfedgpa_app.launcher.local.run", lambda *a: given.append(a) or self.stop()
+            "pfedgpa_app.run.launcher.local.run", lambda *a: given.append(a) or self.stop()
         )
         repeated = shlex.split(again.removeprefix("to go on: pfedgpa "))
         assert cli.main(repeated) == 130
@@ -468,8 +472,8 @@ class TestStopped:
         capsys: pytest.CaptureFixture[str],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("pfedgpa_app.sweep.Sweep.everything", self.stop)
-        monkeypatch.setattr("pfedgpa_app.sweep.preflight", lambda _: None)
+        monkeypatch.setattr("pfedgpa_app.study.sweep.Sweep.run_all", self.stop)
+        monkeypatch.setattr("pfedgpa_app.study.sweep.preflight", lambda _: None)
         words = {
             "sweep": ["sweep", "--over", "seed=0,1"],
             "compare": ["compare", "--conf", "demo", "--methods", "local"],
@@ -483,7 +487,7 @@ class TestStopped:
         ]
 
     def test_a_run_that_goes_on_shows_what_is_new(self, tmp_path: Path) -> None:
-        def carry_out(look: Callable[[], None]) -> str:
+        def run_sweep(look: Callable[[], None]) -> str:
             look()
             log.event("done", "the end")
             return ""
@@ -492,7 +496,7 @@ class TestStopped:
         log.event("round", "round 1, 9:99 left")
         log.event("failed", "by a full disk")
         said = io.StringIO()
-        assert watched(tmp_path, Console(file=said), Config(), carry_out) == ""
+        assert watched(tmp_path, Console(file=said), Config(), run_sweep) == ""
         assert said.getvalue() == "the end\n"
         assert (
             watched(tmp_path, Console(file=said), Config(), lambda _: "it was killed")
@@ -550,7 +554,7 @@ class TestFolder:
         how: dict[str, Any] = {"method": "fedavg", "num_server_rounds": 2}
         words = [
             "run",
-            *(f"{key}={value}" for key, value in (SMALL | {"method": "fedavg"}).items()),
+            *(f"{key}={value}" for key, value in small({"method": "fedavg"}).items()),
         ]
         words += ["num-server-rounds=2", f"out-dir={tmp_path}", "run-name=run", "resume=true"]
         refused = []

@@ -19,16 +19,16 @@ import pytest
 from rich.console import Console
 
 from pfedgpa_app import cli
-from pfedgpa_app.config import APP_DIR
+from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.engine import LaunchError, local
 from pfedgpa_app.engine.flower import free_port, processes_of
 from pfedgpa_app.engine.ray import Simulation
-from pfedgpa_app.launcher import launch
-from tests.test_federation import SMALL, federate, records, summary
+from pfedgpa_app.run.launcher import launch
+from tests.test_federation import PLAIN, SMALL, federate, records, summary
 
 # one after the other: Ray fills the machine
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("simulation")]
-SETTINGS = [f"{key}={value}" for key, value in SMALL.items()]
+SETTINGS, PLAINLY = ([f"{k}={v}" for k, v in settings.items()] for settings in (SMALL, PLAIN))
 LIMIT = 1200  # seconds; a run takes about 30
 
 
@@ -128,7 +128,7 @@ FAULTS = pytest.mark.parametrize(
         ),
         (
             "client_app.py",
-            "    weights, loss = visit.method.train(task)",
+            "    return request.trained(request.method.train(request.task()))",
             '    raise RuntimeError("no idea")',
             "none of 4 clients sent a usable upload",
         ),
@@ -149,7 +149,7 @@ def test_a_failed_run_says_so_and_exits_with_1(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     app = broken_app(tmp_path, file, old, new)
-    arguments = ["run", "--app", str(app), "--engine", "process", *SETTINGS, "method=fedavg"]
+    arguments = ["run", "--app", str(app), "--engine", "process", *PLAINLY, "method=fedavg"]
     assert cli.main(arguments) == 1
     said = capsys.readouterr()
     assert words in said.err
@@ -170,7 +170,7 @@ def test_so_does_one_under_ray(
     simulation: Simulation, tmp_path: Path, file: str, old: str, new: str, words: str
 ) -> None:
     app = broken_app(tmp_path, file, old, new)
-    chosen = SMALL | {"engine": "ray", "method": "fedavg", "out-dir": str(tmp_path / "results")}
+    chosen = PLAIN | {"engine": "ray", "method": "fedavg", "out-dir": str(tmp_path / "results")}
     said = io.StringIO()
     with pytest.raises(LaunchError) as failed:  # for which the command exits with 1
         launch(chosen, app, Console(file=said, width=1000), simulation)
@@ -251,7 +251,7 @@ def test_a_ray_cluster_of_two_nodes_serves_a_run(tmp_path: Path, in_process: Pat
         node("--head", f"--port={address[10:]}", "--include-dashboard=false", f"--temp-dir={home}")
         node(f"--address={address}")
         done = subprocess.run(
-            [sys.executable, "-m", "pfedgpa_app", "run", *SETTINGS, "engine=ray", "method=fedavg"],
+            [sys.executable, "-m", "pfedgpa_app", "run", *PLAINLY, "engine=ray", "method=fedavg"],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(APP_DIR), "RAY_ADDRESS": address},
             capture_output=True,

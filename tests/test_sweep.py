@@ -18,18 +18,19 @@ import pytest
 from rich.console import Console
 
 from pfedgpa_app import cli
-from pfedgpa_app import sweep as sweep_module
-from pfedgpa_app.config import APP_DIR
+from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.engine import PARENT
-from pfedgpa_app.folder import locked
+from pfedgpa_app.methods.generation import PFedGPASettings
 from pfedgpa_app.results.log import is_done, last_event
 from pfedgpa_app.results.tables import seeds_table
-from pfedgpa_app.settings import ConfigError
-from pfedgpa_app.sweep import Lines, Run, Sweep, expand, read, shares, table
-from tests.test_federation import SMALL
+from pfedgpa_app.run.folder import locked
+from pfedgpa_app.study import sweep as sweep_module
+from pfedgpa_app.study.sweep import Lines, Run, Sweep, expand, read, shares, table
+from tests.test_federation import PLAIN
 from tests.test_simulation import alive
 
-QUICK = SMALL | {"method": "fedavg", "num-server-rounds": 2, "device": "cpu"}
+QUICK = PLAIN | {"method": "fedavg", "num-server-rounds": 2, "device": "cpu"}
 
 
 def runs(tmp_path: Path, over: dict[str, list[Any]], **more: Any) -> list[Run]:
@@ -39,7 +40,7 @@ def runs(tmp_path: Path, over: dict[str, list[Any]], **more: Any) -> list[Run]:
 class TestPlan:
     def test_every_combination_in_a_folder_of_its_own(self, tmp_path: Path) -> None:
         over = {"conf": ["demo"], "seed": [0, 1], "pfedgpa.rank": ["auto", 3]}
-        planned = runs(tmp_path, over)
+        planned = runs(tmp_path, over, method="pfedgpa")
         assert [run.name for run in planned] == [
             "demo_seed=0_pfedgpa.rank=auto",
             "demo_seed=0_pfedgpa.rank=3",
@@ -47,7 +48,7 @@ class TestPlan:
             "demo_seed=1_pfedgpa.rank=3",
         ]
         assert [run.config.seed for run in planned] == [0, 0, 1, 1]
-        assert [run.config.pfedgpa.rank for run in planned] == [None, 3, None, 3]
+        assert [run.config.of(PFedGPASettings).rank for run in planned] == [None, 3, None, 3]
         assert planned[0].settings["run-name"] == planned[0].folder.name
         (odd,) = runs(tmp_path, {"dataset": ["imagefolder:/my/images, of cats"]})
         assert odd.folder.parent == tmp_path  # whatever a value holds

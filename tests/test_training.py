@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from pfedgpa_app import models, training
+from pfedgpa_app.core.randomness import numpy_generator, torch_generator
 from pfedgpa_app.data.images import Images
-from pfedgpa_app.randomness import numpy_generator, torch_generator
+from pfedgpa_app.models import networks as models
+from pfedgpa_app.training import evaluation
+from pfedgpa_app.training import sgd as training
 
 
 class TestModels:
@@ -102,7 +104,7 @@ class TestTraining:
         loss = training.train(model, data, recipe, torch.Generator().manual_seed(0))
         assert sorted(seen[:7]) == sorted(seen[7:]) == list(range(7))
         assert seen[:7] != seen[7:]
-        score = training.evaluate(model, data)
+        score = evaluation.evaluate(model, data)
         assert loss == pytest.approx(score.loss / 7, rel=1e-4)
 
     def test_crop_and_flip_are_shifts_and_mirrors(self) -> None:
@@ -123,7 +125,7 @@ class TestTraining:
         model = nn.Identity()
         model.register_parameter("unused", nn.Parameter(torch.zeros(1)))
         logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
-        score = training.evaluate(model, Plain(logits, torch.tensor([0, 1, 1])))
+        score = evaluation.evaluate(model, Plain(logits, torch.tensor([0, 1, 1])))
         assert (score.correct, score.images) == (2, 3)
         assert score.accuracy == pytest.approx(200 / 3)
 

@@ -18,9 +18,10 @@ import psutil
 import pytest
 import yaml
 
-from pfedgpa_app import experiment
-from pfedgpa_app.config import APP_DIR, resolve
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.engine.flower import free_port, processes_of
+from pfedgpa_app.run import experiment
 from tests.local_grid import InProcessGrid
 from tests.test_federation import records, summary
 from tests.test_simulation import alive

@@ -9,19 +9,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from pfedgpa_app.core.uploads import Buffer
+from pfedgpa_app.core.weights import Layout
 from pfedgpa_app.diffusion.autoencoder import (
     Deltas,
     LayeredAutoencoder,
     LinearAutoencoder,
     remove_drift,
 )
-from pfedgpa_app.diffusion.buffer import Buffer, Layout
 from pfedgpa_app.diffusion.convolutional import ConvolutionalAutoencoder, ConvolutionalSettings
 from pfedgpa_app.diffusion.copies import novelty
 from pfedgpa_app.diffusion.directions import client_means, principal_directions
-from pfedgpa_app.diffusion.fit import FitSettings, WeightDistribution
-from pfedgpa_app.diffusion.rank import RULES, choose_rank, hard_threshold
+from pfedgpa_app.diffusion.distribution import WeightDistribution
+from pfedgpa_app.diffusion.rank import choose_rank, hard_threshold
 from pfedgpa_app.diffusion.saved import load, save
+from pfedgpa_app.diffusion.settings import RULES, DiffusionSettings
 
 SHAPES = {"body": (20, 30), "bias": (20,), "head": (5, 20)}
 GROUPS, CLIENTS, ROUNDS = 4, 12, 6
@@ -59,7 +61,7 @@ def buffer(vectors: torch.Tensor, taking_part: torch.Tensor | None = None) -> Bu
 
 def distribution(vectors: torch.Tensor, **settings: object) -> WeightDistribution:
     chosen = {"denoiser": "finite-set", **settings}
-    return WeightDistribution(buffer(vectors), FitSettings(**chosen), seed=0)
+    return WeightDistribution(buffer(vectors), DiffusionSettings(**chosen), seed=0)
 
 
 def generated(fitted: WeightDistribution, mode: str = "tweedie", **knobs: object) -> torch.Tensor:
@@ -357,7 +359,7 @@ class TestDistribution:
         vectors[0] = vectors[0].mean(0) + 20 * (vectors[0] - vectors[0].mean(0))
         filled = buffer(vectors, taking_part)
         filled.drop_before(1)
-        fitted = WeightDistribution(filled, FitSettings(denoiser="finite-set"), seed=0)
+        fitted = WeightDistribution(filled, DiffusionSettings(denoiser="finite-set"), seed=0)
         assert fitted.newest == list(range(CLIENTS))
         assert not bool((fitted.clients == 1).any())
         furthest = fitted.latents.norm(dim=1).max()
@@ -453,11 +455,6 @@ class TestDistribution:
         fitted = distribution(vectors, directions="principal", rank=ROUNDS * CLIENTS, strength=0)
         assert torch.allclose(generated(fitted, "identity"), vectors[-1], atol=1e-3)
 
-    def test_kept_residual_returns_the_newest_uploads_at_any_rank(self) -> None:
-        fitted = distribution(uploads(), strength=0)
-        out = generated(fitted, "identity", residual_keep=1.0)
-        assert torch.allclose(out, uploads()[-1], atol=1e-4)
-
     def test_full_strength_is_the_population_mean(self) -> None:
         out = generated(distribution(uploads(), denoiser="gaussian", strength=1000))
         mean = uploads()[-1].mean(0)
@@ -470,7 +467,7 @@ class TestDistribution:
         filled = buffer(vectors, taking_part)
         filled.window = ROUNDS - 1
         filled.drop_old(ROUNDS - 1)
-        fitted = WeightDistribution(filled, FitSettings(denoiser="finite-set"), seed=0)
+        fitted = WeightDistribution(filled, DiffusionSettings(denoiser="finite-set"), seed=0)
         assert 0 not in fitted.clients
         assert fitted.newest == list(range(CLIENTS))
         out = generated(fitted)

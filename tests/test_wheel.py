@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from pfedgpa_app.config import APP_DIR, keys
+from pfedgpa_app.config.resolve import keys
+from pfedgpa_app.core.paths import APP_DIR
 from tests.test_federation import SMALL, federate, records, summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # installed once

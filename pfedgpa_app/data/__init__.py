@@ -1,12 +1,7 @@
 """Images, how they are dealt to clients, and what one client holds."""
 
-DATASET_HELP = (
-    "digits, mnist, fashion-mnist, emnist-SPLIT (balanced, byclass, bymerge, digits, letters, "
-    "mnist), cifar10, imagefolder:PATH with train/ and test/ by class (a relative PATH: below the "
-    "current folder, else below data-dir), or nodes: each node's own, which its --node-config "
-    "names as dataset"
-)
-NODES = "nodes"
+from pfedgpa_app.core.sections import NODES
+
 EMNIST_SPLITS = ("balanced", "byclass", "bymerge", "digits", "letters", "mnist")
 DATASETS = (
     "digits",

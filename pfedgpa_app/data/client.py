@@ -7,14 +7,12 @@ from functools import lru_cache
 
 import numpy as np
 
-from pfedgpa_app.attacks import flips_labels
-from pfedgpa_app.config import Config
-from pfedgpa_app.data import NODES
+from pfedgpa_app.core.randomness import numpy_generator
+from pfedgpa_app.core.sections import NODES, DataSettings
+from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data.datasets import Dataset, load
 from pfedgpa_app.data.images import Images, images_of
 from pfedgpa_app.data.partition import ClientSplit, dominant_groups, partition
-from pfedgpa_app.randomness import numpy_generator
-from pfedgpa_app.settings import DataError
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def schema_of(data: Dataset) -> Schema:
     return Schema(data.name, data.classes, data.shape)
 
 
-def load_dataset(config: Config) -> Dataset:
+def load_dataset(config: DataSettings) -> Dataset:
     """The run's data set, which all clients share.
 
     Raises:
@@ -54,7 +52,7 @@ def load_dataset(config: Config) -> Dataset:
     return load(config.dataset, config.data_dir, config.download, config.image_size)
 
 
-def load_schema(config: Config) -> Schema:
+def load_schema(config: DataSettings) -> Schema:
     """Of the run's data set.
 
     Raises:
@@ -64,7 +62,7 @@ def load_schema(config: Config) -> Schema:
 
 
 @lru_cache(maxsize=2)
-def load_partition(config: Config) -> list[ClientSplit]:
+def load_partition(config: DataSettings) -> list[ClientSplit]:
     """The run's partition, the same on every machine that has the data.
 
     Raises:
@@ -93,7 +91,7 @@ def load_partition(config: Config) -> list[ClientSplit]:
     )
 
 
-def load_own(config: Config, source: str) -> Dataset:
+def load_own(config: DataSettings, source: str) -> Dataset:
     """The data set of this node's own that its configuration names.
 
     Raises:
@@ -108,7 +106,7 @@ def load_own(config: Config, source: str) -> Dataset:
 
 
 @lru_cache(maxsize=2)
-def load_own_client(config: Config, source: str, client: int) -> ClientData:
+def load_own_client(config: DataSettings, source: str, client: int) -> ClientData:
     """All images of this node's own data set; of the training images it keeps some to validate."""
     data = load_own(config, source)
     order = numpy_generator(config.seed, "own validation", client).permutation(
@@ -119,23 +117,20 @@ def load_own_client(config: Config, source: str, client: int) -> ClientData:
         raise DataError(f"dataset {source}: validation-share leaves no image to train on")
     every = np.arange(len(data.test_labels))
     split = ClientSplit(np.sort(order[kept:]), np.sort(order[:kept]), every, group=0)
-    return _held(data, split, data.train_labels)
+    return _held(data, split)
 
 
 @lru_cache(maxsize=256)
-def load_client(config: Config, client: int) -> ClientData:
+def load_client(config: DataSettings, client: int) -> ClientData:
     """Client ``client``'s images, kept for the next round (4 MB a CIFAR-10 client)."""
     data, split = load_dataset(config), load_partition(config)[client]
-    labels = data.train_labels
-    if flips_labels(config, client):
-        labels = len(data.classes) - 1 - labels
-    return _held(data, split, labels)
+    return _held(data, split)
 
 
-def _held(data: Dataset, split: ClientSplit, labels: np.ndarray) -> ClientData:
-    """The images of ``split``, those of training with ``labels``."""
+def _held(data: Dataset, split: ClientSplit) -> ClientData:
+    """The images of ``split``."""
     return ClientData(
-        train=images_of(data.train_images, labels, split.train),
-        validation=images_of(data.train_images, labels, split.validation),
+        train=images_of(data.train_images, data.train_labels, split.train),
+        validation=images_of(data.train_images, data.train_labels, split.validation),
         test=images_of(data.test_images, data.test_labels, split.test),
     )

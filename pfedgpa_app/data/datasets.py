@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data import EMNIST_SPLITS
-from pfedgpa_app.models import SHAPES
-from pfedgpa_app.settings import DataError, user_path
+from pfedgpa_app.models.networks import SHAPES
 
 if TYPE_CHECKING:
     from PIL.Image import Image

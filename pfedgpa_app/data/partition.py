@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pfedgpa_app.randomness import numpy_generator
+from pfedgpa_app.core.randomness import numpy_generator
 
 logger = logging.getLogger("pfedgpa")
 

@@ -18,11 +18,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from packaging.requirements import Requirement
 
-from pfedgpa_app.data import NODES
+from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.sections import NODES
+from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data.client import schema_of
 from pfedgpa_app.data.datasets import load
-from pfedgpa_app.models import network_name
-from pfedgpa_app.settings import DataError, user_path
+from pfedgpa_app.models.networks import network_name
 
 DISTRIBUTION = "pfedgpa-app"
 _PATIENCE = 10.0  # seconds for a connection

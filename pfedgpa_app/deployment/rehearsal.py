@@ -8,14 +8,15 @@ from typing import Any
 
 from rich.console import Console
 
-from pfedgpa_app.config import APP_DIR, resolve
+from pfedgpa_app.config.resolve import resolve, without_idle
+from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.data.datasets import load, resolve_data_dir
 from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError, Look
 from pfedgpa_app.engine.flower import stage
-from pfedgpa_app.folder import LOG, run_folder
-from pfedgpa_app.launcher import watched
+from pfedgpa_app.run.folder import LOG, run_folder
+from pfedgpa_app.run.launcher import watched
 
 SETTINGS: dict[str, Any] = {
     "dataset": "nodes",
@@ -62,7 +63,8 @@ def rehearse(
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    settings = SETTINGS | {"num-clients": nodes} | overrides
+    usual = without_idle(SETTINGS, resolve(overrides).config.method)
+    settings = usual | {"num-clients": nodes} | overrides
     config = resolve(settings).config
     settings["data-dir"] = str(resolve_data_dir(config.data_dir, config.dataset))
     folder = run_folder(resolve(settings))

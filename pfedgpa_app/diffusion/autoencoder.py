@@ -130,9 +130,6 @@ class Autoencoder(Protocol):
     def encode_all(self, deltas: Deltas) -> Tensor:
         """Every upload's latent [N, k], read by blocks."""
 
-    def latent_noise(self, input_noise: float) -> Tensor:
-        """What noise of ``input_noise`` × the deltas' spread on every weight is in latents [k]."""
-
 
 @dataclass(frozen=True)
 class LinearAutoencoder:
@@ -144,7 +141,6 @@ class LinearAutoencoder:
 
     components: Tensor
     scale: Tensor
-    spread: float  # root mean square of one weight's delta
 
     @classmethod
     def fit(cls, deltas: Deltas, gram: Tensor, combinations: Tensor) -> LinearAutoencoder:
@@ -153,7 +149,7 @@ class LinearAutoencoder:
         The principal axes within the span, from the N×N Gram matrix alone. Directions that
         do not exist in float32 (of identical uploads, say) are dropped.
         """
-        n, p = deltas.vectors.shape
+        p = deltas.vectors.shape[1]
         rounding = 1e-13 * float(torch.linalg.vector_norm(deltas.vectors)) ** 2  # of float32
         coefficients, deviations = principal_axes(gram, combinations, rounding)
         components = torch.empty(coefficients.shape[1], p)
@@ -163,8 +159,7 @@ class LinearAutoencoder:
         if len(components):
             largest = components.abs().argmax(1, keepdim=True)
             components *= components.gather(1, largest).sign()
-        spread = float((gram.trace().clamp(min=0) / (n * p)).sqrt())
-        return cls(components, deviations.float(), spread)
+        return cls(components, deviations.float())
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -182,9 +177,6 @@ class LinearAutoencoder:
         for block in blocks(self.components.shape[1]):
             latents.addmm_(deltas.columns(block), self.components[:, block].double().T)
         return (latents / self.scale.double()).float()
-
-    def latent_noise(self, input_noise: float) -> Tensor:
-        return input_noise * self.spread / self.scale
 
 
 @dataclass(frozen=True)
@@ -237,6 +229,3 @@ class LayeredAutoencoder:
     def encode_all(self, deltas: Deltas) -> Tensor:
         pairs = zip(self.layers, self.columns, strict=True)
         return self._joined([layer.encode_all(deltas.part(where)) for layer, where in pairs])
-
-    def latent_noise(self, input_noise: float) -> Tensor:
-        return self._joined([layer.latent_noise(input_noise) for layer in self.layers])

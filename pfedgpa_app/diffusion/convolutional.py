@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.weights import Layout
 from pfedgpa_app.diffusion.autoencoder import Deltas, root_mean_squares
-from pfedgpa_app.diffusion.buffer import Layout
-from pfedgpa_app.randomness import torch_generator
 
 _ROWS = 32  # uploads a training step, and encoded or decoded at a time
 
@@ -157,6 +157,3 @@ class ConvolutionalAutoencoder:
     def encode_all(self, deltas: Deltas) -> Tensor:
         rows = torch.arange(len(deltas)).split(_ROWS)
         return torch.cat([self.encode(deltas.rows(some)) for some in rows])
-
-    def latent_noise(self, input_noise: float) -> Tensor:
-        return torch.zeros_like(self.deviation)  # its input noise is in its own training

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.diffusion.autoencoder import principal_axes
 from pfedgpa_app.diffusion.denoiser import FiniteSetDenoiser
 from pfedgpa_app.diffusion.inversion import calibrate_strength, regenerate
 from pfedgpa_app.diffusion.schedule import Schedule
-from pfedgpa_app.randomness import torch_generator
 
 
 def client_means(clients: Tensor) -> Tensor:

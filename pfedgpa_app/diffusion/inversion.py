@@ -10,26 +10,37 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.diffusion.denoiser import Denoiser, FiniteSetDenoiser
 from pfedgpa_app.diffusion.schedule import Schedule
-from pfedgpa_app.randomness import torch_generator
 
-MODES = (
-    "identity",
-    "sample",
-    "invert",
-    "edit-friendly",
-    "ddim",
-    "sdedit",
-    "tweedie",
-    "translate",
-)
 Noise = Callable[[int], Tensor]  # rows wanted -> standard normal [rows, k]
 _CODE_NUMBERS = 2**24  # numbers of stored noise held at a time
+
+
+@dataclass(frozen=True)
+class Journey:
+    """How far latents are carried, and back.
+
+    Attributes:
+        strength: t0 in 0..T.
+        keep: share of the stored noise replayed by ``invert``.
+        draws: decodings averaged.
+        ddim_steps: of ``ddim``, up and down.
+    """
+
+    strength: int
+    keep: float = 1.0
+    draws: int = 1
+    ddim_steps: int = 50
+
+
+Mode = Callable[[Tensor, Denoiser, Schedule, Noise, Journey], Tensor]
 
 
 def regenerate(
@@ -43,7 +54,6 @@ def regenerate(
     keep: float = 1.0,
     draws: int = 1,
     ddim_steps: int = 50,
-    decode_with: Denoiser | None = None,
 ) -> Tensor:
     """Each client's latent after inversion and denoising; same shape and dtype.
 
@@ -54,65 +64,99 @@ def regenerate(
     Args:
         latents: clean latents [M, k].
         generator: on the CPU, whatever the latents' device.
-        mode: ``identity``: the latent itself. ``sample``: from pure noise, no inversion.
-            ``invert``: DPM-Encoder (Wu & De la Torre 2023, the paper's citation): noise the
-            latent along the forward posterior, store what the reverse step misses, replay
-            ``keep`` of it. ``edit-friendly``: the same with independently noised latents
-            (Huberman-Spiegelglas et al. 2024). ``ddim``: deterministic, up and down.
-            ``sdedit``: noise to t0, then the reverse process with fresh noise (Meng et al.
-            2022). ``tweedie``: the posterior mean of z_0 at t0. ``translate``: ``invert``
-            with all noise replayed, decoded by ``decode_with``.
+        mode: a name in ``MODES``.
         strength: t0 in 0..T; 0 is the identity. ``sample`` always starts from T.
-        keep: share of the stored noise replayed (``invert`` and ``edit-friendly``).
+        keep: share of the stored noise replayed (``invert``).
         draws: decodings averaged; ``tweedie`` draws in antithetic pairs.
 
     Raises:
-        ValueError: an unknown mode, a value out of range, or ``translate`` without a model.
+        ValueError: an unknown mode, or a value out of range.
     """
     if mode not in MODES:
         raise ValueError(f"no inversion called {mode!r}; there are {', '.join(MODES)}")
     if not 0 <= strength <= schedule.steps or not 0 <= keep <= 1 or draws < 1:
         raise ValueError("wants 0 <= strength <= T, 0 <= keep <= 1 and draws >= 1")
-    if (mode == "translate") != (decode_with is not None):
-        raise ValueError("translate, and only translate, decodes with another model")
-    m, k = latents.shape
+    if strength == 0 and mode != "sample":
+        return latents.clone()
 
     def normal(rows: int) -> Tensor:
-        noise = torch.randn(rows, k, generator=generator, dtype=latents.dtype)
+        noise = torch.randn(rows, latents.shape[1], generator=generator, dtype=latents.dtype)
         return noise.to(latents.device)
 
-    if mode == "sample":
-        chains = reverse(normal(draws * m), denoiser, schedule, schedule.steps, normal)
-        return chains.view(draws, m, k).mean(0)
-    if mode == "identity" or strength == 0:
-        return latents.clone()
-    if mode == "ddim":
-        return _ddim(latents, denoiser, schedule, strength, ddim_steps)
-    if mode == "tweedie":
-        noise = normal((draws + 1) // 2)
-        noise = torch.cat([noise, -noise])[:draws] if draws > 1 else noise
-        noisy = schedule.add_noise(latents, noise[:, None], strength).view(-1, k)
-        clean = schedule.clean(noisy, denoiser(noisy, strength), strength)
-        return clean.view(draws, m, k).mean(0)
+    journey = Journey(strength, keep, draws, ddim_steps)
+    return MODES[mode](latents, denoiser, schedule, normal, journey)
 
+
+def _identity(z: Tensor, _d: Denoiser, _s: Schedule, _n: Noise, _j: Journey) -> Tensor:
+    """The latent itself."""
+    return z.clone()
+
+
+def _sample(
+    latents: Tensor, denoiser: Denoiser, schedule: Schedule, normal: Noise, journey: Journey
+) -> Tensor:
+    """From pure noise, no inversion."""
+    m, k = latents.shape
+    noise = normal(journey.draws * m)
+    chains = reverse(noise, denoiser, schedule, schedule.steps, normal)
+    return chains.view(journey.draws, m, k).mean(0)
+
+
+def _tweedie(
+    latents: Tensor, denoiser: Denoiser, schedule: Schedule, normal: Noise, journey: Journey
+) -> Tensor:
+    """The posterior mean of z_0 at t0."""
+    draws, t0, (m, k) = journey.draws, journey.strength, latents.shape
+    noise = normal((draws + 1) // 2)
+    noise = torch.cat([noise, -noise])[:draws] if draws > 1 else noise
+    noisy = schedule.add_noise(latents, noise[:, None], t0).view(-1, k)
+    clean = schedule.clean(noisy, denoiser(noisy, t0), t0)
+    return clean.view(draws, m, k).mean(0)
+
+
+def _sdedit(
+    latents: Tensor, denoiser: Denoiser, schedule: Schedule, normal: Noise, journey: Journey
+) -> Tensor:
+    """Noise to t0, then the reverse process with fresh noise (Meng et al. 2022)."""
+
+    def once(start_from: Tensor, shared: Noise) -> Tensor:
+        noisy = schedule.add_noise(start_from, shared(0), journey.strength)
+        return reverse(noisy, denoiser, schedule, journey.strength, shared)
+
+    return _averaged(latents, normal, journey, once)
+
+
+def _invert(
+    latents: Tensor, denoiser: Denoiser, schedule: Schedule, normal: Noise, journey: Journey
+) -> Tensor:
+    """DPM-Encoder (Wu & De la Torre 2023, the paper's citation).
+
+    Noise the latent along the forward posterior, store what the reverse step misses, and replay
+    ``keep`` of it.
+    """
+
+    def once(start_from: Tensor, shared: Noise) -> Tensor:
+        code = encode(start_from, denoiser, schedule, journey.strength, shared)
+        return decode(code, denoiser, schedule, keep=journey.keep)
+
+    return _averaged(latents, normal, journey, once)
+
+
+def _averaged(
+    latents: Tensor, normal: Noise, journey: Journey, once: Callable[[Tensor, Noise], Tensor]
+) -> Tensor:
+    """The mean of ``draws`` journeys, as many at once as their stored noise allows."""
+    m, k = latents.shape
     total = torch.zeros_like(latents)
-    at_once = max(1, _CODE_NUMBERS // (strength * m * k))
-    for start in range(0, draws, at_once):
-        count = min(at_once, draws - start)
+    at_once = max(1, _CODE_NUMBERS // (journey.strength * m * k))
+    for start in range(0, journey.draws, at_once):
+        count = min(at_once, journey.draws - start)
 
         def shared(_: int, count: int = count) -> Tensor:
             return normal(count)[:, None].expand(count, m, k).reshape(-1, k)
 
-        start_from = latents.repeat(count, 1)
-        if mode == "sdedit":
-            noisy = schedule.add_noise(start_from, shared(0), strength)
-            out = reverse(noisy, denoiser, schedule, strength, shared)
-        else:
-            friendly, share = mode == "edit-friendly", 1.0 if mode == "translate" else keep
-            code = encode(start_from, denoiser, schedule, strength, shared, independent=friendly)
-            out = decode(code, decode_with or denoiser, schedule, keep=share)
-        total += out.view(count, m, k).sum(0)
-    return total / draws
+        total += once(latents.repeat(count, 1), shared).view(count, m, k).sum(0)
+    return total / journey.draws
 
 
 def reverse(z: Tensor, denoiser: Denoiser, schedule: Schedule, start: int, normal: Noise) -> Tensor:
@@ -153,8 +197,6 @@ def encode(
     schedule: Schedule,
     strength: int,
     normal: Noise,
-    *,
-    independent: bool = False,
 ) -> Code:
     """DPM-Encoder: noised latents from the true posterior and what μ_φ misses of each.
 
@@ -167,8 +209,6 @@ def encode(
     for t in range(strength, 0, -1):
         if t == 1:
             target = latents
-        elif independent:
-            target = schedule.add_noise(latents, normal(rows), t - 1)
         else:
             mean = schedule.posterior_mean(z, latents, t)
             target = mean + float(schedule.sigma[t]) * normal(rows)
@@ -186,18 +226,31 @@ def decode(code: Code, denoiser: Denoiser, schedule: Schedule, *, keep: float = 
     return z
 
 
-def _ddim(z: Tensor, denoiser: Denoiser, schedule: Schedule, strength: int, steps: int) -> Tensor:
+def _ddim(
+    latents: Tensor, denoiser: Denoiser, schedule: Schedule, _: Noise, journey: Journey
+) -> Tensor:
     """Up to t0 by DDIM inversion and down again; ε(·, 0) is undefined, so ε(·, t_1) begins."""
-    times = sorted({max(1, round(strength * (i + 1) / steps)) for i in range(steps)})
+    steps = journey.ddim_steps
+    times = sorted({max(1, round(journey.strength * (i + 1) / steps)) for i in range(steps)})
     first = times[0]
-    eps = denoiser(schedule.signal(first) * z, first)
-    z = schedule.add_noise(z, eps, first)
+    eps = denoiser(schedule.signal(first) * latents, first)
+    z = schedule.add_noise(latents, eps, first)
     for t, to in itertools.pairwise(times):
         z = schedule.ddim_step(z, denoiser(z, t), t, to)
     down = times[::-1]
     for t, to in zip(down, [*down[1:], 0], strict=True):
         z = schedule.ddim_step(z, denoiser(z, t), t, to)
     return z
+
+
+MODES: dict[str, Mode] = {
+    "identity": _identity,
+    "sample": _sample,
+    "invert": _invert,
+    "ddim": _ddim,
+    "sdedit": _sdedit,
+    "tweedie": _tweedie,
+}
 
 
 def own_weight_of(clients: int, rank: int) -> float:

@@ -11,11 +11,11 @@ import math
 import torch
 from torch import Tensor
 
+from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.diffusion.autoencoder import Deltas
 from pfedgpa_app.diffusion.directions import client_means
-from pfedgpa_app.randomness import torch_generator
+from pfedgpa_app.diffusion.settings import RULES
 
-RULES = ("widest-gap", "head-gap", "shrinkage", "cross-validation", "likelihood")
 _SPLITS = 40  # of clients and weights in cross-validation
 
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pfedgpa_app.core.files import read_tensors
+from pfedgpa_app.core.weights import Layout, finite
 from pfedgpa_app.diffusion.autoencoder import Autoencoder, LayeredAutoencoder, LinearAutoencoder
-from pfedgpa_app.diffusion.buffer import Layout, finite
 from pfedgpa_app.diffusion.convolutional import (
     ConvolutionalAutoencoder,
     ConvolutionalNetwork,
     ConvolutionalSettings,
 )
 from pfedgpa_app.diffusion.denoiser import NetworkDenoiser
-from pfedgpa_app.diffusion.fit import Distribution, FitSettings, closed_form, new_network
+from pfedgpa_app.diffusion.distribution import Distribution
+from pfedgpa_app.diffusion.network import closed_form, new_network
 from pfedgpa_app.diffusion.schedule import Schedule
-from pfedgpa_app.files import read_tensors
+from pfedgpa_app.diffusion.settings import DiffusionSettings
 
 FILE = "distribution.safetensors"
 FORMAT = "pfedgpa-distribution-1"
@@ -77,8 +80,11 @@ def _from(tensors: Tensors, description: dict[str, object]) -> Distribution:
         tuple(torch.empty(0, dtype=getattr(torch, dtype)).dtype for _, _, dtype in listed),
     )
     layout.unflatten(tensors["anchor"])  # one number for each of the weights
-    given: dict[str, object] = description["settings"]  # type: ignore[assignment]
-    settings = FitSettings(**given)  # type: ignore[arg-type]
+    given: dict[str, Any] = description["settings"]  # type: ignore[assignment]
+    known = {field.name for field in fields(DiffusionSettings)}
+    if gone := sorted(name for name, value in given.items() if name not in known and value):
+        raise ValueError(f"it was learned with {', '.join(gone)}, which is no setting any more")
+    settings = DiffusionSettings(**{name: given[name] for name in given if name in known})
     autoencoder = _autoencoder(settings, layout, tensors)
     latents, schedule = tensors["latents"], Schedule(settings.diffusion_steps, settings.schedule)
     denoiser = closed_form(settings, latents, schedule)
@@ -109,8 +115,7 @@ def _below(prefix: str, tensors: Tensors) -> Tensors:
 
 
 def _linear(coder: LinearAutoencoder, prefix: str) -> Tensors:
-    spread = torch.tensor(coder.spread, dtype=torch.float64)
-    parts = {"components": coder.components, "scale": coder.scale, "spread": spread}
+    parts = {"components": coder.components, "scale": coder.scale}
     return {f"{prefix}/{name}": tensor for name, tensor in parts.items()}
 
 
@@ -132,10 +137,10 @@ def _autoencoder_tensors(coder: Autoencoder) -> Tensors:
     return _linear(coder, "linear")
 
 
-def _autoencoder(settings: FitSettings, layout: Layout, tensors: Tensors) -> Autoencoder:
+def _autoencoder(settings: DiffusionSettings, layout: Layout, tensors: Tensors) -> Autoencoder:
     def linear(prefix: str) -> LinearAutoencoder:
         parts = _below(prefix, tensors)
-        return LinearAutoencoder(parts["components"], parts["scale"], float(parts["spread"]))
+        return LinearAutoencoder(parts["components"], parts["scale"])
 
     if settings.autoencoder == "layers":
         columns = layout.layers()

@@ -41,7 +41,7 @@ def gpu_for(device: str) -> bool:
     """
     import torch
 
-    from pfedgpa_app.settings import ConfigError
+    from pfedgpa_app.core.settings import ConfigError
 
     if device == "cpu":
         return False

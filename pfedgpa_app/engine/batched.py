@@ -22,13 +22,17 @@ from flwr.app import Message
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
-from pfedgpa_app.client import Visit, build_model, compare_ways
-from pfedgpa_app.config import Config
-from pfedgpa_app.data.client import ClientData, load_client, load_schema
+from pfedgpa_app.client.cohort import compare_fine_tunings
+from pfedgpa_app.client.request import ClientRequest, build_model, held_by
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.data.client import ClientData, load_schema
 from pfedgpa_app.data.images import Images, normalised
 from pfedgpa_app.engine.grid import LocalGrid, raised
-from pfedgpa_app.models import Weights, weights_of
-from pfedgpa_app.training import Recipe, Score, batches, clipped, crop_and_flip, sgd_step
+from pfedgpa_app.methods.base import Trained
+from pfedgpa_app.models.networks import weights_of
+from pfedgpa_app.training.evaluation import Score
+from pfedgpa_app.training.sgd import Recipe, batches, clipped, crop_and_flip, sgd_step
 
 logger = logging.getLogger("pfedgpa")
 
@@ -121,15 +125,15 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Bank:
+class DeviceData:
     """Every client's images on the device, one tensor a part: [clients, n, C, H, W]."""
 
     parts: dict[str, Images]
 
     @classmethod
-    def of(cls, config: Config, device: torch.device) -> Bank | None:
+    def of(cls, config: Config, device: torch.device) -> DeviceData | None:
         """None where clients hold unequal numbers of images."""
-        clients = [load_client(config, client) for client in range(config.num_clients)]
+        clients = [held_by(config, client) for client in range(config.num_clients)]
         parts = {}
         for part in (field.name for field in fields(ClientData)):
             held: list[Images] = [getattr(client, part) for client in clients]
@@ -146,9 +150,9 @@ class Step:
     On a GPU the step is captured as a CUDA graph at its second call and replayed from then on.
     """
 
-    def __init__(self, cohort: Batch, recipe: Recipe, batch: int) -> None:
+    def __init__(self, cohort: BatchedCohort, recipe: Recipe, batch: int) -> None:
         self.cohort, self.recipe = cohort, recipe
-        self.names = recipe.only or tuple(cohort.weights)
+        self.names = recipe.trainable or tuple(cohort.weights)
         whole = {"dtype": torch.long, "device": cohort.device}
         self.index = torch.zeros(cohort.size, batch, **whole)  # type: ignore[call-overload]
         self.crops = torch.zeros(3, cohort.size * batch, **whole)  # type: ignore[call-overload]
@@ -156,7 +160,7 @@ class Step:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def _step(self) -> None:
-        cohort, images = self.cohort, self.cohort.bank.parts["train"]
+        cohort, images = self.cohort, self.cohort.data.parts["train"]
         x = normalised(images.pixels[cohort.rows, self.index])
         if self.recipe.augment:
             x = crop_and_flip(x.flatten(0, 1), self.crops).unflatten(0, x.shape[:2])
@@ -195,18 +199,18 @@ class Step:
             self._graph.replay()  # capturing only records
 
 
-class Batch:
+class BatchedCohort:
     """A cohort (``client.Cohort``) of ``size`` clients that train as one model.
 
     Attributes:
         weights: {name: [size, …]}, changed in place.
         velocity: SGD's momentum of each of them.
-        rows: which of the bank's clients these are, [size, 1].
+        rows: which of the data's clients these are, [size, 1].
         total: each client's losses, summed over the images of a training.
     """
 
-    def __init__(self, model: nn.Module, bank: Bank, size: int) -> None:
-        self.model, self.bank, self.size = model, bank, size
+    def __init__(self, model: nn.Module, data: DeviceData, size: int) -> None:
+        self.model, self.data, self.size = model, data, size
         self.device = next(model.parameters()).device
         self.initial = weights_of(model)
         self.weights: Weights = {
@@ -230,7 +234,7 @@ class Batch:
             mine.detach().copy_(stacked)
 
     def train(self, recipe: Recipe, generators: Sequence[torch.Generator]) -> list[float]:
-        size = self.bank.parts["train"].labels.shape[1]
+        size = self.data.parts["train"].labels.shape[1]
         recipe_of_a_step = replace(recipe, epochs=1)
         self.total.zero_()
         for tensor in self.velocity.values():
@@ -246,7 +250,7 @@ class Batch:
 
     @torch.no_grad()
     def evaluate(self, part: str) -> list[Score]:
-        n = self.bank.parts[part].labels.shape[1]
+        n = self.data.parts[part].labels.shape[1]
         correct = torch.zeros(self.size, dtype=torch.long, device=self.device)
         loss = torch.zeros(self.size, dtype=torch.float64, device=self.device)
         for logits, labels in self._logits(part):
@@ -260,7 +264,7 @@ class Batch:
 
     def _logits(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
         """[size, B, classes] and labels [size, B], so many images at a time."""
-        images, rows = self.bank.parts[part], self.rows[:, 0]
+        images, rows = self.data.parts[part], self.rows[:, 0]
         at_once = max(1, IMAGES_AT_ONCE // self.size)
         for start in range(0, images.labels.shape[1], at_once):
             pixels = images.pixels[rows, start : start + at_once]
@@ -280,16 +284,16 @@ class BatchedGrid(LocalGrid):
         super().__init__(run_config, config.num_clients)
         self.app, self.config = app, config
         self.model = build_model(config, load_schema(config))
-        self.bank = Bank.of(config, next(self.model.parameters()).device)
-        self._cohorts: dict[int, Batch] = {}
+        self.data = DeviceData.of(config, next(self.model.parameters()).device)
+        self._cohorts: dict[int, BatchedCohort] = {}
         self._said: set[str] = set()
         private = config.local_dp_epsilon > 0
-        self.batches = can_batch(self.model) and self.bank is not None and not private
+        self.batches = can_batch(self.model) and self.data is not None and not private
         if private:
             self._say("every client learns on its own: its noise is its own")
         if not can_batch(self.model):
             self._say("every client learns on its own: the network has layers without batched form")
-        if self.bank is None:
+        if self.data is None:
             self._say("every client learns on its own: they hold unequal numbers of images")
 
     def _say(self, text: str) -> None:
@@ -307,38 +311,40 @@ class BatchedGrid(LocalGrid):
         return replies
 
     def _answer(self, kind: str, messages: list[Message]) -> list[Message]:
-        if kind == "query" or not self.batches or self.bank is None:
+        if kind == "query" or not self.batches or self.data is None:
             return [self._alone(message) for message in messages]
         try:
-            visits = [Visit(m, self.contexts[m.metadata.dst_node_id]) for m in messages]
-            method = visits[0].method
+            requests = [ClientRequest(m, self.contexts[m.metadata.dst_node_id]) for m in messages]
+            method = requests[0].method
             if kind == "train" and not method.is_plain_sgd():
                 self._say(f"{method.title}: clients train one after another, not by plain SGD")
                 return [self._alone(message) for message in messages]
-            if len(visits) not in self._cohorts:
-                self._cohorts[len(visits)] = Batch(self.model, self.bank, len(visits))
-            cohort = self._cohorts[len(visits)]
-            cohort.seat([visit.client for visit in visits])
+            if len(requests) not in self._cohorts:
+                self._cohorts[len(requests)] = BatchedCohort(self.model, self.data, len(requests))
+            cohort = self._cohorts[len(requests)]
+            cohort.seat([request.client for request in requests])
             if kind == "train":
-                return self._train(cohort, visits)
+                return self._train(cohort, requests)
             if kind == "evaluate":
-                cohort.load([visit.evaluated() for visit in visits])
-                return [v.scored(s) for v, s in zip(visits, cohort.evaluate("test"), strict=True)]
-            return compare_ways(cohort, visits)
+                cohort.load([request.evaluated() for request in requests])
+                return [r.scored(s) for r, s in zip(requests, cohort.evaluate("test"), strict=True)]
+            return compare_fine_tunings(cohort, requests)
         except Exception as error:
             return [raised(message, error) for message in messages]
 
     @staticmethod
-    def _train(cohort: Batch, visits: list[Visit]) -> list[Message]:
-        """``Method.train`` of all visits at once."""
-        cohort.load([v.method.start(v.weights, v.state) for v in visits])
-        generators, losses = [v.generator("train") for v in visits], [0.0] * len(visits)
-        first = visits[0]
+    def _train(cohort: BatchedCohort, requests: list[ClientRequest]) -> list[Message]:
+        """``Rounds.train`` of all requests at once."""
+        cohort.load([r.method.start(r.weights, r.state) for r in requests])
+        generators, losses = [r.generator("train") for r in requests], [0.0] * len(requests)
+        first = requests[0]
         for recipe in first.method.recipes(first.config, list(cohort.initial), first.round):
             losses = cohort.train(recipe, generators)
         return [
-            visit.trained(visit.method.upload(weights, visit.weights, visit.state), loss)
-            for visit, weights, loss in zip(visits, cohort.trained(), losses, strict=True)
+            request.trained(
+                Trained(*request.method.upload(weights, request.weights, request.state), loss)
+            )
+            for request, weights, loss in zip(requests, cohort.trained(), losses, strict=True)
         ]
 
     def _alone(self, message: Message) -> Message:

@@ -22,7 +22,7 @@ from urllib.request import urlopen
 import psutil
 from flwr.common.config import get_project_config
 
-from pfedgpa_app.config import INSTALLED, package_of
+from pfedgpa_app.core.paths import INSTALLED, package_of
 from pfedgpa_app.engine import LaunchError
 
 CONNECTION = "pfedgpa"

@@ -14,6 +14,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from pfedgpa_app.server.roster import is_flowers
+
 RUN_ID = 1
 # ids neither start at 0 nor follow the partitions, as in Flower
 FIRST_NODE, NODE_STEP = 1_000_003, -7
@@ -121,11 +123,6 @@ def raised(message: Message, error: BaseException) -> Message:
     reason = f"{type(error)}:<'{error}'>\n{where}"
     code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     return Message(Error(code=code, reason=reason), reply_to=message)
-
-
-def is_flowers(grid: Grid, name: str) -> bool:
-    """Whether ``grid`` is of Flower's class called ``name``, which takes a second to import."""
-    return any(kind.__name__ == name for kind in type(grid).__mro__)
 
 
 def is_simulated(grid: Grid) -> bool:

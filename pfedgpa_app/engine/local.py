@@ -16,7 +16,8 @@ from flwr.app import Context, RecordDict
 from flwr.common.config import get_project_config
 from flwr.supercore.object_ref import load_app
 
-from pfedgpa_app.config import PACKAGE, package_of, resolve
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.paths import PACKAGE, package_of
 from pfedgpa_app.engine import LaunchError, Look, spawning
 from pfedgpa_app.engine.grid import RUN_ID, Awaited, LocalGrid
 from pfedgpa_app.engine.process import ProcessGrid

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.config import Config
+from pfedgpa_app.core.sections import Config
 from pfedgpa_app.engine import Look, gpu_for
 from pfedgpa_app.engine.flower import Flower, stage
 

@@ -22,7 +22,11 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
 
-IMPORTED = ["pfedgpa_app.cli", "pfedgpa_app.engine.local", "pfedgpa_app.client"]  # by workers
+IMPORTED = [
+    "pfedgpa_app.cli",
+    "pfedgpa_app.engine.local",
+    "pfedgpa_app.client.cohort",
+]  # by workers
 GRACE = 5.0  # seconds that a process which is to end may take
 _SOCKET = 70  # characters of a folder in which the fork server's socket has a valid name
 

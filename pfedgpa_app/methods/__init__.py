@@ -1,55 +1,94 @@
 """The methods: one file each, its server half beside its client half.
 
-``METHODS`` is the registry: a method's name and where its class is.
+``METHODS`` is the registry: a method's name and its class.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable
+from typing import Any
 
-if TYPE_CHECKING:
-    from pfedgpa_app.config import Config
-    from pfedgpa_app.methods.base import Method
+from pfedgpa_app.methods.base import Personaliser, Rounds
+from pfedgpa_app.methods.baselines import ClientMean, GroupMean, LastUpload
+from pfedgpa_app.methods.cfl import ClusteredFL
+from pfedgpa_app.methods.ditto import Ditto
+from pfedgpa_app.methods.fedala import FedALA
+from pfedgpa_app.methods.fedavg import FedAvg
+from pfedgpa_app.methods.fedavgm import FedAvgM
+from pfedgpa_app.methods.fedbabu import FedBABU
+from pfedgpa_app.methods.fedfomo import FedFomo
+from pfedgpa_app.methods.fedper import FedPer
+from pfedgpa_app.methods.fedproto import FedProto
+from pfedgpa_app.methods.fedprox import FedProx
+from pfedgpa_app.methods.fedrep import FedRep
+from pfedgpa_app.methods.fine_tuning import FedAvgFT, FedAvgFTTuned
+from pfedgpa_app.methods.generation import PFedGPAInverted, PFedGPAOnce, PFedGPASampled
+from pfedgpa_app.methods.krum import Krum
+from pfedgpa_app.methods.lg_fedavg import LGFedAvg
+from pfedgpa_app.methods.local import Local
+from pfedgpa_app.methods.per_fedavg import PerFedAvg
+from pfedgpa_app.methods.pfedgpa import PFedGPA
+from pfedgpa_app.methods.pfedhn import PFedHN
+from pfedgpa_app.methods.pfedme import PFedMe
+from pfedgpa_app.methods.scaffold import Scaffold
+from pfedgpa_app.methods.trimmed_mean import TrimmedMean
 
-METHODS = {
-    "local": "local:Local",
-    "fedavg": "fedavg:FedAvg",
-    "fedavg-ft": "fedavg:FedAvgFT",
-    "fedavg-ft-tuned": "fedavg:FedAvgFTTuned",
-    "fedavgm": "fedavgm:FedAvgM",
-    "fedprox": "fedprox:FedProx",
-    "scaffold": "scaffold:Scaffold",
-    "fedper": "fedper:FedPer",
-    "fedrep": "fedrep:FedRep",
-    "lg-fedavg": "lg_fedavg:LGFedAvg",
-    "fedbabu": "fedbabu:FedBABU",
-    "fedala": "fedala:FedALA",
-    "fedproto": "fedproto:FedProto",
-    "ditto": "ditto:Ditto",
-    "pfedme": "pfedme:PFedMe",
-    "per-fedavg": "per_fedavg:PerFedAvg",
-    "cfl": "cfl:ClusteredFL",
-    "fedfomo": "fedfomo:FedFomo",
-    "pfedhn": "pfedhn:PFedHN",
-    "krum": "krum:Krum",
-    "trimmed-mean": "trimmed_mean:TrimmedMean",
-    "last-upload": "controls:LastUpload",
-    "client-mean": "controls:ClientMean",
-    "group-mean": "controls:GroupMean",
-    "pfedgpa": "pfedgpa:PFedGPA",
-    "pfedgpa-once": "pfedgpa:PFedGPAOnce",
-    "pfedgpa-inverted": "pfedgpa:PFedGPAInverted",
-    "pfedgpa-sampled": "pfedgpa:PFedGPASampled",
+METHODS: dict[str, type[Personaliser[Any]]] = {
+    "local": Local,
+    "fedavg": FedAvg,
+    "fedavg-ft": FedAvgFT,
+    "fedavg-ft-tuned": FedAvgFTTuned,
+    "fedavgm": FedAvgM,
+    "fedprox": FedProx,
+    "scaffold": Scaffold,
+    "fedper": FedPer,
+    "fedrep": FedRep,
+    "lg-fedavg": LGFedAvg,
+    "fedbabu": FedBABU,
+    "fedala": FedALA,
+    "fedproto": FedProto,
+    "ditto": Ditto,
+    "pfedme": PFedMe,
+    "per-fedavg": PerFedAvg,
+    "cfl": ClusteredFL,
+    "fedfomo": FedFomo,
+    "pfedhn": PFedHN,
+    "krum": Krum,
+    "trimmed-mean": TrimmedMean,
+    "last-upload": LastUpload,
+    "client-mean": ClientMean,
+    "group-mean": GroupMean,
+    "pfedgpa": PFedGPA,
+    "pfedgpa-once": PFedGPAOnce,
+    "pfedgpa-inverted": PFedGPAInverted,
+    "pfedgpa-sampled": PFedGPASampled,
 }
 
 
-def method_class(name: str) -> type[Method[Any]]:
-    """The class of the method called ``name``, a key of ``METHODS``."""
-    module, attribute = METHODS[name].split(":")
-    return cast("type[Method[Any]]", getattr(import_module(f"{__name__}.{module}"), attribute))
+def name_of(kind: type[Any]) -> str:
+    """The name of a method's class, or of the method that a class of rounds extends."""
+    names = {method: name for name, method in METHODS.items()}
+    return next(names[base] for base in kind.__mro__ if base in names)
 
 
-def federation_of(name: str, config: Config) -> str:
+def federation_of(name: str) -> str:
     """The name of the federation whose rounds the method called ``name`` uses."""
-    return method_class(name).federation(config) or name
+    return name_of(METHODS[name].rounds_class())
+
+
+def federations(methods: Iterable[str]) -> dict[str, list[str]]:
+    """{federation: its methods}: methods whose rounds are alike run them once."""
+    shared: dict[str, list[str]] = {}
+    for name in methods:
+        shared.setdefault(federation_of(name), []).append(name)
+    return shared
+
+
+def rounds_of(classes: Iterable[type[Rounds[Any]]]) -> type[Rounds[Any]]:
+    """The rounds that serve all who share a federation: the class that extends the others."""
+    return max(classes, key=lambda kind: len(kind.__mro__))
+
+
+def rounds_class(name: str) -> type[Rounds[Any]]:
+    """The client's half of the federation called ``name``."""
+    return METHODS[name].rounds_class()

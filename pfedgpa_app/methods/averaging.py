@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-
-from pfedgpa_app.config import Config
-from pfedgpa_app.methods.base import Method, Upload
-from pfedgpa_app.models import Weights
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.uploads import Upload, weighted_mean
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.methods.base import Method
 
 
 @dataclass
@@ -24,25 +21,18 @@ class Shared:
 S = TypeVar("S", bound=Shared)
 
 
-def shares_of(counts: Sequence[float]) -> list[float]:
-    """n_i / Σ_i n_i, scaled by a power of two first, lest the sum overflow; it changes no bit."""
-    exponent = math.frexp(max(counts))[1]
-    scaled = [math.ldexp(count, -exponent) for count in counts]
-    return [count / sum(scaled) for count in scaled]
+def with_momentum(
+    before: Weights, mean: Weights, velocity: Weights, beta: float
+) -> tuple[Weights, Weights]:
+    """m ← β m + (mean − w) and w ← w + m: the new weights w and velocity m.
 
-
-def weighted_mean(uploads: Mapping[int, Upload], uniform: bool = False) -> Weights:
-    """Σ_i n_i w_i / Σ_i n_i, or with n_i = 1; summed in float64 in the order of the clients."""
-    shares = shares_of([1 if uniform else upload.examples for upload in uploads.values()])
-    first = next(iter(uploads.values())).weights
-    mean = {}
-    for name, like in first.items():
-        summed = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float64))
-        for upload, share in zip(uploads.values(), shares, strict=True):
-            if share:  # else 0 · ∞
-                summed += upload.weights[name].to(summed.dtype) * share
-        mean[name] = summed.to(like.dtype)
-    return mean
+    Args:
+        velocity: m; {} before the first step.
+    """
+    velocity = {
+        name: after - before[name] + beta * velocity.get(name, 0) for name, after in mean.items()
+    }
+    return {name: before[name] + step for name, step in velocity.items()}, velocity
 
 
 class Averaging(Method[S]):

@@ -1,49 +1,44 @@
-"""What a method is: a server half over explicit state, and a client half over the client's own.
+"""What a method is: rounds, and clients' own weights made from what they came to.
 
-Methods whose rounds are alike share one federation: the rounds run once, and each of them
-then makes its clients' weights from the same server state.
+``Rounds`` are a federation: a server half over explicit state, and a client half over what the
+client itself keeps. A ``Personaliser`` makes every client's weights from the final state of some
+rounds, which several of them may share. A plain ``Method`` is both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from pfedgpa_app import training
-from pfedgpa_app.config import Config, sections
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import RESULTS, MethodSettings
+from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.client import ClientData
-from pfedgpa_app.diffusion.fit import Progress, silent
-from pfedgpa_app.models import Weights, load, weights_of
-from pfedgpa_app.settings import MethodSettings
-from pfedgpa_app.training import Recipe
+from pfedgpa_app.diffusion.distribution import WeightDistribution
+from pfedgpa_app.diffusion.network import Progress, silent
+from pfedgpa_app.models.networks import load, weights_of
+from pfedgpa_app.training import sgd
+from pfedgpa_app.training.evaluation import FineTuning
+from pfedgpa_app.training.sgd import Recipe
 
 S = TypeVar("S")
 
 
 @dataclass(frozen=True)
-class Upload:
-    """One client's accepted reply of a round."""
+class Trained:
+    """What a round on a client comes to."""
 
-    weights: Weights
-    examples: float  # how many training images; other people's clients may weigh otherwise
-    labels: list[int] = field(default_factory=list)  # images of each class, if it shares that
+    upload: Weights  # what it sends
+    state: Weights  # what it keeps for its next round
+    loss: float  # mean over its training images
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to fine-tune after the last round."""
-
-    epochs: int
-    learning_rate: float
-    part: str = "all"  # what is trained: "all", or "head", the last layer
-    full_batch: bool = False  # one step an epoch, on all training images
-
-
-@dataclass
 class ClientTask:
     """Everything that a client half may use in one round."""
 
@@ -53,74 +48,37 @@ class ClientTask:
     data: ClientData
     round: int
     generator: Callable[[], torch.Generator]  # this round's draws; each call starts them afresh
-    state: Weights = field(default_factory=dict)  # stays on the client between rounds
+    state: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what the client has kept
 
-    def load(self, weights: Weights) -> None:
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Set the network's ``weights``; those not among them stay as they are."""
-        load(self.model, weights)
+        load(self.model, dict(weights))
 
     def sgd(self, recipes: Sequence[Recipe], **how: Any) -> float:
-        """Train by one recipe after the other; ``how`` goes to ``training.train``.
+        """Train by one recipe after the other; ``how`` goes to ``sgd.train``.
 
         Returns:
             the mean loss of the last one.
         """
         generator, loss = self.generator(), 0.0
         for recipe in recipes:
-            loss = training.train(self.model, self.data.train, recipe, generator, **how)
+            loss = sgd.train(self.model, self.data.train, recipe, generator, **how)
         return loss
 
 
-class Method(Generic[S]):
-    """A personalised (or not) federated method.
+class Rounds(Generic[S]):
+    """A federation's rounds.
 
     Attributes:
         title: how tables call it.
-        settings: the class of its own settings, if it has some.
-        rounds: the federation whose rounds it uses, itself if empty; methods that name the
-            same share them.
-        weights_from: the method whose clients' weights it evaluates, if not its own.
-        fine_tuning: which fine-tuning its after-fine-tuning accuracy means: "gentle" (the
-            run's setting), "training" (as in a round), "tuned" (by validation) or "own".
-        analysis_only: it uses what no server knows, and is no contender.
-        is_defence: it is for federations with malicious clients; `pfedgpa compare` leaves it out.
-        tuned: the main ones of its own settings, which `pfedgpa tune` searches in this order.
-        progress: is told which share of ``personalise`` is done, where that takes long.
+        settings: the class of the method's own settings, if it has some.
     """
 
     title = ""
     settings: ClassVar[type[Any]] = MethodSettings
-    rounds = ""
-    weights_from: str | None = None
-    fine_tuning = "gentle"
-    analysis_only = False
-    is_defence = False
-    tuned: tuple[str, ...] = ("learning-rate",)
 
     def __init__(self, config: Config, state: S) -> None:
-        self.config = config
-        self.state = state
-        self.progress: Progress = silent
-
-    # settings
-
-    @classmethod
-    def reads(cls) -> set[str]:
-        """The methods whose own settings it goes by."""
-        return {name for name, kind in sections().items() if kind is cls.settings}
-
-    @classmethod
-    def overlooks(cls) -> set[str]:
-        """Settings among those that have no part in its results."""
-        return set()
-
-    @classmethod
-    def check(cls, config: Config) -> None:
-        """Refuse what its settings' ranges alone cannot show.
-
-        Raises:
-            ConfigError: it cannot run so.
-        """
+        self.config, self.state = config, state
 
     # server half
 
@@ -128,11 +86,6 @@ class Method(Generic[S]):
     def begin(cls, config: Config, initial: Weights) -> Any:
         """The server's state before round 1."""
         raise NotImplementedError
-
-    @classmethod
-    def federation(cls, config: Config) -> str:
-        """The name of the federation whose rounds this method needs; "" for its own."""
-        return cls.rounds
 
     def expected_upload(self) -> Weights:
         """Tensors of the names, shapes and dtypes that a client must upload."""
@@ -150,52 +103,37 @@ class Method(Generic[S]):
         """What ``client`` is sent to be evaluated."""
         return self.download(client)
 
-    def personalise(self) -> dict[int, Weights]:
-        """What every client is sent to be evaluated after the last round."""
-        return {c: self.evaluation_download(c) for c in range(self.config.num_clients)}
-
-    @classmethod
-    def making_seconds(cls, config: Config) -> float:
-        """About how long the server takes to ``personalise``, where that takes long."""
-        return 0.0
-
-    def welcome(self, clients: Sequence[int]) -> dict[int, Weights]:
+    def first_download(self, clients: Sequence[int]) -> dict[int, Weights]:
         """What clients that join are sent first."""
         return {client: self.download(client) for client in clients}
 
-    def admit(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
+    def join(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
         """What clients that join are sent after having trained and uploaded once more.
 
         Nothing but their own part changes: those who were there from the start are done.
         """
         return {client: self.download(client) for client in uploads}
 
-    def reference(self, client: int) -> Weights | None:
-        """``client``'s own weights that its personalised ones must not merely copy, if any."""
-        return None
-
-    def report(self) -> dict[str, Any]:
-        """What else the summary tells of it, JSON-ready."""
-        return {}
-
     # client half. What is downloaded is shared and what else the network has is the client's
     # own; weights that are in neither place are as the run's seed initialises them.
 
     @staticmethod
-    def start(weights: Weights, state: Weights) -> Weights:
+    def start(weights: Weights, state: Mapping[str, torch.Tensor]) -> Weights:
         """What a client trains from, given its download and its own state."""
-        return weights | state
+        return {**weights, **state}
 
     @staticmethod
-    def upload(trained: Weights, weights: Weights, state: Weights) -> Weights:
-        """What a client sends back; what it keeps for the next round goes into ``state``."""
-        state.update({name: t for name, t in trained.items() if name not in weights})
-        return {name: trained[name] for name in weights}
+    def upload(
+        trained: Weights, weights: Weights, state: Mapping[str, torch.Tensor]
+    ) -> tuple[Weights, Weights]:
+        """What a client sends back, and what it keeps for the next round."""
+        own = {name: t for name, t in trained.items() if name not in weights}
+        return {name: trained[name] for name in weights}, {**state, **own}
 
     @staticmethod
-    def evaluated(weights: Weights, state: Weights) -> Weights:
+    def evaluated(weights: Weights, state: Mapping[str, torch.Tensor]) -> Weights:
         """The weights that a client is evaluated with, from its download and its own state."""
-        return weights | state
+        return {**weights, **state}
 
     @classmethod
     def learning_rate(cls, config: Config, server_round: int = 1) -> float:
@@ -211,25 +149,119 @@ class Method(Generic[S]):
             names: of the network's weights, in order.
         """
         rate = cls.learning_rate(config, server_round)
-        return [training.recipe(config, config.local_epochs, rate)]
+        return [sgd.recipe(config, config.local_epochs, rate)]
 
     @classmethod
-    def train(cls, task: ClientTask) -> tuple[Weights, float]:
-        """One round on a client: what it uploads, and its training loss.
+    def train(cls, task: ClientTask) -> Trained:
+        """One round on a client.
 
         A method whose round is more than SGD by its ``recipes`` replaces this, and is then
         never batched.
         """
         task.load(cls.start(task.weights, task.state))
         loss = task.sgd(cls.recipes(task.config, list(task.model.state_dict()), task.round))
-        return cls.upload(weights_of(task.model), task.weights, task.state), loss
+        return Trained(*cls.upload(weights_of(task.model), task.weights, task.state), loss)
 
     @classmethod
     def is_plain_sgd(cls) -> bool:
         """Whether a round is SGD by recipes, so that clients can train as one batched model."""
-        return cls.train.__func__ is Method.train.__func__  # type: ignore[attr-defined]
+        return cls.train.__func__ is Rounds.train.__func__  # type: ignore[attr-defined]
+
+
+class Personaliser(Generic[S]):
+    """Makes every client's weights from the final state of a federation's rounds.
+
+    Attributes:
+        of: whose rounds.
+        title: how tables call it.
+        settings: the class of its own settings, if it has some.
+        parts: which parts of these it goes by (``setting``).
+        weights_from: the method whose clients' weights it evaluates, if not its own.
+        fine_tuning: which fine-tuning its after-fine-tuning accuracy means: "gentle" (the
+            run's setting), "training" (as in a round), "tuned" (by validation) or "own".
+        analysis_only: it uses what no server knows, and is no contender.
+        is_defence: it is for federations with malicious clients; `pfedgpa compare` leaves it out.
+        tuned: the main ones of its own settings, which `pfedgpa tune` searches in this order.
+        progress: is told which share of ``personalise`` is done, where that takes long.
+    """
+
+    of: ClassVar[type[Rounds[Any]]]
+    title = ""
+    settings: ClassVar[type[Any]] = MethodSettings
+    parts: ClassVar[tuple[str, ...]] = (RESULTS,)
+    weights_from: ClassVar[type[Personaliser[Any]] | None] = None
+    fine_tuning = "gentle"
+    analysis_only = False
+    is_defence = False
+    tuned: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Config, state: S) -> None:
+        """``state``: the final one of its rounds."""
+        self.config, self.state = config, state
+        self.rounds: Rounds[Any] = self.of(config, state)
+        self.progress: Progress = silent
 
     @classmethod
-    def own_fine_tuning(cls, config: Config) -> Way | None:
+    def rounds_class(cls) -> type[Rounds[Any]]:
+        """Whose final state it makes weights from."""
+        return cls.of
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Refuse what its settings' ranges alone cannot show.
+
+        Raises:
+            ConfigError: it cannot run so.
+        """
+
+    def personalise(self) -> dict[int, Weights]:
+        """What every client is sent to be evaluated after the last round."""
+        clients = range(self.config.num_clients)
+        return {client: self.rounds.evaluation_download(client) for client in clients}
+
+    @classmethod
+    def making_seconds(cls, config: Config) -> float:
+        """About how long the server takes to ``personalise``, where that takes long."""
+        return 0.0
+
+    def first_download(self, clients: Sequence[int]) -> dict[int, Weights]:
+        """What clients that join are sent first."""
+        return self.rounds.first_download(clients)
+
+    def join(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
+        """What clients that join are sent after having trained and uploaded once more."""
+        return self.rounds.join(uploads)
+
+    def reference(self, client: int) -> Weights | None:
+        """``client``'s own weights that its personalised ones must not merely copy, if any."""
+        return None
+
+    def learned(self) -> WeightDistribution | None:
+        """The distribution of clients' weights, if it has learned one."""
+        return None
+
+    def report(self) -> dict[str, Any]:
+        """What else the summary tells of it, JSON-ready."""
+        return {}
+
+    @classmethod
+    def own_fine_tuning(cls, config: Config) -> FineTuning | None:
         """How its paper fine-tunes, if it says so."""
         return None
+
+
+class Method(Rounds[S], Personaliser[S]):
+    """A method that has rounds of its own, and sends every client what they came to."""
+
+    tuned: ClassVar[tuple[str, ...]] = ("learning-rate",)
+
+    def __init__(self, config: Config, state: S) -> None:
+        """``state``: of its rounds."""
+        Rounds.__init__(self, config, state)
+        self.rounds = self
+        self.progress = silent
+
+    @classmethod
+    def rounds_class(cls) -> type[Rounds[Any]]:
+        """Its own."""
+        return cls

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfedgpa_app.config import Config
-from pfedgpa_app.diffusion.buffer import Layout
-from pfedgpa_app.methods.averaging import weighted_mean
-from pfedgpa_app.methods.base import Method, Upload
-from pfedgpa_app.models import Weights
-from pfedgpa_app.settings import MethodSettings, setting
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.uploads import Upload, weighted_mean
+from pfedgpa_app.core.weights import Layout, Weights
+from pfedgpa_app.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class ClusteredFL(Method[list[Cluster]]):
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> list[Cluster]:
-        return [Cluster(list(range(config.founders)), initial)]
+        return [Cluster(list(range(config.initial_clients)), initial)]
 
     def expected_upload(self) -> Weights:
         return self.state[0].weights

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pfedgpa_app.core.settings import MethodSettings, setting
 from pfedgpa_app.methods.averaging import Averaging, Shared
-from pfedgpa_app.methods.base import ClientTask
-from pfedgpa_app.models import Weights, weights_of
-from pfedgpa_app.settings import MethodSettings, setting
-from pfedgpa_app.training import pull_to
+from pfedgpa_app.methods.base import ClientTask, Trained
+from pfedgpa_app.models.networks import weights_of
+from pfedgpa_app.training.sgd import pull_to
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Ditto(Averaging[Shared]):
     tuned = ("lam",)
 
     @classmethod
-    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+    def train(cls, task: ClientTask) -> Trained:
         recipes = cls.recipes(task.config, list(task.weights), task.round)
-        personal = task.state or weights_of(task.model)  # at first: as the run's seed says
+        personal = dict(task.state) or weights_of(task.model)  # at first: as the run's seed says
         task.load(personal)
         held = pull_to(task.weights, task.config.of(DittoSettings).lam)
-        task.sgd(recipes, correct=held)
-        task.state.update(weights_of(task.model))
+        task.sgd(recipes, gradient_hook=held)
+        personal = weights_of(task.model)
         task.load(task.weights)
         loss = task.sgd(recipes)
-        return weights_of(task.model), loss
+        return Trained(weights_of(task.model), personal, loss)

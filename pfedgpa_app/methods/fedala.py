@@ -12,17 +12,19 @@ until its loss is steady, later for one pass (the authors' code). With η = 0 th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.weights import Weights, last_layers
 from pfedgpa_app.methods.averaging import Averaging, Shared
-from pfedgpa_app.methods.base import ClientTask
-from pfedgpa_app.models import Weights, last_layers, weights_of
-from pfedgpa_app.settings import MethodSettings, setting
-from pfedgpa_app.training import cross_entropy, drawn
+from pfedgpa_app.methods.base import ClientTask, Trained
+from pfedgpa_app.models.networks import weights_of
+from pfedgpa_app.training.sgd import cross_entropy, training_batches
 
 SHARE = "share/"  # before the name of the weight that W is for
 STEADY, LOSSES, MOST_PASSES = 0.1, 10, 100  # the authors' threshold, over so many; our bound
@@ -39,7 +41,7 @@ class FedALASettings(MethodSettings):
     )
 
 
-def mixed(weights: Weights, state: Weights) -> Weights:
+def mixed(weights: Weights, state: Mapping[str, Tensor]) -> Weights:
     """Θ̂; the global weights where the client has none of its own."""
     shares = {n.removeprefix(SHARE): w for n, w in state.items() if n.startswith(SHARE)}
     return weights | {n: state[n].lerp(weights[n], w) for n, w in shares.items()}
@@ -53,19 +55,19 @@ class FedALA(Averaging[Shared]):
     tuned = ("layers",)
 
     @classmethod
-    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+    def train(cls, task: ClientTask) -> Trained:
         top = last_layers(task.weights, task.config.of(FedALASettings).layers)
-        if task.state:
-            cls.learn_shares(task, top)
-        task.load(mixed(task.weights, task.state))
+        state = dict(task.state)
+        if state:
+            state |= cls.learned_shares(task, top)
+        task.load(mixed(task.weights, state))
         loss = task.sgd(cls.recipes(task.config, list(task.weights), task.round))
         trained = weights_of(task.model)
-        task.state.update({name: trained[name] for name in top})
-        return trained, loss
+        return Trained(trained, state | {name: trained[name] for name in top}, loss)
 
     @classmethod
-    def learn_shares(cls, task: ClientTask, top: list[str]) -> None:
-        """Adaptive local aggregation: improve W, which is in the client's state."""
+    def learned_shares(cls, task: ClientTask, top: list[str]) -> Weights:
+        """Adaptive local aggregation: W, improved from what the client has kept of it."""
         own = task.config.of(FedALASettings)
         first = SHARE + top[0] not in task.state
         parameters = dict(task.model.named_parameters())
@@ -82,7 +84,7 @@ class FedALA(Averaging[Shared]):
         sample = images[torch.randperm(len(images), generator=generator)[:held]]
         losses: list[float] = []
         while len(losses) < (MOST_PASSES if first else 1):
-            for x, y in drawn(sample, once, generator, device):
+            for x, y in training_batches(sample, once, generator, device):
                 with recipe.computing(device):
                     loss = cross_entropy(task.model, x, y)
                 gradients: tuple[Tensor, ...] = torch.autograd.grad(
@@ -95,8 +97,8 @@ class FedALA(Averaging[Shared]):
             losses.append(float(loss.detach()))
             if len(losses) > LOSSES and np.std(losses[-LOSSES:]) < STEADY:
                 break
-        task.state.update({SHARE + n: w.cpu() for n, w in share.items()})
+        return {SHARE + n: w.cpu() for n, w in share.items()}
 
     @staticmethod
-    def evaluated(weights: Weights, state: Weights) -> Weights:
+    def evaluated(weights: Weights, state: Mapping[str, Tensor]) -> Weights:
         return mixed(weights, state)

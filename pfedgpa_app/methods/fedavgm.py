@@ -7,11 +7,14 @@ images.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from pfedgpa_app.config import Config
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.methods.averaging import Shared, with_momentum
 from pfedgpa_app.methods.fedavg import FedAvg
-from pfedgpa_app.settings import MethodSettings, setting
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,30 @@ class FedAvgMSettings(MethodSettings):
     )
 
 
+@dataclass
+class FedAvgMState(Shared):
+    """The global weights, and the server's velocity m."""
+
+    velocity: Weights = field(default_factory=dict)
+
+
 class FedAvgM(FedAvg):
     """One model for all clients, which keeps going where it went."""
 
     title = "FedAvgM"
     settings = FedAvgMSettings
-    rounds = "fedavgm"
     tuned = ("learning-rate", "momentum")
+    state: FedAvgMState
 
     @classmethod
-    def momentum(cls, config: Config, server_round: int) -> float:
-        return config.of(FedAvgMSettings).momentum
+    def begin(cls, config: Config, initial: Weights) -> FedAvgMState:
+        return FedAvgMState(initial)
+
+    def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        before, state = self.state.global_weights, self.state
+        super().aggregate(server_round, uploads)
+        beta = self.config.of(FedAvgMSettings).momentum
+        if beta:
+            state.global_weights, state.velocity = with_momentum(
+                before, state.global_weights, state.velocity, beta
+            )

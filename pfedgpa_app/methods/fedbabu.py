@@ -7,16 +7,18 @@ images · evaluated: after fine-tuning the whole network; before it, the accurac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pfedgpa_app import training
-from pfedgpa_app.config import Config
+from torch import Tensor
+
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.weights import Weights, body
 from pfedgpa_app.methods.averaging import Averaging, Shared
-from pfedgpa_app.methods.base import Way
-from pfedgpa_app.models import Weights, body
-from pfedgpa_app.settings import MethodSettings, setting
-from pfedgpa_app.training import Recipe
+from pfedgpa_app.training import sgd as training
+from pfedgpa_app.training.evaluation import FineTuning
+from pfedgpa_app.training.sgd import Recipe
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,12 @@ class FedBABU(Averaging[Shared]):
         return [training.recipe(config, config.local_epochs, rate, body(names))]
 
     @staticmethod
-    def upload(trained: Weights, weights: Weights, state: Weights) -> Weights:
-        return {name: trained[name] for name in weights}
+    def upload(
+        trained: Weights, weights: Weights, state: Mapping[str, Tensor]
+    ) -> tuple[Weights, Weights]:
+        return {name: trained[name] for name in weights}, {}
 
     @classmethod
-    def own_fine_tuning(cls, config: Config) -> Way:
+    def own_fine_tuning(cls, config: Config) -> FineTuning:
         own = config.of(FedBABUSettings)
-        return Way(own.fine_tune_epochs, own.fine_tune_learning_rate)
+        return FineTuning(own.fine_tune_epochs, own.fine_tune_learning_rate)

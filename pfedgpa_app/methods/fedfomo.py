@@ -17,12 +17,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pfedgpa_app import training
-from pfedgpa_app.config import Config
-from pfedgpa_app.methods.base import ClientTask, Method, Upload
-from pfedgpa_app.models import Weights, weights_of
-from pfedgpa_app.randomness import numpy_generator
-from pfedgpa_app.settings import ConfigError, MethodSettings, setting
+from pfedgpa_app.core.randomness import numpy_generator
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import ConfigError, MethodSettings, setting
+from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.methods.base import ClientTask, Method, Trained
+from pfedgpa_app.models.networks import weights_of
+from pfedgpa_app.training import evaluation
 
 AFFINITY = "affinity"
 
@@ -96,14 +98,14 @@ class FedFomo(Method[FomoState]):
             state.sent[client] = chosen
 
     @classmethod
-    def train(cls, task: ClientTask) -> tuple[Weights, float]:
-        theta = task.state or weights_of(task.model)
+    def train(cls, task: ClientTask) -> Trained:
+        theta = dict(task.state) or weights_of(task.model)
         slots = task.config.of(FedFomoSettings).models
         theta, affinity = cls.mix(task, theta, slots)
         task.load(theta)
         loss = task.sgd(cls.recipes(task.config, list(theta), task.round))
-        task.state.update(weights_of(task.model))
-        return task.state | {AFFINITY: affinity}, loss
+        trained = weights_of(task.model)
+        return Trained(trained | {AFFINITY: affinity}, trained, loss)
 
     @staticmethod
     def mix(task: ClientTask, theta: Weights, slots: int) -> tuple[Weights, Tensor]:
@@ -111,7 +113,7 @@ class FedFomo(Method[FomoState]):
 
         def loss_of(weights: Weights) -> float:
             task.load(weights)
-            return training.evaluate(task.model, task.data.validation).loss / held
+            return evaluation.evaluate(task.model, task.data.validation).loss / held
 
         held, worth = max(1, len(task.data.validation)), torch.zeros(slots)
         own, others = loss_of(theta), []

@@ -13,16 +13,19 @@ The server learns class means of features, which say more of the data than a cou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pfedgpa_app.config import Config
-from pfedgpa_app.methods.base import ClientTask, Method, Upload
-from pfedgpa_app.models import Weights, last_layers, weights_of
-from pfedgpa_app.settings import MethodSettings, setting
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.core.weights import Weights, last_layers
+from pfedgpa_app.methods.base import ClientTask, Method, Trained
+from pfedgpa_app.models.networks import weights_of
 
 NEVER = -1e9  # the logit of a class that nobody has shown
 
@@ -92,7 +95,7 @@ class FedProto(Method[Prototypes]):
         self.state.counts = torch.where(shown, total, self.state.counts)
 
     @classmethod
-    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+    def train(cls, task: ClientTask) -> Trained:
         device = next(task.model.parameters()).device
         means, known = task.weights["means"].to(device), (task.weights["counts"] > 0).to(device)
         lam = task.config.of(FedProtoSettings).lam
@@ -107,8 +110,7 @@ class FedProto(Method[Prototypes]):
         task.load(task.state)
         recipes = cls.recipes(task.config, list(task.model.state_dict()), task.round)
         loss = task.sgd(recipes, loss_of=loss_of)
-        task.state.update(weights_of(task.model))
-        return cls.prototypes(task, len(means)), loss
+        return Trained(cls.prototypes(task, len(means)), weights_of(task.model), loss)
 
     @staticmethod
     @torch.no_grad()
@@ -124,5 +126,5 @@ class FedProto(Method[Prototypes]):
         return {"means": means.cpu(), "counts": counts.cpu()}
 
     @staticmethod
-    def evaluated(weights: Weights, state: Weights) -> Weights:
-        return state | weights
+    def evaluated(weights: Weights, state: Mapping[str, Tensor]) -> Weights:
+        return {**state, **weights}

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pfedgpa_app.core.settings import MethodSettings, setting
 from pfedgpa_app.methods.averaging import Averaging, Shared
-from pfedgpa_app.methods.base import ClientTask
-from pfedgpa_app.models import Weights, weights_of
-from pfedgpa_app.settings import MethodSettings, setting
-from pfedgpa_app.training import pull_to
+from pfedgpa_app.methods.base import ClientTask, Trained
+from pfedgpa_app.models.networks import weights_of
+from pfedgpa_app.training.sgd import pull_to
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,10 @@ class FedProx(Averaging[Shared]):
     tuned = ("mu",)
 
     @classmethod
-    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+    def train(cls, task: ClientTask) -> Trained:
         task.load(task.weights)
         held = pull_to(task.weights, task.config.of(FedProxSettings).mu)
-        loss = task.sgd(cls.recipes(task.config, list(task.weights), task.round), correct=held)
-        return weights_of(task.model), loss
+        loss = task.sgd(
+            cls.recipes(task.config, list(task.weights), task.round), gradient_hook=held
+        )
+        return Trained(weights_of(task.model), {}, loss)

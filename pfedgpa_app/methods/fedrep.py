@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pfedgpa_app import training
-from pfedgpa_app.config import Config
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.weights import body, last_layers
 from pfedgpa_app.methods.averaging import Averaging, Shared
-from pfedgpa_app.methods.base import Way
-from pfedgpa_app.models import body, last_layers
-from pfedgpa_app.settings import MethodSettings, setting
-from pfedgpa_app.training import Recipe
+from pfedgpa_app.training import sgd as training
+from pfedgpa_app.training.evaluation import FineTuning
+from pfedgpa_app.training.sgd import Recipe
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,6 @@ class FedRep(Averaging[Shared]):
         ]
 
     @classmethod
-    def own_fine_tuning(cls, config: Config) -> Way:
+    def own_fine_tuning(cls, config: Config) -> FineTuning:
         epochs = config.of(FedRepSettings).fine_tune_epochs
-        return Way(epochs, cls.learning_rate(config), "head")
+        return FineTuning(epochs, cls.learning_rate(config), "head")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
-from pfedgpa_app.methods.averaging import Averaging, Shared, weighted_mean
-from pfedgpa_app.methods.base import Upload
-from pfedgpa_app.settings import MethodSettings, setting
+from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.uploads import Upload, weighted_mean
+from pfedgpa_app.methods.averaging import Averaging, Shared
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pfedgpa_app.config import Config
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.weights import last_layers, layers
 from pfedgpa_app.methods.averaging import Averaging, Shared
-from pfedgpa_app.models import last_layers, layers
-from pfedgpa_app.settings import MethodSettings, setting
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pfedgpa_app.config import Config
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import MethodSettings
+from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.methods.averaging import Averaging, Shared
-from pfedgpa_app.methods.base import Upload
-from pfedgpa_app.settings import MethodSettings
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pfedgpa_app.config import Config
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import MethodSettings, setting
 from pfedgpa_app.methods.averaging import Averaging, Shared
-from pfedgpa_app.methods.base import ClientTask, Way
-from pfedgpa_app.models import Weights, weights_of
-from pfedgpa_app.settings import MethodSettings, setting
-from pfedgpa_app.training import cross_entropy, drawn, sgd_step
+from pfedgpa_app.methods.base import ClientTask, Trained
+from pfedgpa_app.models.networks import weights_of
+from pfedgpa_app.training.evaluation import FineTuning
+from pfedgpa_app.training.sgd import cross_entropy, sgd_step, training_batches
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ class PerFedAvg(Averaging[Shared]):
     uniform = True
 
     @classmethod
-    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+    def train(cls, task: ClientTask) -> Trained:
         task.load(task.weights)
         [recipe] = cls.recipes(task.config, list(task.weights), task.round)
         parameters: list[Tensor] = list(task.model.parameters())
         velocity: list[Tensor | None] = [None for _ in parameters]
         alpha, total, images = alpha_of(task.config), 0.0, 0
         task.model.train()
-        batches = drawn(task.data.train, recipe, task.generator(), parameters[0].device)
+        batches = training_batches(task.data.train, recipe, task.generator(), parameters[0].device)
         for x, y in batches:
             x2, y2 = next(batches, (x, y))  # an odd last batch serves for both
             theta = [p.detach().clone() for p in parameters]
@@ -72,8 +73,8 @@ class PerFedAvg(Averaging[Shared]):
                 torch._foreach_copy_(parameters, theta)
             sgd_step(parameters, outer, velocity, recipe)
             total, images = total + float(loss.detach()) * len(y2), images + len(y2)
-        return weights_of(task.model), total / max(1, images)
+        return Trained(weights_of(task.model), {}, total / max(1, images))
 
     @classmethod
-    def own_fine_tuning(cls, config: Config) -> Way:
-        return Way(1, alpha_of(config), full_batch=True)
+    def own_fine_tuning(cls, config: Config) -> FineTuning:
+        return FineTuning(1, alpha_of(config), full_batch=True)

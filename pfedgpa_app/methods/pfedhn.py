@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pfedgpa_app.config import Config
-from pfedgpa_app.diffusion.buffer import Layout
-from pfedgpa_app.methods.base import Method, Upload
-from pfedgpa_app.models import Weights
-from pfedgpa_app.randomness import torch_generator
-from pfedgpa_app.settings import MethodSettings, setting
-from pfedgpa_app.training import Recipe
+from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.core.weights import Layout, Weights
+from pfedgpa_app.methods.base import Method
+from pfedgpa_app.training.sgd import Recipe
 
 _EMBEDDING_STEPS = 200  # of a client that joins, an iteration
 
@@ -158,15 +158,15 @@ class PFedHN(Method[HypernetworkState]):
                 v.copy_(vp * before + vv * v + to_v)
             state.made = state.network(torch.arange(self.config.num_clients))
 
-    def welcome(self, clients: Sequence[int]) -> dict[int, Weights]:
+    def first_download(self, clients: Sequence[int]) -> dict[int, Weights]:
         """From the mean embedding of those who were there from the start."""
         embeddings = self.state.network.embeddings.weight
         with torch.no_grad():
-            embeddings[list(clients)] = embeddings[: self.config.founders].mean(0)
+            embeddings[list(clients)] = embeddings[: self.config.initial_clients].mean(0)
             self.state.made = self.state.network(torch.arange(self.config.num_clients))
-        return super().welcome(clients)
+        return super().first_download(clients)
 
-    def admit(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
+    def join(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
         """Only their embeddings learn: what they upload is what is to be made from them."""
         network, layout = self.state.network, Layout.of(self.state.like)
         clients = torch.tensor(list(uploads))

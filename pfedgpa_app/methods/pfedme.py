@@ -18,12 +18,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pfedgpa_app.config import Config
-from pfedgpa_app.methods.averaging import Averaging, Shared, weighted_mean
-from pfedgpa_app.methods.base import ClientTask, Upload
-from pfedgpa_app.models import Weights, weights_of
-from pfedgpa_app.settings import ConfigError, MethodSettings, setting
-from pfedgpa_app.training import cross_entropy, drawn, pull_to, sgd_step
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import ConfigError, MethodSettings, setting
+from pfedgpa_app.core.uploads import Upload, weighted_mean
+from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.base import ClientTask, Trained
+from pfedgpa_app.models.networks import weights_of
+from pfedgpa_app.training.sgd import cross_entropy, pull_to, sgd_step, training_batches
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class PFedMe(Averaging[Shared]):
         }
 
     @classmethod
-    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+    def train(cls, task: ClientTask) -> Trained:
         own = task.config.of(PFedMeSettings)
         task.load(task.weights)
         [recipe] = cls.recipes(task.config, list(task.weights), task.round)
@@ -74,7 +75,9 @@ class PFedMe(Averaging[Shared]):
         prox = pull_to(w, own.lam)
         task.model.train()
         total, images = 0.0, 0
-        for x, y in drawn(task.data.train, recipe, task.generator(), parameters[0].device):
+        for x, y in training_batches(
+            task.data.train, recipe, task.generator(), parameters[0].device
+        ):
             for _ in range(own.steps):
                 with recipe.computing(x.device):
                     loss = cross_entropy(task.model, x, y)
@@ -84,5 +87,5 @@ class PFedMe(Averaging[Shared]):
             for name, t in theta.items():
                 w[name].lerp_(t.detach(), own.learning_rate * own.lam)
             total, images = total + float(loss.detach()) * len(y), images + len(y)
-        task.state.update(weights_of(task.model))
-        return {name: t.cpu() for name, t in w.items()}, total / max(1, images)
+        sent = {name: t.cpu() for name, t in w.items()}
+        return Trained(sent, weights_of(task.model), total / max(1, images))

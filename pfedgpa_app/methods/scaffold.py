@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pfedgpa_app.config import Config
-from pfedgpa_app.methods.averaging import weighted_mean
-from pfedgpa_app.methods.base import ClientTask, Method, Upload
-from pfedgpa_app.models import Weights, weights_of
-from pfedgpa_app.settings import MethodSettings, setting
-from pfedgpa_app.training import Recipe
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.uploads import Upload, weighted_mean
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.methods.base import ClientTask, Method, Trained
+from pfedgpa_app.models.networks import weights_of
+from pfedgpa_app.training.sgd import Recipe
 
 CONTROL = "control/"  # before the name of the weight that a control variate is for
 
@@ -84,25 +85,25 @@ class Scaffold(Method[ScaffoldState]):
         self.state.control = {n: c[n] + share * mean[CONTROL + n] for n in c}
 
     @classmethod
-    def train(cls, task: ClientTask) -> tuple[Weights, float]:
+    def train(cls, task: ClientTask) -> Trained:
         x = {n: t for n, t in task.weights.items() if not n.startswith(CONTROL)}
         c = {n: task.weights[CONTROL + n] for n in x}
         c_i = {n: task.state.get(CONTROL + n, torch.zeros_like(t)) for n, t in x.items()}
         device = next(task.model.parameters()).device
         shift = {n: (c[n] - c_i[n]).to(device) for n in x}
 
-        def correct(_: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        def corrected(_: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Sequence[Tensor]:
             return [g + shift[n] for n, g in gradients.items()]
 
         task.load(x)
         [recipe] = cls.recipes(task.config, list(x), task.round)
-        loss = task.sgd([recipe], correct=correct)
+        loss = task.sgd([recipe], gradient_hook=corrected)
         y = weights_of(task.model)
         steps = effective_steps(steps_of(recipe, len(task.data.train)), recipe.momentum)
         change = {n: -c[n] + (x[n] - y[n]) / (steps * recipe.learning_rate) for n in x}
-        task.state.update({CONTROL + n: c_i[n] + change[n] for n in x})
-        return y | {CONTROL + n: change[n] for n in x}, loss
+        kept = {CONTROL + n: c_i[n] + change[n] for n in x}
+        return Trained(y | {CONTROL + n: change[n] for n in x}, kept, loss)
 
     @staticmethod
-    def evaluated(weights: Weights, state: Weights) -> Weights:
+    def evaluated(weights: Weights, state: Mapping[str, Tensor]) -> Weights:
         return weights

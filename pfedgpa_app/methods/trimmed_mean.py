@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 
+from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.methods.averaging import Averaging, Shared
-from pfedgpa_app.methods.base import Upload
-from pfedgpa_app.settings import MethodSettings, setting
 
 
 @dataclass(frozen=True)

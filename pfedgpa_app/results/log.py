@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.files import sync
-from pfedgpa_app.settings import ConfigError
+from pfedgpa_app.core.files import sync
+from pfedgpa_app.core.settings import ConfigError
 
 logger = logging.getLogger("pfedgpa")
 
@@ -151,8 +151,8 @@ class RunLog:
             "sizes": sizes,
         }
 
-    def go_on(self, state: dict[str, Any]) -> None:
-        """Be as it was at a checkpoint: records written since then are forgotten.
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a checkpoint: records written since then are forgotten.
 
         Raises:
             ConfigError: some that the checkpoint counts are not there any more.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pfedgpa_app.diffusion.fit import WeightDistribution
+from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.results.tables import Outcome
 

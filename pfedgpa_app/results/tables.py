@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pfedgpa_app.config import Config
-from pfedgpa_app.methods.base import Method, Way
-from pfedgpa_app.strategy import FinalScore, ways
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.methods import fine_tuning
+from pfedgpa_app.methods.base import Personaliser
+from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 
 
 @dataclass(frozen=True)
@@ -22,33 +23,36 @@ class Outcome:
     before: np.ndarray
     after: np.ndarray  # by the method's own fine-tuning
     as_in_training: np.ndarray
-    tuned: np.ndarray | None  # by the way that pooled validation chose; None without a grid
+    tuned: np.ndarray | None  # by what pooled validation chose; None without a grid
     kept: np.ndarray  # each client's better of before and after, by its own validation images
     validation: dict[str, float]  # pooled over clients: {"before_ft", "after_ft", "after_ft_tuned"}
-    fine_tuning: Way
-    tuned_by: Way | None
-    alike: float | None = None  # % of test images on which references predict the same
+    fine_tuning: FineTuning
+    tuned_by: FineTuning | None
+    agreement: float | None = None  # % of test images on which references predict the same
 
 
-def outcome(scores: dict[int, FinalScore], method: type[Method[Any]], config: Config) -> Outcome:
-    """Choose by validation images, report test images."""
+def outcome(
+    scores: dict[int, FinalScore],
+    method: type[Personaliser[Any]],
+    config: Config,
+    fine_tunings: Sequence[FineTuning],
+) -> Outcome:
+    """Choose by validation images, report test images.
+
+    Args:
+        fine_tunings: what ``scores`` are of, before fine-tuning aside.
+    """
     clients = sorted(scores)
     images = np.array([scores[c].test_images for c in clients])[:, None]
     test = 100 * np.array([scores[c].test for c in clients]) / images
     validation = np.array([scores[c].validation for c in clients])
-    tried = [Way(0, 0.0), *ways(config)]
-    gentle = tried.index(Way(config.fine_tune_epochs, config.fine_tune_learning_rate), 1)
-    training = tried.index(Way(config.local_epochs, config.learning_rate), 1)
+    tried = [FineTuning(0, 0.0), *fine_tunings]
+    gentle = tried.index(fine_tuning.gentle(config), 1)
+    training = tried.index(fine_tuning.as_in_training(config), 1)
     own = method.own_fine_tuning(config)
     tuned = None
     if config.fine_tune_grid_epochs:
-        grid = [
-            i
-            for i, way in enumerate(tried)
-            if way.epochs <= config.fine_tune_grid_epochs
-            and (way.part, way.full_batch) == ("all", False)
-            and (not i or way.learning_rate in config.fine_tune_grid_learning_rates)
-        ]
+        grid = [0, *sorted(tried.index(each, 1) for each in fine_tuning.tuning_grid(config))]
         pooled = validation.sum(0)
         # the gentlest of the best, so that a tie does not fine-tune more than it must
         tuned = min(grid, key=lambda i: (-pooled[i], tried[i].epochs * tried[i].learning_rate))
@@ -58,7 +62,9 @@ def outcome(scores: dict[int, FinalScore], method: type[Method[Any]], config: Co
     chosen = gentle if chosen is None else chosen
     better = validation[:, chosen] > validation[:, 0]
     held = sum(scores[c].validation_images for c in clients)
-    alike = [100 * s.alike / s.test_images for s in scores.values() if s.alike is not None]
+    agreement = [
+        100 * s.agreement / s.test_images for s in scores.values() if s.agreement is not None
+    ]
     scored = {"before_ft": 0, "after_ft": chosen}
     if tuned is not None:
         scored["after_ft_tuned"] = tuned
@@ -72,16 +78,16 @@ def outcome(scores: dict[int, FinalScore], method: type[Method[Any]], config: Co
         {k: 100 * int(validation[:, i].sum()) / held for k, i in scored.items() if held},
         tried[chosen],
         None if tuned is None else tried[tuned],
-        float(np.mean(alike)) if alike else None,
+        float(np.mean(agreement)) if agreement else None,
     )
 
 
-def _way(way: Way | None) -> dict[str, Any] | None:
-    return None if way is None else asdict(way)
+def _described(fine_tuning: FineTuning | None) -> dict[str, Any] | None:
+    return None if fine_tuning is None else asdict(fine_tuning)
 
 
 def summary_entry(
-    name: str, method: type[Method[Any]], result: Outcome, config: Config, **more: Any
+    name: str, method: type[Personaliser[Any]], result: Outcome, config: Config, **more: Any
 ) -> dict[str, Any]:
     """One method's entry of ``summary.json``; accuracies in percent, means over clients."""
 
@@ -110,9 +116,11 @@ def summary_entry(
         "spread_before_ft": round(float(result.before.std()), 4),
         "spread_after_ft": round(float(result.after.std()), 4),
         "validation": {key: round(value, 4) for key, value in result.validation.items()},
-        "agreement_with_last_upload": None if result.alike is None else round(result.alike, 4),
-        "fine_tuning": _way(result.fine_tuning),
-        "fine_tuning_tuned": _way(result.tuned_by),
+        "agreement_with_last_upload": None
+        if result.agreement is None
+        else round(result.agreement, 4),
+        "fine_tuning": _described(result.fine_tuning),
+        "fine_tuning_tuned": _described(result.tuned_by),
         **more,
     }
 

@@ -9,28 +9,30 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pfedgpa_app.config import NO_PART, Resolved
-from pfedgpa_app.diffusion.buffer import Layout
-from pfedgpa_app.files import read_metadata, read_tensors
-from pfedgpa_app.methods.fedavg import FedAvgState
-from pfedgpa_app.settings import ConfigError
+from pfedgpa_app.config.resolve import Resolved, keys
+from pfedgpa_app.core.files import read_metadata, read_tensors
+from pfedgpa_app.core.settings import LAUNCH, ConfigError
+from pfedgpa_app.core.weights import Layout
+from pfedgpa_app.methods.generation import RememberedState
 
 FILE = "uploads.safetensors"
 FORMAT = "pfedgpa-uploads-1"
 COSTS = ("bytes_up", "bytes_down", "server_seconds")  # what the rounds cost
 # settings that may differ between the run that kept the uploads and the one that takes them
-_FREE = NO_PART | {"method", "device", "evaluate-every", "uploads"}
+_FREE = {"method", "device", "evaluate-every", "uploads"}
 _FREE_PREFIXES = ("pfedgpa.", "fine-tune-")
 
 
 def _fixed(resolved: Resolved) -> dict[str, Any]:
     values = {name: entry["value"] for name, entry in resolved.as_dict().items()}
-    fixed = {n: v for n, v in values.items() if n not in _FREE and not n.startswith(_FREE_PREFIXES)}
+    launch = {name for name, key in keys().items() if key.rules["part"] == LAUNCH}
+    free = _FREE | launch
+    fixed = {n: v for n, v in values.items() if n not in free and not n.startswith(_FREE_PREFIXES)}
     plain: dict[str, Any] = json.loads(json.dumps(fixed))
     return plain
 
 
-def save(path: Path, state: FedAvgState, resolved: Resolved, costs: dict[str, float]) -> None:
+def save(path: Path, state: RememberedState, resolved: Resolved, costs: dict[str, float]) -> None:
     """Write the buffer, with what the rounds cost and the settings that made it."""
     _, vectors, rounds, clients = state.buffer.stack()
     tensors = {"vectors": vectors, "rounds": rounds, "clients": clients}
@@ -67,10 +69,8 @@ def _refused(path: Path, why: str) -> ConfigError:
     return ConfigError(f"uploads = {str(path)!r}: {why}")
 
 
-def load(
-    path: Path, state: FedAvgState, resolved: Resolved
-) -> tuple[FedAvgState, dict[str, float]]:
-    """Fill a fresh ``state`` from ``path``; returns it and what the rounds cost.
+def load(path: Path, state: RememberedState, resolved: Resolved) -> dict[str, float]:
+    """Fill a fresh ``state`` from ``path``; returns what the rounds cost.
 
     Raises:
         ConfigError: no such file, another format, damaged, or uploads of a federation with
@@ -87,10 +87,10 @@ def load(
         raise _refused(path, f"is not whole: it lacks {error}") from error
     except (ValueError, TypeError, RuntimeError) as error:
         raise _refused(path, f"is damaged: {error}") from error
-    return state, costs
+    return costs
 
 
-def _fill(state: FedAvgState, tensors: dict[str, Tensor], num_clients: int) -> None:
+def _fill(state: RememberedState, tensors: dict[str, Tensor], num_clients: int) -> None:
     layout = Layout.of(state.global_weights)
     state.global_weights = {name: tensors[f"global/{name}"] for name in layout.names}
     if not layout.flatten(state.global_weights).isfinite().all():

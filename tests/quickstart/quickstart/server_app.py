@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from pfedgpa_app import PFedGPA
-from pfedgpa_app.methods.pfedgpa import PFedGPASettings
+from pfedgpa_app.methods.generation import PFedGPASettings
 from quickstart.task import Net
 
 app = ServerApp()

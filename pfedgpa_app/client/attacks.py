@@ -1,0 +1,45 @@
+"""Malicious clients, in simulations: what they hold, and what they upload instead."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from pfedgpa_app.core.sections import LABEL_FLIP, AttackSettings
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.data.images import Images
+
+
+def flips_labels(config: AttackSettings, client: int) -> bool:
+    """Whether the client takes class y for class K − 1 − y."""
+    return config.attack == LABEL_FLIP and client in config.malicious_clients
+
+
+def flipped(images: Images, classes: int) -> Images:
+    """The same images, class y called K − 1 − y, K being the number of ``classes``."""
+    return replace(images, labels=classes - 1 - images.labels)
+
+
+def malicious_upload(
+    config: AttackSettings, trained: Weights, sent: Weights, generator: torch.Generator
+) -> Weights:
+    """What a malicious client uploads in the place of its ``trained`` weights.
+
+    With s the attack's strength and Δ = trained − sent: ``sign-flip`` sends sent − sΔ, ``scale``
+    sent + sΔ, and ``noise`` trained + s‖Δ‖ε/√P with ε normal. What was not sent to it stays.
+    """
+    strength, kind = config.attack_strength, config.attack
+    if kind in ("none", LABEL_FLIP):
+        return trained
+    updates = {name: trained[name] - sent[name] for name in trained if name in sent}
+    if kind == "noise":
+        square = sum(float(u.double().square().sum()) for u in updates.values())
+        size = sum(u.numel() for u in updates.values())
+        deviation = strength * (square / max(1, size)) ** 0.5
+        return trained | {
+            name: trained[name] + deviation * torch.randn(u.shape, generator=generator)
+            for name, u in updates.items()
+        }
+    factor = strength if kind == "scale" else -strength
+    return trained | {name: sent[name] + factor * u for name, u in updates.items()}

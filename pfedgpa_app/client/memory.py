@@ -1,0 +1,84 @@
+"""What a client keeps between rounds.
+
+It lives in Flower's context, which ends with its SuperNode or with the run. A copy is kept in
+files where there is a folder for it: the one that a node's configuration names
+(``--node-config 'state-dir="/var/lib/pfedgpa"'``), or, in a simulation, one beside the run's
+results. So a node that was started again, and a run that was resumed, go on where they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, Context
+from safetensors.torch import load_file, save_file
+
+from pfedgpa_app.core.files import replacing
+from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.weights import Weights
+
+
+def _folder(context: Context, asked: Mapping[str, Any]) -> Path | None:
+    folder: Any = context.node_config.get("state-dir") or asked.get("state-dir")
+    return user_path(str(folder)) / f"run-{asked['run']}" if folder else None
+
+
+def _kept(folder: Path | None, key: str) -> list[Path]:
+    """Files, the newest round's last."""
+    return sorted(folder.glob(f"{key}@*.safetensors"), key=_round) if folder else []
+
+
+def _round(file: Path) -> int:
+    return int(file.stem.rpartition("@")[2])
+
+
+def newest(folder: Path, method: str) -> list[Path]:
+    """The newest file of every client that keeps something for ``method``.
+
+    Args:
+        folder: a run's, in a ``state-dir``.
+    """
+    files = _kept(folder, f"{method}.*")
+    return list({file.stem.rpartition("@")[0]: file for file in files}.values())
+
+
+def recall(context: Context, asked: Mapping[str, Any], key: str, before: int) -> Weights:
+    """What was kept under ``key`` in a round before ``before``; {} if nothing was.
+
+    Args:
+        asked: the server's settings for this message.
+    """
+    kept = context.state.array_records.get(key)
+    if kept is not None:
+        return dict(kept.to_torch_state_dict())
+    files = [file for file in _kept(_folder(context, asked), key) if _round(file) < before]
+    return load_file(files[-1]) if files else {}
+
+
+def keep(
+    context: Context,
+    asked: Mapping[str, Any],
+    key: str,
+    state: Weights,
+    server_round: int,
+    again: int = 1,
+) -> None:
+    """Keep ``state`` under ``key``; a file is written whole or not at all.
+
+    Args:
+        again: how many rounds a resumed run may repeat; what was kept before them stays.
+    """
+    if not state:
+        return
+    context.state[key] = ArrayRecord(state)
+    folder = _folder(context, asked)
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{key}@{server_round}.safetensors"
+    with replacing(path) as new:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, new)
+    for old in _kept(folder, key)[: -1 - again]:
+        old.unlink(missing_ok=True)

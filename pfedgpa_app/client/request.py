@@ -1,0 +1,193 @@
+"""A client's side of each message: what it is asked, what it knows, what it answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from torch import nn
+
+from pfedgpa_app.client import memory
+from pfedgpa_app.client.attacks import flipped, flips_labels, malicious_upload
+from pfedgpa_app.config.resolve import resolve_cached
+from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.sections import NODES, Config
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.data.client import (
+    ClientData,
+    Schema,
+    load_client,
+    load_own,
+    load_own_client,
+    load_schema,
+    schema_of,
+)
+from pfedgpa_app.methods import rounds_class
+from pfedgpa_app.methods.base import ClientTask, Trained
+from pfedgpa_app.models.networks import build, network_name
+from pfedgpa_app.training import sgd as training
+from pfedgpa_app.training.evaluation import FineTuning, Score
+
+Metrics = dict[str, int | float | list[int] | list[float]]
+
+
+def build_model(config: Config, schema: Schema) -> nn.Module:
+    """The run's network, initialised from its seed, where the ``device`` setting says."""
+    network = network_name(config.model, schema.shape)
+    model = build(network, len(schema.classes), config.seed)
+    return model.to(training.device_for(config.device)).to(memory_format=torch.channels_last)
+
+
+def held_by(config: Config, client: int) -> ClientData:
+    """What ``client`` of a simulation holds; one that flips labels takes them so."""
+    data = load_client(config, client)
+    if not flips_labels(config, client):
+        return data
+    classes = len(load_schema(config).classes)
+    return replace(
+        data,
+        train=flipped(data.train, classes),
+        validation=flipped(data.validation, classes),
+    )
+
+
+class ClientRequest:
+    """One message to one client: what every handler needs of it."""
+
+    def __init__(self, message: Message, context: Context) -> None:
+        torch.set_num_threads(1)  # clients share the cores; more threads only contend
+        self.message, self.context = message, context
+        self.config: Config = resolve_cached(context.run_config).config
+        asked: Any = message.content.config_records["config"]
+        self._asked = asked
+        self._source = str(context.node_config.get("dataset", ""))
+        self.client, self.round = int(asked["client"]), int(asked["round"])
+        self.fine_tunings = [
+            FineTuning(**each) for each in json.loads(asked.get("fine-tunings", "[]"))
+        ]
+        self.method = rounds_class(str(asked["method"]))
+        records = message.content.array_records
+        self.weights: Weights = dict(records["arrays"].to_torch_state_dict())
+        reference = records.get("reference")
+        self.reference: Weights | None = (
+            dict(reference.to_torch_state_dict()) if reference is not None else None
+        )
+        self._state_key = f"{asked['method']}.{self.client}"
+        trains = message.metadata.message_type == MessageType.TRAIN
+        before = self.round if trains else self.round + 1
+        self.state: Weights = memory.recall(context, asked, self._state_key, before)
+
+    def schema(self) -> Schema:
+        """What its network must know of its images."""
+        if self.config.dataset == NODES:
+            return schema_of(load_own(self.config, self._source))
+        return load_schema(self.config)
+
+    def data(self) -> ClientData:
+        """What this client holds."""
+        if self.config.dataset == NODES:
+            return load_own_client(self.config, self._source, self.client)
+        return held_by(self.config, self.client)
+
+    def model(self) -> nn.Module:
+        """The network, as the run's seed initialises it."""
+        return build_model(self.config, self.schema())
+
+    def task(self) -> ClientTask:
+        """What it needs to train."""
+        model, draws = self.model(), partial(self.generator, "train")
+        data = self.data()
+        return ClientTask(self.config, self.weights, model, data, self.round, draws, self.state)
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """Its random stream for ``purpose`` in this round."""
+        return torch_generator(self.config.seed, purpose, self.round, self.client)
+
+    def evaluated(self) -> Weights:
+        """What it is evaluated with; weights not among them are as initialised."""
+        return self.method.evaluated(self.weights, self.state)
+
+    def keep(self, state: Weights) -> None:
+        """Keep ``state`` for its next round."""
+        again = max(1, self.config.checkpoint_every)
+        memory.keep(self.context, self._asked, self._state_key, state, self.round, again)
+
+    def reply(self, metrics: Metrics, weights: Weights | None = None) -> Message:
+        """The answer."""
+        content = RecordDict({"metrics": MetricRecord(metrics)})
+        if weights is not None:
+            content["arrays"] = ArrayRecord(weights)
+        return Message(content, reply_to=self.message)
+
+    def trained(self, trained: Trained) -> Message:
+        """The answer to a round.
+
+        A client whose training went to infinity keeps what it had before: it would never come back.
+        """
+        weights = trained.upload
+        if all(t.isfinite().all() for t in (*weights.values(), *trained.state.values())):
+            self.keep(trained.state)
+        if self.client in self.config.malicious_clients:
+            generator = self.generator("attack")
+            weights = malicious_upload(self.config, weights, self.weights, generator)
+        metrics: Metrics = {
+            "num-examples": len(self.data().train),
+            "loss": trained.loss,
+            "round": self.round,
+        }
+        agrees = self.context.node_config.get("share-label-counts", True)
+        if self.config.share_label_counts and agrees:
+            classes = len(self.schema().classes)
+            counts = torch.bincount(self.data().train.labels, minlength=classes)
+            metrics["label-counts"] = counts.tolist()
+        return self.reply(metrics, weights)
+
+    def scored(self, score: Score) -> Message:
+        """The answer to an evaluation."""
+        return self.reply({"correct": score.correct, "loss": score.loss, "images": score.images})
+
+    def compared(
+        self, test: list[Score], validation: list[Score], agreement: int | None
+    ) -> Message:
+        """The answer to the final evaluation: before fine-tuning, then after each kind of it.
+
+        ``agreement``: test images on which it predicts what the reference predicts.
+        """
+        metrics: Metrics = {
+            "test": [score.correct for score in test],
+            "test-images": test[0].images,
+            "validation": [score.correct for score in validation],
+            "validation-images": validation[0].images,
+        }
+        return self.reply(metrics | ({} if agreement is None else {"agreement": agreement}))
+
+
+def describe(context: Context) -> RecordDict:
+    """Who a node is: its partition, and what its own data are, where a run goes by those.
+
+    Raises:
+        DataError: they are absent or unusable.
+    """
+    partition = int(context.node_config.get("partition-id", -1))
+    content = RecordDict({"node": MetricRecord({"partition-id": partition})})
+    config = resolve_cached(context.run_config).config
+    if config.dataset == NODES:
+        source = str(context.node_config.get("dataset", ""))
+        load_own_client(config, source, partition)
+        schema = schema_of(load_own(config, source))
+        content["data"] = ConfigRecord(
+            {"classes": list(schema.classes), "shape": list(schema.shape)}
+        )
+    return content

@@ -1,0 +1,123 @@
+"""From what users write to typed values, or a refusal that names key, value and range."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pfedgpa_app.core.settings import ConfigError, near, shown
+
+MOST = 2**63 - 1  # as much as NumPy's and Flower's whole numbers hold
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Key:
+    name: str  # as the user writes it
+    type: Any
+    default: Any
+    rules: Mapping[str, Any]
+
+
+def fields_of(kind: type, prefix: str = "") -> Iterator[Key]:
+    hints = typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        if f.metadata:
+            name = prefix + f.name.replace("_", "-")
+            yield Key(name, hints[f.name], f.default, f.metadata)
+
+
+def parse(key: Key, value: Any, source: str) -> Any:
+    """``value`` as the key's type, or a ConfigError that names key, value and what is allowed."""
+
+    def refuse(allowed: str) -> ConfigError:
+        return ConfigError(f"{key.name} = {shown(value)} ({source}): {allowed}")
+
+    wanted, auto = key.type, False
+    if typing.get_origin(wanted) is types.UnionType:  # int | None: None is "auto"
+        wanted, auto = typing.get_args(wanted)[0], True
+    if auto and (value is None or value == "auto"):
+        return None
+    if typing.get_origin(wanted) is tuple:
+        item = typing.get_args(wanted)[0]
+        items = value.split(",") if isinstance(value, str) else value
+        items = items if isinstance(items, (list, tuple)) else [items]
+        items = [i.strip() if isinstance(i, str) else i for i in items]
+        if not items or "" in items:
+            raise refuse("wants at least one value, separated by commas")
+        return tuple(parse(dataclasses.replace(key, type=item), i, source) for i in items)
+
+    if wanted is bool:
+        if not isinstance(value, bool):
+            raise refuse("wants true or false")
+    elif wanted is str:
+        if not isinstance(value, str):
+            raise refuse("wants text; put it in quotes")
+        if "\0" in value:
+            raise refuse("must not hold a NUL character")
+    else:
+        number = _number(value, wanted)
+        if number is None:
+            kind = "a whole number" if wanted is int else "a number"
+            raise refuse(f"wants {kind}" + (' or "auto"' if auto else ""))
+        value = number
+        low, high, above = (key.rules[k] for k in ("low", "high", "above"))
+        if wanted is int and value > MOST:
+            high = min(high, MOST)
+        if not low <= value <= high or value <= above:
+            bounds = [f"> {above}"] if above > -math.inf else []
+            bounds += [f">= {low}"] if low > -math.inf else []
+            bounds += [f"<= {high}"] if high < math.inf else []
+            raise refuse("must be " + " and ".join(bounds))
+    choices = key.rules["choices"]
+    if choices and value not in choices:
+        raise refuse(f"must be one of {', '.join(choices)}{near(value, choices)}")
+    return value
+
+
+def check_section(method: str, values: Any) -> None:
+    """Refuse settings of a method's own, made without ``resolve``, that are out of range."""
+    for key in fields_of(type(values), f"{method}."):
+        field = key.name.rpartition(".")[2].replace("-", "_")
+        parse(key, getattr(values, field), type(values).__name__)
+
+
+def _number(value: Any, wanted: type[int] | type[float]) -> int | float | None:
+    """``value`` as the finite number that is wanted, if it is one or, in a list, its text."""
+    if isinstance(value, bool):
+        return None
+    if wanted is int and isinstance(value, int):
+        return value  # it may be longer than a float's range
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    whole = wanted is float or number.is_integer()
+    return wanted(number) if math.isfinite(number) and whole else None
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def flat(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """``values`` with ``pfedgpa.rank: 5`` for ``pfedgpa: {rank: 5}``.
+
+    Raises:
+        ConfigError: a setting is there in both ways.
+    """
+    found: dict[str, Any] = {}
+    for name, value in flatten(values):
+        if name in found:
+            raise ConfigError(f"{name} ({source}): is given twice")
+        found[name] = value
+    return found

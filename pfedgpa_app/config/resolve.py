@@ -1,0 +1,259 @@
+"""Every setting once: its type, default, range and meaning.
+
+A value is looked up in three places, the later one winning: the default below, the
+experiment's ``conf/*.yaml``, and ``--run-config``. ``resolve`` says which one won.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pfedgpa_app.config import yaml_file
+from pfedgpa_app.config.parse import Key, Scalar, fields_of, flat, flatten, parse
+from pfedgpa_app.core.paths import APP_DIR, user_path
+from pfedgpa_app.core.sections import DATASET_HELP, NODES, SECTIONS, Config, S
+from pfedgpa_app.core.settings import LAUNCH, ConfigError, near
+from pfedgpa_app.data import DATASETS, is_known_dataset
+from pfedgpa_app.methods import METHODS, federation_of, name_of
+from pfedgpa_app.methods.baselines import FromUploads
+
+
+@lru_cache(maxsize=1)
+def sections() -> dict[str, type]:
+    """{method: the class of its own settings}, for every method that has some."""
+    classes = {name: METHODS[name] for name in METHODS}
+    return {name: vars(c)["settings"] for name, c in classes.items() if "settings" in vars(c)}
+
+
+@lru_cache(maxsize=1)
+def keys() -> dict[str, Key]:
+    """Every setting by the name that users write; methods' own are ``METHOD.SETTING``."""
+    found = list(fields_of(Config))
+    for section, kind in sections().items():
+        found += fields_of(kind, section + ".")
+    return {key.name: key for key in found}
+
+
+def keys_of(name: str) -> list[Key]:
+    """The settings of a method or of a section of the run's, or the one of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    section = SECTIONS.get(name)
+    own = {field.replace("_", "-") for field in vars(section)["__annotations__"]} if section else {}
+    found = [
+        k for k in keys().values() if k.name in own or name in (k.name, k.name.rpartition(".")[0])
+    ]
+    if not found:
+        raise ConfigError(
+            f"{name}: no setting, no section ({', '.join(SECTIONS)}), and no method with settings "
+            f"of its own{near(name, (*SECTIONS, *sections(), *keys()))}"
+        )
+    return found
+
+
+def known(name: str, source: str) -> Key:
+    if name not in keys():
+        raise ConfigError(
+            f"{name} ({source}): no such setting{near(name, keys())} All settings: pfedgpa settings"
+        )
+    return keys()[name]
+
+
+def require_dataset(name: str, source: str) -> None:
+    """Refuse a ``name`` that no data set has."""
+    if not is_known_dataset(name):
+        raise ConfigError(
+            f"{source}: no data set {name!r}{near(name, (*DATASETS, NODES))} "
+            f"There are {DATASET_HELP}"
+        )
+
+
+def require_method(name: str, source: str) -> None:
+    """Refuse a ``name`` that no method has."""
+    if name not in METHODS:
+        raise ConfigError(
+            f"{source}: no method {name!r}{near(name, METHODS)} Methods: {', '.join(METHODS)}"
+        )
+
+
+def conf_path(conf: str) -> Path:
+    """The YAML file that ``conf`` names: in the app's conf/ or a path of the user's."""
+    path = user_path(conf)
+    if path.suffix not in (".yaml", ".yml"):
+        path = APP_DIR / "conf" / f"{conf}.yaml"
+    elif not path.is_absolute() and not os.path.exists(path):
+        path = APP_DIR / path
+    if not os.path.isfile(path):  # a name that is too long is no file, either
+        names = sorted(p.stem for p in (APP_DIR / "conf").glob("*.yaml"))
+        raise ConfigError(
+            f"conf = {conf!r}: no file {path}{near(conf, names)} Experiments: {', '.join(names)}"
+        )
+    return path
+
+
+def _conf_layers(conf: str, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """(file's name, its values) of ``conf``, after that of the file it builds on, its ``conf``."""
+    path = conf_path(conf)
+    if path in above:
+        raise ConfigError(f"{path}: builds on itself by its `conf`")
+    values = flat(yaml_file.read(path), str(path))
+    base = values.pop("conf", None)
+    below = _conf_layers(str(base), (*above, path)) if base else []
+    return [*below, (path.name, values)]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration and, for each key, where its value came from."""
+
+    config: Config
+    sources: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """``{key: {"value": …, "from": …}}``, JSON-ready."""
+        shown = {}
+        for name in keys():
+            section, _, field = name.rpartition(".")
+            holder = self.config.of(sections()[section]) if section else self.config
+            value = getattr(holder, field.replace("-", "_"))
+            shown[name] = {"value": "auto" if value is None else value, "from": self.sources[name]}
+        return shown
+
+
+def is_read(key: Key, config: Config) -> bool:
+    """Whether the results of a run go by a setting."""
+    section, part = key.name.rpartition(".")[0], key.rules["part"]
+    if not section:
+        return bool(part != LAUNCH)
+    readers: list[Any] = [METHODS[name] for name in config.method if name in METHODS]
+    if config.save_uploads or config.uploads:
+        readers.append(FromUploads)  # goes by which of them are kept, too
+    kind = sections()[section]
+    return any(reader.settings is kind and part in reader.parts for reader in readers)
+
+
+def without_idle(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[str, Any]:
+    """``settings`` without methods' own that none of ``methods`` goes by."""
+    config, every = Config(method=tuple(methods)), keys()
+    return {
+        name: value
+        for name, value in settings.items()
+        if "." not in name or name not in every or is_read(every[name], config)
+    }
+
+
+def differences(there: Mapping[str, Any], resolved: Resolved) -> list[str]:
+    """Settings that have a part in the results and differ from those that a run has kept."""
+    first = {name: "auto" if k.default is None else k.default for name, k in keys().items()}
+    here, defaults = json.loads(json.dumps([resolved.as_dict(), first]))
+    return [
+        f"{name} = {there.get(name, {}).get('value')!r} there, {entry['value']!r} here"
+        for name, entry in here.items()
+        if is_read(keys()[name], resolved.config)
+        # a setting that was not there yet was what is now its default
+        and there.get(name, {"value": defaults[name]})["value"] != entry["value"]
+    ]
+
+
+def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
+    """The run's configuration from ``run_config`` over its ``conf`` file over the defaults.
+
+    An empty string in ``run_config`` means "not set here": pyproject.toml lists every key
+    that way, because Flower lets ``--run-config`` override listed keys only.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a value out of range, settings that
+            contradict each other, or a missing conf file.
+    """
+    overrides = {k: v for k, v in flatten(run_config or {}) if v != ""}
+    for name in overrides:
+        known(name, "run-config")
+    files = _conf_layers(str(overrides.get("conf", keys()["conf"].default)))
+
+    values: dict[str, Any] = {name: key.default for name, key in keys().items()}
+    sources = dict.fromkeys(keys(), "default")
+    for source, layer in (*files, ("run-config", overrides)):
+        for name, value in layer.items():
+            values[name] = parse(known(name, source), value, source)
+            sources[name] = source
+
+    def made(kind: type[S], prefix: str = "", **more: Any) -> S:
+        names = {
+            key.name: key.name[len(prefix) :].replace("-", "_") for key in fields_of(kind, prefix)
+        }
+        return kind(**{field: values[name] for name, field in names.items()}, **more)
+
+    own: tuple[Any, ...] = tuple(made(kind, name + ".") for name, kind in sections().items())
+    config = made(Config, sections=own)
+    _refuse_idle(config, overrides)
+    _check(config)
+    return Resolved(config, types.MappingProxyType(sources))
+
+
+@lru_cache(maxsize=4)
+def _resolve_items(items: tuple[tuple[str, Scalar], ...]) -> Resolved:
+    return resolve(dict(items))
+
+
+def resolve_cached(run_config: Mapping[str, Any]) -> Resolved:
+    """``resolve``, remembered: a client asks again at each message."""
+    return _resolve_items(tuple(sorted(run_config.items())))
+
+
+def _refuse_idle(config: Config, overrides: Mapping[str, Any]) -> None:
+    """Refuse a method's own settings, given for this run, that no method of it reads."""
+    for name in overrides:
+        section = name.rpartition(".")[0]
+        if section and not is_read(keys()[name], config):
+            raise ConfigError(
+                f"{name} (run-config): none of this run's methods ({', '.join(config.method)}) "
+                "goes by it"
+            )
+
+
+def _check(config: Config) -> None:
+    """Refuse what each value alone cannot show."""
+    for name in config.method:
+        require_method(name, "method")
+    if len(set(config.method)) < len(config.method):
+        raise ConfigError(f"method = {','.join(config.method)}: names a method twice")
+    require_dataset(config.dataset, "dataset")
+    kept = name_of(FromUploads.of)  # whose uploads are kept
+    others = [method for method in config.method if federation_of(method) != kept]
+    if config.uploads and others:
+        raise ConfigError(
+            f"uploads: holds {METHODS[kept].title}'s rounds, but {', '.join(others)} has rounds of "
+            "its own"
+        )
+    if config.join_clients >= config.num_clients:
+        raise ConfigError(
+            f"join-clients = {config.join_clients}: must be less than num-clients = "
+            f"{config.num_clients}"
+        )
+    if config.min_uploads > config.round_clients:
+        raise ConfigError(
+            f"min-uploads = {config.min_uploads}: no round has so many; by fraction-train, "
+            f"{config.round_clients} of {config.initial_clients} clients take part in one"
+        )
+    if len(config.malicious_clients) == config.initial_clients:
+        raise ConfigError(
+            f"malicious-share = {config.malicious_share:g}: leaves no honest client of "
+            f"{config.initial_clients} to evaluate"
+        )
+    for name in config.method:
+        METHODS[name].check(config)
+    if config.fine_tune_grid_epochs and not config.validation_share:
+        raise ConfigError(
+            "fine-tune-grid-epochs > 0 chooses by validation: validation-share must be > 0"
+        )
+    if config.train_per_client - round(config.train_per_client * config.validation_share) < 1:
+        raise ConfigError("validation-share leaves no image to train on")

@@ -1,0 +1,261 @@
+"""The run's own settings, in sections; a function takes the section that it needs.
+
+``Config`` is all of them at once, so that it goes wherever one is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pfedgpa_app.core.randomness import numpy_generator
+from pfedgpa_app.core.settings import LAUNCH, LEARNING_RATES, setting
+
+DATASET_HELP = (
+    "digits, mnist, fashion-mnist, emnist-SPLIT (balanced, byclass, bymerge, digits, letters, "
+    "mnist), cifar10, imagefolder:PATH with train/ and test/ by class (a relative PATH: below the "
+    "current folder, else below data-dir), or nodes: each node's own, which its --node-config "
+    "names as dataset"
+)
+NODES = "nodes"  # the data set that is each node's own
+LABEL_FLIP = "label-flip"
+ATTACKS = ("none", "sign-flip", "scale", "noise", LABEL_FLIP)
+MOST_CLIENTS = 1_000_000
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Basics:
+    """What every section may go by: the methods, the seed and the clients."""
+
+    conf: str = setting(
+        "demo", "experiment: a name in conf/ or the path of a YAML file", part=LAUNCH
+    )
+    method: tuple[str, ...] = setting(
+        ("pfedgpa",), "methods to run on the same partition and seed, separated by commas"
+    )
+    seed: int = setting(0, "the run's only seed", low=0)
+    num_clients: int = setting(10, "clients of the federation", low=1, high=MOST_CLIENTS)
+    join_clients: int = setting(
+        0, "so many clients, the last ones, join after the last round; 0: none", low=0
+    )
+
+    @property
+    def initial_clients(self) -> int:
+        """So many, the first, are there from the start; the rest joins after the rounds."""
+        return self.num_clients - self.join_clients
+
+
+@dataclass(frozen=True)
+class DataSettings(Basics):
+    """The data set, and how it is dealt to clients."""
+
+    dataset: str = setting("digits", DATASET_HELP)
+    data_dir: str = setting(
+        "", "where data sets lie; empty: $PFEDGPA_DATA, else ./data", part=LAUNCH
+    )
+    download: bool = setting(
+        False, "let torchvision download the data set if it is absent", part=LAUNCH
+    )
+    image_size: int = setting(0, "imagefolder: resize to this square; 0: as they are", low=0)
+    partition: str = setting(
+        "dominant",
+        "how images are dealt to clients",
+        choices=("dominant", "dirichlet", "shards", "iid"),
+    )
+    train_per_client: int = setting(600, "training images a client, validation included", low=1)
+    test_per_client: int = setting(600, "test images a client", low=1)
+    uniform_share: float = setting(
+        0.2, "dominant: share of a client's images uniform over all classes", low=0, high=1
+    )
+    group_shares: tuple[float, ...] = setting(
+        (), "dominant: relative sizes of the hidden groups; empty: all alike", above=0, high=1e6
+    )
+    dirichlet_alpha: float = setting(0.5, "dirichlet: concentration", above=0, high=1e6)
+    shards_per_client: int = setting(2, "shards: one-class shards a client", low=1)
+    validation_share: float = setting(
+        0.1, "share of a client's training images that it keeps for validation", low=0, high=0.9
+    )
+
+
+@dataclass(frozen=True)
+class TrainingSettings(Basics):
+    """The network, a client's training and its fine-tuning."""
+
+    model: str = setting(
+        "auto", "network; auto: by image shape", choices=("auto", "digits", "fashion", "cifar")
+    )
+    start_from: str = setting(
+        "", "a run's distribution.safetensors, whose mean methods start from if they share weights"
+    )
+    device: str = setting("auto", "auto: a GPU when there is one", choices=("auto", "cpu", "cuda"))
+    precision: str = setting(
+        "float32",
+        "what clients' training computes in; weights, updates and evaluation stay float32",
+        choices=("float32", "bfloat16"),
+    )
+    local_epochs: int = setting(2, "epochs a client trains each round", low=1)
+    batch_size: int = setting(50, "images a step", low=1)
+    learning_rate: float = setting(0.01, "SGD learning rate", above=0, grid=LEARNING_RATES)
+    momentum: float = setting(0.5, "SGD momentum", low=0, high=0.999)
+    weight_decay: float = setting(5e-4, "SGD weight decay", low=0)
+    augment: bool = setting(False, "random crop and flip of training images")
+    fine_tune_epochs: int = setting(1, "epochs of gentle fine-tuning", low=0)
+    fine_tune_learning_rate: float = setting(0.002, "gentle fine-tuning's learning rate", above=0)
+    fine_tune_grid_epochs: int = setting(
+        0, "tuned fine-tuning tries 1..this many epochs; 0: no tuning", low=0, high=1000
+    )
+    fine_tune_grid_learning_rates: tuple[float, ...] = setting(
+        (0.001, 0.002, 0.005, 0.02), "learning rates that tuned fine-tuning tries", above=0
+    )
+
+
+@dataclass(frozen=True)
+class FederationSettings(Basics):
+    """The rounds, who takes part in them, and which uploads count."""
+
+    num_server_rounds: int = setting(200, "rounds", low=1)
+    fraction_train: float = setting(1.0, "share of clients sampled each round", above=0, high=1)
+    join_iterations: int = setting(
+        3, "how often one that joins trains, uploads and is sent weights", low=1
+    )
+    join_rate: float = setting(
+        0.1,
+        "learning rate of clients that join, in units of the run's, where trained weights await",
+        above=0,
+    )
+    share_label_counts: bool = setting(
+        False, "clients tell the server how many images of each class they hold"
+    )
+    evaluate_every: int = setting(
+        5,
+        "rounds between evaluations of all clients; the last five are evaluated, too; 0: none is",
+        low=0,
+    )
+    timeout: float = setting(3600.0, "seconds that a round waits for replies", above=0, part=LAUNCH)
+    min_uploads: int = setting(
+        1, "usable uploads that a round needs; with fewer the run stops, and can be resumed", low=1
+    )
+    max_upload_norm: float = setting(
+        100.0,
+        "an upload so many times as large as the round's median is refused; 0: none is",
+        low=0,
+    )
+    max_distance: float = setting(
+        0.0,
+        "an upload so many times as far from the median as is usual is refused; 0: none is",
+        low=0,
+    )
+
+    @property
+    def round_clients(self) -> int:
+        """Clients sampled each round."""
+        return max(1, round(self.fraction_train * self.initial_clients))
+
+
+@dataclass(frozen=True)
+class PrivacySettings(Basics):
+    """Local differential privacy of uploads."""
+
+    local_dp_epsilon: float = setting(
+        0.0, "ε of each upload's local differential privacy (docs/privacy.md); 0: none", low=0
+    )
+    local_dp_delta: float = setting(1e-5, "its δ", above=0, high=0.5)
+    local_dp_clip: float = setting(1.0, "its C: updates are clipped to this norm", above=0)
+
+
+@dataclass(frozen=True)
+class AttackSettings(Basics):
+    """Malicious clients, in simulations."""
+
+    attack: str = setting("none", "what malicious clients do, in simulations", choices=ATTACKS)
+    malicious_share: float = setting(0.1, "share of the clients that attack", low=0, high=1)
+    attack_strength: float = setting(
+        4.0, "by how much updates are flipped, scaled or drowned in noise", above=0
+    )
+
+    @property
+    def malicious_clients(self) -> frozenset[int]:
+        """Those that attack: a share of those there from the start, drawn by the seed."""
+        if self.attack == "none":
+            return frozenset()
+        count = round(self.malicious_share * self.initial_clients)
+        rng = numpy_generator(self.seed, "malicious")
+        return frozenset(rng.choice(self.initial_clients, count, replace=False).tolist())
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """Where results go, and what is kept of a run."""
+
+    out_dir: str = setting("results", "where results/<run>/ is made", part=LAUNCH)
+    run_name: str = setting(
+        "", "name of the run's folder; empty: made from data set and time", part=LAUNCH
+    )
+    save_weights: bool = setting(
+        True, "write what the server makes for each client beside the results", part=LAUNCH
+    )
+    save_uploads: bool = setting(False, "keep the buffered uploads beside the results", part=LAUNCH)
+    uploads: str = setting(
+        "", "make weights from a run's uploads.safetensors instead of running FedAvg's rounds"
+    )
+    checkpoint_every: int = setting(
+        1,
+        "rounds between checkpoints, from which a killed run can go on; 0: none",
+        low=0,
+        part=LAUNCH,
+    )
+    resume: bool = setting(
+        False,
+        "go on with the run of this out-dir and run-name where its last checkpoint is",
+        part=LAUNCH,
+    )
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What serves the clients."""
+
+    engine: str = setting(
+        "auto",
+        "what serves the clients under `pfedgpa run`; auto: batched with a GPU, else process",
+        choices=("auto", "ray", "process", "batched"),
+        part=LAUNCH,
+    )
+    workers: int | None = setting(
+        None,
+        "clients served at the same time by ray and process; auto: one a core",
+        low=1,
+        part=LAUNCH,
+    )
+
+
+@dataclass(frozen=True)
+class Config(
+    EngineSettings,
+    OutputSettings,
+    AttackSettings,
+    PrivacySettings,
+    FederationSettings,
+    TrainingSettings,
+    DataSettings,
+):
+    """One run, fully resolved."""
+
+    sections: tuple[Any, ...] = ()  # every method's own settings
+
+    def of(self, kind: type[S]) -> S:
+        """One method's own settings, ``kind`` being their class in the method's file."""
+        return next((section for section in self.sections if type(section) is kind), kind())
+
+
+SECTIONS = {
+    "basics": Basics,
+    "data": DataSettings,
+    "training": TrainingSettings,
+    "federation": FederationSettings,
+    "privacy": PrivacySettings,
+    "attack": AttackSettings,
+    "output": OutputSettings,
+    "engine": EngineSettings,
+}

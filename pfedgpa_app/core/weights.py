@@ -1,0 +1,109 @@
+"""A network's weights by name: their layers, and their layout as one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Weights = dict[str, Tensor]
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """Which of its numbers are finite, also in the float32 of a layout's vectors."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).isfinite()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How named tensors lie in one vector, in the order of the names."""
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+    @classmethod
+    def of(cls, weights: Weights) -> Layout:
+        """The layout of ``weights``."""
+        tensors = weights.values()
+        return cls(tuple(weights), tuple(t.shape for t in tensors), tuple(t.dtype for t in tensors))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers in each tensor."""
+        return [shape.numel() for shape in self.shapes]
+
+    def flatten(self, weights: Weights) -> Tensor:
+        """One float32 vector [P].
+
+        Raises:
+            ValueError: other names or shapes than the layout's.
+        """
+        if Layout.of(weights) != self:
+            raise ValueError("weights of another layout")
+        return torch.cat([weights[name].detach().reshape(-1).float() for name in self.names])
+
+    def unflatten(self, vector: Tensor) -> Weights:
+        """The named tensors of ``vector`` [P], as copies."""
+        parts = vector.split(self.sizes)
+        return {
+            name: part.reshape(shape).to(dtype).clone()
+            for name, part, shape, dtype in zip(
+                self.names, parts, self.shapes, self.dtypes, strict=True
+            )
+        }
+
+    def last(self, names: Sequence[str]) -> tuple[Layout, slice]:
+        """The layout of ``names``, the last ones of this, and where they lie in a vector.
+
+        Raises:
+            ValueError: others than the last names in their order.
+        """
+        first = len(self.names) - len(names)
+        if not names or self.names[first:] != tuple(names):
+            raise ValueError(f"not the last tensors of {', '.join(self.names)}: {', '.join(names)}")
+        part = Layout(self.names[first:], self.shapes[first:], self.dtypes[first:])
+        return part, slice(sum(self.sizes[:first]), None)
+
+    def layers(self) -> list[slice]:
+        """Where each layer's tensors lie: neighbours that share a name up to its last dot."""
+        found: list[slice] = []
+        end, before = 0, None
+        for name, size in zip(self.names, self.sizes, strict=True):
+            layer = name.rpartition(".")[0] or name
+            start = found.pop().start if layer == before else end
+            end, before = end + size, layer
+            found.append(slice(start, end))
+        return found
+
+    def head(self) -> slice:
+        """Where the last matrix that is not empty lies: a feed-forward network's classifier."""
+        end = 0
+        found = slice(0, sum(self.sizes))
+        for shape, size in zip(self.shapes, self.sizes, strict=True):
+            if len(shape) == 2 and size:
+                found = slice(end, end + size)
+            end += size
+        return found
+
+
+def layers(names: Iterable[str]) -> list[list[str]]:
+    """The names of weights by the layer they belong to, in the network's order."""
+    of: dict[str, list[str]] = {}
+    for name in names:
+        of.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(of.values())
+
+
+def last_layers(names: Iterable[str], count: int) -> list[str]:
+    """The names of the weights of the last ``count`` layers; the last one is the head."""
+    every = layers(names)
+    return [name for layer in every[len(every) - min(count, len(every)) :] for name in layer]
+
+
+def body(names: Sequence[str], head_layers: int = 1) -> list[str]:
+    """The names of the weights below the last layers."""
+    head = last_layers(names, head_layers)
+    return [name for name in names if name not in head]

@@ -1,0 +1,303 @@
+"""Learn the distribution of clients' weights; then make each client its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.uploads import Buffer
+from pfedgpa_app.core.weights import Layout, Weights
+from pfedgpa_app.diffusion.autoencoder import (
+    Autoencoder,
+    Deltas,
+    LayeredAutoencoder,
+    LinearAutoencoder,
+    remove_drift,
+)
+from pfedgpa_app.diffusion.convolutional import ConvolutionalAutoencoder, ConvolutionalSettings
+from pfedgpa_app.diffusion.denoiser import (
+    Denoiser,
+    NetworkDenoiser,
+)
+from pfedgpa_app.diffusion.directions import newest_rows, principal_directions, shared_directions
+from pfedgpa_app.diffusion.inversion import calibrate_strength, guided, own_weight_of, regenerate
+from pfedgpa_app.diffusion.network import (
+    Progress,
+    closed_form,
+    described,
+    fit_network,
+    one_thread,
+    silent,
+)
+from pfedgpa_app.diffusion.rank import choose_rank
+from pfedgpa_app.diffusion.schedule import Schedule
+from pfedgpa_app.diffusion.settings import DiffusionSettings
+
+
+def rank_of(buffer: Buffer, rule: str, seed: int) -> int:
+    """The rank that ``rule`` chooses for the uploads of a buffer.
+
+    Raises:
+        ValueError: nothing is buffered, or no such rule.
+    """
+    layout, vectors, rounds, clients = buffer.stack()
+    deltas, head = remove_drift(vectors, rounds, clients), layout.head()
+    return choose_rank(rule, deltas, head, deltas.gram(head), clients, seed)
+
+
+@dataclass
+class Distribution:
+    """A learned distribution of clients' weights, for clients that it need not have seen.
+
+    Attributes:
+        settings, seed: what it was learned with.
+        anchor [P]: the population's newest mean, to which decoded deltas are added.
+        latents [N, k], clients [N], rounds [N]: the uploads that it was learned from.
+        strength: t0, as given or as chosen.
+    """
+
+    settings: DiffusionSettings
+    seed: int
+    layout: Layout
+    anchor: Tensor
+    clients: Tensor
+    rounds: Tensor
+    autoencoder: Autoencoder
+    latents: Tensor
+    strength: int
+    denoiser: Denoiser
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """Of its noise."""
+        return Schedule(self.settings.diffusion_steps, self.settings.schedule)
+
+    @property
+    def rank(self) -> int:
+        """Latent dimensions: less than asked for where uploads span less."""
+        return self.latents.shape[1]
+
+    def _latents_of(self, weights: dict[int, Weights]) -> Tensor:
+        """Where weights that are no upload of the buffer lie [M, k]."""
+        vectors = torch.stack([self.layout.flatten(mine) for mine in weights.values()])
+        return self.autoencoder.encode(vectors - self.anchor)
+
+    def _decoded(self, clients: Iterable[int], latents: Tensor) -> dict[int, Weights]:
+        vectors = self.autoencoder.decode(latents) + self.anchor
+        return {c: self.layout.unflatten(v) for c, v in zip(clients, vectors, strict=True)}
+
+    def place(
+        self,
+        weights: dict[int, Weights],
+        strength: int,
+        draws: int,
+        descriptors: dict[int, Tensor] | None = None,
+    ) -> dict[int, Weights]:
+        """What the distribution makes of clients' weights that it has never seen.
+
+        Their latents' posterior mean after noise of ``strength``, over ``draws``.
+        """
+        latents = self._latents_of(weights)
+        if self.rank:
+            rng = torch_generator(self.seed, "place")
+            denoiser = self._denoiser_of(list(weights), descriptors)
+            latents = regenerate(
+                latents, denoiser, self.schedule, rng, strength=strength, draws=draws
+            )
+        return self._decoded(weights, latents)
+
+    def _denoiser_of(
+        self, clients: Sequence[int], descriptors: dict[int, Tensor] | None
+    ) -> Denoiser:
+        """The denoiser for clients' latents in this order."""
+        if not isinstance(self.denoiser, NetworkDenoiser):
+            return self.denoiser
+        return self.denoiser.of(described(clients, descriptors), self.settings.guidance)
+
+    def guide(
+        self, weights: dict[int, Weights], before: dict[int, Weights], weight: float
+    ) -> dict[int, Weights]:
+        """Reverse steps from clients' weights, led by how they went there from ``before``.
+
+        So many steps as the calibrated strength; ``weight`` is the 1 + ω of eq. 10.
+        """
+        latents = self._latents_of(weights)
+        if self.rank:
+            progress = latents - self._latents_of(before)
+            denoiser = self._denoiser_of(list(weights), None)
+            latents = guided(latents, progress, denoiser, self.schedule, self.strength, weight)
+        return self._decoded(weights, latents)
+
+
+class WeightDistribution(Distribution):
+    """A distribution learned from a buffer, and each of its clients' place in it.
+
+    Attributes:
+        newest: clients with an upload, in rising order; newest_latents [M, k]: their newest.
+        own_weight: posterior weight that clients' own uploads keep, as given or as chosen.
+    """
+
+    def __init__(
+        self,
+        buffer: Buffer,
+        settings: DiffusionSettings,
+        seed: int,
+        device: str | torch.device = "cpu",
+        descriptors: dict[int, Tensor] | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        """Fit the distribution to the buffer.
+
+        Args:
+            descriptors: what is known of clients, each [d]; only networks go by it.
+            progress: is told how far a network's training is.
+
+        Raises:
+            ValueError: nothing is buffered.
+        """
+        self.settings, self.seed = settings, seed
+        self.layout, vectors, self.rounds, self.clients = buffer.stack()
+        deltas = remove_drift(vectors, self.rounds, self.clients)
+        self.anchor = deltas.means[-1]
+        head = self.layout.head()
+        head_gram = deltas.gram(head)
+        rank = settings.rank or choose_rank(
+            settings.rank_rule, deltas, head, head_gram, self.clients, seed
+        )
+        self.own_weight = settings.own_weight or own_weight_of(len(self.clients.unique()), rank)
+        self.autoencoder = self._autoencoder(deltas, head_gram, rank, torch.device(device))
+        self.latents = self.autoencoder.encode_all(deltas)
+        self.newest = sorted(buffer.newest())
+        newest = self.autoencoder.encode(_newest_deltas(buffer, deltas))
+        self.newest_latents = self._within(newest)
+        given = settings.strength
+        self.strength = self._calibrated() if given is None else given
+        self.denoiser = self._fit(settings, torch.device(device), descriptors, progress)
+
+    def _calibrated(self) -> int:
+        """t0 at which a client's own uploads keep the wanted posterior weight."""
+        if not self.rank:
+            return 0
+        return calibrate_strength(
+            self.latents,
+            self.clients,
+            newest_rows(self.clients),
+            self.schedule,
+            self.own_weight,
+            self.seed,
+            self.settings.most_noise,
+        )
+
+    def _within(self, newest: Tensor) -> Tensor:
+        """Latents [M, k] of ``newest``, those of stale uploads as far out as the window goes.
+
+        They may come from rounds at another learning rate, in which clients differed by more.
+        """
+        if not newest.shape[1]:
+            return newest
+        fresh = torch.isin(torch.tensor(self.newest), self.clients)[:, None]
+        lengths = newest.norm(dim=1, keepdim=True)
+        most = self.latents.norm(dim=1).max() / lengths.clamp_min(1e-12)
+        return torch.where(fresh, newest, newest * most.clamp_max(1))
+
+    def _autoencoder(
+        self, deltas: Deltas, head_gram: Tensor, rank: int, device: torch.device
+    ) -> Autoencoder:
+        settings, seed = self.settings, self.seed
+        if settings.autoencoder == "conv":
+            training = ConvolutionalSettings(
+                settings.chunk_latents, settings.autoencoder_steps, input_noise=0.0
+            )
+            return ConvolutionalAutoencoder.fit(deltas, self.layout, training, seed, device)
+        gram = deltas.gram()
+        if settings.directions == "principal":
+            combinations = principal_directions(gram, rank)
+        else:
+            combinations = shared_directions(
+                gram,
+                head_gram,
+                self.clients,
+                rank,
+                self.schedule,
+                own_weight=self.own_weight,
+                blur=settings.latent_noise,
+                seed=seed,
+            )
+        if settings.autoencoder == "layers":
+            return LayeredAutoencoder.fit(deltas, self.layout.layers(), combinations)
+        return LinearAutoencoder.fit(deltas, gram, combinations)
+
+    def _fit(
+        self,
+        settings: DiffusionSettings,
+        device: torch.device,
+        descriptors: dict[int, Tensor] | None,
+        progress: Progress,
+    ) -> Denoiser:
+        exact = closed_form(settings, self.latents, self.schedule)
+        if exact is not None:
+            return exact
+        noise = self.latents.new_full((self.rank,), settings.latent_noise)
+        with one_thread(device):
+            fitted = fit_network(
+                self.latents,
+                noise,
+                self.schedule,
+                settings,
+                self.seed,
+                device,
+                self.autoencoder.tokens,
+                described(self.clients.tolist(), descriptors),
+                progress,
+            )
+        return fitted.of(described(self.newest, descriptors), settings.guidance)
+
+    def generate(
+        self,
+        mode: str = "tweedie",
+        *,
+        strength: int | None = None,
+        keep: float = 0.0,
+        draws: int = 1,
+    ) -> dict[int, Weights]:
+        """Weights for every client that ever uploaded: invert its newest latent, denoise, decode.
+
+        Args:
+            strength: t0; None: the calibrated one. See ``regenerate`` for the other knobs.
+        """
+        latents = self.generate_latents(mode, strength=strength, keep=keep, draws=draws)
+        return self._decoded(self.newest, latents)
+
+    def generate_latents(
+        self, mode: str, *, strength: int | None = None, keep: float = 0.0, draws: int = 1
+    ) -> Tensor:
+        """The latents [M, k] that ``generate`` decodes, in the order of ``newest``."""
+        if not self.rank:
+            return self.newest_latents
+        return regenerate(
+            self.newest_latents,
+            self.denoiser,
+            self.schedule,
+            torch_generator(self.seed, "generate", mode),
+            mode=mode,
+            strength=self.strength if strength is None else strength,
+            keep=keep,
+            draws=draws,
+        )
+
+
+def _newest_deltas(buffer: Buffer, deltas: Deltas) -> Tensor:
+    """Every client's newest upload less its round's mean [M, P], in rising order of clients."""
+    place = {server_round: i for i, server_round in enumerate(deltas.rounds)}
+    rows = []
+    for _, entry in sorted(buffer.newest().items()):
+        mean = entry.round_mean  # set once the round has left the window
+        rows.append(
+            entry.vector - (deltas.means[place[entry.server_round]] if mean is None else mean)
+        )
+    return torch.stack(rows)

@@ -1,0 +1,142 @@
+"""The denoiser: a closed form, or a network and its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.diffusion.denoiser import (
+    Denoiser,
+    FiniteSetDenoiser,
+    GaussianDenoiser,
+    NetworkDenoiser,
+    ResidualMLP,
+    TokenTransformer,
+)
+from pfedgpa_app.diffusion.schedule import Schedule
+from pfedgpa_app.diffusion.settings import DiffusionSettings
+
+Progress = Callable[[float], None]  # is told which share of something is done
+
+
+def silent(share: float) -> None:
+    """Progress that nobody watches."""
+
+
+STEP_SECONDS = {"mlp": 0.01, "transformer": 0.06}  # of its training on a CPU
+_HIDDEN = 0.1  # share of the steps that learn without descriptors (classifier-free guidance)
+
+
+@contextmanager
+def one_thread(device: torch.device) -> Iterator[None]:
+    """On the CPU: layers this small run up to twenty times slower on contended threads."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def closed_form(
+    settings: DiffusionSettings, latents: Tensor, schedule: Schedule
+) -> Denoiser | None:
+    """The denoiser of latents [N, k] that needs no training; None where a network is wanted."""
+    if not latents.shape[1] or settings.denoiser == "gaussian":
+        return GaussianDenoiser.fit(latents, schedule)
+    if settings.denoiser == "finite-set":
+        return FiniteSetDenoiser(latents, schedule, blur=settings.latent_noise)
+    return None
+
+
+def new_network(
+    settings: DiffusionSettings, dimensions: int, tokens: tuple[int, int], descriptor: int = 0
+) -> ResidualMLP | TokenTransformer:
+    """The untrained network that ``settings.denoiser`` names."""
+    shape = settings.width, settings.blocks, settings.diffusion_steps, descriptor
+    if settings.denoiser == "transformer":
+        return TokenTransformer(tokens, *shape)
+    return ResidualMLP(dimensions, *shape)
+
+
+def described(clients: Sequence[int], descriptors: dict[int, Tensor] | None) -> Tensor | None:
+    """Clients' descriptors [M, d], NaN for one of whom nothing is known; None without any."""
+    if not descriptors:
+        return None
+    unknown = torch.full_like(next(iter(descriptors.values())), torch.nan)
+    return torch.stack([descriptors.get(client, unknown) for client in clients])
+
+
+def fit_network(
+    latents: Tensor,
+    noise: Tensor,
+    schedule: Schedule,
+    settings: DiffusionSettings,
+    seed: int,
+    device: torch.device,
+    tokens: tuple[int, int] = (1, 1),
+    descriptors: Tensor | None = None,
+    progress: Progress = silent,
+) -> NetworkDenoiser:
+    """Train a residual MLP, or a transformer over ``tokens``, by AdamW with one cycle and EMA.
+
+    On the DDPM objective in its v-form:
+    E‖v − v_φ(√ᾱ_t z + √(1−ᾱ_t) ε, t)‖², t uniform in 1..T, z a latent plus the augmentation.
+
+    Args:
+        latents: [N, k] at unit variance; their order does not matter.
+        noise: deviation of the augmentation in each direction [k].
+        tokens: k as the autoencoder's tokens.
+        descriptors: of each latent's client [N, d], hidden in a share of the steps.
+        progress: is told after each step.
+    """
+    generator = torch_generator(seed, "fit")
+    order = torch.arange(len(latents))
+    for column in range(latents.shape[1] - 1, -1, -1):  # sorted by content, not by client
+        order = order[latents[order, column].argsort(stable=True)]
+    latents, noise = latents[order].to(device), noise.to(device)
+    if descriptors is not None:
+        descriptors = descriptors[order].to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        descriptor = 0 if descriptors is None else descriptors.shape[1]
+        network = new_network(settings, latents.shape[1], tokens, descriptor).to(device)
+
+    def follow(averaged: Any, current: Any, updates: Any) -> None:
+        """An average that warms up: early weights must not linger in a short training."""
+        decay = min(settings.ema, (1 + int(updates)) / (10 + int(updates)))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    average = AveragedModel(network, multi_avg_fn=follow)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.fit_learning_rate)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, settings.fit_learning_rate, total_steps=max(2, settings.fit_steps)
+    )
+    alpha_bar = schedule.alpha_bar.float().to(device)
+    batch, k = settings.fit_batch_size, latents.shape[1]
+    for step in range(settings.fit_steps):
+        rows = torch.randint(len(latents), (batch,), generator=generator).to(device)
+        t = torch.randint(1, schedule.steps + 1, (batch,), generator=generator).to(device)
+        jitter, eps = torch.randn(2, batch, k, generator=generator).to(device)
+        z = latents[rows] + noise * jitter
+        signal, sigma = alpha_bar[t].sqrt()[:, None], (1 - alpha_bar[t]).sqrt()[:, None]
+        known = None
+        if descriptors is not None:
+            hidden = torch.rand(batch, 1, generator=generator).to(device) < _HIDDEN
+            known = descriptors[rows].masked_fill(hidden, torch.nan)
+        v = network(signal * z + sigma * eps, t.float(), known)
+        optimiser.zero_grad()
+        F.mse_loss(v, signal * eps - sigma * z).backward()
+        optimiser.step()
+        cycle.step()
+        average.update_parameters(network)
+        progress((step + 1) / settings.fit_steps)
+    return NetworkDenoiser(average.module.cpu(), schedule)  # latents are few: generate there

@@ -1,0 +1,74 @@
+"""Cheap ways to make clients' weights from FedAvg's uploads, which a generative one must beat."""
+
+from __future__ import annotations
+
+import torch
+
+from pfedgpa_app.core.sections import NODES, Config
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.data.client import load_partition
+from pfedgpa_app.methods.base import Personaliser
+from pfedgpa_app.methods.generation import (
+    UPLOADS,
+    PFedGPASettings,
+    RememberedState,
+    RememberingFedAvg,
+)
+
+
+class FromUploads(Personaliser[RememberedState]):
+    """Makes weights from the newest uploads, of which pFedGPA's settings say how many are kept."""
+
+    of = RememberingFedAvg
+    settings = PFedGPASettings
+    parts = (UPLOADS,)
+
+
+class LastUpload(FromUploads):
+    """Each client keeps its newest upload; FedAvg's model where there is none (identity)."""
+
+    title = "last upload"
+
+    def personalise(self) -> dict[int, Weights]:
+        newest = self.state.buffer.newest()
+        return {
+            client: newest[client].weights() if client in newest else self.state.global_weights
+            for client in range(self.config.num_clients)
+        }
+
+
+class ClientMean(FromUploads):
+    """Each client gets the mean of its own buffered uploads; FedAvg's model where none are."""
+
+    title = "client mean"
+
+    def members(self) -> list[list[int]]:
+        """For each client, the clients whose uploads are averaged for it."""
+        return [[client] for client in range(self.config.num_clients)]
+
+    def personalise(self) -> dict[int, Weights]:
+        layout, vectors, _, clients = self.state.buffer.stack()
+        weights = {}
+        for client, members in enumerate(self.members()):
+            rows = torch.isin(clients, torch.tensor(members))
+            weights[client] = (
+                layout.unflatten(vectors[rows].mean(0)) if rows.any() else self.state.global_weights
+            )
+        return weights
+
+
+class GroupMean(ClientMean):
+    """An oracle, no method: the mean over the client's true hidden group, which no server knows."""
+
+    title = "group mean (analysis only)"
+    analysis_only = True
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        if config.dataset == NODES:
+            raise ConfigError("group-mean: nobody knows the groups of nodes' own data")
+
+    def members(self) -> list[list[int]]:
+        groups = [split.group for split in load_partition(self.config)]
+        return [[j for j, other in enumerate(groups) if other == g] for g in groups]

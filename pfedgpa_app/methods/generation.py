@@ -1,0 +1,276 @@
+"""Weights generated once, from the uploads of FedAvg's last rounds (Lai et al., AAAI 2025).
+
+shared: all weights · kept: nothing · client: as FedAvg · server: learns the distribution of the
+newest rounds' uploads with a diffusion model, inverts each client's newest upload into it and
+denoises · evaluated: the generated weights, before and after fine-tuning.
+
+That is pFedGPA by its experiments' text: ``pfedgpa-once``. Two of its variants are the paper's
+inversion to the letter, and its ablation without inversion.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import RESULTS, ConfigError, setting
+from pfedgpa_app.core.uploads import Buffer, Upload
+from pfedgpa_app.core.weights import Weights, last_layers
+from pfedgpa_app.diffusion.copies import novelty
+from pfedgpa_app.diffusion.directions import newest_rows
+from pfedgpa_app.diffusion.distribution import WeightDistribution
+from pfedgpa_app.diffusion.network import STEP_SECONDS
+from pfedgpa_app.diffusion.settings import DENOISERS, DiffusionSettings
+from pfedgpa_app.methods.averaging import Shared
+from pfedgpa_app.methods.base import Personaliser
+from pfedgpa_app.methods.fedavg import FedAvg
+from pfedgpa_app.training.sgd import device_for
+
+UPLOADS = "uploads"  # the settings' part in which uploads are kept
+ROUNDS = "rounds"  # their part in rounds that end with generation
+
+
+@dataclass(frozen=True)
+class PFedGPASettings(DiffusionSettings):
+    """What pFedGPA's server goes by."""
+
+    generate_from: int | None = setting(
+        None,
+        "first round that ends with generation; auto: the last 8 % of the rounds do",
+        low=1,
+        part=ROUNDS,
+    )
+    round_rate: float = setting(
+        0.1,
+        "learning rate of rounds that end with generation, in units of the run's",
+        above=0,
+        part=ROUNDS,
+    )
+    momentum: float = setting(
+        0.0,
+        "the server's momentum in the rounds before",
+        low=0,
+        high=0.999,
+        grid=(0.0, 0.5, 0.7),
+        part=ROUNDS,
+    )
+    layers: int = setting(
+        0, "so many last layers are generated, the rest is the global mean; 0: everything", low=0
+    )
+    round_layers: int = setting(
+        0, "the same, at the end of a round that others follow", low=0, part=ROUNDS
+    )
+    buffer_rounds: int = setting(
+        20, "uploads of so many newest rounds are learned from", low=1, part=UPLOADS
+    )
+    inversion: str = setting(
+        "tweedie",
+        "how an upload is carried through the diffusion model",
+        choices=("identity", "sample", "invert", "ddim", "sdedit", "tweedie"),
+    )
+    keep: float = setting(0.0, "share of the stored noise replayed by invert", low=0, high=1)
+    draws: int = setting(64, "decodings averaged for each client", low=1)
+    round_denoiser: str = setting(
+        "finite-set",
+        "of the rounds', which are fitted anew each time",
+        choices=DENOISERS,
+        part=ROUNDS,
+    )
+    descriptor: str = setting(
+        "none",
+        "what mlp and transformer know of a client: nothing, the class counts that it shares "
+        "(share-label-counts), or an embedding learned for it",
+        choices=("none", "labels", "learned"),
+    )
+    join_mode: str = setting(
+        "tweedie",
+        "clients that join: denoise their uploads, or the paper's reverse steps led by progress",
+        choices=("tweedie", "guided"),
+    )
+
+
+@dataclass
+class RememberedState(Shared):
+    """The mean, and the newest uploads for those who learn from them.
+
+    ``labels``: class counts of clients that share them. ``fitted``: what was learned from the
+    uploads, once the rounds are over, for all methods that share them.
+    """
+
+    buffer: Buffer
+    labels: dict[int, list[int]] = field(default_factory=dict)
+    fitted: WeightDistribution | None = None
+
+
+class RememberingFedAvg(FedAvg):
+    """FedAvg's rounds, and the server keeps the newest uploads."""
+
+    state: RememberedState
+
+    @classmethod
+    def begin(cls, config: Config, initial: Weights) -> RememberedState:
+        return RememberedState(initial, Buffer(config.of(PFedGPASettings).buffer_rounds))
+
+    def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        super().aggregate(server_round, uploads)
+        self.remember(server_round, uploads)
+
+    def remember(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        """Keep a round's uploads, and forget those that left the window."""
+        for client, upload in uploads.items():
+            if upload.labels:
+                self.state.labels[client] = upload.labels
+            self.state.buffer.add(server_round, client, upload.weights)
+        self.state.buffer.drop_old(server_round)
+
+
+class Generation(Personaliser[RememberedState]):
+    """Makes every client's weights by the distribution of the newest uploads."""
+
+    of = RememberingFedAvg
+    settings = PFedGPASettings
+    parts: ClassVar[tuple[str, ...]] = (RESULTS, UPLOADS)
+    chosen_rank: int | None = None  # before the settings' rank-rule is asked
+
+    def __init__(self, config: Config, state: RememberedState) -> None:
+        super().__init__(config, state)
+        self.own = config.of(PFedGPASettings)
+        self.joined: dict[int, Weights] = {}  # what those that join were sent last
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        own = config.of(PFedGPASettings)
+        if own.strength is not None and own.strength > own.diffusion_steps:
+            raise ConfigError(
+                f"pfedgpa.strength = {own.strength}: must be at most pfedgpa.diffusion-steps = "
+                f"{own.diffusion_steps}"
+            )
+        if own.descriptor == "labels" and not config.share_label_counts:
+            raise ConfigError(
+                "pfedgpa.descriptor = labels: clients must share their class counts: "
+                "share-label-counts=true"
+            )
+
+    def personalise(self) -> dict[int, Weights]:
+        """Generated weights; a client never seen gets the global ones."""
+        common, made = self.state.global_weights, self.whole(self.made)
+        return {client: made.get(client, common) for client in range(self.config.num_clients)}
+
+    @classmethod
+    def making_seconds(cls, config: Config) -> float:
+        own = config.of(PFedGPASettings)
+        return own.fit_steps * STEP_SECONDS.get(own.denoiser, 0.0)
+
+    @functools.cached_property
+    def made(self) -> dict[int, Weights]:
+        """What the last generation makes for every client that ever uploaded."""
+        return self.decoded(self.learned())
+
+    def learned(self) -> WeightDistribution:
+        """The distribution of the newest uploads after the last round; fitted once."""
+        if self.state.fitted is None:
+            self.state.fitted = self.fit(self.own.layers, self.own.denoiser)
+        return self.state.fitted
+
+    def fit(self, layers: int, denoiser: str) -> WeightDistribution:
+        """The distribution of the buffered uploads, or of their last ``layers``."""
+        values = asdict(self.own) | {"denoiser": denoiser}
+        values["rank"] = self.own.rank or self.chosen_rank
+        names = {f.name for f in fields(DiffusionSettings)}
+        return WeightDistribution(
+            self._uploads(layers),
+            DiffusionSettings(**{k: v for k, v in values.items() if k in names}),
+            self.config.seed,
+            device_for(self.config.device),
+            self._descriptors(),
+            self.progress,
+        )
+
+    def _descriptors(self) -> dict[int, torch.Tensor] | None:
+        """What eq. 9 goes by: class shares, or one-hot names, whose embedding is learned."""
+        if self.own.descriptor == "labels":
+            counts = {c: torch.tensor(n).float() for c, n in self.state.labels.items()}
+            return {client: n / n.sum() for client, n in counts.items()}
+        if self.own.descriptor == "learned":
+            return dict(enumerate(torch.eye(self.config.initial_clients)))
+        return None
+
+    def _uploads(self, layers: int) -> Buffer:
+        """The buffered uploads, or only their last ``layers``."""
+        buffer = self.state.buffer
+        if layers:
+            buffer = buffer.last(last_layers(self.state.global_weights, layers))
+        return buffer
+
+    def whole(self, made: dict[int, Weights]) -> dict[int, Weights]:
+        """Generated tensors, and from the global mean what is not generated."""
+        return {client: self.state.global_weights | mine for client, mine in made.items()}
+
+    def decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
+        """The generated tensors of every client that ever uploaded."""
+        return fitted.generate(self.own.inversion, keep=self.own.keep, draws=self.own.draws)
+
+    def join(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
+        """Where the learned distribution sees them (Algorithm 1, lines 7-14, and eq. 10).
+
+        ``tweedie`` denoises an upload; ``guided`` takes reverse steps from it, led by the
+        client's local progress.
+        """
+        fitted, common = self.learned(), self.state.global_weights
+        self.state.labels |= {c: upload.labels for c, upload in uploads.items() if upload.labels}
+        names = fitted.layout.names
+        given = {c: {n: upload.weights[n] for n in names} for c, upload in uploads.items()}
+        if self.own.join_mode == "guided":
+            before = {c: {n: self.joined.get(c, common)[n] for n in names} for c in uploads}
+            made = fitted.guide(given, before, 1 + self.own.guidance)
+        else:
+            made = fitted.place(given, fitted.strength, self.own.draws, self._descriptors())
+        self.joined |= self.whole(made)
+        return {client: self.joined[client] for client in uploads}
+
+    def reference(self, client: int) -> Weights | None:
+        newest = self.state.buffer.newest()
+        return newest[client].weights() if client in newest else None
+
+    def report(self) -> dict[str, Any]:
+        fitted, entries = self.learned(), self._uploads(self.own.layers).entries()
+        here = sorted({entry.client for entry in entries})  # with an upload in the window
+        generated = [fitted.layout.flatten(self.made[client]) for client in here]
+        newest = newest_rows(torch.tensor([entry.client for entry in entries]))
+        new = novelty(generated, newest, [entry.vector for entry in entries])
+        return {
+            "rank": fitted.rank,
+            "strength": fitted.strength,
+            "distance_to_nearest_upload": round(float(new.nanmean()), 4),
+        }
+
+
+class PFedGPAOnce(Generation):
+    """Generation once, after the last of FedAvg's rounds."""
+
+    title = "pFedGPA, once"
+
+
+class PFedGPAInverted(Generation):
+    """The paper to the letter: invert from T and replay all stored noise.
+
+    By the identity theorem this is the upload's projection to the latent directions.
+    """
+
+    title = "pFedGPA, once, paper's inversion"
+
+    def decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
+        return fitted.generate("invert", strength=self.own.diffusion_steps, keep=1.0)
+
+
+class PFedGPASampled(Generation):
+    """The paper's ablation: each client gets one sample decoded from pure noise."""
+
+    title = "pFedGPA, once, without inversion"
+
+    def decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
+        return fitted.generate("sample")

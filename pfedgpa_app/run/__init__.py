@@ -1,0 +1,1 @@
+"""One run, from its first round to its last plot."""

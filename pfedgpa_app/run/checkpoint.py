@@ -1,0 +1,231 @@
+"""A run's state on disk, from which a killed run goes on.
+
+A checkpoint is a tree of numbers, texts, containers, tensors and this package's dataclasses: a
+manifest in JSON and tensors in safetensors files, nothing that runs. A tensor that an earlier
+checkpoint holds already is not written again, so that a buffer of uploads costs one round's.
+The manifest is replaced last and whole: whenever a run is killed, the newest or the one before
+it is there. All of it has checksums, so that a damaged one is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pfedgpa_app.core.files import checksum, replacing, write_text
+
+FORMAT = "pfedgpa-checkpoint-3"
+MANIFEST = "checkpoint.json"
+_PACKAGE = __name__.partition(".")[0] + "."
+_DTYPES = {dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+# what is raised where a checkpoint is not what it should be
+_DAMAGED: tuple[type[Exception], ...] = (OSError, SafetensorError, RuntimeError, ValueError)
+_DAMAGED += (AttributeError, LookupError, TypeError)
+
+Put = Callable[[Tensor], list[str]]
+Get = Callable[[list[str]], Tensor]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the text says why."""
+
+
+def encode(value: Any, put: Put) -> Any:
+    """``value`` as JSON; ``put`` says where it keeps a tensor.
+
+    Raises:
+        TypeError: something that is neither data nor a module.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        return ["tensor", put(value)]
+    if isinstance(value, np.ndarray):
+        return ["array", put(torch.from_numpy(value))]
+    if isinstance(value, torch.dtype):
+        return ["dtype", str(value).removeprefix("torch.")]
+    if isinstance(value, nn.Module):
+        return ["module", encode(dict(value.state_dict()), put)]
+    if isinstance(value, dict):
+        return ["dict", [[encode(k, put), encode(v, put)] for k, v in value.items()]]
+    for kind in (torch.Size, list, tuple):  # Size is a tuple
+        if isinstance(value, kind):
+            return [kind.__name__, [encode(item, put) for item in value]]
+    if dataclasses.is_dataclass(value) and type(value).__module__.startswith(_PACKAGE):
+        parts = {f.name: encode(getattr(value, f.name), put) for f in dataclasses.fields(value)}
+        return ["data", f"{type(value).__module__}:{type(value).__qualname__}", parts]
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+
+
+def decode(node: Any, get: Get, like: Any = None) -> Any:
+    """What ``encode`` made ``node`` of.
+
+    Args:
+        like: a value of the same shape, into whose modules their weights are loaded.
+
+    Raises:
+        CheckpointError: a class that is no dataclass of this package.
+    """
+    if not isinstance(node, list):
+        return node
+    kind, content = node[0], node[1]
+    if kind == "tensor":
+        return get(content)
+    if kind == "array":
+        return get(content).numpy()
+    if kind == "dtype":
+        return {str(dtype): dtype for dtype in _DTYPES}[f"torch.{content}"]
+    if kind == "module":
+        like.load_state_dict(decode(content, get))
+        return like
+    if kind == "dict":
+        return {decode(k, get): decode(v, get) for k, v in content}
+    if kind == "data":
+        fields = {f: decode(v, get, getattr(like, f, None)) for f, v in node[2].items()}
+        return _dataclass(content)(**fields)
+    items = [decode(item, get) for item in content]
+    return {"Size": torch.Size, "list": list, "tuple": tuple}[kind](items)
+
+
+def _dataclass(where: str) -> type[Any]:
+    """This package's dataclass that ``where`` names: nothing is imported for it.
+
+    The run, which has been set up, has imported all that its checkpoint can hold.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    module, _, name = where.partition(":")
+    ours = module.startswith(_PACKAGE)
+    found = getattr(sys.modules.get(module), name, None) if ours else None
+    if not isinstance(found, type) or not dataclasses.is_dataclass(found):
+        raise CheckpointError(f"names {where}, which is no data of this package")
+    return found
+
+
+def _checksum(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content).encode())
+
+
+class Checkpoint:
+    """The checkpoints of one run, of which ``folder`` holds the newest."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._number = 0
+        # {id: (tensor, its version, where it is)}: what the newest checkpoint holds
+        self._kept: dict[int, tuple[Tensor, int, list[str]]] = {}
+        self._checksums: dict[str, int] = {}  # of the files with tensors
+
+    def save(self, parts: dict[str, Any]) -> None:
+        """Replace the checkpoint by named parts.
+
+        Raises:
+            OSError: it cannot be written; the one before is still there.
+        """
+        self._number += 1
+        file = f"{self._number}.safetensors"
+        new: dict[str, Tensor] = {}
+        storages: set[int] = set()
+        kept: dict[int, tuple[Tensor, int, list[str]]] = {}
+
+        def put(tensor: Tensor) -> list[str]:
+            for known in (kept, self._kept):
+                found = known.get(id(tensor))
+                if found is not None and found[1] == tensor._version:
+                    kept[id(tensor)] = found
+                    return found[2]
+            key = str(len(new))
+            data = tensor.detach().cpu().contiguous()
+            storage = data.untyped_storage().data_ptr()
+            new[key] = data.clone() if storage in storages else data  # no two may share one
+            storages.add(storage)
+            kept[id(tensor)] = tensor, tensor._version, [file, key]
+            return [file, key]
+
+        described = {name: encode(part, put) for name, part in parts.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if new:
+            with replacing(self.folder / file) as path:
+                try:
+                    save_file(new, path)
+                except SafetensorError as error:
+                    raise OSError(str(error)) from error
+                self._checksums[file] = checksum(path)
+        used = {where[0] for _, _, where in kept.values()}
+        checksums = {name: self._checksums[name] for name in sorted(used)}
+        content = {"files": checksums, "parts": described}
+        about = {"format": FORMAT, "checksum": _checksum(content)}
+        write_text(self.folder / MANIFEST, json.dumps(about | content))
+        self._kept, self._checksums = kept, checksums
+        for path in self.folder.glob("*.safetensors*"):
+            if path.name not in used:
+                path.unlink()
+
+    def read(self) -> dict[str, Any]:
+        """Every part's node, to be given to ``restore``; {} where there is no checkpoint.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of another format.
+        """
+        path = self.folder / MANIFEST
+        if not path.exists():
+            return {}
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            found = manifest.get("format") if isinstance(manifest, dict) else None
+            raise CheckpointError(
+                f"{path}: its format is {found!r}, and this version reads {FORMAT}: run anew "
+                "under another run-name"
+            )
+        content = {name: manifest.get(name, {}) for name in ("files", "parts")}
+        if manifest.get("checksum") != _checksum(content):
+            raise CheckpointError(f"{path}: is damaged: its checksum does not fit")
+        self._checksums = content["files"]
+        parts: dict[str, Any] = content["parts"]
+        return parts
+
+    def restore(self, node: Any, like: Any = None) -> Any:
+        """The value of a part; see ``decode``.
+
+        Raises:
+            CheckpointError: its files are not whole.
+        """
+        open_files: dict[str, Any] = {}
+        found: dict[tuple[str, str], Tensor] = {}
+
+        def opened(file: str) -> Any:
+            if checksum(self.folder / file) != self._checksums[file]:
+                raise CheckpointError(f"{self.folder / file}: is damaged: its checksum differs")
+            self._number = max(self._number, int(file.partition(".")[0]))
+            return safe_open(self.folder / file, "pt")
+
+        def get(where: list[str]) -> Tensor:
+            file, key = where
+            if (file, key) not in found:
+                if file not in open_files:
+                    open_files[file] = opened(file)
+                tensor = found[file, key] = open_files[file].get_tensor(key)
+                self._kept[id(tensor)] = tensor, tensor._version, where
+            return found[file, key]
+
+        try:
+            return decode(node, get, like)
+        except CheckpointError:
+            raise
+        except _DAMAGED as error:
+            raise CheckpointError(f"{self.folder}: is not whole: {error}") from error

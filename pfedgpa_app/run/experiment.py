@@ -1,0 +1,231 @@
+"""One run: every configured method on one partition and seed, from round 1 to the last plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord
+from flwr.serverapp import Grid
+
+from pfedgpa_app.config.resolve import Resolved
+from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.sections import NODES, Config
+from pfedgpa_app.data.client import load_partition, load_schema
+from pfedgpa_app.diffusion import saved
+from pfedgpa_app.diffusion.distribution import WeightDistribution
+from pfedgpa_app.engine.grid import LocalGrid, is_simulated
+from pfedgpa_app.methods import METHODS, federations, name_of, rounds_of
+from pfedgpa_app.methods.base import Personaliser
+from pfedgpa_app.methods.fine_tuning import fine_tunings
+from pfedgpa_app.methods.generation import RememberingFedAvg
+from pfedgpa_app.results import plots, uploads
+from pfedgpa_app.results.log import RunLog, is_done
+from pfedgpa_app.run.folder import CONFIG, locked, run_folder, running
+from pfedgpa_app.run.initial import initial_weights
+from pfedgpa_app.run.resuming import CHECKPOINT, Resuming
+from pfedgpa_app.run.summary import Summary, save_weights
+from pfedgpa_app.server.joining import join
+from pfedgpa_app.server.roster import Roster
+from pfedgpa_app.server.strategy import Personalised
+from pfedgpa_app.training.evaluation import FinalScore
+from pfedgpa_app.training.sgd import bfloat16_is_emulated, device_for
+
+
+def run(grid: Grid, resolved: Resolved) -> Path:
+    """Run everything; returns the folder of the results.
+
+    Whatever goes wrong, results so far are on disk and the error goes on to the caller.
+    """
+    folder = run_folder(resolved)
+    if is_done(folder):
+        return folder  # nothing is left to resume
+    with locked(folder, running(folder)):
+        _run_in(folder, grid, resolved)
+    return folder
+
+
+def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
+    """Run everything in a folder that is this run's alone."""
+    config = resolved.config
+    write_text(folder / CONFIG, json.dumps(resolved.as_dict(), indent=2) + "\n")
+    shared = federations(config.method)
+    evaluation = _evaluation_work(config)
+    rounds = 0 if config.uploads else len(shared) * config.num_server_rounds
+    evaluations = len({METHODS[m].weights_from or METHODS[m] for m in config.method})
+    making = {
+        federation: max(METHODS[name].making_seconds(config) for name in names)
+        for federation, names in shared.items()
+    }
+    work = rounds + evaluations * evaluation
+    log = RunLog(folder, config.num_server_rounds, work, making)
+    try:
+        log.event("start", f"results: {folder}", process=os.getpid())
+        for text in _warnings(grid, config):
+            log.event("warning", text)
+        Experiment(grid, resolved, folder, log).run_all(shared)
+    except Exception as error:
+        log.failed(error)
+        raise
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    log.event("done", f"results are in {folder}")
+
+
+def _evaluation_work(config: Config) -> float:
+    """How long one method's final evaluation takes, in rounds.
+
+    All clients take part in it; fine-tunings that differ in their epochs only share them.
+    """
+    tried = fine_tunings(config, [METHODS[name] for name in config.method])
+    epochs = sum(each.epochs for each in tried) / config.local_epochs
+    return (1 + epochs / 2) / config.fraction_train
+
+
+def _warnings(grid: Grid, config: Config) -> Iterator[str]:
+    """What the user may not expect of such a run."""
+    if config.engine not in ("auto", "ray") and not isinstance(grid, LocalGrid):
+        yield f"engine = {config.engine} is for `pfedgpa run`; Flower carries this run itself"
+    here = config.precision == "bfloat16" and is_simulated(grid)
+    if here and bfloat16_is_emulated(device_for(config.device)):
+        yield (
+            "precision = bfloat16: this CPU has no instructions for it, training may take "
+            "ten times as long as with precision=float32"
+        )
+
+
+class Experiment:
+    """One run's federations, one after the other, and the methods of each."""
+
+    def __init__(self, grid: Grid, resolved: Resolved, folder: Path, log: RunLog) -> None:
+        self.resolved, self.config, self.folder, self.log = resolved, resolved.config, folder, log
+        config = self.config
+        self.summary = Summary(folder, config, log)
+        self.resuming = Resuming(folder, log, self.summary)
+        own = config.dataset == NODES
+        self.roster = Roster(grid, config.num_clients, config.timeout, own)
+        self.dataset = self.roster.schema or load_schema(config)
+        self.initial = initial_weights(config, self.dataset)
+        self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
+        self.going = self.resuming.restore()  # as long as its federation goes
+        self.roster.common["run"] = self.resuming.name
+        if config.checkpoint_every and is_simulated(grid):  # clients see our files
+            self.roster.common["state-dir"] = str(self.resuming.clients)
+
+    def run_all(self, federations: dict[str, list[str]]) -> None:
+        """Run ``federations``, {name: its methods}, and write what they came to."""
+        finished = self.resuming.finished
+        for federation in finished:
+            self.log.making.pop(federation, None)
+        for federation, names in federations.items():
+            if federation not in finished:
+                self._run_federation(federation, names)
+                finished.append(federation)
+                if self.config.checkpoint_every:
+                    self.resuming.keep({})
+        self.summary.finish()
+
+    def _run_federation(self, name: str, methods: list[str]) -> None:
+        """Run one federation's rounds, then make and evaluate each of its methods' weights."""
+        strategy = self._run_rounds(name, methods)
+        state = strategy.method.state
+        scores: dict[str, tuple[dict[int, FinalScore], int]] = {}
+        learned: WeightDistribution | None = None
+        for method_name in methods:
+            method = METHODS[method_name](self.config, state)
+            self._make_and_evaluate(method_name, method, strategy, scores)
+            if self.config.join_clients:
+                self.summary.add_joined(method_name, method, join(strategy, method))
+            learned = method.learned() or learned
+        if learned is not None:
+            if self.config.save_weights:
+                saved.save(learned, self.folder / saved.FILE)
+            plots.latents(self.folder / "latents.png", learned, self._groups())
+
+    def _run_rounds(self, name: str, methods: list[str]) -> Personalised:
+        """The federation's strategy, whose rounds are over."""
+        config, rounds = self.config, self.config.num_server_rounds
+        going, self.going = self.going, {}
+        kinds = [METHODS[each].rounds_class() for each in (name, *methods)]
+        if (config.save_uploads or config.uploads) and name == name_of(RememberingFedAvg):
+            kinds.append(RememberingFedAvg)
+        kind = rounds_of(kinds)
+        state = kind.begin(config, self.initial)
+        if going:
+            state = self.resuming.state(going["node"], state)
+
+        def keep(server_round: int) -> None:
+            every = config.checkpoint_every
+            if every and (server_round % every == 0 or server_round == rounds):
+                now = {"federation": name, "round": server_round, "state": state}
+                self.resuming.keep(now | {"costs": strategy.costs()})
+
+        classes = len(self.dataset.classes)
+        method = kind(config, state)
+        strategy = Personalised(method, name, self.roster, config, self.log, classes, keep)
+        if going:
+            strategy.restore(going["costs"], going["round"])
+        if config.uploads:
+            path = user_path(config.uploads).absolute()
+            strategy.restore(uploads.load(path, state, self.resolved))
+        elif strategy.done < rounds:
+            strategy.start(
+                grid=self.roster.grid,
+                initial_arrays=ArrayRecord(self.initial),
+                num_rounds=rounds - strategy.done,
+                timeout=config.timeout,
+            )
+        if config.save_uploads and kind is RememberingFedAvg:
+            uploads.save(self.folder / uploads.FILE, state, self.resolved, strategy.costs())
+        return strategy
+
+    def _make_and_evaluate(
+        self,
+        name: str,
+        method: Personaliser[Any],
+        strategy: Personalised,
+        scores: dict[str, tuple[dict[int, FinalScore], int]],
+    ) -> None:
+        """Make one method's weights, and add to the summary what they are worth.
+
+        Args:
+            scores: {method whose clients' weights were evaluated: what they came to}.
+        """
+        text = f"{method.title}: making clients' weights"
+        method.progress = self.log.watch(strategy.name, text)
+        started = time.perf_counter()
+        weights = method.personalise()
+        weights = {c: mine for c, mine in weights.items() if c in strategy.honest}
+        seconds = time.perf_counter() - started
+        if self.config.save_weights:
+            path = self.folder / "weights" / f"{name}.safetensors"
+            save_weights(path, weights, getattr(method.state, "global_weights", {}))
+        source = name_of(method.weights_from) if method.weights_from else name
+        if source not in scores:
+            self.log.event("status", f"{method.title}: evaluating clients' weights")
+            references = {c: r for c in weights if (r := method.reference(c)) is not None}
+            scores[source] = strategy.evaluator.final(name, weights, references, self.fine_tunings)
+            self.log.advance(_evaluation_work(self.config))
+        counted, hand_over = scores[source]
+        self.summary.add(
+            name,
+            method,
+            strategy,
+            counted,
+            self.fine_tunings,
+            dataset=self.dataset.name,
+            server_seconds=round(strategy.server_seconds + seconds, 3),
+            bytes_up=strategy.bytes_up,
+            bytes_down=strategy.bytes_down + hand_over,
+        )
+
+    def _groups(self) -> list[int]:
+        """Every client's hidden group; with data of their own, nobody knows any."""
+        if self.config.dataset == NODES:
+            return [0] * self.config.num_clients
+        return [split.group for split in load_partition(self.config)]

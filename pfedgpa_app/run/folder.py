@@ -1,0 +1,159 @@
+"""A run's folder: whose it is, and who is writing to it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pfedgpa_app.config.resolve import Resolved, differences
+from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.results.log import EVENTS, Records, last_event
+
+CONFIG, LOG, LOCK = "config.json", "flower.log", ".lock"
+_BEFORE = {LOG, LOCK}  # what is there before the settings
+
+
+@contextlib.contextmanager
+def locked(folder: Path, taken: str) -> Iterator[None]:
+    """Hold the folder's lock, which the system frees when this process is gone.
+
+    Raises:
+        ConfigError: another process holds it; ``taken`` says so.
+    """
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=1)  # somebody may just be looking whether it is held
+    except Timeout as error:
+        raise ConfigError(taken) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process is writing to ``folder``, a run's."""
+    if not (folder / LOCK).exists():
+        return False
+    try:
+        with FileLock(folder / LOCK).acquire(blocking=False):
+            return False
+    except Timeout:
+        return True
+
+
+def running(folder: Path) -> str:
+    """What its log tells of the run that is going on in ``folder``, and what to do."""
+    starts = [event for event in Records(folder / EVENTS).new() if event.get("kind") == "start"]
+    start, said = (starts or [{}])[-1], last_event(folder).get("text", "nothing yet")
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start.get("time")))
+    who = f"process {start['process']}, since {since}" if "process" in start else "it just began"
+    return (
+        f"{folder}: a run is going on there ({who}; the last that it said: {said!r}): "
+        "wait for its end, or stop it, or choose another run-name"
+    )
+
+
+def kept_settings(folder: Path) -> dict[str, Any]:
+    """{setting: {"value": …, "from": …}} of the run in ``folder``.
+
+    Raises:
+        ConfigError: its ``config.json`` is damaged, or none of a run.
+    """
+    path = folder / CONFIG
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(kept, dict) or not all(isinstance(e, dict) for e in kept.values()):
+        raise ConfigError(f"{path} holds no run's settings: choose another folder")
+    return kept
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether ``folder`` holds what no run has left there."""
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    return CONFIG not in names and not names <= _BEFORE
+
+
+def run_folder(resolved: Resolved) -> Path:
+    """Where the run's results go, absolute and made; unless it is resumed, nobody's are there.
+
+    Raises:
+        ConfigError: a run to resume without a name, a name or a folder that cannot be used,
+            another run's results, a run that is going on, or one to resume with other settings.
+    """
+    config = resolved.config
+    if config.resume and not config.run_name:
+        raise ConfigError("resume = true: give the run-name of the run that is to go on")
+    out = user_path(config.out_dir).absolute()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = _named(out, config.run_name) if config.run_name else _new(out, config)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        _refuse(folder, resolved)
+    except OSError as error:
+        named = f", run-name = {config.run_name!r}" if config.run_name else ""
+        raise ConfigError(
+            f"out-dir = {config.out_dir!r}{named}: results cannot be written there: "
+            f"{error.strerror}: {error.filename}"
+        ) from error
+    return folder
+
+
+def _named(out: Path, name: str) -> Path:
+    """The run's folder by the name that it was given."""
+    if not name.strip(". ") or not name.isprintable() or set(name) & set("/\\"):
+        raise ConfigError(
+            f"run-name = {name!r}: wants a plain name, that of a folder in out-dir; set out-dir "
+            "for another place"
+        )
+    (out / name).mkdir(exist_ok=True)
+    return out / name
+
+
+def _new(out: Path, config: Config) -> Path:
+    """A new folder, named for the data set and the time; no two runs get the same."""
+    dataset = Path(config.dataset.replace(":", "-")).name
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    first = f"{dataset}-{config.num_clients}c-s{config.seed}-{stamp}"
+    for name in itertools.chain([first], (f"{first}.{number}" for number in itertools.count(2))):
+        with contextlib.suppress(FileExistsError):  # it is another's of this second
+            (out / name).mkdir()
+            break
+    return out / name
+
+
+def _refuse(folder: Path, resolved: Resolved) -> None:
+    """Refuse a folder in which the run cannot begin or go on."""
+    name = resolved.config.run_name
+    if is_running(folder):
+        raise ConfigError(running(folder))
+    if is_foreign(folder):
+        raise ConfigError(
+            f"run-name = {name!r}: {folder} is not empty, and not a run's folder: choose another "
+            "name"
+        )
+    if not (folder / CONFIG).exists():
+        return
+    kept = kept_settings(folder)
+    if not resolved.config.resume:
+        raise ConfigError(
+            f"run-name = {name!r}: {folder} holds another run's results; choose another name, or "
+            "go on with it by resume=true"
+        )
+    if other := differences(kept, resolved):
+        raise ConfigError(f"resume: {folder} has other settings: {'; '.join(other)}")

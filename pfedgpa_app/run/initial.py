@@ -1,0 +1,45 @@
+"""What every method starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.data.client import Schema
+from pfedgpa_app.diffusion import saved
+from pfedgpa_app.models.networks import build, network_name, weights_of
+
+
+def initial_weights(config: Config, schema: Schema) -> Weights:
+    """What every method starts from: by the seed, or a saved distribution's mean.
+
+    Raises:
+        ValueError: no network fits the images.
+        ConfigError: ``start-from`` cannot be read, or is of another network.
+    """
+    network = network_name(config.model, schema.shape)
+    initial = weights_of(build(network, len(schema.classes), config.seed))
+    return warm_start(Path(config.start_from), initial) if config.start_from else initial
+
+
+def warm_start(path: Path, initial: Weights) -> Weights:
+    """The mean of a saved distribution, in place of ``initial``; it may hold the last layers only.
+
+    Raises:
+        ConfigError: it cannot be read, or was learned from another network's weights.
+    """
+    try:
+        start = saved.load(user_path(path).absolute())
+    except ValueError as error:
+        raise ConfigError(f"start-from = {str(path)!r}: {error}") from error
+    mean = start.layout.unflatten(start.anchor)
+    for name, tensor in mean.items():
+        if name not in initial or tensor.shape != initial[name].shape:
+            raise ConfigError(
+                f"start-from = {str(path)!r}: has {name} of shape {list(tensor.shape)}, which this "
+                "run's network has not"
+            )
+    return initial | mean

@@ -1,0 +1,223 @@
+"""Run an experiment on an engine, show its progress, and tell the truth about how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.paths import APP_DIR, user_path
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.data.client import load_partition, load_schema
+from pfedgpa_app.data.datasets import resolve_data_dir
+from pfedgpa_app.engine import LaunchError, Look, StoppedError, engine_for, gpu_for, local, ray
+from pfedgpa_app.engine.ray import Simulation
+from pfedgpa_app.engine.spawning import Server
+from pfedgpa_app.results import uploads
+from pfedgpa_app.results.log import EVENTS, Records, clock, is_done, say
+from pfedgpa_app.run.folder import LOG, is_running, run_folder, running
+from pfedgpa_app.run.initial import initial_weights
+
+
+class Patience:
+    """How long a run may say nothing before its user is told.
+
+    A multiple of its longest silence so far, a round's as a rule; before the first round
+    ``timeout`` seconds, in which a client must answer, but no more than two minutes.
+    """
+
+    LEAST, MOST_AT_FIRST, TIMES = 60.0, 120.0, 5
+
+    def __init__(self, timeout: float, now: float) -> None:
+        self.first, self.heard, self.longest = min(timeout, self.MOST_AT_FIRST), now, 0.0
+        self.said = 0.0  # the silence that was told of last
+
+    def hear(self, kind: str, now: float) -> None:
+        """There was an event."""
+        if self.longest or kind == "round":
+            self.longest = max(self.longest, now - self.heard)
+        self.heard, self.said = now, 0.0
+
+    def is_over(self, now: float) -> bool:
+        """Whether to tell of a silence, for the first time or since it was half as long."""
+        limit = max(self.LEAST, self.TIMES * self.longest) if self.longest else self.first
+        silence = now - self.heard
+        if silence <= max(limit, 2 * self.said):
+            return False
+        self.said = silence
+        return True
+
+    def text(self, why: str, advice: str) -> str:
+        """What to tell."""
+        usual = f" (a round took {clock(self.longest)} at most)" if self.longest else ""
+        parts = [f"nothing has happened for {clock(self.said)}{usual}", why, advice]
+        return "; ".join(part for part in parts if part)
+
+
+class Watcher:
+    """Shows a run's events: one live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self, events: Path, console: Console, patience: Patience, advice: str) -> None:
+        """``advice``: how to go on with a run that stands still."""
+        self.events, self.console = Records(events), console
+        self.patience, self.advice = patience, advice
+        self.last, self.failure, self.progress = "", "", 0.0
+        for _ in self.events.new():  # of a run that goes on, what it said before
+            pass
+        self.status = console.status("starting") if console.is_terminal else None
+
+    def poll(self, explain: Callable[[], str] = lambda: "") -> None:
+        """Show what is new, or that for too long nothing is.
+
+        Args:
+            explain: tells which process waits for what.
+        """
+        if self.status:
+            self.status.start()
+        self._read()
+        if self.patience.is_over(time.monotonic()):
+            why = explain()  # takes a while
+            self._read()
+            if self.patience.said and self.last != "done":
+                text = self.patience.text(why, self.advice)
+                say(self.events.path.parent, "stalled", text, self.progress)
+                self._read()
+
+    def _read(self) -> None:
+        for event in self.events.new():
+            self.show(event)
+
+    def show(self, event: dict[str, Any]) -> None:
+        """One event."""
+        kind = event["kind"]
+        if kind != "stalled":
+            self.last, self.progress = kind, event.get("progress", 0.0)
+            self.patience.hear(kind, time.monotonic())
+        if kind == "failed":
+            self.failure = event["text"]
+            return  # said at the end, once
+        if kind in ("round", "status", "progress") and self.status:
+            self.status.update(event["text"], spinner="dots")
+        elif kind != "progress":  # that is for a live line only
+            self.console.print(event["text"], markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self.poll()
+        if self.status:
+            self.status.stop()
+
+
+def preflight(config: Config) -> None:
+    """Everything that can be refused before Flower is started.
+
+    Raises:
+        ConfigError, DataError: what is wrong and what to do.
+    """
+    try:
+        initial_weights(config, load_schema(config))
+        load_partition(config)
+        if config.uploads and not user_path(config.uploads).is_file():
+            raise ConfigError(f"uploads = {config.uploads!r}: no such file")
+        if config.uploads:
+            uploads.described(user_path(config.uploads))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def launch(
+    run_config: Mapping[str, Any],
+    app: Path = APP_DIR,
+    console: Console | None = None,
+    flower: Simulation | None = None,
+    server: Server | None = None,
+) -> Path:
+    """Run the app in ``app`` and return the folder of its results, once it has succeeded.
+
+    Args:
+        flower: for the ray engine, if one has been started already.
+        server: for the other engines, likewise.
+
+    Raises:
+        ConfigError, DataError: refused before anything started.
+        LaunchError: the run failed.
+        StoppedError: the user stopped it.
+    """
+    console = console or Console()
+    config = resolve(run_config).config
+    gpu_for(config.device)
+    if not (app / "pyproject.toml").is_file():
+        raise LaunchError(f"{app} is not the app's folder: it has no pyproject.toml")
+    preflight(config)
+    # the run works elsewhere: every path it gets is absolute
+    engine = engine_for(config.engine, config.device)
+    settings = dict(run_config) | {
+        "engine": engine,
+        "data-dir": str(resolve_data_dir(config.data_dir, config.dataset)),
+    }
+    if (conf := user_path(str(settings.get("conf", "demo")))).is_file():
+        settings["conf"] = str(conf.absolute())
+    for name, path in (("start-from", config.start_from), ("uploads", config.uploads)):
+        if path:
+            settings[name] = str(user_path(path).absolute())
+    folder = run_folder(resolve(settings))
+    if is_done(folder):
+        console.print(f"nothing is left to do: results are in {folder}", soft_wrap=True)
+        return folder
+    settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
+    there = resolve(settings).config
+
+    def carry_out(look: Look) -> str:
+        if engine == "ray":
+            if server:  # the experiment's file asks for Ray, which the command line did not tell
+                server.end()
+            return ray.run(app, settings, there, folder / LOG, look, flower)
+        return local.run(app, settings, folder / LOG, look, server)
+
+    reason = watched(folder, console, there, carry_out)
+    if reason:
+        raise LaunchError(f"{reason}\nResults so far and Flower's log are in {folder}")
+    return folder
+
+
+def advice(config: Config) -> str:
+    """How to go on with a run that stands still."""
+    if config.checkpoint_every:
+        again = f"go on from its last checkpoint by run-name={config.run_name} resume=true"
+    else:
+        again = "start it again; with checkpoint-every=1 it could go on where it was"
+    return f"if that does not change, stop it with Ctrl-C and {again}"
+
+
+def watched(
+    folder: Path, console: Console, config: Config, carry_out: Callable[[Look], str]
+) -> str:
+    """Show the events of the run in ``folder`` while it goes on: why it failed, or "".
+
+    Args:
+        carry_out: calls what it is given while the run goes on; why that failed, or "".
+
+    Raises:
+        ConfigError: another run has just begun there.
+        StoppedError: the user stopped it.
+    """
+    watcher = Watcher(
+        folder / EVENTS, console, Patience(config.timeout, time.monotonic()), advice(config)
+    )
+    try:
+        failure = carry_out(watcher.poll)
+    except KeyboardInterrupt as stop:
+        raise StoppedError(folder) from stop
+    finally:
+        watcher.close()
+    if not failure and is_done(folder):
+        return ""
+    if watcher.failure:
+        return f"the run failed: {watcher.failure}"
+    if is_running(folder):  # not ours, which has ended: another began in the same moment
+        raise ConfigError(running(folder))
+    return failure or "the server ended before the run was done"

@@ -1,0 +1,118 @@
+"""A run's checkpoints: what a killed run needs to go on, and whether all of it is still there."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+from pfedgpa_app.client import memory
+from pfedgpa_app.core.files import checksum
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.results.log import RunLog
+from pfedgpa_app.run.checkpoint import Checkpoint, CheckpointError
+from pfedgpa_app.run.summary import Summary
+
+CHECKPOINT = "checkpoint"
+
+
+class Resuming:
+    """Keeps what a run has done, and restores it.
+
+    Attributes:
+        name: what clients know the run by, after a resumption, too.
+        finished: the federations that are done.
+    """
+
+    def __init__(self, folder: Path, log: RunLog, summary: Summary) -> None:
+        self.log, self.summary = log, summary
+        self.name = secrets.token_hex(8)
+        self.finished: list[str] = []
+        self.clients = folder / CHECKPOINT / "clients"  # what they keep, if they are here
+        self._checkpoint = Checkpoint(folder / CHECKPOINT)
+        self._checksums: dict[str, int] = {}  # of clients' files
+
+    def restore(self) -> dict[str, Any]:
+        """Go on after the last checkpoint, if there is one.
+
+        Returns:
+            of the federation that was going on: its name, how many rounds of it are done, what
+            they cost, and a ``node`` of its state for ``state``; {} between two federations.
+
+        Raises:
+            ConfigError: the checkpoint cannot be used.
+        """
+        try:
+            kept = self._checkpoint.read()
+            if not kept:
+                self.log.restore({"curves": {}, "rejections": 0, "done": 0.0, "sizes": {}})
+                return {}
+            names = ("name", "finished", "rows", "outcomes", "log")
+            values = {name: self._checkpoint.restore(kept[name]) for name in names}
+            self.name, self.finished = values["name"], values["finished"]
+            going = {}
+            if "state" in kept:
+                going = {"federation": kept["federation"], "round": kept["round"]}
+                going["costs"] = self._checkpoint.restore(kept["costs"])
+                going["node"] = kept["state"]
+                self._check_clients(self._checkpoint.restore(kept["clients"]))
+        except (CheckpointError, KeyError) as error:
+            raise ConfigError(f"resume: {error}") from error
+        self.summary.rows, self.summary.outcomes = values["rows"], values["outcomes"]
+        self.log.restore(values["log"])
+        after = "round {round} of {federation}".format_map(going) if going else ""
+        self.log.event("resumed", f"the run goes on after {after or ', '.join(self.finished)}")
+        return going
+
+    def state(self, node: Any, begun: Any) -> Any:
+        """A federation's state, ``begun`` being the one before its first round.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        try:
+            return self._checkpoint.restore(node, begun)
+        except CheckpointError as error:
+            raise ConfigError(f"resume: {error}") from error
+
+    def keep(self, going: dict[str, Any]) -> None:
+        """Replace the checkpoint; a disk that is full does not end the run.
+
+        Args:
+            going: of the federation that goes on; {} between two.
+        """
+        try:
+            every = {
+                "name": self.name,
+                "finished": self.finished,
+                "rows": self.summary.rows,
+                "outcomes": self.summary.outcomes,
+                "log": self.log.state(),
+                "clients": self._client_files(going.get("federation", "")),
+            }
+            self._checkpoint.save(every | going)
+        except OSError as error:
+            text = f"no checkpoint could be written, the run goes on without: {error}"
+            self.log.event("warning", text)
+
+    def _client_files(self, federation: str) -> dict[str, int]:
+        """{file: its checksum} of what clients have kept last; a file is never changed."""
+        files = memory.newest(self.clients / f"run-{self.name}", federation)
+        known = self._checksums
+        self._checksums = {f.name: known.get(f.name) or checksum(f) for f in files}
+        return self._checksums
+
+    def _check_clients(self, files: dict[str, int]) -> None:
+        """Refuse to go on without what clients had kept: their results would be others.
+
+        Raises:
+            CheckpointError: it is not there, or not what it was.
+        """
+        for name, expected in files.items():
+            path = self.clients / f"run-{self.name}" / name
+            wrong = "damaged" if path.exists() else "missing"
+            if wrong == "missing" or checksum(path) != expected:
+                raise CheckpointError(
+                    f"{path}, what a client kept for its next round, is {wrong}: put it back, "
+                    "or run anew under another run-name"
+                )

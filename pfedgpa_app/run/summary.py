@@ -1,0 +1,153 @@
+"""What a run comes to: a row a method, its clients' figures, its plots and its table."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.methods.base import Personaliser
+from pfedgpa_app.results import plots
+from pfedgpa_app.results.log import SUMMARY, RunLog, mean
+from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
+from pfedgpa_app.server.strategy import Personalised
+from pfedgpa_app.training.evaluation import FinalScore, FineTuning
+
+
+def save_weights(path: Path, weights: dict[int, Weights], common: Weights) -> None:
+    """Clients' weights as ``client-3/NAME``; the common ones once, as ``global/NAME``."""
+    tensors: Weights = {}
+    for client, mine in weights.items():
+        prefix = "global" if mine is common else f"client-{client}"
+        tensors |= {f"{prefix}/{name}": tensor.clone() for name, tensor in mine.items()}
+    if tensors:
+        path.parent.mkdir(exist_ok=True)
+        save_file(tensors, path)
+
+
+def peak_memory() -> int:
+    """The most bytes that this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Summary:
+    """The figures of the methods that are done; they are on disk after each one.
+
+    Attributes:
+        rows: {method: its entry of ``summary.json``}.
+        outcomes: {method: its clients' accuracies}.
+    """
+
+    def __init__(self, folder: Path, config: Config, log: RunLog) -> None:
+        self.folder, self.config, self.log = folder, config, log
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.outcomes: dict[str, Outcome] = {}
+
+    def add(
+        self,
+        name: str,
+        method: Personaliser[Any],
+        strategy: Personalised,
+        scores: dict[int, FinalScore],
+        tried: list[FineTuning],
+        **more: Any,
+    ) -> None:
+        """Add a method.
+
+        Args:
+            strategy: its federation's, whose rounds are over.
+            tried: the fine-tunings that ``scores`` are of.
+            more: what else its row tells.
+        """
+        result = outcome(scores, type(method), self.config, tried)
+        self.outcomes[name] = result
+        self.rows[name] = summary_entry(
+            name,
+            type(method),
+            result,
+            self.config,
+            **self._of_rounds(name, result, strategy),
+            peak_memory_mib=round(peak_memory() / 2**20, 1),
+            **more,
+            **method.report(),
+        )
+        self.log.event(
+            "method",
+            f"{method.title}: {result.before.mean():.1f} % before fine-tuning, "
+            f"{result.after.mean():.1f} % after",
+        )
+        self._append(
+            "clients.jsonl",
+            [
+                {
+                    "method": name,
+                    "client": client,
+                    "before_ft": result.before[row],
+                    "after_ft": result.after[row],
+                    "kept": result.kept[row],
+                }
+                for row, client in enumerate(result.clients)
+            ],
+        )
+        self.write()
+
+    def _of_rounds(self, name: str, result: Outcome, strategy: Personalised) -> dict[str, Any]:
+        """What the rounds tell of the method that the federation is named for."""
+        last_round = set(strategy.sample(self.config.num_server_rounds))
+        took_part = [
+            a for c, a in zip(result.clients, result.before, strict=True) if c in last_round
+        ]
+        curve = self.log.curves.get(strategy.name, []) if name == strategy.name else []
+        accuracies = {server_round: accuracy for server_round, accuracy, _ in curve}
+        peak = max(accuracies.values(), default=0.0)
+        soon = [r for r, a in accuracies.items() if a >= 0.95 * peak]
+        last_five = [accuracy for _, accuracy, _ in curve][-5:]
+        return {
+            "accuracy_before_ft_participants": round(mean(took_part), 4),
+            "accuracy_mean_of_last_five_rounds": round(mean(last_five), 4) if last_five else None,
+            "rounds_to_95_percent_of_peak": min(soon) if soon else None,
+        }
+
+    def add_joined(
+        self, name: str, method: Personaliser[Any], curve: list[dict[int, float]]
+    ) -> None:
+        """Add to a method's row how clients that joined did, {client: accuracy} an iteration."""
+        accuracies = [round(mean(list(scores.values())), 4) for scores in curve]
+        self.rows[name]["accuracy_of_joining_clients"] = accuracies
+        self._append(
+            "joining.jsonl",
+            [
+                {"method": name, "iteration": iteration, "client": client, "accuracy": accuracy}
+                for iteration, scores in enumerate(curve)
+                for client, accuracy in scores.items()
+            ],
+        )
+        shown = " → ".join(f"{accuracy:.1f}" for accuracy in accuracies)
+        self.log.event("joined", f"{method.title}: clients that join: {shown} %")
+        self.write()
+
+    def _append(self, file: str, records: list[dict[str, Any]]) -> None:
+        with (self.folder / file).open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(record) + "\n" for record in records)
+
+    def write(self) -> None:
+        """Write the rows of the methods that are done."""
+        rows = [self.rows[name] for name in self.config.method if name in self.rows]
+        write_text(self.folder / SUMMARY, json.dumps(rows, indent=2) + "\n")
+
+    def finish(self) -> None:
+        """Write the plots and the table of all methods."""
+        outcomes = {name: self.outcomes[name] for name in self.config.method}
+        plots.accuracy_over_rounds(self.folder / "accuracy.png", self.log, outcomes)
+        plots.before_and_after(self.folder / "clients.png", outcomes)
+        table = text_table([self.rows[name] for name in self.config.method])
+        write_text(self.folder / "table.md", table + "\n")
+        self.log.event("table", table)

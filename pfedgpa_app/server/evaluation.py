@@ -1,0 +1,113 @@
+"""What clients' weights are worth: evaluations that clients are asked for, and their answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from flwr.app import ArrayRecord, Message, MessageType
+
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.results.log import RunLog
+from pfedgpa_app.server.roster import Roster, array_bytes
+from pfedgpa_app.server.screening import NoUploadsError, check_counts, failure
+from pfedgpa_app.training.evaluation import FinalScore, FineTuning
+
+
+class Evaluator:
+    """Asks clients of one federation, by its ``name``, how good weights are."""
+
+    def __init__(self, name: str, roster: Roster, config: Config, log: RunLog) -> None:
+        self.name, self.roster, self.config, self.log = name, roster, config, log
+
+    def message(self, client: int, weights: Weights, server_round: int) -> Message:
+        """The question to ``client``."""
+        settings = {"method": self.name, "round": server_round}
+        return self.roster.message(client, MessageType.EVALUATE, weights, settings)
+
+    def scores(
+        self, server_round: int, sent: Iterable[int], answers: dict[int, Message]
+    ) -> dict[int, dict[str, float]]:
+        """Accuracy in % and mean test loss of every client that could be evaluated."""
+        return {
+            client: {
+                "accuracy": 100 * counts["correct"] / counts["images"],
+                "test_loss": counts["loss"] / counts["images"],
+            }
+            for client, counts in self._counted(self.name, server_round, sent, answers)
+        }
+
+    def accuracies(self, weights: dict[int, Weights], server_round: int) -> dict[int, float]:
+        """Every answering client's accuracy in % with its ``weights``."""
+        messages = {c: self.message(c, mine, server_round) for c, mine in weights.items()}
+        scores = self.scores(server_round, messages, self.roster.exchange(messages))
+        return {client: score["accuracy"] for client, score in scores.items()}
+
+    def final(
+        self,
+        method: str,
+        weights: dict[int, Weights],
+        references: dict[int, Weights],
+        fine_tunings: Iterable[FineTuning],
+    ) -> tuple[dict[int, FinalScore], int]:
+        """Evaluate every client with its own ``weights``, before and after each fine-tuning.
+
+        Args:
+            references: weights to compare a client's predictions with, where there are some.
+
+        Returns:
+            each answering client's counts, and the bytes that the hand-over took, references
+            not among them: nobody needs them but this evaluation.
+
+        Raises:
+            NoUploadsError: no client answers.
+        """
+        rounds = self.config.num_server_rounds
+        settings = {
+            "method": self.name,
+            "round": rounds,
+            "fine-tunings": json.dumps([asdict(each) for each in fine_tunings]),
+        }
+        messages = {
+            client: self.roster.message(client, "evaluate.final", mine, settings)
+            for client, mine in weights.items()
+        }
+        sent = sum(array_bytes(message) for message in messages.values())
+        for client, reference in references.items():
+            messages[client].content["reference"] = ArrayRecord(reference)
+        answers = self.roster.exchange(messages)
+        scores = {
+            client: FinalScore(
+                test=list(counts["test"]),
+                test_images=int(counts["test-images"]),
+                validation=list(counts["validation"]),
+                validation_images=int(counts["validation-images"]),
+                agreement=counts.get("agreement"),
+            )
+            for client, counts in self._counted(method, rounds, messages, answers)
+        }
+        if not scores:
+            raise NoUploadsError(f"{method}: no client could evaluate its weights")
+        return scores, sent
+
+    def _counted(
+        self, name: str, server_round: int, sent: Iterable[int], answers: dict[int, Message]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(client, what it counted), of those whose evaluation can be used; others are named."""
+        for client in sent:
+            counts: Any = {}
+            if client not in answers:
+                here = self.roster.is_here(client)
+                reason = "did not answer" if here else "is not connected"
+            elif answers[client].has_error():
+                reason = failure(answers[client])
+            else:
+                counts = answers[client].content.metric_records.get("metrics", {})
+                reason = check_counts(counts)
+            if reason:
+                self.log.rejected(name, server_round, client, reason)
+            else:
+                yield client, counts

@@ -1,0 +1,33 @@
+"""Clients that join after the last round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flwr.app import MessageType
+
+from pfedgpa_app.methods.base import Personaliser
+from pfedgpa_app.server.strategy import Personalised
+
+
+def join(strategy: Personalised, method: Personaliser[Any]) -> list[dict[int, float]]:
+    """Let the clients join that were held back; ``method`` makes their weights.
+
+    Returns:
+        every client's accuracy in % as first sent weights and after each iteration.
+    """
+    config, roster = strategy.config, strategy.roster
+    rounds = config.num_server_rounds
+    given = method.first_download(range(config.initial_clients, config.num_clients))
+    curve = [strategy.evaluator.accuracies(given, rounds)]
+    for server_round in range(rounds + 1, rounds + config.join_iterations + 1):
+        settings = {"method": strategy.name, "round": server_round}
+        messages = {
+            client: roster.message(client, MessageType.TRAIN, mine, settings)
+            for client, mine in given.items()
+        }
+        answers = roster.exchange(messages)
+        uploads, _ = strategy.screened(server_round, messages, answers)
+        given = given | (method.join(uploads) if uploads else {})
+        curve.append(strategy.evaluator.accuracies(given, server_round))
+    return curve

@@ -1,0 +1,295 @@
+"""Which client lives on which Flower node, and how messages reach it.
+
+Flower's node ids are random; a client is a partition. Usually there is a node for each
+client. A simulation with fewer nodes (Flower's default is two) hosts several clients on
+each, one message a node at a time, so that a node's state is never written by two at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from pfedgpa_app.core.sections import NODES
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.data.client import Schema
+
+logger = logging.getLogger("pfedgpa")
+
+ARRIVAL = 3.0  # seconds without a new node, after which no more are waited for
+POLL = 0.25  # seconds between polls for replies over HTTP
+Settings = dict[str, Any]  # what a ConfigRecord takes
+
+
+def array_bytes(message: Message) -> int:
+    """Bytes of the arrays that a message carries, as they travel."""
+    records = message.content.array_records.values()
+    return sum(len(array.data) for record in records for array in record.values())
+
+
+def is_flowers(grid: Grid, name: str) -> bool:
+    """Whether ``grid`` is of Flower's class called ``name``, which takes a second to import."""
+    return any(kind.__name__ == name for kind in type(grid).__mro__)
+
+
+class RosterError(RuntimeError):
+    """The federation's nodes cannot serve the configured clients."""
+
+
+class OneAtATime(Grid):
+    """A grid on which no node has two messages at once; otherwise the grid it wraps."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send in waves of one message a node; ``timeout`` seconds are for each wave.
+
+        A later wave's messages live so much longer: Flower refuses to send an expired one.
+        """
+        waves: list[list[Message]] = []
+        sent_to: Counter[int] = Counter()
+        for message in messages:
+            wave = sent_to[message.metadata.dst_node_id]
+            sent_to[message.metadata.dst_node_id] += 1
+            message.metadata.ttl *= wave + 1
+            if wave == len(waves):
+                waves.append([])
+            waves[wave].append(message)
+        return [reply for wave in waves for reply in self._exchange(wave, timeout)]
+
+    def _exchange(self, messages: list[Message], timeout: float | None) -> Iterable[Message]:
+        """As the grid does it, but for Flower's over HTTP, which looks every 3 s only."""
+        if not is_flowers(self._grid, "HttpGrid"):
+            return self._grid.send_and_receive(messages, timeout=timeout)
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        owed = set(self._grid.push_messages(messages))
+        replies: list[Message] = []
+        while owed and time.monotonic() < end:
+            if new := list(self._grid.pull_messages(owed)):
+                replies += new
+                owed -= {reply.metadata.reply_to_message_id for reply in new}
+            else:
+                time.sleep(POLL)
+        return replies
+
+    def set_run(self, run: Run) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self._grid.run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(message_ids)
+
+
+class Roster:
+    """The clients 0..n−1, and how to send to them and collect from them."""
+
+    def __init__(
+        self, grid: Grid, num_clients: int, timeout: float, own_data: bool = False
+    ) -> None:
+        """Ask every node who it is, until all are there.
+
+        Args:
+            own_data: clients' data are their nodes' own, so that each needs its node.
+
+        Raises:
+            RosterError: no node within ``timeout`` seconds, none that answers, two that claim
+                the same partition, or, with data of their own, too few, or data that differ in
+                classes or shape.
+        """
+        self._own_data = own_data
+        self.common: Settings = {}  # what every message tells clients
+        self.grid, self.timeout = OneAtATime(grid), timeout
+        answers = self._discover(num_clients)
+        partitions = {node: self._partition(reply) for node, reply in answers.items()}
+        if len(set(partitions.values())) < len(partitions):
+            raise RosterError(
+                "two nodes have the same partition-id: give each its own in --node-config"
+            )
+        hosts = [node for _, node in sorted((p, node) for node, p in partitions.items())]
+        self.schema = self._schema({partitions[node]: answers[node] for node in hosts})
+        self._hosts = dict(enumerate(hosts))  # {place among the nodes: node}
+        self._place_of = {partition: i for i, partition in enumerate(sorted(partitions.values()))}
+        self._known, self.present = set(partitions), set(partitions)
+        if len(hosts) < num_clients:
+            logger.warning(
+                "%d nodes host %d clients in turn; for one node a client use "
+                "`pfedgpa run`, or flwr run . --federation-config "
+                "'num-supernodes=%d client-resources-num-cpus=1'",
+                len(hosts),
+                num_clients,
+                num_clients,
+            )
+
+    def node_of(self, client: int) -> int:
+        """The node that serves ``client``."""
+        return self._hosts[client % len(self._hosts)]
+
+    def is_here(self, client: int) -> bool:
+        """Whether its node was connected when they were looked at last."""
+        return self.node_of(client) in self.present
+
+    def poll(self) -> None:
+        """See which nodes are connected; one that comes back by a new name is the same node."""
+        self.present = set(self.grid.get_node_ids())
+        if not (new := sorted(self.present - self._known)):
+            return
+        self._known |= set(new)
+        for node, reply in self._asked(new)[0].items():
+            place = self._place_of.get(self._partition(reply))
+            if place is None:
+                logger.warning("node %d is of no client of this run", node)
+            else:
+                self._hosts[place] = node
+
+    def await_nodes(self, clients: Iterable[int], count: int) -> None:
+        """Return when ``count`` of the clients' nodes are here, or after ``timeout`` seconds."""
+        clients = list(clients)
+        deadline = time.monotonic() + self.timeout
+        while True:
+            self.poll()
+            here = sum(map(self.is_here, clients))
+            if here >= min(count, len(clients)) or time.monotonic() > deadline:
+                return
+            time.sleep(1)
+
+    def _asked(self, nodes: Iterable[int]) -> tuple[dict[int, Message], str]:
+        """{node: who it says it is}, and why the last of those failed that did."""
+        questions = [
+            Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
+            for node in nodes
+        ]
+        answers: dict[int, Message] = {}
+        failed = ""
+        for reply in self.grid.send_and_receive(questions, timeout=self.timeout):
+            if reply.has_error():
+                failed = (reply.error.reason or "")[:300]
+                logger.warning("a node does not answer: %s", failed)
+            else:
+                answers[reply.metadata.src_node_id] = reply
+        return answers, failed
+
+    @staticmethod
+    def _partition(reply: Message) -> int:
+        record: Any = reply.content.metric_records["node"]
+        return int(record["partition-id"])
+
+    def _schema(self, answers: dict[int, Message]) -> Schema | None:
+        """What the nodes' own data are, if clients' data are that."""
+        first: tuple[int, Schema] | None = None
+        for partition, reply in answers.items():
+            record: Any = reply.content.config_records.get("data")
+            if record is None:
+                return None
+            channels, height, width = record["shape"]
+            found = Schema(NODES, tuple(record["classes"]), (channels, height, width))
+            first = first or (partition, found)
+            if found != first[1]:
+                raise RosterError(
+                    f"nodes' data do not match: partition {first[0]} has {_said(first[1])}, "
+                    f"partition {partition} has {_said(found)}"
+                )
+        return first[1] if first else None
+
+    def _discover(self, num_clients: int) -> dict[int, Message]:
+        """{node id: its answer}, once all are there or none has arrived for a while."""
+        now = arrived = started = time.monotonic()
+        nodes: set[int] = set()
+        while now - started < min(self.timeout, 120):
+            now, seen, nodes = time.monotonic(), nodes, set(self.grid.get_node_ids())
+            arrived = now if nodes != seen else arrived
+            enough = nodes and now - arrived > ARRIVAL and not self._own_data
+            if len(nodes) >= num_clients or enough:
+                break
+            time.sleep(0.1)
+        if not nodes:
+            raise RosterError(
+                f"no node has connected within {now - started:.3g} s: start the SuperNodes first, "
+                "or raise timeout"
+            )
+        answers, failed = self._asked(sorted(nodes))
+        within = f"within timeout = {self.timeout:g} s: raise timeout"
+        if not answers and not failed:
+            raise RosterError(f"none of {len(nodes)} nodes answered {within}")
+        if self._own_data and len(answers) != num_clients:
+            silent = len(nodes) - len(answers)
+            why = f"one that has none: {failed}" if failed else f"{silent} did not answer {within}"
+            raise RosterError(
+                f"{len(answers)} nodes with data are here, and num-clients is {num_clients}"
+                + (f"; {why}" if silent else "")
+            )
+        if not answers:
+            raise RosterError(f"the ClientApp fails on every node that answers: {failed}")
+        return answers
+
+    def message(self, client: int, kind: str, weights: Weights, settings: Settings) -> Message:
+        """A message of its own for ``client``: nothing is shared between recipients."""
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord(weights),
+                "config": ConfigRecord({**self.common, **settings, "client": client}),
+            }
+        )
+        return Message(
+            content, dst_node_id=self.node_of(client), message_type=kind, ttl=self.timeout
+        )
+
+    def exchange(self, messages: dict[int, Message]) -> dict[int, Message]:
+        """Send one message a client and return the replies by client.
+
+        Those of silent ones are absent, and those of clients whose nodes are not connected.
+        """
+        self.poll()
+        to = [message for client, message in messages.items() if self.is_here(client)]
+        received = self.grid.send_and_receive(to, timeout=self.timeout)
+        return match(messages, received)
+
+
+def _said(schema: Schema) -> str:
+    shape = "×".join(map(str, schema.shape))
+    names = ", ".join(schema.classes[:12]) + (", …" if len(schema.classes) > 12 else "")
+    return f"{shape} images of {len(schema.classes)} classes ({names})"
+
+
+def match(sent: dict[int, Message], received: Iterable[Message]) -> dict[int, Message]:
+    """Replies by client, in rising order.
+
+    By the message replied to, not by sender: a reply that the server made for a dead node
+    comes from node 1.
+    """
+    client_of = {message.metadata.message_id: client for client, message in sent.items()}
+    by_client = {}
+    for reply in received:
+        client = client_of.get(reply.metadata.reply_to_message_id)
+        if client is not None:
+            by_client[client] = reply
+    return dict(sorted(by_client.items()))

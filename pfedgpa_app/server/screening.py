@@ -1,0 +1,189 @@
+"""What is wrong with a client's reply, if anything: every check of it."""
+
+from __future__ import annotations
+
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Message
+from flwr.common.constant import ErrorCode
+
+from pfedgpa_app.core.sections import FederationSettings
+from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.core.weights import Layout, Weights, finite
+
+_WHAT: dict[int, str] = {  # what Flower's codes mean for whom reads the log
+    ErrorCode.MESSAGE_UNAVAILABLE: "did not answer in time",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "did not answer in time",
+    ErrorCode.MOD_FAILED_PRECONDITION: "uploads what its privacy mod does not take",
+    ErrorCode.NODE_UNAVAILABLE: "is not connected any more",
+    ErrorCode.CLIENT_APP_CRASHED: "lost its process",
+}
+MOST_EXAMPLES = 2**53  # that a client may claim: further than float64 counts
+_HEADER = 4096  # bytes; NumPy's format needs some 128
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class NoUploadsError(RuntimeError):
+    """A round ended without one usable upload: the run cannot go on."""
+
+
+def failure(reply: Message) -> str:
+    """Why an error reply says that the client failed, in one short text."""
+    reason = _ANSI.sub("", reply.error.reason or "no reason given").strip()
+    code = reply.error.code
+    return f"{_WHAT.get(code, 'failed')} (code {code}): {reason[-300:]}"
+
+
+def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str]:
+    """A client's arrays in the order of ``expected``, or None and what is wrong with them.
+
+    Args:
+        expected: tensors of the names, shapes and dtypes that they must have, finite where
+            these are.
+    """
+    missing, extra = sorted(expected.keys() - arrays), sorted(arrays.keys() - expected)
+    if missing or extra:
+        return None, f"sent tensors with missing names {missing[:9]} and extra names {extra[:9]}"
+    for name, like in expected.items():  # before anything is unpacked
+        size = len(arrays[name].data)
+        if size > 8 * like.nbytes + _HEADER:  # a wrong dtype or shape is named as such below
+            return None, f"sent {name} in {size} bytes, where {like.nbytes} are enough"
+    try:
+        weights: Weights = dict(arrays.to_torch_state_dict())
+    except Exception as error:  # whatever malformed bytes make NumPy raise
+        return None, f"sent arrays that cannot be read: {error}"
+    for name, like in expected.items():
+        tensor = weights[name]
+        if tensor.shape != like.shape:
+            return None, f"sent {name} of shape {list(tensor.shape)}, not {list(like.shape)}"
+        if tensor.dtype != like.dtype:
+            return None, f"sent {name} as {tensor.dtype}, not {like.dtype}"
+        if not bool((finite(tensor) | ~finite(like)).all()):
+            return None, f"sent {name} with numbers that are not finite"
+    return {name: weights[name] for name in expected}, ""
+
+
+def check_upload(
+    reply: Message, expected: Weights, server_round: int, classes: int = 0
+) -> tuple[Upload | None, str]:
+    """The reply's upload, or None and what is wrong with it.
+
+    Args:
+        expected: tensors of the names, shapes and dtypes that an upload must have.
+        server_round: the round that it must be of.
+        classes: how many class counts a client that shares them must send.
+    """
+    if reply.has_error():
+        return None, failure(reply)
+    records, metrics = reply.content.array_records, reply.content.metric_records.get("metrics")
+    if list(records) != ["arrays"]:
+        return None, f"sent array records {sorted(records)} instead of ['arrays']"
+    examples = metrics.get("num-examples") if metrics is not None else None
+    if not isinstance(examples, int) or not 1 <= examples <= MOST_EXAMPLES:
+        return None, f"sent num-examples {examples!r} instead of a whole number from 1 to 2^53"
+    of_round = metrics.get("round") if metrics is not None else None
+    if of_round != server_round:
+        return None, f"sent an upload of round {of_round}"
+    weights, wrong = checked(records["arrays"], expected)
+    if weights is None:
+        return None, wrong
+    labels: Any = metrics.get("label-counts", []) if metrics is not None else []
+    if not isinstance(labels, list) or any(not isinstance(n, int) or n < 0 for n in labels):
+        return None, f"sent label-counts {labels!r} instead of whole numbers"
+    if labels and (len(labels) != classes or not sum(labels)):
+        return None, f"sent label-counts {labels!r} instead of the images of {classes} classes"
+    return Upload(weights, examples, labels), ""
+
+
+def check_counts(counts: Mapping[str, Any]) -> str:
+    """What is wrong with a client's evaluation, of a round or the final one; "" for nothing."""
+    final = "test" in counts
+    kinds = ("test", "validation") if final else ("images",)
+    for kind in kinds:
+        images: Any = counts.get(f"{kind}-images" if final else kind)
+        correct: Any = counts.get(kind) if final else [counts.get("correct")]
+        good = isinstance(images, int) and isinstance(correct, list)
+        if not good or any(not isinstance(n, int) or not 0 <= n <= images for n in correct):
+            return f"sent an evaluation that cannot be: {dict(counts)!r}"[:300]
+    tested = counts["test-images" if final else "images"]
+    loss = counts.get("loss", 0.0)
+    if tested < 1 or not isinstance(loss, (int, float)):
+        return f"sent an evaluation that cannot be: {dict(counts)!r}"[:300]
+    return ""
+
+
+def norm(weights: Weights) -> float:
+    """Of all finite numbers of all tensors as one vector."""
+    wide = (t.to(torch.promote_types(t.dtype, torch.float64)) for t in weights.values())
+    return math.sqrt(sum(float(t.abs().nan_to_num(posinf=0).square().sum()) for t in wide))
+
+
+def too_large(uploads: dict[int, Upload], expected: Weights, limit: float) -> dict[int, str]:
+    """Clients whose upload is more than ``limit`` times as large as the median, and why so.
+
+    Where there are too few to have a median that one cannot move, ``expected`` is the measure.
+    """
+    norms = {client: norm(upload.weights) for client, upload in uploads.items()}
+    usual = statistics.median(norms.values()) if len(norms) > 2 else norm(expected)
+    if not limit or not usual:
+        return {}
+    return {
+        client: f"sent weights {size / usual:.3g} times as large as usual"
+        for client, size in norms.items()
+        if size > limit * usual
+    }
+
+
+def too_far(uploads: dict[int, Upload], limit: float) -> dict[int, str]:
+    """Clients whose upload is ``limit`` times as far from the median as the median client's.
+
+    The median of each weight over the uploads, which a minority cannot move far.
+    """
+    if not limit or len(uploads) < 3:
+        return {}
+    layout = Layout.of(next(iter(uploads.values())).weights)
+    vectors = torch.stack([layout.flatten(upload.weights) for upload in uploads.values()])
+    distances = (vectors - vectors.median(0).values).norm(dim=1)
+    usual = float(distances.median())
+    return {
+        client: f"sent weights {distance / usual:.3g} times as far from the median as is usual"
+        for client, distance in zip(uploads, distances.tolist(), strict=True)
+        if distance > limit * usual > 0
+    }
+
+
+def screened(
+    sent: Iterable[int],
+    answers: Mapping[int, Message],
+    expected: Weights,
+    server_round: int,
+    classes: int,
+    config: FederationSettings,
+) -> tuple[dict[int, Upload], dict[int, str]]:
+    """The usable uploads of a round, and why the others are not.
+
+    Args:
+        sent: clients that were asked.
+        expected: tensors of the names, shapes and dtypes that an upload must have.
+        classes: how many class counts a client that shares them must send.
+    """
+    uploads: dict[int, Upload] = {}
+    rejected: dict[int, str] = {}
+    for client in sent:
+        if client not in answers:
+            rejected[client] = f"did not answer within {config.timeout:g} s"
+            continue
+        upload, reason = check_upload(answers[client], expected, server_round, classes)
+        if upload is None:
+            rejected[client] = reason
+        else:
+            uploads[client] = upload
+    rejected |= too_large(uploads, expected, config.max_upload_norm)
+    uploads = {c: upload for c, upload in uploads.items() if c not in rejected}
+    rejected |= too_far(uploads, config.max_distance)
+    return {c: upload for c, upload in uploads.items() if c not in rejected}, rejected

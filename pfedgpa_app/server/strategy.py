@@ -1,0 +1,183 @@
+"""The Flower strategy that all methods share: one model a client, checked uploads, evaluation."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from pfedgpa_app.core.randomness import numpy_generator
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.methods.base import Rounds
+from pfedgpa_app.results.log import RunLog
+from pfedgpa_app.server.evaluation import Evaluator
+from pfedgpa_app.server.roster import Roster, array_bytes, match
+from pfedgpa_app.server.screening import NoUploadsError, screened
+
+logger = logging.getLogger("pfedgpa")
+
+
+class Personalised(Strategy):
+    """Runs one federation: every client may be sent weights of its own.
+
+    Replies that cannot be used are named in the log and left out; a round without any
+    usable reply ends the run.
+    """
+
+    def __init__(
+        self,
+        method: Rounds[Any],
+        name: str,
+        roster: Roster,
+        config: Config,
+        log: RunLog,
+        classes: int = 0,
+        keep: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """``classes`` of the clients' data; ``keep`` is called after each round."""
+        self.method, self.name, self.roster = method, name, roster
+        self.config, self.log, self._keep = config, log, keep
+        self.evaluator = Evaluator(name, roster, config, log)
+        self.honest = [
+            c for c in range(config.initial_clients) if c not in config.malicious_clients
+        ]
+        self.done = 0  # rounds before those of ``start``
+        self._classes = classes if config.share_label_counts else 0
+        self.server_seconds = 0.0
+        self.bytes_up = self.bytes_down = self._round_down = 0
+        self._sent: dict[int, Message] = {}
+        self._away: list[int] = []  # sampled, but not connected
+        self._participants: dict[int, dict[str, float]] = {}
+
+    def costs(self) -> dict[str, float]:
+        """What the rounds cost so far."""
+        return {
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "server_seconds": self.server_seconds,
+        }
+
+    def restore(self, costs: dict[str, float], done: int = 0) -> None:
+        """Go on after ``done`` rounds, which cost ``costs``."""
+        self.bytes_up, self.bytes_down = int(costs["bytes_up"]), int(costs["bytes_down"])
+        self.server_seconds, self.done = costs["server_seconds"], done
+
+    def summary(self) -> None:
+        logger.info("federation %s: %d clients", self.name, self.config.num_clients)
+
+    def sample(self, server_round: int) -> list[int]:
+        """The round's clients, in rising order."""
+        rng = numpy_generator(self.config.seed, "sample", server_round)
+        everybody, some = self.config.initial_clients, self.config.round_clients
+        return sorted(int(c) for c in rng.choice(everybody, some, replace=False))
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        server_round += self.done
+        settings = {"method": self.name, "round": server_round}
+        sampled = self.sample(server_round)
+        self.roster.await_nodes(sampled, self.config.min_uploads)
+        self._away = [client for client in sampled if not self.roster.is_here(client)]
+        self._sent = {
+            client: self.roster.message(
+                client, MessageType.TRAIN, self.method.download(client), settings
+            )
+            for client in sampled
+            if client not in self._away
+        }
+        self._round_down = sum(array_bytes(message) for message in self._sent.values())
+        return list(self._sent.values())
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        server_round += self.done
+        answers = match(self._sent, replies)
+        uploads, rejected = self.screened(server_round, self._sent, answers, self._away)
+        round_up = sum(array_bytes(answers[client]) for client in uploads)
+        self.bytes_up += round_up
+        self.bytes_down += self._round_down
+        if len(uploads) < self.config.min_uploads:
+            count = f"only {len(uploads)}" if uploads else "none"
+            asked = len(self._sent) + len(self._away)
+            raise NoUploadsError(
+                f"round {server_round} of {self.name}: {count} of {asked} clients sent a "
+                f"usable upload, min-uploads is {self.config.min_uploads}; the first: "
+                + "; ".join(f"client {c} {reason}" for c, reason in list(rejected.items())[:3])
+            )
+        self._participants = {client: _told(answers[client]) for client in uploads}
+        started = time.perf_counter()
+        self.method.aggregate(server_round, uploads)
+        self.server_seconds += time.perf_counter() - started
+        loss = sum(p["train_loss"] for p in self._participants.values()) / len(uploads)
+        metrics: dict[str, Any] = {
+            "train-loss": loss,
+            "uploads": len(uploads),
+            "rejected": len(rejected),
+            "bytes-up": round_up,
+            "bytes-down": self._round_down,
+        }
+        return None, MetricRecord(metrics)
+
+    def screened(
+        self,
+        server_round: int,
+        sent: Iterable[int],
+        answers: dict[int, Message],
+        away: Iterable[int] = (),
+    ) -> tuple[dict[int, Upload], dict[int, str]]:
+        """The usable uploads, and why the others are not, which the log is told, too."""
+        expected = self.method.expected_upload()
+        uploads, wrong = screened(sent, answers, expected, server_round, self._classes, self.config)
+        rejected = dict.fromkeys(away, "is not connected") | wrong
+        for client, reason in sorted(rejected.items()):
+            self.log.rejected(self.name, server_round, client, reason)
+        return uploads, rejected
+
+    def _evaluated(self, server_round: int) -> bool:
+        rounds, every = self.config.num_server_rounds, self.config.evaluate_every
+        if not every:
+            return False
+        return server_round > rounds - 5 or server_round % every == 0 or server_round == 1
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        server_round += self.done
+        clients = self.honest if self._evaluated(server_round) else []
+        if clients:
+            self.roster.poll()
+        self._sent = {
+            client: self.evaluator.message(
+                client, self.method.evaluation_download(client), server_round
+            )
+            for client in clients
+            if self.roster.is_here(client)
+        }
+        return list(self._sent.values())
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        server_round += self.done
+        answers = match(self._sent, replies)
+        scores = self.evaluator.scores(server_round, self._sent, answers)
+        self.log.round(self.name, server_round, self._participants, scores)
+        self._keep(server_round)
+        if not scores:
+            return None
+        return MetricRecord({"accuracy": sum(s["accuracy"] for s in scores.values()) / len(scores)})
+
+
+def _told(upload: Message) -> dict[str, float]:
+    """What an upload's metrics say of the training."""
+    metrics: Any = upload.content.metric_records["metrics"]
+    return {"train_loss": float(metrics.get("loss", math.nan))}

@@ -1,0 +1,179 @@
+"""Every method on the same partitions and seeds, in one table with the paper's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pfedgpa_app.config.resolve import require_method, without_idle
+from pfedgpa_app.methods import METHODS, federations
+from pfedgpa_app.results.log import is_done, rows_of
+from pfedgpa_app.results.tables import markdown, over_seeds
+from pfedgpa_app.run.folder import kept_settings
+from pfedgpa_app.study.sweep import Run, Settings, expand
+
+EXPERIMENTS = (
+    *("compare-cifar10", "compare-fashion-mnist"),
+    *("compare-cifar10-100", "compare-fashion-mnist-100"),
+)
+# the methods of the paper's Table 1, and what they are measured against: three seeds
+MAIN = (
+    *("local", "fedavg", "fedavg-ft", "fedavg-ft-tuned", "fedper", "fedrep", "lg-fedavg"),
+    *("fedbabu", "pfedhn", "last-upload", "client-mean", "group-mean"),
+    *("pfedgpa", "pfedgpa-once", "pfedgpa-inverted", "pfedgpa-sampled"),
+)
+SEEDS = (0, 1, 2)
+# {experiment: {method: its entry of every seed}}
+Finished = dict[str, dict[str, list[dict[str, Any]]]]
+
+# Lai et al., AAAI 2025, Table 1: {data set: {method: with 10, 20 and 100 clients}}
+PAPER: dict[str, dict[str, tuple[float, float, float]]] = {
+    "emnist": {
+        "local": (70.85, 70.45, 73.73),
+        "fedavg": (71.10, 72.89, 74.60),
+        "fedavg-ft": (81.91, 85.09, 86.52),
+        "fedper": (74.56, 76.61, 77.08),
+        "fedrep": (74.22, 74.37, 76.54),
+        "lg-fedavg": (71.23, 70.90, 76.25),
+        "fedbabu": (80.28, 83.92, 84.39),
+        "pfedhn": (77.33, 81.79, 77.23),
+        "pfedgpa": (82.53, 84.70, 88.22),
+    },
+    "fashion-mnist": {
+        "local": (85.11, 84.89, 85.48),
+        "fedavg": (81.90, 82.96, 83.93),
+        "fedavg-ft": (88.45, 89.39, 89.28),
+        "fedper": (87.13, 87.20, 88.65),
+        "fedrep": (88.69, 88.27, 88.42),
+        "lg-fedavg": (85.28, 85.25, 85.96),
+        "fedbabu": (87.44, 88.86, 89.43),
+        "pfedhn": (87.69, 86.84, 86.25),
+        "pfedgpa": (88.90, 89.18, 90.08),
+    },
+    "cifar10": {
+        "local": (63.83, 64.38, 65.41),
+        "fedavg": (64.13, 68.51, 69.87),
+        "fedavg-ft": (71.76, 76.46, 76.55),
+        "fedper": (63.20, 63.68, 69.43),
+        "fedrep": (64.71, 65.85, 67.63),
+        "lg-fedavg": (64.20, 64.94, 65.41),
+        "fedbabu": (69.42, 74.25, 75.32),
+        "pfedhn": (71.43, 75.41, 77.12),
+        "pfedgpa": (72.95, 78.54, 78.33),
+    },
+}
+COLUMNS = {
+    "as its paper evaluates": "accuracy_as_its_paper",
+    "before FT": "accuracy_before_ft",
+    "tuned FT": "accuracy_after_ft_tuned",
+    "kept by validation": "accuracy_kept",
+    "worst client before FT": "accuracy_worst_client_before_ft",
+}
+
+
+def plan(
+    experiments: Sequence[str],
+    methods: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    settings: Settings,
+    out: Path,
+) -> list[Run]:
+    """The comparison's runs, one a federation, the first seed of everything first.
+
+    Args:
+        methods: which to compare; None for all.
+        seeds: which seeds; None for three of the main methods and one of the others.
+
+    Raises:
+        ConfigError: a method that does not exist.
+    """
+    every = [name for name in METHODS if not METHODS[name].is_defence]
+    asked = every if methods is None else methods
+    for name in asked:
+        require_method(name, "--methods")
+    chosen = [name for name in METHODS if name in asked]  # a run's name goes by this order
+    runs = []
+    for seed in dict.fromkeys(SEEDS if seeds is None else seeds):
+        all_here = seeds is not None or seed == SEEDS[0]
+        wanted = [name for name in chosen if all_here or name in MAIN]
+        for experiment in experiments:
+            for group in federations(wanted).values():
+                over: dict[str, list[Any]] = {"conf": [experiment], "method": [group]}
+                over["seed"] = [seed]
+                runs += expand(_own(settings, group, chosen), over, out)
+    return runs
+
+
+def _own(settings: Settings, group: Sequence[str], every: Sequence[str]) -> Settings:
+    """``settings`` without those that others of ``every`` method go by, but none of ``group``."""
+    others = without_idle(settings, every).keys() - without_idle(settings, group).keys()
+    return {name: value for name, value in settings.items() if name not in others}
+
+
+def _published(row: Mapping[str, Any]) -> str:
+    for dataset, figures in PAPER.items():
+        if dataset in row["dataset"] and row["method"] in figures:
+            sizes = dict(zip((10, 20, 100), figures[row["method"]], strict=True))
+            return f"{sizes[row['num_clients']]:.2f}" if row["num_clients"] in sizes else "–"
+    return "–"
+
+
+def finished(out: Path) -> Finished:
+    """All finished runs in ``out``."""
+    found: Finished = {}
+    for folder in sorted(path.parent for path in out.glob("*/summary.json")):
+        if is_done(folder):
+            experiment = kept_settings(folder)["conf"]["value"]
+            methods = found.setdefault(Path(experiment).stem, {})
+            for row in rows_of(folder):
+                methods.setdefault(row["method"], []).append(row)
+    return dict(sorted(found.items()))
+
+
+def overview(found: Finished) -> str:
+    """A column an experiment, in Markdown: accuracy as sent, and after tuned fine-tuning.
+
+    Methods that only fine-tune another's weights are left out: they are its second figure.
+    """
+    firsts = [next(iter(methods.values()))[0] for methods in found.values()]
+    heads = [f"{row['dataset']}, {row['num_clients']} clients" for row in firsts]
+    rows = []
+    for name in METHODS:
+        columns = [methods.get(name, []) for methods in found.values()]
+        if not any(columns) or METHODS[name].weights_from:
+            continue
+        cells = [METHODS[name].title]
+        for seeds in columns:
+            sent, tuned = (
+                over_seeds([row[key] for row in seeds], digits=1)
+                for key in ("accuracy_before_ft", "accuracy_after_ft_tuned")
+            )
+            cells.append(f"{sent} / {tuned}" if seeds else "–")
+        rows.append(cells)
+    return markdown(["method", *heads], rows)
+
+
+def table(found: Finished) -> str:
+    """One table an experiment, in Markdown: means ± standard deviations over seeds."""
+    parts = []
+    for experiment, methods in found.items():
+        some = next(iter(methods.values()))[0]
+        parts.append(
+            f"### {some['dataset']}, {some['num_clients']} clients, {some['rounds']} rounds "
+            f"({experiment})\n"
+        )
+        lines = []
+        for name in (name for name in METHODS if name in methods):
+            rows = methods[name]
+            cells = [over_seeds([row[key] for row in rows]) for key in COLUMNS.values()]
+            lines.append([rows[0]["title"], str(len(rows)), *cells, _published(rows[0])])
+        parts.append(markdown(["method", "seeds", *COLUMNS, "the paper's figure"], lines) + "\n")
+    return "\n".join(parts)
+
+
+def report(out: Path) -> str:
+    """The overview and the tables of all finished runs in ``out``; nothing without one."""
+    if not (found := finished(out)):
+        return ""
+    return f"As sent / after tuned fine-tuning:\n\n{overview(found)}\n\n{table(found)}"

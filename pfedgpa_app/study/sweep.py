@@ -1,0 +1,427 @@
+"""Sweeps: many runs that share one machine.
+
+A sweep is every combination of the settings it varies. Each run is a ``pfedgpa run`` of its
+own in a folder named after its settings, so a sweep that was stopped goes on where it was:
+runs that are done are skipped, one that was broken off goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from joblib import cpu_count
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+
+from pfedgpa_app.config import yaml_file
+from pfedgpa_app.config.parse import flat
+from pfedgpa_app.config.resolve import Resolved, differences, known, resolve
+from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.engine import PARENT, StoppedError, engine_for
+from pfedgpa_app.methods import federations
+from pfedgpa_app.results.log import clock, is_done, last_event, rows_of
+from pfedgpa_app.results.tables import seeds_table
+from pfedgpa_app.run.checkpoint import MANIFEST
+from pfedgpa_app.run.folder import is_foreign, is_running, kept_settings, locked
+from pfedgpa_app.run.launcher import preflight
+from pfedgpa_app.run.resuming import CHECKPOINT
+
+LOOK = 0.5  # seconds between looks at the runs
+COLUMNS = {
+    "before FT": "accuracy_before_ft",
+    "after FT": "accuracy_after_ft",
+    "kept by validation": "accuracy_kept",
+    "tuned FT": "accuracy_after_ft_tuned",
+    "worst client before FT": "accuracy_worst_client_before_ft",
+    "rounds to 95 % of the peak": "rounds_to_95_percent_of_peak",
+    "server s": "server_seconds",
+    "peak MiB": "peak_memory_mib",
+}
+JOINED = "accuracy_of_joining_clients"  # as welcomed and after each upload
+
+Settings = dict[str, Any]
+
+
+def read(path: Path) -> tuple[Settings, dict[str, list[Any]]]:
+    """A sweep's file: ``settings:`` that all runs share and ``over:`` with lists to combine.
+
+    Raises:
+        ConfigError: no such file, or another form.
+    """
+    loaded = yaml_file.read(path)
+    settings, over = loaded.get("settings") or {}, loaded.get("over") or {}
+    if loaded.keys() - {"settings", "over"}:
+        raise ConfigError(f"{path}: wants settings: and over:, and nothing else")
+    if not isinstance(settings, dict) or not isinstance(over, dict):
+        raise ConfigError(f"{path}: settings: and over: must map settings to values")
+    settings, over = flat(settings, f"{path}: settings"), flat(over, f"{path}: over")
+    for key, values in over.items():
+        known(key, f"{path}: over")
+        if not isinstance(values, list) or not values:
+            raise ConfigError(f"{path}: over: {key}: wants a list of values")
+    return settings, over
+
+
+@dataclass
+class Run:
+    """One run of a sweep."""
+
+    name: str
+    settings: Settings
+    varied: Settings
+    resolved: Resolved
+    folder: Path
+
+    @property
+    def config(self) -> Config:
+        return self.resolved.config
+
+    @property
+    def work(self) -> float:
+        """About how long it takes, in images trained on."""
+        c = self.config
+        trained = max(1, round(c.fraction_train * c.num_clients)) * c.train_per_client
+        return len(federations(c.method)) * c.num_server_rounds * c.local_epochs * trained
+
+    def differences(self) -> list[str]:
+        """Settings in which the run in its folder differs from this one."""
+        return differences(kept_settings(self.folder), self.resolved)
+
+    def can_go_on(self) -> bool:
+        """Whether its folder holds a checkpoint of this run, which was killed, but had not failed.
+
+        What made a run fail may lie in its checkpoint.
+        """
+        kept = (self.folder / CHECKPOINT / MANIFEST).exists()
+        failed = last_event(self.folder).get("kind") == "failed"
+        return kept and not failed and not self.differences()
+
+
+def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> list[Run]:
+    """Every combination of ``over`` on top of ``settings``, the last key varying fastest.
+
+    Raises:
+        ConfigError: a combination that cannot run, or a folder with another run's results.
+    """
+    runs = []
+    for values in itertools.product(*over.values()):
+        varied = dict(zip(over, values, strict=True))
+        chosen = settings | varied
+        name = _name(chosen, varied)
+        folder = (out / name).absolute()
+        chosen |= {"out-dir": str(folder.parent), "run-name": name}
+        run = Run(name, chosen, varied, resolve(chosen), folder)
+        if is_done(folder) and (differences := run.differences()):
+            raise ConfigError(
+                f"{folder} holds a run with other settings ({'; '.join(differences)}): "
+                "choose another --out, or delete it"
+            )
+        if is_foreign(folder):
+            raise ConfigError(f"{folder} exists, and is not a run's folder: choose another --out")
+        runs.append(run)
+    if twice := [name for name, n in Counter(run.name for run in runs).items() if n > 1]:
+        raise ConfigError(f"over: the same run twice: {', '.join(sorted(twice))}")
+    return runs
+
+
+def _name(settings: Settings, varied: Settings) -> str:
+    def text(value: Any) -> str:
+        whole = "+".join(map(str, value)) if isinstance(value, list) else str(value)
+        return "".join(c if c.isalnum() or c in "-.+" else "-" for c in whole)
+
+    parts = [text(Path(str(settings.get("conf", "demo"))).stem)]
+    parts += [f"{key}={text(value)}" for key, value in varied.items() if key != "conf"]
+    return "_".join(parts)
+
+
+def shares(runs: Sequence[Run], jobs: int | None, cores: int) -> tuple[int, int | None]:
+    """How many runs go at once, and how many workers each has (None: as its settings say).
+
+    Runs on the process engine share the cores, one worker each while there are enough runs:
+    while one run's server works, another's client trains. Ray and a GPU serve one run at a time.
+    """
+    engines = {engine_for(run.config.engine, run.config.device) for run in runs}
+    asked = {run.config.workers for run in runs} - {None}
+    if engines != {"process"}:
+        return jobs or 1, None
+    if asked:
+        most = max(w for w in asked if w)
+        return jobs or max(1, cores // most), None
+    at_once = jobs or max(1, min(cores, len(runs)))
+    return at_once, max(1, cores // at_once)
+
+
+class Show(Protocol):
+    """Tells the user how the sweep goes."""
+
+    def begin(self, run: Run, text: str) -> None: ...
+    def update(self, run: Run, event: Mapping[str, Any], text: str) -> None: ...
+    def end(self, run: Run, outcome: str, text: str) -> None: ...
+
+
+class Lines:
+    """One line when a run starts, one when it ends, and one when it stands still."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.stalled: dict[str, str] = {}  # {run: what was said of its standing still}
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def begin(self, run: Run, text: str) -> None:
+        self._say(f"{text}  {run.name}: started")
+
+    def update(self, run: Run, event: Mapping[str, Any], text: str) -> None:
+        if event.get("kind") == "stalled" and self.stalled.get(run.name) != event["text"]:
+            self.stalled[run.name] = event["text"]
+            self._say(f"{text}  {run.name}: {event['text']}")
+
+    def end(self, run: Run, outcome: str, text: str) -> None:
+        self._say(f"{text}  {run.name}: {outcome}")
+
+
+class Bars(Lines):
+    """A live bar for each run that goes, and one line for the sweep, below the lines."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self.progress = Progress(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=24)),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[now]}", table_column=Column(no_wrap=True)),
+            console=console,
+            transient=True,
+        )
+        self.sweep = self.progress.add_task("sweep", total=None, now="")
+        self.tasks: dict[str, TaskID] = {}
+        self.progress.start()
+
+    def begin(self, run: Run, text: str) -> None:
+        self.tasks[run.name] = self.progress.add_task(escape(run.name), total=1, now="starting")
+        self.progress.update(self.sweep, now=text)
+
+    def update(self, run: Run, event: Mapping[str, Any], text: str) -> None:
+        super().update(run, event, text)
+        now = escape(event["text"].splitlines()[0]) if event else "starting"
+        completed = event.get("progress", 0)
+        self.progress.update(self.tasks[run.name], completed=completed, now=now)
+        self.progress.update(self.sweep, now=text)
+
+    def end(self, run: Run, outcome: str, text: str) -> None:
+        self.progress.remove_task(self.tasks.pop(run.name))
+        super().end(run, outcome, text)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self.progress.stop()
+
+
+class Sweep:
+    """Runs what is not done, so many at once, and keeps count."""
+
+    def __init__(
+        self, runs: Sequence[Run], app: Path, jobs: int, workers: int | None, show: Show
+    ) -> None:
+        self.runs, self.app, self.jobs, self.workers, self.show = runs, app, jobs, workers, show
+        self.waiting = [run for run in runs if not is_done(run.folder)]
+        self.done = len(runs) - len(self.waiting)
+        self.going: list[tuple[Run, subprocess.Popen[str]]] = []
+        self._earlier: dict[str, dict[str, Any]] = {}  # the last event before a run went on
+        self.failed: dict[str, str] = {}
+        self._started = time.monotonic()
+        self._finished_work = 0.0
+
+    def run_all(self) -> None:
+        """Returns when no run is left; whatever happens, none goes on behind it."""
+        try:
+            while self.waiting or self.going:
+                while self.waiting and len(self.going) < self.jobs:
+                    self._begin(self.waiting.pop(0))
+                time.sleep(LOOK)
+                for run, process in list(self.going):
+                    event = last_event(run.folder)
+                    fresh = event != self._earlier[run.name]
+                    self.show.update(run, event if fresh else {}, self.state())
+                    if process.poll() is not None:
+                        self._end(run, process)
+        finally:
+            for _, process in self.going:
+                process.terminate()
+            for _, process in self.going:
+                process.communicate()
+
+    def _begin(self, run: Run) -> None:
+        resume = run.can_go_on()
+        self._earlier[run.name] = last_event(run.folder) if resume else {}
+        if run.folder.exists() and not resume and not is_running(run.folder):
+            shutil.rmtree(run.folder)
+        # -P: nothing is imported from the user's folder, whatever lies there
+        command = [sys.executable, "-P", "-m", "pfedgpa_app", "run", "--app", str(self.app)]
+        env = os.environ | {PARENT: str(os.getpid())}
+        settings = run.settings | {"resume": resume}
+        if self.workers:
+            settings["workers"] = self.workers
+            env["OMP_NUM_THREADS"] = str(self.workers)  # the server's share, too
+        command += [f"{key}={_argument(value)}" for key, value in settings.items()]
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the sweep, which then stops its runs
+        )
+        self.going.append((run, process))
+        self.show.begin(run, self.state())
+
+    def _end(self, run: Run, process: subprocess.Popen[str]) -> None:
+        _, said = process.communicate()
+        self.going.remove((run, process))
+        self._finished_work += self._worked(run, 1.0)
+        if process.returncode == 0:
+            self.done += 1
+            outcome = _headline(run.folder)
+        else:
+            outcome = f"failed: {said.strip()[-500:] or f'exit status {process.returncode}'}"
+            self.failed[run.name] = outcome
+        self.show.end(run, outcome, self.state())
+
+    def state(self) -> str:
+        """``3/9 done, 12:31 left``."""
+        partly = {run.name: last_event(run.folder).get("progress", 0.0) for run, _ in self.going}
+        going = [run for run, _ in self.going]
+        left = sum(run.work for run in [*self.waiting, *going])
+        left -= sum(run.work * partly[run.name] for run in going)
+        worked = self._finished_work + sum(self._worked(run, partly[run.name]) for run in going)
+        text = f"{self.done}/{len(self.runs)} done"
+        if worked > 0:
+            elapsed = time.monotonic() - self._started
+            text += f", {clock(left / worked * elapsed)} left"
+        return text
+
+    def _worked(self, run: Run, progress: float) -> float:
+        """Of its work, what was done since it began or went on here."""
+        before: float = self._earlier[run.name].get("progress", 0.0)
+        return run.work * max(0.0, progress - before)
+
+
+def _argument(value: Any) -> str:
+    """As ``KEY=VALUE`` wants it."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def _headline(folder: Path) -> str:
+    return ", ".join(f"{r['method']} {r['accuracy_before_ft']:.1f}" for r in rows_of(folder))
+
+
+def summarise(runs: Sequence[Run], out: Path) -> str:
+    """Write ``sweep.json`` (every finished run's rows) and ``sweep.md`` (means over seeds)."""
+    finished = [run for run in runs if is_done(run.folder)]
+    rows = {run.name: rows_of(run.folder) for run in finished}
+    record = [{"run": r.name, "varied": r.varied, "summary": rows[r.name]} for r in finished]
+    write_text(out / "sweep.json", json.dumps(record, indent=1) + "\n")
+    parts = []
+    for varied, alike in _groups(finished):
+        title = ", ".join(f"{key} = {value}" for key, value in varied.items()) or "all runs"
+        seeds = ", ".join(str(run.config.seed) for run in alike)
+        figures = table([rows[run.name] for run in alike])
+        parts.append(f"### {title}\n\nSeeds {seeds}.\n\n{figures}\n")
+    write_text(out / "sweep.md", "\n".join(parts))
+    return "\n".join(parts)
+
+
+def table(seeds: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """Its columns are those that the runs have something for."""
+    most = max(len(row.get(JOINED, [])) for rows in seeds for row in rows)
+    joined = {f"joined, after {i}" if i else "joined": f"joined {i}" for i in range(most)}
+    flat = [
+        [row | {f"joined {i}": a for i, a in enumerate(row.get(JOINED, []))} for row in rows]
+        for rows in seeds
+    ]
+    return seeds_table(flat, COLUMNS | joined)
+
+
+def _groups(runs: Sequence[Run]) -> Iterator[tuple[Settings, list[Run]]]:
+    """Runs that differ in nothing but the seed."""
+    groups: dict[str, tuple[Settings, list[Run]]] = {}
+    for run in runs:
+        varied = {key: value for key, value in run.varied.items() if key != "seed"}
+        groups.setdefault(json.dumps(varied), (varied, []))[1].append(run)
+    yield from groups.values()
+
+
+def sweep(
+    settings: Settings,
+    over: Mapping[str, Sequence[Any]],
+    out: Path,
+    app: Path,
+    jobs: int | None = None,
+    console: Console | None = None,
+) -> bool:
+    """Run every combination that is not done yet; whether all of them are done now.
+
+    Raises:
+        ConfigError, DataError: refused before any run started.
+    """
+    return run_sweep(expand(settings, over, out), out, app, jobs, console)
+
+
+def run_sweep(
+    runs: list[Run], out: Path, app: Path, jobs: int | None, console: Console | None = None
+) -> bool:
+    """Do the ``runs`` that are not done yet; whether all of them are done now.
+
+    Raises:
+        ConfigError, DataError: refused before any run started.
+    """
+    console = console or Console()
+    for run in runs:
+        preflight(run.config)
+    jobs, workers = shares(runs, jobs, int(cpu_count()))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: the folder cannot be made: {error.strerror}") from error
+    with locked(out, f"{out}: another sweep is running there"):
+        return _run_all(runs, out, app, jobs, workers, console)
+
+
+def _run_all(
+    runs: list[Run], out: Path, app: Path, jobs: int, workers: int | None, console: Console
+) -> bool:
+    show = Bars(console) if console.is_terminal else Lines(console)
+    going = Sweep(runs, app, jobs, workers, show)
+    if skipped := going.done:
+        console.print(f"{skipped} of {len(runs)} runs are done already", highlight=False)
+    try:
+        going.run_all()
+    except KeyboardInterrupt as stop:
+        raise StoppedError(out.absolute()) from stop
+    finally:
+        if isinstance(show, Bars):
+            show.close()
+        table = summarise(runs, out)
+    console.print(table, markup=False, highlight=False, soft_wrap=True)
+    for name, outcome in going.failed.items():
+        console.print(f"{name}: {outcome}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"results are in {out.absolute()}", highlight=False, soft_wrap=True)
+    return not going.failed

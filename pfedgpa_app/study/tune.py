@@ -1,0 +1,206 @@
+"""Choose every method's main settings on validation images, and keep them in its experiment.
+
+A method's class names its main settings (``tuned``), their declarations the values to try
+(``grid``). They are searched one after the other: a few runs each, where all combinations
+would be many. A best value at an end of its grid has the search go on beyond that end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from pfedgpa_app.config.parse import flat
+from pfedgpa_app.config.resolve import conf_path, keys, require_method, sections
+from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.paths import PACKAGE
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.methods import METHODS, federation_of
+from pfedgpa_app.results.log import is_done, rows_of
+from pfedgpa_app.results.tables import markdown
+from pfedgpa_app.run.folder import kept_settings
+from pfedgpa_app.study.sweep import Run, Settings, expand, run_sweep
+
+MARK = "# Chosen on validation images by: "
+_BEYOND = 2  # values tried beyond an end of a grid
+DEFAULTS: Settings = {"seed": 100, "validation-share": 0.2, "save-weights": False}
+
+
+def main_settings(method: str) -> dict[str, tuple[Any, ...]]:
+    """{setting: values to try} of a method; FedAvg's learning rate is the run's."""
+    own = f"{method}." if method in sections() else ""
+    names = [own + name for name in METHODS[method].tuned]
+    return {name: keys()[name].rules["grid"] for name in names if name in keys()}
+
+
+def tunable(config: Config) -> list[str]:
+    """The methods that have rounds of their own and something to choose."""
+    return [m for m in METHODS if federation_of(m) == m and main_settings(m)]
+
+
+def score(run: Run) -> tuple[float, ...]:
+    """Accuracies on validation images in %, before and after fine-tunings, the best one first.
+
+    Of runs whose best are equal, the next best decide; () if it failed.
+    """
+    if not is_done(run.folder):
+        return ()  # the weights went to infinity
+    return tuple(sorted(rows_of(run.folder)[0]["validation"].values(), reverse=True))
+
+
+def tune(
+    conf: str,
+    methods: Sequence[str],
+    settings: Settings,
+    out: Path,
+    app: Path,
+    jobs: int | None,
+    command: str,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Search; write what was chosen into the experiment and how it went beside it.
+
+    Raises:
+        ConfigError: a method without main settings, or settings that cannot run.
+    """
+    path, console = conf_path(conf), console or Console()
+    if path.is_relative_to(PACKAGE):
+        raise ConfigError(
+            f"tune keeps what it chooses in the experiment, and {conf} is part of the installed "
+            f"package: copy {path} to a folder of yours and give the copy's path as --conf"
+        )
+    for method in methods:
+        require_method(method, "--methods")
+        if not main_settings(method):
+            raise ConfigError(f"--methods: {method} has no settings to choose")
+    _refuse_in_sections(path, methods)
+    if "fedavg" in methods and len(methods) > 1:  # its learning rate is the others' default
+        rest = [method for method in methods if method != "fedavg"]
+        first = tune(conf, ["fedavg"], settings, out, app, jobs, command, console)
+        return first | tune(conf, rest, settings, out, app, jobs, command, console)
+    base = DEFAULTS | settings | {"conf": conf}
+    chosen: dict[str, dict[str, Any]] = {method: {} for method in methods}
+    for step in range(max(len(main_settings(method)) for method in methods)):
+        going: dict[str, tuple[str, list[Run]]] = {}
+        for method in methods:
+            grids = list(main_settings(method).items())
+            if step < len(grids):
+                key, values = grids[step]
+                over = {"method": [method], **_fixed(chosen[method]), key: list(values)}
+                going[method] = key, expand(base, over, out)
+        run_sweep([run for _, runs in going.values() for run in runs], out, app, jobs, console)
+        for _ in range(_BEYOND):
+            more: list[Run] = []
+            for method, (key, runs) in going.items():
+                beyond = next_beyond([(run.varied[key], score(run)) for run in runs])
+                if beyond is not None:
+                    over = {"method": [method], **_fixed(chosen[method]), key: [beyond]}
+                    found = _possible(base, over, out)
+                    runs += found
+                    more += found
+            if more:
+                run_sweep(more, out, app, jobs, console)
+        for method, (key, runs) in going.items():
+            best = max(runs, key=score)  # the first of equals
+            if not score(best):
+                raise ConfigError(f"tune: no run of {method} came to its end; see {out}")
+            chosen[method][key] = best.varied[key]
+    found_best = {key: value for own in chosen.values() for key, value in own.items()}
+    _keep(path, found_best, command)
+    beside = path.with_suffix(".search.md")
+    earlier = beside.read_text(encoding="utf-8") if beside.exists() else ""
+    write_text(beside, merged(earlier, _report(out, conf, command)))
+    return found_best
+
+
+def next_beyond(tried: Sequence[tuple[Any, Any]]) -> float | None:
+    """The value to try next where the best of (value, score) is the smallest or the largest.
+
+    At the grid's own ratio; None where the best lies inside, or for what is no positive float.
+    """
+    values = sorted(value for value, _ in tried)
+    if len(values) < 2 or any(not isinstance(v, float) or v <= 0 for v in values):
+        return None
+    if len({score for _, score in tried}) == 1:  # it makes no difference
+        return None
+    best = max(tried, key=lambda pair: pair[1])[0]
+    if best == values[0]:
+        return float(f"{values[0] ** 2 / values[1]:.1g}")
+    if best == values[-1]:
+        return float(f"{values[-1] ** 2 / values[-2]:.1g}")
+    return None
+
+
+def _fixed(chosen: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {name: [value] for name, value in chosen.items()}
+
+
+def _possible(base: Settings, over: dict[str, list[Any]], out: Path) -> list[Run]:
+    """The run, or none where a setting's range does not go so far."""
+    try:
+        return expand(base, over, out)
+    except ConfigError:
+        return []
+
+
+def _without(text: str, names: Collection[str]) -> str:
+    """YAML ``text`` without the lines that set ``names``."""
+    lines = text.splitlines(keepends=True)
+    return "".join(line for line in lines if line.partition(":")[0].rstrip() not in names)
+
+
+def _refuse_in_sections(path: Path, methods: Sequence[str]) -> None:
+    """Refuse an experiment that has what is to be written inside a section."""
+    chosen = {name for method in methods for name in main_settings(method)}
+    text = path.read_text(encoding="utf-8").partition(MARK)[0]
+    above = flat(yaml.safe_load(_without(text, chosen)) or {}, str(path))
+    if twice := sorted(chosen & above.keys()):
+        raise ConfigError(f"{path}: has {', '.join(twice)}, which tune is to choose; take it out")
+
+
+def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:
+    """Write ``chosen`` below the marks, one a command, keeping what earlier ones chose."""
+    text, mark, below = path.read_text(encoding="utf-8").partition(MARK)
+    text, earlier = _without(text, chosen), mark + below
+    marks = [line for line in earlier.splitlines() if line.startswith(MARK)]
+    marks = list(dict.fromkeys([*marks, MARK + command]))
+    block = yaml.safe_dump((yaml.safe_load(earlier) or {}) | dict(chosen), sort_keys=False)
+    write_text(path, text + "\n".join(marks) + f"\n{block}")
+
+
+def _rows(out: Path, conf: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for folder in sorted(path.parent for path in out.glob("*/summary.json")):
+        if not is_done(folder):
+            continue
+        config, row = kept_settings(folder), rows_of(folder)[0]
+        if config["conf"]["value"] == conf:
+            names = main_settings(row["method"])
+            yield row["title"], ", ".join(f"{n} = {config[n]['value']}" for n in names), row
+
+
+def merged(earlier: str, report: str) -> str:
+    """The reports of several commands one below the other; a command's new one replaces its old."""
+    reports = [part for part in re.split(r"(?m)^(?=Made by )", earlier) if part.strip()]
+    kept = [part for part in reports if part.splitlines()[0] != report.splitlines()[0]]
+    return "\n".join(part.rstrip("\n") + "\n" for part in [*kept, report])
+
+
+def _report(out: Path, conf: str, command: str) -> str:
+    rows = []
+    for title, names, row in _rows(out, conf):
+        shown = row["validation"]
+        kinds = ("before_ft", "after_ft", "after_ft_tuned")
+        cells = [f"{shown[kind]:.2f}" for kind in kinds if kind in shown]
+        rows.append([title, names, str(row["rounds"]), *cells])
+    header = ["method", "settings", "rounds", "before FT", "its own FT", "tuned FT"]
+    return (
+        f"Made by `{command}`.\n\n"
+        "Accuracy on the clients' pooled validation images in %; the largest of a method's three "
+        f"figures decides.\n\n{markdown(header, rows)}\n"
+    )

@@ -1,0 +1,78 @@
+"""Scores, and fine-tunings to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pfedgpa_app.data.images import Images
+
+
+@dataclass(frozen=True)
+class FinalScore:
+    """One client's counts after the last round; index 0 is before fine-tuning.
+
+    Counts are of correct predictions.
+    """
+
+    test: list[int]
+    test_images: int
+    validation: list[int]
+    validation_images: int
+    agreement: int | None = None  # test images on which its reference predicts the same
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """How a client fine-tunes after the last round."""
+
+    epochs: int
+    learning_rate: float
+    part: str = "all"  # what is trained: "all", or "head", the last layer
+    full_batch: bool = False  # one step an epoch, on all training images
+
+
+EVALUATION_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over the evaluated images."""
+
+    correct: int
+    loss: float
+    images: int
+
+    @property
+    def accuracy(self) -> float:
+        """In percent; NaN without images."""
+        return 100 * self.correct / self.images if self.images else float("nan")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Images) -> Score:
+    """Count the correct predictions of ``model`` on ``data``."""
+    correct, loss = 0, 0.0
+    for logits, labels in _logits(model, data):
+        correct += int((logits.argmax(1) == labels).sum())
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    return Score(correct, loss, len(data))
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: Images) -> Tensor:
+    """The class that ``model`` sees in each image [N], on its device."""
+    return torch.cat([logits.argmax(1) for logits, _ in _logits(model, data)])
+
+
+def _logits(model: nn.Module, data: Images) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batch by batch, with the labels."""
+    model.eval()
+    device = next(model.parameters()).device
+    for start in range(0, len(data), EVALUATION_BATCH):
+        batch = data[start : start + EVALUATION_BATCH].to(device)
+        yield model(batch.floats()), batch.labels

@@ -1,0 +1,205 @@
+"""Local SGD and evaluation: the only training loop of the clients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.sgd import sgd
+
+from pfedgpa_app.core.sections import TrainingSettings
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.data.images import Images
+
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+GradientHook = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a client trains: plain SGD, its momentum starting afresh at each call."""
+
+    epochs: int
+    learning_rate: float
+    batch_size: int = 50
+    momentum: float = 0.5
+    weight_decay: float = 0.0
+    augment: bool = False
+    trainable: tuple[str, ...] = ()  # the weights that are trained; () for all
+    bfloat16: bool = False  # forward and backward; weights and updates stay float32
+    clip: float | None = None  # largest norm of a client's gradient
+
+    def computing(self, device: torch.device) -> torch.autocast:
+        """The context in which a step's loss is computed."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16)
+
+
+def recipe(
+    config: TrainingSettings, epochs: int, learning_rate: float, trainable: Sequence[str] = ()
+) -> Recipe:
+    """How the run's clients train for so many epochs at that rate."""
+    return Recipe(
+        epochs,
+        learning_rate,
+        config.batch_size,
+        config.momentum,
+        config.weight_decay,
+        config.augment,
+        tuple(trainable),
+        config.precision == "bfloat16",
+    )
+
+
+def bfloat16_is_emulated(device: torch.device) -> bool:
+    """Whether ``device`` is a CPU without instructions for it."""
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def device_for(setting: str) -> torch.device:
+    """The device that the ``device`` setting means here."""
+    if setting == "auto":
+        setting = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(setting)
+
+
+def batches(
+    size: int, recipe: Recipe, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """What each step of a client learns from: the only place where training draws.
+
+    Each epoch is one shuffled pass over ``size`` images, a short last batch included.
+
+    Args:
+        generator: on the CPU.
+
+    Yields:
+        the batch's indices [B], and under augmentation each image's crop [3, B].
+    """
+    for _ in range(recipe.epochs):
+        order = torch.randperm(size, generator=generator)
+        for batch in order.split(recipe.batch_size):
+            yield batch, draw_crops(len(batch), generator) if recipe.augment else None
+
+
+def draw_crops(n: int, generator: torch.Generator) -> Tensor:
+    """Each image's offset from the top and the left (0..8) and whether it is flipped, [3, n]."""
+    offsets = torch.randint(0, 9, (2, n), generator=generator)
+    flip = torch.rand(n, generator=generator) < 0.5
+    return torch.cat([offsets, flip[None].long()])
+
+
+def crop_and_flip(images: Tensor, crops: Tensor) -> Tensor:
+    """Images [n, C, H, W] padded by 4, cropped and mirrored as ``crops`` [3, n] says."""
+    _, _, height, width = images.shape
+    top, left, flip = crops[:, :, None].to(images.device)
+    rows = top + torch.arange(height, device=images.device)
+    columns = left + torch.arange(width, device=images.device)
+    columns = torch.where(flip > 0, columns.flip(1), columns)
+    padded = F.pad(images, (4, 4, 4, 4)).permute(0, 2, 3, 1)
+    index = torch.arange(len(images), device=images.device)[:, None, None]
+    return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def sgd_step(
+    parameters: list[Tensor],
+    gradients: Sequence[Tensor],
+    velocity: list[Tensor | None],
+    recipe: Recipe,
+) -> None:
+    """One step of plain SGD in place; ``velocity`` starts as None and is filled here.
+
+    torch's own update without its Optimizer class, whose first use imports the compiler:
+    over a second in every process that trains.
+    """
+    sgd(
+        parameters,
+        list(gradients),
+        velocity,
+        foreach=parameters[0].is_cuda,
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+    )
+
+
+def training_batches(
+    data: Images, recipe: Recipe, generator: torch.Generator, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each step's images [B, C, H, W] and labels [B] on ``device``, as ``batches`` says."""
+    data = data.to(device)
+    images, labels = data.floats(), data.labels
+    for batch, crops in batches(len(data), recipe, generator):
+        x = images[batch]
+        yield (x if crops is None else crop_and_flip(x, crops)), labels[batch]
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of images x [B, C, H, W] with labels y [B]."""
+    return F.cross_entropy(model(x).float(), y)
+
+
+def clipped(gradients: Sequence[Tensor], most: float) -> list[Tensor]:
+    """Every client's gradient, tensors [C, …], scaled down to the norm ``most`` if it has more."""
+    squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0)
+    scale = (most / squares.sqrt().clamp_min(1e-12)).clamp_max(1)
+    return [g * scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
+
+
+def train(
+    model: nn.Module,
+    data: Images,
+    recipe: Recipe,
+    generator: torch.Generator,
+    loss_of: Loss = cross_entropy,
+    gradient_hook: GradientHook | None = None,
+) -> float:
+    """Train ``model`` in place on ``batches``.
+
+    What is not trained gets no gradient, no momentum and no decay: it does not move at all.
+
+    Args:
+        loss_of: the loss of a batch, given the model, its images and labels.
+        gradient_hook: each step's gradients anew, given the trained weights and gradients by name.
+
+    Returns:
+        the mean loss over all images of all epochs (0 without a step).
+    """
+    model.train()
+    trained = dict(model.named_parameters())
+    if recipe.trainable:
+        trained = {name: trained[name] for name in recipe.trainable}
+    parameters: list[Tensor] = list(trained.values())
+    device = next(model.parameters()).device
+    velocity: list[Tensor | None] = [None for _ in parameters]
+    total = torch.zeros((), device=device)
+    for x, y in training_batches(data, recipe, generator, device):
+        with recipe.computing(device):
+            loss = loss_of(model, x, y)
+        gradients: Sequence[Tensor] = torch.autograd.grad(loss, parameters)
+        if gradient_hook is not None:
+            gradients = gradient_hook(trained, dict(zip(trained, gradients, strict=True)))
+        if recipe.clip is not None:
+            gradients = clipped([g[None] for g in gradients], recipe.clip)
+            gradients = [g[0] for g in gradients]
+        sgd_step(parameters, gradients, velocity, recipe)
+        total += loss.detach() * len(y)
+    return float(total) / max(1, recipe.epochs * len(data))
+
+
+def pull_to(anchor: Weights, strength: float) -> GradientHook:
+    """Add strength·(θ − anchor): the gradient of (strength/2)·‖θ − anchor‖²."""
+
+    def pull(trained: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Sequence[Tensor]:
+        return [
+            gradient + strength * (trained[name].detach() - anchor[name].to(gradient))
+            for name, gradient in gradients.items()
+        ]
+
+    return pull

@@ -1,0 +1,66 @@
+"""The house is built as docs/architecture.md draws it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from pfedgpa_app.core.paths import APP_DIR, PACKAGE
+from scripts.list_settings import listed
+
+LINT = Path(sys.executable).with_name("lint-imports")
+
+
+def floors() -> list[set[str]]:
+    """As the contract has them, from the top."""
+    contracts = tomllib.loads((APP_DIR / "pyproject.toml").read_text())["tool"]["importlinter"]
+    layers = contracts["contracts"][0]["layers"]
+    return [set(layer.split(" : ")) for layer in layers]
+
+
+def test_the_picture_has_the_contracts_floors() -> None:
+    text = (APP_DIR / "docs" / "architecture.md").read_text()
+    [drawn] = re.findall(r"nor a neighbour on it:\n\n```\n(.*?)```", text, re.DOTALL)
+    assert [set(line.split(" · ")) for line in drawn.splitlines()] == floors()
+
+
+def test_every_room_is_on_a_floor_and_in_the_picture() -> None:
+    names = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("__")}
+    rooms = {name.removesuffix(".py") for name in names} - {"app", "py.typed"}
+    assert rooms == set().union(*floors())
+    assert len(rooms) <= 17
+    text = (APP_DIR / "docs" / "architecture.md").read_text()
+    for room in rooms:
+        assert re.search(rf"^  {room}(/|\.py) ", text, re.MULTILINE), room
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("core/files.py", "from pfedgpa_app.methods import METHODS"),
+        ("methods/fedavg.py", "from flwr.app import Message"),
+    ],
+)
+def test_a_wrong_import_is_found(tmp_path: Path, file: str, line: str) -> None:
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name)
+    shutil.copy(APP_DIR / "pyproject.toml", tmp_path)
+
+    def lint() -> int:
+        return subprocess.run([LINT], cwd=tmp_path, capture_output=True).returncode
+
+    assert lint() == 0
+    with (tmp_path / PACKAGE.name / file).open("a") as out:
+        out.write(f"\n{line}\n")
+    assert lint() == 1
+
+
+def test_pyproject_lists_every_setting() -> None:
+    """``python scripts/list_settings.py`` writes the list."""
+    text = (APP_DIR / "pyproject.toml").read_text(encoding="utf-8")
+    assert listed(text) == text
