@@ -577,3 +577,10 @@ def test_warns_of_a_precision_that_the_machine_must_emulate(
     folder, _ = federate(tmp_path, **settings)
     warned = [r["text"] for r in records(folder, "events.jsonl") if r["kind"] == "warning"]
     assert any(text.startswith("precision = bfloat16") for text in warned) == warns
+
+
+def test_clients_join_where_what_is_trained_from_is_no_network(tmp_path: Path) -> None:
+    methods = "scaffold,fedproto,fedfomo"
+    folder, _ = federate(tmp_path, method=methods, join_clients=1, join_iterations=1)
+    for row in summary(folder).values():
+        assert all(0 <= accuracy <= 100 for accuracy in row["accuracy_of_joining_clients"])

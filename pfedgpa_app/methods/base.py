@@ -114,6 +114,10 @@ class Rounds(Generic[S]):
         """
         return {client: self.download(client) for client in uploads}
 
+    def evaluation_of(self, client: int, given: Weights) -> Weights:
+        """What a client that joined is sent to be evaluated; it trains from ``given``."""
+        return given
+
     # client half. What is downloaded is shared and what else the network has is the client's
     # own; weights that are in neither place are as the run's seed initialises them.
 

@@ -77,6 +77,9 @@ class FedFomo(Method[FomoState]):
     def evaluation_download(self, client: int) -> Weights:
         return {}
 
+    def evaluation_of(self, client: int, given: Weights) -> Weights:
+        return self.evaluation_download(client)
+
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         state, own = self.state, self.config.of(FedFomoSettings)
         for client, upload in uploads.items():

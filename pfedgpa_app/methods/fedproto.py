@@ -85,6 +85,9 @@ class FedProto(Method[Prototypes]):
         bias = (-means.square().sum(1)).masked_fill(unseen, NEVER)
         return dict(zip(self.state.head, (2 * means, bias), strict=True))
 
+    def evaluation_of(self, client: int, given: Weights) -> Weights:
+        return self.evaluation_download(client)
+
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         counts = torch.stack([u.weights["counts"] for u in uploads.values()]).clamp_min(0)
         means = torch.stack([u.weights["means"] for u in uploads.values()])

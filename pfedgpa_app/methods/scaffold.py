@@ -74,6 +74,9 @@ class Scaffold(Method[ScaffoldState]):
     def evaluation_download(self, client: int) -> Weights:
         return self.state.global_weights
 
+    def evaluation_of(self, client: int, given: Weights) -> Weights:
+        return self.evaluation_download(client)
+
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         mean = weighted_mean(uploads, uniform=True)
         share = len(uploads) / self.config.num_clients

@@ -6,6 +6,7 @@ from typing import Any
 
 from flwr.app import MessageType
 
+from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.server.strategy import Personalised
 
@@ -19,7 +20,7 @@ def join(strategy: Personalised, method: Personaliser[Any]) -> list[dict[int, fl
     config, roster = strategy.config, strategy.roster
     rounds = config.num_server_rounds
     given = method.first_download(range(config.initial_clients, config.num_clients))
-    curve = [strategy.evaluator.accuracies(given, rounds)]
+    curve = [_accuracies(strategy, given, rounds)]
     for server_round in range(rounds + 1, rounds + config.join_iterations + 1):
         settings = {"method": strategy.name, "round": server_round}
         messages = {
@@ -29,5 +30,13 @@ def join(strategy: Personalised, method: Personaliser[Any]) -> list[dict[int, fl
         answers = roster.exchange(messages)
         uploads, _ = strategy.screened(server_round, messages, answers)
         given = given | (method.join(uploads) if uploads else {})
-        curve.append(strategy.evaluator.accuracies(given, server_round))
+        curve.append(_accuracies(strategy, given, server_round))
     return curve
+
+
+def _accuracies(
+    strategy: Personalised, given: dict[int, Weights], server_round: int
+) -> dict[int, float]:
+    """Every client's accuracy in %, ``given`` being what they train from."""
+    sent = {client: strategy.method.evaluation_of(client, mine) for client, mine in given.items()}
+    return strategy.evaluator.accuracies(sent, server_round)
