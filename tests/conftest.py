@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,11 @@ def emnist() -> Path:
 def cifar10_folder() -> Path:
     """The data folder, with CIFAR-10 as images in it."""
     return _real("cifar10")
+
+
+@pytest.fixture(autouse=True)
+def path_as_it_was() -> Iterator[None]:
+    """An app that a test runs in this process may put its folder first."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
