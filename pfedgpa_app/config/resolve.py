@@ -28,8 +28,7 @@ from pfedgpa_app.methods.baselines import FromUploads
 @lru_cache(maxsize=1)
 def sections() -> dict[str, type]:
     """{method: the class of its own settings}, for every method that has some."""
-    classes = {name: METHODS[name] for name in METHODS}
-    return {name: vars(c)["settings"] for name, c in classes.items() if "settings" in vars(c)}
+    return {name: vars(c)["settings"] for name, c in METHODS.items() if "settings" in vars(c)}
 
 
 @lru_cache(maxsize=1)
