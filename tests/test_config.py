@@ -15,6 +15,7 @@ import pytest
 
 import server_app
 from pfedgpa_app import cli
+from pfedgpa_app.cli import options
 from pfedgpa_app.config.resolve import keys, resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.randomness import numpy_generator, torch_generator
@@ -214,7 +215,7 @@ def cli_text(value: Any) -> str:
 
 class TestCommandLine:
     def test_settings_as_flower_takes_them(self) -> None:
-        assert cli.parse_overrides(
+        assert options.parse_overrides(
             [
                 'seed=1 out-dir="/my results" learning-rate=0.5',
                 "method=local,fedavg",
@@ -229,7 +230,7 @@ class TestCommandLine:
         }
 
     def test_a_table_of_a_methods_own_settings(self) -> None:
-        assert cli.parse_overrides(["pfedgpa={rank=3, draws=2}"]) == {
+        assert options.parse_overrides(["pfedgpa={rank=3, draws=2}"]) == {
             "pfedgpa.rank": 3,
             "pfedgpa.draws": 2,
         }
@@ -307,7 +308,7 @@ class TestCommandLine:
     def test_a_terminal_without_our_letters(self, monkeypatch: pytest.MonkeyPatch) -> None:
         ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
         monkeypatch.setattr("sys.stdout", ascii_only)
-        monkeypatch.setattr("pfedgpa_app.cli._run", lambda *_: print("80.0 ± 1.0") or 0)
+        monkeypatch.setattr("pfedgpa_app.cli.run.handle", lambda *_: print("80.0 ± 1.0") or 0)
         assert cli.main(["run"]) == 0
         ascii_only.seek(0)
         assert ascii_only.read() == "80.0 ? 1.0\n"

@@ -400,4 +400,4 @@ class TestShippedFiles:
             line = line.partition("--node-config '")[0]
             assert set(re.findall(r"--[a-z][a-z-]+", line)) <= options(command)
         for line in re.findall(r"^pfedgpa (keys|doctor)(.*)$", text, re.MULTILINE):
-            cli._parser().parse_args([line[0], *line[1].split()])
+            cli.parse([line[0], *line[1].split()])

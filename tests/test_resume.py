@@ -23,6 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from pfedgpa_app import cli
+from pfedgpa_app.cli.options import parse_overrides
 from pfedgpa_app.config.resolve import Resolved, resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.sections import Config
@@ -579,5 +580,5 @@ class TestFolder:
 
     @pytest.mark.parametrize("name", ["7", "2026-11-26", "true", "1e3", "'7'"])
     def test_a_name_may_look_like_something_else(self, name: str) -> None:
-        parsed = cli.parse_overrides([f"run-name={name}", "seed=7"])
+        parsed = parse_overrides([f"run-name={name}", "seed=7"])
         assert parsed == {"run-name": name.strip("'"), "seed": 7}

@@ -1,0 +1,136 @@
+"""The ``pfedgpa`` command: a module a subcommand, with its parser, its help and an example."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from pfedgpa_app import __version__
+from pfedgpa_app.cli import (
+    compare,
+    doctor,
+    keys,
+    partition,
+    rehearse,
+    run,
+    settings,
+    sweep,
+    tune,
+)
+from pfedgpa_app.core.settings import ConfigError, DataError
+from pfedgpa_app.engine import LaunchError, StoppedError
+from pfedgpa_app.engine.spawning import Server
+
+
+class Command(Protocol):
+    """What a subcommand's module has, whose docstring is its help."""
+
+    EXAMPLE: str  # what follows ``pfedgpa``
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Say what its command line holds."""
+
+    def handle(self, options: argparse.Namespace) -> int:
+        """Do it; returns the exit status."""
+
+
+COMMANDS: dict[str, Command] = {
+    "run": run,
+    "sweep": sweep,
+    "compare": compare,
+    "tune": tune,
+    "keys": keys,
+    "doctor": doctor,
+    "rehearse": rehearse,
+    "settings": settings,
+    "partition": partition,
+}
+
+
+def main(arguments: list[str] | None = None, server: Server | None = None) -> int:
+    """Run the command.
+
+    Args:
+        server: for a run, one that has been started already.
+
+    Returns:
+        the exit status: 0 done, 1 the run failed, 2 refused.
+    """
+    options = parse(arguments)
+    options.server = server
+    # a background job has SIGINT ignored, and SIGTERM must stop what was started, too
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(sign, signal.default_int_handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may have no letter for ±
+        sys.stdout.reconfigure(errors="replace")
+    try:
+        status = COMMANDS[options.command].handle(options)
+        sys.stdout.flush()
+        return status
+    except (ConfigError, DataError) as error:
+        return _failed(str(error), 2)
+    except LaunchError as error:
+        return _failed(str(error), 1)
+    except StoppedError as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        if options.command != "rehearse":  # whose nodes are gone
+            words = sys.argv[1:] if arguments is None else arguments
+            print(f"to go on: {_again(options.command, words, stop.folder)}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read what is printed has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError as error:
+        return _failed(f"there is not enough memory for these settings: {error}", 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _failed(f"{where}{error.strerror or error}", 1)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line's options, ``command`` among them; ends the process where they are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="pfedgpa", description="Personalised federated learning by generated weights."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, command in COMMANDS.items():
+        text = command.__doc__ or ""
+        own = commands.add_parser(
+            name,
+            help=text.partition("\n\n")[0],
+            description=text,
+            epilog=f"example: pfedgpa {command.EXAMPLE}",
+        )
+        command.add_options(own)
+    # settings may stand before and after options, which argparse's subcommands cannot mix
+    options, rest = parser.parse_known_args(arguments)
+    plain = not hasattr(options, "settings")  # a command without settings
+    if plain or any(word.startswith("-") for word in rest):
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    else:
+        options.settings += rest
+    return options
+
+
+def _failed(why: str, status: int) -> int:
+    print(f"pfedgpa: {why}", file=sys.stderr)
+    return status
+
+
+def _again(command: str, words: list[str], folder: Path) -> str:
+    """By what a command goes on that was given as ``words`` and stopped."""
+    if command == "run":
+        words = [word for word in words if not word.startswith(("run-name=", "resume="))]
+        words += [f"run-name={folder.name}", "resume=true"]
+    return shlex.join(["pfedgpa", *words])

@@ -1,0 +1,139 @@
+"""What subcommands' command lines have in common."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from pfedgpa_app.config.parse import flat
+from pfedgpa_app.config.resolve import keys
+from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.settings import ConfigError, shown
+
+SETTINGS_HELP = "settings, as in seed=1 method=local,pfedgpa; see: pfedgpa settings"
+
+
+def add_settings(parser: ArgumentParser) -> None:
+    """Settings as words of the command line."""
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=SETTINGS_HELP)
+
+
+def add_conf(parser: ArgumentParser, *names: str, required: bool = False) -> None:
+    """The experiment that settings are laid over."""
+    text = "experiment in conf/, or a YAML file"
+    parser.add_argument(*names, "--conf", required=required, help=text)
+
+
+def add_engine(parser: ArgumentParser) -> None:
+    """The engine, which is a setting, too."""
+    text = "auto, ray, process or batched; the same as engine="
+    parser.add_argument("--engine", help=text)
+
+
+def add_app(parser: ArgumentParser) -> None:
+    """Whose two doors are run."""
+    parser.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
+
+
+def add_jobs(parser: ArgumentParser) -> None:
+    """How many runs go on at a time."""
+    text = "runs at a time; default: as the cores allow"
+    parser.add_argument("--jobs", type=int, help=text)
+
+
+def overrides(options: Namespace, words: list[str] | None = None) -> dict[str, Any]:
+    """The settings that a command line has.
+
+    Args:
+        words: those that are settings, if not all of ``options.settings`` are.
+
+    Raises:
+        ConfigError: no ``KEY=VALUE``, or a key that does not exist.
+    """
+    settings = parse_overrides(options.settings if words is None else words)
+    for name in ("conf", "engine"):
+        if value := getattr(options, name, None):
+            settings[name] = value
+    return settings
+
+
+def parse_overrides(texts: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` settings; a value is TOML, and what is not valid TOML is text.
+
+    What a setting that wants text is given is text in any case.
+
+    A text may hold several settings, as Flower's --run-config does: ``'seed=1 method="local"'``.
+
+    Raises:
+        ConfigError: no ``KEY=VALUE``, or a key that does not exist.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        for part in _split(text):
+            key, found, value = part.partition("=")
+            if not found or not key.strip():
+                raise ConfigError(f"{shown(part)}: settings are given as KEY=VALUE")
+            settings[key.strip()] = value_of(key.strip(), value)
+    return flat(settings, "command line")
+
+
+def value_of(key: str, text: str) -> Any:
+    """What a setting's text means: a name like 7 or 2026-11-26 is text where text is wanted."""
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except (ValueError, RecursionError):  # no TOML, or a number of thousands of digits
+        return text
+    wants_text = key in keys() and keys()[key].type in (str, tuple[str, ...])
+    return text if wants_text and not isinstance(value, (str, list)) else value
+
+
+def _split(text: str) -> list[str]:
+    """At spaces before a KEY=, so that values may hold spaces."""
+    parts: list[str] = []
+    for word in text.split(" "):
+        if parts and word.partition("=")[0] not in keys():
+            parts[-1] += " " + word
+        else:
+            parts.append(word)
+    return [part.strip() for part in parts if part.strip()]
+
+
+def items(option: str, text: str) -> list[str]:
+    """What an option's text names, separated by commas."""
+    found = [item.strip() for item in text.split(",")]
+    if "" in found:
+        raise ConfigError(f"{option} {text!r}: wants at least one value, separated by commas")
+    return found
+
+
+def check_number(option: str, value: int, most: int) -> None:
+    """Refuse a number that is not from 1 to ``most``."""
+    if not 1 <= value <= most:
+        raise ConfigError(f"{option} {value}: must be >= 1 and <= {most}")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse what cannot be made a folder to write to."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder}: nothing can be written there: {there} is no folder of yours")
+
+
+def check_runs(settings: dict[str, Any], options: Namespace, out: Path) -> None:
+    """Refuse what many runs cannot have."""
+    if options.jobs is not None and options.jobs < 1:
+        raise ConfigError(f"--jobs {options.jobs}: must be >= 1")
+    for key in ("out-dir", "run-name"):
+        if key in settings:
+            raise ConfigError(f"{key}: many runs' folders are named for them; use --out")
+    check_folder(out)
+
+
+def refuse_as_settings(settings: dict[str, Any], taken: dict[str, str]) -> None:
+    """Refuse as settings what a command's options say, {setting: option}."""
+    for key, option in taken.items():
+        if key in settings:
+            raise ConfigError(f"{key}: use {option}")

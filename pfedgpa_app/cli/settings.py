@@ -1,0 +1,35 @@
+"""Prints settings, their defaults and meaning; with --conf, what a run would have."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from pfedgpa_app.cli.options import add_conf
+from pfedgpa_app.config.resolve import keys, keys_of, resolve
+
+EXAMPLE = "settings pfedgpa --conf fashion-mnist-20"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a method, a section of the run's (data, training, …) or a setting; all if none",
+    )
+    add_conf(parser)
+
+
+def handle(options: Namespace) -> int:
+    names, conf = options.names, options.conf
+    chosen = [key for name in names for key in keys_of(name)] if names else list(keys().values())
+    here = resolve({"conf": conf}).as_dict() if conf else {}
+    for key in {key.name: key for key in chosen}.values():
+        value = here[key.name]["value"] if conf else key.default
+        value = "auto" if value is None else value
+        if isinstance(value, tuple):
+            value = ",".join(map(str, value))
+        source = f"  [{here[key.name]['from']}]" if conf else ""
+        choices = f" ({', '.join(key.rules['choices'])})" if key.rules["choices"] else ""
+        print(f"{key.name} = {value!r}{source}\n    {key.rules['help']}{choices}")
+    return 0

@@ -1,0 +1,46 @@
+"""Chooses methods' main settings on validation images, and keeps them in the experiment.
+
+Runs a small grid for each method, then writes the chosen values into the experiment's YAML file
+and the search's results beside it.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from pfedgpa_app.cli import options as shared
+from pfedgpa_app.config.resolve import resolve
+
+EXAMPLE = "tune --conf my-experiment.yaml --methods fedavg,pfedgpa"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    shared.add_settings(parser)
+    shared.add_conf(parser, required=True)
+    parser.add_argument("--methods", help="separated by commas; default: all that can be tuned")
+    parser.add_argument("--out", type=Path, help="where the runs go; default: results/tune-CONF")
+    shared.add_jobs(parser)
+    shared.add_app(parser)
+
+
+def handle(options: Namespace) -> int:
+    from pfedgpa_app.study.tune import tunable, tune
+
+    overrides = shared.parse_overrides(options.settings)
+    out = options.out or Path("results") / f"tune-{Path(options.conf).stem}"
+    shared.check_runs(overrides, options, out)
+    shared.refuse_as_settings(overrides, {"conf": "--conf", "method": "--methods"})
+    config = resolve({"conf": options.conf}).config
+    methods = tunable(config)
+    if options.methods is not None:
+        methods = shared.items("--methods", options.methods)
+    # what can be repeated elsewhere: no paths of this machine
+    words = [f"--conf {Path(options.conf).stem}", f"--methods {','.join(methods)}"]
+    words += [f"{key}={value}" for key, value in overrides.items() if key != "data-dir"]
+    command = " ".join(["pfedgpa tune", *words])
+    app = options.app.absolute()
+    chosen = tune(options.conf, methods, overrides, out, app, options.jobs, command)
+    for key, value in chosen.items():
+        print(f"{key} = {value}")
+    return 0
