@@ -119,21 +119,12 @@ class PFedGPA(FedAvg):
         self.personal = {}
         if num_rounds < 1:
             raise ConfigError(f"num_rounds = {num_rounds}: must be >= 1")
-        try:
-            self._expected = dict(initial_arrays.to_torch_state_dict())
-        except (TypeError, ValueError) as error:  # types that NumPy has and torch has not
-            raise ConfigError(f"initial_arrays: are no tensors of torch's: {error}") from error
-        floats = {name: t for name, t in self._expected.items() if is_generated(t)}
-        self._others = {name: t for name, t in self._expected.items() if name not in floats}
-        if not floats:
-            raise ConfigError(
-                "initial_arrays: no floating-point tensor that is finite, to generate"
-            )
+        self._network = Network(initial_arrays)
         config = Config(num_server_rounds=num_rounds, seed=self.seed, sections=(self.settings,))
         Server.check(config)
         if self.save_dir is not None:
-            claim(self.save_dir, self._expected)
-        self._server = Server(config, Server.begin(config, floats))
+            claim(self.save_dir, self._network.expected)
+        self._server = Server(config, Server.begin(config, self._network.generated))
         self._nodes: dict[int, int] = {}  # node id → client, in order of appearance
         if not isinstance(dict(train_config or {}).get(self.rate_key), (int, float)):
             logger.warning(
@@ -186,7 +177,7 @@ class PFedGPA(FedAvg):
         Raises:
             NoUploadsError: this was the last round, and none brought a usable upload.
         """
-        contents, unusable = self._sorted_out(replies)
+        contents, unusable = screened(replies, self.weighted_by_key)
         uploads, wrong = self._uploads(contents)
         self._warn(server_round, unusable | wrong)
         server = self._server
@@ -196,10 +187,11 @@ class PFedGPA(FedAvg):
         elif last and not self._nodes:
             raise no_uploads(server_round, unusable | wrong)
         if last or (uploads and server.state.generated):
-            self.personal = self._made(server.personalise() if last else server.state.generated)
+            generated = server.personalise() if last else server.state.generated
+            self.personal = whole_networks(generated, server, self._network, self._nodes)
         if not uploads:
             return None, None
-        mean = self._record(server.state.global_weights)
+        mean = self._network.record(server.state.global_weights)
         accepted = {node: contents[node] for node in uploads}
         return mean, self._mean(self.train_metrics_aggr_fn, server_round, accepted)
 
@@ -207,68 +199,27 @@ class PFedGPA(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """FedAvg's mean of the usable evaluations."""
-        contents, unusable = self._sorted_out(replies)
+        contents, unusable = screened(replies, self.weighted_by_key)
         self._warn(server_round, unusable)
         return self._mean(self.evaluate_metrics_aggr_fn, server_round, contents)
-
-    def _sorted_out(
-        self, replies: Iterable[Message]
-    ) -> tuple[dict[int, RecordDict], dict[int, str]]:
-        """{node: its reply} where the metrics can be used, and what is wrong with the others."""
-        usable: dict[int, RecordDict] = {}
-        unusable: dict[int, str] = {}
-        # nodes' ids are random: an order that does not hang on when replies came
-        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
-            node = reply.metadata.src_node_id
-            wrong = failure(reply) if reply.has_error() else self._wrong(reply.content)
-            if wrong:
-                unusable[node] = wrong
-            else:
-                usable[node] = reply.content
-        return usable, unusable
-
-    def _wrong(self, content: RecordDict) -> str:
-        """What is wrong with a reply's metrics; "" for nothing."""
-        metrics = list(content.metric_records.values())
-        if len(metrics) != 1:
-            return f"sent {len(metrics)} metric records, not 1"
-        examples: Any = metrics[0].get(self.weighted_by_key)
-        number = isinstance(examples, (int, float)) and not isinstance(examples, bool)
-        if not number or not 0 < examples <= MOST_EXAMPLES:
-            name = self.weighted_by_key
-            return f"sent {name} {examples!r} instead of a number above 0, at most 2^53"[:300]
-        return ""
 
     def _uploads(self, contents: dict[int, RecordDict]) -> tuple[dict[int, Upload], dict[int, str]]:
         """{node: its upload} of the usable ones, and what is wrong with the others."""
         uploads: dict[int, Upload] = {}
         unusable: dict[int, str] = {}
         for node, content in contents.items():
-            upload, wrong = self._upload(content)
+            upload, wrong = self._network.upload(content, self.weighted_by_key)
             if upload is None:
                 unusable[node] = wrong
             else:
                 uploads[node] = upload
-        now = self._server.state.global_weights | self._others
-        have_mean = [name for name, tensor in now.items() if has_mean(tensor)]
-        measured = {node: part(upload, have_mean) for node, upload in uploads.items()}
-        limit, usual = self.max_upload_norm, {name: now[name] for name in have_mean}
+        limit = self.max_upload_norm
+        usual = self._network.with_mean(self._server.state.global_weights)
+        measured = {node: part(upload, usual) for node, upload in uploads.items()}
         for node, wrong in too_large(measured, usual, limit).items():
             unusable[node] = f"{wrong}, and max_upload_norm is {limit:g}"
             del uploads[node]
         return uploads, unusable
-
-    def _upload(self, content: RecordDict) -> tuple[Upload | None, str]:
-        """The upload that a reply holds, or None and what is wrong with it."""
-        arrays = list(content.array_records.values())
-        if len(arrays) != 1:
-            return None, f"sent {len(arrays)} array records, not 1"
-        weights, wrong = checked(arrays[0], self._expected)
-        if weights is None:
-            return None, wrong
-        [metrics] = content.metric_records.values()
-        examples: Any = metrics[self.weighted_by_key]
-        return Upload(weights, examples), ""
 
     def _warn(self, server_round: int, unusable: Mapping[int, str]) -> None:
         for node, wrong in sorted(unusable.items()):
@@ -280,19 +231,14 @@ class PFedGPA(FedAvg):
         """``function`` of the metrics of the commonest form: it may take no others."""
         if not contents:
             return None
-        forms = {node: metrics_form(content) for node, content in contents.items()}
-        [(commonest, _)] = Counter(forms.values()).most_common(1)
-        others = [node for node, form in forms.items() if form != commonest]
+        others = with_other_metrics(contents)
         self._warn(server_round, dict.fromkeys(others, "sent other metrics than most: left out"))
         alike = [content for node, content in contents.items() if node not in others]
         return function(alike, self.weighted_by_key)
 
     def _learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Take in a round's usable uploads, keyed by node."""
-        largest = max(uploads.values(), key=lambda upload: upload.examples)
-        averaged = [name for name, tensor in self._others.items() if has_mean(tensor)]
-        means = weighted_mean({node: part(upload, averaged) for node, upload in uploads.items()})
-        self._others = {name: means.get(name, largest.weights[name]) for name in self._others}
+        self._network.learn_others(uploads)
         server = self._server
         mine = {
             self._nodes.setdefault(node, len(self._nodes)): part(upload, server.expected_upload())
@@ -301,21 +247,93 @@ class PFedGPA(FedAvg):
         server.config = dataclasses.replace(server.config, num_clients=len(self._nodes))
         server.aggregate(server_round, dict(sorted(mine.items())))
 
-    def _made(self, generated: dict[int, Weights]) -> dict[int, ArrayRecord]:
-        """Clients' generated weights as their nodes' whole models."""
-        newest = self._server.state.buffer.newest()
-        uploads = [newest[client].weights() for client in sorted(newest)]
-        made = like_uploads(generated, uploads)
-        return {
-            node: self._record(made[client])
-            for node, client in self._nodes.items()
-            if client in made
-        }
 
-    def _record(self, floats: Weights) -> ArrayRecord:
-        """``floats`` and the tensors that are not generated, in the model's order."""
-        every = floats | self._others
-        return ArrayRecord({name: every[name] for name in self._expected})
+class Network:
+    """What nodes send of theirs: tensors that are generated, and others.
+
+    Attributes:
+        expected: {name: tensor} of the network at the start.
+        generated: those of it that are generated.
+        others: the newest of those that are not.
+    """
+
+    def __init__(self, initial: ArrayRecord) -> None:
+        """As ``initial`` arrays have it.
+
+        Raises:
+            ConfigError: no tensors of torch's, or none that can be generated.
+        """
+        try:
+            self.expected = dict(initial.to_torch_state_dict())
+        except (TypeError, ValueError) as error:  # types that NumPy has and torch has not
+            raise ConfigError(f"initial_arrays: are no tensors of torch's: {error}") from error
+        self.generated = {name: t for name, t in self.expected.items() if is_generated(t)}
+        self.others = {name: t for name, t in self.expected.items() if name not in self.generated}
+        if not self.generated:
+            raise ConfigError(
+                "initial_arrays: no floating-point tensor that is finite, to generate"
+            )
+
+    def record(self, generated: Weights) -> ArrayRecord:
+        """``generated`` and the others, in the network's order."""
+        every = generated | self.others
+        return ArrayRecord({name: every[name] for name in self.expected})
+
+    def with_mean(self, generated: Weights) -> Weights:
+        """``generated`` and those of the others that have a mean."""
+        return generated | {name: t for name, t in self.others.items() if has_mean(t)}
+
+    def upload(self, content: RecordDict, counted_by: str) -> tuple[Upload | None, str]:
+        """The upload that a reply holds, or None and what is wrong with it."""
+        arrays = list(content.array_records.values())
+        if len(arrays) != 1:
+            return None, f"sent {len(arrays)} array records, not 1"
+        weights, wrong = checked(arrays[0], self.expected)
+        if weights is None:
+            return None, wrong
+        [metrics] = content.metric_records.values()
+        examples: Any = metrics[counted_by]
+        return Upload(weights, examples), ""
+
+    def learn_others(self, uploads: dict[int, Upload]) -> None:
+        """Their means over a round's ``uploads``; without a mean, the largest upload's."""
+        largest = max(uploads.values(), key=lambda upload: upload.examples)
+        averaged = [name for name, tensor in self.others.items() if has_mean(tensor)]
+        means = weighted_mean({node: part(upload, averaged) for node, upload in uploads.items()})
+        self.others = {name: means.get(name, largest.weights[name]) for name in self.others}
+
+
+def screened(
+    replies: Iterable[Message], counted_by: str
+) -> tuple[dict[int, RecordDict], dict[int, str]]:
+    """{node: its reply} where the metrics can be used, and what is wrong with the others.
+
+    Args:
+        counted_by: the metric that tells a node's examples.
+    """
+    usable: dict[int, RecordDict] = {}
+    unusable: dict[int, str] = {}
+    # nodes' ids are random: an order that does not hang on when replies came
+    for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
+        node = reply.metadata.src_node_id
+        wrong = failure(reply) if reply.has_error() else unusable_metrics(reply, counted_by)
+        if wrong:
+            unusable[node] = wrong
+        else:
+            usable[node] = reply.content
+    return usable, unusable
+
+
+def unusable_metrics(reply: Message, counted_by: str) -> str:
+    """What is wrong with a reply's metrics; "" for nothing."""
+    metrics = list(reply.content.metric_records.values())
+    if len(metrics) != 1:
+        return f"sent {len(metrics)} metric records, not 1"
+    examples: Any = metrics[0].get(counted_by)
+    number = isinstance(examples, (int, float)) and not isinstance(examples, bool)
+    if not number or not 0 < examples <= MOST_EXAMPLES:
+        return f"sent {counted_by} {examples!r} instead of a number above 0, at most 2^53"[:300]
+    return ""
 
 
 def is_generated(tensor: Tensor) -> bool:
@@ -331,6 +349,13 @@ def has_mean(tensor: Tensor) -> bool:
 def part(upload: Upload, names: Iterable[str]) -> Upload:
     """Only some of an upload's tensors."""
     return Upload({name: upload.weights[name] for name in names}, upload.examples)
+
+
+def with_other_metrics(contents: Mapping[int, RecordDict]) -> list[int]:
+    """The nodes whose metrics are not of the commonest form."""
+    forms = {node: metrics_form(content) for node, content in contents.items()}
+    [(commonest, _)] = Counter(forms.values()).most_common(1)
+    return [node for node, form in forms.items() if form != commonest]
 
 
 def metrics_form(content: RecordDict) -> tuple[str, frozenset[tuple[str, int | None]]]:
@@ -378,6 +403,15 @@ def claim(folder: Path, model: Weights) -> None:
             f"save_dir = '{folder}': holds an earlier run's {earlier[0].name}: "
             "move its files away, or name another folder"
         )
+
+
+def whole_networks(
+    generated: dict[int, Weights], server: Server, network: Network, nodes: Mapping[int, int]
+) -> dict[int, ArrayRecord]:
+    """Clients' ``generated`` weights as whole networks of their ``nodes``, {node id: client}."""
+    newest = server.state.buffer.newest()
+    made = like_uploads(generated, [newest[client].weights() for client in sorted(newest)])
+    return {node: network.record(made[c]) for node, c in nodes.items() if c in made}
 
 
 def like_uploads(made: dict[int, Weights], uploads: Sequence[Weights]) -> dict[int, Weights]:

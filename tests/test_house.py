@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shutil
 import subprocess
@@ -64,3 +65,12 @@ def test_pyproject_lists_every_setting() -> None:
     """``python scripts/list_settings.py`` writes the list."""
     text = (APP_DIR / "pyproject.toml").read_text(encoding="utf-8")
     assert listed(text) == text
+
+
+def test_nothing_is_too_long_to_read() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                most = 200 if isinstance(node, ast.ClassDef) else 50
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= most, f"{path.relative_to(PACKAGE)}: {node.name} has {lines} lines"

@@ -109,9 +109,9 @@ def test_a_run_that_stands_still_is_explained_and_ends_when_it_is_told_to(
     console = Console(record=True, width=2000, file=(tmp_path / "out").open("w"))
     frozen: list[psutil.Process] = []
 
-    def run_sweep(look: Any) -> str:
+    def run_it(poll: Any) -> str:
         def freeze(explain: Callable[[], str] = lambda: "") -> None:
-            look(explain)
+            poll(explain)
             begun = (folder / EVENTS).exists()
             kinds = [event["kind"] for event in records(folder, EVENTS)] if begun else []
             if kinds.count("round") >= 2 and not frozen:
@@ -125,7 +125,7 @@ def test_a_run_that_stands_still_is_explained_and_ends_when_it_is_told_to(
 
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        watched(folder, console, config, run_sweep)
+        watched(folder, console, config, run_it)
     assert time.monotonic() - started < 300
     event, *_ = [e for e in records(folder, EVENTS) if e["kind"] == "stalled"]
     assert "nothing has happened for 0:" in event["text"]

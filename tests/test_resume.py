@@ -488,8 +488,8 @@ class TestStopped:
         ]
 
     def test_a_run_that_goes_on_shows_what_is_new(self, tmp_path: Path) -> None:
-        def run_sweep(look: Callable[[], None]) -> str:
-            look()
+        def run_it(poll: Callable[[], None]) -> str:
+            poll()
             log.event("done", "the end")
             return ""
 
@@ -497,7 +497,7 @@ class TestStopped:
         log.event("round", "round 1, 9:99 left")
         log.event("failed", "by a full disk")
         said = io.StringIO()
-        assert watched(tmp_path, Console(file=said), Config(), run_sweep) == ""
+        assert watched(tmp_path, Console(file=said), Config(), run_it) == ""
         assert said.getvalue() == "the end\n"
         assert (
             watched(tmp_path, Console(file=said), Config(), lambda _: "it was killed")

@@ -18,6 +18,7 @@ from pfedgpa_app.core.settings import ConfigError
 
 CA, CA_KEY = "ca.crt", "ca.key"
 SERVER, SERVER_KEY = "server.crt", "server.key"
+AUTHORITY = "pFedGPA federation"
 _IN_HOSTS = {*string.ascii_letters, *string.digits, *"-._:*"}
 Key = ec.EllipticCurvePrivateKey
 
@@ -81,72 +82,82 @@ def make(folder: Path, hosts: Sequence[str], nodes: int, days: int = 365) -> lis
         raise ConfigError(f"{there[0]} exists already: name another folder, or move it away")
     folder.mkdir(parents=True, exist_ok=True)
 
-    now = datetime.datetime.now(datetime.UTC)
-    authority, server = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
-
-    def certificate(subject: x509.Name, key: Key) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(_name("pFedGPA federation"))
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=5))  # clocks differ
-            .not_valid_after(now + datetime.timedelta(days=days))
-        )
-
-    def usage(*, signs_certificates: bool) -> x509.KeyUsage:
-        return x509.KeyUsage(
-            digital_signature=not signs_certificates,
-            content_commitment=False,
-            key_encipherment=False,
-            data_encipherment=False,
-            key_agreement=False,
-            key_cert_sign=signs_certificates,
-            crl_sign=signs_certificates,
-            encipher_only=False,
-            decipher_only=False,
-        )
-
-    root = (
-        certificate(_name("pFedGPA federation"), authority)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage(signs_certificates=True), critical=True)
-        .add_extension(
-            x509.SubjectKeyIdentifier.from_public_key(authority.public_key()), critical=False
-        )
-        .sign(authority, hashes.SHA384())
-    )
-    leaf = (
-        certificate(_name(hosts[0][:64]), server)  # no more is allowed there
-        .add_extension(x509.SubjectAlternativeName([_address(h) for h in hosts]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(usage(signs_certificates=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key()),
-            critical=False,
-        )
-        .sign(authority, hashes.SHA384())
-    )
+    authority, server = _new_key(), _new_key()
+    root, leaf = _certificates(authority, server, hosts, days)
     _private(folder / CA_KEY, _pem(authority))
     _private(folder / SERVER_KEY, _pem(server))
     (folder / CA).write_bytes(root.public_bytes(serialization.Encoding.PEM))
     (folder / SERVER).write_bytes(leaf.public_bytes(serialization.Encoding.PEM))
     for i in range(nodes):
-        key = ec.generate_private_key(ec.SECP384R1())  # Flower takes NIST's curves only
-        _private(
-            folder / f"node-{i}",
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.OpenSSH,
-                serialization.NoEncryption(),
-            ),
-        )
-        (folder / f"node-{i}.pub").write_bytes(
-            key.public_key().public_bytes(
-                serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-            )
-            + b"\n"
-        )
+        private, public = _ssh(_new_key())
+        _private(folder / f"node-{i}", private)
+        (folder / f"node-{i}.pub").write_bytes(public)
     return paths
+
+
+def _new_key() -> Key:
+    return ec.generate_private_key(ec.SECP384R1())  # Flower takes NIST's curves only
+
+
+def _ssh(key: Key) -> tuple[bytes, bytes]:
+    """A key and its public half, as OpenSSH has them."""
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.OpenSSH,
+        serialization.NoEncryption(),
+    )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    )
+    return private, public + b"\n"
+
+
+def _certificates(
+    authority: Key, server: Key, hosts: Sequence[str], days: int
+) -> tuple[x509.Certificate, x509.Certificate]:
+    """The authority's, and the one of the server at ``hosts``."""
+    identity = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
+    names = x509.SubjectAlternativeName([_address(host) for host in hosts])
+    root = (
+        _certificate(AUTHORITY, authority, days, is_authority=True)
+        .add_extension(identity, critical=False)
+        .sign(authority, hashes.SHA384())
+    )
+    leaf = (
+        _certificate(hosts[0][:64], server, days, is_authority=False)  # no more is allowed there
+        .add_extension(names, critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(issuer, critical=False)
+        .sign(authority, hashes.SHA384())
+    )
+    return root, leaf
+
+
+def _certificate(
+    subject: str, key: Key, days: int, *, is_authority: bool
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    usage = x509.KeyUsage(
+        digital_signature=not is_authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=is_authority,
+        crl_sign=is_authority,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    limits = x509.BasicConstraints(ca=is_authority, path_length=0 if is_authority else None)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(subject))
+        .issuer_name(_name(AUTHORITY))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(minutes=5))  # clocks differ
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(limits, critical=True)
+        .add_extension(usage, critical=True)
+    )

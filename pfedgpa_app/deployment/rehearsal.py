@@ -13,7 +13,7 @@ from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.data.datasets import load, resolve_data_dir
 from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
-from pfedgpa_app.engine import LaunchError, Look
+from pfedgpa_app.engine import LaunchError, Poll
 from pfedgpa_app.engine.flower import stage
 from pfedgpa_app.run.folder import LOG, run_folder
 from pfedgpa_app.run.launcher import watched
@@ -86,10 +86,10 @@ def rehearse(
             say(f"{nodes} SuperNodes, each with its own images")
             staged = stage(app, deployment.home / "app")
 
-            def carry_out(look: Look) -> str:
-                return deployment.wait(deployment.run(staged, settings), folder / LOG, look)
+            def run_it(poll: Poll) -> str:
+                return deployment.wait(deployment.run(staged, settings), folder / LOG, poll)
 
-            if reason := watched(folder, console, config, carry_out):
+            if reason := watched(folder, console, config, run_it):
                 for node in range(nodes):
                     said = deployment.node_log(node).read_text(encoding="utf-8", errors="replace")
                     (folder / f"node-{node}.log").write_text(said, encoding="utf-8")

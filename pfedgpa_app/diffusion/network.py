@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from pfedgpa_app.core.randomness import torch_generator
@@ -88,9 +88,6 @@ def fit_network(
 ) -> NetworkDenoiser:
     """Train a residual MLP, or a transformer over ``tokens``, by AdamW with one cycle and EMA.
 
-    On the DDPM objective in its v-form:
-    E‖v − v_φ(√ᾱ_t z + √(1−ᾱ_t) ε, t)‖², t uniform in 1..T, z a latent plus the augmentation.
-
     Args:
         latents: [N, k] at unit variance; their order does not matter.
         noise: deviation of the augmentation in each direction [k].
@@ -99,9 +96,7 @@ def fit_network(
         progress: is told after each step.
     """
     generator = torch_generator(seed, "fit")
-    order = torch.arange(len(latents))
-    for column in range(latents.shape[1] - 1, -1, -1):  # sorted by content, not by client
-        order = order[latents[order, column].argsort(stable=True)]
+    order = sorted_by_content(latents)
     latents, noise = latents[order].to(device), noise.to(device)
     if descriptors is not None:
         descriptors = descriptors[order].to(device)
@@ -109,34 +104,66 @@ def fit_network(
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         descriptor = 0 if descriptors is None else descriptors.shape[1]
         network = new_network(settings, latents.shape[1], tokens, descriptor).to(device)
-
-    def follow(averaged: Any, current: Any, updates: Any) -> None:
-        """An average that warms up: early weights must not linger in a short training."""
-        decay = min(settings.ema, (1 + int(updates)) / (10 + int(updates)))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
-
-    average = AveragedModel(network, multi_avg_fn=follow)
+    average = moving_average(network, settings.ema)
     optimiser = torch.optim.AdamW(network.parameters(), lr=settings.fit_learning_rate)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, settings.fit_learning_rate, total_steps=max(2, settings.fit_steps)
     )
     alpha_bar = schedule.alpha_bar.float().to(device)
-    batch, k = settings.fit_batch_size, latents.shape[1]
     for step in range(settings.fit_steps):
-        rows = torch.randint(len(latents), (batch,), generator=generator).to(device)
-        t = torch.randint(1, schedule.steps + 1, (batch,), generator=generator).to(device)
-        jitter, eps = torch.randn(2, batch, k, generator=generator).to(device)
-        z = latents[rows] + noise * jitter
-        signal, sigma = alpha_bar[t].sqrt()[:, None], (1 - alpha_bar[t]).sqrt()[:, None]
-        known = None
-        if descriptors is not None:
-            hidden = torch.rand(batch, 1, generator=generator).to(device) < _HIDDEN
-            known = descriptors[rows].masked_fill(hidden, torch.nan)
-        v = network(signal * z + sigma * eps, t.float(), known)
         optimiser.zero_grad()
-        F.mse_loss(v, signal * eps - sigma * z).backward()
+        examples = latents, noise, descriptors
+        denoising_loss(network, *examples, alpha_bar, settings.fit_batch_size, generator).backward()
         optimiser.step()
         cycle.step()
         average.update_parameters(network)
         progress((step + 1) / settings.fit_steps)
     return NetworkDenoiser(average.module.cpu(), schedule)  # latents are few: generate there
+
+
+def denoising_loss(
+    network: nn.Module,
+    latents: Tensor,
+    noise: Tensor,
+    descriptors: Tensor | None,
+    alpha_bar: Tensor,
+    batch: int,
+    generator: torch.Generator,
+) -> Tensor:
+    """The DDPM objective in its v-form, on a ``batch`` drawn from latents [N, k].
+
+    E‖v − v_φ(√ᾱ_t z + √(1−ᾱ_t) ε, t)‖², t uniform in 1..T, z a latent plus the augmentation.
+
+    Args:
+        alpha_bar: [T + 1].
+    """
+    device = latents.device
+    rows = torch.randint(len(latents), (batch,), generator=generator).to(device)
+    t = torch.randint(1, len(alpha_bar), (batch,), generator=generator).to(device)
+    jitter, eps = torch.randn(2, batch, latents.shape[1], generator=generator).to(device)
+    z = latents[rows] + noise * jitter
+    signal, sigma = alpha_bar[t].sqrt()[:, None], (1 - alpha_bar[t]).sqrt()[:, None]
+    known = None
+    if descriptors is not None:
+        hidden = torch.rand(batch, 1, generator=generator).to(device) < _HIDDEN
+        known = descriptors[rows].masked_fill(hidden, torch.nan)
+    v = network(signal * z + sigma * eps, t.float(), known)
+    return F.mse_loss(v, signal * eps - sigma * z)
+
+
+def sorted_by_content(latents: Tensor) -> Tensor:
+    """The order [N] of latents [N, k] by what they are, not by whose."""
+    order = torch.arange(len(latents))
+    for column in range(latents.shape[1] - 1, -1, -1):
+        order = order[latents[order, column].argsort(stable=True)]
+    return order
+
+
+def moving_average(network: nn.Module, most: float) -> AveragedModel:
+    """Of its weights, decaying by ``most``: early ones must not linger in a short training."""
+
+    def follow(averaged: Any, current: Any, updates: Any) -> None:
+        decay = min(most, (1 + int(updates)) / (10 + int(updates)))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    return AveragedModel(network, multi_avg_fn=follow)

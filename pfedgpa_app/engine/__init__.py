@@ -26,7 +26,7 @@ class StoppedError(KeyboardInterrupt):
         self.folder = folder
 
 
-class Look(Protocol):
+class Poll(Protocol):
     """Is called by an engine while a run goes on."""
 
     def __call__(self, explain: Callable[[], str] = ...) -> None:

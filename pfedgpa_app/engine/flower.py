@@ -173,18 +173,18 @@ class Flower:
         """Append the run's log to ``log``; the process ends when the run does."""
         return self.spawn(["flwr", "log", run_id, CONNECTION, "--stream"], log)
 
-    def wait(self, run_id: str, log: Path, look: Callable[[], None] = lambda: None) -> str:
+    def wait(self, run_id: str, log: Path, poll: Callable[[], None] = lambda: None) -> str:
         """Return when the run has ended: why it did not complete, or "".
 
         Args:
             log: where the run's log goes.
-            look: called while the run goes on.
+            poll: called while the run goes on.
         """
         status, details = "", ""
         while not status.startswith("finished"):
             follower = self.follow(run_id, log)  # a log stream may break off before the run ends
             while follower.poll() is None:
-                look()
+                poll()
                 time.sleep(0.2)
             status, details = self.status(run_id)
         return "" if status.startswith("finished:completed") else details or status

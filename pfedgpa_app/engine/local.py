@@ -18,7 +18,7 @@ from flwr.supercore.object_ref import load_app
 
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import PACKAGE, package_of
-from pfedgpa_app.engine import LaunchError, Look, spawning
+from pfedgpa_app.engine import LaunchError, Poll, spawning
 from pfedgpa_app.engine.grid import RUN_ID, Awaited, LocalGrid
 from pfedgpa_app.engine.process import ProcessGrid
 from pfedgpa_app.engine.spawning import Server
@@ -37,13 +37,13 @@ def run(
     app: Path,
     settings: Mapping[str, Any],
     log: Path,
-    look: Look,
+    poll: Poll,
     server: Server | None = None,
 ) -> str:
     """Run the app in ``app`` with ``settings``.
 
     Args:
-        look: called while it runs.
+        poll: called while it runs.
         server: one that has been started already.
 
     Returns:
@@ -56,7 +56,7 @@ def run(
         with contextlib.suppress(OSError):  # its exit status says more
             server.connection.send((app, dict(settings), log))
         while server.process.exitcode is None:
-            look(functools.partial(_state, server))
+            poll(functools.partial(_state, server))
             server.process.join(0.2)
     status = server.process.exitcode
     return f"the server ended with exit status {status}" if status else ""

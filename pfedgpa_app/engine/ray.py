@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.engine import Look, gpu_for
+from pfedgpa_app.engine import Poll, gpu_for
 from pfedgpa_app.engine.flower import Flower, stage
 
 
@@ -46,10 +46,10 @@ def run(
     settings: Mapping[str, Any],
     config: Config,
     log: Path,
-    look: Look,
+    poll: Poll,
     flower: Simulation | None = None,
 ) -> str:
-    """Run the app in ``app`` with ``settings``; ``look`` is called while it runs.
+    """Run the app in ``app`` with ``settings``; ``poll`` is called while it runs.
 
     Args:
         flower: one that has been started already; it stays the caller's.
@@ -67,4 +67,4 @@ def run(
         staged = stage(app, Path(tempfile.mkdtemp(dir=flower.home)) / "app")
         flower.wait_until_ready()
         run_id = flower.run(staged, dict(settings), "--federation-config", federation)
-        return flower.wait(run_id, log, look)
+        return flower.wait(run_id, log, poll)

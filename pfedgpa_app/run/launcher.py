@@ -15,7 +15,7 @@ from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.data.datasets import resolve_data_dir
-from pfedgpa_app.engine import LaunchError, Look, StoppedError, engine_for, gpu_for, local, ray
+from pfedgpa_app.engine import LaunchError, Poll, StoppedError, engine_for, gpu_for, local, ray
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.engine.spawning import Server
 from pfedgpa_app.results import uploads
@@ -153,17 +153,8 @@ def launch(
     if not (app / "pyproject.toml").is_file():
         raise LaunchError(f"{app} is not the app's folder: it has no pyproject.toml")
     preflight(config)
-    # the run works elsewhere: every path it gets is absolute
     engine = engine_for(config.engine, config.device)
-    settings = dict(run_config) | {
-        "engine": engine,
-        "data-dir": str(resolve_data_dir(config.data_dir, config.dataset)),
-    }
-    if (conf := user_path(str(settings.get("conf", "demo")))).is_file():
-        settings["conf"] = str(conf.absolute())
-    for name, path in (("start-from", config.start_from), ("uploads", config.uploads)):
-        if path:
-            settings[name] = str(user_path(path).absolute())
+    settings = _with_absolute_paths(run_config, config) | {"engine": engine}
     folder = run_folder(resolve(settings))
     if is_done(folder):
         console.print(f"nothing is left to do: results are in {folder}", soft_wrap=True)
@@ -171,17 +162,29 @@ def launch(
     settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
     there = resolve(settings).config
 
-    def carry_out(look: Look) -> str:
+    def run_it(poll: Poll) -> str:
         if engine == "ray":
             if server:  # the experiment's file asks for Ray, which the command line did not tell
                 server.end()
-            return ray.run(app, settings, there, folder / LOG, look, flower)
-        return local.run(app, settings, folder / LOG, look, server)
+            return ray.run(app, settings, there, folder / LOG, poll, flower)
+        return local.run(app, settings, folder / LOG, poll, server)
 
-    reason = watched(folder, console, there, carry_out)
+    reason = watched(folder, console, there, run_it)
     if reason:
         raise LaunchError(f"{reason}\nResults so far and Flower's log are in {folder}")
     return folder
+
+
+def _with_absolute_paths(run_config: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """``run_config``, which ``config`` resolves, for a run that works in another folder."""
+    settings = dict(run_config)
+    settings["data-dir"] = str(resolve_data_dir(config.data_dir, config.dataset))
+    if (conf := user_path(str(settings.get("conf", "demo")))).is_file():
+        settings["conf"] = str(conf.absolute())
+    for name, path in (("start-from", config.start_from), ("uploads", config.uploads)):
+        if path:
+            settings[name] = str(user_path(path).absolute())
+    return settings
 
 
 def advice(config: Config) -> str:
@@ -193,13 +196,11 @@ def advice(config: Config) -> str:
     return f"if that does not change, stop it with Ctrl-C and {again}"
 
 
-def watched(
-    folder: Path, console: Console, config: Config, carry_out: Callable[[Look], str]
-) -> str:
+def watched(folder: Path, console: Console, config: Config, run_it: Callable[[Poll], str]) -> str:
     """Show the events of the run in ``folder`` while it goes on: why it failed, or "".
 
     Args:
-        carry_out: calls what it is given while the run goes on; why that failed, or "".
+        run_it: calls what it is given while the run goes on; why that failed, or "".
 
     Raises:
         ConfigError: another run has just begun there.
@@ -209,7 +210,7 @@ def watched(
         folder / EVENTS, console, Patience(config.timeout, time.monotonic()), advice(config)
     )
     try:
-        failure = carry_out(watcher.poll)
+        failure = run_it(watcher.poll)
     except KeyboardInterrupt as stop:
         raise StoppedError(folder) from stop
     finally:

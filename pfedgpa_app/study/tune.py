@@ -8,7 +8,7 @@ would be many. A best value at an end of its grid has the search go on beyond th
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,38 @@ def tune(
         if not main_settings(method):
             raise ConfigError(f"--methods: {method} has no settings to choose")
     _refuse_in_sections(path, methods)
-    if "fedavg" in methods and len(methods) > 1:  # its learning rate is the others' default
-        rest = [method for method in methods if method != "fedavg"]
-        first = tune(conf, ["fedavg"], settings, out, app, jobs, command, console)
-        return first | tune(conf, rest, settings, out, app, jobs, command, console)
-    base = DEFAULTS | settings | {"conf": conf}
+    found: dict[str, Any] = {}
+    # those without a section choose the run's settings, which are the others' defaults
+    first = [method for method in methods if method not in sections()]
+    for group in (first, [method for method in methods if method not in first]):
+        if not group:
+            continue
+        chosen = _search(
+            DEFAULTS | settings | {"conf": conf},
+            group,
+            out,
+            lambda runs: run_sweep(runs, out, app, jobs, console),
+        )
+        _keep(path, chosen, command)
+        found |= chosen
+    beside = path.with_suffix(".search.md")
+    earlier = beside.read_text(encoding="utf-8") if beside.exists() else ""
+    write_text(beside, merged(earlier, _report(out, conf, command)))
+    return found
+
+
+def _search(
+    base: Settings, methods: Sequence[str], out: Path, run_all: Callable[[list[Run]], object]
+) -> dict[str, Any]:
+    """{setting: its best value} of every method, one setting after the other.
+
+    Args:
+        base: the settings of all runs, whose folders are in ``out``.
+        run_all: carries runs out.
+
+    Raises:
+        ConfigError: of some method no run succeeded.
+    """
     chosen: dict[str, dict[str, Any]] = {method: {} for method in methods}
     for step in range(max(len(main_settings(method)) for method in methods)):
         going: dict[str, tuple[str, list[Run]]] = {}
@@ -94,7 +121,7 @@ def tune(
                 key, values = grids[step]
                 over = {"method": [method], **_fixed(chosen[method]), key: list(values)}
                 going[method] = key, expand(base, over, out)
-        run_sweep([run for _, runs in going.values() for run in runs], out, app, jobs, console)
+        run_all([run for _, runs in going.values() for run in runs])
         for _ in range(_BEYOND):
             more: list[Run] = []
             for method, (key, runs) in going.items():
@@ -105,18 +132,13 @@ def tune(
                     runs += found
                     more += found
             if more:
-                run_sweep(more, out, app, jobs, console)
+                run_all(more)
         for method, (key, runs) in going.items():
             best = max(runs, key=score)  # the first of equals
             if not score(best):
                 raise ConfigError(f"tune: no run of {method} came to its end; see {out}")
             chosen[method][key] = best.varied[key]
-    found_best = {key: value for own in chosen.values() for key, value in own.items()}
-    _keep(path, found_best, command)
-    beside = path.with_suffix(".search.md")
-    earlier = beside.read_text(encoding="utf-8") if beside.exists() else ""
-    write_text(beside, merged(earlier, _report(out, conf, command)))
-    return found_best
+    return {key: value for own in chosen.values() for key, value in own.items()}
 
 
 def next_beyond(tried: Sequence[tuple[Any, Any]]) -> float | None:
