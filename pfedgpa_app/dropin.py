@@ -66,7 +66,7 @@ class PFedGPA(FedAvg):
         max_upload_norm: float = Config.max_upload_norm,
         **kwargs: Any,
     ) -> None:
-        """All of FedAvg's arguments, and:
+        """All of FedAvg's arguments, and others.
 
         Args:
             settings: what the server goes by; see ``pfedgpa settings`` for the meanings.

@@ -18,13 +18,16 @@ Scalar = str | int | float | bool
 
 @dataclass(frozen=True)
 class Key:
-    name: str  # as the user writes it
+    """A setting: its name as the user writes it, what it holds, and what it allows."""
+
+    name: str
     type: Any
     default: Any
     rules: Mapping[str, Any]
 
 
 def fields_of(kind: type, prefix: str = "") -> Iterator[Key]:
+    """The settings that the dataclass ``kind`` declares, named after ``prefix``."""
     hints = typing.get_type_hints(kind)
     for f in dataclasses.fields(kind):
         if f.metadata:
@@ -65,15 +68,9 @@ def parse(key: Key, value: Any, source: str) -> Any:
         if number is None:
             kind = "a whole number" if wanted is int else "a number"
             raise refuse(f"wants {kind}" + (' or "auto"' if auto else ""))
+        if bounds := _bounds_broken(number, key.rules):
+            raise refuse(f"must be {bounds}")
         value = number
-        low, high, above = (key.rules[k] for k in ("low", "high", "above"))
-        if wanted is int and value > MOST:
-            high = min(high, MOST)
-        if not low <= value <= high or value <= above:
-            bounds = [f"> {above}"] if above > -math.inf else []
-            bounds += [f">= {low}"] if low > -math.inf else []
-            bounds += [f"<= {high}"] if high < math.inf else []
-            raise refuse("must be " + " and ".join(bounds))
     choices = key.rules["choices"]
     if choices and value not in choices:
         raise refuse(f"must be one of {', '.join(choices)}{near(value, choices)}")
@@ -85,6 +82,19 @@ def check_section(method: str, values: Any) -> None:
     for key in fields_of(type(values), f"{method}."):
         field = key.name.rpartition(".")[2].replace("-", "_")
         parse(key, getattr(values, field), type(values).__name__)
+
+
+def _bounds_broken(number: int | float, rules: Mapping[str, Any]) -> str:
+    """The bounds of a ``number`` that lies outside them, in words; "" if it lies within."""
+    low, high, above = (rules[k] for k in ("low", "high", "above"))
+    if isinstance(number, int) and number > MOST:
+        high = min(high, MOST)
+    if low <= number <= high and number > above:
+        return ""
+    bounds = [f"> {above}"] if above > -math.inf else []
+    bounds += [f">= {low}"] if low > -math.inf else []
+    bounds += [f"<= {high}"] if high < math.inf else []
+    return " and ".join(bounds)
 
 
 def _number(value: Any, wanted: type[int] | type[float]) -> int | float | None:
@@ -102,6 +112,7 @@ def _number(value: Any, wanted: type[int] | type[float]) -> int | float | None:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, value) of nested settings, with dots in the names."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")

@@ -60,6 +60,7 @@ def keys_of(name: str) -> list[Key]:
 
 
 def known(name: str, source: str) -> Key:
+    """The setting ``name``; refused, by where it stands, if there is none."""
     if name not in keys():
         raise ConfigError(
             f"{name} ({source}): no such setting{near(name, keys())} All settings: pfedgpa settings"

@@ -210,8 +210,11 @@ def _unstaged(folder: str, names: list[str]) -> list[str]:
 
 
 def stage(app: Path, folder: Path) -> Path:
-    """A copy of the app's files in ``folder``: Flower looks at every file below an app's folder,
-    and data sets that lie there, too, can be a hundred thousand."""
+    """A copy of the app's files in ``folder``.
+
+    Flower looks at every file below an app's folder, and data sets that lie there, too, can be a
+    hundred thousand.
+    """
     config = get_project_config(app)
     doors = config["tool"]["flwr"]["app"]["components"].values()
     parts = {app / door.partition(":")[0].partition(".")[0] for door in doors}

@@ -24,7 +24,7 @@ S = TypeVar("S", bound=Shared)
 def with_momentum(
     before: Weights, mean: Weights, velocity: Weights, beta: float
 ) -> tuple[Weights, Weights]:
-    """m ← β m + (mean − w) and w ← w + m: the new weights w and velocity m.
+    """The new weights w and velocity m: m ← β m + (mean − w) and w ← w + m.
 
     Args:
         velocity: m; {} before the first step.

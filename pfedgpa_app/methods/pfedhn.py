@@ -52,8 +52,11 @@ class PFedHNSettings(MethodSettings):
 
 
 class Hypernetwork(nn.Module):
-    """Clients [S] → weights [S, P]. One output layer for all tensors is one for each: their
-    initialisation depends on the input's width only."""
+    """Clients [S] → weights [S, P].
+
+    One output layer for all tensors is one for each: their initialisation depends on the input's
+    width only.
+    """
 
     def __init__(self, clients: int, size: int, own: PFedHNSettings) -> None:
         super().__init__()
