@@ -1,5 +1,8 @@
 """Clustered federated learning (Sattler et al. 2020, Algorithm 3): split what does not agree.
 
+"Clustered Federated Learning: Model-Agnostic Distributed Multi-Task Optimization under Privacy
+Constraints", arXiv 1910.01991.
+
 shared: all weights, within a cluster · kept: nothing · client: as FedAvg, from its cluster's
 weights · server: each cluster's mean, weighted by training images; where a cluster has settled
 (‖mean update‖ < ε₁) while a client still pulls (max ‖update‖ > ε₂), it is split in two by the

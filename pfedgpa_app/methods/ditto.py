@@ -1,5 +1,7 @@
 """Ditto (Li et al. 2021, Algorithm 1): a global model, and a personal one that is held near it.
 
+"Ditto: Fair and Robust Federated Learning Through Personalization", arXiv 2012.04221.
+
 shared: all weights · kept: the personal weights v, on the client · client: local-epochs of SGD
 on the global weights w, and as many on F_i(v) + (λ/2)‖v − w‖², w being what it was sent · server:
 FedAvg's mean (the paper leaves the aggregator open) · evaluated: v; a client that was never

@@ -1,5 +1,7 @@
 """FedALA (Zhang et al. 2023, Algorithm 1): each client mixes the global model into its own.
 
+"FedALA: Adaptive Local Aggregation for Personalized Federated Learning", arXiv 2212.01197.
+
 shared: all weights · kept: the client's own last layers, and what share W of each of their
 weights it takes from the global model · client: learns W on a part of its training images
 (adaptive local aggregation: Θ̂ = Θ_old + (Θ − Θ_old)⊙W, W ← clip(W − η∇_Θ̂ L ⊙ (Θ − Θ_old), 0, 1)),

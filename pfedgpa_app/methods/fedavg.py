@@ -1,5 +1,7 @@
 """FedAvg (McMahan et al. 2017, Algorithm 1).
 
+"Communication-Efficient Learning of Deep Networks from Decentralized Data", arXiv 1602.05629.
+
 shared: all weights · kept: nothing · client: local-epochs of SGD from the global weights ·
 server: the mean weighted by training images · evaluated: the global weights on each client's test
 images.

@@ -1,5 +1,8 @@
 """FedAvgM (Hsu, Qi and Brown 2019): FedAvg whose server has momentum.
 
+"Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification",
+arXiv 1909.06335.
+
 shared: all weights · kept: nothing · client: as FedAvg · server: m ← β m + (mean − w), w ← w + m,
 with the mean weighted by training images · evaluated: the global weights on each client's test
 images.

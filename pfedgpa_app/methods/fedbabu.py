@@ -1,5 +1,7 @@
 """FedBABU (Oh et al. 2022, Algorithm 1): the body is trained under a head that never moves.
 
+"FedBABU: Towards Enhanced Representation for Federated Image Classification", arXiv 2106.06042.
+
 shared: the body · kept: nothing; the head is the same for all, as the run's seed initialises it ·
 client: local-epochs of SGD on the body only · server: the body's mean, weighted by training
 images · evaluated: after fine-tuning the whole network; before it, the accuracy is a diagnostic.

@@ -1,5 +1,7 @@
 """FedFomo (Zhang et al. 2021, Algorithm 1): each client mixes in whose models help it.
 
+"Personalized Federated Learning with First Order Model Optimization", arXiv 2012.08565.
+
 shared: clients' models, M of them to each client · kept: the client's own weights · client: on its
 validation images w_n = (L_i(θ_i) − L_i(θ_n)) / ‖θ_n − θ_i‖ for each model it is sent; with
 w⁺ = max(w, 0)/Σ max(w, 0) it goes to θ_i + Σ w⁺_n (θ_n − θ_i) and trains on from there · server:

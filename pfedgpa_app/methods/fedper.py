@@ -1,5 +1,7 @@
 """FedPer (Arivazhagan et al. 2019): a shared body under personal last layers.
 
+"Federated Learning with Personalization Layers", arXiv 1912.00818.
+
 shared: the body · kept: the last ``head-layers`` layers, on the client · client: local-epochs of
 SGD on both · server: the body's mean, weighted by training images · evaluated: the global body
 under the client's own head. All heads start alike; with none of them the method is FedAvg.

@@ -1,5 +1,7 @@
 """FedProto (Tan et al. 2022, Algorithm 1): clients share what their classes look like.
 
+"FedProto: Federated Prototype Learning across Heterogeneous Clients", arXiv 2105.00243.
+
 shared: prototypes, the mean feature of each class · kept: all weights, on the client · client:
 local-epochs of SGD on F_i + λ·‖feature − global prototype of its class‖² (mean over features, as
 in the authors' code; classes without a global prototype count nothing), then its own prototypes

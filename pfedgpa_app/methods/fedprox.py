@@ -1,4 +1,6 @@
-"""FedProx (Li et al. 2020, "Federated Optimization in Heterogeneous Networks", Algorithm 2).
+"""FedProx (Li et al. 2020, Algorithm 2).
+
+"Federated Optimization in Heterogeneous Networks", arXiv 1812.06127.
 
 shared: all weights · kept: nothing · client: SGD on F_i(θ) + (μ/2)‖θ − w‖², w being what it was
 sent · server: FedAvg's mean (with clients sampled uniformly, weighting by training images is

@@ -1,5 +1,7 @@
 """FedRep (Collins et al. 2021, Algorithm 1): first the head learns, then the shared body.
 
+"Exploiting Shared Representations for Personalized Federated Learning", arXiv 2102.07078.
+
 shared: the body · kept: the last layer, on the client · client: head-epochs on the head while the
 body stands still, then body-epochs on the body while the head stands still · server: the plain
 mean of the bodies · evaluated: the global body under the client's own head; after fine-tuning:

@@ -1,4 +1,6 @@
-"""Krum (Blanchard et al. 2017, "Machine Learning with Adversaries"), by Flower's function.
+"""Krum (Blanchard et al. 2017), by Flower's function.
+
+"Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", arXiv 1703.02757.
 
 shared: all weights · kept: nothing · client: as FedAvg · server: the one upload whose n − f − 2
 nearest others are nearest, f being how many clients may be malicious; with ``select`` > 1 the

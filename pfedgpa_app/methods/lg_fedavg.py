@@ -1,5 +1,8 @@
 """LG-FedAvg (Liang et al. 2020, Algorithm 1): local representations under a global head.
 
+"Think Locally, Act Globally: Federated Learning with Local and Global Representations", arXiv
+2001.01523.
+
 shared: the last ``global-layers`` layers · kept: the rest, on the client · client: local-epochs of
 SGD on both · server: the mean of the shared layers, weighted by training images · evaluated: the
 client's own layers under the global ones. From scratch, where the authors' code starts from a

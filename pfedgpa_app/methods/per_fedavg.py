@@ -1,5 +1,7 @@
 """Per-FedAvg (Fallah et al. 2020, Algorithm 1), first order: weights from which one step adapts.
 
+"Personalized Federated Learning: A Meta-Learning Approach", arXiv 2002.07948.
+
 shared: all weights · kept: nothing · client: pairs of batches; θ' = θ − α∇f(θ; first), then
 θ ← θ − β∇f(θ'; second), the Hessian left out (FO-MAML) · server: the plain mean · evaluated:
 after one gradient step of size α on the client's training images; before it, the accuracy is a

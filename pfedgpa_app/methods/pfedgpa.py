@@ -1,4 +1,7 @@
-"""pFedGPA (Lai et al., AAAI 2025, arXiv 2409.05701): generate each client its own weights.
+"""pFedGPA (Lai et al., AAAI 2025): generate each client its own weights.
+
+"pFedGPA: Diffusion-based Generative Parameter Aggregation for Personalized Federated Learning",
+arXiv 2409.05701.
 
 shared: all weights · kept: nothing · client: as FedAvg, from the weights it is sent · server:
 learns the distribution of the newest rounds' uploads with a diffusion model, inverts each

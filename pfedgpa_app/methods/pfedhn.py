@@ -1,5 +1,7 @@
 """pFedHN (Shamsian et al. 2021, Algorithm 1): a hypernetwork makes each client's weights.
 
+"Personalized Federated Learning using Hypernetworks", arXiv 2103.04628.
+
 shared: the hypernetwork φ and the clients' embeddings v_i, all of them on the server · kept:
 nothing · client: local-epochs of SGD from θ_i = h_φ(v_i) · server: for each client a step on φ and
 v_i by the vector–Jacobian product of θ_i with Δθ_i = θ_i − (what came back) · evaluated: h_φ(v_i),

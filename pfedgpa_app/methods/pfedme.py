@@ -1,5 +1,7 @@
 """pFedMe (Dinh et al. 2020, Algorithm 1): personal weights from a Moreau envelope.
 
+"Personalized Federated Learning with Moreau Envelopes", arXiv 2006.08848.
+
 shared: all weights · kept: the personal weights θ_i, on the client · client: at each batch K
 gradient steps towards θ̃ = argmin f(θ) + (λ/2)‖θ − w_i‖², then w_i ← w_i − ηλ(w_i − θ̃); it sends
 w_i, not θ · server: w ← (1 − β)w + β·(plain mean of the w_i) · evaluated: θ_i; a client that was

@@ -1,5 +1,7 @@
 """SCAFFOLD (Karimireddy et al. 2020, Algorithm 1, option II).
 
+"SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", arXiv 1910.06378.
+
 shared: all weights and the server's control variate c · kept: the client's control variate c_i ·
 client: SGD on gradients g − c_i + c; then c_i⁺ = c_i − c + (x − y)/(Kη) · server: the plain mean
 of the clients' weights, scaled by the global step size; c ← c + Σ_S (c_i⁺ − c_i)/N with N all

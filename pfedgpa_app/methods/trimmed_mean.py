@@ -1,4 +1,6 @@
-"""The trimmed mean (Yin et al. 2018, "Byzantine-Robust Distributed Learning"), by Flower.
+"""The trimmed mean (Yin et al. 2018), by Flower.
+
+"Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", arXiv 1803.01498.
 
 shared: all weights · kept: nothing · client: as FedAvg · server: for each weight, the plain mean
 of the uploads without a share β of the smallest and of the largest · evaluated: the global weights.
