@@ -202,7 +202,7 @@ def main() -> None:
                 for engine in engines:
                     bare.measure(4)
                     row = run(engine, chosen, Path(out))
-                    rows.append(row | {"images": clients * config.test_per_client})
+                    rows.append(row | {"images": clients * (config.test_per_client or 0)})
             bare.measure(4)
         results.append(
             {

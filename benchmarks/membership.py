@@ -26,9 +26,10 @@ from sklearn.metrics import roc_auc_score
 from pfedgpa_app.config.resolve import is_read, keys, resolve
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.weights import Weights
-from pfedgpa_app.data.client import load_client, load_dataset, load_partition
+from pfedgpa_app.data.client import load_client, load_partition, load_schema
 from pfedgpa_app.data.images import Images
-from pfedgpa_app.models.networks import build, load, network_name
+from pfedgpa_app.models.build import network_of
+from pfedgpa_app.models.networks import load
 from pfedgpa_app.results.tables import markdown
 
 
@@ -76,8 +77,8 @@ def own_weights(weights: Weights, client: int) -> Weights:
 
 def examine(config: Config, weights: dict[str, torch.Tensor]) -> Found:
     """Attack every client's model with every client's images."""
-    data, splits = load_dataset(config), load_partition(config)
-    model = build(network_name(config.model, data.shape), len(data.classes), config.seed)
+    splits = load_partition(config)
+    model = network_of(config, load_schema(config))
     clients = range(config.initial_clients)
     areas, accuracies = np.zeros((len(clients), len(clients))), np.zeros((len(clients), 2))
     for client in clients:

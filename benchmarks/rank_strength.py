@@ -33,7 +33,8 @@ from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.diffusion.settings import RULES, DiffusionSettings
 from pfedgpa_app.methods.baselines import ClientMean, LastUpload
 from pfedgpa_app.methods.generation import RememberingFedAvg
-from pfedgpa_app.models.networks import build, load, network_name, weights_of
+from pfedgpa_app.models.build import network_of
+from pfedgpa_app.models.networks import load, weights_of
 from pfedgpa_app.results import uploads
 from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.study.sweep import Run, expand, run_sweep
@@ -87,8 +88,7 @@ class Bench:
     def __init__(self, run: Run, on_unheld: bool) -> None:
         self.config: Config = run.config
         schema = load_schema(self.config)
-        network = network_name(self.config.model, schema.shape)
-        self.model = build(network, len(schema.classes), self.config.seed)
+        self.model = network_of(self.config, schema)
         self.state = RememberingFedAvg.begin(self.config, weights_of(self.model))
         uploads.load(run.folder / uploads.FILE, self.state, resolve(run.settings))
         clients = range(min(MOST, self.config.num_clients))

@@ -16,10 +16,11 @@ from membership import config_of, own_weights
 from safetensors.torch import load_file
 
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.data.client import load_dataset, load_partition
+from pfedgpa_app.data.client import load_dataset, load_partition, load_schema
 from pfedgpa_app.data.images import Images, images_of
 from pfedgpa_app.data.partition import round_counts
-from pfedgpa_app.models.networks import build, load, network_name
+from pfedgpa_app.models.build import network_of
+from pfedgpa_app.models.networks import load
 from pfedgpa_app.training.evaluation import evaluate
 
 IMAGES = 12_000
@@ -50,8 +51,8 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="runs' folders, with their weights")
     for run in parser.parse_args().runs:
         config = config_of(run)
-        data, images = load_dataset(config), unheld(config)
-        model = build(network_name(config.model, data.shape), len(data.classes), config.seed)
+        images = unheld(config)
+        model = network_of(config, load_schema(config))
         for file in sorted(run.glob("weights/*.safetensors")):
             weights, accuracies = load_file(file), []
             for client in range(config.initial_clients):

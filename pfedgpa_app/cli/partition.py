@@ -22,7 +22,7 @@ def add_options(parser: ArgumentParser) -> None:
 def handle(options: Namespace) -> int:
     import numpy as np
 
-    from pfedgpa_app.data.client import load_dataset, load_partition
+    from pfedgpa_app.data.client import described, load_dataset, load_partition
     from pfedgpa_app.results.plots import partition
 
     config, out = resolve(overrides(options)).config, options.out
@@ -36,6 +36,7 @@ def handle(options: Namespace) -> int:
         [np.bincount(data.train_labels[h], minlength=len(data.classes)) for h in held]
     )
     partition(out, counts, data.classes)
+    print(described(config))
     print(f"wrote {out.absolute()}")
     return 0
 

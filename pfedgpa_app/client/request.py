@@ -23,11 +23,11 @@ from pfedgpa_app.client import memory
 from pfedgpa_app.client.attacks import flipped, flips_labels, malicious_upload
 from pfedgpa_app.config.resolve import resolve_cached
 from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES, Config
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.client import (
     ClientData,
-    Schema,
     load_client,
     load_own,
     load_own_client,
@@ -36,18 +36,18 @@ from pfedgpa_app.data.client import (
 )
 from pfedgpa_app.methods import rounds_class
 from pfedgpa_app.methods.base import ClientTask, Trained
-from pfedgpa_app.models.networks import build, network_name
-from pfedgpa_app.training import sgd as training
+from pfedgpa_app.models.build import network_of
 from pfedgpa_app.training.evaluation import FineTuning, Score
+from pfedgpa_app.training.sgd import device_for
 
 Metrics = dict[str, int | float | list[int] | list[float]]
 
 
 def build_model(config: Config, schema: Schema) -> nn.Module:
     """The run's network, initialised from its seed, where the ``device`` setting says."""
-    network = network_name(config.model, schema.shape)
-    model = build(network, len(schema.classes), config.seed)
-    return model.to(training.device_for(config.device)).to(memory_format=torch.channels_last)
+    network = network_of(config, schema).to(device_for(config.device))
+    flat = all(parameter.ndim < 5 for parameter in network.parameters())
+    return network.to(memory_format=torch.channels_last) if flat else network
 
 
 def held_by(config: Config, client: int) -> ClientData:

@@ -17,8 +17,20 @@ from typing import Any
 
 from pfedgpa_app.config import yaml_file
 from pfedgpa_app.config.parse import Key, Scalar, fields_of, flat, flatten, parse
+from pfedgpa_app.core.own_code import is_reference
 from pfedgpa_app.core.paths import APP_DIR, user_path
-from pfedgpa_app.core.sections import DATASET_HELP, NODES, SECTIONS, Config, S
+from pfedgpa_app.core.sections import (
+    DATASET_HELP,
+    MODEL_HELP,
+    MODELS,
+    NODES,
+    PARTITION_FILE,
+    PARTITIONS,
+    SECTIONS,
+    TORCHVISION,
+    Config,
+    S,
+)
 from pfedgpa_app.core.settings import LAUNCH, ConfigError, near
 from pfedgpa_app.data import DATASETS, is_known_dataset
 from pfedgpa_app.methods import METHODS, federation_of, name_of
@@ -74,6 +86,21 @@ def require_dataset(name: str, source: str) -> None:
         raise ConfigError(
             f"{source}: no data set {name!r}{near(name, (*DATASETS, NODES))} "
             f"There are {DATASET_HELP}"
+        )
+
+
+def _require_model(name: str) -> None:
+    """Refuse a ``name`` that no network has."""
+    if name not in MODELS and not name.startswith(TORCHVISION) and not is_reference(name):
+        raise ConfigError(f"model = {name!r}: no network{near(name, MODELS)} There is {MODEL_HELP}")
+
+
+def _require_partition(name: str) -> None:
+    """Refuse a ``name`` that no partition has."""
+    if name not in PARTITIONS and not name.startswith(PARTITION_FILE):
+        raise ConfigError(
+            f"partition = {name!r}: must be one of {', '.join(PARTITIONS)}, or "
+            f"{PARTITION_FILE}PATH{near(name, PARTITIONS)}"
         )
 
 
@@ -227,6 +254,8 @@ def _check(config: Config) -> None:
     if len(set(config.method)) < len(config.method):
         raise ConfigError(f"method = {','.join(config.method)}: names a method twice")
     require_dataset(config.dataset, "dataset")
+    _require_model(config.model)
+    _require_partition(config.partition)
     kept = name_of(FromUploads.of)  # whose uploads are kept
     others = [method for method in config.method if federation_of(method) != kept]
     if config.uploads and others:
@@ -255,5 +284,6 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "fine-tune-grid-epochs > 0 chooses by validation: validation-share must be > 0"
         )
-    if config.train_per_client - round(config.train_per_client * config.validation_share) < 1:
+    size = config.train_per_client
+    if size is not None and size - round(size * config.validation_share) < 1:
         raise ConfigError("validation-share leaves no image to train on")

@@ -12,12 +12,22 @@ from pfedgpa_app.core.randomness import numpy_generator
 from pfedgpa_app.core.settings import LAUNCH, LEARNING_RATES, setting
 
 DATASET_HELP = (
-    "digits, mnist, fashion-mnist, emnist-SPLIT (balanced, byclass, bymerge, digits, letters, "
-    "mnist), cifar10, imagefolder:PATH with train/ and test/ by class (a relative PATH: below the "
-    "current folder, else below data-dir), or nodes: each node's own, which its --node-config "
-    "names as dataset"
+    "digits, mnist, fashion-mnist, kmnist, emnist-SPLIT (balanced, byclass, bymerge, digits, "
+    "letters, mnist), cifar10, cifar100, svhn; imagefolder:PATH, a folder a class, maybe below "
+    "train/ and test/; npz:PATH, arrays; MODULE:CALLABLE of your own (docs/own.md); a relative "
+    "PATH is below the current folder, else below data-dir; or nodes: each node's own, which its "
+    "--node-config names as dataset"
+)
+MODEL_HELP = (
+    "network; auto: by the shape of the data; the paper's digits, fashion and cifar; conv, for "
+    "images of any size; mlp, for tables; torchvision:NAME; or MODULE:CALLABLE of your own, which "
+    "makes one of (classes, shape) (docs/own.md)"
 )
 NODES = "nodes"  # the data set that is each node's own
+TORCHVISION = "torchvision:"
+MODELS = ("auto", "digits", "fashion", "cifar", "conv", "mlp")
+PARTITIONS = ("dominant", "dirichlet", "shards", "iid", "natural")
+PARTITION_FILE = "file:"
 LABEL_FLIP = "label-flip"
 ATTACKS = ("none", "sign-flip", "scale", "noise", LABEL_FLIP)
 MOST_CLIENTS = 1_000_000
@@ -33,6 +43,12 @@ class Basics:
     )
     method: tuple[str, ...] = setting(
         ("pfedgpa",), "methods to run on the same partition and seed, separated by commas"
+    )
+    code_dir: str = setting(
+        "",
+        "folder that your own MODULEs (model, dataset, method) are imported from, before what is "
+        "installed; empty: the current one",
+        part=LAUNCH,
     )
     seed: int = setting(0, "the run's only seed", low=0)
     num_clients: int = setting(10, "clients of the federation", low=1, high=MOST_CLIENTS)
@@ -58,13 +74,21 @@ class DataSettings(Basics):
         False, "let torchvision download the data set if it is absent", part=LAUNCH
     )
     image_size: int = setting(0, "imagefolder: resize to this square; 0: as they are", low=0)
+    test_share: float = setting(
+        0.2, "share of each class that tests, of data that have no test split", above=0, high=0.9
+    )
     partition: str = setting(
         "dominant",
-        "how images are dealt to clients",
-        choices=("dominant", "dirichlet", "shards", "iid"),
+        "how the data are dealt to clients: dominant, dirichlet, shards, iid; natural, by the "
+        "users whom the data name; or file:PATH, JSON or CSV that maps samples to clients "
+        "(docs/own.md)",
     )
-    train_per_client: int = setting(600, "training images a client, validation included", low=1)
-    test_per_client: int = setting(600, "test images a client", low=1)
+    train_per_client: int | None = setting(
+        600,
+        "training images a client, validation included; auto: all there are, and no image twice",
+        low=1,
+    )
+    test_per_client: int | None = setting(600, "test images a client; auto: likewise", low=1)
     uniform_share: float = setting(
         0.2, "dominant: share of a client's images uniform over all classes", low=0, high=1
     )
@@ -82,8 +106,12 @@ class DataSettings(Basics):
 class TrainingSettings(Basics):
     """The network, a client's training and its fine-tuning."""
 
-    model: str = setting(
-        "auto", "network; auto: by image shape", choices=("auto", "digits", "fashion", "cifar")
+    model: str = setting("auto", MODEL_HELP)
+    model_weights: str = setting(
+        "", "file of weights that the network starts from: safetensors, or torch's of tensors alone"
+    )
+    head: str = setting(
+        "", "the network's last layer, by its module's name; empty: the one that is used last"
     )
     start_from: str = setting(
         "", "a run's distribution.safetensors, whose mean methods start from if they share weights"

@@ -89,6 +89,11 @@ class Layout:
         return found
 
 
+def is_statistic(name: str) -> bool:
+    """Whether it is what a normalisation layer has seen, as BatchNorm's ``running_var``."""
+    return name.rpartition(".")[2].startswith("running_")
+
+
 def layers(names: Iterable[str]) -> list[list[str]]:
     """The names of weights by the layer they belong to, in the network's order."""
     of: dict[str, list[str]] = {}

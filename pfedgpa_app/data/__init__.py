@@ -1,17 +1,18 @@
-"""Images, how they are dealt to clients, and what one client holds."""
+"""Data sets, how they are dealt to clients, and what one client holds."""
 
+from pfedgpa_app.core.own_code import is_reference
 from pfedgpa_app.core.sections import NODES
 
 EMNIST_SPLITS = ("balanced", "byclass", "bymerge", "digits", "letters", "mnist")
 DATASETS = (
-    "digits",
-    "mnist",
-    "fashion-mnist",
+    *("digits", "mnist", "fashion-mnist", "kmnist"),
     *(f"emnist-{split}" for split in EMNIST_SPLITS),
-    "cifar10",
+    *("cifar10", "cifar100", "svhn"),
 )
+IMAGEFOLDER, NPZ = "imagefolder:", "npz:"
 
 
 def is_known_dataset(name: str) -> bool:
-    """Whether ``name`` is one of ours, an ``imagefolder:PATH`` or ``nodes``."""
-    return name in (*DATASETS, NODES) or (name.startswith("imagefolder:") and len(name) > 12)
+    """Whether ``name`` is one of ours, an ``imagefolder:``, an ``npz:``, own code or ``nodes``."""
+    files = any(name.startswith(kind) and name != kind for kind in (IMAGEFOLDER, NPZ))
+    return name in (*DATASETS, NODES) or files or is_reference(name)

@@ -7,12 +7,22 @@ from functools import lru_cache
 
 import numpy as np
 
+from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.randomness import numpy_generator
-from pfedgpa_app.core.sections import NODES, DataSettings
+from pfedgpa_app.core.schema import Schema
+from pfedgpa_app.core.sections import NODES, PARTITION_FILE, DataSettings
 from pfedgpa_app.core.settings import DataError
-from pfedgpa_app.data.datasets import Dataset, load
+from pfedgpa_app.data.dataset import Dataset
+from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.images import Images, images_of
-from pfedgpa_app.data.partition import ClientSplit, dominant_groups, partition
+from pfedgpa_app.data.partition import (
+    ClientSplit,
+    by_file,
+    by_users,
+    dominant_groups,
+    partition,
+    with_validation,
+)
 
 
 @dataclass(frozen=True)
@@ -24,18 +34,9 @@ class ClientData:
     test: Images
 
 
-@dataclass(frozen=True)
-class Schema:
-    """What a network must know of images: their classes, and their (C, H, W)."""
-
-    name: str
-    classes: tuple[str, ...]
-    shape: tuple[int, int, int]
-
-
 def schema_of(data: Dataset) -> Schema:
     """Of a data set."""
-    return Schema(data.name, data.classes, data.shape)
+    return Schema(data.name, data.classes, data.shape, data.tokens)
 
 
 def load_dataset(config: DataSettings) -> Dataset:
@@ -49,7 +50,18 @@ def load_dataset(config: DataSettings) -> Dataset:
             "dataset = nodes: every SuperNode brings its own data; start such a run with flwr run "
             "on a deployment (docs/deploy.md)"
         )
-    return load(config.dataset, config.data_dir, config.download, config.image_size)
+    return _load(config, config.dataset)
+
+
+def _load(config: DataSettings, name: str) -> Dataset:
+    return load(
+        name,
+        config.data_dir,
+        config.download,
+        config.image_size,
+        config.test_share,
+        config.code_dir,
+    )
 
 
 def load_schema(config: DataSettings) -> Schema:
@@ -67,8 +79,16 @@ def load_partition(config: DataSettings) -> list[ClientSplit]:
 
     Raises:
         DataError: the data set is absent or unusable, or has not so many groups as have shares.
+        ValueError: the partition cannot be made of these data.
     """
     data = load_dataset(config)
+    if config.partition == "natural":
+        return _split(config, by_users(data.train_users, data.test_users, config.num_clients))
+    if config.partition.startswith(PARTITION_FILE):
+        path = user_path(config.partition.removeprefix(PARTITION_FILE))
+        train = _names(data.train_samples, data.train_labels, "train")
+        test = _names(data.test_samples, data.test_labels, "test")
+        return _split(config, by_file(path, train, test, config.num_clients))
     groups = len(dominant_groups(len(data.classes)))
     if config.partition == "dominant" and len(config.group_shares) not in (0, groups):
         raise DataError(
@@ -91,6 +111,45 @@ def load_partition(config: DataSettings) -> list[ClientSplit]:
     )
 
 
+def _names(samples: np.ndarray, labels: np.ndarray, split: str) -> np.ndarray:
+    """The samples' names; where they have none, their places, as in train/0."""
+    return samples if len(samples) else np.char.add(f"{split}/", np.arange(len(labels)).astype(str))
+
+
+def _split(config: DataSettings, parts: list[list[np.ndarray]]) -> list[ClientSplit]:
+    """Clients' images by their training and test indices; they have no hidden groups."""
+    train, test = parts
+    groups = [0] * config.num_clients
+    return with_validation(train, test, groups, config.validation_share, config.seed)
+
+
+def described(config: DataSettings) -> str:
+    """What the run's data are, who holds how many, and what nobody holds."""
+    data, splits = load_dataset(config), load_partition(config)
+    names = data.classes if len(data.classes) <= 10 else (*data.classes[:9], "…")
+    what = "images" if len(data.shape) == 3 and not data.tokens else "examples"
+    parts = [
+        f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
+        f"{what} of {'×'.join(map(str, data.shape))} in {len(data.classes)} classes "
+        f"({', '.join(names)})"
+    ]
+    for verb, rows, labels in (
+        ("train", [np.concatenate([s.train, s.validation]) for s in splits], data.train_labels),
+        ("are tested", [s.test for s in splits], data.test_labels),
+    ):
+        sizes, held = [len(mine) for mine in rows], np.concatenate(rows)
+        each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+        different = len(np.unique(held))
+        notes = []
+        if different < len(labels):
+            notes.append(f"nobody holds {len(labels) - different:,}")
+        if different < len(held):
+            notes.append(f"{len(held) - different:,} are held more than once")
+        note = f" ({', '.join(notes)})" if notes else ""
+        parts.append(f"{verb} on {each} each{note}")
+    return f"{parts[0]}; {len(splits)} clients {parts[1]} and {parts[2]}"
+
+
 def load_own(config: DataSettings, source: str) -> Dataset:
     """The data set of this node's own that its configuration names.
 
@@ -102,7 +161,7 @@ def load_own(config: DataSettings, source: str) -> Dataset:
             "dataset = nodes, but this node names none: start its SuperNode with --node-config "
             "'dataset=\"imagefolder:/absolute/path\" …'"
         )
-    return load(source, config.data_dir, config.download, config.image_size)
+    return _load(config, source)
 
 
 @lru_cache(maxsize=2)

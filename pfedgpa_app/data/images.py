@@ -1,4 +1,4 @@
-"""Images as clients hold them, and as networks take them."""
+"""Examples as clients hold them, images as a rule, and as networks take them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ NORMALISATION = {
 class Images:
     """Pixels [N, C, H, W] uint8 (channels last in memory) and labels [N] int64.
 
-    They stay bytes, a quarter of what floats take, until a network asks for them.
+    They stay bytes, a quarter of what floats take, until a network asks for them. What are no
+    images, float32 or int64 [N, …], networks take as they are.
     """
 
     pixels: Tensor
@@ -38,25 +39,36 @@ class Images:
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
     def floats(self) -> Tensor:
-        """All of them as networks take them, [N, C, H, W] float32."""
+        """All of them as networks take them, images as [N, C, H, W] float32."""
         return normalised(self.pixels)
 
 
 def images_of(pixels: np.ndarray, labels: np.ndarray, held: np.ndarray) -> Images:
-    """The images ``held`` (indices) of a data set's pixels [N, C, H, W] uint8 and labels [N]."""
+    """The examples ``held`` (indices) of a data set's pixels [N, C, H, W] uint8 and labels [N]."""
     taken = torch.from_numpy(np.ascontiguousarray(pixels[held]))
-    return Images(
-        taken.contiguous(memory_format=torch.channels_last), torch.from_numpy(labels[held])
-    )
+    if taken.ndim == 4:
+        taken = taken.contiguous(memory_format=torch.channels_last)
+    return Images(taken, torch.from_numpy(labels[held]))
 
 
 @lru_cache
 def _mean_and_std(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(v).view(-1, 1, 1).to(device) for v in NORMALISATION[channels])
+    figures = normalisation(channels)
+    mean, std = (torch.tensor(v).view(-1, 1, 1).to(device) for v in figures)
     return mean, std
 
 
+def normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Means and deviations of the channels of images whose pixels are 0 to 1."""
+    return NORMALISATION.get(channels, ((0.5,) * channels, (0.25,) * channels))
+
+
 def normalised(pixels: Tensor) -> Tensor:
-    """float32 with about zero mean and unit variance, from pixels [..., C, H, W] uint8."""
+    """float32 with about zero mean and unit variance, from pixels [..., C, H, W] uint8.
+
+    Examples of another type are no pixels, and stay as they are.
+    """
+    if pixels.dtype != torch.uint8:
+        return pixels
     mean, std = _mean_and_std(pixels.shape[-3], pixels.device)
     return pixels.float().div_(255).sub_(mean).div_(std)

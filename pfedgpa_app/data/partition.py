@@ -1,14 +1,19 @@
 """Who holds which images.
 
-Every partition is a matrix of class counts, one row a client, and one dealer that hands
-out that many images: disjoint while the data last, the test images in the same mix.
+A partition is dealt, natural or by a file. One that is dealt is a matrix of class counts, one row a
+client, and one dealer that hands out that many images: disjoint while the data last, the test
+images in the same mix.
 """
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -107,6 +112,19 @@ def class_shares(
     return shares, groups
 
 
+def proportional_counts(shares: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many images of each class each client gets if all are dealt, none twice.
+
+    A class is divided in proportion to its column of ``shares`` [clients, C].
+    """
+    there = np.bincount(labels, minlength=shares.shape[1])
+    columns = [
+        round_counts(column, total) if column.any() else np.zeros(len(shares), dtype=int)
+        for column, total in zip(shares.T, there, strict=True)
+    ]
+    return np.stack(columns, axis=1)
+
+
 def deal(
     labels: np.ndarray, counts: np.ndarray, classes: Sequence[str], split: str, seed: int
 ) -> list[np.ndarray]:
@@ -165,8 +183,8 @@ def partition(
     num_clients: int,
     *,
     kind: str = "dominant",
-    train_per_client: int = 600,
-    test_per_client: int = 600,
+    train_per_client: int | None = 600,
+    test_per_client: int | None = 600,
     validation_share: float = 0.1,
     uniform_share: float = 0.2,
     group_shares: Sequence[float] = (),
@@ -174,12 +192,15 @@ def partition(
     shards: int = 2,
     seed: int = 0,
 ) -> list[ClientSplit]:
-    """Deal a data set to clients of equal size; see ``class_shares`` for the kinds.
+    """Deal a data set to clients; see ``class_shares`` for the kinds.
 
     A client's validation images are a random share of its training images.
 
+    Args:
+        train_per_client: None: all images are dealt, none twice, to clients of unequal size.
+
     Raises:
-        ValueError: a class has too few images for one client.
+        ValueError: a class has too few images for one client, or a client would have none.
     """
     shares, groups = class_shares(
         kind,
@@ -191,12 +212,38 @@ def partition(
         alpha=alpha,
         shards=shards,
     )
-    train = deal(train_labels, round_counts(shares, train_per_client), classes, "train", seed)
-    test = deal(test_labels, round_counts(shares, test_per_client), classes, "test", seed)
-    held_out = round(train_per_client * validation_share)
+
+    def dealt(labels: np.ndarray, size: int | None, split: str) -> list[np.ndarray]:
+        counts = proportional_counts(shares, labels) if size is None else round_counts(shares, size)
+        return deal(labels, counts, classes, split, seed)
+
+    train = dealt(train_labels, train_per_client, "train")
+    test = dealt(test_labels, test_per_client, "test")
+    return with_validation(train, test, groups, validation_share, seed)
+
+
+def with_validation(
+    train: Sequence[np.ndarray],
+    test: Sequence[np.ndarray],
+    groups: Sequence[int] | np.ndarray,
+    validation_share: float,
+    seed: int,
+) -> list[ClientSplit]:
+    """Each client's images, a random share of its training images kept for validation.
+
+    Raises:
+        ValueError: a client has nothing to train or to be tested on.
+    """
     splits = []
-    for client in range(num_clients):
-        shuffled = numpy_generator(seed, "validation", client).permutation(train[client])
+    for client, mine in enumerate(train):
+        held_out = round(len(mine) * validation_share)
+        for kind, count in (("train", len(mine) - held_out), ("be tested", len(test[client]))):
+            if count < 1:
+                raise ValueError(
+                    f"client {client} would have no image to {kind} on: lower num-clients, or "
+                    "choose another partition"
+                )
+        shuffled = numpy_generator(seed, "validation", client).permutation(mine)
         splits.append(
             ClientSplit(
                 train=np.sort(shuffled[held_out:]),
@@ -206,3 +253,82 @@ def partition(
             )
         )
     return splits
+
+
+def by_users(users: np.ndarray, test_users: np.ndarray, num_clients: int) -> list[list[np.ndarray]]:
+    """The natural partition: the indices of each client's training and of its test images.
+
+    Users are clients, in the order of their names; where there are more, several are one client.
+
+    Raises:
+        ValueError: nobody knows whose the images are, or there are fewer users than clients.
+    """
+    if not len(users) or not len(test_users):
+        raise ValueError("partition = natural: the data set names no users")
+    names = np.unique(users)
+    if len(names) < num_clients:
+        raise ValueError(
+            f"partition = natural: the data set has {len(names)} users, fewer than num-clients = "
+            f"{num_clients}"
+        )
+    client_of = {name: i % num_clients for i, name in enumerate(names)}
+    splits = []
+    for those in (users, test_users):
+        owner = np.array([client_of.get(user, -1) for user in those])
+        splits.append([np.flatnonzero(owner == client) for client in range(num_clients)])
+    return splits
+
+
+def by_file(
+    path: Path, train: np.ndarray, test: np.ndarray, num_clients: int
+) -> list[list[np.ndarray]]:
+    """What a file of {sample: client} deals: the indices of each client's images, by split.
+
+    Samples that it does not name are nobody's.
+
+    Args:
+        path: JSON of one object, or CSV with the columns sample and client.
+        train: the names of the training samples; ``test``: of the test samples.
+
+    Raises:
+        ValueError: it cannot be read, or names samples or clients that there are not.
+    """
+    owners = _read_owners(path)
+    place = {str(name): i for i, name in enumerate((*train, *test))}
+    owner = np.full(len(place), -1)
+    for sample, client in owners.items():
+        if sample not in place:
+            raise ValueError(
+                f"partition = file:{path}: names the sample {sample!r}, which the data set has "
+                f"not; it has {', '.join([*place][:3])}, …"
+            )
+        if not 0 <= client < num_clients:
+            raise ValueError(
+                f"partition = file:{path}: gives {sample!r} to client {client}; by num-clients = "
+                f"{num_clients} there are 0 to {num_clients - 1}"
+            )
+        owner[place[sample]] = client
+    parts = np.split(owner, [len(train)])
+    return [[np.flatnonzero(part == client) for client in range(num_clients)] for part in parts]
+
+
+def _read_owners(path: Path) -> dict[str, int]:
+    """{sample: client}.
+
+    Raises:
+        ValueError: the file is none of these.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            if path.suffix.lower() == ".csv":
+                found: Any = {row["sample"]: row["client"] for row in csv.DictReader(file)}
+            else:
+                found = json.load(file)
+        return {str(sample): int(client) for sample, client in found.items()}
+    except OSError as error:
+        raise ValueError(f"partition = file:{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"partition = file:{path}: wants a JSON object of samples and their clients' numbers, "
+            f"or CSV with the columns sample and client: {type(error).__name__}: {error}"
+        ) from error

@@ -19,11 +19,11 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from packaging.requirements import Requirement
 
 from pfedgpa_app.core.paths import user_path
-from pfedgpa_app.core.sections import NODES
+from pfedgpa_app.core.sections import NODES, TrainingSettings
 from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data.client import schema_of
 from pfedgpa_app.data.datasets import load
-from pfedgpa_app.models.networks import network_name
+from pfedgpa_app.models.build import network_of
 
 DISTRIBUTION = "pfedgpa-app"
 _PATIENCE = 10.0  # seconds for a connection
@@ -82,7 +82,7 @@ def data(node: Node) -> str:
     try:
         found = load(node.dataset, node.data_dir, image_size=node.image_size)
         schema = schema_of(found)
-        network_name("auto", schema.shape)
+        network_of(TrainingSettings(), schema)
     except (DataError, ValueError) as error:
         raise NodeError(str(error)) from error
     shape = "×".join(map(str, schema.shape))

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.uploads import Upload, weighted_mean
-from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.core.weights import Weights, is_statistic
 from pfedgpa_app.methods.base import Method
 
 
@@ -26,13 +26,18 @@ def with_momentum(
 ) -> tuple[Weights, Weights]:
     """The new weights w and velocity m: m ← β m + (mean − w) and w ← w + m.
 
+    Running statistics have none: they are what was seen, and a variance must not fall below zero.
+
     Args:
         velocity: m; {} before the first step.
     """
     velocity = {
-        name: after - before[name] + beta * velocity.get(name, 0) for name, after in mean.items()
+        name: after - before[name] + beta * velocity.get(name, 0)
+        for name, after in mean.items()
+        if not is_statistic(name)
     }
-    return {name: before[name] + step for name, step in velocity.items()}, velocity
+    moved = {name: before[name] + step for name, step in velocity.items()}
+    return mean | moved, velocity
 
 
 class Averaging(Method[S]):

@@ -21,7 +21,7 @@ from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.client import ClientData
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.diffusion.network import Progress, silent
-from pfedgpa_app.models.networks import load, weights_of
+from pfedgpa_app.models.networks import load, weight_names, weights_of
 from pfedgpa_app.training import sgd
 from pfedgpa_app.training.evaluation import FineTuning
 from pfedgpa_app.training.sgd import Recipe
@@ -163,7 +163,7 @@ class Rounds(Generic[S]):
         never batched.
         """
         task.load(cls.start(task.weights, task.state))
-        loss = task.sgd(cls.recipes(task.config, list(task.model.state_dict()), task.round))
+        loss = task.sgd(cls.recipes(task.config, weight_names(task.model), task.round))
         return Trained(*cls.upload(weights_of(task.model), task.weights, task.state), loss)
 
     @classmethod
@@ -216,6 +216,14 @@ class Personaliser(Generic[S]):
 
         Raises:
             ConfigError: it cannot run so.
+        """
+
+    @classmethod
+    def check_network(cls, config: Config, network: nn.Module) -> None:
+        """Refuse a network that it cannot serve.
+
+        Raises:
+            ConfigError: why not, and what to do.
         """
 
     def personalise(self) -> dict[int, Weights]:

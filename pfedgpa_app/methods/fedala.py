@@ -86,7 +86,7 @@ class FedALA(Averaging[Shared]):
         sample = images[torch.randperm(len(images), generator=generator)[:held]]
         losses: list[float] = []
         while len(losses) < (MOST_PASSES if first else 1):
-            for x, y in training_batches(sample, once, generator, device):
+            for x, y in training_batches(task.model, sample, once, generator):
                 with recipe.computing(device):
                     loss = cross_entropy(task.model, x, y)
                 gradients: tuple[Tensor, ...] = torch.autograd.grad(

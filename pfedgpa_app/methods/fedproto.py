@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.settings import ConfigError, MethodSettings, setting
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.core.weights import Weights, last_layers
 from pfedgpa_app.methods.base import ClientTask, Method, Trained
-from pfedgpa_app.models.networks import weights_of
+from pfedgpa_app.models.networks import head_of, weight_names, weights_of
 
 NEVER = -1e9  # the logit of a class that nobody has shown
 
@@ -55,10 +55,15 @@ class Prototypes:
     head: list[str]
 
 
-def halves(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """What makes features of images, and the last layer."""
-    assert isinstance(model, nn.Sequential)
-    return model[:-1], model[-1]
+def with_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The features [B, D] of images x, which the last layer sees, and the logits [B, K]."""
+    seen: list[Tensor] = []
+    hook = head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        logits = model(x)
+    finally:
+        hook.remove()
+    return seen[-1], logits
 
 
 class FedProto(Method[Prototypes]):
@@ -67,6 +72,16 @@ class FedProto(Method[Prototypes]):
     title = "FedProto"
     settings = FedProtoSettings
     tuned = ("lam",)
+
+    @classmethod
+    def check_network(cls, config: Config, network: nn.Module) -> None:
+        head = head_of(network)
+        if not isinstance(head, nn.Linear) or head.bias is None:
+            raise ConfigError(
+                f"fedproto: makes a linear last layer with a bias of its prototypes, and the "
+                f"network's is {type(head).__name__}: give it one (head names another), or leave "
+                "fedproto out"
+            )
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> Prototypes:
@@ -106,14 +121,13 @@ class FedProto(Method[Prototypes]):
         lam = task.config.of(FedProtoSettings).lam
 
         def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-            body, head = halves(model)
-            features = body(x).float()
-            apart = (features - means[y]).square().mean(1) * known[y]
-            loss: Tensor = F.cross_entropy(head(features).float(), y) + lam * apart.mean()
+            features, logits = with_features(model, x)
+            apart = (features.float() - means[y]).square().mean(1) * known[y]
+            loss: Tensor = F.cross_entropy(logits.float(), y) + lam * apart.mean()
             return loss
 
         task.load(task.state)
-        recipes = cls.recipes(task.config, list(task.model.state_dict()), task.round)
+        recipes = cls.recipes(task.config, weight_names(task.model), task.round)
         loss = task.sgd(recipes, loss_of=loss_of)
         return Trained(cls.prototypes(task, len(means)), weights_of(task.model), loss)
 
@@ -124,7 +138,7 @@ class FedProto(Method[Prototypes]):
         task.model.eval()
         device = next(task.model.parameters()).device
         images = task.data.train.to(device)
-        features = halves(task.model)[0](images.floats())
+        features, _ = with_features(task.model, images.floats())
         member = F.one_hot(images.labels, classes).to(features)
         counts = member.sum(0)
         means = member.T @ features / counts.clamp_min(1)[:, None]

@@ -24,7 +24,7 @@ from pfedgpa_app.methods.averaging import Averaging, Shared
 from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training.evaluation import FineTuning
-from pfedgpa_app.training.sgd import cross_entropy, sgd_step, training_batches
+from pfedgpa_app.training.sgd import cross_entropy, sgd_step, to_train, training_batches
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,10 @@ class PerFedAvg(Averaging[Shared]):
     def train(cls, task: ClientTask) -> Trained:
         task.load(task.weights)
         [recipe] = cls.recipes(task.config, list(task.weights), task.round)
-        parameters: list[Tensor] = list(task.model.parameters())
+        parameters: list[Tensor] = list(to_train(task.model).values())
         velocity: list[Tensor | None] = [None for _ in parameters]
         alpha, total, images = alpha_of(task.config), 0.0, 0
-        task.model.train()
-        batches = training_batches(task.data.train, recipe, task.generator(), parameters[0].device)
+        batches = training_batches(task.model, task.data.train, recipe, task.generator())
         for x, y in batches:
             x2, y2 = next(batches, (x, y))  # an odd last batch serves for both
             theta = [p.detach().clone() for p in parameters]

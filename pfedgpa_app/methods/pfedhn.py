@@ -27,7 +27,7 @@ from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import MethodSettings, setting
 from pfedgpa_app.core.uploads import Upload
-from pfedgpa_app.core.weights import Layout, Weights
+from pfedgpa_app.core.weights import Layout, Weights, is_statistic
 from pfedgpa_app.methods.base import Method
 from pfedgpa_app.training.sgd import Recipe
 
@@ -122,14 +122,15 @@ class PFedHN(Method[HypernetworkState]):
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> HypernetworkState:
-        size = sum(Layout.of(initial).sizes)
+        made_for = {name: t for name, t in initial.items() if not is_statistic(name)}
+        size = sum(Layout.of(made_for).sizes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_generator(config.seed, "pfedhn").initial_seed())
             network = Hypernetwork(config.num_clients, size, config.of(PFedHNSettings))
         velocity = [torch.zeros_like(p) for p in network.parameters()]
         with torch.no_grad():
             made = network(torch.arange(config.num_clients))
-        return HypernetworkState(initial, network, velocity, made)
+        return HypernetworkState(made_for, network, velocity, made)
 
     def expected_upload(self) -> Weights:
         return self.state.like

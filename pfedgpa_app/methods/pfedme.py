@@ -26,7 +26,7 @@ from pfedgpa_app.core.uploads import Upload, weighted_mean
 from pfedgpa_app.methods.averaging import Averaging, Shared
 from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.models.networks import weights_of
-from pfedgpa_app.training.sgd import cross_entropy, pull_to, sgd_step, training_batches
+from pfedgpa_app.training.sgd import cross_entropy, pull_to, sgd_step, to_train, training_batches
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,12 @@ class PFedMe(Averaging[Shared]):
         task.load(task.weights)
         [recipe] = cls.recipes(task.config, list(task.weights), task.round)
         inner = replace(recipe, learning_rate=own.personal_learning_rate, momentum=0.0)
-        theta = dict(task.model.named_parameters())
+        theta = to_train(task.model)
         parameters: list[Tensor] = list(theta.values())
         w = {name: t.detach().clone() for name, t in theta.items()}
         prox = pull_to(w, own.lam)
-        task.model.train()
         total, images = 0.0, 0
-        for x, y in training_batches(
-            task.data.train, recipe, task.generator(), parameters[0].device
-        ):
+        for x, y in training_batches(task.model, task.data.train, recipe, task.generator()):
             for _ in range(own.steps):
                 with recipe.computing(x.device):
                     loss = cross_entropy(task.model, x, y)
@@ -89,5 +86,6 @@ class PFedMe(Averaging[Shared]):
             for name, t in theta.items():
                 w[name].lerp_(t.detach(), own.learning_rate * own.lam)
             total, images = total + float(loss.detach()) * len(y), images + len(y)
-        sent = {name: t.cpu() for name, t in w.items()}
-        return Trained(sent, weights_of(task.model), total / max(1, images))
+        kept = weights_of(task.model)
+        sent = kept | {name: t.cpu() for name, t in w.items()}
+        return Trained(sent, kept, total / max(1, images))

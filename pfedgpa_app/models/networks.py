@@ -1,7 +1,8 @@
-"""The paper family's networks; sizes from FedPAC's code, which pFedGPA's authors share.
+"""The paper family's networks, and two for data of any size; what clients share of a network.
 
-Max-pooling comes before the leaky ReLU: the two commute, since the activation increases,
-and pooling first leaves it a quarter of the work.
+The paper's sizes are from FedPAC's code, which pFedGPA's authors share. In them max-pooling comes
+before the leaky ReLU: the two commute, since the activation increases, and pooling first leaves it
+a quarter of the work.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections import OrderedDict
 import torch
 from torch import nn
 
-from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.core.settings import ConfigError, near
+from pfedgpa_app.core.weights import Weights, is_statistic
 
 
 def _conv(inputs: int, outputs: int, kernel: int, padding: int = 0) -> nn.Sequential:
@@ -50,46 +52,116 @@ def digits(classes: int = 10) -> nn.Sequential:
     return _network([_conv(1, 16, 3, 1)], 256, 20, classes)
 
 
-NETWORKS = {"digits": digits, "fashion": fashion, "cifar": cifar}
-SHAPES = {(1, 8, 8): "digits", (1, 28, 28): "fashion", (3, 32, 32): "cifar"}
+def conv(classes: int, shape: tuple[int, ...]) -> nn.Sequential:
+    """Images [C, H, W] of any size → classes: three convolutions, pooled to at most 4×4."""
+    side = [max(1, min(4, size // 8)) for size in shape[1:]]
+    layers = OrderedDict[str, nn.Module]()
+    inputs = shape[0]
+    for i, outputs in enumerate((32, 64, 64), start=1):
+        layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, 3, padding=1)
+        layers[f"act{i}"] = nn.LeakyReLU()
+        halves = min(shape[1:]) >> i  # a side of one cannot be halved
+        layers[f"pool{i}"] = nn.MaxPool2d(2) if halves else nn.Identity()
+        inputs = outputs
+    layers["pool"] = nn.AdaptiveAvgPool2d((side[0], side[1]))
+    layers["flatten"] = nn.Flatten()
+    layers["fc1"] = nn.Linear(inputs * side[0] * side[1], 128)
+    layers["act"] = nn.LeakyReLU()
+    layers["fc2"] = nn.Linear(128, classes)
+    return nn.Sequential(layers)
 
 
-def network_name(model: str, shape: tuple[int, int, int]) -> str:
-    """The network for images of ``shape`` (C, H, W) when ``model`` is "auto", else ``model``.
-
-    Raises:
-        ValueError: no network fits images of that shape.
-    """
-    fitting = SHAPES.get(shape)
-    if fitting is None or model not in ("auto", fitting):
-        asked = "no network" if model == "auto" else f"model {model} does not"
-        shapes = ", ".join("×".join(map(str, s)) for s in SHAPES)
-        sizes = [str(s[1]) for s, n in SHAPES.items() if s[0] == shape[0] and model in ("auto", n)]
-        resize = f" (imagefolder: set image-size={' or '.join(sizes)})" if sizes else ""
-        raise ValueError(
-            f"{asked} fit images of {'×'.join(map(str, shape))}; networks take {shapes}{resize}"
+def mlp(classes: int, shape: tuple[int, ...]) -> nn.Sequential:
+    """Rows of a table [F] → classes, by two hidden layers."""
+    return nn.Sequential(
+        OrderedDict[str, nn.Module](
+            fc1=nn.Linear(shape[0], 64),
+            act1=nn.LeakyReLU(),
+            fc2=nn.Linear(64, 64),
+            act2=nn.LeakyReLU(),
+            fc3=nn.Linear(64, classes),
         )
-    return fitting
+    )
+
+
+NETWORKS = {"digits": digits, "fashion": fashion, "cifar": cifar}
+SHAPES: dict[tuple[int, ...], str] = {
+    (1, 8, 8): "digits",
+    (1, 28, 28): "fashion",
+    (3, 32, 32): "cifar",
+}
+MADE_FOR_ANY = {"conv": conv, "mlp": mlp}
+_ORDER = "_pfedgpa_weights"  # the attribute of a network that names its weights in order
 
 
 def build(name: str, classes: int, seed: int) -> nn.Module:
-    """A freshly initialised network, the same for the same seed on every machine."""
+    """A freshly initialised network of the paper's, the same for a seed on every machine."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return NETWORKS[name](classes)
 
 
-def weights_of(model: nn.Module) -> Weights:
-    """A detached copy of the model's tensors, on the CPU."""
-    return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+def weight_names(network: nn.Module) -> list[str]:
+    """What clients share of a network, by its place: from the first layer to the last.
+
+    That is what is trained, tied tensors once, and running statistics. What is frozen, counters
+    and other buffers are the same everywhere, as the network is made.
+    """
+    if order := getattr(network, _ORDER, None):
+        return list(order)
+    trained = {n for n, p in network.named_parameters() if p.requires_grad}
+    return [n for n in network.state_dict() if n in trained or is_statistic(n)]
 
 
-def load(model: nn.Module, weights: Weights) -> None:
+def order_weights(network: nn.Module, used: list[str], head: str) -> None:
+    """Have ``weight_names`` go by use, and by ``head``, whatever order they were declared in.
+
+    Args:
+        used: the names of the modules, the first one first.
+        head: the module whose weights are the last; "" for the last one used.
+
+    Raises:
+        ConfigError: there is no such module, or nothing of it is trained.
+    """
+    place = {name: i for i, name in enumerate(used)}
+
+    def place_of(name: str) -> int:
+        module = name.rpartition(".")[0]
+        while module and module not in place:  # a parent uses its weights
+            module = module.rpartition(".")[0]
+        return place.get(module, -1)
+
+    names = sorted(weight_names(network), key=place_of)
+    if head:
+        modules = dict(network.named_modules())
+        if head not in modules:
+            raise ConfigError(
+                f"head = {head!r}: the network has no such module{near(head, modules)}"
+            )
+        last = [name for name in names if name.startswith(f"{head}.")]
+        if not last:
+            raise ConfigError(f"head = {head!r}: nothing of that module is trained")
+        names = [name for name in names if name not in last] + last
+    setattr(network, _ORDER, tuple(names))
+
+
+def head_of(network: nn.Module) -> nn.Module:
+    """The module that holds the last layer's weights."""
+    return network.get_submodule(weight_names(network)[-1].rpartition(".")[0])
+
+
+def weights_of(network: nn.Module) -> Weights:
+    """A detached copy of what clients share of a network, on the CPU."""
+    tensors = network.state_dict()
+    return {n: tensors[n].detach().cpu().clone() for n in weight_names(network)}
+
+
+def load(network: nn.Module, weights: Weights) -> None:
     """Set ``weights`` by name; the network's others stay as they are.
 
     Raises:
         RuntimeError: a name that the network does not have, or another shape.
     """
-    refused = model.load_state_dict(weights, strict=False).unexpected_keys
+    refused = network.load_state_dict(weights, strict=False).unexpected_keys
     if refused:
         raise RuntimeError(f"the network has no weights named {', '.join(refused)}")

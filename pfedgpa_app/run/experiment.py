@@ -17,7 +17,7 @@ from pfedgpa_app.config.resolve import Resolved
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import NODES, Config
-from pfedgpa_app.data.client import load_partition, load_schema
+from pfedgpa_app.data.client import described, load_partition, load_schema
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.engine.grid import LocalGrid, is_simulated
@@ -67,6 +67,8 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
     log = RunLog(folder, config.num_server_rounds, work, making)
     try:
         log.event("start", f"results: {folder}", process=os.getpid())
+        if config.dataset != NODES:
+            log.event("data", described(config))
         for text in _warnings(grid, config):
             log.event("warning", text)
         Experiment(grid, resolved, folder, log).run_all(shared)

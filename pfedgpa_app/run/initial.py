@@ -5,23 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 
 from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.weights import Weights
-from pfedgpa_app.data.client import Schema
 from pfedgpa_app.diffusion import saved
-from pfedgpa_app.models.networks import build, network_name, weights_of
+from pfedgpa_app.methods import METHODS
+from pfedgpa_app.models.build import network_of
+from pfedgpa_app.models.networks import weights_of
 
 
 def initial_weights(config: Config, schema: Schema) -> Weights:
     """What every method starts from: by the seed, or a saved distribution's mean.
 
     Raises:
-        ValueError: no network fits the images.
-        ConfigError: ``start-from`` cannot be read, or is of another network.
+        ConfigError: no network fits the data, or ``start-from`` cannot be read, or is of another
+            network.
     """
-    network = network_name(config.model, schema.shape)
-    initial = weights_of(build(network, len(schema.classes), config.seed))
+    network = network_of(config, schema)
+    for name in config.method:
+        METHODS[name].check_network(config, network)
+    if config.augment and (len(schema.shape) != 3 or schema.tokens):
+        raise ConfigError(
+            f"augment = true: crops and flips images; these data are of shape {list(schema.shape)}"
+        )
+    initial = weights_of(network)
     return warm_start(Path(config.start_from), initial) if config.start_from else initial
 
 

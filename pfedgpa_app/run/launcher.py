@@ -11,7 +11,7 @@ from rich.console import Console
 
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR, user_path
-from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.sections import PARTITION_FILE, Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.data.datasets import resolve_data_dir
@@ -181,9 +181,18 @@ def _with_absolute_paths(run_config: Mapping[str, Any], config: Config) -> dict[
     settings["data-dir"] = str(resolve_data_dir(config.data_dir, config.dataset))
     if (conf := user_path(str(settings.get("conf", "demo")))).is_file():
         settings["conf"] = str(conf.absolute())
-    for name, path in (("start-from", config.start_from), ("uploads", config.uploads)):
+    settings["code-dir"] = str(user_path(config.code_dir or ".").absolute())
+    files = {
+        "start-from": config.start_from,
+        "uploads": config.uploads,
+        "model-weights": config.model_weights,
+    }
+    for name, path in files.items():
         if path:
             settings[name] = str(user_path(path).absolute())
+    if config.partition.startswith(PARTITION_FILE):
+        file = user_path(config.partition.removeprefix(PARTITION_FILE)).absolute()
+        settings["partition"] = f"{PARTITION_FILE}{file}"
     return settings
 
 

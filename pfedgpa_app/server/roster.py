@@ -18,9 +18,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.weights import Weights
-from pfedgpa_app.data.client import Schema
 
 logger = logging.getLogger("pfedgpa")
 

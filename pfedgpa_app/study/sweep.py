@@ -95,7 +95,7 @@ class Run:
     def work(self) -> float:
         """About how long it takes, in images trained on."""
         c = self.config
-        trained = max(1, round(c.fraction_train * c.num_clients)) * c.train_per_client
+        trained = max(1, round(c.fraction_train * c.num_clients)) * (c.train_per_client or 600)
         return len(federations(c.method)) * c.num_server_rounds * c.local_epochs * trained
 
     def differences(self) -> list[str]:

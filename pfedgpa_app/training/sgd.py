@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.optim.sgd import sgd
 
 from pfedgpa_app.core.sections import TrainingSettings
@@ -130,12 +131,18 @@ def sgd_step(
 
 
 def training_batches(
-    data: Images, recipe: Recipe, generator: torch.Generator, device: torch.device
+    model: nn.Module, data: Images, recipe: Recipe, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each step's images [B, C, H, W] and labels [B] on ``device``, as ``batches`` says."""
-    data = data.to(device)
+    """Each step's images [B, C, H, W] and labels [B] on the model's device, as ``batches`` says.
+
+    A last batch of one is left out where BatchNorm would want its variance.
+    """
+    data = data.to(next(model.parameters()).device)
     images, labels = data.floats(), data.labels
+    least = 1 + any(isinstance(module, _BatchNorm) for module in model.modules())
     for batch, crops in batches(len(data), recipe, generator):
+        if len(batch) < least:
+            continue
         x = images[batch]
         yield (x if crops is None else crop_and_flip(x, crops)), labels[batch]
 
@@ -150,6 +157,27 @@ def clipped(gradients: Sequence[Tensor], most: float) -> list[Tensor]:
     squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0)
     scale = (most / squares.sqrt().clamp_min(1e-12)).clamp_max(1)
     return [g * scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
+
+
+def to_train(model: nn.Module, names: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Set ``model`` to training; {name: parameter} of those that are trained.
+
+    A normalisation layer none of whose parameters are trained goes on as in evaluation: what it
+    has seen of the data must not move, either.
+
+    Args:
+        names: of those of the weights that are trained; () for all.
+    """
+    trained: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if names:
+        trained = {name: trained[name] for name in names if name in trained}
+    moving = {id(parameter) for parameter in trained.values()}
+    model.train()
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, _NormBase) and own and not moving & {id(p) for p in own}:
+            module.eval()
+    return trained
 
 
 def train(
@@ -171,15 +199,12 @@ def train(
     Returns:
         the mean loss over all images of all epochs (0 without a step).
     """
-    model.train()
-    trained = dict(model.named_parameters())
-    if recipe.trainable:
-        trained = {name: trained[name] for name in recipe.trainable}
+    trained = to_train(model, recipe.trainable)
     parameters: list[Tensor] = list(trained.values())
     device = next(model.parameters()).device
     velocity: list[Tensor | None] = [None for _ in parameters]
     total = torch.zeros((), device=device)
-    for x, y in training_batches(data, recipe, generator, device):
+    for x, y in training_batches(model, data, recipe, generator):
         with recipe.computing(device):
             loss = loss_of(model, x, y)
         gradients: Sequence[Tensor] = torch.autograd.grad(loss, parameters)

@@ -1,0 +1,259 @@
+"""A labelled data set as arrays, and how foreign arrays become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pfedgpa_app.core.settings import DataError, near
+
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+MORE = ("classes", "users_train", "users_test")
+# what others call them: MedMNIST's files
+ALSO = {"train_images": "x_train", "train_labels": "y_train"}
+ALSO |= {"test_images": "x_test", "test_labels": "y_test"}
+SPLITS = ("train", "test")
+
+
+def no_names() -> np.ndarray:
+    """Of samples or users that have none."""
+    return np.empty(0, dtype=str)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled examples with a test split of their own.
+
+    Examples are pixels [N, C, H, W] uint8, or numbers [N, …] float32 that networks take as they
+    are, or tokens [N, …] int64; labels are int64 [N].
+
+    Attributes:
+        train_samples: their names, for a partition by a file.
+        train_users: to whom each belongs, for the natural partition; empty if nobody knows.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    train_samples: np.ndarray = field(default_factory=no_names)
+    test_samples: np.ndarray = field(default_factory=no_names)
+    train_users: np.ndarray = field(default_factory=no_names)
+    test_users: np.ndarray = field(default_factory=no_names)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one example; (C, H, W) of an image."""
+        return self.train_images.shape[1:]
+
+    @property
+    def tokens(self) -> bool:
+        """Whether examples are whole numbers that a network looks up."""
+        return self.train_images.dtype == np.int64
+
+
+def split_off_test(
+    name: str, labels: np.ndarray, share: float, users: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of training and of test examples: of each class, ``share`` of it tests.
+
+    The same in every run, whatever its seed. Of each user, where there are ``users``.
+
+    Raises:
+        DataError: a class, or a user, has one example only.
+    """
+    rng, test = np.random.default_rng(0), []
+    kinds, of = (labels, "class") if users is None or not len(users) else (users, "user")
+    for kind in np.unique(kinds):
+        members = rng.permutation(np.flatnonzero(kinds == kind))
+        if len(members) < 2:
+            raise DataError(
+                f"dataset {name}: {of} {kind} has one example, and needs one to train on and one "
+                "to test on: add some, or leave it out"
+            )
+        test.append(members[: min(max(1, round(share * len(members))), len(members) - 1)])
+    tests = np.zeros(len(labels), dtype=bool)
+    tests[np.concatenate(test)] = True
+    return np.flatnonzero(~tests), np.flatnonzero(tests)
+
+
+def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
+    """A data set of what somebody's own code or file holds.
+
+    Args:
+        found: {"x_train": …, "y_train": …, "x_test": …, "y_test": …}, arrays or tensors, perhaps
+            with "classes", "users_train" and "users_test"; or the first four in a tuple, perhaps
+            with the classes; without a test split, that is taken of the training examples.
+
+    Raises:
+        DataError: what is wrong with it, and what to do.
+    """
+    parts = _by_name(name, found)
+    arrays = {key: _array(name, key, value) for key, value in parts.items() if key in KEYS}
+    users = {key: np.asarray(parts[key]).astype(str) for key in MORE[1:] if key in parts}
+    for split in SPLITS:
+        if f"x_{split}" in arrays:
+            _check_lengths(name, split, arrays, users)
+    labels, classes = _labels(name, arrays, parts.get("classes"))
+    inputs = {split: _inputs(name, f"x_{split}", arrays.get(f"x_{split}")) for split in SPLITS}
+    samples = {}
+    if inputs["test"] is None:
+        everyone = users.get("users_train", no_names())
+        of = dict(
+            zip(SPLITS, split_off_test(name, labels["train"], test_share, everyone), strict=True)
+        )
+        whole = inputs["train"]
+        assert whole is not None
+        for split, rows in of.items():
+            inputs[split], samples[split] = whole[rows], rows.astype(str)
+            users[f"users_{split}"] = everyone[rows] if len(everyone) else everyone
+        labels = {split: labels["train"][rows] for split, rows in of.items()}
+    else:
+        for split in SPLITS:
+            samples[split] = np.char.add(f"{split}/", np.arange(len(labels[split])).astype(str))
+    train, test = inputs["train"], inputs["test"]
+    assert train is not None
+    assert test is not None
+    if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
+        raise DataError(
+            f"dataset {name}: x_train holds {train.dtype} of shape {list(train.shape[1:])}, x_test "
+            f"{test.dtype} of {list(test.shape[1:])}: both must be alike"
+        )
+    return Dataset(
+        name,
+        classes,
+        train,
+        labels["train"],
+        test,
+        labels["test"],
+        samples["train"],
+        samples["test"],
+        users.get("users_train", no_names()),
+        users.get("users_test", no_names()),
+    )
+
+
+def _by_name(name: str, found: Any) -> dict[str, Any]:
+    """The parts that there are, by their names."""
+    if isinstance(found, (tuple, list)):
+        if len(found) not in (2, 4, 5):
+            raise DataError(
+                f"dataset {name}: is a tuple of {len(found)}: wanted are (x_train, y_train, "
+                "x_test, y_test), perhaps with the classes, or (x, y)"
+            )
+        return dict(zip((*KEYS, "classes"), found, strict=False))
+    if not isinstance(found, Mapping):
+        raise DataError(
+            f"dataset {name}: is a {type(found).__name__}: wanted is a dict of "
+            f"{', '.join(KEYS)}, or a tuple of these"
+        )
+    parts = {ALSO.get(str(key), str(key)): value for key, value in found.items()}
+    parts |= {f"{k}_train": parts.pop(k) for k in ("x", "y", "users") if k in parts}
+    known = (*KEYS, *MORE)
+    odd = [key for key in parts if key not in known and not key.startswith("val_")]
+    if odd:
+        raise DataError(
+            f"dataset {name}: has {odd[0]!r}{near(odd[0], known)} Known are {', '.join(known)}"
+        )
+    for key in KEYS[:2] if "x_test" not in parts and "y_test" not in parts else KEYS:
+        if key not in parts:
+            raise DataError(f"dataset {name}: has no {key}")
+    return parts
+
+
+def _array(name: str, key: str, value: Any) -> np.ndarray:
+    """``value`` as an array; a tensor is one, too."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise DataError(f"dataset {name}: {key} is no array: {error}") from error
+    if array.dtype == object or not array.ndim:
+        raise DataError(
+            f"dataset {name}: {key} holds {'objects' if array.ndim else 'one value'}, not numbers "
+            "in rows of equal length"
+        )
+    return array
+
+
+def _check_lengths(
+    name: str, split: str, arrays: Mapping[str, np.ndarray], users: Mapping[str, np.ndarray]
+) -> None:
+    rows = len(arrays[f"x_{split}"])
+    others = {f"y_{split}": arrays[f"y_{split}"]}
+    others |= {key: users[key] for key in users if key == f"users_{split}"}
+    for key, array in others.items():
+        if len(array) != rows:
+            raise DataError(
+                f"dataset {name}: x_{split} has {rows} examples, and {key} has {len(array)}"
+            )
+    if not rows:
+        raise DataError(f"dataset {name}: x_{split} is empty")
+
+
+def _labels(
+    name: str, arrays: Mapping[str, np.ndarray], classes: Any
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """Each split's labels as indices, and the classes' names."""
+    given = {}
+    for split in SPLITS:
+        if (labels := arrays.get(f"y_{split}")) is None:
+            continue
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        if labels.ndim != 1 or labels.dtype.kind not in "iubU":
+            raise DataError(
+                f"dataset {name}: y_{split} holds {labels.dtype} of shape {list(labels.shape)}: "
+                "wanted is one whole number or name an example"
+            )
+        given[split] = labels
+    if classes is None:
+        known = np.unique(given["train"])
+        names = tuple(str(each) for each in known)
+    else:
+        names = tuple(str(each) for each in np.asarray(classes).ravel())
+        known = np.array(names) if given["train"].dtype.kind == "U" else np.arange(len(names))
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise DataError(f"dataset {name}: wants two classes or more, of different names")
+    indices = {}
+    for split, labels in given.items():
+        if unknown := sorted(set(labels.tolist()) - set(known.tolist())):
+            raise DataError(
+                f"dataset {name}: y_{split} has the label {unknown[0]!r}, which is none of the "
+                f"{len(names)} classes ({', '.join(names[:9])}{', …' if len(names) > 9 else ''})"
+            )
+        order = np.argsort(known, kind="stable")
+        indices[split] = order[np.searchsorted(known[order], labels)].astype(np.int64)
+    return indices, names
+
+
+def _inputs(name: str, key: str, array: np.ndarray | None) -> np.ndarray | None:
+    """Examples as networks take them: pixels [N, C, H, W] uint8, float32 or int64."""
+    if array is None:
+        return None
+    if array.ndim < 2:
+        array = array[:, None]
+    if array.dtype == np.uint8 and array.ndim in (3, 4):
+        if array.ndim == 3:
+            array = array[:, None]
+        elif array.shape[3] in (1, 3, 4) and array.shape[1] not in (1, 3, 4):
+            array = array.transpose(0, 3, 1, 2)  # channels last, as images are stored
+        return np.ascontiguousarray(array)
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            row = int(np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(1))[0])
+            raise DataError(
+                f"dataset {name}: {key} has a number that is not finite, the first in row {row}: "
+                "fill it in, or leave the row out"
+            )
+        return np.ascontiguousarray(array)
+    if array.dtype.kind in "iub":
+        return np.ascontiguousarray(array.astype(np.int64))
+    raise DataError(f"dataset {name}: {key} holds {array.dtype}: wanted are numbers")

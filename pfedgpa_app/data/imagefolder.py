@@ -1,0 +1,207 @@
+"""Anyone's own images: a folder a class, maybe below train/ and test/."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pfedgpa_app.core.settings import DataError
+from pfedgpa_app.data.dataset import SPLITS, Dataset, split_off_test
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
+File = tuple[str, str, int, int]  # relative path, class, bytes, mtime
+Cached = Callable[[Any, Callable[[], Dataset]], Dataset]
+
+
+def _is_there(entry: os.DirEntry[str] | Path) -> bool:
+    """Whether it counts: what is hidden does not, nor what macOS packs beside the files."""
+    return not entry.name.startswith(".") and entry.name != "__MACOSX"
+
+
+def files_below(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[os.DirEntry[str]]:
+    """Every file below ``folder``; by far the quickest way.
+
+    Raises:
+        DataError: a link leads back to one of the folders ``above``.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        raise DataError(f"{folder}: is a link to a folder that it lies in itself: remove it")
+    with os.scandir(folder) as entries:
+        for entry in filter(_is_there, entries):
+            if entry.is_dir():
+                yield from files_below(entry.path, (*above, real))
+            else:
+                yield entry
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # pathlib's takes as long as all the rest
+
+
+def stamped(entry: os.DirEntry[str] | Path) -> tuple[str, int, int]:
+    """(path, bytes, mtime), which tell whether the file has changed."""
+    found = entry.stat()
+    return os.fspath(entry), found.st_size, found.st_mtime_ns
+
+
+def has_splits(path: Path) -> bool:
+    """Whether its images lie below train/ and test/."""
+    return all((path / split).is_dir() for split in SPLITS)
+
+
+def _listing(path: Path) -> dict[str, list[File]]:
+    """{split: its files, sorted}, "" for those of a folder without; refuses what is none."""
+    splits = SPLITS if has_splits(path) else ("",)
+    if alone := [split for split in SPLITS if (path / split).is_dir() and "" in splits]:
+        [other] = {*SPLITS} - {*alone}
+        raise DataError(
+            f"dataset imagefolder:{path}: has {alone[0]}/ and no {other}/: add it, or name "
+            f"{path / alone[0]}, whose images are then split by test-share"
+        )
+    listing = {split: _classes_in(path, split) for split in splits}
+    for split, files in listing.items():
+        if not files:
+            raise DataError(
+                f"dataset imagefolder:{path}: no images in the folders of {path / split}; images "
+                "are expected as CLASS/IMAGE, or as train/CLASS/IMAGE and test/CLASS/IMAGE"
+            )
+    first, *others = ({f[1] for f in files} for files in listing.values())
+    if others and (unknown := others[0] - first):
+        raise DataError(
+            f"dataset imagefolder:{path}: test/ has classes that train/ lacks: "
+            + ", ".join(sorted(unknown))
+        )
+    if len(first) < 2:
+        raise DataError(
+            f"dataset imagefolder:{path}: has one class, {next(iter(first))}: two are the least"
+        )
+    return listing
+
+
+def _classes_in(path: Path, split: str) -> list[File]:
+    """The images in the folders, one a class, of ``split``."""
+    start, files = len(str(path)) + 1, []
+    for entry in sorted(filter(_is_there, (path / split).iterdir())):
+        if stat.S_ISDIR(entry.stat().st_mode):  # a link to nothing is an error
+            images = (f for f in files_below(entry) if _suffix(f.name) in SUFFIXES)
+            for file, size, changed in sorted(map(stamped, images)):
+                files.append((file[start:], entry.name, size, changed))
+    return files
+
+
+def _eight_bits(image: Image) -> Image:
+    """``image`` in grey or RGB, of 8 bits a channel; without its transparency.
+
+    Raises:
+        ValueError: it cannot be told which values are black and white.
+    """
+    from PIL import ExifTags, Image
+
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
+        bits = image.getexif()[ExifTags.Base.BitsPerSample] if image.format == "TIFF" else 16
+        return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels have no defined range (mode {image.mode}); save it with 8 or 16 bits"
+        )
+    return image.convert("RGB")
+
+
+def _pixels(file: Path, size: int) -> np.ndarray:
+    """An image as [C, H, W] uint8, upright; C is 1 if it is grey, else 3.
+
+    Raises:
+        DataError: it cannot be read, or is too large.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            opened.load()
+            with suppress(Exception):  # garbled EXIF does not say how the image lies
+                ImageOps.exif_transpose(opened, in_place=True)
+            image = _eight_bits(opened)
+            if size:
+                image = image.resize((size, size), Image.Resampling.BILINEAR)
+            array = np.asarray(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(
+            f"{file}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, or "
+            "remove it"
+        ) from error
+    except Exception as error:  # Pillow raises all kinds on damaged files
+        raise DataError(
+            f"{file}: cannot be read as an image: {str(error) or type(error).__name__}; mend it, "
+            "or remove it"
+        ) from error
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def _decode(files: Sequence[Path], size: int) -> np.ndarray:
+    """The images [N, C, H, W]: all in colour if any is."""
+    from PIL import Image
+
+    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+        first = _pixels(files[0], size)
+        images = np.empty((len(files), *first.shape), dtype=np.uint8)
+        for i, file in enumerate(files):
+            image = _pixels(file, size)
+            if image.shape[1:] != first.shape[1:]:
+                sizes = ["×".join(map(str, a.shape[1:])) for a in (image, first)]
+                raise DataError(
+                    f"{file}: is {sizes[0]} (H×W) but {files[0]} is {sizes[1]}; set image-size to "
+                    "resize all images alike"
+                )
+            if len(image) > images.shape[1]:  # the first one in colour
+                images = images.repeat(len(image), axis=1)
+            images[i] = image
+    return images
+
+
+def image_folder(
+    path: Path,
+    size: int,
+    test_share: float,
+    cached: Cached,
+) -> Dataset:
+    """The images in ``path``.
+
+    Args:
+        size: to whose square they are resized; 0: they stay as they are.
+        test_share: of each class, where they have no test split.
+        cached: makes a data set, given what identifies its files, or has it already.
+
+    Raises:
+        DataError: there are none, or one of them cannot be read.
+    """
+    listing = _listing(path)
+    classes = tuple(sorted({f[1] for files in listing.values() for f in files}))
+
+    def read() -> Dataset:
+        files = [f for split in listing.values() for f in split]
+        labels = np.array([classes.index(f[1]) for f in files], dtype=np.int64)
+        if "" in listing:
+            train, test = split_off_test(f"imagefolder:{path}", labels, test_share)
+        else:
+            train, test = np.split(np.arange(len(files)), [len(listing["train"])])
+        images = _decode([path / f[0] for f in files], size)
+        samples = np.array([Path(f[0]).as_posix() for f in files])
+        rows = (train, test)
+        arrays = [part for r in rows for part in (images[r], labels[r])]
+        return Dataset(f"imagefolder:{path.name}", classes, *arrays, *(samples[r] for r in rows))
+
+    identity: list[Any] = [str(path), size, listing]
+    return cached(identity + ([test_share] if "" in listing else []), read)

@@ -1,0 +1,221 @@
+"""The run's network: the paper family's, torchvision's or the user's own, by ``model``."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pfedgpa_app.core.own_code import imported, is_reference
+from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.schema import Schema
+from pfedgpa_app.core.sections import TORCHVISION, TrainingSettings
+from pfedgpa_app.core.settings import ConfigError, near
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.models.networks import MADE_FOR_ANY, NETWORKS, SHAPES, order_weights
+
+Maker = Callable[[int, tuple[int, ...]], nn.Module]
+
+
+def network_of(settings: TrainingSettings, schema: Schema) -> nn.Module:
+    """A network for the data, initialised from the run's seed; the same on every machine.
+
+    Raises:
+        ConfigError: ``model`` names none that fits, or one that cannot be used; why and what to do.
+    """
+    return copy.deepcopy(
+        _template(
+            settings.model,
+            settings.model_weights,
+            settings.head,
+            settings.code_dir,
+            settings.seed,
+            schema,
+        )
+    )
+
+
+@lru_cache(maxsize=4)
+def _template(
+    model: str, weights: str, head: str, code_dir: str, seed: int, schema: Schema
+) -> nn.Module:
+    """The network that is copied for whoever asks; looked over once a process."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = _made(model, code_dir, schema)
+    if weights:
+        _load_from(made, weights)
+    order_weights(made, _used_in_order(made, model, schema), head)
+    return made
+
+
+def _made(model: str, code_dir: str, schema: Schema) -> nn.Module:
+    classes, shape = len(schema.classes), schema.shape
+    if model.startswith(TORCHVISION):
+        return _torchvisions(model, classes)
+    if is_reference(model):
+        return _own(model, code_dir, classes, shape)
+    if model == "auto":
+        if schema.tokens or len(shape) not in (1, 3):
+            what = "whole numbers" if schema.tokens else f"examples of shape {list(shape)}"
+            raise ConfigError(
+                f"model = auto: no network of ours takes {what}: give your own, "
+                "model=MODULE:CALLABLE (docs/own.md)"
+            )
+        model = SHAPES.get(shape) or ("mlp" if len(shape) == 1 else "conv")
+    if model in MADE_FOR_ANY:
+        fits = len(shape) == (1 if model == "mlp" else 3)
+        if not fits or schema.tokens:
+            raise ConfigError(f"model = {model}: does not take examples of shape {list(shape)}")
+        return MADE_FOR_ANY[model](classes, shape)
+    fitting = next(s for s, name in SHAPES.items() if name == model)
+    if shape != fitting:
+        wanted, found = ("×".join(map(str, s)) for s in (fitting, shape))
+        raise ConfigError(
+            f"model = {model}: takes images of {wanted}, and these are {found}: model=auto takes "
+            "any size"
+        )
+    return NETWORKS[model](classes)
+
+
+def _torchvisions(model: str, classes: int) -> nn.Module:
+    from torchvision import models
+
+    name = model.removeprefix(TORCHVISION)
+    known = models.list_models(module=models)
+    if name not in known:
+        raise ConfigError(
+            f"model = {model!r}: torchvision has no classifier {name!r}{near(name, known)}"
+        )
+    made: nn.Module = models.get_model(name, weights=None, num_classes=classes)
+    return made
+
+
+def _own(model: str, code_dir: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
+    build = imported(model, code_dir, "model")
+    if not callable(build):
+        raise ConfigError(f"model = {model!r}: is a {type(build).__name__}, no callable")
+    try:
+        inspect.signature(build).bind(classes, shape)
+    except TypeError as error:
+        raise ConfigError(
+            f"model = {model!r}: cannot be called with (classes, shape), as in "
+            f"({classes}, {shape}): {error}"
+        ) from error
+    except ValueError:  # built-ins have no signature
+        pass
+    try:
+        made = build(classes, shape)
+    except Exception as error:  # whatever foreign code raises
+        raise ConfigError(
+            f"model = {model!r}: called with ({classes}, {shape}) it raises "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise ConfigError(
+            f"model = {model!r}: returns a {type(made).__name__}, not a torch.nn.Module"
+        )
+    return made
+
+
+def _load_from(network: nn.Module, path: str) -> None:
+    """Set the weights that a file has; a last layer of another shape stays as it is.
+
+    Raises:
+        ConfigError: it cannot be read, or is another network's.
+    """
+    try:
+        found = _read(user_path(path))
+    except Exception as error:  # torch and safetensors raise all kinds on damaged files
+        raise ConfigError(
+            f"model-weights = {path!r}: cannot be read as safetensors or as a torch file of "
+            f"tensors alone: {error}"
+        ) from error
+    own = network.state_dict()
+    fitting = {n: t for n, t in found.items() if n in own and own[n].shape == t.shape}
+    last = {name.rpartition(".")[0] for name in list(own)[-1:]}
+    missing = [n for n in own if n not in fitting and n.rpartition(".")[0] not in last]
+    if missing:
+        why = "has no" if missing[0] not in found else "has another shape of"
+        raise ConfigError(
+            f"model-weights = {path!r}: is of another network: {why} {missing[0]}"
+            + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
+        )
+    network.load_state_dict(fitting, strict=False)
+
+
+def _read(path: Path) -> Weights:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ValueError("it holds no dict of tensors")
+    return dict(found)
+
+
+def _used_in_order(network: nn.Module, model: str, schema: Schema) -> list[str]:
+    """The names of the modules in the order in which an example passes them.
+
+    Raises:
+        ConfigError: the network does not take such examples, or returns no logits of all classes.
+    """
+    probe, used = copy.deepcopy(network), list[str]()
+    for name, module in probe.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: used.append(name))
+    with torch.random.fork_rng(devices=[]):
+        if schema.tokens:
+            examples = torch.zeros(2, *schema.shape, dtype=torch.long)
+        else:
+            examples = torch.randn(2, *schema.shape)
+        for training in (False, True):
+            logits = _logits(probe.train(training), examples, model)
+            if logits.shape != (2, len(schema.classes)):
+                raise ConfigError(
+                    f"model = {model!r}: of 2 examples it makes an output of shape "
+                    f"{list(logits.shape)}, and {len(schema.classes)} classes want "
+                    f"[2, {len(schema.classes)}]"
+                )
+    trained = {n: p for n, p in probe.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ConfigError(f"model = {model!r}: has no parameter that is trained")
+    odd = [n for n, p in trained.items() if not p.is_floating_point()]
+    if odd:
+        raise ConfigError(f"model = {model!r}: {odd[0]} is trained and not floating-point")
+    try:
+        gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
+    except RuntimeError as error:
+        raise ConfigError(f"model = {model!r}: has no gradient: {error}") from error
+    idle = [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]
+    if idle:
+        raise ConfigError(
+            f"model = {model!r}: {', '.join(idle[:3])} takes no part in its output: leave it out, "
+            "or freeze it by requires_grad_(False)"
+        )
+    return list(dict.fromkeys(used))
+
+
+def _logits(network: nn.Module, examples: Tensor, model: str) -> Tensor:
+    try:
+        logits = network(examples)
+    except Exception as error:  # whatever foreign code raises
+        raise ConfigError(
+            f"model = {model!r}: does not take 2 examples of shape {list(examples.shape[1:])} "
+            f"({examples.dtype}): {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"model = {model!r}: returns {kind} in {'training' if network.training else 'eval'}() "
+            "mode, where one floating-point tensor of logits is wanted"
+        )
+    return logits
