@@ -20,8 +20,7 @@ def line(key: Key) -> str:
     """One setting: not set, with its default and meaning as a comment."""
     default = "auto" if key.default is None else key.default
     shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-    value = '"demo"' if key.name == "conf" else '""'
-    return f"{key.name} = {value}  # {shown if shown != '' else 'empty'}: {key.rules['help']}\n"
+    return f'{key.name} = ""  # {shown if shown != "" else "empty"}: {key.rules["help"]}\n'
 
 
 def listed(text: str) -> str:

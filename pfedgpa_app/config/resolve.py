@@ -35,6 +35,9 @@ from pfedgpa_app.core.settings import LAUNCH, ConfigError, near
 from pfedgpa_app.data import DATASETS, is_known_dataset
 from pfedgpa_app.methods import METHODS, federation_of, name_of
 from pfedgpa_app.methods.baselines import FromUploads
+from pfedgpa_app.methods.own import reference_of, register_installed, registered
+
+register_installed()
 
 
 @lru_cache(maxsize=1)
@@ -104,6 +107,15 @@ def _require_partition(name: str) -> None:
         )
 
 
+def method_named(method: str, code_dir: str = "") -> str:
+    """A method's name; of an import path, after its class has been made known under it."""
+    name, is_new = registered(method, code_dir)
+    if is_new:
+        sections.cache_clear()
+        keys.cache_clear()
+    return name
+
+
 def require_method(name: str, source: str) -> None:
     """Refuse a ``name`` that no method has."""
     if name not in METHODS:
@@ -152,6 +164,8 @@ class Resolved:
             section, _, field = name.rpartition(".")
             holder = self.config.of(sections()[section]) if section else self.config
             value = getattr(holder, field.replace("-", "_"))
+            if name == "method":
+                value = tuple(map(reference_of, value))
             shown[name] = {"value": "auto" if value is None else value, "from": self.sources[name]}
         return shown
 
@@ -202,16 +216,20 @@ def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
             contradict each other, or a missing conf file.
     """
     overrides = {k: v for k, v in flatten(run_config or {}) if v != ""}
+    conf = str(overrides.get("conf") or _default_conf(overrides))
+    layers = [*_conf_layers(conf), ("run-config", overrides)]
+    _know_methods(layers)
     for name in overrides:
         known(name, "run-config")
-    files = _conf_layers(str(overrides.get("conf", keys()["conf"].default)))
 
     values: dict[str, Any] = {name: key.default for name, key in keys().items()}
     sources = dict.fromkeys(keys(), "default")
-    for source, layer in (*files, ("run-config", overrides)):
+    values["conf"] = conf
+    for source, layer in layers:
         for name, value in layer.items():
             values[name] = parse(known(name, source), value, source)
             sources[name] = source
+    values["method"] = tuple(method_named(name, values["code-dir"]) for name in values["method"])
 
     def made(kind: type[S], prefix: str = "", **more: Any) -> S:
         names = {
@@ -224,6 +242,23 @@ def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
     _refuse_idle(config, overrides)
     _check(config)
     return Resolved(config, types.MappingProxyType(sources))
+
+
+def _default_conf(overrides: Mapping[str, Any]) -> str:
+    """The experiment of a run that names none: the demo's sizes are for its data alone."""
+    default = keys()["conf"].default
+    dataset = overrides.get("dataset", keys()["dataset"].default)
+    return str(default if dataset == keys()["dataset"].default else "own")
+
+
+def _know_methods(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """Make methods by import path known, before their settings are looked at."""
+    method: Any = ""
+    code_dir = ""
+    for _, layer in layers:
+        method, code_dir = layer.get("method", method), layer.get("code-dir", code_dir)
+    for name in parse(keys()["method"], method, "method") if method else ():
+        method_named(name, str(code_dir))
 
 
 @lru_cache(maxsize=4)

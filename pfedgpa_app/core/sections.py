@@ -39,7 +39,10 @@ class Basics:
     """What every section may go by: the methods, the seed and the clients."""
 
     conf: str = setting(
-        "demo", "experiment: a name in conf/ or the path of a YAML file", part=LAUNCH
+        "demo",
+        "experiment: a name in conf/ or the path of a YAML file; with another data set than "
+        "digits, the default is own",
+        part=LAUNCH,
     )
     method: tuple[str, ...] = setting(
         ("pfedgpa",), "methods to run on the same partition and seed, separated by commas"

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from pfedgpa_app.config.resolve import resolve, without_idle
 from pfedgpa_app.core.paths import APP_DIR
-from pfedgpa_app.data.datasets import load, resolve_data_dir
+from pfedgpa_app.data.datasets import load
 from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError, Poll
 from pfedgpa_app.engine.flower import stage
 from pfedgpa_app.run.folder import LOG, run_folder
-from pfedgpa_app.run.launcher import watched
+from pfedgpa_app.run.launcher import watched, with_absolute_paths
 
 SETTINGS: dict[str, Any] = {
     "dataset": "nodes",
@@ -66,7 +66,7 @@ def rehearse(
     usual = without_idle(SETTINGS, resolve(overrides).config.method)
     settings = usual | {"num-clients": nodes} | overrides
     config = resolve(settings).config
-    settings["data-dir"] = str(resolve_data_dir(config.data_dir, config.dataset))
+    settings = with_absolute_paths(settings, config)
     folder = run_folder(resolve(settings))
     settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
     config = resolve(settings).config
@@ -84,7 +84,7 @@ def rehearse(
                 state = Path(place) / f"state-{node}"
                 deployment.start_node(node, dataset=f"imagefolder:{data}", state_dir=str(state))
             say(f"{nodes} SuperNodes, each with its own images")
-            staged = stage(app, deployment.home / "app")
+            staged = stage(app, deployment.home / "app", settings)
 
             def run_it(poll: Poll) -> str:
                 return deployment.wait(deployment.run(staged, settings), folder / LOG, poll)

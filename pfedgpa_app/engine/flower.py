@@ -13,19 +13,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import psutil
-from flwr.common.config import get_project_config
+from flwr.common.config import flatten_dict, get_project_config
 
 from pfedgpa_app.core.paths import INSTALLED, package_of
 from pfedgpa_app.engine import LaunchError
 
 CONNECTION = "pfedgpa"
+_LIST = "[tool.flwr.app.config]\n"
 
 
 def free_port() -> int:
@@ -209,11 +210,15 @@ def _unstaged(folder: str, names: list[str]) -> list[str]:
     return [n for n in names if n == "__pycache__" or Path(folder, n) == INSTALLED]
 
 
-def stage(app: Path, folder: Path) -> Path:
+def stage(app: Path, folder: Path, settings: Iterable[str] = ()) -> Path:
     """A copy of the app's files in ``folder``.
 
     Flower looks at every file below an app's folder, and data sets that lie there, too, can be a
     hundred thousand.
+
+    Args:
+        settings: those that are given; Flower wants them listed, and lists none of a method that
+            is the user's own.
     """
     config = get_project_config(app)
     doors = config["tool"]["flwr"]["app"]["components"].values()
@@ -226,4 +231,10 @@ def stage(app: Path, folder: Path) -> Path:
     for part in parts:
         if part.is_dir():
             shutil.copytree(part, folder / part.name, ignore=_unstaged)
+    listed = flatten_dict(config["tool"]["flwr"]["app"].get("config", {}))
+    own = "".join(f'{name} = ""\n' for name in settings if name not in listed)
+    if own:
+        file = folder / "pyproject.toml"
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace(_LIST, _LIST + own, 1), encoding="utf-8")
     return folder

@@ -64,7 +64,7 @@ def run(
     if gpu_for(config.device):
         federation += " client-resources-num-gpus=0.1"
     with contextlib.nullcontext(flower) if flower else Simulation() as flower:
-        staged = stage(app, Path(tempfile.mkdtemp(dir=flower.home)) / "app")
+        staged = stage(app, Path(tempfile.mkdtemp(dir=flower.home)) / "app", settings)
         flower.wait_until_ready()
         run_id = flower.run(staged, dict(settings), "--federation-config", federation)
         return flower.wait(run_id, log, poll)

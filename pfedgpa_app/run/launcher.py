@@ -154,7 +154,7 @@ def launch(
         raise LaunchError(f"{app} is not the app's folder: it has no pyproject.toml")
     preflight(config)
     engine = engine_for(config.engine, config.device)
-    settings = _with_absolute_paths(run_config, config) | {"engine": engine}
+    settings = with_absolute_paths(run_config, config) | {"engine": engine}
     folder = run_folder(resolve(settings))
     if is_done(folder):
         console.print(f"nothing is left to do: results are in {folder}", soft_wrap=True)
@@ -175,11 +175,11 @@ def launch(
     return folder
 
 
-def _with_absolute_paths(run_config: Mapping[str, Any], config: Config) -> dict[str, Any]:
+def with_absolute_paths(run_config: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """``run_config``, which ``config`` resolves, for a run that works in another folder."""
     settings = dict(run_config)
     settings["data-dir"] = str(resolve_data_dir(config.data_dir, config.dataset))
-    if (conf := user_path(str(settings.get("conf", "demo")))).is_file():
+    if (conf := user_path(str(settings.get("conf", "")))).is_file():
         settings["conf"] = str(conf.absolute())
     settings["code-dir"] = str(user_path(config.code_dir or ".").absolute())
     files = {
