@@ -31,11 +31,8 @@ class LastUpload(FromUploads):
     title = "last upload"
 
     def personalise(self) -> dict[int, Weights]:
-        newest = self.state.buffer.newest()
-        return {
-            client: newest[client].weights() if client in newest else self.state.global_weights
-            for client in range(self.config.num_clients)
-        }
+        clients = range(self.config.num_clients)
+        return {c: self.state.newest(c) or self.state.global_weights for c in clients}
 
 
 class ClientMean(FromUploads):
@@ -52,9 +49,8 @@ class ClientMean(FromUploads):
         weights = {}
         for client, members in enumerate(self.members()):
             rows = torch.isin(clients, torch.tensor(members))
-            weights[client] = (
-                layout.unflatten(vectors[rows].mean(0)) if rows.any() else self.state.global_weights
-            )
+            mean = layout.unflatten(vectors[rows].mean(0)) if rows.any() else {}
+            weights[client] = self.state.whole(client, mean) if mean else self.state.global_weights
         return weights
 
 

@@ -11,6 +11,7 @@ inversion to the letter, and its ablation without inversion.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ import torch
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import RESULTS, ConfigError, setting
 from pfedgpa_app.core.uploads import Buffer, Upload
-from pfedgpa_app.core.weights import Weights, last_layers
+from pfedgpa_app.core.weights import Weights, is_statistic, last_layers
 from pfedgpa_app.diffusion.copies import novelty
 from pfedgpa_app.diffusion.directions import newest_rows
 from pfedgpa_app.diffusion.distribution import WeightDistribution
@@ -61,8 +62,11 @@ class PFedGPASettings(DiffusionSettings):
     layers: int = setting(
         0, "so many last layers are generated, the rest is the global mean; 0: everything", low=0
     )
-    round_layers: int = setting(
-        0, "the same, at the end of a round that others follow", low=0, part=ROUNDS
+    round_layers: int | None = setting(
+        None,
+        "the same, at the end of a round that others follow; auto: as many",
+        low=0,
+        part=ROUNDS,
     )
     buffer_rounds: int = setting(
         20, "uploads of so many newest rounds are learned from", low=1, part=UPLOADS
@@ -97,13 +101,24 @@ class PFedGPASettings(DiffusionSettings):
 class RememberedState(Shared):
     """The mean, and the newest uploads for those who learn from them.
 
-    ``labels``: class counts of clients that share them. ``fitted``: what was learned from the
-    uploads, once the rounds are over, for all methods that share them.
+    ``labels``: class counts of clients that share them. ``statistics``: each client's running
+    statistics, of its newest upload; they are its own, and not generated. ``fitted``: what was
+    learned from the uploads, once the rounds are over, for all methods that share them.
     """
 
     buffer: Buffer
     labels: dict[int, list[int]] = field(default_factory=dict)
+    statistics: dict[int, Weights] = field(default_factory=dict)
     fitted: WeightDistribution | None = None
+
+    def whole(self, client: int, mine: Weights) -> Weights:
+        """A client's network from those of its tensors that are made for it."""
+        return self.global_weights | self.statistics.get(client, {}) | mine
+
+    def newest(self, client: int) -> Weights | None:
+        """A client's newest upload, as far as it is remembered; None if it never uploaded."""
+        entry = self.buffer.newest().get(client)
+        return None if entry is None else self.whole(client, entry.weights())
 
 
 class RememberingFedAvg(FedAvg):
@@ -121,11 +136,31 @@ class RememberingFedAvg(FedAvg):
 
     def remember(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep a round's uploads, and forget those that left the window."""
+        names = remembered(self.config, list(self.state.global_weights))
         for client, upload in uploads.items():
             if upload.labels:
                 self.state.labels[client] = upload.labels
-            self.state.buffer.add(server_round, client, upload.weights)
+            if own := {n: t for n, t in upload.weights.items() if is_statistic(n)}:
+                self.state.statistics[client] = own
+            self.state.buffer.add(server_round, client, {n: upload.weights[n] for n in names})
         self.state.buffer.drop_old(server_round)
+
+
+def generated(names: Iterable[str]) -> list[str]:
+    """Those of a network's weights that are generated where everything is."""
+    return [name for name in names if not is_statistic(name)]
+
+
+def remembered(config: Config, names: Sequence[str]) -> list[str]:
+    """The weights whose uploads are kept: no more layers than are generated.
+
+    All of them where the uploads are kept beside the results, for others to learn from.
+    """
+    own, every = config.of(PFedGPASettings), generated(names)
+    between = own.layers if own.round_layers is None else own.round_layers
+    if config.save_uploads or not (own.layers and between):
+        return every
+    return last_layers(every, max(own.layers, between))
 
 
 class Generation(Personaliser[RememberedState]):
@@ -203,12 +238,12 @@ class Generation(Personaliser[RememberedState]):
         """The buffered uploads, or only their last ``layers``."""
         buffer = self.state.buffer
         if layers:
-            buffer = buffer.last(last_layers(self.state.global_weights, layers))
+            buffer = buffer.last(last_layers(generated(self.state.global_weights), layers))
         return buffer
 
     def whole(self, made: dict[int, Weights]) -> dict[int, Weights]:
         """Generated tensors, and from the global mean what is not generated."""
-        return {client: self.state.global_weights | mine for client, mine in made.items()}
+        return {client: self.state.whole(client, mine) for client, mine in made.items()}
 
     def decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
         """The generated tensors of every client that ever uploaded."""
@@ -233,8 +268,7 @@ class Generation(Personaliser[RememberedState]):
         return {client: self.joined[client] for client in uploads}
 
     def reference(self, client: int) -> Weights | None:
-        newest = self.state.buffer.newest()
-        return newest[client].weights() if client in newest else None
+        return self.state.newest(client)
 
     def report(self) -> dict[str, Any]:
         fitted, entries = self.learned(), self._uploads(self.own.layers).entries()

@@ -12,8 +12,8 @@ from torch import Tensor
 from pfedgpa_app.config.resolve import Resolved, keys
 from pfedgpa_app.core.files import read_metadata, read_tensors
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
-from pfedgpa_app.core.weights import Layout
-from pfedgpa_app.methods.generation import RememberedState
+from pfedgpa_app.core.weights import Layout, is_statistic
+from pfedgpa_app.methods.generation import RememberedState, generated
 
 FILE = "uploads.safetensors"
 FORMAT = "pfedgpa-uploads-1"
@@ -37,6 +37,8 @@ def save(path: Path, state: RememberedState, resolved: Resolved, costs: dict[str
     _, vectors, rounds, clients = state.buffer.stack()
     tensors = {"vectors": vectors, "rounds": rounds, "clients": clients}
     tensors |= {f"global/{name}": t.contiguous() for name, t in state.global_weights.items()}
+    for client, own in state.statistics.items():
+        tensors |= {f"client-{client}/{name}": t.contiguous() for name, t in own.items()}
     metadata = {
         "format": FORMAT,
         "settings": json.dumps(_fixed(resolved)),
@@ -99,5 +101,9 @@ def _fill(state: RememberedState, tensors: dict[str, Tensor], num_clients: int) 
     if not set(clients) <= set(range(num_clients)):
         raise ValueError("it has clients that the federation has not")
     rows = zip(tensors["rounds"].tolist(), clients, tensors["vectors"], strict=True)
+    kept = Layout.of({name: state.global_weights[name] for name in generated(layout.names)})
     for server_round, client, vector in rows:
-        state.buffer.add(server_round, client, layout.unflatten(vector))
+        state.buffer.add(server_round, client, kept.unflatten(vector))
+    own = [name for name in layout.names if is_statistic(name)]
+    for client in set(clients) if own else ():
+        state.statistics[client] = {name: tensors[f"client-{client}/{name}"] for name in own}

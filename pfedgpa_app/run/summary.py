@@ -22,12 +22,14 @@ from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 
 
 def save_weights(path: Path, weights: dict[int, Weights], common: Weights) -> None:
-    """Clients' weights as ``client-3/NAME``; the common ones once, as ``global/NAME``."""
+    """Clients' weights as ``client-3/NAME``; those that all share once, as ``global/NAME``."""
     tensors: Weights = {}
     for client, mine in weights.items():
-        prefix = "global" if mine is common else f"client-{client}"
-        tensors |= {f"{prefix}/{name}": tensor.clone() for name, tensor in mine.items()}
+        for name, tensor in mine.items():
+            prefix = "global" if tensor is common.get(name) else f"client-{client}"
+            tensors[f"{prefix}/{name}"] = tensor
     if tensors:
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         path.parent.mkdir(exist_ok=True)
         save_file(tensors, path)
 
