@@ -15,8 +15,11 @@ from pfedgpa_app import __version__
 from pfedgpa_app.cli import (
     compare,
     doctor,
+    evaluate,
+    export,
     keys,
     partition,
+    predict,
     rehearse,
     run,
     settings,
@@ -42,6 +45,9 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "run": run,
+    "predict": predict,
+    "evaluate": evaluate,
+    "export": export,
     "sweep": sweep,
     "compare": compare,
     "tune": tune,

@@ -38,6 +38,13 @@ def add_app(parser: ArgumentParser) -> None:
     parser.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
 
 
+def add_client(parser: ArgumentParser) -> None:
+    """Whose network of which run."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--client", type=int, required=True, help="which client's: 0, 1, …")
+    parser.add_argument("--method", default="", help="whose weights; default: the run's last")
+
+
 def add_jobs(parser: ArgumentParser) -> None:
     """How many runs go on at a time."""
     text = "runs at a time; default: as the cores allow"

@@ -44,6 +44,17 @@ def newest(folder: Path, method: str) -> list[Path]:
     return list({file.stem.rpartition("@")[0]: file for file in files}.values())
 
 
+def leave(asked: Mapping[str, Any], evaluated: Weights, download: Weights) -> None:
+    """Leave what a client is evaluated with and was not sent beside a simulation's results."""
+    own = {n: t for n, t in evaluated.items() if n not in download or download[n] is not t}
+    folder: Any = asked.get("weights-dir")
+    if own and folder:
+        path = Path(folder) / f"{asked['method']}.client-{asked['client']}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as new:
+            save_file({name: tensor.contiguous() for name, tensor in own.items()}, new)
+
+
 def recall(context: Context, asked: Mapping[str, Any], key: str, before: int) -> Weights:
     """What was kept under ``key`` in a round before ``before``; {} if nothing was.
 

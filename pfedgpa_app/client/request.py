@@ -119,6 +119,10 @@ class ClientRequest:
         """What it is evaluated with; weights not among them are as initialised."""
         return self.method.evaluated(self.weights, self.state)
 
+    def leave(self, evaluated: Weights) -> None:
+        """Leave what it is ``evaluated`` with to whom the results are for, in a simulation."""
+        memory.leave(self._asked, evaluated, self.weights)
+
     def keep(self, state: Weights) -> None:
         """Keep ``state`` for its next round."""
         again = max(1, self.config.checkpoint_every)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
 File = tuple[str, str, int, int]  # relative path, class, bytes, mtime
+BILINEAR = 2  # Pillow's, which takes long to import
 Cached = Callable[[Any, Callable[[], Dataset]], Dataset]
 
 
@@ -120,8 +121,8 @@ def _eight_bits(image: Image) -> Image:
     return image.convert("RGB")
 
 
-def _pixels(file: Path, size: int) -> np.ndarray:
-    """An image as [C, H, W] uint8, upright; C is 1 if it is grey, else 3.
+def read_image(file: Path) -> Image:
+    """An image in grey or RGB, upright.
 
     Raises:
         DataError: it cannot be read, or is too large.
@@ -133,10 +134,7 @@ def _pixels(file: Path, size: int) -> np.ndarray:
             opened.load()
             with suppress(Exception):  # garbled EXIF does not say how the image lies
                 ImageOps.exif_transpose(opened, in_place=True)
-            image = _eight_bits(opened)
-            if size:
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
-            array = np.asarray(image)
+            return _eight_bits(opened)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"{file}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, or "
@@ -147,6 +145,14 @@ def _pixels(file: Path, size: int) -> np.ndarray:
             f"{file}: cannot be read as an image: {str(error) or type(error).__name__}; mend it, "
             "or remove it"
         ) from error
+
+
+def _pixels(file: Path, size: int) -> np.ndarray:
+    """An image as [C, H, W] uint8; C is 1 if it is grey, else 3."""
+    image = read_image(file)
+    if size:
+        image = image.resize((size, size), BILINEAR)
+    array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
@@ -17,7 +18,7 @@ from pfedgpa_app.config.resolve import Resolved
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import NODES, Config
-from pfedgpa_app.data.client import described, load_partition, load_schema
+from pfedgpa_app.data.client import described, load_dataset, load_partition, load_schema
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.engine.grid import LocalGrid, is_simulated
@@ -29,6 +30,7 @@ from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import RunLog, is_done
 from pfedgpa_app.run.folder import CONFIG, locked, run_folder, running
 from pfedgpa_app.run.initial import initial_weights
+from pfedgpa_app.run.personal import WEIGHTS, write_about
 from pfedgpa_app.run.resuming import CHECKPOINT, Resuming
 from pfedgpa_app.run.summary import Summary, save_weights
 from pfedgpa_app.server.joining import join
@@ -116,6 +118,10 @@ class Experiment:
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
         self.going = self.resuming.restore()  # as long as its federation goes
         self.roster.common["run"] = self.resuming.name
+        pixels = own or load_dataset(config).train_images.dtype == np.uint8
+        write_about(folder, config, self.dataset, pixels)
+        if config.save_weights and is_simulated(grid):  # what never leaves a real client
+            self.roster.common["weights-dir"] = str(folder / WEIGHTS)
         if config.checkpoint_every and is_simulated(grid):  # clients see our files
             self.roster.common["state-dir"] = str(self.resuming.clients)
 
@@ -205,7 +211,7 @@ class Experiment:
         weights = {c: mine for c, mine in weights.items() if c in strategy.honest}
         seconds = time.perf_counter() - started
         if self.config.save_weights:
-            path = self.folder / "weights" / f"{name}.safetensors"
+            path = self.folder / WEIGHTS / f"{name}.safetensors"
             save_weights(path, weights, getattr(method.state, "global_weights", {}))
         source = name_of(method.weights_from) if method.weights_from else name
         if source not in scores:

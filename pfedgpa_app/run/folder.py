@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pfedgpa_app.config.resolve import Resolved, differences
+from pfedgpa_app.config.resolve import Resolved, differences, keys, resolve
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
@@ -80,6 +80,17 @@ def kept_settings(folder: Path) -> dict[str, Any]:
     if not isinstance(kept, dict) or not all(isinstance(e, dict) for e in kept.values()):
         raise ConfigError(f"{path} holds no run's settings: choose another folder")
     return kept
+
+
+def kept_config(folder: Path) -> Config:
+    """The configuration of the run in ``folder``, resolved again.
+
+    Raises:
+        ConfigError: as ``kept_settings``, or settings of another version.
+    """
+    kept = {name: entry["value"] for name, entry in kept_settings(folder).items()}
+    plain = {n: v for n, v in kept.items() if n in keys() and "." not in n and v != []}
+    return resolve(plain | {"conf": ""}).config
 
 
 def is_foreign(folder: Path) -> bool:

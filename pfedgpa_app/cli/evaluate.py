@@ -1,0 +1,38 @@
+"""Tests the network that a client of a run was given: on data of yours, or as the run did."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+
+from pfedgpa_app.cli.options import add_client
+from pfedgpa_app.config.resolve import require_dataset
+
+EXAMPLE = "evaluate results/my-run --client 3 imagefolder:new-photos"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    add_client(parser)
+    parser.add_argument(
+        "dataset",
+        nargs="?",
+        default="",
+        help="labelled data, as in dataset=…; without: the client's own test data of the run",
+    )
+    parser.add_argument("--data-dir", default="", help="where other data sets lie")
+    parser.add_argument("--to", choices=("table", "json"), default="table", help="how to print")
+
+
+def handle(options: Namespace) -> int:
+    from pfedgpa_app.run.personal import evaluate
+
+    if options.dataset:
+        require_dataset(options.dataset, "dataset")
+    found = evaluate(options.run, options.client, options.method, options.dataset, options.data_dir)
+    if options.to == "json":
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return 0
+    print(f"{found['correct']} of {found['examples']} right: {found['accuracy']:.2f} %")
+    for name, (correct, count) in found["classes"].items():
+        print(f"  {name}: {correct} of {count}")
+    return 0

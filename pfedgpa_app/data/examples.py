@@ -1,0 +1,118 @@
+"""Examples without labels, from files that somebody names."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pfedgpa_app.core.schema import Schema
+from pfedgpa_app.core.settings import DataError
+from pfedgpa_app.data.imagefolder import SUFFIXES, files_below, read_image
+
+ARRAYS = (".npy", ".npz", ".csv")
+
+
+def examples(
+    places: Sequence[Path], schema: Schema, pixels: bool, size: int
+) -> tuple[list[str], np.ndarray]:
+    """The names of examples, and they themselves, [N, *shape].
+
+    Args:
+        places: images, folders of images, or files of arrays (.npy, .npz with x, .csv).
+        pixels: whether they are images.
+        size: to whose square images are resized; 0: they are not.
+
+    Raises:
+        DataError: a file is absent, cannot be read, or does not fit.
+    """
+    names: list[str] = []
+    rows: list[np.ndarray] = []
+    for place in _files(places, pixels):
+        if place.suffix.lower() in ARRAYS:
+            found = _array(place, schema, pixels)
+            names += [f"{place}[{i}]" for i in range(len(found))]
+            rows.append(found)
+        elif pixels:
+            names.append(str(place))
+            rows.append(_image(place, schema, size)[None])
+        else:
+            raise DataError(
+                f"{place}: the run's examples are no images: give a file of arrays, "
+                f"{', '.join(ARRAYS)}"
+            )
+    if not rows:
+        raise DataError(f"{', '.join(map(str, places))}: holds no images")
+    return names, np.concatenate(rows)
+
+
+def _files(places: Sequence[Path], pixels: bool) -> Iterator[Path]:
+    for place in places:
+        if place.is_dir():
+            wanted = SUFFIXES if pixels else set(ARRAYS)
+            found = sorted(Path(entry.path) for entry in files_below(place))
+            yield from (path for path in found if path.suffix.lower() in wanted)
+        elif not place.exists():
+            raise DataError(f"{place}: is not there")
+        else:
+            yield place
+
+
+def _image(file: Path, schema: Schema, size: int) -> np.ndarray:
+    """One image [C, H, W] uint8, in grey or colour as the network wants it."""
+    channels, height, width = schema.shape
+    image = read_image(file)
+    if channels in (1, 3):
+        image = image.convert("L" if channels == 1 else "RGB")
+    if size and image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    array = np.asarray(image)
+    array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+    if array.shape != schema.shape:
+        found = "×".join(map(str, array.shape))
+        raise DataError(
+            f"{file}: is {found}, and the network takes {'×'.join(map(str, schema.shape))}: "
+            "resize it, or have it resized by --resize"
+        )
+    return array
+
+
+def _array(file: Path, schema: Schema, pixels: bool) -> np.ndarray:
+    """The rows of a file [N, *shape]."""
+    try:
+        if file.suffix.lower() == ".csv":
+            with file.open(newline="", encoding="utf-8-sig") as opened:
+                lines = [line for line in csv.reader(opened) if line]
+            if lines and not _is_number(lines[0][0]):
+                lines = lines[1:]  # the columns' names
+            found = np.array(lines, dtype=np.float64)
+        else:
+            loaded = np.load(file, allow_pickle=False)
+            found = loaded if isinstance(loaded, np.ndarray) else loaded["x"]
+    except KeyError as error:
+        raise DataError(f"{file}: has no array called x") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{file}: cannot be read as an array of numbers: {error}") from error
+    if found.shape == schema.shape:
+        found = found[None]
+    if found.shape[1:] != schema.shape:
+        raise DataError(
+            f"{file}: has rows of shape {list(found.shape[1:])}, and the network takes "
+            f"{list(schema.shape)}"
+        )
+    if pixels and found.dtype == np.uint8:
+        return found
+    if not np.isfinite(found).all():
+        raise DataError(f"{file}: has a number that is not finite")
+    return found.astype(np.int64 if schema.tokens else np.float32)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,352 @@
+"""A run's personal networks, to be used: what is needed for it beside the weights, and loading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pfedgpa_app.config.resolve import method_named
+from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.schema import Schema
+from pfedgpa_app.core.sections import NODES, Config, TrainingSettings
+from pfedgpa_app.core.settings import ConfigError, DataError, near
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.data.client import load_client as load_data
+from pfedgpa_app.data.datasets import load as load_dataset
+from pfedgpa_app.data.images import normalisation
+from pfedgpa_app.methods import federation_of
+from pfedgpa_app.models.build import network_of
+from pfedgpa_app.models.networks import load, weight_names
+from pfedgpa_app.run.folder import kept_config, kept_settings
+
+MODEL, WEIGHTS = "model.json", "weights"
+REST = "network.safetensors"  # tensors of the network that clients do not share: frozen ones, …
+FORMAT = "pfedgpa-model-1"
+AT_ONCE = 500  # examples
+
+
+@dataclass(frozen=True)
+class About:
+    """What a run's networks are.
+
+    Attributes:
+        pixels: examples are images of 0 to 255.
+        image_size: to whose square they were resized; 0: they were not.
+    """
+
+    schema: Schema
+    model: str
+    head: str
+    seed: int
+    code_dir: str
+    image_size: int
+    pixels: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        mean, std = normalisation(self.schema.shape[0]) if self.pixels else ((), ())
+        return {
+            "format": FORMAT,
+            "dataset": self.schema.name,
+            "classes": list(self.schema.classes),
+            "shape": list(self.schema.shape),
+            "tokens": self.schema.tokens,
+            "pixels": self.pixels,
+            "normalisation": {"mean": mean, "std": std},  # of pixels divided by 255
+            "image_size": self.image_size,
+            "model": self.model,
+            "head": self.head,
+            "seed": self.seed,
+            "code_dir": self.code_dir,
+        }
+
+    def network(self) -> nn.Module:
+        """The network, as the run's seed initialises it."""
+        settings = TrainingSettings(
+            model=self.model, head=self.head, seed=self.seed, code_dir=self.code_dir
+        )
+        return network_of(settings, self.schema)
+
+
+class ClientModel(nn.Module):
+    """A client's network, which normalises images itself.
+
+    It takes images [N, C, H, W] as uint8, or as floats from 0 to 1; other data as the network
+    does. It returns logits [N, classes].
+
+    Attributes:
+        classes: their names, in the order of the logits.
+        shape: of one example.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, about: About) -> None:
+        super().__init__()
+        self.network, self.about = network, about
+        self.classes, self.shape = about.schema.classes, about.schema.shape
+        mean, std = normalisation(self.shape[0]) if about.pixels else ((0.0,), (1.0,))
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.about.pixels:
+            if x.dtype == torch.uint8:
+                x = x.float() / 255
+            x = (x - self.mean) / self.std
+        logits: Tensor = self.network(x)
+        return logits
+
+    @torch.no_grad()
+    def probabilities(self, examples: np.ndarray | Tensor) -> np.ndarray:
+        """Of every class, [N, classes], of so many examples."""
+        every = torch.as_tensor(np.ascontiguousarray(examples))
+        parts = [self(part).softmax(1) for part in every.split(AT_ONCE)]
+        return np.asarray(torch.cat(parts))
+
+
+def write_about(folder: Path, config: Config, schema: Schema, pixels: bool) -> None:
+    """Keep in a run's ``folder`` what its weights are for."""
+    about = About(
+        schema,
+        config.model,
+        config.head,
+        config.seed,
+        str(user_path(config.code_dir or ".").absolute()),
+        config.image_size,
+        pixels,
+    )
+    write_text(folder / MODEL, json.dumps(about.as_dict(), indent=2) + "\n")
+    network = network_of(config, schema)
+    shared = set(weight_names(network))
+    rest = {n: t.clone() for n, t in network.state_dict().items() if n not in shared}
+    if rest and config.save_weights:
+        (folder / WEIGHTS).mkdir(exist_ok=True)
+        save_file(rest, folder / WEIGHTS / REST)
+
+
+def read_about(folder: Path) -> About:
+    """What the networks of the run in ``folder`` are.
+
+    Raises:
+        ConfigError: it is no run's folder, or one of an earlier version.
+    """
+    path = folder / MODEL
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise ValueError(f"is of format {found['format']!r}, not {FORMAT}")
+        schema = Schema(
+            found["dataset"], tuple(found["classes"]), tuple(found["shape"]), found["tokens"]
+        )
+        names = ("model", "head", "seed", "code_dir", "image_size", "pixels")
+        return About(schema, **{name: found[name] for name in names})
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{folder}: is no run's folder, or of a version that kept no {MODEL}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+def the_method(folder: Path, method: str) -> str:
+    """``method``, or the last of the run's that leaves weights of its own.
+
+    Raises:
+        ConfigError: the run has none of that name.
+    """
+    alone = {path.name.partition(".client-")[0] for path in (folder / WEIGHTS).glob("*.client-*")}
+    there = [
+        name
+        for name in _methods(folder)
+        if (folder / WEIGHTS / _file(name)).is_file() or federation_of(name) in alone
+    ]
+    if not there:
+        raise ConfigError(f"{folder}: has no weights: its run had save-weights=false, or failed")
+    if method and method not in there:
+        raise ConfigError(
+            f"{folder}: has no weights of {method!r}{near(method, there)} It has those of "
+            f"{', '.join(there)}"
+        )
+    return method or there[-1]
+
+
+def _methods(folder: Path) -> list[str]:
+    kept = kept_settings(folder)
+    code_dir = str(kept.get("code-dir", {}).get("value", ""))
+    return [method_named(str(name), code_dir) for name in kept["method"]["value"]]
+
+
+def _file(method: str) -> str:
+    return f"{method}.safetensors"
+
+
+def client_weights(folder: Path, client: int, method: str = "") -> Weights:
+    """The weights that ``client`` was evaluated with, before any fine-tuning.
+
+    Args:
+        method: by default the last of the run's methods.
+
+    Raises:
+        ConfigError: the run has no such client or method, or its weights cannot be read.
+    """
+    method = the_method(folder, method)
+    sent = folder / WEIGHTS / _file(method)
+    federation = federation_of(method)
+    own = folder / WEIGHTS / f"{federation}.client-{client}.safetensors"  # what it left itself
+    try:
+        made = load_file(sent) if sent.is_file() else {}
+        kept = load_file(own) if own.is_file() else {}
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{folder}: the weights of {method} cannot be read: {error}") from error
+    clients = {key.partition("/")[0] for key in made} - {"global"}
+    count = kept_settings(folder)["num-clients"]["value"]
+    if not 0 <= client < count or (clients and f"client-{client}" not in clients and not kept):
+        raise ConfigError(f"{folder}: has no client {client}; there are 0 to {count - 1}")
+    weights: Weights = {}
+    for prefix in ("global", f"client-{client}"):
+        weights |= {
+            name.partition("/")[2]: t for name, t in made.items() if name.startswith(f"{prefix}/")
+        }
+    return weights | kept
+
+
+def load_client(run: str | Path, client: int, method: str = "") -> ClientModel:
+    """The network that ``client`` of a run was given, ready to predict.
+
+    Args:
+        run: the run's folder.
+        method: whose weights; by default the last of the run's methods.
+
+    Raises:
+        ConfigError: there is no such run, client or method, or its network cannot be made again.
+    """
+    folder = user_path(run)
+    about = read_about(folder)
+    network, weights = about.network(), client_weights(folder, client, method)
+    rest = folder / WEIGHTS / REST
+    try:
+        load(network, (load_file(rest) if rest.is_file() else {}) | weights)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{folder}: its weights do not fit the network {about.model!r} any more: {error}"
+        ) from error
+    return ClientModel(network.eval(), about).eval()
+
+
+def described(probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each row [classes] the class of the highest, and all of them by name."""
+    return [
+        {
+            "class": classes[int(row.argmax())],
+            "probability": round(float(row.max()), 6),
+            "probabilities": {c: round(float(p), 6) for c, p in zip(classes, row, strict=True)},
+        }
+        for row in probabilities
+    ]
+
+
+def evaluate(
+    run: str | Path, client: int, method: str = "", dataset: str = "", data_dir: str = ""
+) -> dict[str, Any]:
+    """How many of ``dataset`` a client's network gets right, all of it; by class, too.
+
+    Args:
+        dataset: as the setting names it; "" for the client's own test data of the run.
+
+    Raises:
+        ConfigError, DataError: there is no such network, or the data do not fit it.
+    """
+    model = load_client(run, client, method)
+    about = model.about
+    if dataset:
+        inputs, labels = _labelled(about, dataset, data_dir)
+    else:
+        inputs, labels = _tested(user_path(run), client)
+    predicted = model.probabilities(inputs).argmax(1)
+    right = predicted == labels
+    counts = {
+        name: (int(right[labels == i].sum()), int((labels == i).sum()))
+        for i, name in enumerate(model.classes)
+    }
+    return {
+        "correct": int(right.sum()),
+        "examples": len(labels),
+        "accuracy": 100 * float(right.mean()),
+        "classes": {name: pair for name, pair in counts.items() if pair[1]},
+    }
+
+
+def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np.ndarray]:
+    """All examples of a data set, and their labels by the run's classes."""
+    found = load_dataset(dataset, data_dir, image_size=about.image_size)
+    if found.shape != about.schema.shape:
+        raise DataError(
+            f"dataset {dataset}: has examples of shape {list(found.shape)}, and the network takes "
+            f"{list(about.schema.shape)}"
+        )
+    if unknown := [name for name in found.classes if name not in about.schema.classes]:
+        raise DataError(
+            f"dataset {dataset}: has the class {unknown[0]!r}, which the run had not; it had "
+            f"{', '.join(about.schema.classes)}"
+        )
+    place = np.array([about.schema.classes.index(name) for name in found.classes])
+    inputs = np.concatenate([found.train_images, found.test_images])
+    return inputs, place[np.concatenate([found.train_labels, found.test_labels])]
+
+
+def _tested(folder: Path, client: int) -> tuple[np.ndarray, np.ndarray]:
+    """What ``client`` was tested on in the run."""
+    config = kept_config(folder)
+    if config.dataset == NODES:
+        raise ConfigError(f"{folder}: its clients' data are on their nodes: name a data set")
+    data = load_data(config, client).test
+    return data.pixels.numpy(), data.labels.numpy()
+
+
+def export(model: ClientModel, to: str, path: Path) -> Path:
+    """Write a client's network, normalisation and all, as ONNX or by torch.export.
+
+    It takes a batch of any size: images as floats from 0 to 1.
+
+    Raises:
+        ConfigError: what ONNX needs is not installed, or the network cannot be exported.
+    """
+    kind = torch.int64 if model.about.schema.tokens else torch.float32
+    example = torch.zeros(2, *model.shape, dtype=kind)
+    batch = {0: torch.export.Dim("batch")}
+    try:
+        if to == "onnx":
+            torch.onnx.export(
+                model,
+                (example,),
+                str(path),
+                input_names=["examples"],
+                output_names=["logits"],
+                dynamic_shapes=(batch,),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        else:
+            torch.export.save(torch.export.export(model, (example,), dynamic_shapes=(batch,)), path)
+    except ImportError as error:
+        raise ConfigError(f"--to onnx: {error}: pip install 'pfedgpa[onnx]'") from error
+    except OSError:
+        raise
+    except Exception as error:  # torch raises all kinds on networks that it cannot trace
+        raise ConfigError(
+            f"--to {to}: the network {model.about.model!r} cannot be exported: {error}"
+        ) from error
+    return path
