@@ -1,20 +1,46 @@
-"""pFedGPA: a Flower app whose server generates each client its own weights."""
+"""pFedGPA: a Flower app whose server generates each client its own weights.
+
+``run`` an experiment and ``load_client`` what it made; ``PFedGPA`` is the strategy for other
+people's Flower apps.
+"""
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pfedgpa_app.core.settings import ConfigError, DataError
     from pfedgpa_app.dropin import PFedGPA
+    from pfedgpa_app.engine import LaunchError
+    from pfedgpa_app.run.api import Result, run
+    from pfedgpa_app.run.personal import ClientModel, load_client
 
 __version__ = "0.1.0"
-__all__ = ["PFedGPA"]
+__all__ = [
+    "ClientModel",
+    "ConfigError",
+    "DataError",
+    "LaunchError",
+    "PFedGPA",
+    "Result",
+    "load_client",
+    "run",
+]
+_PLACES = {
+    "ClientModel": "run.personal",
+    "ConfigError": "core.settings",
+    "DataError": "core.settings",
+    "LaunchError": "engine",
+    "PFedGPA": "dropin",
+    "Result": "run.api",
+    "load_client": "run.personal",
+    "run": "run.api",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """``PFedGPA`` when it is asked for: Flower and torch take seconds to import."""
-    if name == "PFedGPA":
-        from pfedgpa_app.dropin import PFedGPA
-
-        return PFedGPA
+    """The public names when they are asked for: Flower and torch take seconds to import."""
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,180 @@
+"""Runs from Python, for notebooks and scripts."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.engine import LaunchError
+from pfedgpa_app.results.log import SUMMARY, mean, rows_of
+from pfedgpa_app.run.personal import ClientModel, load_client
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+_DONE = re.compile(r"results are in (.+)")
+_REFUSED, _STOPPED = 2, 130  # exit statuses
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        folder: where all of it is.
+        table: a record a method, accuracies in percent: ``method``, ``accuracy_kept``,
+            ``accuracy_before_ft``, ….
+        clients: a record a method and client: ``before_ft``, ``after_ft``, ``kept``.
+        curves: a record a federation and evaluated round: ``accuracy``, the mean of its clients.
+    """
+
+    folder: Path
+    table: list[Record] = field(repr=False)
+    clients: list[Record] = field(repr=False)
+    curves: list[Record] = field(repr=False)
+
+    @classmethod
+    def of(cls, folder: str | Path) -> Result:
+        """Of a run that is done.
+
+        Raises:
+            ConfigError: there is none in ``folder``.
+        """
+        place = user_path(folder)
+        if not (place / SUMMARY).is_file():
+            raise ConfigError(f"{place}: holds no results of a run")
+        return cls(place, rows_of(place), list(_lines(place / "clients.jsonl")), _curves(place))
+
+    def model(self, client: int, method: str = "") -> ClientModel:
+        """The network that ``client`` was given, ready to predict; see ``load_client``."""
+        return load_client(self.folder, client, method)
+
+    def frame(self, what: str = "table") -> Any:
+        """``table``, ``clients`` or ``curves`` as a pandas DataFrame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        return pandas.DataFrame(getattr(self, what))
+
+    def plot(self) -> Figure:
+        """Each federation's accuracy over its rounds."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        axes = figure.subplots()
+        for name in dict.fromkeys(point["federation"] for point in self.curves):
+            points = [point for point in self.curves if point["federation"] == name]
+            axes.plot([p["round"] for p in points], [p["accuracy"] for p in points], label=name)
+        axes.set(xlabel="round", ylabel="accuracy before fine-tuning, mean of clients (%)")
+        axes.legend(frameon=False)
+        return figure
+
+    def _repr_markdown_(self) -> str:
+        return (self.folder / "table.md").read_text(encoding="utf-8")
+
+
+def run(
+    method: str | Sequence[str] | None = None, *, quiet: bool = True, **settings: Any
+) -> Result:
+    """Run an experiment and wait for its end.
+
+    It runs in processes of its own, so that scripts and notebooks need no precautions.
+
+    Args:
+        method: one or several; None: as ``conf`` says.
+        quiet: or its progress is printed.
+        settings: those that ``pfedgpa settings`` lists, with _ for -; a method's own as a dict, as
+            in ``pfedgpa={"rank": 3}``. What the user's own code makes is named by its import path,
+            ``model="nets:build"``, or is a function of a module that can be imported.
+
+    Raises:
+        ConfigError: refused before anything started; the text says what and why.
+        LaunchError: the run failed.
+    """
+    given = settings if method is None else {"method": method} | settings
+    command = [sys.executable, "-m", "pfedgpa_app", "run", *_words(given)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+    )
+    said: list[str] = []
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            said.append(line.rstrip("\n"))
+            if not quiet:
+                print(said[-1], flush=True)
+        status = process.wait()
+    except BaseException:  # Ctrl-C, as a rule
+        process.terminate()
+        process.wait()
+        raise
+    text = "\n".join(said[-20:]).rpartition("pfedgpa: ")[2]
+    if status == _REFUSED:
+        raise ConfigError(text)
+    if status == _STOPPED:
+        raise KeyboardInterrupt
+    if status:
+        raise LaunchError(text)
+    folders = [found[1] for line in said if (found := _DONE.search(line))]
+    return Result.of(folders[-1])
+
+
+def _words(settings: Mapping[str, Any], section: str = "") -> Iterator[str]:
+    """Settings as the command line takes them."""
+    for name, value in settings.items():
+        key = section + name.replace("_", "-")
+        if isinstance(value, Mapping):
+            yield from _words(value, f"{key}.")
+        else:
+            yield f"{key}={_text(key, value)}"
+
+
+def _text(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return ",".join(_text(key, each) for each in value)
+    if callable(value):
+        module = getattr(value, "__module__", "__main__")
+        if module == "__main__":
+            raise ConfigError(
+                f"{key}: {value.__name__} is defined here, where other processes cannot import it: "
+                'put it in a file and name it, as in "my_file:' + value.__name__ + '"'
+            )
+        return f"{module}:{value.__qualname__}"
+    return str(value)
+
+
+def _lines(path: Path) -> Iterator[Record]:
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield json.loads(line)
+
+
+def _curves(folder: Path) -> list[Record]:
+    """The mean of all clients that were evaluated, by federation and round."""
+    found: dict[tuple[str, int], list[float]] = {}
+    for record in _lines(folder / "metrics.jsonl"):
+        if record.get("accuracy") is not None:
+            found.setdefault((record["federation"], record["round"]), []).append(record["accuracy"])
+    return [
+        {
+            "federation": federation,
+            "round": number,
+            "accuracy": mean(values),
+            "clients": len(values),
+        }
+        for (federation, number), values in found.items()
+    ]
