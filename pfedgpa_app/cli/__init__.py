@@ -118,14 +118,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             epilog=f"example: pfedgpa {command.EXAMPLE}",
         )
         command.add_options(own)
-    # settings may stand before and after options, which argparse's subcommands cannot mix
+    # words may stand before and after options, which argparse's subcommands cannot mix
     options, rest = parser.parse_known_args(arguments)
-    plain = not hasattr(options, "settings")  # a command without settings
-    if plain or any(word.startswith("-") for word in rest):
-        if rest:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    else:
-        options.settings += rest
+    into = getattr(options, "words", "")  # a command that takes any number of them
+    if rest and (not into or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        setattr(options, into, [*getattr(options, into), *rest])
     return options
 
 

@@ -13,10 +13,10 @@ EXAMPLE = "evaluate results/my-run --client 3 imagefolder:new-photos"
 
 def add_options(parser: ArgumentParser) -> None:
     add_client(parser)
+    parser.set_defaults(words="dataset")
     parser.add_argument(
         "dataset",
-        nargs="?",
-        default="",
+        nargs="*",
         help="labelled data, as in dataset=…; without: the client's own test data of the run",
     )
     parser.add_argument("--data-dir", default="", help="where other data sets lie")
@@ -26,9 +26,10 @@ def add_options(parser: ArgumentParser) -> None:
 def handle(options: Namespace) -> int:
     from pfedgpa_app.run.personal import evaluate
 
-    if options.dataset:
-        require_dataset(options.dataset, "dataset")
-    found = evaluate(options.run, options.client, options.method, options.dataset, options.data_dir)
+    dataset = " ".join(options.dataset)
+    if dataset:
+        require_dataset(dataset, "dataset")
+    found = evaluate(options.run, options.client, options.method, dataset, options.data_dir)
     if options.to == "json":
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return 0

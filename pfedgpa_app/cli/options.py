@@ -18,6 +18,7 @@ SETTINGS_HELP = "settings, as in seed=1 method=local,pfedgpa; see: pfedgpa setti
 
 def add_settings(parser: ArgumentParser) -> None:
     """Settings as words of the command line."""
+    parser.set_defaults(words="settings")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=SETTINGS_HELP)
 
 

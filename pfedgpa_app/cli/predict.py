@@ -15,6 +15,7 @@ EXAMPLE = "predict results/my-run --client 3 photo.jpg more-photos/"
 
 def add_options(parser: ArgumentParser) -> None:
     add_client(parser)
+    parser.set_defaults(words="examples")
     parser.add_argument(
         "examples",
         nargs="+",
@@ -36,7 +37,7 @@ def handle(options: Namespace) -> int:
     model = load_client(options.run, options.client, options.method)
     about = model.about
     size = about.image_size or int(options.resize)
-    places = [user_path(place) for place in options.examples]
+    places = [user_path(place) for place in options.examples]  # Paths, or words after options
     names, inputs = examples(places, about.schema, about.pixels, size)
     rows = described(model.probabilities(inputs), model.classes)
     named = [{"example": name, **row} for name, row in zip(names, rows, strict=True)]

@@ -18,6 +18,7 @@ YAML = (".yaml", ".yml")
 
 
 def add_options(parser: ArgumentParser) -> None:
+    parser.set_defaults(words="settings")
     parser.add_argument(
         "settings",
         nargs="*",

@@ -129,8 +129,9 @@ def write_about(folder: Path, config: Config, schema: Schema, pixels: bool) -> N
     )
     write_text(folder / MODEL, json.dumps(about.as_dict(), indent=2) + "\n")
     network = network_of(config, schema)
-    shared = set(weight_names(network))
-    rest = {n: t.clone() for n, t in network.state_dict().items() if n not in shared}
+    tensors = network.state_dict()
+    shared = {tensors[name].data_ptr() for name in weight_names(network)}  # by any of their names
+    rest = {name: t.clone() for name, t in tensors.items() if t.data_ptr() not in shared}
     if rest and config.save_weights:
         (folder / WEIGHTS).mkdir(exist_ok=True)
         save_file(rest, folder / WEIGHTS / REST)

@@ -1,0 +1,556 @@
+"""Networks, data, partitions and methods of the user's own, and what a run leaves of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from pfedgpa_app import cli, load_client
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.schema import Schema
+from pfedgpa_app.core.sections import Config, TrainingSettings
+from pfedgpa_app.core.settings import ConfigError, DataError
+from pfedgpa_app.data.client import described, load_dataset, load_partition
+from pfedgpa_app.data.dataset import dataset_of
+from pfedgpa_app.methods import METHODS, federation_of
+from pfedgpa_app.models.build import network_of
+from pfedgpa_app.models.networks import weight_names, weights_of
+from pfedgpa_app.run import api
+from pfedgpa_app.run.personal import evaluate, export
+from tests.test_federation import federate, records, summary
+
+NETS = '''
+import torch
+from torch import nn
+
+def small(classes, shape):
+    """Declared from the head down, with BatchNorm, something frozen, a counter and tied weights."""
+    return Small(classes, shape[0])
+
+class Small(nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.head = nn.Linear(16, classes)
+        self.mix = nn.Linear(16, 16, bias=False)
+        self.again = nn.Linear(16, 16, bias=False)
+        self.again.weight = self.mix.weight
+        self.norm = nn.BatchNorm2d(4)
+        self.conv = nn.Conv2d(channels, 4, 3, padding=1)
+        self.frozen = nn.Linear(64, 16).requires_grad_(False)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x):
+        x = nn.functional.adaptive_avg_pool2d(self.norm(self.conv(x)).relu(), 4)
+        x = self.mix(self.frozen(x.flatten(1)).relu())
+        return self.head(self.again(x.relu()))
+
+def adapted(classes, shape):
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU()).requires_grad_(False)
+    return nn.Sequential(body, nn.Linear(32, 2, bias=False), nn.Linear(2, classes))
+
+def too_few(classes, shape):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+
+def no_module(classes, shape):
+    return "a network"
+
+def raises(classes, shape):
+    raise ValueError("not today")
+
+def of_one(classes):
+    return nn.Linear(1, 1)
+
+def idle(classes, shape):
+    net = small(classes, shape)
+    net.left_over = nn.Linear(2, 2)
+    return net
+
+def two_outputs(classes, shape):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(64, classes)
+        def forward(self, x):
+            return self.body(x.flatten(1)), 0
+    return Two()
+
+NUMBER = 3
+'''
+
+
+@pytest.fixture
+def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with networks of the user's own, which is the current one."""
+    (tmp_path / "nets.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+    return tmp_path
+
+
+DIGITS = Schema("digits", tuple("0123456789"), (1, 8, 8))
+
+
+def made(model: str, schema: Schema = DIGITS, **more: Any) -> nn.Module:
+    return network_of(TrainingSettings(model=model, **more), schema)
+
+
+class TestNetworks:
+    def test_weights_lie_in_the_order_of_their_use(self, nets: Path) -> None:
+        names = weight_names(made("nets:small"))
+        layers = list(dict.fromkeys(name.partition(".")[0] for name in names))
+        assert layers == ["conv", "norm", "mix", "head"]  # frozen ones not, tied ones once
+        assert {"norm.running_mean", "norm.running_var"} <= set(names)
+        assert "norm.num_batches_tracked" not in names
+
+    def test_another_head_is_named(self, nets: Path) -> None:
+        assert weight_names(made("nets:small", head="mix"))[-1] == "mix.weight"
+        with pytest.raises(ConfigError, match="head = 'haed': the network has no such module; did you"):
+            made("nets:small", head="haed")
+        with pytest.raises(ConfigError, match="head = 'frozen': nothing of that module is trained"):
+            made("nets:small", head="frozen")
+
+    def test_the_same_seed_makes_the_same_network(self, nets: Path) -> None:
+        first, second = (weights_of(made("nets:small", seed=3)) for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        other = weights_of(made("nets:small", seed=4))
+        assert not torch.equal(first["conv.weight"], other["conv.weight"])
+
+    def test_torchvisions_by_name(self) -> None:
+        schema = Schema("pets", ("cat", "dog", "owl"), (3, 32, 32))
+        names = weight_names(made("torchvision:resnet18", schema))
+        assert names[:2] == ["conv1.weight", "bn1.weight"]
+        assert names[-2:] == ["fc.weight", "fc.bias"]
+
+    @pytest.mark.parametrize(
+        "shape", [(1, 1, 1), (1, 5, 7), (3, 64, 48), (4, 30, 30), (2, 224, 224)]
+    )
+    def test_images_of_any_size_have_a_network(self, shape: tuple[int, ...]) -> None:
+        network = made("auto", Schema("images", ("a", "b"), shape))
+        assert network(torch.zeros(3, *shape)).shape == (3, 2)
+
+    def test_so_have_tables(self) -> None:
+        network = made("auto", Schema("table", ("a", "b"), (7,)))
+        assert network(torch.zeros(3, 7)).shape == (3, 2)
+
+    @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+    def test_weights_on_disk(self, tmp_path: Path, suffix: str) -> None:
+        from safetensors.torch import save_file
+
+        other = Schema("other", ("a", "b"), (1, 8, 8))
+        theirs = made("digits", other, seed=9).state_dict()
+        file = tmp_path / f"weights.{suffix}"
+        if suffix == "pt":
+            torch.save({"state_dict": theirs}, file)
+        else:
+            save_file(theirs, file)
+        mine = made("digits", model_weights=str(file)).state_dict()
+        assert torch.equal(mine["fc1.weight"], theirs["fc1.weight"])
+        assert mine["fc2.weight"].shape == (10, 20)  # a last layer of other classes stays new
+        torch.save({"net": nn.Linear(1, 1)}, tmp_path / "object.pt")  # a pickled object
+        with pytest.raises(ConfigError, match=r"model-weights = .*cannot be read"):
+            made("digits", model_weights=str(tmp_path / "object.pt"))
+        save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+        with pytest.raises(ConfigError, match=r"is of another network: has no block1"):
+            made("digits", model_weights=str(tmp_path / "x.safetensors"))
+
+    @pytest.mark.parametrize(
+        ("model", "said"),
+        [
+            ("nowhere:build", "the module nowhere cannot be imported from .*ModuleNotFoundError"),
+            ("nets:nothing", "has nothing called nothing"),
+            ("nets:NUMBER", "is a int, no callable"),
+            ("nets:of_one", r"cannot be called with \(classes, shape\)"),
+            ("nets:raises", "raises ValueError: not today"),
+            ("nets:no_module", "returns a str, not a torch.nn.Module"),
+            ("nets:too_few", r"output of shape \[2, 3\], and 10 classes want \[2, 10\]"),
+            ("nets:idle", "left_over.* takes no part in its output"),
+            ("nets:two_outputs", "returns tuple in eval.* mode"),
+            ("torchvision:resnet81", "torchvision has no classifier 'resnet81'; did you mean"),
+            ("torchvision:resnet18", r"does not take 2 examples of shape \[1, 8, 8\]"),
+            ("cifar", "takes images of 3×32×32, and these are 1×8×8"),
+            ("mlp", r"does not take examples of shape \[1, 8, 8\]"),
+        ],
+    )
+    def test_what_cannot_be_used_is_refused(
+        self, nets: Path, capsys: pytest.CaptureFixture[str], model: str, said: str
+    ) -> None:
+        assert cli.main(["run", f"model={model}", "method=fedavg"]) == 2
+        error = capsys.readouterr().err
+        assert re.search(f"^pfedgpa: model = .*{said}", error), error
+        assert not (nets / "results").exists() or not list((nets / "results").glob("*/*"))
+
+    def test_a_users_file_does_not_stand_in_for_a_library(self, nets: Path) -> None:
+        (nets / "xmlrpc.py").write_text("raise SystemExit('the wrong one')")
+        made("nets:small")
+        assert sys.path[0] != str(nets)
+        __import__("xmlrpc.client")
+
+
+class TestMethods:
+    def test_every_method_has_a_network_with_all_that_is_odd(self, nets: Path) -> None:
+        methods = ",".join(METHODS)
+        folder, _ = federate(nets, method=methods, model="nets:small", num_server_rounds=3)
+        rows = summary(folder)
+        assert set(rows) == set(METHODS)
+        for name, row in rows.items():
+            assert 0 <= row["accuracy_before_ft"] <= 100, name
+        given = load_client(folder, 1, "pfedgpa").network.state_dict()
+        assert not torch.equal(given["norm.running_var"], torch.ones(4))
+        assert bool((given["norm.running_var"] > 0).all())
+        initial = made("nets:small").state_dict()
+        assert torch.equal(given["frozen.weight"], initial["frozen.weight"])
+        for line in records(folder, "clients.jsonl"):  # every client of every method
+            kind, client = line["method"], line["client"]
+            again = evaluate(folder, client, kind)
+            assert again["accuracy"] == pytest.approx(line["before_ft"], abs=1e-9), line
+
+    def test_adapters_alone_are_sent_and_generated(self, nets: Path) -> None:
+        folder, grid = federate(nets, method="pfedgpa", model="nets:adapted")
+        sent = grid.sent[-1].content.array_records["arrays"]
+        assert set(sent) == {"1.weight", "2.weight", "2.bias"}
+        given = load_client(folder, 0).network
+        frozen = made("nets:adapted").state_dict()["0.1.weight"]
+        assert torch.equal(given.state_dict()["0.1.weight"], frozen)
+
+    def test_no_more_uploads_are_remembered_than_are_generated(self, nets: Path) -> None:
+        from safetensors.torch import load_file
+
+        own = {"pfedgpa.layers": 1, "pfedgpa.generate-from": 3}
+        folder, _ = federate(nets, method="pfedgpa,client-mean", model="nets:small", **own)
+        tensors = load_file(folder / "weights" / "pfedgpa.safetensors")
+        mine = {name.partition("/")[2] for name in tensors if name.startswith("client-0/")}
+        assert mine == {"head.weight", "head.bias", "norm.running_mean", "norm.running_var"}
+
+    def test_one_without_a_linear_head_is_refused_in_time(
+        self, nets: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["run", "model=nets:small", "head=norm", "method=fedavg,fedproto"]
+        assert cli.main(words) == 2
+        assert "fedproto: makes a linear last layer" in capsys.readouterr().err
+
+    def test_a_method_of_ones_own(self, nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        text = (APP_DIR / "docs" / "own.md").read_text()
+        [code] = re.findall(r"`fedx.py`:\n\n```python\n(.*?)```", text, re.DOTALL)
+        assert len(code.splitlines()) < 60
+        (nets / "fedx.py").write_text(code)
+        try:
+            method, step = "fedavg,fedx:FedX", {"fedx.step": 0.3}
+            folder, _ = federate(nets, method=method, **step)
+            rows = summary(folder)
+            assert rows["fedx"]["title"] == "FedX"
+            assert rows["fedx"]["accuracy_before_ft"] != rows["fedavg"]["accuracy_before_ft"]
+            kept = json.loads((folder / "config.json").read_text())
+            assert kept["method"]["value"] == ["fedavg", "fedx:FedX"]
+            assert federation_of("fedx") == "fedx"
+            assert load_client(folder, 0, "fedx").classes == DIGITS.classes
+            assert cli.main(["run", "method=fedavg", "fedx.step=0.3"]) == 2
+            assert "none of this run's methods (fedavg) goes by it" in capsys.readouterr().err
+        finally:
+            METHODS.pop("fedx", None)
+            from pfedgpa_app.config import resolve as module
+
+            module.sections.cache_clear()
+            module.keys.cache_clear()
+
+    def test_what_is_no_method_is_refused(
+        self, nets: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main(["run", "method=nets:Small"]) == 2
+        assert "is no class that extends one of pfedgpa_app.methods" in capsys.readouterr().err
+        (nets / "fedavg.py").write_text(
+            "from pfedgpa_app.methods.fedprox import FedProx\nclass FedAvg(FedProx): pass\n"
+        )
+        assert cli.main(["run", "method=fedavg:FedAvg"]) == 2
+        assert "there is a method fedavg already" in capsys.readouterr().err
+
+
+RNG = np.random.default_rng(0)
+ROWS = RNG.normal(size=(60, 5))
+LABELS = np.arange(60) % 3
+
+
+class TestData:
+    def test_a_table_is_split_by_class(self) -> None:
+        found = dataset_of("mine", {"x": ROWS, "y": LABELS, "classes": ["a", "b", "c"]}, 0.2)
+        assert found.train_images.dtype == np.float32
+        assert (len(found.train_labels), len(found.test_labels)) == (48, 12)
+        assert np.bincount(found.test_labels).tolist() == [4, 4, 4]
+        both = np.concatenate([found.train_images, found.test_images])
+        assert len(np.unique(both, axis=0)) == 60
+
+    @pytest.mark.parametrize(
+        ("dtype", "shape", "kept", "taken"),
+        [
+            (np.uint8, (60, 6, 7), "uint8", (1, 6, 7)),
+            (np.uint8, (60, 6, 7, 3), "uint8", (3, 6, 7)),
+            (np.uint8, (60, 3, 6, 7), "uint8", (3, 6, 7)),
+            (np.float64, (60, 4, 2), "float32", (4, 2)),
+            (np.int32, (60, 9), "int64", (9,)),
+            (np.float16, (60,), "float32", (1,)),
+        ],
+    )
+    def test_what_inputs_become(
+        self, dtype: type, shape: tuple[int, ...], kept: str, taken: tuple[int, ...]
+    ) -> None:
+        x = RNG.integers(0, 9, shape).astype(dtype)
+        found = dataset_of("mine", (x, LABELS, x, LABELS), 0.2)
+        assert (found.train_images.dtype, found.shape) == (kept, taken)
+
+    def test_tensors_and_names_as_labels(self) -> None:
+        names = np.array(["owl", "cat", "dog"])[LABELS]
+        found = dataset_of("mine", {"x": torch.tensor(ROWS), "y": names}, 0.2)
+        assert found.classes == ("cat", "dog", "owl")
+        column = torch.tensor(LABELS)[:, None]  # as MedMNIST has them
+        medical = {"train_images": ROWS, "train_labels": column, "val_images": ROWS}
+        medical |= {"test_images": ROWS, "test_labels": column}
+        assert dataset_of("mine", medical, 0.2).train_labels.tolist() == LABELS.tolist()
+
+    @pytest.mark.parametrize(
+        ("found", "said"),
+        [
+            ("text", "is a str: wanted is a dict"),
+            ((ROWS, LABELS, ROWS), "is a tuple of 3"),
+            ({"x": ROWS}, "has no y_train"),
+            ({"x": ROWS, "y": LABELS, "clases": []}, "has 'clases'; did you mean classes"),
+            ({"x": ROWS, "y": LABELS[1:]}, "x_train has 60 examples, and y_train has 59"),
+            ({"x": ROWS[:0], "y": LABELS[:0]}, "x_train is empty"),
+            ({"x": ROWS, "y": LABELS, "classes": ["a", "b"]}, "label 2, which is none of the 2"),
+            ({"x": ROWS, "y": LABELS, "classes": ["a", "b", "a"]}, "of different names"),
+            ({"x": ROWS, "y": LABELS * 0}, "wants two classes or more"),
+            ({"x": ROWS, "y": LABELS + 0.5}, "wanted is one whole number or name"),
+            ({"x": ROWS / np.where(ROWS > 2, 0, 1), "y": LABELS}, "a number that is not finite"),
+            ({"x": [[1, 2], [3]] * 30, "y": LABELS}, "x_train is no array"),
+            ({"x": ROWS.astype(object), "y": LABELS}, "x_train holds objects"),
+            ({"x": ROWS.astype(complex), "y": LABELS}, "x_train holds complex128"),
+            ((ROWS, LABELS, ROWS[:, :4], LABELS), r"of shape \[5\], x_test float32 of \[4\]"),
+            ((ROWS, LABELS, ROWS, LABELS + 1), "y_test has the label 3"),
+        ],
+    )
+    def test_what_is_no_data_set_is_refused(self, found: Any, said: str) -> None:
+        with (
+            np.errstate(divide="ignore"),
+            pytest.raises(DataError, match=f"^dataset mine: .*{said}"),
+        ):
+            dataset_of("mine", found, 0.2)
+
+    def test_a_file_of_arrays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        np.savez("mine.npz", x=ROWS, y=LABELS)
+        config = Config(dataset="npz:mine.npz", train_per_client=None, test_per_client=None)
+        assert load_dataset(config).shape == (5,)
+        np.savez("bad.npz", x=np.array([{}, {}]), y=np.array([0, 1]))  # pickled objects
+        with pytest.raises(DataError, match=r"npz:bad.npz: .*cannot be read as arrays"):
+            load_dataset(Config(dataset="npz:bad.npz"))
+        with pytest.raises(DataError, match=r"npz:no.npz: no file .*no.npz"):
+            load_dataset(Config(dataset="npz:no.npz"))
+
+
+def photos(folder: Path, each: int = 30) -> Path:
+    """Images of three classes, in a folder a class."""
+    for i, name in enumerate(("cat", "dog", "owl")):
+        (folder / name).mkdir(parents=True)
+        for j in range(each):
+            pixels = RNG.integers(0, 40, (16, 16, 3)) + np.array([80 * i, 30, 160 - 80 * i])
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{j}.png")
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with photos, and a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    photos(tmp_path / "photos")
+    return tmp_path
+
+
+ALL = {"train_per_client": None, "test_per_client": None, "validation_share": 0.0}
+
+
+class TestPartitions:
+    def test_all_images_are_dealt_and_none_twice(self, here: Path) -> None:
+        config = Config(dataset="imagefolder:photos", num_clients=3, **ALL)
+        splits, data = load_partition(config), load_dataset(config)
+        for part, labels in (("train", data.train_labels), ("test", data.test_labels)):
+            held = np.concatenate([getattr(split, part) for split in splits])
+            assert sorted(held) == list(range(len(labels)))
+        said = described(config)
+        assert "72 training and 18 test images of 3×16×16 in 3 classes (cat, dog, owl)" in said
+        assert "nobody" not in said
+        assert "more than once" not in said
+
+    def test_what_is_left_out_or_shared_is_said(self, here: Path) -> None:
+        sizes = {"train_per_client": 6, "test_per_client": 3, "validation_share": 0.0}
+        said = described(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
+        assert "3 clients train on 6 each (nobody holds 54)" in said
+        sizes["test_per_client"] = 8  # of 18 in all
+        said = described(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
+        assert "held more than once" in said
+
+    def test_by_a_file(self, here: Path) -> None:
+        owners = {f"{kind}/{j}.png": j % 2 for kind in ("cat", "owl") for j in range(30)}
+        Path("who.json").write_text(json.dumps(owners))
+        rows = "".join(f"{sample},{client}\n" for sample, client in owners.items())
+        Path("who.csv").write_text(f"sample,client\n{rows}")
+        for file in ("who.json", "who.csv"):
+            config = Config(
+                dataset="imagefolder:photos", num_clients=2, partition=f"file:{file}", **ALL
+            )
+            splits, data = load_partition(config), load_dataset(config)
+            for client, split in enumerate(splits):
+                samples = [*data.train_samples[split.train], *data.test_samples[split.test]]
+                assert sorted(samples) == sorted(s for s, c in owners.items() if c == client)
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ('{"cat/99.png": 0}', "names the sample 'cat/99.png', which the data set has not"),
+            ('{"cat/0.png": 7}', "gives 'cat/0.png' to client 7; by num-clients = 2"),
+            ('{"cat/0.png": "me"}', "wants a JSON object"),
+            ("[1]", "wants a JSON object"),
+            ('{"cat/0.png": 0, "cat/1.png": 0}', "client [01] would have no image to"),
+            (None, "cannot be read: No such file"),
+        ],
+    )
+    def test_a_file_that_does_not_fit(
+        self, here: Path, capsys: pytest.CaptureFixture[str], text: str | None, said: str
+    ) -> None:
+        if text is not None:
+            Path("who.json").write_text(text)
+        words = ["dataset=imagefolder:photos", "partition=file:who.json", "num-clients=2"]
+        assert cli.main(["run", *words]) == 2
+        assert re.search(said, capsys.readouterr().err)
+
+    def test_users_are_clients(self, nets: Path) -> None:
+        (nets / "tables.py").write_text(
+            "import numpy as np\n"
+            "def load():\n"
+            "    users = np.repeat(['ann', 'bob', 'eve'], 20)\n"
+            "    x = np.random.default_rng(0).normal(size=(60, 5))\n"
+            "    return {'x': x, 'y': np.arange(60) % 2, 'users': users}\n"
+        )
+        config = Config(dataset="tables:load", num_clients=3, partition="natural", **ALL)
+        data = load_dataset(config)
+        for name, split in zip(("ann", "bob", "eve"), load_partition(config), strict=True):
+            assert set(data.train_users[split.train]) == {name}
+            assert set(data.test_users[split.test]) == {name}
+        with pytest.raises(ValueError, match="has 3 users, fewer than num-clients = 4"):
+            load_partition(Config(dataset="tables:load", num_clients=4, partition="natural", **ALL))
+        with pytest.raises(ValueError, match="the data set names no users"):
+            load_partition(Config(num_clients=4, partition="natural", **ALL))
+
+    def test_the_demos_sizes_are_for_its_data_alone(self) -> None:
+        assert resolve({}).config.train_per_client == 90
+        config = resolve({"dataset": "imagefolder:photos"}).config
+        assert (config.train_per_client, config.test_per_client) == (None, None)
+        assert config.batch_size == Config.batch_size
+
+
+class TestHome:
+    def test_predictions_from_files(self, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        settings = {"train_per_client": "auto", "test_per_client": "auto", "num_clients": 2}
+        folder, _ = federate(here, method="fedavg", dataset="imagefolder:photos", **settings)
+        image = "photos/owl/3.png"
+        assert cli.main(["predict", str(folder), "--client", "1", "photos", "--to", "json"]) == 0
+        rows = {row["example"]: row for row in json.loads(capsys.readouterr().out)}
+        assert len(rows) == 90
+        assert sum(rows[image]["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+        model = load_client(folder, 1)
+        pixels = np.asarray(Image.open(image)).transpose(2, 0, 1)[None]
+        mine = model.probabilities(pixels)[0]
+        assert rows[image]["class"] == model.classes[int(mine.argmax())]
+        as_floats = model(torch.from_numpy(pixels / 255).float()).softmax(1)[0]
+        assert as_floats.tolist() == pytest.approx(mine.tolist(), abs=1e-5)
+        assert cli.main(["predict", str(folder), "--client", "1", image, "--to", "csv"]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == "example,class,cat,dog,owl"
+        words = ["evaluate", str(folder), "--client", "0"]
+        assert cli.main([*words, "imagefolder:photos", "--to", "json"]) == 0
+        assert json.loads(capsys.readouterr().out)["examples"] == 90
+
+    def test_what_cannot_be_predicted_is_refused(
+        self, here: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder, _ = federate(here, method="fedavg", num_server_rounds=1)
+        Image.fromarray(np.zeros((9, 9), np.uint8)).save("other.png")
+        Path("broken.png").write_bytes(b"no image")
+        for place, said in (
+            ("other.png", "is 1×9×9, and the network takes 1×8×8: resize it"),
+            ("broken.png", "cannot be read as an image"),
+            ("nowhere.png", "is not there"),
+        ):
+            assert cli.main(["predict", str(folder), "--client", "0", place]) == 2
+            assert said in capsys.readouterr().err
+        assert cli.main(["predict", str(folder), "--client", "0", "--resize", "other.png"]) == 0
+        assert cli.main(["predict", str(folder), "--client", "4", "other.png"]) == 2
+        assert "has no client 4; there are 0 to 3" in capsys.readouterr().err
+        words = ["predict", str(folder), "--client", "0", "--method", "fedper", "other.png"]
+        assert cli.main(words) == 2
+        assert "has no weights of 'fedper'" in capsys.readouterr().err
+        assert cli.main(["predict", "photos", "--client", "0", "other.png"]) == 2
+        assert "is no run's folder" in capsys.readouterr().err
+        assert cli.main(["evaluate", str(folder), "--client", "0", "imagefolder:photos"]) == 2
+        assert "has examples of shape [3, 16, 16]" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("to", ["torch", "onnx"])
+    def test_an_exported_network_says_the_same(self, here: Path, to: str) -> None:
+        if to == "onnx":
+            pytest.importorskip("onnxscript", reason="needs pip install 'pfedgpa[onnx]'")
+            onnxruntime = pytest.importorskip("onnxruntime")
+        folder, _ = federate(here, method="fedavg", num_server_rounds=1)
+        model, file = load_client(folder, 2), here / f"network.{to}"
+        x = torch.rand(5, 1, 8, 8)
+        export(model, to, file)
+        if to == "onnx":
+            session = onnxruntime.InferenceSession(file)
+            [logits] = session.run(None, {"examples": x.numpy()})
+        else:
+            logits = torch.export.load(file).module()(x).detach().numpy()
+        np.testing.assert_allclose(logits, model(x).detach().numpy(), atol=1e-5)
+
+
+def test_words_of_settings_from_python() -> None:
+    words = list(api._words({"num_server_rounds": 3, "method": ["a", "b"], "pfedgpa": {"rank": 2}}))
+    assert words == ["num-server-rounds=3", "method=a,b", "pfedgpa.rank=2"]
+    assert list(api._words({"augment": True, "model": photos})) == [
+        "augment=true",
+        f"model={__name__}:photos",
+    ]
+
+
+@pytest.mark.slow
+def test_the_documents_commands_from_an_empty_folder(here: Path) -> None:
+    """Every command and file of docs/own.md, two rounds of each run."""
+    text = (APP_DIR / "docs" / "own.md").read_text()
+    for name, code in re.findall(r"`(\w+\.(?:py|csv))`:\n\n```\w*\n(.*?)```", text, re.DOTALL):
+        (here / name).write_text(code)
+    extra = "".join(f"{kind}/{j}.png,{j % 2}\n" for kind in ("cat", "dog") for j in range(30))
+    (here / "mine.csv").write_text(f"sample,client\n{extra}")
+    (here / "more").mkdir()
+    digit = Image.fromarray(RNG.integers(0, 255, (8, 8)).astype(np.uint8))
+    digit.save(here / "new.png")
+    digit.save(here / "more" / "1.png")
+    blocks = re.findall(r"```\n(pfedgpa .*?)```", text, re.DOTALL)
+    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
+    assert len(lines) > 7
+    for line in lines:
+        words = shlex.split(line)
+        if words[1] == "run":
+            words += ["num-server-rounds=2", "method=fedavg"] if "method=" not in line else []
+            words = [w for w in words if not w.startswith("num-server-rounds=1")]
+            words += [] if "num-server-rounds=2" in words else ["num-server-rounds=2"]
+        command = [sys.executable, "-m", "pfedgpa_app", *words[1:]]
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr}"
