@@ -174,6 +174,11 @@ def table(found: Finished) -> str:
 
 def report(out: Path) -> str:
     """The overview and the tables of all finished runs in ``out``; nothing without one."""
-    if not (found := finished(out)):
+    return report_of(finished(out))
+
+
+def report_of(found: Finished) -> str:
+    """The same of what was ``found``."""
+    if not found:
         return ""
     return f"As sent / after tuned fine-tuning:\n\n{overview(found)}\n\n{table(found)}"
