@@ -1,50 +1,118 @@
 """Keep a comparison's results in the repository, and quote them in README.md and docs/results.md.
 
-    python benchmarks/keep.py results/compare [MORE …]
+    python benchmarks/keep.py [results/compare …]
 
-Of every finished run that `pfedgpa compare` left there: its settings and events, without paths of
-this machine, and its figures. Tables are made of all that is kept.
+A file an experiment, ``benchmarks/results/compare-*.jsonl``, takes in every finished run that
+`pfedgpa compare` left in the folders. Its first line has the settings that all its rows share; then
+comes a row a method and seed: its entry of ``summary.json``, its other settings, and its clients'
+accuracies. The tables are made of all that is kept, without a folder of what is kept already.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+from pfedgpa_app.config.resolve import keys, without_idle
+from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import APP_DIR
-from pfedgpa_app.results.log import EVENTS, is_done
-from pfedgpa_app.study.compare import finished, overview, report, table
+from pfedgpa_app.core.settings import LAUNCH
+from pfedgpa_app.methods import METHODS
+from pfedgpa_app.results.log import is_done, rows_of
+from pfedgpa_app.run.folder import kept_settings
+from pfedgpa_app.study.compare import EXPERIMENTS, Finished, overview, table
 
-KEPT = APP_DIR / "benchmarks" / "results" / "compare"
-FIGURES = ("summary.json", "clients.jsonl")
-OF_THIS_MACHINE = ("out-dir", "data-dir")
+RESULTS = APP_DIR / "benchmarks" / "results"
+OF_A_ROW = ("method", "seed")  # settings that its entry of summary.json tells
 BEGIN, END = "<!-- compare -->\n", "<!-- end -->"
 
+Row = dict[str, Any]
 
-def keep(run: Path) -> None:
-    """Copy a finished run's small files to where results are kept."""
-    kept = KEPT / run.name
-    kept.mkdir(parents=True, exist_ok=True)
-    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    settings = {name: value for name, value in settings.items() if name not in OF_THIS_MACHINE}
-    events = [json.loads(line) for line in (run / EVENTS).read_text(encoding="utf-8").splitlines()]
-    events = [event | {"text": event["text"].replace(f"{run.parent}/", "")} for event in events]
-    for figures in FIGURES:
-        if run != kept:
-            shutil.copyfile(run / figures, kept / figures)
-    (kept / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    (kept / EVENTS).write_text(
-        "".join(json.dumps(event) + "\n" for event in events), encoding="utf-8"
-    )
+
+def file_of(experiment: str) -> Path:
+    """Where its rows are kept."""
+    return RESULTS / f"{experiment}.jsonl"
+
+
+def of_run(folder: Path) -> list[Row]:
+    """A finished run's rows: ``settings`` by name, ``clients`` as lists in the clients' order."""
+    clients: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in (folder / "clients.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        method = record.pop("method")
+        for name, value in record.items():
+            clients[method][name].append(value)
+    there = kept_settings(folder)
+    settings = {}
+    for name, key in keys().items():
+        if name not in OF_A_ROW and key.rules["part"] != LAUNCH:
+            # a setting that was not there yet was what is now its default
+            default = {"value": "auto" if key.default is None else key.default}
+            settings[name] = there.get(name, default)["value"]
+    settings = json.loads(json.dumps(settings))  # as they will be read
+    return [
+        row
+        | {"settings": without_idle(settings, [row["method"]]), "clients": clients[row["method"]]}
+        for row in rows_of(folder)
+    ]
+
+
+def read(file: Path) -> list[Row]:
+    """The rows kept in ``file``, each with all of its settings."""
+    if not file.exists():
+        return []
+    shared, *rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return [row | {"settings": shared["settings"] | row["settings"]} for row in rows]
+
+
+def write(file: Path, rows: list[Row]) -> None:
+    """Keep ``rows`` in ``file``, in the methods' order and that of their seeds."""
+    order = list(METHODS)
+    rows = sorted(rows, key=lambda row: (order.index(row["method"]), row["seed"]))
+    first, *others = (row["settings"] for row in rows)
+    shared = {
+        name: value
+        for name, value in first.items()
+        if all(name in other and other[name] == value for other in others)
+    }
+    own = [
+        row | {"settings": {k: v for k, v in row["settings"].items() if k not in shared}}
+        for row in rows
+    ]
+    lines = [{"experiment": file.stem, "settings": shared}, *own]
+    write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def add(folder: Path) -> None:
+    """Keep every finished run in ``folder``, in the place of what is kept of the same seed."""
+    new: dict[str, list[Row]] = defaultdict(list)
+    for run in sorted(path.parent for path in folder.glob("*/summary.json")):
+        experiment = Path(kept_settings(run)["conf"]["value"]).stem
+        if is_done(run) and experiment in EXPERIMENTS:
+            new[experiment] += of_run(run)
+    for experiment, rows in new.items():
+        file = file_of(experiment)
+        both = {(row["method"], row["seed"]): row for row in read(file) + rows}
+        write(file, list(both.values()))
+
+
+def kept() -> Finished:
+    """All rows that are kept."""
+    found: Finished = {}
+    for experiment in sorted(EXPERIMENTS):
+        for row in read(file_of(experiment)):
+            found.setdefault(experiment, {}).setdefault(row["method"], []).append(row)
+    return found
 
 
 def quote(file: Path, text: str) -> None:
     """Put ``text`` between the two marks of ``file``."""
     before, rest = file.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
-    file.write_text(f"{before}{BEGIN}\n{text.strip()}\n\n{END}{after}", encoding="utf-8")
+    write_text(file, f"{before}{BEGIN}\n{text.strip()}\n\n{END}{after}")
 
 
 def main() -> None:
@@ -52,11 +120,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("comparisons", type=Path, nargs="*", help="folders that `compare` wrote to")
     for folder in parser.parse_args().comparisons:
-        for run in sorted(path.parent for path in folder.absolute().glob("*/summary.json")):
-            if is_done(run):
-                keep(run)
-    (KEPT / "compare.md").write_text(report(KEPT), encoding="utf-8")
-    found = finished(KEPT)
+        add(folder)
+    found = kept()
     quote(APP_DIR / "README.md", overview(found))
     quote(APP_DIR / "docs" / "results.md", table(found))
 
