@@ -1,16 +1,21 @@
 """The paper's ablation (its Table 2): generation with and without inversion.
 
-    python benchmarks/inversion.py
+    python benchmarks/inversion.py [results/compare]
 
-From what is kept of ``pfedgpa compare``: accuracy in %, mean over clients ± standard deviation
-over seeds, and how many clients are under 60 % before fine-tuning.
+From the runs that ``pfedgpa compare`` left there, or from the results that are kept: accuracy in %,
+mean over clients ± standard deviation over seeds, and how many clients are under 60 % before
+fine-tuning.
 """
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 from keep import kept
 
 from pfedgpa_app.results.tables import seeds_table
+from pfedgpa_app.study.compare import finished
 
 METHODS = ("last-upload", "pfedgpa-sampled", "pfedgpa-inverted", "pfedgpa-once", "pfedgpa")
 COLUMNS = {
@@ -23,12 +28,17 @@ COLUMNS = {
 
 
 def main() -> None:
-    """Print a table an experiment."""
-    for experiment, methods in kept().items():
-        there = [name for name in METHODS if name in methods]
-        if "pfedgpa-inverted" in there:
-            seeds = list(zip(*(methods[name] for name in there), strict=True))
-            print(f"\n{experiment}, {len(seeds)} seeds\n\n{seeds_table(seeds, COLUMNS)}")
+    """Print a table a federation."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("out", type=Path, nargs="?", help="default: the results that are kept")
+    out = parser.parse_args().out
+    for methods in (finished(out) if out else kept()).values():
+        seeds = max(len(rows) for rows in methods.values())
+        there = [methods[name] for name in METHODS if len(methods.get(name, [])) == seeds]
+        if there:
+            row, seeded = there[0][0], list(zip(*there, strict=True))
+            title = f"{row['dataset']}, {row['num_clients']} clients, {seeds} seeds"
+            print(f"\n{title}\n\n{seeds_table(seeded, COLUMNS)}")
 
 
 if __name__ == "__main__":

@@ -2,97 +2,128 @@
 
     python benchmarks/keep.py [results/compare …]
 
-Of every finished run that `pfedgpa compare` left there: a line a method and seed in
-benchmarks/results/compare/EXPERIMENT.jsonl, with its figures, its clients' accuracies and the
-settings that were not defaults. Tables are made of all that is kept.
+A file an experiment, ``benchmarks/results/compare-*.jsonl``, takes in every finished run that
+`pfedgpa compare` left in the folders. Its first line has the settings that all its rows share; then
+comes a row a method and seed: its entry of ``summary.json``, its other settings, and its clients'
+accuracies. The tables are made of all that is kept, without a folder of what is kept already.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from pfedgpa_app.config.resolve import keys, without_idle
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.settings import LAUNCH
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.run.folder import kept_settings
-from pfedgpa_app.study.compare import Finished, overview, report_of, table
+from pfedgpa_app.study.compare import EXPERIMENTS, Finished, overview, table
 
-KEPT = APP_DIR / "benchmarks" / "results" / "compare"
-OF_THIS_MACHINE = ("out-dir", "data-dir", "code-dir", "run-name")
-ACCURACIES = ("before_ft", "after_ft", "kept")
+RESULTS = APP_DIR / "benchmarks" / "results"
+OF_A_ROW = ("method", "seed")  # settings that its entry of summary.json tells
 BEGIN, END = "<!-- compare -->\n", "<!-- end -->"
 
+Row = dict[str, Any]
 
-def rows_to_keep(run: Path) -> list[dict[str, Any]]:
-    """A finished run's rows, a method each, with its clients' accuracies and its settings."""
-    lines = (run / "clients.jsonl").read_text(encoding="utf-8").splitlines()
-    clients = [json.loads(line) for line in lines]
-    settings = {
-        name: entry["value"]
-        for name, entry in kept_settings(run).items()
-        if entry["from"] != "default" and name not in OF_THIS_MACHINE
+
+def file_of(experiment: str) -> Path:
+    """Where its rows are kept."""
+    return RESULTS / f"{experiment}.jsonl"
+
+
+def of_run(folder: Path) -> list[Row]:
+    """A finished run's rows: ``settings`` by name, ``clients`` as lists in the clients' order."""
+    clients: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for line in (folder / "clients.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        method = record.pop("method")
+        for name, value in record.items():
+            clients[method][name].append(value)
+    there = kept_settings(folder)
+    settings = {}
+    for name, key in keys().items():
+        if name not in OF_A_ROW and key.rules["part"] != LAUNCH:
+            # a setting that was not there yet was what is now its default
+            default = {"value": "auto" if key.default is None else key.default}
+            settings[name] = there.get(name, default)["value"]
+    settings = json.loads(json.dumps(settings))  # as they will be read
+    return [
+        row
+        | {"settings": without_idle(settings, [row["method"]]), "clients": clients[row["method"]]}
+        for row in rows_of(folder)
+    ]
+
+
+def read(file: Path) -> list[Row]:
+    """The rows kept in ``file``, each with all of its settings."""
+    if not file.exists():
+        return []
+    shared, *rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return [row | {"settings": shared["settings"] | row["settings"]} for row in rows]
+
+
+def write(file: Path, rows: list[Row]) -> None:
+    """Keep ``rows`` in ``file``, in the methods' order and that of their seeds."""
+    order = list(METHODS)
+    rows = sorted(rows, key=lambda row: (order.index(row["method"]), row["seed"]))
+    first, *others = (row["settings"] for row in rows)
+    shared = {
+        name: value
+        for name, value in first.items()
+        if all(name in other and other[name] == value for other in others)
     }
-    rows = []
-    for row in rows_of(run):
-        mine = [line for line in clients if line["method"] == row["method"]]
-        accuracies = {kind: [round(line[kind], 4) for line in mine] for kind in ACCURACIES}
-        rows.append(row | {"clients": accuracies, "settings": settings})
-    return rows
+    own = [
+        row | {"settings": {k: v for k, v in row["settings"].items() if k not in shared}}
+        for row in rows
+    ]
+    lines = [{"experiment": file.stem, "settings": shared}, *own]
+    write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def add(folder: Path) -> None:
+    """Keep every finished run in ``folder``, in the place of what is kept of the same seed."""
+    new: dict[str, list[Row]] = defaultdict(list)
+    for run in sorted(path.parent for path in folder.glob("*/summary.json")):
+        experiment = Path(kept_settings(run)["conf"]["value"]).stem
+        if is_done(run) and experiment in EXPERIMENTS:
+            new[experiment] += of_run(run)
+    for experiment, rows in new.items():
+        file = file_of(experiment)
+        both = {(row["method"], row["seed"]): row for row in read(file) + rows}
+        write(file, list(both.values()))
 
 
 def kept() -> Finished:
-    """{experiment: {method: what is kept of it, a seed each}}."""
+    """All rows that are kept."""
     found: Finished = {}
-    for file in sorted(KEPT.glob("*.jsonl"), key=lambda file: file.stem):
-        methods = found.setdefault(file.stem, {})
-        for line in file.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            methods.setdefault(row["method"], []).append(row)
+    for experiment in sorted(EXPERIMENTS):
+        for row in read(file_of(experiment)):
+            found.setdefault(experiment, {}).setdefault(row["method"], []).append(row)
     return found
 
 
-def keep(runs: list[Path], found: Finished) -> None:
-    """Add ``runs`` to what is kept; one of the same method and seed takes another's place."""
-    for run in runs:
-        experiment = found.setdefault(Path(kept_settings(run)["conf"]["value"]).stem, {})
-        for row in rows_to_keep(run):
-            others = [r for r in experiment.get(row["method"], []) if r["seed"] != row["seed"]]
-            experiment[row["method"]] = sorted([*others, row], key=lambda r: int(r["seed"]))
-    KEPT.mkdir(parents=True, exist_ok=True)
-    for name, methods in found.items():
-        rows = [row for method in METHODS for row in methods.get(method, [])]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(KEPT / f"{name}.jsonl", text)
-
-
-def quoted(file: Path, text: str) -> str:
-    """``file``'s text with ``text`` between its two marks."""
+def quote(file: Path, text: str) -> None:
+    """Put ``text`` between the two marks of ``file``."""
     before, rest = file.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{text.strip()}\n\n{END}{after}"
-
-
-def quotes(found: Finished) -> dict[Path, str]:
-    """{file that quotes the tables: its text as it must be}."""
-    texts = {"README.md": overview(found), "docs/results.md": table(found)}
-    files = {APP_DIR / name: quoted(APP_DIR / name, text) for name, text in texts.items()}
-    return files | {KEPT / "compare.md": report_of(found)}
+    write_text(file, f"{before}{BEGIN}\n{text.strip()}\n\n{END}{after}")
 
 
 def main() -> None:
     """Keep what is asked for and renew the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("comparisons", type=Path, nargs="*", help="folders that `compare` wrote to")
-    folders = [folder.absolute() for folder in parser.parse_args().comparisons]
-    runs = sorted(path.parent for folder in folders for path in folder.glob("*/summary.json"))
+    for folder in parser.parse_args().comparisons:
+        add(folder)
     found = kept()
-    keep([run for run in runs if is_done(run)], found)
-    for file, text in quotes(kept()).items():
-        write_text(file, text)
+    quote(APP_DIR / "README.md", overview(found))
+    quote(APP_DIR / "docs" / "results.md", table(found))
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks import keep
 from pfedgpa_app import cli
-from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.config.resolve import differences, resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.fedprox import FedProxSettings
-from pfedgpa_app.results.log import EVENTS, is_done, rows_of
+from pfedgpa_app.results.log import EVENTS
 from pfedgpa_app.study import tune
-from pfedgpa_app.study.compare import MAIN, PAPER, finished, overview, plan, table
+from pfedgpa_app.study.compare import EXPERIMENTS, MAIN, PAPER, finished, overview, plan, table
 from pfedgpa_app.study.sweep import Run
 from tests.test_federation import SMALL
 
@@ -82,37 +83,69 @@ class TestPlan:
         ]
 
 
-@pytest.mark.parametrize(
-    ("conf", "dataset"),
-    [
-        ("compare-cifar10", "imagefolder:cifar10"),
-        ("compare-fashion-mnist", "fashion-mnist"),
-        ("compare-cifar10-100", "imagefolder:cifar10"),
-        ("compare-fashion-mnist-100", "fashion-mnist"),
-    ],
-)
-def test_compare_goes_on_from_the_results_that_are_kept(conf: str, dataset: str) -> None:
-    out, kept = APP_DIR / "benchmarks" / "results" / "compare", set()
-    for folder in out.glob(f"{conf}_*"):
-        rows = rows_of(folder)
-        methods, seed = [row["method"] for row in rows], rows[0]["seed"]
-        # refuses a run of other settings
-        [run] = plan([conf], methods, [seed], {"dataset": dataset}, out)
-        assert run.folder == folder
-        assert is_done(folder)
-        kept |= {(name, seed) for name in methods}
-    assert {("fedavg-ft-tuned", 0), ("client-mean", 0), ("fedbabu", 0), ("pfedgpa", 0)} <= kept
-    if not conf.endswith("-100"):
-        assert all(
-            is_done(run.folder) for run in plan([conf], None, None, {"dataset": dataset}, out)
-        )
+@pytest.mark.parametrize("conf", EXPERIMENTS)
+class TestKept:
+    """The results in the repository, of which the tables in README and docs are made."""
+
+    def test_they_are_of_the_settings_that_the_experiment_has(
+        self, conf: str, tmp_path: Path
+    ) -> None:
+        dataset = "imagefolder:cifar10" if "cifar10" in conf else "fashion-mnist"
+        rows = keep.read(keep.file_of(conf))
+        for row in rows:
+            words = {"conf": conf, "dataset": dataset, "method": row["method"], "seed": row["seed"]}
+            there = row["settings"] | {"method": [row["method"]], "seed": row["seed"]}
+            assert not differences({k: {"value": v} for k, v in there.items()}, resolve(words))
+            assert {len(of) for of in row["clients"].values()} == {row["num_clients"]}
+        kept = {(row["method"], row["seed"]) for row in rows}
+        assert len(kept) == len(rows)
+        assert {(name, 0) for name in ("fedavg-ft-tuned", "client-mean", "fedbabu")} <= kept
+        if not conf.endswith("-100"):
+            runs = plan([conf], None, None, {"dataset": dataset}, tmp_path)
+            assert kept == {(m, run.config.seed) for run in runs for m in run.config.method}
+
+    def test_clients_figures_are_those_of_their_row(self, conf: str) -> None:
+        for row in keep.read(keep.file_of(conf)):
+            for name in ("before_ft", "after_ft", "kept"):
+                mean = sum(row["clients"][name]) / row["num_clients"]
+                assert mean == pytest.approx(row[f"accuracy_{name}"], abs=1e-4)
+
+    def test_what_is_read_is_written_alike(self, conf: str, tmp_path: Path) -> None:
+        file = keep.file_of(conf)
+        keep.write(tmp_path / file.name, keep.read(file)[::-1])
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
 def test_readme_and_docs_quote_the_results_that_are_kept() -> None:
-    found = finished(APP_DIR / "benchmarks" / "results" / "compare")
-    for text, file in ((overview(found), "README.md"), (table(found).strip(), "docs/results.md")):
-        assert text
-        assert text in (APP_DIR / file).read_text()
+    found = keep.kept()
+    for text, file in ((overview(found), "README.md"), (table(found), "docs/results.md")):
+        quoted = (APP_DIR / file).read_text().split(keep.BEGIN)[1].split(keep.END)[0]
+        assert quoted == f"\n{text.strip()}\n\n"
+
+
+def test_a_run_is_kept_in_the_place_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keep, "RESULTS", tmp_path)
+    accuracy = {"before_ft": 50.0, "after_ft": 60.0, "kept": 60.0}
+    for value, kind in ((0.1, "done"), (0.2, "done"), (0.3, "failed")):
+        folder = tmp_path / str(value) / "a run"
+        folder.mkdir(parents=True)
+        words = {"conf": "compare-cifar10", "method": "fedprox", "fedprox.mu": value}
+        (folder / "config.json").write_text(json.dumps(resolve(words).as_dict()))
+        (folder / "summary.json").write_text(json.dumps([{"method": "fedprox", "seed": 0}]))
+        (folder / "clients.jsonl").write_text(
+            "".join(
+                json.dumps({"method": "fedprox", "client": c} | accuracy) + "\n" for c in (0, 1)
+            )
+        )
+        (folder / EVENTS).write_text(json.dumps({"kind": kind, "text": ""}) + "\n")
+        keep.add(folder.parent)
+    [row] = keep.kept()["compare-cifar10"]["fedprox"]
+    assert row["settings"]["fedprox.mu"] == 0.2
+    assert row["settings"]["learning-rate"] == resolve(words).config.learning_rate
+    assert not any(name.startswith("ditto") or name == "run-name" for name in row["settings"])
+    assert row["clients"] == {"client": [0, 1], **{name: [a, a] for name, a in accuracy.items()}}
 
 
 def test_compare_runs_resumes_and_writes(

@@ -116,9 +116,7 @@ class TestNetworks:
 
     def test_another_head_is_named(self, nets: Path) -> None:
         assert weight_names(made("nets:small", head="mix"))[-1] == "mix.weight"
-        with pytest.raises(
-            ConfigError, match="'haed': the network has no such module; did you"
-        ):
+        with pytest.raises(ConfigError, match="'haed': the network has no such module; did you"):
             made("nets:small", head="haed")
         with pytest.raises(ConfigError, match="head = 'frozen': nothing of that module is trained"):
             made("nets:small", head="frozen")

@@ -157,10 +157,9 @@ def remembered(config: Config, names: Sequence[str]) -> list[str]:
     All of them where the uploads are kept beside the results, for others to learn from.
     """
     own, every = config.of(PFedGPASettings), generated(names)
-    between = own.layers if own.round_layers is None else own.round_layers
-    if config.save_uploads or not (own.layers and between):
+    if config.save_uploads or not own.layers:
         return every
-    return last_layers(every, max(own.layers, between))
+    return last_layers(every, max(own.layers, own.round_layers))
 
 
 class Generation(Personaliser[RememberedState]):

@@ -103,9 +103,8 @@ class PFedGPA(Generation, RememberingFedAvg):
                 before, state.global_weights, state.velocity, self.own.momentum
             )
         if server_round >= first:
-            own = self.own
-            between = own.layers if own.round_layers is None else own.round_layers
-            fitted = self.fit(between, own.round_denoiser)
+            layers = self.own.round_layers or self.own.layers
+            fitted = self.fit(layers, self.own.round_denoiser)
             state.generated = self.whole(self.decoded(fitted))
 
     def _prepare(self, first: int) -> None:
