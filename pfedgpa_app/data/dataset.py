@@ -100,42 +100,24 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
         if f"x_{split}" in arrays:
             _check_lengths(name, split, arrays, users)
     labels, classes = _labels(name, arrays, parts.get("classes"))
-    inputs = {split: _inputs(name, f"x_{split}", arrays.get(f"x_{split}")) for split in SPLITS}
-    samples = {}
-    if inputs["test"] is None:
-        everyone = users.get("users_train", no_names())
-        of = dict(
-            zip(SPLITS, split_off_test(name, labels["train"], test_share, everyone), strict=True)
-        )
-        whole = inputs["train"]
-        assert whole is not None
-        for split, rows in of.items():
-            inputs[split], samples[split] = whole[rows], rows.astype(str)
-            users[f"users_{split}"] = everyone[rows] if len(everyone) else everyone
-        labels = {split: labels["train"][rows] for split, rows in of.items()}
-    else:
-        for split in SPLITS:
-            samples[split] = np.char.add(f"{split}/", np.arange(len(labels[split])).astype(str))
-    train, test = inputs["train"], inputs["test"]
-    assert train is not None
-    assert test is not None
+    inputs = {key[2:]: _inputs(name, key, arrays[key]) for key in KEYS[::2] if key in arrays}
+    owners = {split: users.get(f"users_{split}", no_names()) for split in SPLITS}
+    samples = {s: np.char.add(f"{s}/", np.arange(len(y)).astype(str)) for s, y in labels.items()}
+    if "test" not in inputs:
+        everyone = [inputs["train"], labels["train"], owners["train"]]
+        rows = split_off_test(name, labels["train"], test_share, owners["train"])
+        for split, mine in zip(SPLITS, rows, strict=True):
+            parted = [part[mine] if len(part) else part for part in everyone]
+            inputs[split], labels[split], owners[split] = parted
+            samples[split] = mine.astype(str)
+    train, test = (inputs[split] for split in SPLITS)
     if train.shape[1:] != test.shape[1:] or train.dtype != test.dtype:
         raise DataError(
             f"dataset {name}: x_train holds {train.dtype} of shape {list(train.shape[1:])}, x_test "
             f"{test.dtype} of {list(test.shape[1:])}: both must be alike"
         )
-    return Dataset(
-        name,
-        classes,
-        train,
-        labels["train"],
-        test,
-        labels["test"],
-        samples["train"],
-        samples["test"],
-        users.get("users_train", no_names()),
-        users.get("users_test", no_names()),
-    )
+    of = [train, labels["train"], test, labels["test"]]
+    return Dataset(name, classes, *of, *(part[s] for part in (samples, owners) for s in SPLITS))
 
 
 def _by_name(name: str, found: Any) -> dict[str, Any]:
@@ -233,10 +215,8 @@ def _labels(
     return indices, names
 
 
-def _inputs(name: str, key: str, array: np.ndarray | None) -> np.ndarray | None:
+def _inputs(name: str, key: str, array: np.ndarray) -> np.ndarray:
     """Examples as networks take them: pixels [N, C, H, W] uint8, float32 or int64."""
-    if array is None:
-        return None
     if array.ndim < 2:
         array = array[:, None]
     if array.dtype == np.uint8 and array.ndim in (3, 4):

@@ -62,11 +62,8 @@ class PFedGPASettings(DiffusionSettings):
     layers: int = setting(
         0, "so many last layers are generated, the rest is the global mean; 0: everything", low=0
     )
-    round_layers: int | None = setting(
-        None,
-        "the same, at the end of a round that others follow; auto: as many",
-        low=0,
-        part=ROUNDS,
+    round_layers: int = setting(
+        0, "the same, at the end of a round that others follow; 0: as many", low=0, part=ROUNDS
     )
     buffer_rounds: int = setting(
         20, "uploads of so many newest rounds are learned from", low=1, part=UPLOADS
