@@ -115,6 +115,7 @@ def summary_entry(
         "clients_under_60_before_ft": int((result.before < 60).sum()),  # the paper's failures
         "spread_before_ft": round(float(result.before.std()), 4),
         "spread_after_ft": round(float(result.after.std()), 4),
+        "spread_kept": round(float(result.kept.std()), 4),
         "validation": {key: round(value, 4) for key, value in result.validation.items()},
         "agreement_with_last_upload": None
         if result.agreement is None
@@ -125,31 +126,48 @@ def summary_entry(
     }
 
 
+LEGEND = (
+    "kept: what a client would use, as sent or after FT, whichever its own validation data favour; "
+    "± over clients.",
+    "FT: each client fine-tunes what it was sent on its training data, by the recipe beside it; "
+    "tuned FT: by one that pooled validation data chose.",
+)
+
+
+def recipe_in_words(fine_tuning: Mapping[str, Any]) -> str:
+    """As in "1 epoch at 0.005"."""
+    epochs, kind = fine_tuning["epochs"], "step" if fine_tuning["full_batch"] else "epoch"
+    part = "" if fine_tuning["part"] == "all" else f" of the {fine_tuning['part']}"
+    return f"{epochs} {kind}{'s' * (epochs != 1)} at {fine_tuning['learning_rate']:g}{part}"
+
+
 def text_table(rows: list[dict[str, Any]]) -> str:
-    """The final table, in Markdown that also reads well in a terminal."""
-    header = ["method", "before FT", "after FT", "kept", "worst client before / after FT"]
+    """The final table, in Markdown that also reads well in a terminal, and its legend."""
+    header = ["method", "kept", "as sent", "after FT", "FT", "worst client, kept"]
     tuned = any(row["accuracy_after_ft_tuned"] is not None for row in rows)
     if tuned:
-        header.insert(3, "tuned FT")
+        header.insert(5, "tuned FT")
     lines = [header]
     for row in rows:
         cells = [
             row["title"],
+            f"{row['accuracy_kept']:.1f} ± {row['spread_kept']:.1f}",
             f"{row['accuracy_before_ft']:.1f} ± {row['spread_before_ft']:.1f}",
             f"{row['accuracy_after_ft']:.1f} ± {row['spread_after_ft']:.1f}",
-            f"{row['accuracy_kept']:.1f}",
-            f"{row['accuracy_worst_client_before_ft']:.1f} / {row['accuracy_worst_client']:.1f}",
+            recipe_in_words(row["fine_tuning"]),
+            f"{row['accuracy_worst_client_kept']:.1f}",
         ]
         if tuned:
             value = row["accuracy_after_ft_tuned"]
-            cells.insert(3, "–" if value is None or math.isnan(value) else f"{value:.1f}")
+            cells.insert(5, "–" if value is None or math.isnan(value) else f"{value:.1f}")
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
+    table = [
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines
-    )
+    ]
+    return "\n".join([*table, "", *LEGEND])
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
