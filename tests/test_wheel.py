@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import keys
 from pfedgpa_app.core.paths import APP_DIR
 from tests.test_federation import SMALL, federate, records, summary
@@ -119,11 +120,20 @@ def test_a_run_on_fashion_mnist(
 
 
 def test_rehearsal(installed: Environment, tmp_path: Path) -> None:
-    words = ["rehearse", "--nodes", "1", "num-server-rounds=1", "method=fedavg"]
-    words += ["evaluate-every=0", "run-name=run"]
+    """TLS, authenticated nodes, data of their own."""
+    words = ["rehearse", "--nodes", "2", f"out-dir={tmp_path}", "run-name=run"]
+    words += ["num-server-rounds=1", "method=pfedgpa", "pfedgpa.fit-steps=20", "evaluate-every=0"]
     done = installed.run(tmp_path, "pfedgpa", *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert summary(tmp_path / "results" / "run")["fedavg"]["dataset"] == "nodes"
+    assert "2 SuperNodes, each with its own images" in done.stdout
+    assert "nothing is left but the results" in done.stdout
+    rows = summary(tmp_path / "run")
+    assert set(rows) == {"pfedgpa"}
+    assert rows["pfedgpa"]["num_clients"] == 2
+    assert rows["pfedgpa"]["dataset"] == "nodes"
+    trained = [r for r in records(tmp_path / "run") if r["participated"]]
+    assert len(trained) == 2
+    assert cli.main(words) == 2  # the folder holds the results of another
 
 
 def test_tuning_writes_into_no_experiment_of_the_package(
