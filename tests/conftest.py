@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from pfedgpa_app.engine.ray import Simulation
+
 # else each process that a test starts compiles the package and what it imports
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 torch.set_num_threads(1)  # small matrices: more threads only contend
@@ -62,6 +64,14 @@ def emnist() -> Path:
 def cifar10_folder() -> Path:
     """The data folder, with CIFAR-10 as images in it."""
     return _real("cifar10")
+
+
+@pytest.fixture(scope="session")
+def simulation() -> Iterator[Simulation]:
+    """A SuperLink for the tests of the group "simulation"."""
+    with Simulation() as flower:
+        flower.wait_until_ready()
+        yield flower
 
 
 @pytest.fixture(autouse=True)

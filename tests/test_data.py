@@ -650,10 +650,12 @@ class TestDatasets:
         assert len(data.classes) == classes
         assert set(np.unique(data.train_labels)) == set(range(classes))
 
-    def test_cifar10_as_images(self, cifar10_folder: Path) -> None:
-        # the labels of both splits are balanced, and the cache is a map, not a copy
-        data = load("imagefolder:cifar10", str(cifar10_folder))
-        assert data.train_images.shape == (50000, 3, 32, 32)
-        assert isinstance(data.train_images, np.memmap)
-        assert np.bincount(data.train_labels).tolist() == [5000] * 10
-        assert np.bincount(data.test_labels).tolist() == [1000] * 10
+
+def test_cifar10_as_images(cifar10_folder: Path) -> None:
+    """Its 60,000 images are decoded once a machine, not once a test."""
+    # the labels of both splits are balanced, and the cache is a map, not a copy
+    data = load("imagefolder:cifar10", str(cifar10_folder))
+    assert data.train_images.shape == (50000, 3, 32, 32)
+    assert isinstance(data.train_images, np.memmap)
+    assert np.bincount(data.train_labels).tolist() == [5000] * 10
+    assert np.bincount(data.test_labels).tolist() == [1000] * 10

@@ -35,6 +35,7 @@ from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.data.datasets import load
 from pfedgpa_app.deployment import doctor, keys
 from pfedgpa_app.deployment.doctor import Node, NodeError, examine
 from pfedgpa_app.deployment.processes import Deployment
@@ -46,6 +47,7 @@ from tests.local_grid import InProcessGrid
 from tests.test_faults import until
 from tests.test_federation import PLAIN, federate, records, summary
 from tests.test_resume import results
+
 
 @dataclass(frozen=True)
 class Deployed:
@@ -124,8 +126,8 @@ def test_a_clients_process_imports_little() -> None:
         load_client(resolve({"dataset": "digits"}).config, 0)
         print(*sys.modules)
     """
+    load("digits", "")  # read once a machine
     command = [sys.executable, "-c", code]
-    subprocess.run(command, cwd=APP_DIR, check=True)  # reads the data set, once a machine
     done = subprocess.run(command, cwd=APP_DIR, check=True, capture_output=True, text=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "torch" in loaded

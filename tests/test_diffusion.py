@@ -242,7 +242,7 @@ class TestTraining:
             SCHEDULE,
             DiffusionSettings(
                 denoiser="mlp" if tokens is None else "transformer",
-                fit_steps=1200,
+                fit_steps=400 if tokens is None else 800,
                 width=128 if tokens is None else 32,
                 blocks=2,
             ),

@@ -143,16 +143,15 @@ class TestQuickstart:
             if tensor.is_floating_point():
                 assert torch.allclose(means[0][name].float(), tensor, atol=1e-6)
 
+    @pytest.mark.slow
     @pytest.mark.xdist_group("simulation")
-    def test_in_flowers_simulation(self, tmp_path: Path) -> None:
+    def test_in_flowers_simulation(self, simulation: Simulation, tmp_path: Path) -> None:
         """``flwr run`` on the app as it lies there."""
-        federation = "num-supernodes=4 client-resources-num-cpus=1"
-        with Simulation() as flower:
-            flower.wait_until_ready()
-            given = {"out": str(tmp_path), "fit-steps": 20}
-            run_id = flower.run(QUICKSTART, given, "--federation-config", federation)
-            flower.follow(run_id, tmp_path / "log").wait(timeout=1200)
-            status, _ = flower.status(run_id)
+        federation = "num-supernodes=4 client-resources-num-cpus=1 init-args-num-cpus=1"
+        given = {"out": str(tmp_path), "fit-steps": 20}
+        run_id = simulation.run(QUICKSTART, given, "--federation-config", federation)
+        simulation.follow(run_id, tmp_path / "log").wait(timeout=1200)
+        status, _ = simulation.status(run_id)
         log = (tmp_path / "log").read_text(errors="replace")
         assert status.startswith("finished:completed"), log[-3000:]
         assert len(list(tmp_path.glob("node-*.safetensors"))) == 4

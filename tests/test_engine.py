@@ -300,9 +300,11 @@ class TestBatchedEngine:
     def test_phases_and_personal_parts(self, tmp_path: Path) -> None:
         methods = "local,fedper,fedrep,lg-fedavg,fedbabu,cfl,pfedhn"
         more = {"fraction_train": 0.5, "method": methods, "pfedhn.clip": 0.5}
+        more["num_server_rounds"] = 2
         reference, _ = federate(tmp_path / "in-turn", **more)
         chosen = settings(tmp_path, **{"fraction-train": 0.5, "method": methods})
         chosen["pfedhn.clip"] = 0.5  # small enough to matter
+        chosen["num-server-rounds"] = 2
         chosen = {k: v for k, v in chosen.items() if not k.startswith("pfedgpa.")}
         resolved = resolve(chosen)
         folder = run(BatchedGrid(refusing(), chosen, resolved.config), resolved)

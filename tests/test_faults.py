@@ -108,18 +108,17 @@ def test_clients_that_send_garbage(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_clients_over_a_network(tmp_path: Path) -> None:
-    """In round 1 three send garbage. In round 2 one loses its process; one's node dies and comes
-    back, without a key and so by another name, and is still the same client; one is slower than
-    the timeout. In round 3 one sends what it sent before."""
+    """In round 1 one loses its process; one's node dies and comes back, without a key and so by
+    another name, and is still the same client; one is slower than the timeout. In round 2 the
+    first two send garbage, and nothing of it enters."""
     here, go_on = tmp_path / "here", tmp_path / "go on"
-    garbage = {"1 1": ("raises", "out of paper"), "3 1": ("names", "missing names")}
-    garbage["2 1"] = ("large", "are enough")  # 2 GiB where 100 kB were asked for
-    garbage["1 3"] = ("replayed", "of round 2")
-    faults = {when: fault for when, (fault, _) in garbage.items()}
-    faults |= {"1 2": "exits", "2 2": f"touch {here}", "3 2": f"wait {go_on}"}
+    faults = {"1 1": "exits", "2 1": f"touch {here}", "3 1": f"wait {go_on}"}
+    faults |= {"1 2": "raises", "2 2": "large"}  # 2 GiB where 100 kB were asked for
+    said = dict.fromkeys(("1 1", "2 1", "3 1"), LOST)
+    said |= {"1 2": ("out of paper",), "2 2": ("are enough",)}
     # Flower takes a minute to notice a dead process; on a busy machine the healthy take that, too
-    settings = QUICK | {"method": "fedper", "num-clients": 4, "timeout": 120.0}
-    settings |= {"out-dir": str(tmp_path), "run-name": "run", "num-server-rounds": 3}
+    settings = QUICK | {"method": "fedper", "num-clients": 4, "timeout": 90.0}
+    settings |= {"out-dir": str(tmp_path), "run-name": "run", "num-server-rounds": 2}
     folder = tmp_path / "run"
     with Deployment() as deployment:
         deployment.wait_until_ready()
@@ -131,20 +130,19 @@ def test_clients_over_a_network(tmp_path: Path) -> None:
         deployment.kill_node(2)
         deployment.start_node(2, state_dir=str(deployment.home / "state-2"))
         events = folder / "events.jsonl"
-        until(lambda: "round 2: client 3 did not answer" in events.read_text())
+        until(lambda: "round 1: client 3 did not answer" in events.read_text())
         go_on.touch()
         failure = deployment.wait(run_id, tmp_path / "log")
     assert not failure, (tmp_path / "log").read_text()
-    said = {when: (what,) for when, (_, what) in garbage.items()}
-    for when, words in (said | dict.fromkeys(("1 2", "2 2", "3 2"), LOST)).items():
+    for when, words in said.items():
         client, server_round = when.split()
         start = f"fedper round {server_round}: client {client} "
         [text] = [text for text in warnings(folder) if text.startswith(start)]
         assert any(word in text for word in words)
     took_part = {(r["round"], r["client"]) for r in records(folder) if r["participated"]}
-    missing = {(r, c) for r in range(1, 4) for c in range(4)} - took_part
+    missing = {(r, c) for r in (1, 2) for c in range(4)} - took_part
     wrong = {(int(when[2]), int(when[0])) for when in faults}
-    assert wrong <= missing <= wrong | {(3, 3)}  # the last may be late again
+    assert wrong <= missing <= wrong | {(2, 3)}  # the last may be late again
     assert {0, 1, 2} <= {r["client"] for r in records(folder, "clients.jsonl")}
 
 

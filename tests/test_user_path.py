@@ -186,7 +186,7 @@ class TestManyRuns:
 
 def test_plain_flwr_run(tmp_path: Path, fashion_mnist: Path) -> None:
     """On Flower's two default nodes, to the same numbers as in this process."""
-    settings = FEW | {"num-server-rounds": 2, "method": "fedavg", "conf": "fashion-mnist-20"}
+    settings = FEW | {"num-server-rounds": 1, "method": "fedavg", "conf": "fashion-mnist-20"}
     settings |= {"run-name": "run"}
     here = settings | {"data-dir": str(fashion_mnist), "out-dir": str(tmp_path / "reference")}
     reference = experiment.run(InProcessGrid(here, 4), resolve(here))
