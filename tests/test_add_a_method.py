@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from pfedgpa_app.core.paths import APP_DIR
-from tests.test_federation import SMALL
+from tests.support.federations import SMALL
 
 
 def test_the_example_is_one_file_and_its_name(tmp_path: Path) -> None:

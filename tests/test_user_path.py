@@ -22,9 +22,9 @@ from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.engine.flower import free_port, processes_of
 from pfedgpa_app.run import experiment
-from tests.local_grid import InProcessGrid
-from tests.test_federation import records, summary
-from tests.test_simulation import alive
+from tests.support.federations import records, summary
+from tests.support.local_grid import InProcessGrid
+from tests.support.processes import alive
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("user")]
 LIMIT = 240  # seconds; each takes some ten

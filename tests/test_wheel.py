@@ -19,7 +19,7 @@ import pytest
 from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import keys
 from pfedgpa_app.core.paths import APP_DIR
-from tests.test_federation import SMALL, federate, records, summary
+from tests.support.federations import SMALL, federate, records, summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # installed once
 _SCRIPT = "#!{python}\nimport sys\nfrom {module} import {main}\nsys.exit({main}())\n"

@@ -8,11 +8,8 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -22,10 +19,12 @@ from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine.flower import stage
 from pfedgpa_app.run.experiment import run
-from tests.local_grid import InProcessGrid
-from tests.test_federation import PLAIN, records, summary
+from tests.support.federations import PLAIN, records, summary
+from tests.support.local_grid import InProcessGrid
+from tests.support.processes import until
 
 LOST = ("did not answer", "lost its process", "code 5")  # whether Flower or we noticed first
+TESTS = Path(__file__).parents[1]
 QUICK = PLAIN | {"evaluate-every": 0}  # every message starts a process that imports torch
 
 
@@ -33,22 +32,11 @@ def faulty(folder: Path, faults: dict[str, str]) -> Path:
     """The app, whose clients go wrong: {"PARTITION ROUND": FAULT}."""
     staged = stage(APP_DIR, folder)
     (staged / "client_app.py").rename(staged / "honest_client_app.py")
-    shutil.copy(Path(__file__).parent / "faulty_client_app.py", staged / "client_app.py")
+    shutil.copy(
+        Path(__file__).parents[1] / "support" / "faulty_client_app.py", staged / "client_app.py"
+    )
     (staged / "faults.py").write_text(f"FAULTS = {faults!r}\n")
     return staged
-
-
-def until(condition: Callable[[], Any], seconds: float = 600) -> None:
-    """Return when it holds.
-
-    Raises:
-        TimeoutError: it does not.
-    """
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        time.sleep(0.05)
 
 
 def warnings(folder: Path) -> list[str]:
@@ -99,8 +87,8 @@ def test_clients_that_send_garbage(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     faults.FAULTS = by_round(GARBAGE)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "faults", faults)
     monkeypatch.setitem(sys.modules, "honest_client_app", client_app)
-    monkeypatch.delitem(sys.modules, "tests.faulty_client_app", raising=False)
-    app = importlib.import_module("tests.faulty_client_app").app
+    monkeypatch.delitem(sys.modules, "tests.support.faulty_client_app", raising=False)
+    app = importlib.import_module("tests.support.faulty_client_app").app
     settings = QUICK | {"method": "pfedgpa-once", "num-clients": 4, "num-server-rounds": 4}
     settings |= {"out-dir": str(tmp_path), "run-name": "run", "pfedgpa.fit-steps": 20}
     check_garbage(run(InProcessGrid(settings, 4, app=app), resolve(settings)), GARBAGE)
@@ -114,13 +102,15 @@ def test_clients_over_a_network(tmp_path: Path) -> None:
     here, go_on = tmp_path / "here", tmp_path / "go on"
     faults = {"1 1": "exits", "2 1": f"touch {here}", "3 1": f"wait {go_on}"}
     faults |= {"1 2": "raises", "2 2": "large"}  # 2 GiB where 100 kB were asked for
-    said = dict.fromkeys(("1 1", "2 1", "3 1"), LOST)
+    said: dict[str, tuple[str, ...]] = dict.fromkeys(("1 1", "2 1", "3 1"), LOST)
     said |= {"1 2": ("out of paper",), "2 2": ("are enough",)}
     # Flower takes a minute to notice a dead process; on a busy machine the healthy take that, too
     settings = QUICK | {"method": "fedper", "num-clients": 4, "timeout": 90.0}
     settings |= {"out-dir": str(tmp_path), "run-name": "run", "num-server-rounds": 2}
     folder = tmp_path / "run"
-    with Deployment() as deployment:
+    deployment = Deployment()
+    deployment.env["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = "1"  # while it waits, it hardly computes
+    with deployment:
         deployment.wait_until_ready()
         for node in range(4):
             deployment.start_node(node, state_dir=str(deployment.home / f"state-{node}"))

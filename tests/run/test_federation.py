@@ -25,53 +25,8 @@ from pfedgpa_app.run import experiment
 from pfedgpa_app.run.experiment import run
 from pfedgpa_app.run.initial import initial_weights
 from pfedgpa_app.server.screening import NoUploadsError, check_upload, too_large
-from tests.local_grid import InProcessGrid
-
-SMALL: dict[str, Any] = {
-    "num-clients": 4,
-    "num-server-rounds": 4,
-    "train-per-client": 60,
-    "test-per-client": 40,
-    "validation-share": 0.2,
-    "batch-size": 20,
-    "pfedgpa.fit-steps": 20,
-    "pfedgpa.width": 16,
-    "pfedgpa.draws": 4,
-}
-PLAIN = {name: value for name, value in SMALL.items() if not name.startswith("pfedgpa.")}
-
-
-def small(more: dict[str, Any]) -> dict[str, Any]:
-    """The demo at a small size with ``more`` settings, pFedGPA's own only where it runs."""
-    return (SMALL if "pfedgpa" in str(more.get("method", "pfedgpa")) else PLAIN) | more
-
-
-def federate(
-    out: Path, tamper: Any = None, nodes: int | None = None, **settings: Any
-) -> tuple[Path, InProcessGrid]:
-    """Run the demo at a small size; ``settings`` by their names with underscores."""
-    named = {name.replace("_", "-"): value for name, value in settings.items()}
-    run_config = small({"out-dir": str(out), "run-name": "run"} | named)
-    resolved = resolve(run_config)
-    grid = InProcessGrid(run_config, nodes or resolved.config.num_clients, tamper)
-    return run(grid, resolved), grid
-
-
-def summary(folder: Path) -> dict[str, dict[str, Any]]:
-    return {row["method"]: row for row in json.loads((folder / "summary.json").read_text())}
-
-
-def records(folder: Path, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / file).read_text().splitlines()]
-
-
-def train_messages(grid: InProcessGrid, method: str = "fedavg") -> list[Message]:
-    return [
-        m
-        for m in grid.sent
-        if m.metadata.message_type == "train"
-        and m.content.config_records["config"]["method"] == method
-    ]
+from tests.support.federations import PLAIN, federate, records, summary, train_messages
+from tests.support.local_grid import InProcessGrid
 
 
 class TestResults:
@@ -216,7 +171,7 @@ class TestMethods:
             methods += ",local,fedper,cfl,pfedhn"
         settings = {"pfedgpa.join-mode": mode, "pfedgpa.guidance": 0.5, "num-clients": 6}
         folder, grid = federate(tmp_path, method=methods, join_clients=2, **settings)
-        asked = [m.content.config_records["config"] for m in train_messages(grid)]
+        asked: list[Any] = [m.content.config_records["config"] for m in train_messages(grid)]
         assert {c["client"] for c in asked if c["round"] <= 4} == {0, 1, 2, 3}
         joined = [c for c in asked if c["round"] > 4]
         assert {(c["client"], c["round"]) for c in joined} == {
@@ -318,7 +273,7 @@ class TestMethods:
         # from round 3 on every client trains from weights of its own
         sent: dict[int, set[bytes]] = {}
         for message in train_messages(grid, "pfedgpa"):
-            server_round = message.content.config_records["config"]["round"]
+            server_round: Any = message.content.config_records["config"]["round"]
             weight = message.content.array_records["arrays"]["fc1.weight"]
             sent.setdefault(server_round, set()).add(weight.data)
         assert [len(sent[r]) for r in (1, 2, 3, 4)] == [1, 1, 4, 4]
@@ -479,7 +434,7 @@ class TestBadUploads:
         reference, _ = federate(tmp_path / "reference", method="fedavg", min_uploads=3)
 
         def fail(message: Message, reply: Message) -> Message | None:
-            config = message.content.config_records["config"]
+            config: Any = message.content.config_records["config"]
             trains = message.metadata.message_type == "train"
             return None if trains and config["round"] == 3 and config["client"] > 1 else reply
 

@@ -34,7 +34,8 @@ PILLOW_13 = pytest.mark.skipif(
 
 
 def counts(labels: np.ndarray, indices: np.ndarray) -> list[int]:
-    return np.bincount(labels[indices], minlength=10).tolist()
+    found: list[int] = np.bincount(labels[indices], minlength=10).tolist()
+    return found
 
 
 class TestPartition:
@@ -335,7 +336,7 @@ class TestDatasets:
         root = one_image_a_class(tmp_path / "own", image, suffix)
         with Image.open(root / "train" / "only" / f"image.{suffix}") as again:
             assert again.mode == read
-            expected = np.atleast_3d(again.convert("RGB" if channels == 3 else "L"))
+            expected = np.atleast_3d(np.asarray(again.convert("RGB" if channels == 3 else "L")))
         data = load(f"imagefolder:{root}", "")
         assert data.shape == (channels, 8, 10)
         assert np.array_equal(data.train_images[0], expected.transpose(2, 0, 1))

@@ -32,7 +32,7 @@ from pfedgpa_app.run.experiment import run
 from pfedgpa_app.training import evaluation
 from pfedgpa_app.training import sgd as training
 from pfedgpa_app.training.sgd import Recipe
-from tests.test_federation import federate, records, small
+from tests.support.federations import federate, records, small
 
 
 def settings(out: Path, **more: Any) -> dict[str, Any]:
@@ -136,7 +136,8 @@ def obey() -> ClientApp:
             return None  # type: ignore[return-value]
         if command == "hang":
             time.sleep(1000)
-        visits = int(context.state.metric_records.get("m", {"visits": 0})["visits"]) + 1
+        before: Any = context.state.metric_records.get("m", {"visits": 0})["visits"]
+        visits = before + 1
         context.state["m"] = MetricRecord({"visits": visits})
         record = MetricRecord(
             {"visits": visits, "pid": os.getpid(), "threads": torch.get_num_threads()}

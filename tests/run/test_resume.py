@@ -20,7 +20,6 @@ import pytest
 import torch
 from flwr.app import Message
 from rich.console import Console
-from safetensors.torch import load_file
 
 from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import Resolved, resolve
@@ -39,7 +38,7 @@ from pfedgpa_app.run.checkpoint import MANIFEST, Checkpoint, CheckpointError
 from pfedgpa_app.run.folder import is_running, locked, run_folder
 from pfedgpa_app.run.launcher import watched
 from pfedgpa_app.run.resuming import CHECKPOINT
-from tests.test_federation import SMALL, federate, records, small, summary
+from tests.support.federations import SMALL, federate, records, results, small
 
 # federations whose server or clients keep something of their own between rounds
 STATEFUL = ["fedavgm", "scaffold", "fedper", "fedala", "fedproto", "ditto", "pfedme", "cfl"]
@@ -62,24 +61,6 @@ def killer(after: int) -> Any:
         return reply
 
     return tamper
-
-
-def results(folder: Path) -> dict[str, Any]:
-    """All figures and weights; times and memory are no figures."""
-    rows = summary(folder)
-    for row in rows.values():
-        del row["server_seconds"], row["peak_memory_mib"]
-    weights = {
-        f"{path.stem}/{name}": tensor
-        for path in sorted(folder.glob("weights/*.safetensors"))
-        for name, tensor in load_file(path).items()
-    }
-    return {
-        "rows": rows,
-        "metrics": records(folder),
-        "clients": records(folder, "clients.jsonl"),
-        "weights": {name: tensor.numpy().tobytes() for name, tensor in weights.items()},
-    }
 
 
 def flip(path: Path) -> None:
@@ -293,7 +274,11 @@ class TestCheckpoint:
             buffer.drop_old(server_round)
         state = PFedGPAState(weights, buffer, labels={3: [1, 2]}, generated={5: weights})
         clusters = [Cluster([0, 2], weights, {0: torch.ones(2)}, {0: 10})]
-        parts = {"state": state, "clusters": clusters, "numbers": np.array([1.5, np.nan])}
+        parts: dict[str, Any] = {
+            "state": state,
+            "clusters": clusters,
+            "numbers": np.array([1.5, np.nan]),
+        }
         parts["plain"] = {"x": [(1, "two"), None, True, float("inf")], 7: {}}
         Checkpoint(tmp_path).save(parts)
         found = Checkpoint(tmp_path)
@@ -458,9 +443,12 @@ class TestStopped:
         assert stopped == f"stopped: results so far are in {folder}"
         assert again.startswith("to go on: pfedgpa run num-clients=4 ")
         given: list[Any] = []
-        monkeypatch.setattr(
-            "pfedgpa_app.run.launcher.local.run", lambda *a: given.append(a) or self.stop()
-        )
+
+        def stop(*arguments: Any) -> str:
+            given.append(arguments)
+            return self.stop()
+
+        monkeypatch.setattr("pfedgpa_app.run.launcher.local.run", stop)
         repeated = shlex.split(again.removeprefix("to go on: pfedgpa "))
         assert cli.main(repeated) == 130
         config = resolve(given[0][1]).config
@@ -560,7 +548,7 @@ class TestFolder:
             *(f"{key}={value}" for key, value in small({"method": "fedavg"}).items()),
         ]
         words += ["num-server-rounds=2", f"out-dir={tmp_path}", "run-name=run", "resume=true"]
-        refused = []
+        refused: list[int] = []
 
         def meanwhile(message: Message, reply: Message) -> Message:
             if message.metadata.message_type == "train" and not refused:

@@ -43,10 +43,9 @@ from pfedgpa_app.deployment.rehearsal import site_images
 from pfedgpa_app.engine.flower import CONNECTION, processes_of, stage
 from pfedgpa_app.run.experiment import run
 from pfedgpa_app.server.roster import Roster, RosterError
-from tests.local_grid import InProcessGrid
-from tests.test_faults import until
-from tests.test_federation import PLAIN, federate, records, summary
-from tests.test_resume import results
+from tests.support.federations import PLAIN, federate, records, results, summary
+from tests.support.local_grid import InProcessGrid
+from tests.support.processes import until
 
 
 @dataclass(frozen=True)
@@ -330,7 +329,9 @@ class TestDoctor:
             doctor.key(Node(key=str(key)))
 
     def test_packages_out_of_range(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.0.1")
+        monkeypatch.setattr(
+            "pfedgpa_app.deployment.doctor.importlib.metadata.version", lambda _: "0.0.1"
+        )
         with pytest.raises(NodeError, match=r"torch 0\.0\.1 is not"):
             doctor.packages()
 

@@ -23,7 +23,8 @@ from pfedgpa_app.engine import LaunchError, local
 from pfedgpa_app.engine.flower import free_port, processes_of
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.run.launcher import launch
-from tests.test_federation import PLAIN, SMALL, federate, records, summary
+from tests.support.federations import PLAIN, SMALL, federate, records, summary
+from tests.support.processes import alive
 
 # one after the other: Ray fills the machine
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("simulation")]
@@ -227,13 +228,6 @@ def test_an_interrupted_process_run_stops_what_it_started(tmp_path: Path) -> Non
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, children))
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def test_so_it_does_on_a_ray_cluster_of_two_nodes(tmp_path: Path, in_process: Path) -> None:

@@ -25,10 +25,9 @@ from pfedgpa_app.methods.generation import PFedGPASettings
 from pfedgpa_app.results.log import is_done
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.run.folder import locked
-from pfedgpa_app.study import sweep as sweep_module
 from pfedgpa_app.study.sweep import Lines, Run, Sweep, expand, read, shares, table
-from tests.test_federation import PLAIN
-from tests.test_simulation import alive
+from tests.support.federations import PLAIN
+from tests.support.processes import alive
 
 QUICK = PLAIN | {"method": "fedavg", "num-server-rounds": 2, "device": "cpu"}
 
@@ -39,7 +38,7 @@ def runs(tmp_path: Path, over: dict[str, list[Any]], **more: Any) -> list[Run]:
 
 class TestPlan:
     def test_every_combination_in_a_folder_of_its_own(self, tmp_path: Path) -> None:
-        over = {"conf": ["demo"], "seed": [0, 1], "pfedgpa.rank": ["auto", 3]}
+        over: dict[str, list[Any]] = {"conf": ["demo"], "seed": [0, 1], "pfedgpa.rank": ["auto", 3]}
         planned = runs(tmp_path, over, method="pfedgpa")
         assert [run.name for run in planned] == [
             "demo_seed=0_pfedgpa.rank=auto",
@@ -108,9 +107,9 @@ class TestPlan:
         (run,) = planned = runs(tmp_path, {"seed": [0]})
         run.folder.mkdir()
         monkeypatch.setattr(Run, "can_go_on", lambda _: True)
-        monkeypatch.setattr(sweep_module.subprocess, "Popen", lambda *_, **__: None)
+        monkeypatch.setattr("pfedgpa_app.study.sweep.subprocess.Popen", lambda *_, **__: None)
         now = iter([100.0, 110.0])
-        monkeypatch.setattr(sweep_module.time, "monotonic", lambda: next(now))
+        monkeypatch.setattr("pfedgpa_app.study.sweep.time.monotonic", lambda: next(now))
         going = Sweep(planned, tmp_path, 1, None, Lines(Console(file=io.StringIO())))
         say(0.8)  # when it was stopped
         going._begin(going.waiting.pop())
@@ -133,7 +132,7 @@ class TestPlan:
         assert seeds_table(seeds[:1], {"B": "b"}).splitlines()[2:] == ["| x | 2.00 |", "| y | – |"]
 
     def test_clients_that_join_have_a_column_for_each_upload(self) -> None:
-        seeds = [
+        seeds: list[list[dict[str, Any]]] = [
             [{"title": "x", "accuracy_of_joining_clients": [10.0, first]}, {"title": "y"}]
             for first in (20.0, 30.0)
         ]
