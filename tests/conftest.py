@@ -11,9 +11,34 @@ import pytest
 import torch
 from hypothesis import settings
 
+from pfedgpa_app.engine.ray import Simulation
+
+# else each process that a test starts compiles the package and what it imports
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 torch.set_num_threads(1)  # small matrices: more threads only contend
 settings.register_profile("untimed", deadline=None)  # how long a test takes is no part of it
 settings.load_profile("untimed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """xdist would begin with the group of the most tests; here, with the longest."""
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Those that start processes come first, so that the others fill the time that is left.
+
+    A group stays together: xdist 3.8 writes its name where pytest 9.2 no longer reads it.
+    """
+    items.sort(key=lambda item: "slow" not in item.keywords)
+    if not getattr(config.option, "loadgroup", False):
+        return
+    for item in items:
+        if mark := item.get_closest_marker("xdist_group"):
+            group = f"@{mark.args[0]}"
+            if not item.nodeid.endswith(group):
+                item._id = item.id.parse(item.nodeid + group)
 
 
 def _real(name: str) -> Path:
@@ -23,22 +48,30 @@ def _real(name: str) -> Path:
     return Path(root)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def fashion_mnist() -> Path:
     """The data folder, with Fashion-MNIST in it."""
     return _real("FashionMNIST")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def emnist() -> Path:
     """The data folder, with EMNIST in it."""
     return _real("EMNIST")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cifar10_folder() -> Path:
     """The data folder, with CIFAR-10 as images in it."""
     return _real("cifar10")
+
+
+@pytest.fixture(scope="session")
+def simulation() -> Iterator[Simulation]:
+    """A SuperLink for the tests of the group "simulation"."""
+    with Simulation() as flower:
+        flower.wait_until_ready()
+        yield flower
 
 
 @pytest.fixture(autouse=True)

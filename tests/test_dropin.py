@@ -24,9 +24,9 @@ from pfedgpa_app.engine.grid import FIRST_NODE, NODE_STEP
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.methods.generation import PFedGPASettings
 from pfedgpa_app.server.screening import NoUploadsError
-from tests.local_grid import InProcessGrid
+from tests.support.local_grid import InProcessGrid
 
-QUICKSTART = Path(__file__).parent / "quickstart"
+QUICKSTART = Path(__file__).parent / "support" / "quickstart"
 QUICK = PFedGPASettings(fit_steps=20, width=16, draws=4)
 RUN = {"local-epochs": 1, "batch-size": 32}
 
@@ -35,7 +35,7 @@ RUN = {"local-epochs": 1, "batch-size": 32}
 def quickstart(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Somebody's app, importable."""
     monkeypatch.syspath_prepend(QUICKSTART)
-    from quickstart import client_app, task
+    from quickstart import client_app, task  # type: ignore[import-not-found]
 
     yield client_app.app, task.Net
     for name in [name for name in sys.modules if name.partition(".")[0] == "quickstart"]:
@@ -122,7 +122,7 @@ class TestQuickstart:
             for node in list(strategy.personal)[:2]
         )
         assert not torch.equal(first, second)
-        accuracies = [m["eval_acc"] for m in result.evaluate_metrics_clientapp.values()]
+        accuracies: list[Any] = [m["eval_acc"] for m in result.evaluate_metrics_clientapp.values()]
         assert accuracies[-1] > max(0.5, accuracies[0])
 
     def test_before_generation_it_is_fedavg(self, quickstart: Any) -> None:
@@ -131,7 +131,7 @@ class TestQuickstart:
         initial = net().state_dict()
         means = []
         for kind in (FedAvg, PFedGPA):
-            quick = {"settings": PFedGPASettings(fit_steps=20)} if kind is PFedGPA else {}
+            quick: Any = {"settings": PFedGPASettings(fit_steps=20)} if kind is PFedGPA else {}
             strategy = kind(fraction_evaluate=0.0, **quick)
             config = ConfigRecord({"lr": 0.1})
             grid = InProcessGrid(RUN, 3, app=app)
@@ -143,16 +143,15 @@ class TestQuickstart:
             if tensor.is_floating_point():
                 assert torch.allclose(means[0][name].float(), tensor, atol=1e-6)
 
+    @pytest.mark.slow
     @pytest.mark.xdist_group("simulation")
-    def test_in_flowers_simulation(self, tmp_path: Path) -> None:
+    def test_in_flowers_simulation(self, simulation: Simulation, tmp_path: Path) -> None:
         """``flwr run`` on the app as it lies there."""
-        federation = "num-supernodes=4 client-resources-num-cpus=1"
-        with Simulation() as flower:
-            flower.wait_until_ready()
-            given = {"out": str(tmp_path), "fit-steps": 20}
-            run_id = flower.run(QUICKSTART, given, "--federation-config", federation)
-            flower.follow(run_id, tmp_path / "log").wait(timeout=1200)
-            status, _ = flower.status(run_id)
+        federation = "num-supernodes=4 client-resources-num-cpus=1 init-args-num-cpus=1"
+        given = {"out": str(tmp_path), "fit-steps": 20}
+        run_id = simulation.run(QUICKSTART, given, "--federation-config", federation)
+        simulation.follow(run_id, tmp_path / "log").wait(timeout=1200)
+        status, _ = simulation.status(run_id)
         log = (tmp_path / "log").read_text(errors="replace")
         assert status.startswith("finished:completed"), log[-3000:]
         assert len(list(tmp_path.glob("node-*.safetensors"))) == 4
@@ -283,7 +282,7 @@ class TestHostileNodes:
             return reply
 
         arrays = {"w": torch.ones(3), "w spectrum": torch.ones(2, dtype=torch.complex64)}
-        how = {} if limit == 100 else {"max_upload_norm": limit}
+        how: Any = {} if limit == 100 else {"max_upload_norm": limit}
         strategy, result = start(arrays, spoil, nodes=nodes, **how)
         found = [result.arrays.to_torch_state_dict(), *own(strategy)]
         assert (max(float(t.abs().max()) for f in found for t in f.values()) < 100) == bool(limit)

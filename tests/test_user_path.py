@@ -22,9 +22,9 @@ from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.engine.flower import free_port, processes_of
 from pfedgpa_app.run import experiment
-from tests.local_grid import InProcessGrid
-from tests.test_federation import records, summary
-from tests.test_simulation import alive
+from tests.support.federations import records, summary
+from tests.support.local_grid import InProcessGrid
+from tests.support.processes import alive
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("user")]
 LIMIT = 240  # seconds; each takes some ten
@@ -88,6 +88,19 @@ def fashion(fashion_mnist: Path, tmp_path: Path) -> Path:
     return fashion_mnist
 
 
+@pytest.fixture(scope="module")
+def few_of_cifar10(cifar10_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with as many of CIFAR-10's images as four clients hold."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 100), ("test", 50)):
+        for label in (cifar10_folder / "cifar10" / split).iterdir():
+            place = folder / "cifar10" / split / label.name
+            place.mkdir(parents=True)
+            for image in sorted(label.iterdir())[:count]:
+                (place / image.name).symlink_to(image.resolve())
+    return folder
+
+
 CIFAR10 = {"dataset": "imagefolder:cifar10", "num-server-rounds": 2}
 
 
@@ -101,16 +114,16 @@ class TestRun:
         assert all(row["dataset"] == "fashion-mnist" for row in rows.values())
 
     @pytest.mark.parametrize("engine", ["process", "ray", "batched"])
-    def test_cifar10_as_images(self, engine: str, tmp_path: Path, cifar10_folder: Path) -> None:
+    def test_cifar10_as_images(self, engine: str, tmp_path: Path, few_of_cifar10: Path) -> None:
         more = FEW | CIFAR10 | {"method": "fedavg", "run-name": "run", "device": "cpu"}
         arguments = ["run", "--conf", "cifar10-20", "--engine", engine, *words(more)]
-        pfedgpa(tmp_path, cifar10_folder, *arguments)
+        pfedgpa(tmp_path, few_of_cifar10, *arguments)
         trained = [r for r in records(tmp_path / "results" / "run") if r["participated"]]
         assert len(trained) == 2 * 4
 
     def test_a_worker_that_is_killed_is_replaced(self, tmp_path: Path, fashion: Path) -> None:
         """Its server has long computed with threads."""
-        more = FEW | {"num-server-rounds": 60, "method": "fedavg", "evaluate-every": 1}
+        more = FEW | {"num-server-rounds": 12, "method": "fedavg", "evaluate-every": 1}
         more |= {"run-name": "run", "workers": 2}
         run, started = begun(tmp_path, fashion, more)
         newest = max((p for p in started if alive(p)), key=psutil.Process.create_time)
@@ -122,7 +135,7 @@ class TestRun:
         told = records(tmp_path / "results" / "run")
         trained = [r for r in told if r["participated"]]
         evaluated = [r for r in told if r["accuracy"] is not None]
-        assert len(trained) + len(evaluated) == 2 * 60 * 4 - 1  # it was busy with either
+        assert len(trained) + len(evaluated) == 2 * 12 * 4 - 1  # it was busy with either
 
     @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
     def test_one_that_is_stopped_leaves_nothing_running(
@@ -150,13 +163,13 @@ class TestManyRuns:
 
     def test_sweep(self, tmp_path: Path, fashion: Path) -> None:
         more = FEW | {"num-server-rounds": 2, "method": "fedavg", "workers": 2}
-        arguments = ["--conf", "fashion-mnist-20", "--over", "seed=0,1", *words(more)]
+        arguments = ["--conf", "fashion-mnist-20", "--over", "seed=0", *words(more)]
         said = pfedgpa(tmp_path, fashion, "sweep", *arguments, *self.JOBS)
-        assert "2/2 done" in said
+        assert "1/1 done" in said
 
     def test_compare(self, tmp_path: Path, fashion: Path) -> None:
         more = FEW | {"num-server-rounds": 2, "workers": 2, "fine-tune-grid-epochs": 1}
-        arguments = ["--conf", "compare-fashion-mnist", "--methods", "fedavg,fedbabu"]
+        arguments = ["--conf", "compare-fashion-mnist", "--methods", "fedbabu"]
         said = pfedgpa(
             tmp_path, fashion, "compare", *arguments, "--seeds", "0", *words(more), *self.JOBS
         )
@@ -173,7 +186,7 @@ class TestManyRuns:
 
 def test_plain_flwr_run(tmp_path: Path, fashion_mnist: Path) -> None:
     """On Flower's two default nodes, to the same numbers as in this process."""
-    settings = FEW | {"num-server-rounds": 2, "method": "fedavg", "conf": "fashion-mnist-20"}
+    settings = FEW | {"num-server-rounds": 1, "method": "fedavg", "conf": "fashion-mnist-20"}
     settings |= {"run-name": "run"}
     here = settings | {"data-dir": str(fashion_mnist), "out-dir": str(tmp_path / "reference")}
     reference = experiment.run(InProcessGrid(here, 4), resolve(here))

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import keys
 from pfedgpa_app.core.paths import APP_DIR
-from tests.test_federation import SMALL, federate, records, summary
+from tests.support.federations import SMALL, federate, records, summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("wheel")]  # installed once
 _SCRIPT = "#!{python}\nimport sys\nfrom {module} import {main}\nsys.exit({main}())\n"
@@ -88,21 +89,23 @@ def test_the_checkout_is_out_of_sight(installed: Environment, tmp_path: Path) ->
     assert all(path.startswith(str(installed.packages)) for path in seen[-3:])
 
 
-def test_settings(installed: Environment, tmp_path: Path) -> None:
-    done = installed.run(tmp_path, "pfedgpa", "settings")
-    assert done.returncode == 0, done.stderr
+def test_commands_that_start_nothing(installed: Environment, tmp_path: Path) -> None:
+    tune = ["tune", "--conf", "demo", "--methods", "fedprox"]
+    commands = [["settings"], ["doctor", "--dataset", "digits"], tune]
+    code = f"from pfedgpa_app import cli; print([cli.main(words) for words in {commands}])"
+    done = installed.run(tmp_path, "python", "-c", code)
+    assert done.stdout.endswith("[0, 0, 2]\n"), done.stdout + done.stderr
     assert all(f"{name} = " in done.stdout for name in keys())
-
-
-def test_doctor(installed: Environment, tmp_path: Path) -> None:
-    done = installed.run(tmp_path, "pfedgpa", "doctor", "--dataset", "digits")
-    assert done.returncode == 0, done.stdout + done.stderr
     assert "ok    packages" in done.stdout
+    # an experiment of the package is not written into
+    assert f"copy {installed.packages / 'pfedgpa_app/app/conf/demo.yaml'}" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_comes_to_the_checkouts_numbers(installed: Environment, tmp_path: Path) -> None:
-    reference, _ = federate(tmp_path / "checkout")
-    done = installed.run(tmp_path, "pfedgpa", "run", *SETTINGS, "engine=process", "run-name=run")
+    reference, _ = federate(tmp_path / "checkout", num_server_rounds=2)
+    words = [*SETTINGS, "num-server-rounds=2", "engine=process", "run-name=run"]
+    done = installed.run(tmp_path, "pfedgpa", "run", *words)
     assert done.returncode == 0, done.stderr
     for file in ("metrics.jsonl", "clients.jsonl"):
         assert records(tmp_path / "results" / "run", file) == records(reference, file)
@@ -119,20 +122,20 @@ def test_a_run_on_fashion_mnist(
 
 
 def test_rehearsal(installed: Environment, tmp_path: Path) -> None:
-    words = ["rehearse", "--nodes", "1", "num-server-rounds=1", "method=fedavg"]
-    words += ["evaluate-every=0", "run-name=run"]
+    """TLS, authenticated nodes, data of their own."""
+    words = ["rehearse", "--nodes", "2", f"out-dir={tmp_path}", "run-name=run"]
+    words += ["num-server-rounds=1", "method=pfedgpa", "pfedgpa.fit-steps=20", "evaluate-every=0"]
     done = installed.run(tmp_path, "pfedgpa", *words)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert summary(tmp_path / "results" / "run")["fedavg"]["dataset"] == "nodes"
-
-
-def test_tuning_writes_into_no_experiment_of_the_package(
-    installed: Environment, tmp_path: Path
-) -> None:
-    done = installed.run(tmp_path, "pfedgpa", "tune", "--conf", "demo", "--methods", "fedprox")
-    assert done.returncode == 2
-    assert f"copy {installed.packages / 'pfedgpa_app/app/conf/demo.yaml'}" in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert "2 SuperNodes, each with its own images" in done.stdout
+    assert "nothing is left but the results" in done.stdout
+    rows = summary(tmp_path / "run")
+    assert set(rows) == {"pfedgpa"}
+    assert rows["pfedgpa"]["num_clients"] == 2
+    assert rows["pfedgpa"]["dataset"] == "nodes"
+    trained = [r for r in records(tmp_path / "run") if r["participated"]]
+    assert len(trained) == 2
+    assert cli.main(words) == 2  # the folder holds the results of another
 
 
 def test_the_container_has_all_that_the_wheel_is_made_of(wheel: Path, tmp_path: Path) -> None:

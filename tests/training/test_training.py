@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -34,7 +36,7 @@ class TestModels:
         assert sum(t.numel() for name, t in weights.items() if name.startswith("fc")) == 75_146
 
     def test_pooling_first_is_the_same_function(self) -> None:
-        block = models.cifar()[0]
+        block: Any = models.cifar()[0]
         x = torch.randn(2, 3, 32, 32)
         assert torch.equal(block(x), block.pool(block.act(block.conv(x))))
 

@@ -32,7 +32,7 @@ from pfedgpa_app.run.experiment import run
 from pfedgpa_app.training import evaluation
 from pfedgpa_app.training import sgd as training
 from pfedgpa_app.training.sgd import Recipe
-from tests.test_federation import federate, records, small
+from tests.support.federations import federate, records, small
 
 
 def settings(out: Path, **more: Any) -> dict[str, Any]:
@@ -136,7 +136,8 @@ def obey() -> ClientApp:
             return None  # type: ignore[return-value]
         if command == "hang":
             time.sleep(1000)
-        visits = int(context.state.metric_records.get("m", {"visits": 0})["visits"]) + 1
+        before: Any = context.state.metric_records.get("m", {"visits": 0})["visits"]
+        visits = before + 1
         context.state["m"] = MetricRecord({"visits": visits})
         record = MetricRecord(
             {"visits": visits, "pid": os.getpid(), "threads": torch.get_num_threads()}
@@ -300,9 +301,11 @@ class TestBatchedEngine:
     def test_phases_and_personal_parts(self, tmp_path: Path) -> None:
         methods = "local,fedper,fedrep,lg-fedavg,fedbabu,cfl,pfedhn"
         more = {"fraction_train": 0.5, "method": methods, "pfedhn.clip": 0.5}
+        more["num_server_rounds"] = 2
         reference, _ = federate(tmp_path / "in-turn", **more)
         chosen = settings(tmp_path, **{"fraction-train": 0.5, "method": methods})
         chosen["pfedhn.clip"] = 0.5  # small enough to matter
+        chosen["num-server-rounds"] = 2
         chosen = {k: v for k, v in chosen.items() if not k.startswith("pfedgpa.")}
         resolved = resolve(chosen)
         folder = run(BatchedGrid(refusing(), chosen, resolved.config), resolved)

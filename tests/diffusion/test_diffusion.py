@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,8 @@ def random_network(dimensions: int = 3) -> object:
 
     @torch.no_grad()
     def denoise(z: torch.Tensor, t: int) -> torch.Tensor:
-        return network(z, torch.full((len(z),), float(t), dtype=z.dtype))
+        noise: torch.Tensor = network(z, torch.full((len(z),), float(t), dtype=z.dtype))
+        return noise
 
     return denoise
 
@@ -145,7 +147,7 @@ class TestClosedForms:
 class TestInversion:
     x = MEAN + torch.tensor([[1.0, -1.0, 0.3], [0.0, 2.0, -0.5]], dtype=torch.float64)
 
-    def out(self, denoiser: object = GAUSSIAN, seed: int = 0, **knobs: object) -> torch.Tensor:
+    def out(self, denoiser: Any = GAUSSIAN, seed: int = 0, **knobs: Any) -> torch.Tensor:
         return regenerate(self.x, denoiser, SCHEDULE, generator(seed), **knobs)
 
     @pytest.mark.parametrize("mode", ["invert"])
@@ -221,11 +223,12 @@ class TestInversion:
         assert float(noise.std()) == pytest.approx(1, abs=0.03)
 
     def test_refuses_nonsense(self) -> None:
-        for knobs in (
+        refused: tuple[dict[str, Any], ...] = (
             {"mode": "telepathy", "strength": 1},
             {"mode": "invert", "strength": 1001},
             {"mode": "invert", "strength": 1, "keep": 1.1},
-        ):
+        )
+        for knobs in refused:
             with pytest.raises(ValueError):
                 self.out(**knobs)
 
@@ -242,7 +245,7 @@ class TestTraining:
             SCHEDULE,
             DiffusionSettings(
                 denoiser="mlp" if tokens is None else "transformer",
-                fit_steps=1200,
+                fit_steps=400 if tokens is None else 800,
                 width=128 if tokens is None else 32,
                 blocks=2,
             ),

@@ -19,7 +19,7 @@ from pfedgpa_app.results.log import EVENTS
 from pfedgpa_app.study import tune
 from pfedgpa_app.study.compare import EXPERIMENTS, MAIN, PAPER, finished, overview, plan, table
 from pfedgpa_app.study.sweep import Run
-from tests.test_federation import SMALL
+from tests.support.federations import SMALL
 
 
 @pytest.fixture
@@ -63,10 +63,16 @@ class TestPlan:
             folder = tmp_path / str(seed)
             folder.mkdir()
             (folder / "config.json").write_text('{"conf": {"value": "mine"}}')
-            row = dict.fromkeys(("accuracy_as_its_paper", "accuracy_before_ft"), value)
+            row: dict[str, Any] = dict.fromkeys(
+                ("accuracy_as_its_paper", "accuracy_before_ft"), value
+            )
             row |= {"accuracy_after_ft_tuned": None, "accuracy_kept": value}
             row |= {"accuracy_worst_client_before_ft": value / 2}
-            more = {"method": "fedper", "title": "FedPer", "dataset": "imagefolder:cifar10"}
+            more: dict[str, Any] = {
+                "method": "fedper",
+                "title": "FedPer",
+                "dataset": "imagefolder:cifar10",
+            }
             more |= {"num_clients": 20, "rounds": 3}
             (folder / "summary.json").write_text(json.dumps([row | more]))
             kind = "done" if seed < 2 else "failed"

@@ -9,7 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -347,7 +347,7 @@ class TestPlainFlower:
         said = io.StringIO()
         flower, handler = logging.getLogger("flwr"), logging.StreamHandler(said)
         flower.addHandler(handler)
-        plain = [f for f in flower.filters if type(f).__name__ == "Plain"]
+        plain: list[Any] = [f for f in flower.filters if type(f).__name__ == "Plain"]
         try:
             flower.error("%s raised an exception", "Simulation", exc_info=error)
             flower.error("Exit Code: 700\nAn unhandled exception occurred")
@@ -360,7 +360,7 @@ class TestPlainFlower:
     def test_a_wrong_value_is_told_by_its_sentence_alone(self) -> None:
         context = SimpleNamespace(run_config={"seed": -1})
         with pytest.raises(ConfigError) as refusal:
-            server_app.main(None, context)  # so the run counts as failed
+            server_app.main(cast(Any, None), cast(Any, context))  # so the run counts as failed
         assert self.lines(refusal.value) == ["seed = -1 (run-config): must be >= 0"]
 
     def test_any_other_error_keeps_its_traceback_and_code(self) -> None:

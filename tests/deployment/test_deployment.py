@@ -7,14 +7,17 @@ import datetime
 import functools
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
 import sys
 import threading
 import zipfile
+from dataclasses import dataclass
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.data.datasets import load
 from pfedgpa_app.deployment import doctor, keys
 from pfedgpa_app.deployment.doctor import Node, NodeError, examine
 from pfedgpa_app.deployment.processes import Deployment
@@ -39,15 +43,26 @@ from pfedgpa_app.deployment.rehearsal import site_images
 from pfedgpa_app.engine.flower import CONNECTION, processes_of, stage
 from pfedgpa_app.run.experiment import run
 from pfedgpa_app.server.roster import Roster, RosterError
-from tests.local_grid import InProcessGrid
-from tests.test_federation import PLAIN, federate, records, summary
-
-# they fill the machine: one after the other
-processes = pytest.mark.xdist_group("deployment")
+from tests.support.federations import PLAIN, federate, records, results, summary
+from tests.support.local_grid import InProcessGrid
+from tests.support.processes import until
 
 
-@processes
-def test_deployed_processes_come_to_the_same_numbers(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Deployed:
+    """What became of a deployment, and of the same federation in this process."""
+
+    folder: Path
+    reference: Path
+    stranger: int  # exit status of a node whose key nobody registered
+    listed: list[str]  # the status of each node that the SuperLink knows
+    left: list[int]  # processes that are left behind
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
+    """Over TLS, nodes known by their keys; the SuperLink is killed in round 2 and comes back."""
+    tmp_path = tmp_path_factory.mktemp("deployed")
     more: dict[str, Any] = {
         "num-clients": 2,
         "num-server-rounds": 2,
@@ -55,55 +70,49 @@ def test_deployed_processes_come_to_the_same_numbers(tmp_path: Path) -> None:
         "evaluate-every": 0,  # each message starts a process
         "dataset": "digits",
     }
-    reference, _ = federate(
-        tmp_path / "reference", **{key.replace("-", "_"): v for key, v in more.items()}
-    )
-    settings = PLAIN | more | {"out-dir": str(tmp_path / "deployed"), "run-name": "run"}
-    with Deployment() as deployment:
+    reference, _ = federate(tmp_path / "reference", **more)
+    settings = PLAIN | more | {"out-dir": str(tmp_path), "run-name": "run"}
+    events = tmp_path / "run" / "events.jsonl"
+    keys.make(tmp_path / "keys", ["localhost", "127.0.0.1"], 3)
+    with Deployment(tmp_path / "keys") as deployment:
         deployment.wait_until_ready()
-        for node in range(2):
+        for node in range(3):
+            if node < 2:
+                deployment.register(node)
             deployment.start_node(node, state_dir=str(deployment.home / "state"))
+        stranger = deployment.nodes.pop(2).wait(timeout=600)
         deployment.await_nodes()
+        listed = [n["status"] for n in deployment.flwr("supernode", "list", CONNECTION)["nodes"]]
         staged = stage(APP_DIR, deployment.home / "app")
-        run_id = deployment.run(staged, settings)
+        deployment.run(staged, settings)
+        until(lambda: events.exists() and "scaffold round 1/2" in events.read_text())
+        os.killpg(deployment.superlink.pid, signal.SIGKILL)
+        deployment.superlink.wait()
+        deployment.start_superlink()
+        deployment.wait_until_ready()
+        run_id = deployment.run(staged, settings | {"resume": True})
         failure = deployment.wait(run_id, tmp_path / "log")
     assert not failure, (tmp_path / "log").read_text()
-    folder = tmp_path / "deployed" / "run"
-    for file in ("metrics.jsonl", "clients.jsonl"):
-        assert records(folder, file) == records(reference, file)
-    assert not processes_of(deployment.home)
+    left = processes_of(deployment.home)
+    return Deployed(tmp_path / "run", reference, stranger, listed, left)
 
 
-@processes
-def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """TLS, authenticated nodes, data of their own."""
-    words = ["rehearse", f"out-dir={tmp_path}", "run-name=run", "num-server-rounds=1"]
-    words += ["pfedgpa.fit-steps=20", "method=pfedgpa", "evaluate-every=0"]
-    assert cli.main(words) == 0
-    said = capsys.readouterr().out
-    assert "3 SuperNodes, each with its own images" in said
-    assert "nothing is left but the results" in said
-    rows = summary(tmp_path / "run")
-    assert set(rows) == {"pfedgpa"}
-    assert rows["pfedgpa"]["num_clients"] == 3
-    assert rows["pfedgpa"]["dataset"] == "nodes"
-    trained = [r for r in records(tmp_path / "run") if r["participated"]]
-    assert len(trained) == 3
-    assert cli.main(words) == 2  # the folder holds the results of another
+@pytest.mark.slow
+@pytest.mark.xdist_group("deployed")  # once
+class TestDeployed:
+    def test_only_registered_keys_enter(self, deployed: Deployed) -> None:
+        assert deployed.stranger != 0
+        assert deployed.listed == ["online", "online"]
 
+    def test_the_same_numbers_as_in_this_process(self, deployed: Deployed) -> None:
+        for file in ("metrics.jsonl", "clients.jsonl"):
+            assert records(deployed.folder, file) == records(deployed.reference, file)
+        assert not deployed.left
 
-@processes
-def test_only_registered_keys_enter(tmp_path: Path) -> None:
-    keys.make(tmp_path, ["localhost", "127.0.0.1"], 2)
-    with Deployment(tmp_path) as deployment:
-        deployment.wait_until_ready()
-        deployment.register(0)
-        for node in range(2):
-            deployment.start_node(node)
-        assert deployment.nodes.pop(1).wait(timeout=600) != 0
-        deployment.await_nodes()
-        listed = deployment.flwr("supernode", "list", CONNECTION)["nodes"]
-    assert [node["status"] for node in listed] == ["online"]
+    def test_a_superlink_that_is_killed(self, deployed: Deployed) -> None:
+        """Nodes reconnect; the run is started again and ends as if nothing had happened."""
+        assert results(deployed.folder) == results(deployed.reference)
+        assert any(e["kind"] == "resumed" for e in records(deployed.folder, "events.jsonl"))
 
 
 def test_a_clients_process_imports_little() -> None:
@@ -116,8 +125,8 @@ def test_a_clients_process_imports_little() -> None:
         load_client(resolve({"dataset": "digits"}).config, 0)
         print(*sys.modules)
     """
+    load("digits", "")  # read once a machine
     command = [sys.executable, "-c", code]
-    subprocess.run(command, cwd=APP_DIR, check=True)  # reads the data set, once a machine
     done = subprocess.run(command, cwd=APP_DIR, check=True, capture_output=True, text=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "torch" in loaded
@@ -320,7 +329,9 @@ class TestDoctor:
             doctor.key(Node(key=str(key)))
 
     def test_packages_out_of_range(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.0.1")
+        monkeypatch.setattr(
+            "pfedgpa_app.deployment.doctor.importlib.metadata.version", lambda _: "0.0.1"
+        )
         with pytest.raises(NodeError, match=r"torch 0\.0\.1 is not"):
             doctor.packages()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,13 +60,13 @@ def buffer(vectors: torch.Tensor, taking_part: torch.Tensor | None = None) -> Bu
     return filled
 
 
-def distribution(vectors: torch.Tensor, **settings: object) -> WeightDistribution:
-    chosen = {"denoiser": "finite-set", **settings}
+def distribution(vectors: torch.Tensor, **settings: Any) -> WeightDistribution:
+    chosen: dict[str, Any] = {"denoiser": "finite-set", **settings}
     return WeightDistribution(buffer(vectors), DiffusionSettings(**chosen), seed=0)
 
 
-def generated(fitted: WeightDistribution, mode: str = "tweedie", **knobs: object) -> torch.Tensor:
-    weights = fitted.generate(mode, **{"draws": 16, **knobs})
+def generated(fitted: WeightDistribution, mode: str = "tweedie", **knobs: Any) -> torch.Tensor:
+    weights = fitted.generate(mode, **({"draws": 16} | knobs))
     return torch.stack([fitted.layout.flatten(weights[c]) for c in fitted.newest])
 
 
@@ -303,13 +304,13 @@ class TestNovelty:
         # uploads at 0, 3 and 10 on a line, far from the origin; the clients' newest are 3 and 10
         uploads = 1000 + torch.tensor([[0.0], [3.0], [10.0]]).repeat(1, 20_000)
         generated = 1000 + torch.tensor([[2.0], [10.0]]).repeat(1, 20_000)
-        got = novelty(generated, torch.tensor([1, 2]), uploads)
+        got = novelty(list(generated), torch.tensor([1, 2]), list(uploads))
         # 2 is 1 from an upload, where 3 is 3 from the next one; 10 is an upload
         assert got.tolist() == pytest.approx([1 / 3, 0], abs=1e-6)
 
     def test_equal_uploads_have_no_distance_to_compare_with(self) -> None:
         uploads = torch.ones(3, 5)
-        assert novelty(torch.zeros(1, 5), torch.tensor([0]), uploads).isnan().all()
+        assert novelty([torch.zeros(5)], torch.tensor([0]), list(uploads)).isnan().all()
 
 
 class TestDistribution:

@@ -49,5 +49,5 @@ class InProcessGrid(LocalGrid):
     def _note(self, message: Message, reply: Message) -> None:
         asked = message.content.config_records.get("config")
         if asked is not None and "client" in asked and not reply.has_error():
-            metrics = reply.content.metric_records.get("metrics", {})
+            metrics: dict[str, Any] = dict(reply.content.metric_records.get("metrics", {}))
             self.received.append({"client": asked["client"], **metrics})

@@ -18,7 +18,7 @@ from pfedgpa_app.methods.averaging import Shared
 from pfedgpa_app.methods.krum import Krum
 from pfedgpa_app.methods.trimmed_mean import TrimmedMean
 from pfedgpa_app.server.screening import too_far
-from tests.test_federation import federate, records, summary, train_messages
+from tests.support.federations import federate, records, summary, train_messages
 
 
 def config(**settings: Any) -> Config:

@@ -18,13 +18,13 @@ from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.engine.grid import identify
 from pfedgpa_app.models.networks import build
 from pfedgpa_app.server.screening import NoUploadsError
-from tests.test_federation import federate, records, summary
+from tests.support.federations import federate, records, summary
 
 
 def noisy(epsilon: float, clip: float, sent: torch.Tensor, trained: torch.Tensor) -> np.ndarray:
     """What arrives of an upload."""
     identify()
-    run_config = {"local-dp-epsilon": epsilon, "local-dp-clip": clip}
+    run_config: dict[str, Any] = {"local-dp-epsilon": epsilon, "local-dp-clip": clip}
     context = Context(1, 1, {}, RecordDict(), run_config)
     content = RecordDict({"arrays": ArrayRecord({"w": sent}), "config": ConfigRecord()})
     message = Message(content, dst_node_id=1, message_type="train")
@@ -57,7 +57,8 @@ class TestLocalDP:
         for _ in range(2):
             np.random.seed(7)  # noqa: NPY002 as forked workers have it
             found.append(noisy(1.0, 1.0, sent, sent + 1))
-        assert not np.allclose(*found)
+        one, other = found
+        assert not np.allclose(one, other)
 
     def test_off(self) -> None:
         sent = torch.zeros(10)

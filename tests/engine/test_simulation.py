@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -24,19 +23,23 @@ from pfedgpa_app.engine import LaunchError, local
 from pfedgpa_app.engine.flower import free_port, processes_of
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.run.launcher import launch
-from tests.test_federation import PLAIN, SMALL, federate, records, summary
+from tests.support.federations import PLAIN, SMALL, federate, records, summary
+from tests.support.processes import alive
 
 # one after the other: Ray fills the machine
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("simulation")]
-SETTINGS, PLAINLY = ([f"{k}={v}" for k, v in settings.items()] for settings in (SMALL, PLAIN))
+SETTINGS, PLAINLY = (
+    [f"{k}={v}" for k, v in (settings | {"num-server-rounds": 2}).items()]
+    for settings in (SMALL, PLAIN)
+)
 LIMIT = 1200  # seconds; a run takes about 30
 
 
-def pfedgpa(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def pfedgpa(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pfedgpa_app", "run", *SETTINGS, *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(APP_DIR)},
+        env=os.environ | {"PYTHONPATH": str(APP_DIR)} | env,
         capture_output=True,
         text=True,
         timeout=LIMIT,
@@ -65,18 +68,17 @@ def broken_app(folder: Path, file: str, old: str, new: str) -> Path:
 @pytest.fixture(scope="module")
 def in_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same federation, one client after another in this process."""
-    return federate(tmp_path_factory.mktemp("local"), dataset="digits", save_uploads=True)[0]
+    how = {"dataset": "digits", "save_uploads": True, "num_server_rounds": 2}
+    return federate(tmp_path_factory.mktemp("local"), **how)[0]
 
 
-@pytest.mark.parametrize("engine", ["ray", "process", "batched"])
-def test_the_demo_runs_where_the_user_is_and_leaves_nothing_running(
-    engine: str, tmp_path: Path, in_process: Path
-) -> None:
-    done = pfedgpa(tmp_path, "--engine", engine, "device=cpu")
+def check_the_demo_runs(engine: str, tmp_path: Path, in_process: Path, **env: str) -> None:
+    """It does so where the user is, and leaves nothing running."""
+    done = pfedgpa(tmp_path, "--engine", engine, "device=cpu", **env)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = results(tmp_path)
     assert str(folder) in done.stdout
-    assert "fedavg round 4/4" in done.stdout
+    assert "fedavg round 2/2" in done.stdout
     assert "left" in done.stdout
     assert "| pFedGPA" in done.stdout
     assert list(summary(folder)) == ["local", "fedavg", "fedavg-ft", "client-mean", "pfedgpa"]
@@ -89,6 +91,13 @@ def test_the_demo_runs_where_the_user_is_and_leaves_nothing_running(
     assert {"accuracy.png", "clients.png", "latents.png", "table.md", "weights"} <= names
     commands = [p.info["cmdline"] for p in psutil.process_iter(["cmdline"])]
     assert not [c for c in commands if str(tmp_path) in " ".join(c or [])]
+
+
+@pytest.mark.parametrize("engine", ["process", "batched"])
+def test_the_demo_runs_where_the_user_is_and_leaves_nothing_running(
+    engine: str, tmp_path: Path, in_process: Path
+) -> None:
+    check_the_demo_runs(engine, tmp_path, in_process)
 
 
 def test_relative_paths_are_the_users(
@@ -159,12 +168,6 @@ def test_a_failed_run_says_so_and_exits_with_1(
         assert json.loads((results(tmp_path) / "config.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def simulation() -> Iterator[Simulation]:
-    with Simulation() as flower:
-        yield flower
-
-
 @FAULTS
 def test_so_does_one_under_ray(
     simulation: Simulation, tmp_path: Path, file: str, old: str, new: str, words: str
@@ -183,7 +186,8 @@ def test_so_does_one_under_ray(
 
 def started(folder: Path, engine: str, env: dict[str, str]) -> subprocess.Popen[str]:
     """An endless run that has come to its second round."""
-    endless = [*SETTINGS, "--engine", engine, "workers=2", "num-server-rounds=100000"]
+    endless = [*PLAINLY, "--engine", engine, "num-server-rounds=100000", "method=fedavg"]
+    endless += [f"workers={2 if engine == 'process' else 1}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "pfedgpa_app", "run", *endless],
         cwd=folder,
@@ -226,14 +230,7 @@ def test_an_interrupted_process_run_stops_what_it_started(tmp_path: Path) -> Non
     assert not any(map(alive, children))
 
 
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def test_a_ray_cluster_of_two_nodes_serves_a_run(tmp_path: Path, in_process: Path) -> None:
+def test_so_it_does_on_a_ray_cluster_of_two_nodes(tmp_path: Path, in_process: Path) -> None:
     home = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's sockets want a short path
     ray = str(Path(sys.executable).parent / "ray")
     address = f"127.0.0.1:{free_port()}"
@@ -250,17 +247,7 @@ def test_a_ray_cluster_of_two_nodes_serves_a_run(tmp_path: Path, in_process: Pat
     try:
         node("--head", f"--port={address[10:]}", "--include-dashboard=false", f"--temp-dir={home}")
         node(f"--address={address}")
-        done = subprocess.run(
-            [sys.executable, "-m", "pfedgpa_app", "run", *PLAINLY, "engine=ray", "method=fedavg"],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(APP_DIR), "RAY_ADDRESS": address},
-            capture_output=True,
-            text=True,
-            timeout=LIMIT,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        fedavgs = [r for r in records(in_process) if r["federation"] == "fedavg"]
-        assert records(results(tmp_path)) == fedavgs
+        check_the_demo_runs("ray", tmp_path, in_process, RAY_ADDRESS=address)
         # two actors, each taking the whole of a node: the run has no Ray of its own
         logs = {log.name: log.read_text() for log in home.glob("session_*/logs/worker-*.out")}
         assert sum("ClientAppActor" in log for log in logs.values()) == 2

@@ -18,7 +18,7 @@ from pfedgpa_app.engine import local
 from pfedgpa_app.results.log import EVENTS, is_done
 from pfedgpa_app.run import launcher
 from pfedgpa_app.run.launcher import Patience, Watcher, watched
-from tests.test_federation import PLAIN, records
+from tests.support.federations import PLAIN, records
 
 
 class TestPatience:

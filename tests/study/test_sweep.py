@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,13 +22,12 @@ from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.engine import PARENT
 from pfedgpa_app.methods.generation import PFedGPASettings
-from pfedgpa_app.results.log import is_done, last_event
+from pfedgpa_app.results.log import is_done
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.run.folder import locked
-from pfedgpa_app.study import sweep as sweep_module
 from pfedgpa_app.study.sweep import Lines, Run, Sweep, expand, read, shares, table
-from tests.test_federation import PLAIN
-from tests.test_simulation import alive
+from tests.support.federations import PLAIN
+from tests.support.processes import alive
 
 QUICK = PLAIN | {"method": "fedavg", "num-server-rounds": 2, "device": "cpu"}
 
@@ -39,7 +38,7 @@ def runs(tmp_path: Path, over: dict[str, list[Any]], **more: Any) -> list[Run]:
 
 class TestPlan:
     def test_every_combination_in_a_folder_of_its_own(self, tmp_path: Path) -> None:
-        over = {"conf": ["demo"], "seed": [0, 1], "pfedgpa.rank": ["auto", 3]}
+        over: dict[str, list[Any]] = {"conf": ["demo"], "seed": [0, 1], "pfedgpa.rank": ["auto", 3]}
         planned = runs(tmp_path, over, method="pfedgpa")
         assert [run.name for run in planned] == [
             "demo_seed=0_pfedgpa.rank=auto",
@@ -108,9 +107,9 @@ class TestPlan:
         (run,) = planned = runs(tmp_path, {"seed": [0]})
         run.folder.mkdir()
         monkeypatch.setattr(Run, "can_go_on", lambda _: True)
-        monkeypatch.setattr(sweep_module.subprocess, "Popen", lambda *_, **__: None)
+        monkeypatch.setattr("pfedgpa_app.study.sweep.subprocess.Popen", lambda *_, **__: None)
         now = iter([100.0, 110.0])
-        monkeypatch.setattr(sweep_module.time, "monotonic", lambda: next(now))
+        monkeypatch.setattr("pfedgpa_app.study.sweep.time.monotonic", lambda: next(now))
         going = Sweep(planned, tmp_path, 1, None, Lines(Console(file=io.StringIO())))
         say(0.8)  # when it was stopped
         going._begin(going.waiting.pop())
@@ -133,7 +132,7 @@ class TestPlan:
         assert seeds_table(seeds[:1], {"B": "b"}).splitlines()[2:] == ["| x | 2.00 |", "| y | – |"]
 
     def test_clients_that_join_have_a_column_for_each_upload(self) -> None:
-        seeds = [
+        seeds: list[list[dict[str, Any]]] = [
             [{"title": "x", "accuracy_of_joining_clients": [10.0, first]}, {"title": "y"}]
             for first in (20.0, 30.0)
         ]
@@ -151,24 +150,15 @@ def command(*arguments: str, **settings: Any) -> list[str]:
     return [sys.executable, "-m", "pfedgpa_app", "sweep", *words, *arguments, "--out", "out"]
 
 
-def sweep(folder: Path, *arguments: str, **settings: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments, **settings),
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(APP_DIR)},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-
-
+@pytest.mark.slow
 def test_a_sweep_skips_what_is_done_and_repeats_what_was_broken_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = sweep(tmp_path, "--over", "seed=0,1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2/2 done" in done.stdout
-    assert "left" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command("--over", "seed=0,1")[3:]) == 0
+    said = capsys.readouterr().out
+    assert "2/2 done" in said
+    assert "left" in said
     first, second = (tmp_path / "out" / f"demo_seed={seed}" for seed in (0, 1))
     accuracies = [
         json.loads((f / "summary.json").read_text())[0]["accuracy_before_ft"]
@@ -184,7 +174,6 @@ def test_a_sweep_skips_what_is_done_and_repeats_what_was_broken_off(
     assert not is_done(second)
     old = (first / "events.jsonl").stat().st_mtime_ns
     results = (second / "metrics.jsonl").read_text()
-    monkeypatch.chdir(tmp_path)
     assert cli.main(command("--over", "seed=0,1")[3:]) == 0
     said = capsys.readouterr().out
     assert "1 of 2 runs are done already" in said
@@ -196,44 +185,16 @@ def test_a_sweep_skips_what_is_done_and_repeats_what_was_broken_off(
     assert "learning-rate = 0.02 there, 0.5 here" in capsys.readouterr().err
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
-    command_line = command("--over", "seed=0", num_server_rounds=20)
-    env = os.environ | {"PYTHONPATH": str(APP_DIR)}
-    process = subprocess.Popen(
-        command_line, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    folder = tmp_path / "out" / "demo_seed=0"
-    deadline = time.monotonic() + 600
-    while "round 3/20" not in last_event(folder).get("text", ""):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    started = psutil.Process(process.pid).children(recursive=True)
-    process.kill()  # before the run, which it would call failed
-    process.wait()
-    for child in started:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    while any(map(alive, started)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    assert not is_done(folder)
-    again = sweep(tmp_path, "--over", "seed=0", num_server_rounds=20)
-    assert again.returncode == 0, again.stdout + again.stderr
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    [resumed] = [event["text"] for event in events if event["kind"] == "resumed"]
-    assert "the run goes on after round" in resumed
-    rounds = [event["text"].split()[2] for event in events if event["kind"] == "round"]
-    assert rounds[:3] == ["1/20", "2/20", "3/20"]
-    assert rounds[-1] == "20/20"
-    assert len(rounds) <= 21  # the one that was going on when it was killed comes twice
-
-
-def test_a_failed_run_does_not_stop_the_others(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_failed_run_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     # a learning rate that drives the weights to infinity: no usable upload
-    done = sweep(tmp_path, "--over", "learning-rate=0.02,1e30", "--jobs", "1")
-    assert done.returncode == 1
-    assert "1/2 done" in done.stdout
-    assert "failed: pfedgpa: the run failed: round 1 of fedavg: none of 4 clients" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command("--over", "learning-rate=0.02,1e30", "--jobs", "1")[3:]) == 1
+    said = capsys.readouterr().out
+    assert "1/2 done" in said
+    assert "failed: pfedgpa: the run failed: round 1 of fedavg: none of 4 clients" in said
     assert is_done(tmp_path / "out" / "demo_learning-rate=0.02")
     assert "learning-rate = 0.02" in (tmp_path / "out" / "sweep.md").read_text()
 
@@ -255,26 +216,48 @@ def test_what_cannot_run_is_refused_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_a_stopped_sweep_leaves_nothing_running(sign: signal.Signals, tmp_path: Path) -> None:
+def stopped(folder: Path, sign: signal.Signals) -> int:
+    """The exit status of a sweep that is sent ``sign`` after its run's third round.
+
+    It leaves nothing running.
+    """
     process = subprocess.Popen(
-        command("--over", "seed=0,1", num_server_rounds=100000),
-        cwd=tmp_path,
+        command("--over", "seed=0", num_server_rounds=100),
+        cwd=folder,
         env=os.environ | {"PYTHONPATH": str(APP_DIR)},
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 600
-    metrics = list((tmp_path / "out").glob("*/metrics.jsonl"))
-    while not metrics and time.monotonic() < deadline:
-        time.sleep(0.2)
-        metrics = list((tmp_path / "out").glob("*/metrics.jsonl"))
-    assert metrics
+    events = folder / "out" / "demo_seed=0" / "events.jsonl"
+    while not (events.exists() and "round 3/100" in events.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 3  # a run, its server and its worker
     process.send_signal(sign)
-    assert process.wait(timeout=600) == (-9 if sign == signal.SIGKILL else 130)
-    deadline = time.monotonic() + 600
-    while any(map(alive, children)) and time.monotonic() < deadline:
+    status = process.wait(timeout=600)
+    while any(map(alive, children)):
+        assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert not any(map(alive, children))
+    assert not is_done(events.parent)
+    return status
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_goes_on_from_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stopped(tmp_path, signal.SIGTERM) == 130
+    shutil.rmtree(tmp_path / "out")
+    assert stopped(tmp_path, signal.SIGKILL) == -9
     assert PARENT not in os.environ
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command("--over", "seed=0", num_server_rounds=100)[3:]) == 0
+    folder = tmp_path / "out" / "demo_seed=0"
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    [resumed] = [event["text"] for event in events if event["kind"] == "resumed"]
+    assert "the run goes on after round" in resumed
+    rounds = [event["text"].split()[2] for event in events if event["kind"] == "round"]
+    assert rounds[:3] == ["1/100", "2/100", "3/100"]
+    assert rounds[-1] == "100/100"
+    assert len(rounds) <= 101  # the one that was going on when it was killed comes twice

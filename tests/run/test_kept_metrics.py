@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_federation import federate, records, summary
+from tests.support.federations import federate, records, summary
 
 KEPT: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "kept_metrics.json").read_text()

@@ -1,0 +1,77 @@
+"""SCAFFOLD: control variates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.methods.base import ClientTask, Trained
+from pfedgpa_app.methods.scaffold import CONTROL, Scaffold, effective_steps
+from tests.support.by_hand import (
+    by_hand,
+    column,
+    linear,
+    near,
+    server,
+    train,
+)
+from tests.support.federations import federate, records
+
+
+@by_hand
+class TestOneStepByHand:
+    def test_scaffold(self) -> None:
+        sent = {"1.weight": column(0, 0), CONTROL + "1.weight": column(0.1, -0.1)}
+        own = {CONTROL + "1.weight": column(0.2, 0)}
+        uploaded, kept, _ = train("scaffold", linear(), sent, own)
+        # step: g − c_i + c = (−0.5 − 0.2 + 0.1, 0.5 − 0 − 0.1) = (−0.6, 0.4)
+        assert near(uploaded["1.weight"], 0.6, -0.4)
+        # c_i⁺ = c_i − c + (x − y)/(1·1) = (0.2 − 0.1 − 0.6, 0 + 0.1 + 0.4): the gradient itself
+        assert near(kept[CONTROL + "1.weight"], -0.5, 0.5)
+        assert near(uploaded[CONTROL + "1.weight"], -0.7, 0.5)
+
+
+class TestServers:
+    def test_scaffold_counts_all_clients(self) -> None:
+        method = server("scaffold", clients=4)
+        upload = {n: torch.full_like(t, 4.0) for n, t in method.expected_upload().items()}
+        method.aggregate(1, {2: Upload(upload, 10)})
+        # c ← 0 + 4·(1 of 4 clients)
+        for name, tensor in method.download(0).items():
+            assert near(tensor, *[1.0 if name.startswith(CONTROL) else 4.0] * tensor.numel())
+
+    @given(st.integers(1, 30), st.floats(0, 0.95))
+    def test_effective_steps(self, steps: int, momentum: float) -> None:
+        velocity = moved = 0.0
+        for _ in range(steps):  # by a gradient of 1
+            velocity = momentum * velocity + 1
+            moved += velocity
+        assert effective_steps(steps, momentum) == pytest.approx(moved)
+
+
+class TestMemory:
+    def test_training_that_went_to_infinity_is_forgotten(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It costs a round, not the client."""
+        train = Scaffold.train
+        rounds: list[int] = []
+
+        def diverging(task: ClientTask) -> Trained:
+            trained = train(task)
+            rounds.append(task.round)
+            if rounds.count(2) == 1 and task.round == 2:
+                for tensor in (*trained.upload.values(), *trained.state.values()):
+                    tensor.fill_(torch.inf)
+            return trained
+
+        monkeypatch.setattr(Scaffold, "train", diverging)
+        folder, _ = federate(tmp_path, method="scaffold")
+        took_part = {(r["round"], r["client"]) for r in records(folder) if r["participated"]}
+        everything = {(r, c) for r in range(1, 5) for c in range(4)}
+        assert everything - took_part == {(2, 0)}
