@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.settings import ConfigError, DataError
-from pfedgpa_app.run.experiment import run
+from pfedgpa_app.runs.experiment import run
 
 app = ServerApp()
 

@@ -22,7 +22,7 @@ from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import LAUNCH
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.results.log import is_done, rows_of
-from pfedgpa_app.run.folder import kept_settings
+from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study.compare import EXPERIMENTS, Finished, overview, table
 
 RESULTS = APP_DIR / "benchmarks" / "results"

@@ -18,7 +18,7 @@ from pfedgpa_app.core.uploads import Buffer
 from pfedgpa_app.diffusion.autoencoder import remove_drift
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.diffusion.settings import DiffusionSettings
-from pfedgpa_app.run.summary import peak_memory
+from pfedgpa_app.runs.summary import peak_memory
 
 
 def synthetic(clients: int, rounds: int, weights: int) -> Buffer:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from pfedgpa_app.core.settings import ConfigError, DataError
     from pfedgpa_app.dropin import PFedGPA
     from pfedgpa_app.engine import LaunchError
-    from pfedgpa_app.run.api import Result, run
-    from pfedgpa_app.run.personal import ClientModel, load_client
+    from pfedgpa_app.runs.api import Result, run
+    from pfedgpa_app.runs.personal import ClientModel, load_client
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,14 +28,14 @@ __all__ = [
     "run",
 ]
 _PLACES = {
-    "ClientModel": "run.personal",
+    "ClientModel": "runs.personal",
     "ConfigError": "core.settings",
     "DataError": "core.settings",
     "LaunchError": "engine",
     "PFedGPA": "dropin",
-    "Result": "run.api",
-    "load_client": "run.personal",
-    "run": "run.api",
+    "Result": "runs.api",
+    "load_client": "runs.personal",
+    "run": "runs.api",
 }
 
 

@@ -27,9 +27,9 @@ from pfedgpa_app.data.dataset import dataset_of
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.networks import weight_names, weights_of
-from pfedgpa_app.run import api
-from pfedgpa_app.run.personal import evaluate, export
-from tests.test_federation import federate, records, summary
+from pfedgpa_app.runs import api
+from pfedgpa_app.runs.personal import evaluate, export
+from tests.support.federations import federate, records, summary
 
 NETS = '''
 import torch
@@ -302,11 +302,11 @@ class TestData:
         ],
     )
     def test_what_inputs_become(
-        self, dtype: type, shape: tuple[int, ...], kept: str, taken: tuple[int, ...]
+        self, dtype: Any, shape: tuple[int, ...], kept: str, taken: tuple[int, ...]
     ) -> None:
-        x = RNG.integers(0, 9, shape).astype(dtype)
+        x: np.ndarray = RNG.integers(0, 9, shape).astype(dtype)
         found = dataset_of("mine", (x, LABELS, x, LABELS), 0.2)
-        assert (found.train_images.dtype, found.shape) == (kept, taken)
+        assert (str(found.train_images.dtype), found.shape) == (kept, taken)
 
     def test_tensors_and_names_as_labels(self) -> None:
         names = np.array(["owl", "cat", "dog"])[LABELS]
@@ -377,7 +377,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-ALL = {"train_per_client": None, "test_per_client": None, "validation_share": 0.0}
+ALL: dict[str, Any] = {"train_per_client": None, "test_per_client": None, "validation_share": 0.0}
 
 
 class TestPartitions:
@@ -393,7 +393,11 @@ class TestPartitions:
         assert "more than once" not in said
 
     def test_what_is_left_out_or_shared_is_said(self, here: Path) -> None:
-        sizes = {"train_per_client": 6, "test_per_client": 3, "validation_share": 0.0}
+        sizes: dict[str, Any] = {
+            "train_per_client": 6,
+            "test_per_client": 3,
+            "validation_share": 0.0,
+        }
         said = described(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
         assert "3 clients train on 6 each (nobody holds 54)" in said
         sizes["test_per_client"] = 8  # of 18 in all

@@ -21,7 +21,7 @@ import yaml
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.engine.flower import free_port, processes_of
-from pfedgpa_app.run import experiment
+from pfedgpa_app.runs import experiment
 from tests.support.federations import records, summary
 from tests.support.local_grid import InProcessGrid
 from tests.support.processes import alive

@@ -32,7 +32,7 @@ def handle(options: Namespace) -> int:
             from pfedgpa_app.engine.ray import Simulation
 
             flower = stack.enter_context(Simulation())
-        from pfedgpa_app.run.launcher import launch
+        from pfedgpa_app.runs.launcher import launch
 
         launch(settings, options.app.absolute(), flower=flower, server=options.server)
     return 0

@@ -15,8 +15,8 @@ from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError, Poll
 from pfedgpa_app.engine.flower import stage
-from pfedgpa_app.run.folder import LOG, run_folder
-from pfedgpa_app.run.launcher import watched, with_absolute_paths
+from pfedgpa_app.runs.folder import LOG, run_folder
+from pfedgpa_app.runs.launcher import watched, with_absolute_paths
 
 SETTINGS: dict[str, Any] = {
     "dataset": "nodes",

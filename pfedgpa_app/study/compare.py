@@ -10,7 +10,7 @@ from pfedgpa_app.config.resolve import require_method, without_idle
 from pfedgpa_app.methods import METHODS, federations
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
-from pfedgpa_app.run.folder import kept_settings
+from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study.sweep import Run, Settings, expand
 
 EXPERIMENTS = (

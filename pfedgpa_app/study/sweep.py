@@ -36,10 +36,10 @@ from pfedgpa_app.engine import PARENT, StoppedError, engine_for
 from pfedgpa_app.methods import federations
 from pfedgpa_app.results.log import clock, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
-from pfedgpa_app.run.checkpoint import MANIFEST
-from pfedgpa_app.run.folder import is_foreign, is_running, kept_settings, locked
-from pfedgpa_app.run.launcher import preflight
-from pfedgpa_app.run.resuming import CHECKPOINT
+from pfedgpa_app.runs.checkpoint import MANIFEST
+from pfedgpa_app.runs.folder import is_foreign, is_running, kept_settings, locked
+from pfedgpa_app.runs.launcher import preflight
+from pfedgpa_app.runs.resuming import CHECKPOINT
 
 LOOK = 0.5  # seconds between looks at the runs
 COLUMNS = {

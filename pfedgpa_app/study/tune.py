@@ -24,7 +24,7 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown
-from pfedgpa_app.run.folder import kept_settings
+from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study.sweep import Run, Settings, expand, run_sweep
 
 MARK = "# Chosen on validation images by: "

@@ -23,7 +23,7 @@ from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.partition import class_shares, deal, dominant_groups, partition, round_counts
 from pfedgpa_app.engine import LaunchError, local
-from pfedgpa_app.run.launcher import launch
+from pfedgpa_app.runs.launcher import launch
 
 LABELS = np.repeat(np.arange(10), 5000)
 TEST_LABELS = np.repeat(np.arange(10), 1000)

@@ -41,7 +41,7 @@ from pfedgpa_app.deployment.doctor import Node, NodeError, examine
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.deployment.rehearsal import site_images
 from pfedgpa_app.engine.flower import CONNECTION, processes_of, stage
-from pfedgpa_app.run.experiment import run
+from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.server.roster import Roster, RosterError
 from tests.support.federations import PLAIN, federate, records, results, summary
 from tests.support.local_grid import InProcessGrid

@@ -18,7 +18,7 @@ from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine.flower import stage
-from pfedgpa_app.run.experiment import run
+from pfedgpa_app.runs.experiment import run
 from tests.support.federations import PLAIN, records, summary
 from tests.support.local_grid import InProcessGrid
 from tests.support.processes import until

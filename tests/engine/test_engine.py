@@ -28,7 +28,7 @@ from pfedgpa_app.engine.process import ProcessGrid
 from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.methods.fedavg import FedAvg
 from pfedgpa_app.models import networks as models
-from pfedgpa_app.run.experiment import run
+from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.training import evaluation
 from pfedgpa_app.training import sgd as training
 from pfedgpa_app.training.sgd import Recipe
@@ -199,7 +199,8 @@ class TestBatchedEngine:
     def test_agrees_with_one_client_after_another(
         self, network: str, device: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        shape = next(s for s, name in models.SHAPES.items() if name == network)
+        channels, height, width = next(s for s, n in models.SHAPES.items() if n == network)
+        shape = channels, height, width
         # 23 images in batches of 10: the last batch of an epoch is short
         clients = random_clients(shape, {"train": 23, "validation": 0, "test": 17}, 4)
         monkeypatch.setattr(batched, "held_by", lambda config, i: clients[i])

@@ -22,7 +22,7 @@ from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.engine import LaunchError, local
 from pfedgpa_app.engine.flower import free_port, processes_of
 from pfedgpa_app.engine.ray import Simulation
-from pfedgpa_app.run.launcher import launch
+from pfedgpa_app.runs.launcher import launch
 from tests.support.federations import PLAIN, SMALL, federate, records, summary
 from tests.support.processes import alive
 

@@ -69,7 +69,7 @@ def test_where_the_fork_servers_socket_would_have_too_long_a_name(tmp_path: Path
 
 def test_what_a_run_waits_for_at_its_start_is_torch_alone() -> None:
     """Flower's own link, with its web server and data bases, would take a second and a half."""
-    code = "import sys, pfedgpa_app.run.launcher, pfedgpa_app.engine.local; print(*sys.modules)"
+    code = "import sys, pfedgpa_app.runs.launcher, pfedgpa_app.engine.local; print(*sys.modules)"
     env = os.environ | {"PYTHONPATH": str(Path(spawning.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}

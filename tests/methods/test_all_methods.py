@@ -11,7 +11,7 @@ import pytest
 import torch
 from flwr.app import Message, RecordDict
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.sections import Config
@@ -22,7 +22,7 @@ from pfedgpa_app.data.images import Images
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.methods.scaffold import CONTROL
 from pfedgpa_app.models.networks import build, load, weights_of
-from pfedgpa_app.run.experiment import run
+from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.training import evaluation
 from pfedgpa_app.training import sgd as training
 from pfedgpa_app.training.sgd import Recipe
@@ -219,9 +219,9 @@ def test_training_never_sees_test_or_validation_images(
 ) -> None:
     seen, really = [], training.training_batches
 
-    def spied(data: Images, *rest: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    def spied(model: nn.Module, data: Images, *rest: Any) -> Iterator[tuple[Tensor, Tensor]]:
         seen.append(data)
-        return really(data, *rest)
+        return really(model, data, *rest)
 
     for name in ("training.sgd", "methods.pfedme", "methods.per_fedavg", "methods.fedala"):
         monkeypatch.setattr(f"pfedgpa_app.{name}.training_batches", spied)

@@ -21,9 +21,9 @@ from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.diffusion.saved import load
 from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.results import uploads
-from pfedgpa_app.run import experiment
-from pfedgpa_app.run.experiment import run
-from pfedgpa_app.run.initial import initial_weights
+from pfedgpa_app.runs import experiment
+from pfedgpa_app.runs.experiment import run
+from pfedgpa_app.runs.initial import initial_weights
 from pfedgpa_app.server.screening import NoUploadsError, check_upload, too_large
 from tests.support.federations import PLAIN, federate, records, summary, train_messages
 from tests.support.local_grid import InProcessGrid

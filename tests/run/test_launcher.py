@@ -16,8 +16,8 @@ from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.engine import local
 from pfedgpa_app.results.log import EVENTS, is_done
-from pfedgpa_app.run import launcher
-from pfedgpa_app.run.launcher import Patience, Watcher, watched
+from pfedgpa_app.runs import launcher
+from pfedgpa_app.runs.launcher import Patience, Watcher, watched
 from tests.support.federations import PLAIN, records
 
 

@@ -34,11 +34,11 @@ from pfedgpa_app.diffusion.settings import DiffusionSettings
 from pfedgpa_app.methods.cfl import Cluster
 from pfedgpa_app.methods.pfedgpa import PFedGPAState
 from pfedgpa_app.results.log import Records, RunLog, is_done, last_event
-from pfedgpa_app.run import checkpoint
-from pfedgpa_app.run.checkpoint import MANIFEST, Checkpoint, CheckpointError
-from pfedgpa_app.run.folder import is_running, locked, run_folder
-from pfedgpa_app.run.launcher import watched
-from pfedgpa_app.run.resuming import CHECKPOINT
+from pfedgpa_app.runs import checkpoint
+from pfedgpa_app.runs.checkpoint import MANIFEST, Checkpoint, CheckpointError
+from pfedgpa_app.runs.folder import is_running, locked, run_folder
+from pfedgpa_app.runs.launcher import watched
+from pfedgpa_app.runs.resuming import CHECKPOINT
 from tests.support.federations import SMALL, federate, records, results, small
 
 # federations whose server or clients keep something of their own between rounds
@@ -435,7 +435,7 @@ class TestStopped:
     def test_a_run_says_how_it_goes_on(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("pfedgpa_app.run.launcher.local.run", self.stop)
+        monkeypatch.setattr("pfedgpa_app.runs.launcher.local.run", self.stop)
         words = [f"{key}={value}" for key, value in SMALL.items()]
         words += [f"out-dir={tmp_path}/my results", "--engine", "process"]
         assert cli.main(["run", *words]) == 130
@@ -449,7 +449,7 @@ class TestStopped:
             given.append(arguments)
             return self.stop()
 
-        monkeypatch.setattr("pfedgpa_app.run.launcher.local.run", stop)
+        monkeypatch.setattr("pfedgpa_app.runs.launcher.local.run", stop)
         repeated = shlex.split(again.removeprefix("to go on: pfedgpa "))
         assert cli.main(repeated) == 130
         config = resolve(given[0][1]).config

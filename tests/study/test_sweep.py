@@ -24,7 +24,7 @@ from pfedgpa_app.engine import PARENT
 from pfedgpa_app.methods.generation import PFedGPASettings
 from pfedgpa_app.results.log import is_done
 from pfedgpa_app.results.tables import seeds_table
-from pfedgpa_app.run.folder import locked
+from pfedgpa_app.runs.folder import locked
 from pfedgpa_app.study.sweep import Lines, Run, Sweep, expand, read, shares, table
 from tests.support.federations import PLAIN
 from tests.support.processes import alive

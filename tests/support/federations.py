@@ -10,7 +10,7 @@ from flwr.app import Message
 from safetensors.torch import load_file
 
 from pfedgpa_app.config.resolve import resolve
-from pfedgpa_app.run.experiment import run
+from pfedgpa_app.runs.experiment import run
 from tests.support.local_grid import InProcessGrid
 
 SMALL: dict[str, Any] = {

@@ -49,26 +49,6 @@ class TestModels:
         assert all(torch.equal(one[name], two[name]) for name in one)
         assert not torch.equal(one["fc1.weight"], other["fc1.weight"])
 
-    @pytest.mark.parametrize(
-        ("model", "shape", "sizes"),
-        [
-            ("auto", (3, 64, 64), "32"),
-            ("auto", (1, 32, 32), "8 or 28"),
-            ("digits", (1, 28, 28), "8"),
-            ("cifar", (1, 28, 28), ""),
-            ("auto", (4, 32, 32), ""),
-        ],
-    )
-    def test_refuses_images_without_a_network(
-        self, model: str, shape: tuple[int, int, int], sizes: str
-    ) -> None:
-        with pytest.raises(ValueError, match="fit images") as refused:
-            models.network_name(model, shape)
-        assert str(refused.value).partition("image-size=")[2] == (sizes and f"{sizes})")
-
-    def test_network_by_shape(self) -> None:
-        assert models.network_name("auto", (3, 32, 32)) == "cifar"
-
 
 class Plain(Images):
     """Numbers that reach the network as they are."""

@@ -10,8 +10,8 @@ from pfedgpa_app.client import memory
 from pfedgpa_app.core.files import checksum
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.results.log import RunLog
-from pfedgpa_app.run.checkpoint import Checkpoint, CheckpointError
-from pfedgpa_app.run.summary import Summary
+from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError
+from pfedgpa_app.runs.summary import Summary
 
 CHECKPOINT = "checkpoint"
 

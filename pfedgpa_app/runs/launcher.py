@@ -20,8 +20,8 @@ from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.engine.spawning import Server
 from pfedgpa_app.results import uploads
 from pfedgpa_app.results.log import EVENTS, Records, clock, is_done, say
-from pfedgpa_app.run.folder import LOG, is_running, run_folder, running
-from pfedgpa_app.run.initial import initial_weights
+from pfedgpa_app.runs.folder import LOG, is_running, run_folder, running
+from pfedgpa_app.runs.initial import initial_weights
 
 
 class Patience:

@@ -28,11 +28,11 @@ from pfedgpa_app.methods.fine_tuning import fine_tunings
 from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import RunLog, is_done
-from pfedgpa_app.run.folder import CONFIG, locked, run_folder, running
-from pfedgpa_app.run.initial import initial_weights
-from pfedgpa_app.run.personal import WEIGHTS, write_about
-from pfedgpa_app.run.resuming import CHECKPOINT, Resuming
-from pfedgpa_app.run.summary import Summary, save_weights
+from pfedgpa_app.runs.folder import CONFIG, locked, run_folder, running
+from pfedgpa_app.runs.initial import initial_weights
+from pfedgpa_app.runs.personal import WEIGHTS, write_about
+from pfedgpa_app.runs.resuming import CHECKPOINT, Resuming
+from pfedgpa_app.runs.summary import Summary, save_weights
 from pfedgpa_app.server.joining import join
 from pfedgpa_app.server.roster import Roster
 from pfedgpa_app.server.strategy import Personalised

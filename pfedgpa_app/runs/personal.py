@@ -27,7 +27,7 @@ from pfedgpa_app.data.images import normalisation
 from pfedgpa_app.methods import federation_of
 from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.networks import load, weight_names
-from pfedgpa_app.run.folder import kept_config, kept_settings
+from pfedgpa_app.runs.folder import kept_config, kept_settings
 
 MODEL, WEIGHTS = "model.json", "weights"
 REST = "network.safetensors"  # tensors of the network that clients do not share: frozen ones, …

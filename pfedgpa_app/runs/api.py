@@ -15,7 +15,7 @@ from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.results.log import SUMMARY, mean, rows_of
-from pfedgpa_app.run.personal import ClientModel, load_client
+from pfedgpa_app.runs.personal import ClientModel, load_client
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
