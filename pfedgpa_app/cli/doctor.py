@@ -26,7 +26,7 @@ def handle(options: Namespace) -> int:
     if options.dataset:
         require_dataset(options.dataset, "--dataset")
     if options.image_size:
-        check_number("--image-size", options.image_size, 10_000)
+        check_number("--image-size", options.image_size, 4096)
     node = Node(
         dataset=options.dataset,
         data_dir=options.data_dir,

@@ -76,7 +76,9 @@ class DataSettings(Basics):
     download: bool = setting(
         False, "let torchvision download the data set if it is absent", part=LAUNCH
     )
-    image_size: int = setting(0, "imagefolder: resize to this square; 0: as they are", low=0)
+    image_size: int = setting(
+        0, "imagefolder: resize to this square; 0: as they are", low=0, high=4096
+    )
     test_share: float = setting(
         0.2, "share of each class that tests, of data that have no test split", above=0, high=0.9
     )

@@ -83,7 +83,7 @@ def _listing(path: Path) -> dict[str, list[File]]:
             f"dataset imagefolder:{path}: test/ has classes that train/ lacks: "
             + ", ".join(sorted(unknown))
         )
-    if len(first) < 2:
+    if "" in listing and len(first) < 2:
         raise DataError(
             f"dataset imagefolder:{path}: has one class, {next(iter(first))}: two are the least"
         )

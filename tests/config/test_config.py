@@ -191,7 +191,7 @@ class TestRefusals:
         assert cli.main(["run", "dataset=cifar10", f"data-dir={tmp_path}"]) == 2
         assert "download=true" in capsys.readouterr().err
         assert cli.main(["run", "model=cifar"]) == 2
-        assert "fit images of 1×8×8" in capsys.readouterr().err
+        assert "takes images of 3×32×32, and these are 1×8×8" in capsys.readouterr().err
         assert cli.main(["run", "train-per-client=100000"]) == 2
         assert "class '0': one client is to hold" in capsys.readouterr().err
         assert cli.main(["run", "uploads=nowhere", "method=fedavg"]) == 2
