@@ -244,7 +244,7 @@ class Roster:
             silent = len(nodes) - len(answers)
             why = f"one that has none: {failed}" if failed else f"{silent} did not answer {within}"
             raise RosterError(
-                f"{len(answers)} nodes with data are here, and num-clients is {num_clients}"
+                f"num-clients is {num_clients}, and nodes with data are here: {len(answers)}"
                 + (f"; {why}" if silent else "")
             )
         if not answers:
