@@ -113,7 +113,10 @@ def _there(name: str, root: Path) -> Path:
     )
     if not exists:
         places = dict.fromkeys(str(p / _path(name)) for p in (Path.cwd(), root))
-        raise DataError(f"dataset {name}: no {kind} {' nor '.join(places)}")
+        how = "; images are expected as CLASS/IMAGE in it, or below train/ and test/"
+        raise DataError(
+            f"dataset {name}: no {kind} {' nor '.join(places)}{how if kind == 'folder' else ''}"
+        )
     return path
 
 

@@ -393,7 +393,8 @@ class TestShippedFiles:
         with zipfile.ZipFile(io.BytesIO(bundle)) as file:
             names = set(file.namelist())
         app = {name for name in app if name.endswith((".py", ".yaml", ".toml"))}
-        left_out = (".", "pfedgpa_app/study/", "pfedgpa_app/deployment/")
+        rooms = ("study/", "deployment/", "cli/", "dropin.py", "runs/api.py")
+        left_out = (".", *(f"pfedgpa_app/{room}" for room in rooms))
         app = {name for name in app if not name.startswith(left_out)}
         assert names == app | {"README.md", "LICENSE", ".info/CONTENT"}
 

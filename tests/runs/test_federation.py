@@ -41,6 +41,7 @@ class TestResults:
             "clients.jsonl",
             "summary.json",
             "table.md",
+            "model.json",
             "accuracy.png",
             "clients.png",
             "latents.png",
