@@ -9,6 +9,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from pfedgpa_app.cli import options as shared
+from pfedgpa_app.config.resolve import method_named
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.settings import ConfigError, shown
 
@@ -36,7 +37,9 @@ def handle(options: Namespace) -> int:
     varied = {"conf": "--conf", "method": "--methods", "seed": "--seeds"}
     shared.refuse_as_settings(overrides, varied)
     experiments = EXPERIMENTS if options.conf is None else shared.items("--conf", options.conf)
-    methods = None if options.methods is None else shared.items("--methods", options.methods)
+    methods = None
+    if options.methods is not None:
+        methods = [method_named(name) for name in shared.items("--methods", options.methods)]
     seeds = None if options.seeds is None else _seeds(options.seeds)
     runs = plan(experiments, methods, seeds, overrides, options.out)
     try:

@@ -10,7 +10,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from pfedgpa_app.cli import options as shared
-from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.config.resolve import method_named, resolve
+from pfedgpa_app.methods.own import reference_of
 
 EXAMPLE = "tune --conf my-experiment.yaml --methods fedavg,pfedgpa"
 
@@ -34,9 +35,12 @@ def handle(options: Namespace) -> int:
     config = resolve({"conf": options.conf}).config
     methods = tunable(config)
     if options.methods is not None:
-        methods = shared.items("--methods", options.methods)
+        methods = [method_named(name) for name in shared.items("--methods", options.methods)]
     # what can be repeated elsewhere: no paths of this machine
-    words = [f"--conf {Path(options.conf).stem}", f"--methods {','.join(methods)}"]
+    words = [
+        f"--conf {Path(options.conf).stem}",
+        f"--methods {','.join(map(reference_of, methods))}",
+    ]
     words += [f"{key}={value}" for key, value in overrides.items() if key != "data-dir"]
     command = " ".join(["pfedgpa tune", *words])
     app = options.app.absolute()

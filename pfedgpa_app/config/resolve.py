@@ -253,12 +253,12 @@ def _default_conf(overrides: Mapping[str, Any]) -> str:
 
 def _know_methods(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
     """Make methods by import path known, before their settings are looked at."""
-    method: Any = ""
     code_dir = ""
-    for _, layer in layers:
-        method, code_dir = layer.get("method", method), layer.get("code-dir", code_dir)
-    for name in parse(keys()["method"], method, "method") if method else ():
-        method_named(name, str(code_dir))
+    for source, layer in layers:  # of all: a file may have settings of a method that is not run
+        code_dir = str(layer.get("code-dir", code_dir))
+        if method := layer.get("method"):
+            for name in parse(keys()["method"], method, source):
+                method_named(name, code_dir)
 
 
 @lru_cache(maxsize=4)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pfedgpa_app.config.resolve import require_method, without_idle
 from pfedgpa_app.methods import METHODS, federations
+from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.runs.folder import kept_settings
@@ -99,7 +100,8 @@ def plan(
         wanted = [name for name in chosen if all_here or name in MAIN]
         for experiment in experiments:
             for group in federations(wanted).values():
-                over: dict[str, list[Any]] = {"conf": [experiment], "method": [group]}
+                named = [reference_of(name) for name in group]
+                over: dict[str, list[Any]] = {"conf": [experiment], "method": [named]}
                 over["seed"] = [seed]
                 runs += expand(_own(settings, group, chosen), over, out)
     return runs

@@ -122,7 +122,7 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
     for values in itertools.product(*over.values()):
         varied = dict(zip(over, values, strict=True))
         chosen = settings | varied
-        name = _name(chosen, varied)
+        name = _name(resolve(chosen).config.conf, varied)
         folder = (out / name).absolute()
         chosen |= {"out-dir": str(folder.parent), "run-name": name}
         run = Run(name, chosen, varied, resolve(chosen), folder)
@@ -139,12 +139,12 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
     return runs
 
 
-def _name(settings: Settings, varied: Settings) -> str:
+def _name(conf: str, varied: Settings) -> str:
     def text(value: Any) -> str:
         whole = "+".join(map(str, value)) if isinstance(value, list) else str(value)
         return "".join(c if c.isalnum() or c in "-.+" else "-" for c in whole)
 
-    parts = [text(Path(str(settings.get("conf", "demo"))).stem)]
+    parts = [text(Path(conf).stem)]
     parts += [f"{key}={text(value)}" for key, value in varied.items() if key != "conf"]
     return "_".join(parts)
 

@@ -16,12 +16,13 @@ import yaml
 from rich.console import Console
 
 from pfedgpa_app.config.parse import flat
-from pfedgpa_app.config.resolve import conf_path, keys, require_method, sections
+from pfedgpa_app.config.resolve import conf_path, keys, require_method, resolve, sections
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import PACKAGE
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS, federation_of
+from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.runs.folder import kept_settings
@@ -79,6 +80,12 @@ def tune(
         require_method(method, "--methods")
         if not main_settings(method):
             raise ConfigError(f"--methods: {method} has no settings to choose")
+    there = resolve({"conf": conf}).config.method
+    if new := [m for m in methods if reference_of(m) != m and m not in there]:
+        raise ConfigError(
+            f"{path}: must name {reference_of(new[0])} among its method: whoever runs it must know "
+            "whose settings tune writes into it"
+        )
     _refuse_in_sections(path, methods)
     found: dict[str, Any] = {}
     # those without a section choose the run's settings, which are the others' defaults
@@ -119,7 +126,7 @@ def _search(
             grids = list(main_settings(method).items())
             if step < len(grids):
                 key, values = grids[step]
-                over = {"method": [method], **_fixed(chosen[method]), key: list(values)}
+                over = {**_fixed(method, chosen[method]), key: list(values)}
                 going[method] = key, expand(base, over, out)
         run_all([run for _, runs in going.values() for run in runs])
         for _ in range(_BEYOND):
@@ -127,7 +134,7 @@ def _search(
             for method, (key, runs) in going.items():
                 beyond = next_beyond([(run.varied[key], score(run)) for run in runs])
                 if beyond is not None:
-                    over = {"method": [method], **_fixed(chosen[method]), key: [beyond]}
+                    over = {**_fixed(method, chosen[method]), key: [beyond]}
                     found = _possible(base, over, out)
                     runs += found
                     more += found
@@ -159,8 +166,8 @@ def next_beyond(tried: Sequence[tuple[Any, Any]]) -> float | None:
     return None
 
 
-def _fixed(chosen: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {name: [value] for name, value in chosen.items()}
+def _fixed(method: str, chosen: Mapping[str, Any]) -> dict[str, list[Any]]:
+    return {"method": [reference_of(method)]} | {name: [value] for name, value in chosen.items()}
 
 
 def _possible(base: Settings, over: dict[str, list[Any]], out: Path) -> list[Run]:
