@@ -17,7 +17,8 @@ from PIL import Image
 from torch import nn
 
 from pfedgpa_app import cli, load_client
-from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.config import resolve as resolving
+from pfedgpa_app.config.resolve import method_named, resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import Config, TrainingSettings
@@ -29,6 +30,7 @@ from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.networks import weight_names, weights_of
 from pfedgpa_app.runs import api
 from pfedgpa_app.runs.personal import evaluate, export
+from pfedgpa_app.study.compare import plan
 from tests.support.federations import federate, records, summary
 
 NETS = '''
@@ -259,10 +261,31 @@ class TestMethods:
             assert "none of this run's methods (fedavg) goes by it" in capsys.readouterr().err
         finally:
             METHODS.pop("fedx", None)
-            from pfedgpa_app.config import resolve as module
+            resolving.sections.cache_clear()
+            resolving.keys.cache_clear()
 
-            module.sections.cache_clear()
-            module.keys.cache_clear()
+    def test_other_processes_get_it_by_its_import_path(
+        self, nets: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (nets / "fedy.py").write_text(
+            "from pfedgpa_app.methods.fedprox import FedProx, FedProxSettings\n"
+            "class FedY(FedProx):\n"
+            "    class settings(FedProxSettings): pass\n"
+        )
+        try:
+            name = method_named("fedy:FedY")
+            [first, second] = plan(["demo"], ["fedavg", name], [0], {}, nets / "out")
+            assert [first.settings["method"], second.settings["method"]] == [
+                ["fedavg"],
+                ["fedy:FedY"],
+            ]
+            (nets / "mine.yaml").write_text("conf: demo\n")
+            assert cli.main(["tune", "--conf", "mine.yaml", "--methods", "fedy:FedY"]) == 2
+            assert "must name fedy:FedY among its method" in capsys.readouterr().err
+        finally:
+            METHODS.pop("fedy", None)
+            resolving.sections.cache_clear()
+            resolving.keys.cache_clear()
 
     def test_what_is_no_method_is_refused(
         self, nets: Path, capsys: pytest.CaptureFixture[str]
