@@ -171,7 +171,7 @@ class TestOwnData:
     def test_too_few_nodes(self, tmp_path: Path) -> None:
         sources = self.sites(tmp_path, 2)
         grid = self.grid(tmp_path, [*sources, ""])
-        with pytest.raises(RosterError, match=r"2 nodes with data .* names none: start"):
+        with pytest.raises(RosterError, match=r"nodes with data are here: 2; .* names none: start"):
             self.start(grid)
 
     def test_data_that_do_not_match(self, tmp_path: Path) -> None:
