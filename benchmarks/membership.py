@@ -13,7 +13,6 @@ away, ``last-upload`` what the client's own upload does, ``fedavg`` everybody's 
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,23 +22,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from pfedgpa_app.config.resolve import is_read, keys, resolve
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.client import load_client, load_partition, load_schema
 from pfedgpa_app.data.images import Images
 from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.networks import load
 from pfedgpa_app.results.tables import markdown
-
-
-def config_of(run: Path) -> Config:
-    """The settings that the run in ``run`` had."""
-    kept = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    given = {n: entry["value"] for n, entry in kept.items() if entry["from"] != "default"}
-    config = Config(method=tuple(kept["method"]["value"]))
-    own = {n for n in given if "." in n and not is_read(keys()[n], config)}
-    return resolve({n: value for n, value in given.items() if n not in own}).config
+from pfedgpa_app.runs.folder import kept_config
+from pfedgpa_app.runs.personal import own_weights
 
 
 @dataclass(frozen=True)
@@ -63,16 +53,6 @@ def losses(model: torch.nn.Module, images: Images) -> tuple[np.ndarray, float]:
     found = F.cross_entropy(logits, images.labels, reduction="none")
     right = (logits.argmax(1) == images.labels).float().mean()
     return found.numpy(), float(right)
-
-
-def own_weights(weights: Weights, client: int) -> Weights:
-    """One client's of a run's saved weights."""
-    return {
-        name.partition("/")[2]: tensor
-        for prefix in ("global", f"client-{client}")
-        for name, tensor in weights.items()
-        if name.startswith(f"{prefix}/")
-    }
 
 
 def examine(config: Config, weights: dict[str, torch.Tensor]) -> Found:
@@ -101,7 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="a run's folder, with the weights that it kept")
     run = parser.parse_args().run
-    config = config_of(run)
+    config = kept_config(run)
     groups = np.array([split.group for split in load_partition(config)])[: config.initial_clients]
     alike, same = groups[:, None] == groups, np.eye(len(groups), dtype=bool)
     rows = []

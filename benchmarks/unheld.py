@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-from membership import config_of, own_weights
 from safetensors.torch import load_file
 
 from pfedgpa_app.core.sections import Config
@@ -21,6 +20,8 @@ from pfedgpa_app.data.images import Images, images_of
 from pfedgpa_app.data.partition import round_counts
 from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.networks import load
+from pfedgpa_app.runs.folder import kept_config
+from pfedgpa_app.runs.personal import own_weights
 from pfedgpa_app.training.evaluation import evaluate
 
 IMAGES = 12_000
@@ -50,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", type=Path, nargs="+", help="runs' folders, with their weights")
     for run in parser.parse_args().runs:
-        config = config_of(run)
+        config = kept_config(run)
         images = unheld(config)
         model = network_of(config, load_schema(config))
         for file in sorted(run.glob("weights/*.safetensors")):

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pfedgpa_app.config.resolve import Resolved, differences, keys, resolve
+from pfedgpa_app.config.resolve import Resolved, differences, is_read, keys, method_named, resolve
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
@@ -82,15 +82,27 @@ def kept_settings(folder: Path) -> dict[str, Any]:
     return kept
 
 
+def kept_methods(folder: Path) -> list[str]:
+    """The names of the methods of the run in ``folder``; own ones are known from now on."""
+    kept = kept_settings(folder)
+    code_dir = str(kept.get("code-dir", {}).get("value", ""))
+    return [method_named(str(name), code_dir) for name in kept["method"]["value"]]
+
+
 def kept_config(folder: Path) -> Config:
     """The configuration of the run in ``folder``, resolved again.
 
     Raises:
         ConfigError: as ``kept_settings``, or settings of another version.
     """
+    run = Config(method=tuple(kept_methods(folder)))
     kept = {name: entry["value"] for name, entry in kept_settings(folder).items()}
-    plain = {n: v for n, v in kept.items() if n in keys() and "." not in n and v != []}
-    return resolve(plain | {"conf": ""}).config
+    read = {
+        name: value
+        for name, value in kept.items()
+        if name in keys() and value != [] and ("." not in name or is_read(keys()[name], run))
+    }
+    return resolve(read | {"conf": ""}).config
 
 
 def is_foreign(folder: Path) -> bool:

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pfedgpa_app.config.resolve import method_named
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
@@ -27,7 +26,7 @@ from pfedgpa_app.data.images import normalisation
 from pfedgpa_app.methods import federation_of
 from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.networks import load, weight_names
-from pfedgpa_app.runs.folder import kept_config, kept_settings
+from pfedgpa_app.runs.folder import kept_config, kept_methods, kept_settings
 
 MODEL, WEIGHTS = "model.json", "weights"
 REST = "network.safetensors"  # tensors of the network that clients do not share: frozen ones, …
@@ -170,7 +169,7 @@ def the_method(folder: Path, method: str) -> str:
     alone = {path.name.partition(".client-")[0] for path in (folder / WEIGHTS).glob("*.client-*")}
     there = [
         name
-        for name in _methods(folder)
+        for name in kept_methods(folder)
         if (folder / WEIGHTS / _file(name)).is_file() or federation_of(name) in alone
     ]
     if not there:
@@ -183,14 +182,18 @@ def the_method(folder: Path, method: str) -> str:
     return method or there[-1]
 
 
-def _methods(folder: Path) -> list[str]:
-    kept = kept_settings(folder)
-    code_dir = str(kept.get("code-dir", {}).get("value", ""))
-    return [method_named(str(name), code_dir) for name in kept["method"]["value"]]
-
-
 def _file(method: str) -> str:
     return f"{method}.safetensors"
+
+
+def own_weights(tensors: Weights, client: int) -> Weights:
+    """One client's of the tensors that a method's file in ``weights/`` holds."""
+    return {
+        name.partition("/")[2]: tensor
+        for prefix in ("global", f"client-{client}")
+        for name, tensor in tensors.items()
+        if name.startswith(f"{prefix}/")
+    }
 
 
 def client_weights(folder: Path, client: int, method: str = "") -> Weights:
@@ -215,12 +218,7 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
     count = kept_settings(folder)["num-clients"]["value"]
     if not 0 <= client < count or (clients and f"client-{client}" not in clients and not kept):
         raise ConfigError(f"{folder}: has no client {client}; there are 0 to {count - 1}")
-    weights: Weights = {}
-    for prefix in ("global", f"client-{client}"):
-        weights |= {
-            name.partition("/")[2]: t for name, t in made.items() if name.startswith(f"{prefix}/")
-        }
-    return weights | kept
+    return own_weights(made, client) | kept
 
 
 def load_client(run: str | Path, client: int, method: str = "") -> ClientModel:

@@ -17,6 +17,7 @@ from pfedgpa_app.client.privacy import with_local_dp
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.engine.grid import identify
 from pfedgpa_app.models.networks import build
+from pfedgpa_app.runs.folder import kept_config
 from pfedgpa_app.server.screening import NoUploadsError
 from tests.support.federations import federate, records, summary
 
@@ -86,7 +87,7 @@ class TestMembership:
         folder, _ = federate(
             tmp_path, **how, local_epochs=30, num_server_rounds=3, train_per_client=40
         )
-        config = membership.config_of(folder)
+        config = kept_config(folder)
         assert config.num_clients == 4
         own, shared = (
             membership.examine(config, load_file(folder / "weights" / f"{name}.safetensors"))
