@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from typing import Any
 
 import torch
 
@@ -38,22 +39,15 @@ def synthetic(clients: int, rounds: int, weights: int) -> Buffer:
     return buffer
 
 
-def main() -> None:
-    """Run the step once and print what it took."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--clients", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--weights", type=int, default=107_690)
-    parser.add_argument("--device", default="cpu")
-    options = parser.parse_args()
-    device = torch.device(options.device)
+def measure(clients: int, rounds: int, weights: int, device: torch.device) -> dict[str, Any]:
+    """Run the step once; what it took."""
     # what torch loads at its first matrix product and training step is not the step's
     small = synthetic(4, 3, 2000)
     WeightDistribution(small, DiffusionSettings(fit_steps=2), 0, device).generate(
         "tweedie", draws=2
     )
-    buffer = synthetic(options.clients, options.rounds, options.weights)
-    size = options.clients * options.rounds * options.weights * 4
+    buffer = synthetic(clients, rounds, weights)
+    size = clients * rounds * weights * 4
     before = peak_memory()
     started = time.perf_counter()
     fitted = WeightDistribution(buffer, DiffusionSettings(), 0, device)
@@ -64,25 +58,33 @@ def main() -> None:
     started = time.perf_counter()
     remove_drift(*buffer.stack()[1:]).gram()
     gram = time.perf_counter() - started
-    print(
-        json.dumps(
-            {
-                "clients": options.clients,
-                "rounds": options.rounds,
-                "weights": options.weights,
-                "rank": fitted.rank,
-                "strength": fitted.strength,
-                "seconds": round(total, 2),
-                "seconds_fit": round(fit, 2),
-                "seconds_gram_alone": round(gram, 2),
-                "seconds_generate": round(total - fit, 2),
-                "buffer_bytes": size,
-                "extra_bytes": extra,
-                "extra_over_buffer": round(extra / size, 2),
-                "generated": len(generated),
-            }
-        )
-    )
+    return {
+        "clients": clients,
+        "rounds": rounds,
+        "weights": weights,
+        "rank": fitted.rank,
+        "strength": fitted.strength,
+        "seconds": round(total, 2),
+        "seconds_fit": round(fit, 2),
+        "seconds_gram_alone": round(gram, 2),
+        "seconds_generate": round(total - fit, 2),
+        "buffer_bytes": size,
+        "extra_bytes": extra,
+        "extra_over_buffer": round(extra / size, 2),
+        "generated": len(generated),
+    }
+
+
+def main() -> None:
+    """Run the step once and print what it took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--weights", type=int, default=107_690)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    size = options.clients, options.rounds, options.weights
+    print(json.dumps(measure(*size, torch.device(options.device))))
 
 
 if __name__ == "__main__":

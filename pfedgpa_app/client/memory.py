@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, Context
+from flwr.app import Context
 from safetensors.torch import load_file, save_file
 
 from pfedgpa_app.core.files import replacing
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.messages import record_of
 
 
 def _folder(context: Context, asked: Mapping[str, Any]) -> Path | None:
@@ -83,7 +84,7 @@ def keep(
     """
     if not state:
         return
-    context.state[key] = ArrayRecord(state)
+    context.state[key] = record_of(state)
     folder = _folder(context, asked)
     if folder is None:
         return

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from flwr.app import (
-    ArrayRecord,
     ConfigRecord,
     Context,
     Message,
@@ -25,7 +24,7 @@ from pfedgpa_app.config.resolve import resolve_cached
 from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES, Config
-from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.core.weights import Weights, all_finite
 from pfedgpa_app.data.client import (
     ClientData,
     load_client,
@@ -34,6 +33,7 @@ from pfedgpa_app.data.client import (
     load_schema,
     schema_of,
 )
+from pfedgpa_app.messages import record_of
 from pfedgpa_app.methods import rounds_class
 from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.models.build import network_of
@@ -132,7 +132,7 @@ class ClientRequest:
         """The answer."""
         content = RecordDict({"metrics": MetricRecord(metrics)})
         if weights is not None:
-            content["arrays"] = ArrayRecord(weights)
+            content["arrays"] = record_of(weights)
         return Message(content, reply_to=self.message)
 
     def trained(self, trained: Trained) -> Message:
@@ -141,7 +141,7 @@ class ClientRequest:
         A client whose training went to infinity keeps what it had before: it would never come back.
         """
         weights = trained.upload
-        if all(t.isfinite().all() for t in (*weights.values(), *trained.state.values())):
+        if all(all_finite(t) for t in (*weights.values(), *trained.state.values())):
             self.keep(trained.state)
         if self.client in self.config.malicious_clients:
             generator = self.generator("attack")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pfedgpa_app.core.weights import Layout, Weights
+from pfedgpa_app.core.weights import Layout, Weights, all_finite
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Buffer:
         """
         layout = self.layout or Layout.of(weights)
         vector = layout.flatten(weights)
-        if not bool(torch.isfinite(vector).all()):
+        if not all_finite(vector):
             raise ValueError(f"upload of client {client} in round {server_round} is not finite")
         self.layout = layout
         self._entries[server_round, client] = Entry(server_round, client, vector, layout)

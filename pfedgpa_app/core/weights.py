@@ -9,11 +9,20 @@ import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def finite(tensor: Tensor) -> Tensor:
     """Which of its numbers are finite, also in the float32 of a layout's vectors."""
     return (tensor.float() if tensor.is_floating_point() else tensor).isfinite()
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether all its numbers are finite, also in float32; one pass over them."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    least, most = tensor.aminmax()  # NaN if there is one, which no comparison holds for
+    return float(least) >= -_LARGEST and float(most) <= _LARGEST
 
 
 @dataclass(frozen=True)

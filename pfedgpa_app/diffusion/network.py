@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.replay import Replayed
 from pfedgpa_app.diffusion.denoiser import (
     Denoiser,
     FiniteSetDenoiser,
@@ -105,20 +107,49 @@ def fit_network(
         descriptor = 0 if descriptors is None else descriptors.shape[1]
         network = new_network(settings, latents.shape[1], tokens, descriptor).to(device)
     average = moving_average(network, settings.ema)
-    optimiser = torch.optim.AdamW(network.parameters(), lr=settings.fit_learning_rate)
+    optimiser = torch.optim.AdamW(
+        network.parameters(), lr=settings.fit_learning_rate, fused=device.type == "cuda"
+    )
     cycle = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, settings.fit_learning_rate, total_steps=max(2, settings.fit_steps)
     )
     alpha_bar = schedule.alpha_bar.float().to(device)
-    for step in range(settings.fit_steps):
+    draw = functools.partial(_draw, settings, latents.shape, descriptors is not None, generator)
+    drawn = draw()
+    held = [tensor.to(device) for tensor in drawn]
+
+    def gradients() -> None:
         optimiser.zero_grad()
-        examples = latents, noise, descriptors
-        denoising_loss(network, *examples, alpha_bar, settings.fit_batch_size, generator).backward()
+        denoising_loss(network, latents, noise, descriptors, alpha_bar, held).backward()
+
+    go_back = Replayed(gradients, device)
+    for step in range(settings.fit_steps):
+        for mine, new in zip(held, drawn if step == 0 else draw(), strict=True):
+            mine.copy_(new)
+        go_back()
         optimiser.step()
         cycle.step()
         average.update_parameters(network)
         progress((step + 1) / settings.fit_steps)
     return NetworkDenoiser(average.module.cpu(), schedule)  # latents are few: generate there
+
+
+def _draw(
+    settings: DiffusionSettings, shape: torch.Size, described: bool, generator: torch.Generator
+) -> list[Tensor]:
+    """What a step draws, for latents [N, k] of ``shape``.
+
+    Returns:
+        their rows [B], times 1..T [B], jitter and noise [2, B, k], and a uniform number for each
+        that is ``described``, [B, 1].
+    """
+    batch = settings.fit_batch_size
+    drawn = [
+        torch.randint(shape[0], (batch,), generator=generator),
+        torch.randint(1, settings.diffusion_steps + 1, (batch,), generator=generator),
+        torch.randn(2, batch, shape[1], generator=generator),
+    ]
+    return [*drawn, torch.rand(batch, 1, generator=generator)] if described else drawn
 
 
 def denoising_loss(
@@ -127,26 +158,21 @@ def denoising_loss(
     noise: Tensor,
     descriptors: Tensor | None,
     alpha_bar: Tensor,
-    batch: int,
-    generator: torch.Generator,
+    drawn: Sequence[Tensor],
 ) -> Tensor:
-    """The DDPM objective in its v-form, on a ``batch`` drawn from latents [N, k].
+    """The DDPM objective in its v-form, on what ``_draw`` drew of latents [N, k].
 
     E‖v − v_φ(√ᾱ_t z + √(1−ᾱ_t) ε, t)‖², t uniform in 1..T, z a latent plus the augmentation.
 
     Args:
         alpha_bar: [T + 1].
     """
-    device = latents.device
-    rows = torch.randint(len(latents), (batch,), generator=generator).to(device)
-    t = torch.randint(1, len(alpha_bar), (batch,), generator=generator).to(device)
-    jitter, eps = torch.randn(2, batch, latents.shape[1], generator=generator).to(device)
+    rows, t, (jitter, eps) = drawn[0], drawn[1], drawn[2]
     z = latents[rows] + noise * jitter
     signal, sigma = alpha_bar[t].sqrt()[:, None], (1 - alpha_bar[t]).sqrt()[:, None]
     known = None
     if descriptors is not None:
-        hidden = torch.rand(batch, 1, generator=generator).to(device) < _HIDDEN
-        known = descriptors[rows].masked_fill(hidden, torch.nan)
+        known = descriptors[rows].masked_fill(drawn[3] < _HIDDEN, torch.nan)
     v = network(signal * z + sigma * eps, t.float(), known)
     return F.mse_loss(v, signal * eps - sigma * z)
 

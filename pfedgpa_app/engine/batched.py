@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pfedgpa_app.client.cohort import compare_fine_tunings
 from pfedgpa_app.client.request import ClientRequest, build_model, held_by
+from pfedgpa_app.core.replay import Replayed
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.client import ClientData, load_schema
@@ -36,7 +37,7 @@ from pfedgpa_app.training.sgd import Recipe, batches, clipped, crop_and_flip, sg
 
 logger = logging.getLogger("pfedgpa")
 
-IMAGES_AT_ONCE = 6000  # in one step over all clients: some 3 GB of activations of CIFAR's CNN
+IMAGES_AT_ONCE = 3000  # in one step over all clients: some 2 GB of activations of CIFAR's CNN
 
 
 class Columns(torch.autograd.Function):
@@ -145,10 +146,7 @@ class DeviceData:
 
 
 class Step:
-    """One SGD step of a cohort on ``batch`` images a client, over buffers that stay in place.
-
-    On a GPU the step is captured as a CUDA graph at its second call and replayed from then on.
-    """
+    """One SGD step of a cohort on ``batch`` images a client, over buffers that stay in place."""
 
     def __init__(self, cohort: BatchedCohort, recipe: Recipe, batch: int) -> None:
         self.cohort, self.recipe = cohort, recipe
@@ -156,8 +154,7 @@ class Step:
         whole = {"dtype": torch.long, "device": cohort.device}
         self.index = torch.zeros(cohort.size, batch, **whole)  # type: ignore[call-overload]
         self.crops = torch.zeros(3, cohort.size * batch, **whole)  # type: ignore[call-overload]
-        self._calls = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replayed = Replayed(self._step, cohort.device, cohort.pool)
 
     def _step(self) -> None:
         cohort, images = self.cohort, self.cohort.data.parts["train"]
@@ -181,22 +178,7 @@ class Step:
         self.index.copy_(index)
         if crops is not None:
             self.crops.copy_(crops)
-        self._calls += 1
-        if not self.index.is_cuda:
-            self._step()
-        elif self._graph is not None:
-            self._graph.replay()
-        elif self._calls == 1:  # lets torch make its workspaces, off the captured stream
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._step()
-            torch.cuda.current_stream().wait_stream(stream)
-        else:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=self.cohort.pool):
-                self._step()
-            self._graph.replay()  # capturing only records
+        self._replayed()
 
 
 class BatchedCohort:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from flwr.app import ArrayRecord, Message, MessageType
+from flwr.app import Message, MessageType
 
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.messages import record_of
 from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.server.roster import Roster, array_bytes
 from pfedgpa_app.server.screening import NoUploadsError, check_counts, failure
@@ -77,7 +78,7 @@ class Evaluator:
         }
         sent = sum(array_bytes(message) for message in messages.values())
         for client, reference in references.items():
-            messages[client].content["reference"] = ArrayRecord(reference)
+            messages[client].content["reference"] = record_of(reference)
         answers = self.roster.exchange(messages)
         scores = {
             client: FinalScore(

@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.messages import bytes_of, record_of
 
 logger = logging.getLogger("pfedgpa")
 
@@ -32,7 +33,7 @@ Settings = dict[str, Any]  # what a ConfigRecord takes
 def array_bytes(message: Message) -> int:
     """Bytes of the arrays that a message carries, as they travel."""
     records = message.content.array_records.values()
-    return sum(len(array.data) for record in records for array in record.values())
+    return sum(bytes_of(array) for record in records for array in record.values())
 
 
 def is_flowers(grid: Grid, name: str) -> bool:
@@ -255,7 +256,7 @@ class Roster:
         """A message of its own for ``client``: nothing is shared between recipients."""
         content = RecordDict(
             {
-                "arrays": ArrayRecord(weights),
+                "arrays": record_of(weights),
                 "config": ConfigRecord({**self.common, **settings, "client": client}),
             }
         )

@@ -14,7 +14,8 @@ from flwr.common.constant import ErrorCode
 
 from pfedgpa_app.core.sections import FederationSettings
 from pfedgpa_app.core.uploads import Upload
-from pfedgpa_app.core.weights import Layout, Weights, finite
+from pfedgpa_app.core.weights import Layout, Weights, all_finite, finite
+from pfedgpa_app.messages import bytes_of
 
 _WHAT: dict[int, str] = {  # what Flower's codes mean for whom reads the log
     ErrorCode.MESSAGE_UNAVAILABLE: "did not answer in time",
@@ -50,7 +51,7 @@ def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str
     if missing or extra:
         return None, f"sent tensors with missing names {missing[:9]} and extra names {extra[:9]}"
     for name, like in expected.items():  # before anything is unpacked
-        size = len(arrays[name].data)
+        size = bytes_of(arrays[name])
         if size > 8 * like.nbytes + _HEADER:  # a wrong dtype or shape is named as such below
             return None, f"sent {name} in {size} bytes, where {like.nbytes} are enough"
     try:
@@ -63,7 +64,7 @@ def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str
             return None, f"sent {name} of shape {list(tensor.shape)}, not {list(like.shape)}"
         if tensor.dtype != like.dtype:
             return None, f"sent {name} as {tensor.dtype}, not {like.dtype}"
-        if not bool((finite(tensor) | ~finite(like)).all()):
+        if not all_finite(tensor) and not bool((finite(tensor) | ~finite(like)).all()):
             return None, f"sent {name} with numbers that are not finite"
     return {name: weights[name] for name in expected}, ""
 
@@ -119,8 +120,11 @@ def check_counts(counts: Mapping[str, Any]) -> str:
 
 def norm(weights: Weights) -> float:
     """Of all finite numbers of all tensors as one vector."""
-    wide = (t.to(torch.promote_types(t.dtype, torch.float64)) for t in weights.values())
-    return math.sqrt(sum(float(t.abs().nan_to_num(posinf=0).square().sum()) for t in wide))
+    wide = [t.to(torch.promote_types(t.dtype, torch.float64)) for t in weights.values()]
+    size = math.hypot(*(float(torch.linalg.vector_norm(t)) for t in wide))
+    if math.isfinite(size):
+        return size
+    return math.hypot(*(float(t.abs().nan_to_num(posinf=0).norm()) for t in wide))
 
 
 def too_large(uploads: dict[int, Upload], expected: Weights, limit: float) -> dict[int, str]:
