@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -24,16 +25,22 @@ def train(message: Message, context: Context) -> Message:
     return with_local_dp(train_round, message, context)
 
 
+def asked(message: Message, context: Context) -> ClientRequest:
+    """What is asked of this client, in a process that serves clients only."""
+    torch.set_num_threads(1)  # clients share the cores; more threads only contend
+    return ClientRequest(message, context)
+
+
 def train_round(message: Message, context: Context) -> Message:
     """The round itself."""
-    request = ClientRequest(message, context)
+    request = asked(message, context)
     return request.trained(request.method.train(request.task()))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Count this client's correct predictions on its test images."""
-    request = ClientRequest(message, context)
+    request = asked(message, context)
     client = SequentialCohort(request)
     client.load([request.evaluated()])
     return request.scored(client.evaluate("test")[0])
@@ -42,6 +49,6 @@ def evaluate(message: Message, context: Context) -> Message:
 @app.evaluate("final")
 def evaluate_final(message: Message, context: Context) -> Message:
     """Evaluate before fine-tuning and after each kind of it."""
-    request = ClientRequest(message, context)
+    request = asked(message, context)
     client = SequentialCohort(request)
     return compare_fine_tunings(client, [request])[0]

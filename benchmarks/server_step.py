@@ -9,6 +9,7 @@ beyond what the process held before the step, as a multiple of the buffer.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from typing import Any
@@ -21,19 +22,24 @@ from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.diffusion.settings import DiffusionSettings
 from pfedgpa_app.runs.summary import peak_memory
 
+CPU = torch.device("cpu")
 
-def synthetic(clients: int, rounds: int, weights: int) -> Buffer:
-    """Uploads of clients in five groups, with a head of 1,290 numbers at the end."""
-    rng = torch.Generator().manual_seed(0)
-    group = 0.02 * torch.randn(5, weights, generator=rng)
-    own = 0.01 * torch.randn(clients, weights, generator=rng)
+
+def synthetic(clients: int, rounds: int, weights: int, device: torch.device = CPU) -> Buffer:
+    """Uploads of clients in five groups, with a head of 1,280 numbers at the end.
+
+    They lie in the CPU's memory; ``device`` draws them.
+    """
+    rng = torch.Generator(device).manual_seed(0)
+    draw = functools.partial(torch.randn, generator=rng, device=device)
+    group, own = 0.02 * draw(5, weights), 0.01 * draw(clients, weights)
     buffer = Buffer(rounds)
     head = 1280
     for r in range(rounds):
-        drift = 0.05 * torch.randn(weights, generator=rng)
+        drift = 0.05 * draw(weights)
         for c in range(clients):
-            noise = 0.02 * torch.randn(weights, generator=rng)
-            vector = drift + group[c % 5] + own[c] + noise
+            noise = 0.02 * draw(weights)
+            vector = (drift + group[c % 5] + own[c] + noise).cpu()
             named = {"body": vector[:-head], "head": vector[-head:].reshape(10, head // 10)}
             buffer.add(r, c, named)
     return buffer
@@ -46,7 +52,7 @@ def measure(clients: int, rounds: int, weights: int, device: torch.device) -> di
     WeightDistribution(small, DiffusionSettings(fit_steps=2), 0, device).generate(
         "tweedie", draws=2
     )
-    buffer = synthetic(clients, rounds, weights)
+    buffer = synthetic(clients, rounds, weights, device)
     size = clients * rounds * weights * 4
     before = peak_memory()
     started = time.perf_counter()
@@ -56,7 +62,7 @@ def measure(clients: int, rounds: int, weights: int, device: torch.device) -> di
     total = time.perf_counter() - started
     extra = peak_memory() - before
     started = time.perf_counter()
-    remove_drift(*buffer.stack()[1:]).gram()
+    remove_drift(*buffer.stack()[1:], device).gram()
     gram = time.perf_counter() - started
     return {
         "clients": clients,

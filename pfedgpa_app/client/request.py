@@ -67,7 +67,6 @@ class ClientRequest:
     """One message to one client: what every handler needs of it."""
 
     def __init__(self, message: Message, context: Context) -> None:
-        torch.set_num_threads(1)  # clients share the cores; more threads only contend
         self.message, self.context = message, context
         self.config: Config = resolve_cached(context.run_config).config
         asked: Any = message.content.config_records["config"]

@@ -7,12 +7,13 @@ weights are read in blocks of columns and no P×P matrix is ever made.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 _BLOCK = 8192  # columns read at a time
 
 
@@ -27,20 +28,23 @@ class Deltas:
     """Uploads less their round's drift: ``vectors[j] − means[index[j]]``, never made whole.
 
     vectors [N, P] and means [R, P] are float32; ``index`` [N] is each upload's round, in the
-    order of ``rounds``.
+    order of ``rounds``. Sums over weights are computed on ``device``, which is sent a block of
+    columns at a time.
     """
 
     vectors: Tensor
     means: Tensor
     index: Tensor
     rounds: tuple[int, ...]
+    device: torch.device = CPU
 
     def __len__(self) -> int:
         return len(self.vectors)
 
     def columns(self, block: slice) -> Tensor:
-        """[N, block] in float64."""
-        return (self.vectors[:, block] - self.means[self.index, block]).double()
+        """[N, block] in float64, on ``device``."""
+        vectors, means = (t[:, block].to(self.device) for t in (self.vectors, self.means))
+        return (vectors - means[self.index.to(self.device)]).double()
 
     def rows(self, rows: Tensor) -> Tensor:
         """[len(rows), P] in float32."""
@@ -48,19 +52,22 @@ class Deltas:
 
     def part(self, columns: slice) -> Deltas:
         """Only some ``columns``; no weight is copied."""
-        return Deltas(self.vectors[:, columns], self.means[:, columns], self.index, self.rounds)
+        return replace(self, vectors=self.vectors[:, columns], means=self.means[:, columns])
 
     def gram(self, columns: slice = slice(None)) -> Tensor:
         """Inner products [N, N] in float64, over all weights or some ``columns``."""
-        gram = torch.zeros(len(self.vectors), len(self.vectors), dtype=torch.float64)
+        shape = len(self.vectors), len(self.vectors)
+        gram = torch.zeros(shape, dtype=torch.float64, device=self.device)
         first, last, _ = columns.indices(self.vectors.shape[1])
         for block in blocks(last, first):
             part = self.columns(block)
             gram.addmm_(part, part.T)
-        return gram
+        return gram.cpu()
 
 
-def remove_drift(vectors: Tensor, rounds: Tensor, clients: Tensor) -> Deltas:
+def remove_drift(
+    vectors: Tensor, rounds: Tensor, clients: Tensor, device: torch.device = CPU
+) -> Deltas:
     """Subtract what all clients share in a round, comparable between rounds.
 
     θ_ir = μ_r + u_i + e_ir with u_i ~ N(0, σ²), e ~ N(0, σ²): the best linear predictor of
@@ -78,13 +85,13 @@ def remove_drift(vectors: Tensor, rounds: Tensor, clients: Tensor) -> Deltas:
     means = torch.empty(r, vectors.shape[1])
     for block in blocks(vectors.shape[1]):
         means[:, block] = (solve @ vectors[:, block].double()).float()
-    return Deltas(vectors, means, index, tuple(int(x) for x in names))
+    return Deltas(vectors, means, index, tuple(int(x) for x in names), device)
 
 
 def root_mean_squares(deltas: Deltas, sizes: Sequence[int]) -> Tensor:
     """For every weight [P], the root mean square of all deltas of its tensor; 1 if they are 0."""
     sums = torch.cat(
-        [deltas.columns(block).square().sum(0) for block in blocks(deltas.vectors.shape[1])]
+        [deltas.columns(block).square().sum(0).cpu() for block in blocks(deltas.vectors.shape[1])]
     )
     each = [tensor.mean().div(len(deltas.vectors)).sqrt() for tensor in sums.split(list(sizes))]
     scales = torch.stack(each).float()
@@ -153,8 +160,9 @@ class LinearAutoencoder:
         rounding = 1e-13 * float(torch.linalg.vector_norm(deltas.vectors)) ** 2  # of float32
         coefficients, deviations = principal_axes(gram, combinations, rounding)
         components = torch.empty(coefficients.shape[1], p)
+        combine = coefficients.T.to(deltas.device)
         for block in blocks(p):
-            components[:, block] = (coefficients.T @ deltas.columns(block)).float()
+            components[:, block] = (combine @ deltas.columns(block)).float().cpu()
         # eigh leaves each sign open: a direction's largest weight is positive, whoever uploads
         if len(components):
             largest = components.abs().argmax(1, keepdim=True)
@@ -175,7 +183,8 @@ class LinearAutoencoder:
     def encode_all(self, deltas: Deltas) -> Tensor:
         latents = torch.zeros(len(deltas.vectors), len(self.scale), dtype=torch.float64)
         for block in blocks(self.components.shape[1]):
-            latents.addmm_(deltas.columns(block), self.components[:, block].double().T)
+            components = self.components[:, block].to(deltas.device).double()
+            latents += (deltas.columns(block) @ components.T).cpu()
         return (latents / self.scale.double()).float()
 
 

@@ -162,7 +162,7 @@ class WeightDistribution(Distribution):
         """
         self.settings, self.seed = settings, seed
         self.layout, vectors, self.rounds, self.clients = buffer.stack()
-        deltas = remove_drift(vectors, self.rounds, self.clients)
+        deltas = remove_drift(vectors, self.rounds, self.clients, torch.device(device))
         self.anchor = deltas.means[-1]
         head = self.layout.head()
         head_gram = deltas.gram(head)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.core.replay import Replayed
@@ -106,7 +105,7 @@ def fit_network(
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         descriptor = 0 if descriptors is None else descriptors.shape[1]
         network = new_network(settings, latents.shape[1], tokens, descriptor).to(device)
-    average = moving_average(network, settings.ema)
+    average = MovingAverage(network, settings.ema)
     optimiser = torch.optim.AdamW(
         network.parameters(), lr=settings.fit_learning_rate, fused=device.type == "cuda"
     )
@@ -129,9 +128,9 @@ def fit_network(
         go_back()
         optimiser.step()
         cycle.step()
-        average.update_parameters(network)
+        average.update()
         progress((step + 1) / settings.fit_steps)
-    return NetworkDenoiser(average.module.cpu(), schedule)  # latents are few: generate there
+    return NetworkDenoiser(average.network.cpu(), schedule)  # latents are few: generate there
 
 
 def _draw(
@@ -185,11 +184,20 @@ def sorted_by_content(latents: Tensor) -> Tensor:
     return order
 
 
-def moving_average(network: nn.Module, most: float) -> AveragedModel:
-    """Of its weights, decaying by ``most``: early ones must not linger in a short training."""
+class MovingAverage:
+    """Of a network's weights, decaying by ``most``: early ones must not linger in a short training.
 
-    def follow(averaged: Any, current: Any, updates: Any) -> None:
-        decay = min(most, (1 + int(updates)) / (10 + int(updates)))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+    torch's own (``swa_utils``) looks for the weights anew at every step, longer than a step takes.
+    """
 
-    return AveragedModel(network, multi_avg_fn=follow)
+    def __init__(self, network: nn.Module, most: float) -> None:
+        self.network, self._most, self._updates = copy.deepcopy(network), most, 0
+        self._averaged: list[Tensor] = list(self.network.parameters())
+        self._current: list[Tensor] = list(network.parameters())
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights as they are now."""
+        decay = min(self._most, (1 + self._updates) / (10 + self._updates))
+        torch._foreach_lerp_(self._averaged, self._current, 1 - decay if self._updates else 1.0)
+        self._updates += 1

@@ -100,7 +100,7 @@ def _cross_validated(deltas: Deltas, head: slice, means: Tensor, seed: int) -> i
     """The rank whose prediction B D_k⁺ C of held-out blocks A of the client means errs least."""
     generator = torch_generator(seed, "rank")
     n = len(means)
-    table = means @ deltas.columns(head)
+    table = means @ deltas.columns(head).cpu()
     most = min(n // 2 - 1, table.shape[1] // 2)
     errors = torch.zeros(most + 1, dtype=torch.float64)
     for _ in range(_SPLITS):

@@ -134,7 +134,11 @@ class DeviceData:
     @classmethod
     def of(cls, config: Config, device: torch.device) -> DeviceData | None:
         """None where clients hold unequal numbers of images."""
-        clients = [held_by(config, client) for client in range(config.num_clients)]
+        return cls.stacked([held_by(config, i) for i in range(config.num_clients)], device)
+
+    @classmethod
+    def stacked(cls, clients: Sequence[ClientData], device: torch.device) -> DeviceData | None:
+        """What ``clients`` hold, in their order."""
         parts = {}
         for part in (field.name for field in fields(ClientData)):
             held: list[Images] = [getattr(client, part) for client in clients]
@@ -330,7 +334,10 @@ class BatchedGrid(LocalGrid):
         ]
 
     def _alone(self, message: Message) -> Message:
+        threads = torch.get_num_threads()
         try:
             return self.app(message, self.contexts[message.metadata.dst_node_id])
         except Exception as error:
             return raised(message, error)
+        finally:
+            torch.set_num_threads(threads)  # a client takes one; this process is the server's, too
