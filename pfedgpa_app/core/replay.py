@@ -36,6 +36,7 @@ class Replayed:
             with torch.cuda.stream(stream):
                 self._work()
             torch.cuda.current_stream().wait_stream(stream)
+            torch.cuda.empty_cache()  # the graph has memory of its own, as much again
         else:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, pool=self._pool):

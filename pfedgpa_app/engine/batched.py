@@ -37,7 +37,7 @@ from pfedgpa_app.training.sgd import Recipe, batches, clipped, crop_and_flip, sg
 
 logger = logging.getLogger("pfedgpa")
 
-IMAGES_AT_ONCE = 3000  # in one step over all clients: some 2 GB of activations of CIFAR's CNN
+IMAGES_AT_ONCE = 1500  # in one step over all clients: some 2 GB for CIFAR's CNN; fills a GPU
 
 
 class Columns(torch.autograd.Function):
@@ -292,8 +292,9 @@ class BatchedGrid(LocalGrid):
         at_once = max(1, IMAGES_AT_ONCE // self.config.batch_size)
         for kind in dict.fromkeys(message.metadata.message_type for message in messages):
             alike = [m for m in messages if m.metadata.message_type == kind]
-            for start in range(0, len(alike), at_once):
-                replies += self._answer(kind, alike[start : start + at_once])
+            size = -(-len(alike) // -(-len(alike) // at_once))  # parts of a size: one cohort
+            for start in range(0, len(alike), size):
+                replies += self._answer(kind, alike[start : start + size])
         return replies
 
     def _answer(self, kind: str, messages: list[Message]) -> list[Message]:
