@@ -16,13 +16,15 @@ run goes on; also, as FedAvg's, after a round without one usable upload.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -43,6 +45,7 @@ from pfedgpa_app.methods.pfedgpa import PFedGPA as Server
 from pfedgpa_app.server.screening import MOST_EXAMPLES, NoUploadsError, checked, failure, too_large
 
 logger = logging.getLogger("flwr")
+T = TypeVar("T")
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
 
@@ -50,10 +53,14 @@ class PFedGPA(FedAvg):
     """Flower's FedAvg until the last rounds, which end with weights generated for each node.
 
     Nodes train on from what was generated for them; in these rounds the learning rate that they
-    are sent is ``settings.round_rate`` times as large. After ``start``:
+    are sent is ``settings.round_rate`` times as large. After ``start``, every node that ever
+    uploaded has an entry in these, by its partition-id if it told one, else by its node id:
 
     Attributes:
-        personal: {node id: its generated weights}, of every node that ever uploaded in the run.
+        personal: its generated weights.
+        personal_metrics: {"before": …, "after": …}, its newest evaluation of the global weights
+            and of weights generated for it, as far as there was one.
+        folder: where the run's weights were written, in ``save_dir``.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class PFedGPA(FedAvg):
         *args: Any,
         settings: PFedGPASettings | None = None,
         rate_key: str = "lr",
+        partition_key: str = "partition-id",
         seed: int = 0,
         save_dir: str | Path | None = None,
         max_upload_norm: float = Config.max_upload_norm,
@@ -72,9 +80,10 @@ class PFedGPA(FedAvg):
             settings: what the server goes by; see ``pfedgpa settings`` for the meanings.
             rate_key: the learning rate's name in ``train_config``. Clients that go by a rate of
                 their own train on at full strength in the last rounds, which costs accuracy.
+            partition_key: the metric by which clients may tell their partition in their replies.
             seed: of what the diffusion model draws.
-            save_dir: where each node's weights are written after the last round, as
-                ``node-ID.safetensors``; a folder that has such files is refused before round 1.
+            save_dir: where each run makes a folder and writes each node's weights to it after the
+                last round, as ``client-PARTITION.safetensors`` or ``node-ID.safetensors``.
             max_upload_norm: an upload so many times as large as the round's median, or of one or
                 two as the global mean before, is left out; 0: none is.
 
@@ -83,7 +92,8 @@ class PFedGPA(FedAvg):
                 out of range.
         """
         super().__init__(*args, **kwargs)
-        self.settings, self.rate_key, self.seed = settings or PFedGPASettings(), rate_key, seed
+        self.settings, self.seed = settings or PFedGPASettings(), seed
+        self.rate_key, self.partition_key = rate_key, partition_key
         self.save_dir = Path(save_dir) if save_dir is not None else None
         self.max_upload_norm = max_upload_norm
         check_section("pfedgpa", self.settings)
@@ -91,7 +101,28 @@ class PFedGPA(FedAvg):
             raise ValueError(f"max_upload_norm = {max_upload_norm}: must be >= 0")
         if self.settings.descriptor == "labels":
             raise ValueError("descriptor = 'labels': these clients do not share class counts")
-        self.personal: dict[int, ArrayRecord] = {}
+        self.folder: Path | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """What an earlier run came to."""
+        self._generated: dict[int, ArrayRecord] = {}  # by node id, as all that follow
+        self._partitions: dict[int, int] = {}
+        self._metrics: dict[int, dict[str, dict[str, Any]]] = {}
+
+    def _by_name(self, of_nodes: Mapping[int, T]) -> dict[int, T]:
+        """{partition-id, or node id where it told none or another tells the same: …}."""
+        told = Counter(self._partitions.values())
+        names = {n: p for n, p in self._partitions.items() if told[p] == 1}
+        return {names.get(node, node): value for node, value in of_nodes.items()}
+
+    @property
+    def personal(self) -> dict[int, ArrayRecord]:
+        return self._by_name(self._generated)
+
+    @property
+    def personal_metrics(self) -> dict[int, dict[str, dict[str, Any]]]:
+        return self._by_name(self._metrics)
 
     def summary(self) -> None:
         super().summary()
@@ -113,17 +144,17 @@ class PFedGPA(FedAvg):
 
         Raises:
             ConfigError: ``settings`` that cannot run for so many rounds, nothing to generate, or
-                a ``save_dir`` that cannot take the model or holds an earlier run's.
+                a ``save_dir`` that cannot take the model.
             NoUploadsError: no round brought a usable upload.
         """
-        self.personal = {}
+        self._forget()
         if num_rounds < 1:
             raise ConfigError(f"num_rounds = {num_rounds}: must be >= 1")
         self._network = Network(initial_arrays)
         config = Config(num_server_rounds=num_rounds, seed=self.seed, sections=(self.settings,))
         Server.check(config)
         if self.save_dir is not None:
-            claim(self.save_dir, self._network.expected)
+            self.folder = new_folder(self.save_dir, grid, self._network.expected)
         self._server = Server(config, Server.begin(config, self._network.generated))
         self._nodes: dict[int, int] = {}  # node id → client, in order of appearance
         if not isinstance(dict(train_config or {}).get(self.rate_key), (int, float)):
@@ -135,11 +166,20 @@ class PFedGPA(FedAvg):
         result = super().start(
             grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
         )
-        if self.save_dir is not None:
-            for node, record in self.personal.items():
-                with replacing(self.save_dir / weights_file(node)) as new:
-                    write(record.to_torch_state_dict(), new)
+        if self.folder is not None:
+            self._save(self.folder, num_rounds)
         return result
+
+    def _save(self, folder: Path, rounds: int) -> None:
+        """Write every node's weights, and in each file whose and when generated they are."""
+        names = self._by_name({node: node for node in self._generated})
+        for name, node in names.items():
+            kind = "node" if name == node else "client"
+            about = {"node-id": node, "rounds": rounds}
+            about |= {"partition-id": name} if kind == "client" else {}
+            with replacing(folder / f"{kind}-{name}.safetensors") as new:
+                write(self._generated[node].to_torch_state_dict(), new, about)
+        logger.info("PFedGPA: weights of %d nodes are in %s", len(names), folder)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -155,6 +195,7 @@ class PFedGPA(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         messages = super().configure_evaluate(server_round, arrays, config, grid)
+        self._evaluated = set(self._generated)  # with weights of their own
         return [self._to_node(message, {}) for message in messages]
 
     def _to_node(self, message: Message, config: dict[str, Any]) -> Message:
@@ -163,7 +204,7 @@ class PFedGPA(FedAvg):
         shared: Any = content[self.configrecord_key]
         own = RecordDict(
             {
-                self.arrayrecord_key: self.personal.get(node, content[self.arrayrecord_key]),
+                self.arrayrecord_key: self._generated.get(node, content[self.arrayrecord_key]),
                 self.configrecord_key: ConfigRecord({**shared, **config}),
             }
         )
@@ -177,7 +218,7 @@ class PFedGPA(FedAvg):
         Raises:
             NoUploadsError: this was the last round, and none brought a usable upload.
         """
-        contents, unusable = screened(replies, self.weighted_by_key)
+        contents, unusable = self._screened(replies)
         uploads, wrong = self._uploads(contents)
         self._warn(server_round, unusable | wrong)
         server = self._server
@@ -188,7 +229,9 @@ class PFedGPA(FedAvg):
             raise no_uploads(server_round, unusable | wrong)
         if last or (uploads and server.state.generated):
             generated = server.personalise() if last else server.state.generated
-            self.personal = whole_networks(generated, server, self._network, self._nodes)
+            self._generated = whole_networks(generated, server, self._network, self._nodes)
+            made = len(self._generated)
+            logger.info("PFedGPA: round %d: generated for %d nodes", server_round, made)
         if not uploads:
             return None, None
         mean = self._network.record(server.state.global_weights)
@@ -199,9 +242,23 @@ class PFedGPA(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """FedAvg's mean of the usable evaluations."""
-        contents, unusable = screened(replies, self.weighted_by_key)
+        contents, unusable = self._screened(replies)
         self._warn(server_round, unusable)
+        for node, content in contents.items():
+            [metrics] = content.metric_records.values()
+            kind = "after" if node in self._evaluated else "before"
+            self._metrics.setdefault(node, {})[kind] = dict(metrics)
         return self._mean(self.evaluate_metrics_aggr_fn, server_round, contents)
+
+    def _screened(self, replies: Iterable[Message]) -> tuple[dict[int, RecordDict], dict[int, str]]:
+        """The usable replies and what is wrong with others; partitions are noted and taken out."""
+        contents, unusable = screened(replies, self.weighted_by_key)
+        for node, content in contents.items():
+            [metrics] = content.metric_records.values()
+            told = metrics.pop(self.partition_key, None)
+            if isinstance(told, int):
+                self._partitions[node] = told
+        return contents, unusable
 
     def _uploads(self, contents: dict[int, RecordDict]) -> tuple[dict[int, Upload], dict[int, str]]:
         """{node: its upload} of the usable ones, and what is wrong with the others."""
@@ -374,35 +431,33 @@ def no_uploads(rounds: int, unusable: Mapping[int, str]) -> NoUploadsError:
     )
 
 
-def weights_file(node: int | str) -> str:
-    """The name of a node's file in ``save_dir``."""
-    return f"node-{node}.safetensors"
+def write(weights: Weights, path: Path, about: Mapping[str, Any]) -> None:
+    """As safetensors, with ``about`` in the file's metadata."""
+    metadata = {"format": "pt"} | {name: str(value) for name, value in about.items()}
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata)
 
 
-def write(weights: Weights, path: Path) -> None:
-    """As safetensors."""
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
-
-
-def claim(folder: Path, model: Weights) -> None:
-    """Make ``save_dir``.
+def new_folder(save_dir: Path, grid: Grid, model: Weights) -> Path:
+    """Make a run's folder in ``save_dir``, named after the run.
 
     Raises:
-        ConfigError: it cannot take a ``model``, or holds an earlier run's weights.
+        ConfigError: it cannot be made, or cannot take a ``model``.
     """
+    name = f"run-{grid.run.run_id}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as trial:
-            write(model, Path(trial) / weights_file("trial"))
+        save_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=save_dir) as trial:
+            write(model, Path(trial) / "trial.safetensors", {})
+        for again in itertools.count(1):
+            folder = save_dir / (name if again == 1 else f"{name}-{again}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
     except KeyError as error:  # a type that safetensors does not know
         raise ConfigError(f"save_dir: safetensors cannot hold {error.args[0]}") from error
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"save_dir = '{folder}': cannot be written to: {error}") from error
-    if earlier := sorted(folder.glob(weights_file("*"))):
-        raise ConfigError(
-            f"save_dir = '{folder}': holds an earlier run's {earlier[0].name}: "
-            "move its files away, or name another folder"
-        )
+        raise ConfigError(f"save_dir = '{save_dir}': cannot be written to: {error}") from error
+    raise AssertionError("there is always another number")
 
 
 def whole_networks(

@@ -15,6 +15,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pfedgpa_app import PFedGPA
@@ -96,16 +97,16 @@ class TestQuickstart:
         result = strategy.start(
             grid, ArrayRecord(net().state_dict()), 5, train_config=ConfigRecord({"lr": 0.1})
         )
-        assert set(strategy.personal) == set(grid.contexts)
+        assert set(strategy.personal) == set(range(6))
         sent = [m for m in grid.sent if m.metadata.message_type == "train"]
         rates = [m.content.config_records["config"]["lr"] for m in sent]
         assert rates == pytest.approx([0.1] * 24 + [0.01] * 6)
         last = [m for m in grid.sent if m.metadata.message_type == "evaluate"][-6:]
         for message in last:
-            node = message.metadata.dst_node_id
+            mine = partition_of(message)
             got = message.content.array_records["arrays"].to_torch_state_dict()
-            own = strategy.personal[node].to_torch_state_dict()
-            saved = load_file(tmp_path / f"node-{node}.safetensors")
+            own = strategy.personal[mine].to_torch_state_dict()
+            saved = load_file(tmp_path / "run-1" / f"client-{mine}.safetensors")
             like = net().state_dict()
             assert list(got) == list(own) == list(like)
             for name, tensor in like.items():
@@ -154,7 +155,8 @@ class TestQuickstart:
         status, _ = simulation.status(run_id)
         log = (tmp_path / "log").read_text(errors="replace")
         assert status.startswith("finished:completed"), log[-3000:]
-        assert len(list(tmp_path.glob("node-*.safetensors"))) == 4
+        assert len(list(tmp_path.glob(f"run-{run_id}/client-[0-3].safetensors"))) == 4
+        assert "round 3: generated for 4 nodes" in log
         accuracies = json.loads((tmp_path / "accuracies.json").read_text())
         assert set(accuracies) == {"1", "2", "3"}
         assert accuracies["3"] > accuracies["1"]
@@ -345,6 +347,58 @@ class TestRounds:
         assert not strategy.personal
 
 
+class TestPersonal:
+    """What is left for each node."""
+
+    @staticmethod
+    def telling(message: Message, reply: Message) -> Message:
+        reply.content.metric_records["metrics"]["partition-id"] = partition_of(message)
+        return reply
+
+    def test_by_partition_where_nodes_tell_theirs(self, tmp_path: Path) -> None:
+        strategy, result = start({"w": torch.zeros(1)}, self.telling, save_dir=tmp_path)
+        assert sorted(strategy.personal) == [0, 1, 2, 3]
+        assert "partition-id" not in result.train_metrics_clientapp[1]
+        assert strategy.folder is not None
+        for partition, record in strategy.personal.items():
+            path = strategy.folder / f"client-{partition}.safetensors"
+            assert torch.equal(load_file(path)["w"], record.to_torch_state_dict()["w"])
+            with safe_open(path, "pt") as file:
+                about = file.metadata()
+            node = str(FIRST_NODE + partition * NODE_STEP)
+            assert about["partition-id"] == str(partition)
+            assert (about["node-id"], about["rounds"]) == (node, "2")
+
+    def test_by_node_where_they_do_not_or_two_tell_the_same(self) -> None:
+        def confused(message: Message, reply: Message) -> Message:
+            mine: Any = [0, 1, 1, 3.5][partition_of(message)]
+            reply.content.metric_records["metrics"]["partition-id"] = mine
+            return reply
+
+        nodes = [FIRST_NODE + i * NODE_STEP for i in range(4)]
+        strategy, _ = start({"w": torch.zeros(1)}, confused)
+        assert sorted(strategy.personal) == [0, *sorted(nodes[1:])]
+
+    def test_metrics_before_and_after_generation(self) -> None:
+        def weighing(message: Message, reply: Message) -> Message:
+            if message.metadata.message_type == "evaluate":
+                got = message.content.array_records["arrays"].to_torch_state_dict()["w"]
+                reply.content.metric_records["metrics"]["loss"] = float(got)
+            return self.telling(message, reply)
+
+        settings = dataclasses.replace(QUICK, generate_from=3)
+        how: Any = {"rounds": 3, "settings": settings, "fraction_evaluate": 1.0}
+        strategy, _ = start({"w": torch.zeros(1)}, weighing, **how)
+        before, after = (
+            {p: metrics[kind]["loss"] for p, metrics in strategy.personal_metrics.items()}
+            for kind in ("before", "after")
+        )
+        assert set(before.values()) == {before[0]}  # the global weights of round 2
+        made = {p: float(r.to_torch_state_dict()["w"]) for p, r in strategy.personal.items()}
+        assert after == pytest.approx(made)
+        assert len(set(made.values())) == 4
+
+
 class TestRefusals:
     def test_descriptors_that_foreign_clients_cannot_give(self) -> None:
         with pytest.raises(ValueError, match="class counts"):
@@ -376,13 +430,15 @@ class TestRefusals:
             with pytest.raises(ConfigError, match=r"initial_arrays: are no tensors"):
                 PFedGPA().start(grid, ArrayRecord([foreign]), 1)
 
-    def test_a_folder_with_an_earlier_runs_weights(self, tmp_path: Path) -> None:
-        start({"w": torch.zeros(3)}, save_dir=tmp_path / "new" / "folder")
-        before = {p: p.read_bytes() for p in (tmp_path / "new" / "folder").iterdir()}
+    def test_every_run_has_a_folder(self, tmp_path: Path) -> None:
+        first, _ = start({"w": torch.zeros(3)}, save_dir=tmp_path / "new" / "folder")
+        before = {p: p.read_bytes() for p in (tmp_path / "new" / "folder").rglob("*.safetensors")}
         assert len(before) == 4
-        with pytest.raises(ConfigError, match=r"earlier run's node-\d+\.safetensors: move"):
-            start({"w": torch.ones(3)}, self.unasked, save_dir=tmp_path / "new" / "folder")
-        assert before == {p: p.read_bytes() for p in (tmp_path / "new" / "folder").iterdir()}
+        second, _ = start({"w": torch.ones(3)}, save_dir=tmp_path / "new" / "folder")
+        after = {p: p.read_bytes() for p in (tmp_path / "new" / "folder").rglob("*.safetensors")}
+        assert len(after) == 8
+        assert before.items() <= after.items()
+        assert {p.parent for p in before} == {first.folder} != {second.folder}
 
     @staticmethod
     def unasked(message: Message, reply: Message) -> Message:

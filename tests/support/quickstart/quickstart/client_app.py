@@ -33,6 +33,7 @@ def train(msg: Message, context: Context) -> Message:
     epochs: Any = context.run_config["local-epochs"]
     loss = train_fn(model, trainloader, epochs, config["lr"])
     metrics = MetricRecord({"train_loss": loss, "num-examples": len(trainloader.dataset)})
+    metrics["partition-id"] = context.node_config["partition-id"]
     content = RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics})
     return Message(content=content, reply_to=msg)
 
