@@ -102,27 +102,15 @@ class PFedGPA(FedAvg):
         if self.settings.descriptor == "labels":
             raise ValueError("descriptor = 'labels': these clients do not share class counts")
         self.folder: Path | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        """What an earlier run came to."""
-        self._generated: dict[int, ArrayRecord] = {}  # by node id, as all that follow
-        self._partitions: dict[int, int] = {}
-        self._metrics: dict[int, dict[str, dict[str, Any]]] = {}
-
-    def _by_name(self, of_nodes: Mapping[int, T]) -> dict[int, T]:
-        """{partition-id, or node id where it told none or another tells the same: …}."""
-        told = Counter(self._partitions.values())
-        names = {n: p for n, p in self._partitions.items() if told[p] == 1}
-        return {names.get(node, node): value for node, value in of_nodes.items()}
+        self._left = Personal()
 
     @property
     def personal(self) -> dict[int, ArrayRecord]:
-        return self._by_name(self._generated)
+        return self._left.by_name(self._left.weights)
 
     @property
     def personal_metrics(self) -> dict[int, dict[str, dict[str, Any]]]:
-        return self._by_name(self._metrics)
+        return self._left.by_name(self._left.metrics)
 
     def summary(self) -> None:
         super().summary()
@@ -147,7 +135,7 @@ class PFedGPA(FedAvg):
                 a ``save_dir`` that cannot take the model.
             NoUploadsError: no round brought a usable upload.
         """
-        self._forget()
+        self._left = Personal()
         if num_rounds < 1:
             raise ConfigError(f"num_rounds = {num_rounds}: must be >= 1")
         self._network = Network(initial_arrays)
@@ -167,19 +155,8 @@ class PFedGPA(FedAvg):
             grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
         )
         if self.folder is not None:
-            self._save(self.folder, num_rounds)
+            self._left.save(self.folder, num_rounds)
         return result
-
-    def _save(self, folder: Path, rounds: int) -> None:
-        """Write every node's weights, and in each file whose and when generated they are."""
-        names = self._by_name({node: node for node in self._generated})
-        for name, node in names.items():
-            kind = "node" if name == node else "client"
-            about = {"node-id": node, "rounds": rounds}
-            about |= {"partition-id": name} if kind == "client" else {}
-            with replacing(folder / f"{kind}-{name}.safetensors") as new:
-                write(self._generated[node].to_torch_state_dict(), new, about)
-        logger.info("PFedGPA: weights of %d nodes are in %s", len(names), folder)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -195,7 +172,7 @@ class PFedGPA(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         messages = super().configure_evaluate(server_round, arrays, config, grid)
-        self._evaluated = set(self._generated)  # with weights of their own
+        self._evaluated = set(self._left.weights)  # with weights of their own
         return [self._to_node(message, {}) for message in messages]
 
     def _to_node(self, message: Message, config: dict[str, Any]) -> Message:
@@ -204,7 +181,7 @@ class PFedGPA(FedAvg):
         shared: Any = content[self.configrecord_key]
         own = RecordDict(
             {
-                self.arrayrecord_key: self._generated.get(node, content[self.arrayrecord_key]),
+                self.arrayrecord_key: self._left.weights.get(node, content[self.arrayrecord_key]),
                 self.configrecord_key: ConfigRecord({**shared, **config}),
             }
         )
@@ -218,8 +195,10 @@ class PFedGPA(FedAvg):
         Raises:
             NoUploadsError: this was the last round, and none brought a usable upload.
         """
-        contents, unusable = self._screened(replies)
-        uploads, wrong = self._uploads(contents)
+        contents, unusable = self._left.screened(replies, self.weighted_by_key, self.partition_key)
+        mean_before = self._server.state.global_weights
+        limit = self.max_upload_norm
+        uploads, wrong = self._network.uploads(contents, self.weighted_by_key, mean_before, limit)
         self._warn(server_round, unusable | wrong)
         server = self._server
         last = server_round == server.config.num_server_rounds
@@ -229,8 +208,8 @@ class PFedGPA(FedAvg):
             raise no_uploads(server_round, unusable | wrong)
         if last or (uploads and server.state.generated):
             generated = server.personalise() if last else server.state.generated
-            self._generated = whole_networks(generated, server, self._network, self._nodes)
-            made = len(self._generated)
+            self._left.weights = whole_networks(generated, server, self._network, self._nodes)
+            made = len(self._left.weights)
             logger.info("PFedGPA: round %d: generated for %d nodes", server_round, made)
         if not uploads:
             return None, None
@@ -242,41 +221,10 @@ class PFedGPA(FedAvg):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """FedAvg's mean of the usable evaluations."""
-        contents, unusable = self._screened(replies)
+        contents, unusable = self._left.screened(replies, self.weighted_by_key, self.partition_key)
         self._warn(server_round, unusable)
-        for node, content in contents.items():
-            [metrics] = content.metric_records.values()
-            kind = "after" if node in self._evaluated else "before"
-            self._metrics.setdefault(node, {})[kind] = dict(metrics)
+        self._left.evaluated(contents, self._evaluated)
         return self._mean(self.evaluate_metrics_aggr_fn, server_round, contents)
-
-    def _screened(self, replies: Iterable[Message]) -> tuple[dict[int, RecordDict], dict[int, str]]:
-        """The usable replies and what is wrong with others; partitions are noted and taken out."""
-        contents, unusable = screened(replies, self.weighted_by_key)
-        for node, content in contents.items():
-            [metrics] = content.metric_records.values()
-            told = metrics.pop(self.partition_key, None)
-            if isinstance(told, int):
-                self._partitions[node] = told
-        return contents, unusable
-
-    def _uploads(self, contents: dict[int, RecordDict]) -> tuple[dict[int, Upload], dict[int, str]]:
-        """{node: its upload} of the usable ones, and what is wrong with the others."""
-        uploads: dict[int, Upload] = {}
-        unusable: dict[int, str] = {}
-        for node, content in contents.items():
-            upload, wrong = self._network.upload(content, self.weighted_by_key)
-            if upload is None:
-                unusable[node] = wrong
-            else:
-                uploads[node] = upload
-        limit = self.max_upload_norm
-        usual = self._network.with_mean(self._server.state.global_weights)
-        measured = {node: part(upload, usual) for node, upload in uploads.items()}
-        for node, wrong in too_large(measured, usual, limit).items():
-            unusable[node] = f"{wrong}, and max_upload_norm is {limit:g}"
-            del uploads[node]
-        return uploads, unusable
 
     def _warn(self, server_round: int, unusable: Mapping[int, str]) -> None:
         for node, wrong in sorted(unusable.items()):
@@ -303,6 +251,56 @@ class PFedGPA(FedAvg):
         }
         server.config = dataclasses.replace(server.config, num_clients=len(self._nodes))
         server.aggregate(server_round, dict(sorted(mine.items())))
+
+
+class Personal:
+    """What a run leaves for its nodes, all by node id.
+
+    Attributes:
+        weights: generated for each.
+        metrics: {"before": …, "after": …}, its newest evaluations.
+    """
+
+    def __init__(self) -> None:
+        self.weights: dict[int, ArrayRecord] = {}
+        self.metrics: dict[int, dict[str, dict[str, Any]]] = {}
+        self._partitions: dict[int, int] = {}
+
+    def screened(
+        self, replies: Iterable[Message], counted_by: str, partition_key: str
+    ) -> tuple[dict[int, RecordDict], dict[int, str]]:
+        """The usable replies and what is wrong with others; partitions are noted and taken out."""
+        contents, unusable = screened(replies, counted_by)
+        for node, content in contents.items():
+            [metrics] = content.metric_records.values()
+            told = metrics.pop(partition_key, None)
+            if isinstance(told, int):
+                self._partitions[node] = told
+        return contents, unusable
+
+    def evaluated(self, contents: Mapping[int, RecordDict], own: set[int]) -> None:
+        """Note evaluations; those of the nodes in ``own`` are of weights generated for them."""
+        for node, content in contents.items():
+            [metrics] = content.metric_records.values()
+            kind = "after" if node in own else "before"
+            self.metrics.setdefault(node, {})[kind] = dict(metrics)
+
+    def by_name(self, of_nodes: Mapping[int, T]) -> dict[int, T]:
+        """{partition-id, or node id where it told none or another tells the same: …}."""
+        told = Counter(self._partitions.values())
+        names = {n: p for n, p in self._partitions.items() if told[p] == 1}
+        return {names.get(node, node): value for node, value in of_nodes.items()}
+
+    def save(self, folder: Path, rounds: int) -> None:
+        """Write every node's weights, and in each file whose and when generated they are."""
+        names = self.by_name({node: node for node in self.weights})
+        for name, node in names.items():
+            kind = "node" if name == node else "client"
+            about = {"node-id": node, "rounds": rounds}
+            about |= {"partition-id": name} if kind == "client" else {}
+            with replacing(folder / f"{kind}-{name}.safetensors") as new:
+                write(self.weights[node].to_torch_state_dict(), new, about)
+        logger.info("PFedGPA: weights of %d nodes are in %s", len(names), folder)
 
 
 class Network:
@@ -351,6 +349,30 @@ class Network:
         [metrics] = content.metric_records.values()
         examples: Any = metrics[counted_by]
         return Upload(weights, examples), ""
+
+    def uploads(
+        self, contents: Mapping[int, RecordDict], counted_by: str, mean: Weights, limit: float
+    ) -> tuple[dict[int, Upload], dict[int, str]]:
+        """{node: its upload} of the usable ones, and what is wrong with the others.
+
+        Args:
+            mean: the global one before.
+            limit: ``max_upload_norm``.
+        """
+        uploads: dict[int, Upload] = {}
+        unusable: dict[int, str] = {}
+        for node, content in contents.items():
+            upload, wrong = self.upload(content, counted_by)
+            if upload is None:
+                unusable[node] = wrong
+            else:
+                uploads[node] = upload
+        usual = self.with_mean(mean)
+        measured = {node: part(upload, usual) for node, upload in uploads.items()}
+        for node, wrong in too_large(measured, usual, limit).items():
+            unusable[node] = f"{wrong}, and max_upload_norm is {limit:g}"
+            del uploads[node]
+        return uploads, unusable
 
     def learn_others(self, uploads: dict[int, Upload]) -> None:
         """Their means over a round's ``uploads``; without a mean, the largest upload's."""

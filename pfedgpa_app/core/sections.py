@@ -14,9 +14,9 @@ from pfedgpa_app.core.settings import LAUNCH, LEARNING_RATES, setting
 DATASET_HELP = (
     "digits, mnist, fashion-mnist, kmnist, emnist-SPLIT (balanced, byclass, bymerge, digits, "
     "letters, mnist), cifar10, cifar100, svhn; imagefolder:PATH, a folder a class, maybe below "
-    "train/ and test/; npz:PATH, arrays; MODULE:CALLABLE of your own (docs/own.md); a relative "
-    "PATH is below the current folder, else below data-dir; or nodes: each node's own, which its "
-    "--node-config names as dataset"
+    "train/ and test/; npz:PATH, arrays; hf:NAME, of the Hugging Face Hub; "
+    "MODULE:CALLABLE of your own (docs/own.md); a relative PATH is below the current folder, "
+    "else below data-dir; or nodes: each node's own, which its --node-config names as dataset"
 )
 MODEL_HELP = (
     "network; auto: by the shape of the data; the paper's digits, fashion and cifar; conv, for "

@@ -9,10 +9,11 @@ DATASETS = (
     *(f"emnist-{split}" for split in EMNIST_SPLITS),
     *("cifar10", "cifar100", "svhn"),
 )
-IMAGEFOLDER, NPZ = "imagefolder:", "npz:"
+IMAGEFOLDER, NPZ, HUGGING_FACE = "imagefolder:", "npz:", "hf:"
 
 
 def is_known_dataset(name: str) -> bool:
-    """Whether ``name`` is one of ours, an ``imagefolder:``, an ``npz:``, own code or ``nodes``."""
-    files = any(name.startswith(kind) and name != kind for kind in (IMAGEFOLDER, NPZ))
+    """Whether ``name`` is one of ours, somebody's by one of the prefixes or code, or ``nodes``."""
+    kinds = (IMAGEFOLDER, NPZ, HUGGING_FACE)
+    files = any(name.startswith(kind) and name != kind for kind in kinds)
     return name in (*DATASETS, NODES) or files or is_reference(name)

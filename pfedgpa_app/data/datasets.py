@@ -20,7 +20,7 @@ import numpy as np
 from pfedgpa_app.core.own_code import imported, is_reference
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.settings import ConfigError, DataError
-from pfedgpa_app.data import EMNIST_SPLITS, IMAGEFOLDER, NPZ
+from pfedgpa_app.data import EMNIST_SPLITS, HUGGING_FACE, IMAGEFOLDER, NPZ, hugging_face
 from pfedgpa_app.data.dataset import SPLITS, Dataset, dataset_of
 from pfedgpa_app.data.imagefolder import files_below, has_splits, image_folder, stamped
 
@@ -44,11 +44,11 @@ def resolve_data_dir(data_dir: str, name: str) -> Path:
     """The folder below which the data set ``name`` is looked for, absolute.
 
     The setting, else $PFEDGPA_DATA, else ./data; but the current folder where a relative
-    ``imagefolder:`` or ``npz:`` lies below that.
+    ``imagefolder:``, ``npz:`` or ``hf:`` lies below that.
     """
     below = user_path(data_dir or os.environ.get("PFEDGPA_DATA") or "data").absolute()
     here, there = (place / _path(name) for place in (Path.cwd(), below))
-    if name.startswith(NPZ) and here.is_file():
+    if name.startswith((NPZ, HUGGING_FACE)) and here.exists():
         return Path.cwd()
     if name.startswith(IMAGEFOLDER) and here.is_dir() and (has_splits(here) or not there.is_dir()):
         return Path.cwd()
@@ -57,6 +57,8 @@ def resolve_data_dir(data_dir: str, name: str) -> Path:
 
 def _path(name: str) -> Path:
     """The path in an ``imagefolder:PATH``; folder / it is itself where it is absolute."""
+    if name.startswith(HUGGING_FACE):
+        name = hugging_face.parsed(name)[0]
     return user_path(name.removeprefix(IMAGEFOLDER).removeprefix(NPZ))
 
 
@@ -82,6 +84,8 @@ def load(
             return image_folder(_there(name, root), image_size, test_share, _cached)
         if name.startswith(NPZ):
             return _npz(name, _there(name, root), test_share)
+        if name.startswith(HUGGING_FACE):
+            return _hugging_face(name, root, image_size, test_share, download)
         if is_reference(name):
             return _own(name, code_dir, test_share)
         folder = root / TORCHVISIONS[name][1]
@@ -132,6 +136,14 @@ def _npz(name: str, path: Path, test_share: float) -> Dataset:
         return dataset_of(name, found, test_share)
 
     return _cached([name, stamped(path), test_share], read)
+
+
+def _hugging_face(name: str, root: Path, size: int, test_share: float, download: bool) -> Dataset:
+    """Of the Hub's, or a folder's below ``root``, read once a machine."""
+    folder = root / _path(name)
+    files = sorted(map(stamped, files_below(folder))) if folder.is_dir() else []
+    read = functools.partial(hugging_face.read, name, root, size, test_share, download)
+    return _cached([name, files, size, test_share], read)
 
 
 def _own(name: str, code_dir: str, test_share: float) -> Dataset:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -121,14 +121,15 @@ def _eight_bits(image: Image) -> Image:
     return image.convert("RGB")
 
 
-def read_image(file: Path) -> Image:
-    """An image in grey or RGB, upright.
+def read_image(file: Path | IO[bytes], name: str = "") -> Image:
+    """An image in grey or RGB, upright; ``name`` is how messages call it.
 
     Raises:
         DataError: it cannot be read, or is too large.
     """
     from PIL import Image, ImageOps
 
+    name = name or str(file)
     try:
         with Image.open(file) as opened:
             opened.load()
@@ -137,38 +138,47 @@ def read_image(file: Path) -> Image:
             return _eight_bits(opened)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
-            f"{file}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, or "
+            f"{name}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, or "
             "remove it"
         ) from error
     except Exception as error:  # Pillow raises all kinds on damaged files
         raise DataError(
-            f"{file}: cannot be read as an image: {str(error) or type(error).__name__}; mend it, "
+            f"{name}: cannot be read as an image: {str(error) or type(error).__name__}; mend it, "
             "or remove it"
         ) from error
 
 
-def _pixels(file: Path, size: int) -> np.ndarray:
+def _pixels(file: Path | IO[bytes], name: str, size: int) -> np.ndarray:
     """An image as [C, H, W] uint8; C is 1 if it is grey, else 3."""
-    image = read_image(file)
+    image = read_image(file, name)
     if size:
         image = image.resize((size, size), BILINEAR)
     array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def _decode(files: Sequence[Path], size: int) -> np.ndarray:
-    """The images [N, C, H, W]: all in colour if any is."""
+def decoded(files: Iterable[tuple[Path | IO[bytes], str]], number: int, size: int) -> np.ndarray:
+    """So many images [N, C, H, W]: all in colour if any is.
+
+    Args:
+        files: each with its name.
+        size: to whose square they are resized; 0: they stay as they are.
+
+    Raises:
+        DataError: one cannot be read, or is of another size than the first.
+    """
     from PIL import Image
 
     with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-        first = _pixels(files[0], size)
-        images = np.empty((len(files), *first.shape), dtype=np.uint8)
-        for i, file in enumerate(files):
-            image = _pixels(file, size)
-            if image.shape[1:] != first.shape[1:]:
-                sizes = ["×".join(map(str, a.shape[1:])) for a in (image, first)]
+        images, of_first = np.empty((0, 0, 0, 0), dtype=np.uint8), ""
+        for i, (file, name) in enumerate(files):
+            image = _pixels(file, name, size)
+            if i == 0:
+                images, of_first = np.empty((number, *image.shape), dtype=np.uint8), name
+            if image.shape[1:] != images.shape[2:]:
+                sizes = ["×".join(map(str, s)) for s in (image.shape[1:], images.shape[2:])]
                 raise DataError(
-                    f"{file}: is {sizes[0]} (H×W) but {files[0]} is {sizes[1]}; set image-size to "
+                    f"{name}: is {sizes[0]} (H×W) but {of_first} is {sizes[1]}; set image-size to "
                     "resize all images alike"
                 )
             if len(image) > images.shape[1]:  # the first one in colour
@@ -203,7 +213,7 @@ def image_folder(
             train, test = split_off_test(f"imagefolder:{path}", labels, test_share)
         else:
             train, test = np.split(np.arange(len(files)), [len(listing["train"])])
-        images = _decode([path / f[0] for f in files], size)
+        images = decoded(((path / f[0], str(path / f[0])) for f in files), len(files), size)
         samples = np.array([Path(f[0]).as_posix() for f in files])
         rows = (train, test)
         arrays = [part for r in rows for part in (images[r], labels[r])]

@@ -106,14 +106,13 @@ def fit_network(
         descriptor = 0 if descriptors is None else descriptors.shape[1]
         network = new_network(settings, latents.shape[1], tokens, descriptor).to(device)
     average = MovingAverage(network, settings.ema)
-    optimiser = torch.optim.AdamW(
-        network.parameters(), lr=settings.fit_learning_rate, fused=device.type == "cuda"
-    )
-    cycle = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, settings.fit_learning_rate, total_steps=max(2, settings.fit_steps)
-    )
+    rate, steps = settings.fit_learning_rate, settings.fit_steps
+    optimiser = torch.optim.AdamW(network.parameters(), rate, fused=device.type == "cuda")
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=max(2, steps))
     alpha_bar = schedule.alpha_bar.float().to(device)
-    draw = functools.partial(_draw, settings, latents.shape, descriptors is not None, generator)
+    n, k = latents.shape
+    sizes = settings.fit_batch_size, n, k, len(alpha_bar)
+    draw = functools.partial(_draw, *sizes, descriptors is not None, generator)
     drawn = draw()
     held = [tensor.to(device) for tensor in drawn]
 
@@ -122,31 +121,30 @@ def fit_network(
         denoising_loss(network, latents, noise, descriptors, alpha_bar, held).backward()
 
     go_back = Replayed(gradients, device)
-    for step in range(settings.fit_steps):
+    for step in range(steps):
         for mine, new in zip(held, drawn if step == 0 else draw(), strict=True):
             mine.copy_(new)
         go_back()
         optimiser.step()
         cycle.step()
         average.update()
-        progress((step + 1) / settings.fit_steps)
+        progress((step + 1) / steps)
     return NetworkDenoiser(average.network.cpu(), schedule)  # latents are few: generate there
 
 
 def _draw(
-    settings: DiffusionSettings, shape: torch.Size, described: bool, generator: torch.Generator
+    batch: int, latents: int, numbers: int, times: int, described: bool, generator: torch.Generator
 ) -> list[Tensor]:
-    """What a step draws, for latents [N, k] of ``shape``.
+    """What a step draws of so many ``latents`` of so many ``numbers``.
 
     Returns:
-        their rows [B], times 1..T [B], jitter and noise [2, B, k], and a uniform number for each
-        that is ``described``, [B, 1].
+        rows [B], times 1..T [B], jitter and noise [2, B, k], and a uniform number for each that
+        is ``described``, [B, 1].
     """
-    batch = settings.fit_batch_size
     drawn = [
-        torch.randint(shape[0], (batch,), generator=generator),
-        torch.randint(1, settings.diffusion_steps + 1, (batch,), generator=generator),
-        torch.randn(2, batch, shape[1], generator=generator),
+        torch.randint(latents, (batch,), generator=generator),
+        torch.randint(1, times, (batch,), generator=generator),
+        torch.randn(2, batch, numbers, generator=generator),
     ]
     return [*drawn, torch.rand(batch, 1, generator=generator)] if described else drawn
 

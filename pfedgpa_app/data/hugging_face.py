@@ -1,0 +1,136 @@
+"""Data sets of the Hugging Face Hub, or a folder in its forms: ``hf:NAME?label=COLUMN&…``."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+
+from pfedgpa_app.core.settings import ConfigError, DataError, near
+from pfedgpa_app.data.dataset import Dataset, dataset_of
+from pfedgpa_app.data.imagefolder import decoded
+
+LABELS = ("label", "labels", "fine_label", "target", "y")  # where no single column has classes
+CHOICES = ("subset", "input", "label", "user", "train", "test")
+
+
+def parsed(name: str) -> tuple[str, dict[str, str]]:
+    """A data set's place and what was chosen of it, by ``hf:PLACE?subset=…&label=…``.
+
+    Raises:
+        ConfigError: there is no such choice.
+    """
+    place, _, query = name.partition("?")
+    chosen = dict(parse_qsl(query, keep_blank_values=True))
+    for key in chosen:
+        if key not in CHOICES:
+            raise ConfigError(f"dataset = {name!r}: has no {key!r}{near(key, CHOICES)}")
+    return place.removeprefix("hf:"), chosen
+
+
+def read(name: str, root: Path, size: int, test_share: float, download: bool) -> Dataset:
+    """The data set called ``name``, from the Hub's cache or from a folder below ``root``.
+
+    Args:
+        size: to whose square images are resized; 0: they stay as they are.
+        test_share: of the examples, where there is no test split.
+        download: whether the Hub may be asked.
+
+    Raises:
+        DataError: it is not there, or has no such columns.
+    """
+    place, chosen = parsed(name)
+    splits = _splits(name, root / place, place, chosen, download)
+    train = splits[chosen.get("train", "train")]
+    label = chosen.get("label") or _label_of(name, train)
+    source = chosen.get("input") or _image_of(train)
+    found: dict[str, Any] = {}
+    for ours, split in (("train", train), ("test", splits.get(chosen.get("test", "test")))):
+        if split is None:
+            continue
+        for column in (label, *filter(None, (source, chosen.get("user")))):
+            if column not in split.column_names:
+                raise DataError(
+                    f"dataset {name}: has no column {column}{near(column, split.column_names)}"
+                )
+        inputs = [source] if source else _numbers_of(split, {label, chosen.get("user")})
+        found[f"x_{ours}"] = _inputs(name, split, inputs, size)
+        found[f"y_{ours}"] = np.asarray(split[label])
+        if user := chosen.get("user"):
+            found[f"users_{ours}"] = np.asarray(split[user]).astype(str)
+    if names := getattr(train.features[label], "names", None):
+        found["classes"] = names
+    return dataset_of(name, found, test_share)
+
+
+def _splits(
+    name: str, folder: Path, place: str, chosen: dict[str, str], download: bool
+) -> dict[str, Any]:
+    """{split: its rows}."""
+    if not download:  # read when it is imported
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"dataset {name}: needs pip install 'pfedgpa-app[hf]': {error}") from error
+    datasets.disable_progress_bars()
+    here = str(folder) if folder.is_dir() else place
+    try:
+        splits = datasets.load_dataset(here, chosen.get("subset"))
+    except Exception as error:  # of many kinds
+        how = "" if download or folder.is_dir() else "; download=true asks the Hub"
+        raise DataError(f"dataset {name}: {type(error).__name__}: {error}{how}") from error
+    for wanted in (chosen.get("train", "train"), *filter(None, [chosen.get("test")])):
+        if wanted not in splits:
+            raise DataError(f"dataset {name}: has no split {wanted}{near(wanted, list(splits))}")
+    return dict(splits)
+
+
+def _label_of(name: str, rows: Any) -> str:
+    """The column of the labels: the only one with classes, or one that is called so."""
+    classes = [c for c, feature in rows.features.items() if hasattr(feature, "names")]
+    called = [c for c in LABELS if c in rows.column_names]
+    if len(classes) != 1 and not called:
+        raise DataError(
+            f"dataset {name}: which column is the label? Say so with ?label=…: it has "
+            f"{', '.join(rows.column_names)}"
+        )
+    return classes[0] if len(classes) == 1 else called[0]
+
+
+def _image_of(rows: Any) -> str | None:
+    """The first column of images, if there is one."""
+    kinds = {column: type(feature).__name__ for column, feature in rows.features.items()}
+    return next((column for column, kind in kinds.items() if kind == "Image"), None)
+
+
+def _numbers_of(rows: Any, others: set[str | None]) -> list[str]:
+    """The columns of a table that hold numbers."""
+    numbers = rows.select_columns([c for c in rows.column_names if c not in others])
+    return [c for c, f in numbers.features.items() if getattr(f, "dtype", "string") != "string"]
+
+
+def _inputs(name: str, rows: Any, columns: list[str], size: int) -> np.ndarray:
+    """The examples: images [N, C, H, W], or numbers."""
+    if not columns:
+        raise DataError(f"dataset {name}: has no column of images or numbers; name one: ?input=…")
+    first = columns[0]
+    if type(rows.features[first]).__name__ == "Image":
+        from datasets import Image
+
+        raw = rows.cast_column(first, Image(decode=False))[first]
+
+        def files() -> Iterator[tuple[Any, str]]:
+            for i, each in enumerate(raw):
+                data = each["bytes"]
+                where = f"row {i} of {name}"
+                yield (each["path"], each["path"]) if data is None else (io.BytesIO(data), where)
+
+        return decoded(files(), len(raw), size)
+    parts = [np.asarray(rows.with_format("numpy")[column]) for column in columns]
+    return parts[0] if len(parts) == 1 else np.stack(parts, 1)

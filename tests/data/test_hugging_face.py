@@ -1,0 +1,105 @@
+"""``dataset=hf:NAME``, on folders in the Hub's form; nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pfedgpa_app.core.settings import ConfigError, DataError
+from pfedgpa_app.data.datasets import load
+from tests.support.federations import federate, records
+
+datasets = pytest.importorskip("datasets", reason="needs the extra hf")
+ROWS = 60
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set of images with two columns of classes, beside a table's."""
+    from PIL import Image
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    kinds = datasets.ClassLabel(names=["one", "two", "three"])
+    pixels = rng.integers(0, 256, (ROWS, 8, 8, 3), dtype=np.uint8)
+    images = {
+        "picture": [Image.fromarray(each) for each in pixels],
+        "kind": [i % 3 for i in range(ROWS)],
+        "hand": [i % 2 for i in range(ROWS)],
+        "writer": [f"writer {i % 4}" for i in range(ROWS)],
+    }
+    features = datasets.Features(
+        picture=datasets.Image(),
+        kind=kinds,
+        hand=datasets.ClassLabel(names=["left", "right"]),
+        writer=datasets.Value("string"),
+    )
+    _write(tmp_path / "people" / "letters", images, features)
+    table = {"a": rng.random(ROWS), "b": rng.random(ROWS), "label": [i % 2 for i in range(ROWS)]}
+    _write(tmp_path / "table", table, None)
+    return tmp_path
+
+
+def _write(folder: Path, rows: dict[str, Any], features: Any) -> None:
+    folder.mkdir(parents=True)
+    whole = datasets.Dataset.from_dict(rows, features=features)
+    whole.select(range(40)).to_parquet(folder / "train-00000-of-00001.parquet")
+    whole.select(range(40, ROWS)).to_parquet(folder / "test-00000-of-00001.parquet")
+
+
+def test_images_labels_and_users(hub: Path) -> None:
+    found = load("hf:people/letters?label=kind&user=writer", "")
+    assert found.train_images.shape == (40, 3, 8, 8)
+    assert found.test_images.shape == (20, 3, 8, 8)
+    assert found.classes == ("one", "two", "three")
+    assert found.train_labels.tolist() == [i % 3 for i in range(40)]
+    assert set(found.train_users) == {f"writer {i}" for i in range(4)}
+    # PNG loses nothing
+    first = np.random.default_rng(0).integers(0, 256, (ROWS, 8, 8, 3), dtype=np.uint8)[0]
+    assert np.array_equal(found.train_images[0].transpose(1, 2, 0), first)
+    assert load("hf:people/letters?label=hand", "", image_size=4).train_images.shape[2:] == (4, 4)
+
+
+def test_a_table(hub: Path) -> None:
+    found = load("hf:table", "")
+    assert found.train_images.shape == (40, 2)
+    assert found.train_images.dtype == np.float32
+    assert load("hf:table?input=b", "").train_images.shape == (40, 1)
+
+
+def test_a_run_by_its_users(hub: Path) -> None:
+    folder, _ = federate(
+        hub / "out",
+        dataset="hf:people/letters?label=kind&user=writer",
+        partition="natural",
+        method="fedavg",
+        num_server_rounds=1,
+        train_per_client="auto",
+        test_per_client="auto",
+    )
+    assert [row["client"] for row in records(folder, "clients.jsonl")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("hf:people/letters", "which column is the label.*picture, kind, hand, writer"),
+        ("hf:people/letters?label=kin", "no column kin.*kind"),
+        ("hf:people/letters?label=kind&input=pictur", "no column pictur.*picture"),
+        ("hf:people/letters?label=kind&train=trai", "no split trai.*train"),
+        ("hf:nobody/nothing", "download=true asks the Hub"),
+    ],
+)
+def test_refusals(hub: Path, name: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        load(name, "")
+
+
+def test_an_unknown_choice(hub: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no 'lable'.*label"):
+        load("hf:people/letters?lable=kind", "")
