@@ -196,11 +196,9 @@ class PFedGPA(FedAvg):
             NoUploadsError: this was the last round, and none brought a usable upload.
         """
         contents, unusable = self._left.screened(replies, self.weighted_by_key, self.partition_key)
-        mean_before = self._server.state.global_weights
-        limit = self.max_upload_norm
-        uploads, wrong = self._network.uploads(contents, self.weighted_by_key, mean_before, limit)
+        server, limits = self._server, (self.weighted_by_key, self.max_upload_norm)
+        uploads, wrong = self._network.uploads(contents, server.state.global_weights, *limits)
         self._warn(server_round, unusable | wrong)
-        server = self._server
         last = server_round == server.config.num_server_rounds
         if uploads:
             self._learn(server_round, uploads)
@@ -351,7 +349,7 @@ class Network:
         return Upload(weights, examples), ""
 
     def uploads(
-        self, contents: Mapping[int, RecordDict], counted_by: str, mean: Weights, limit: float
+        self, contents: Mapping[int, RecordDict], mean: Weights, counted_by: str, limit: float
     ) -> tuple[dict[int, Upload], dict[int, str]]:
         """{node: its upload} of the usable ones, and what is wrong with the others.
 
