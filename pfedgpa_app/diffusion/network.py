@@ -105,20 +105,37 @@ def fit_network(
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         descriptor = 0 if descriptors is None else descriptors.shape[1]
         network = new_network(settings, latents.shape[1], tokens, descriptor).to(device)
-    average = MovingAverage(network, settings.ema)
-    rate, steps = settings.fit_learning_rate, settings.fit_steps
-    optimiser = torch.optim.AdamW(network.parameters(), rate, fused=device.type == "cuda")
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=max(2, steps))
     alpha_bar = schedule.alpha_bar.float().to(device)
     n, k = latents.shape
     sizes = settings.fit_batch_size, n, k, len(alpha_bar)
     draw = functools.partial(_draw, *sizes, descriptors is not None, generator)
+
+    def loss(drawn: Sequence[Tensor]) -> Tensor:
+        return denoising_loss(network, latents, noise, descriptors, alpha_bar, drawn)
+
+    average = _trained(network, loss, draw, settings, device, progress)
+    return NetworkDenoiser(average.cpu(), schedule)  # latents are few: generate there
+
+
+def _trained(
+    network: nn.Module,
+    loss: Callable[[Sequence[Tensor]], Tensor],
+    draw: Callable[[], list[Tensor]],
+    settings: DiffusionSettings,
+    device: torch.device,
+    progress: Progress,
+) -> nn.Module:
+    """Train ``network`` by its ``loss`` of what is drawn; the moving average of its weights."""
+    rate, steps = settings.fit_learning_rate, settings.fit_steps
+    average = MovingAverage(network, settings.ema)
+    optimiser = torch.optim.AdamW(network.parameters(), rate, fused=device.type == "cuda")
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=max(2, steps))
     drawn = draw()
     held = [tensor.to(device) for tensor in drawn]
 
     def gradients() -> None:
         optimiser.zero_grad()
-        denoising_loss(network, latents, noise, descriptors, alpha_bar, held).backward()
+        loss(held).backward()
 
     go_back = Replayed(gradients, device)
     for step in range(steps):
@@ -129,7 +146,7 @@ def fit_network(
         cycle.step()
         average.update()
         progress((step + 1) / steps)
-    return NetworkDenoiser(average.network.cpu(), schedule)  # latents are few: generate there
+    return average.network
 
 
 def _draw(
