@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
@@ -227,11 +228,16 @@ class TestMethods:
         assert torch.equal(given.state_dict()["0.1.weight"], frozen)
 
     def test_no_more_uploads_are_remembered_than_are_generated(self, nets: Path) -> None:
+        from safetensors import safe_open
         from safetensors.torch import load_file
 
         own = {"pfedgpa.layers": 1, "pfedgpa.generate-from": 3}
         folder, _ = federate(nets, method="pfedgpa,client-mean", model="nets:small", **own)
         tensors = load_file(folder / "weights" / "pfedgpa.safetensors")
+        with safe_open(folder / "weights" / "pfedgpa.safetensors", "pt") as file:
+            about = file.metadata()
+        assert about["method"] == "pfedgpa"
+        assert json.loads(about["model"]) == json.loads((folder / "model.json").read_text())
         mine = {name.partition("/")[2] for name in tensors if name.startswith("client-0/")}
         assert mine == {"head.weight", "head.bias", "norm.running_mean", "norm.running_var"}
 
@@ -460,6 +466,21 @@ class TestPartitions:
         words = ["dataset=imagefolder:photos", "partition=file:who.json", "num-clients=2"]
         assert cli.main(["run", *words]) == 2
         assert re.search(said, capsys.readouterr().err)
+
+    def test_its_counts_are_printed_and_kept(
+        self, here: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["partition", "num-clients=2", "--out", "counts.csv"]
+        assert cli.main(words) == 0
+        held = load_partition(resolve({"num-clients": 2}).config)
+        labels = load_dataset(resolve({}).config).train_labels
+        with Path("counts.csv").open() as file:
+            header, *rows = csv.reader(file)
+        assert header == ["client", *map(str, range(10))]
+        for row, split in zip(rows, held, strict=True):
+            mine = labels[np.concatenate([split.train, split.validation])]
+            assert list(map(int, row[1:])) == np.bincount(mine, minlength=10).tolist()
+        assert f"| {' | '.join(rows[0])} |" in capsys.readouterr().out
 
     def test_users_are_clients(self, nets: Path) -> None:
         (nets / "tables.py").write_text(

@@ -1,7 +1,8 @@
-"""Draws who holds which classes."""
+"""Says and draws who holds how many of each class."""
 
 from __future__ import annotations
 
+import csv
 import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -10,13 +11,16 @@ from pfedgpa_app.cli.options import add_conf, add_settings, overrides
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.settings import ConfigError
 
+CSV, WIDEST = ".csv", 21  # columns that a terminal has room for
 EXAMPLE = "partition --conf fashion-mnist-20 partition=dirichlet --out who-holds-what.png"
 
 
 def add_options(parser: ArgumentParser) -> None:
     add_settings(parser)
     add_conf(parser)
-    parser.add_argument("--out", type=Path, default=Path("partition.png"), help="the picture")
+    parser.add_argument(
+        "--out", type=Path, default=Path("partition.png"), help="the picture, or the table as .csv"
+    )
 
 
 def handle(options: Namespace) -> int:
@@ -24,6 +28,7 @@ def handle(options: Namespace) -> int:
 
     from pfedgpa_app.data.client import described, load_dataset, load_partition
     from pfedgpa_app.results.plots import partition
+    from pfedgpa_app.results.tables import markdown
 
     config, out = resolve(overrides(options)).config, options.out
     _check_picture(out)
@@ -35,8 +40,18 @@ def handle(options: Namespace) -> int:
     counts = np.array(
         [np.bincount(data.train_labels[h], minlength=len(data.classes)) for h in held]
     )
-    partition(out, counts, data.classes)
+    header = ["client", *data.classes]
+    rows = [[str(i), *map(str, mine)] for i, mine in enumerate(counts.tolist())]
+    if out.suffix.lower() == CSV:
+        with out.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+    else:
+        partition(out, counts, data.classes)
     print(described(config))
+    if len(header) <= WIDEST:
+        print(markdown(header, rows))
+    else:
+        print(f"{len(data.classes)} classes: --out {out.with_suffix(CSV).name} has all counts")
     print(f"wrote {out.absolute()}")
     return 0
 
@@ -46,9 +61,9 @@ def _check_picture(out: Path) -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
     known_formats = FigureCanvasBase.get_supported_filetypes()
-    if out.suffix.lower().removeprefix(".") not in known_formats:
+    if out.suffix.lower() != CSV and out.suffix.lower().removeprefix(".") not in known_formats:
         raise ConfigError(
-            f"--out {out}: its ending must be one of .{', .'.join(sorted(known_formats))}"
+            f"--out {out}: its ending must be one of .{', .'.join(sorted({*known_formats, 'csv'}))}"
         )
     if os.path.isdir(out):
         raise ConfigError(f"--out {out}: is a folder; name a file")

@@ -30,7 +30,7 @@ from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import RunLog, is_done
 from pfedgpa_app.runs.folder import CONFIG, locked, run_folder, running
 from pfedgpa_app.runs.initial import initial_weights
-from pfedgpa_app.runs.personal import WEIGHTS, write_about
+from pfedgpa_app.runs.personal import MODEL, WEIGHTS, write_about
 from pfedgpa_app.runs.resuming import CHECKPOINT, Resuming
 from pfedgpa_app.runs.summary import Summary, save_weights
 from pfedgpa_app.server.joining import join
@@ -212,7 +212,8 @@ class Experiment:
         seconds = time.perf_counter() - started
         if self.config.save_weights:
             path = self.folder / WEIGHTS / f"{name}.safetensors"
-            save_weights(path, weights, getattr(method.state, "global_weights", {}))
+            about = {"method": name, "model": (self.folder / MODEL).read_text(encoding="utf-8")}
+            save_weights(path, weights, getattr(method.state, "global_weights", {}), about)
         source = name_of(method.weights_from) if method.weights_from else name
         if source not in scores:
             self.log.event("status", f"{method.title}: evaluating clients' weights")

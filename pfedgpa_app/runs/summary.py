@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,14 @@ from pfedgpa_app.server.strategy import Personalised
 from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 
 
-def save_weights(path: Path, weights: dict[int, Weights], common: Weights) -> None:
-    """Clients' weights as ``client-3/NAME``; those that all share once, as ``global/NAME``."""
+def save_weights(
+    path: Path, weights: dict[int, Weights], common: Weights, about: Mapping[str, str]
+) -> None:
+    """Clients' weights as ``client-3/NAME``; those that all share once, as ``global/NAME``.
+
+    Args:
+        about: goes into the file's metadata.
+    """
     tensors: Weights = {}
     for client, mine in weights.items():
         for name, tensor in mine.items():
@@ -31,7 +38,7 @@ def save_weights(path: Path, weights: dict[int, Weights], common: Weights) -> No
     if tensors:
         tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         path.parent.mkdir(exist_ok=True)
-        save_file(tensors, path)
+        save_file(tensors, path, {"format": "pt", **about})
 
 
 def peak_memory() -> int:
