@@ -30,6 +30,7 @@ from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.networks import weight_names, weights_of
 from pfedgpa_app.runs import api
+from pfedgpa_app.runs.checkpoint import Checkpoint
 from pfedgpa_app.runs.personal import evaluate, export
 from pfedgpa_app.study.compare import plan
 from tests.support.federations import federate, records, summary
@@ -267,6 +268,39 @@ class TestMethods:
             assert "none of this run's methods (fedavg) goes by it" in capsys.readouterr().err
         finally:
             METHODS.pop("fedx", None)
+            resolving.sections.cache_clear()
+            resolving.keys.cache_clear()
+
+    def test_a_state_of_ones_own_is_checkpointed(self, nets: Path) -> None:
+        (nets / "fedz.py").write_text(
+            "from dataclasses import dataclass\n"
+            "from pfedgpa_app.core.uploads import weighted_mean\n"
+            "from pfedgpa_app.methods.base import Method\n"
+            "@dataclass\n"
+            "class State:\n"
+            "    weights: dict\n"
+            "    rounds: int = 0\n"
+            "class FedZ(Method):\n"
+            "    @classmethod\n"
+            "    def begin(cls, config, initial): return State(initial)\n"
+            "    def expected_upload(self): return self.state.weights\n"
+            "    def download(self, client): return self.state.weights\n"
+            "    def aggregate(self, server_round, uploads):\n"
+            "        self.state.weights = weighted_mean(uploads)\n"
+            "        self.state.rounds += 1\n"
+        )
+        try:
+            federate(nets, method="fedz:FedZ", num_server_rounds=2)
+            state = METHODS["fedz"].rounds_class().begin(Config(), {"w": torch.ones(2)})
+            state.rounds = 3
+            Checkpoint(nets / "kept").save({"state": state})
+            again = Checkpoint(nets / "kept")
+            found = again.restore(again.read()["state"])
+            assert type(found) is type(state)
+            assert found.rounds == 3
+            assert torch.equal(found.weights["w"], torch.ones(2))
+        finally:
+            METHODS.pop("fedz", None)
             resolving.sections.cache_clear()
             resolving.keys.cache_clear()
 

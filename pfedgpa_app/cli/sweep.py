@@ -54,6 +54,13 @@ def handle(options: Namespace) -> int:
     over |= _varied(options.over)
     if not over:
         raise ConfigError("nothing to sweep over: give a file with over:, or --over KEY=V1,V2")
+    for key in overrides:
+        if key in over:
+            raise ConfigError(
+                f"{key}={overrides[key]}: the sweep varies it over "
+                f"{', '.join(map(str, over[key]))}; for this value alone say --over "
+                f"{key}={overrides[key]}"
+            )
     name = Path(files[0]).stem if files else "sweep"
     out = options.out or Path("results") / name
     shared.check_runs(settings | overrides | over, options, out)

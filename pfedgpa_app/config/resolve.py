@@ -32,7 +32,7 @@ from pfedgpa_app.core.sections import (
     S,
 )
 from pfedgpa_app.core.settings import LAUNCH, ConfigError, near
-from pfedgpa_app.data import DATASETS, is_known_dataset
+from pfedgpa_app.data import DATASETS, HUGGING_FACE, IMAGEFOLDER, is_known_dataset
 from pfedgpa_app.methods import METHODS, federation_of, name_of
 from pfedgpa_app.methods.baselines import FromUploads
 from pfedgpa_app.methods.own import reference_of, register_installed, registered
@@ -291,6 +291,12 @@ def _check(config: Config) -> None:
     require_dataset(config.dataset, "dataset")
     _require_model(config.model)
     _require_partition(config.partition)
+    resized = config.dataset.startswith((IMAGEFOLDER, HUGGING_FACE)) or config.dataset == NODES
+    if config.image_size and not resized:
+        raise ConfigError(
+            f"image-size = {config.image_size}: resizes the images of imagefolder: and hf:, and "
+            f"dataset = {config.dataset} is none of them"
+        )
     kept = name_of(FromUploads.of)  # whose uploads are kept
     others = [method for method in config.method if federation_of(method) != kept]
     if config.uploads and others:

@@ -85,8 +85,13 @@ def is_done(folder: Path) -> bool:
 def say(folder: Path, kind: str, text: str, progress: float) -> None:
     """Add to the events in a run's folder what somebody else says of it."""
     record = {"kind": kind, "text": text, "time": round(time.time(), 3), "progress": progress}
-    with (folder / EVENTS).open("a", encoding="utf-8") as out:
-        out.write(json.dumps(record) + "\n")
+    append(folder / EVENTS, record)
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add a line to a file of records."""
+    with path.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(_plain(record)) + "\n")
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -171,16 +176,12 @@ class RunLog:
             if path.exists():
                 os.truncate(path, size)
 
-    def _append(self, file: str, record: dict[str, Any]) -> None:
-        with (self.folder / file).open("a", encoding="utf-8") as out:
-            out.write(json.dumps(_plain(record)) + "\n")
-
     def event(self, kind: str, text: str, **more: Any) -> None:
         """Say something to whoever watches."""
         now = round(time.time(), 3)
         progress = round(self._done / self._work, 4) if self._work else 1.0
         record = {"kind": kind, "text": text, "time": now, "progress": progress}
-        self._append(EVENTS, record | more)
+        append(self.folder / EVENTS, record | more)
         (logger.warning if kind == "warning" else logger.info)(text)
 
     def failed(self, error: Exception) -> None:
@@ -244,7 +245,7 @@ class RunLog:
                 "test_loss": None,
             }
             record |= participants.get(client, {}) | scores.get(client, {})
-            self._append(METRICS, record)
+            append(self.folder / METRICS, record)
         loss = mean([p["train_loss"] for p in participants.values()])
         seconds_left = self.advance(1)
         text = f"{name} round {server_round}/{self.rounds}  loss {loss:.3f}"

@@ -1,10 +1,10 @@
 """A run's state on disk, from which a killed run goes on.
 
-A checkpoint is a tree of numbers, texts, containers, tensors and this package's dataclasses: a
-manifest in JSON and tensors in safetensors files, nothing that runs. A tensor that an earlier
-checkpoint holds already is not written again, so that a buffer of uploads costs one round's.
-The manifest is replaced last and whole: whenever a run is killed, the newest or the one before
-it is there. All of it has checksums, so that a damaged one is refused.
+A checkpoint is a tree of numbers, texts, containers, tensors and dataclasses of this package or of
+a method's: a manifest in JSON and tensors in safetensors files, nothing that runs. A tensor that
+an earlier checkpoint holds already is not written again, so that a buffer of uploads costs one
+round's. The manifest is replaced last and whole: whenever a run is killed, the newest or the one
+before it is there. All of it has checksums, so that a damaged one is refused.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pfedgpa_app.core.files import checksum, replacing, write_text
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.methods import METHODS
 
 FORMAT = "pfedgpa-checkpoint-3"
 MANIFEST = "checkpoint.json"
-_PACKAGE = __name__.partition(".")[0] + "."
 _DTYPES = {dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 # what is raised where a checkpoint is not what it should be
 _DAMAGED: tuple[type[Exception], ...] = (OSError, SafetensorError, RuntimeError, ValueError)
@@ -45,7 +46,7 @@ def encode(value: Any, put: Put) -> Any:
     """``value`` as JSON; ``put`` says where it keeps a tensor.
 
     Raises:
-        TypeError: something that is neither data nor a module.
+        ConfigError: something that is neither data nor a module.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -62,10 +63,14 @@ def encode(value: Any, put: Put) -> Any:
     for kind in (torch.Size, list, tuple):  # Size is a tuple
         if isinstance(value, kind):
             return [kind.__name__, [encode(item, put) for item in value]]
-    if dataclasses.is_dataclass(value) and type(value).__module__.startswith(_PACKAGE):
+    if dataclasses.is_dataclass(value) and _is_ours(type(value).__module__):
         parts = {f.name: encode(getattr(value, f.name), put) for f in dataclasses.fields(value)}
         return ["data", f"{type(value).__module__}:{type(value).__qualname__}", parts]
-    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+    raise ConfigError(
+        f"a checkpoint cannot hold a {type(value).__name__}, only numbers, texts, lists, dicts, "
+        "tensors, modules and dataclasses of the module or package that a method is in; "
+        "checkpoint-every=0 does without"
+    )
 
 
 def decode(node: Any, get: Get, like: Any = None) -> Any:
@@ -75,7 +80,7 @@ def decode(node: Any, get: Get, like: Any = None) -> Any:
         like: a value of the same shape, into whose modules their weights are loaded.
 
     Raises:
-        CheckpointError: a class that is no dataclass of this package.
+        CheckpointError: a class that is no dataclass of this package or of a method's.
     """
     if not isinstance(node, list):
         return node
@@ -98,8 +103,14 @@ def decode(node: Any, get: Get, like: Any = None) -> Any:
     return {"Size": torch.Size, "list": list, "tuple": tuple}[kind](items)
 
 
+def _is_ours(module: str) -> bool:
+    """Whether a module is of this package, or of one that has a method of the user's."""
+    packages = {kind.__module__.partition(".")[0] for kind in METHODS.values()}
+    return module.partition(".")[0] in packages
+
+
 def _dataclass(where: str) -> type[Any]:
-    """This package's dataclass that ``where`` names: nothing is imported for it.
+    """The dataclass of this package's or of a method's that ``where`` names: nothing is imported.
 
     The run, which has been set up, has imported all that its checkpoint can hold.
 
@@ -107,8 +118,7 @@ def _dataclass(where: str) -> type[Any]:
         CheckpointError: there is none.
     """
     module, _, name = where.partition(":")
-    ours = module.startswith(_PACKAGE)
-    found = getattr(sys.modules.get(module), name, None) if ours else None
+    found = getattr(sys.modules.get(module), name, None) if _is_ours(module) else None
     if not isinstance(found, type) or not dataclasses.is_dataclass(found):
         raise CheckpointError(f"names {where}, which is no data of this package")
     return found

@@ -164,6 +164,8 @@ class Experiment:
             kinds.append(RememberingFedAvg)
         kind = rounds_of(kinds)
         state = kind.begin(config, self.initial)
+        if config.checkpoint_every:
+            self.resuming.check(state)
         if going:
             state = self.resuming.state(going["node"], state)
 

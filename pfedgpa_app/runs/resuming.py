@@ -9,8 +9,8 @@ from typing import Any
 from pfedgpa_app.client import memory
 from pfedgpa_app.core.files import checksum
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.results.log import RunLog
-from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError
+from pfedgpa_app.results.log import METRICS, RunLog
+from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError, encode
 from pfedgpa_app.runs.summary import Summary
 
 CHECKPOINT = "checkpoint"
@@ -45,6 +45,8 @@ class Resuming:
         try:
             kept = self._checkpoint.read()
             if not kept:
+                if (self.log.folder / METRICS).exists():
+                    self.log.event("warning", "no checkpoint was kept: the run begins anew")
                 self.log.restore({"curves": {}, "rejections": 0, "done": 0.0, "sizes": {}})
                 return {}
             names = ("name", "finished", "rows", "outcomes", "log")
@@ -74,6 +76,15 @@ class Resuming:
             return self._checkpoint.restore(node, begun)
         except CheckpointError as error:
             raise ConfigError(f"resume: {error}") from error
+
+    @staticmethod
+    def check(state: Any) -> None:
+        """Refuse a federation's state that a checkpoint cannot hold.
+
+        Raises:
+            ConfigError: why not.
+        """
+        encode(state, lambda _: [])
 
     def keep(self, going: dict[str, Any]) -> None:
         """Replace the checkpoint; a disk that is full does not end the run.

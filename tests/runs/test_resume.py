@@ -338,7 +338,7 @@ class TestCheckpoint:
         for name in ("subprocess:Popen", "pfedgpa_app.cli:main", "os:system"):
             with pytest.raises(CheckpointError):
                 kept.restore(["data", name, {}])
-        with pytest.raises(TypeError, match="cannot hold a object"):
+        with pytest.raises(ConfigError, match="cannot hold a object"):
             kept.save({"x": object()})
 
 
