@@ -10,8 +10,11 @@ from flwr.serverapp import Grid, ServerApp
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.runs.experiment import run
+from pfedgpa_app.server.roster import RosterError
+from pfedgpa_app.server.screening import NoUploadsError
 
 app = ServerApp()
+TOLD = ConfigError, DataError, RosterError, NoUploadsError  # whose sentence says it all
 
 logger = logging.getLogger("pfedgpa")  # what the run says goes where Flower's words go
 logger.setLevel(logging.INFO)
@@ -19,14 +22,14 @@ logger.handlers = logging.getLogger("flwr").handlers
 
 
 class Plain(logging.Filter):
-    """A user's mistake is told by its sentence alone: no traceback, no exit code below it."""
+    """What a user can mend is told by its sentence alone: no traceback, no exit code below it."""
 
     told = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether Flower is to print ``record``, which may lose its traceback here."""
         error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, (ConfigError, DataError)):
+        if isinstance(error, TOLD):
             record.msg, record.args, record.exc_info = "%s", (str(error),), None
             self.told = True
         return not (self.told and record.getMessage().startswith("Exit Code"))

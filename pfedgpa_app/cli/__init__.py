@@ -21,6 +21,7 @@ from pfedgpa_app.cli import (
     partition,
     predict,
     rehearse,
+    report,
     run,
     settings,
     sweep,
@@ -45,6 +46,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "run": run,
+    "report": report,
     "predict": predict,
     "evaluate": evaluate,
     "export": export,

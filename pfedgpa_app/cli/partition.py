@@ -26,27 +26,23 @@ def add_options(parser: ArgumentParser) -> None:
 def handle(options: Namespace) -> int:
     import numpy as np
 
-    from pfedgpa_app.data.client import described, load_dataset, load_partition
+    from pfedgpa_app.data.client import class_counts, described, load_dataset
     from pfedgpa_app.results.plots import partition
     from pfedgpa_app.results.tables import markdown
 
     config, out = resolve(overrides(options)).config, options.out
     _check_picture(out)
     try:
-        data, splits = load_dataset(config), load_partition(config)
+        data, counts = load_dataset(config), class_counts(config)
     except ValueError as error:  # a partition that the data do not allow
         raise ConfigError(str(error)) from error
-    held = [np.concatenate([split.train, split.validation]) for split in splits]
-    counts = np.array(
-        [np.bincount(data.train_labels[h], minlength=len(data.classes)) for h in held]
-    )
     header = ["client", *data.classes]
-    rows = [[str(i), *map(str, mine)] for i, mine in enumerate(counts.tolist())]
+    rows = [[str(i), *map(str, mine)] for i, mine in enumerate(counts)]
     if out.suffix.lower() == CSV:
         with out.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([header, *rows])
     else:
-        partition(out, counts, data.classes)
+        partition(out, np.array(counts), data.classes)
     print(described(config))
     if len(header) <= WIDEST:
         print(markdown(header, rows))

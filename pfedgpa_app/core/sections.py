@@ -228,6 +228,7 @@ class OutputSettings:
     save_weights: bool = setting(
         True, "write what the server makes for each client beside the results", part=LAUNCH
     )
+    report: bool = setting(True, "make the run's page, report.html, and its pictures", part=LAUNCH)
     save_uploads: bool = setting(False, "keep the buffered uploads beside the results", part=LAUNCH)
     uploads: str = setting(
         "", "make weights from a run's uploads.safetensors instead of running FedAvg's rounds"

@@ -111,6 +111,13 @@ def load_partition(config: DataSettings) -> list[ClientSplit]:
     )
 
 
+def class_counts(config: DataSettings) -> list[list[int]]:
+    """How many training examples of each class each client holds, validation included."""
+    data, classes = load_dataset(config), len(load_dataset(config).classes)
+    held = [np.concatenate([split.train, split.validation]) for split in load_partition(config)]
+    return [np.bincount(data.train_labels[h], minlength=classes).tolist() for h in held]
+
+
 def _names(samples: np.ndarray, labels: np.ndarray, split: str) -> np.ndarray:
     """The samples' names; where they have none, their places, as in train/0."""
     return samples if len(samples) else np.char.add(f"{split}/", np.arange(len(labels)).astype(str))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.results.log import RunLog
@@ -63,6 +64,30 @@ def before_and_after(path: Path, results: dict[str, Outcome]) -> None:
     figure.supxlabel("client", fontsize="medium")
     figure.supylabel("accuracy (%)", fontsize="medium")
     figure.savefig(path, dpi=150)
+
+
+def latent_places(fitted: WeightDistribution) -> dict[str, Any]:
+    """Where uploads lie in the first two latent dimensions, and what each client was sent.
+
+    {} where there are not two.
+    """
+    if fitted.rank < 2:
+        return {}
+    sent = fitted.generate_latents("tweedie", draws=64)
+    places = {
+        "newest": dict(zip(fitted.newest, fitted.newest_latents, strict=True)),
+        "sent": dict(zip(fitted.newest, sent, strict=True)),
+    }
+    rounded = {
+        kind: {str(client): _rounded(place[:2]) for client, place in of.items()}
+        for kind, of in places.items()
+    }
+    uploads = [_rounded(place) for place in fitted.latents[:, :2]]
+    return {"uploads": uploads, "clients": fitted.clients.tolist(), **rounded}
+
+
+def _rounded(place: Tensor) -> list[float]:
+    return [round(float(x), 4) for x in place]
 
 
 def latents(path: Path, fitted: WeightDistribution, groups: list[int]) -> None:

@@ -127,8 +127,7 @@ def summary_entry(
 
 
 LEGEND = (
-    "kept: what a client would use, as sent or after FT, whichever its own validation data favour; "
-    "± over clients.",
+    "kept: what a client would use, as sent or after FT, whichever its own validation data favour.",
     "FT: each client fine-tunes what it was sent on its training data, by the recipe beside it; "
     "tuned FT: by one that pooled validation data chose.",
 )
@@ -167,7 +166,7 @@ def text_table(rows: list[dict[str, Any]]) -> str:
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines
     ]
-    return "\n".join([*table, "", *LEGEND])
+    return "\n".join([*table, "", *LEGEND, "±: over clients."])
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -18,7 +18,13 @@ from pfedgpa_app.config.resolve import Resolved
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import NODES, Config
-from pfedgpa_app.data.client import described, load_dataset, load_partition, load_schema
+from pfedgpa_app.data.client import (
+    class_counts,
+    described,
+    load_dataset,
+    load_partition,
+    load_schema,
+)
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.engine.grid import LocalGrid, is_simulated
@@ -28,6 +34,7 @@ from pfedgpa_app.methods.fine_tuning import fine_tunings
 from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import RunLog, is_done
+from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import CONFIG, locked, run_folder, running
 from pfedgpa_app.runs.initial import initial_weights
 from pfedgpa_app.runs.personal import MODEL, WEIGHTS, write_about
@@ -71,14 +78,26 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
         log.event("start", f"results: {folder}", process=os.getpid())
         if config.dataset != NODES:
             log.event("data", described(config))
+            holdings = {"classes": load_schema(config).classes, "train": class_counts(config)}
+            write_text(folder / report.HOLDINGS, json.dumps(holdings) + "\n")
         for text in _warnings(grid, config):
             log.event("warning", text)
         Experiment(grid, resolved, folder, log).run_all(shared)
     except Exception as error:
         log.failed(error)
         raise
+    if config.report:
+        _report(folder, log)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     log.event("done", f"results are in {folder}")
+
+
+def _report(folder: Path, log: RunLog) -> None:
+    """Write the run's page; what goes wrong there does not undo the run."""
+    try:
+        log.event("report", f"report: {report.write([folder])}")
+    except Exception as error:
+        log.event("warning", f"no report could be written: {type(error).__name__}: {error}")
 
 
 def _evaluation_work(config: Config) -> float:
@@ -153,7 +172,9 @@ class Experiment:
         if learned is not None:
             if self.config.save_weights:
                 saved.save(learned, self.folder / saved.FILE)
-            plots.latents(self.folder / "latents.png", learned, self._groups())
+            if (latents := plots.latent_places(learned)) and self.config.report:
+                write_text(self.folder / report.LATENTS, json.dumps(latents) + "\n")
+                plots.latents(self.folder / "latents.png", learned, self._groups())
 
     def _run_rounds(self, name: str, methods: list[str]) -> Personalised:
         """The federation's strategy, whose rounds are over."""

@@ -153,10 +153,11 @@ class Summary:
         write_text(self.folder / SUMMARY, json.dumps(rows, indent=2) + "\n")
 
     def finish(self) -> None:
-        """Write the plots and the table of all methods."""
-        outcomes = {name: self.outcomes[name] for name in self.config.method}
-        plots.accuracy_over_rounds(self.folder / "accuracy.png", self.log, outcomes)
-        plots.before_and_after(self.folder / "clients.png", outcomes)
+        """Write the pictures and the table of all methods."""
+        if self.config.report:
+            outcomes = {name: self.outcomes[name] for name in self.config.method}
+            plots.accuracy_over_rounds(self.folder / "accuracy.png", self.log, outcomes)
+            plots.before_and_after(self.folder / "clients.png", outcomes)
         table = text_table([self.rows[name] for name in self.config.method])
         write_text(self.folder / "table.md", table + "\n")
         self.log.event("table", table)

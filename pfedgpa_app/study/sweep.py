@@ -36,6 +36,7 @@ from pfedgpa_app.engine import PARENT, StoppedError, engine_for
 from pfedgpa_app.methods import federations
 from pfedgpa_app.results.log import clock, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
+from pfedgpa_app.runs import report
 from pfedgpa_app.runs.checkpoint import MANIFEST
 from pfedgpa_app.runs.folder import is_foreign, is_running, kept_settings, locked
 from pfedgpa_app.runs.launcher import preflight
@@ -334,7 +335,7 @@ def _headline(folder: Path) -> str:
 
 
 def summarise(runs: Sequence[Run], out: Path) -> str:
-    """Write ``sweep.json`` (every finished run's rows) and ``sweep.md`` (means over seeds)."""
+    """Write ``sweep.json`` (all finished rows), ``sweep.md`` (means over seeds), a report."""
     finished = [run for run in runs if is_done(run.folder)]
     rows = {run.name: rows_of(run.folder) for run in finished}
     record = [{"run": r.name, "varied": r.varied, "summary": rows[r.name]} for r in finished]
@@ -346,6 +347,8 @@ def summarise(runs: Sequence[Run], out: Path) -> str:
         figures = table([rows[run.name] for run in alike])
         parts.append(f"### {title}\n\nSeeds {seeds}.\n\n{figures}\n")
     write_text(out / "sweep.md", "\n".join(parts))
+    if finished and all(run.config.report for run in finished):
+        report.write([run.folder for run in finished], out / report.REPORT)
     return "\n".join(parts)
 
 

@@ -37,7 +37,7 @@ def federate(
 ) -> tuple[Path, InProcessGrid]:
     """Run the demo at a small size; ``settings`` by their names with underscores."""
     named = {name.replace("_", "-"): value for name, value in settings.items()}
-    run_config = small({"out-dir": str(out), "run-name": "run"} | named)
+    run_config = small({"out-dir": str(out), "run-name": "run", "report": False} | named)
     resolved = resolve(run_config)
     grid = InProcessGrid(run_config, nodes or resolved.config.num_clients, tamper)
     return run(grid, resolved), grid

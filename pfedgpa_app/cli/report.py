@@ -1,0 +1,33 @@
+"""One page of what runs came to: report.html, with table.csv and table.tex beside it."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from pfedgpa_app.core.settings import ConfigError
+
+EXAMPLE = "report results/table --out results/table/all.html"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "folders",
+        nargs="+",
+        type=Path,
+        metavar="FOLDER",
+        help="of a run, a sweep or a comparison; the runs of several are compared",
+    )
+    parser.add_argument("--out", type=Path, help="the page; default: report.html in the first")
+
+
+def handle(options: Namespace) -> int:
+    from pfedgpa_app.runs.report import write
+
+    out: Path | None = options.out
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}")
+    if out is not None and (out.suffix.lower() not in (".html", ".htm") or out.is_dir()):
+        raise ConfigError(f"--out {out}: name a file that ends in .html")
+    print(f"wrote {write(options.folders, out).absolute()}")
+    return 0

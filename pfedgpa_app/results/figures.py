@@ -1,0 +1,208 @@
+"""The figures of a report, as SVG that takes its text's colour from the page."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:  # matplotlib takes long to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind people tell apart, and Tableau's after them
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c564b", "#7f7f7f")
+DASHES = ("-", "--", "-.", ":")
+INK = "#010203"  # stands for the page's own colour of text
+Curve = Sequence[tuple[int, float, float]]  # round, mean, standard deviation
+
+
+def colour(i: int) -> str:
+    """Of the i-th of several things."""
+    return COLOURS[i % len(COLOURS)]
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an element of a page; ``name`` tells its parts from those of others."""
+    import matplotlib as mpl
+
+    for axes in figure.axes:
+        axes.title.set_color(INK)
+        for each in (axes.xaxis.label, axes.yaxis.label):
+            each.set_color(INK)
+        axes.tick_params(colors=INK)
+        for spine in axes.spines.values():
+            spine.set_color(INK)
+        if legend := axes.get_legend():
+            for text in legend.get_texts():
+                text.set_color(INK)
+    for legend in figure.legends:
+        for text in legend.get_texts():
+            text.set_color(INK)
+    file = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawn = file.getvalue()
+    drawn = drawn[drawn.index("<svg") :].replace(INK, "currentColor")
+    drawn = re.sub(r' id="[a-z0-9.]+_\d+"', "", drawn)  # each figure's first axes are axes_1
+    return drawn.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+
+
+def _apart(places: Sequence[float], least: float) -> list[float]:
+    """``places`` moved so that neighbours are ``least`` apart, in their own order."""
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    moved = list(places)
+    for before, after in itertools.pairwise(order):
+        moved[after] = max(moved[after], moved[before] + least)
+    return moved
+
+
+def curves(found: Mapping[str, Curve], ends: Mapping[str, float]) -> str:
+    """Accuracy over rounds, a line a federation, each named at its end.
+
+    Args:
+        ends: where methods came to that have no rounds of their own.
+    """
+    figure, axes = _figure(8, 4.2)
+    last = max((points[-1][0] for points in found.values() if points), default=1)
+    names, places, colours = [], [], []
+    for i, (name, points) in enumerate(found.items()):
+        if not points:
+            continue
+        rounds, means, spreads = (np.array(column) for column in zip(*points, strict=True))
+        style: dict[str, Any] = {"color": colour(i), "linestyle": DASHES[i % len(DASHES)]}
+        # the first one is the widest: another that lies upon it does not hide it
+        width = max(1.2, 3.0 - 0.6 * i)
+        axes.plot(rounds, means, linewidth=width, marker="." if len(points) < 12 else "", **style)
+        if spreads.any():
+            axes.fill_between(rounds, means - spreads, means + spreads, alpha=0.15, color=colour(i))
+        names.append(name)
+        places.append(float(means[-1]))
+        colours.append(colour(i))
+    for i, (name, value) in enumerate(ends.items(), start=len(found)):
+        axes.plot([last], [value], "D", color=colour(i), markersize=5)
+        names.append(name)
+        places.append(value)
+        colours.append(colour(i))
+    low, high = axes.get_ylim()
+    for name, y, place, kind in zip(
+        names, places, _apart(places, 0.055 * (high - low)), colours, strict=True
+    ):
+        axes.annotate(
+            name,
+            (last, y),
+            (last * 1.04 + 0.5, place),
+            color=kind,
+            va="center",
+            fontsize="small",
+            annotation_clip=False,
+        )
+    axes.set(xlabel="round", ylabel="accuracy as sent, mean of clients (%)")
+    axes.set_xlim(right=last * 1.02 + 0.3)
+    return _svg(figure, "accuracy over rounds")
+
+
+def before_and_after(found: Mapping[str, Mapping[int, tuple[float, float]]]) -> str:
+    """Every client of every method before and after fine-tuning: {method: {client: …}}."""
+    from matplotlib.figure import Figure
+
+    clients = max(len(scores) for scores in found.values())
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    height = min(9.0, 1.0 + 0.16 * clients)
+    figure = Figure(figsize=(2.9 * columns + 0.6, height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes, (name, scores) in zip(grid.flat, found.items(), strict=False):
+        order = sorted(scores, key=lambda c: scores[c][0])
+        for place, client in enumerate(order):
+            before, after = scores[client]
+            axes.plot([before, after], [place, place], color="#999999", linewidth=1)
+        axes.plot([scores[c][0] for c in order], range(len(order)), "o", color=COLOURS[0], ms=4)
+        axes.plot([scores[c][1] for c in order], range(len(order)), "|", color=COLOURS[1], ms=8)
+        if len(order) <= 40:
+            axes.set_yticks(range(len(order)), [str(c) for c in order], fontsize="x-small")
+            axes.tick_params(labelleft=True)
+        axes.set_title(name, fontsize="medium")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(grid.flat)[len(found) :]:
+        axes.set_visible(False)
+    for axes in grid[-1]:
+        axes.set_xlabel("accuracy (%)", fontsize="small")
+    grid[0, 0].set_ylabel("client, from worst to best", fontsize="small")
+    return _svg(figure, "each client before and after fine-tuning")
+
+
+def holdings(counts: np.ndarray, classes: Sequence[str]) -> str:
+    """Who holds how many of each class: [clients, classes] as stacked bars."""
+    figure, axes = _figure(8, 3.4)
+    bottom = np.zeros(len(counts))
+    for c, name in enumerate(classes):
+        kind = {"color": class_colour(c, len(classes)), "width": 0.9}
+        axes.bar(np.arange(len(counts)), counts[:, c], bottom=bottom, label=name, **kind)
+        bottom += counts[:, c]
+    axes.set(xlabel="client", ylabel="training examples")
+    if len(classes) <= 20:
+        figure.legend(loc="outside right upper", fontsize="x-small", frameon=False)
+    return _svg(figure, "who holds how many of each class")
+
+
+def class_colour(c: int, classes: int) -> Any:
+    """Of class ``c``: neighbours look different, as far as there are colours."""
+    import matplotlib as mpl
+
+    if classes <= 10:
+        return mpl.colormaps["tab10"](c)
+    return mpl.colormaps["turbo"](c / (classes - 1))
+
+
+def latent_map(found: Mapping[str, Any], mixes: np.ndarray | None) -> str:
+    """Clients in the first two latent dimensions: small, their uploads; large, what was made.
+
+    Args:
+        found: "uploads" [N, 2] of "clients" [N], and "newest" and "sent" by client, [2] each.
+        mixes: each client's share of every class, as the slices of its pie.
+    """
+    figure, axes = _figure(6.4, 5.2)
+    uploads, owners = np.array(found["uploads"]), np.array(found["clients"])
+    kinds = mixes.argmax(1) if mixes is not None else owners
+    number = mixes.shape[1] if mixes is not None else int(owners.max()) + 1
+    shades = [class_colour(int(kinds[i] if mixes is not None else i), number) for i in owners]
+    axes.scatter(uploads[:, 0], uploads[:, 1], s=5, alpha=0.3, c=shades)
+    for client, newest in found["newest"].items():
+        sent = found["sent"][client]
+        arrow = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.8}
+        axes.annotate("", tuple(sent), tuple(newest), arrowprops=arrow)
+        mix = mixes[int(client)] if mixes is not None else np.ones(1)
+        _pie(axes, sent, mix, number if mixes is not None else 1)
+        kind: dict[str, Any] = {"textcoords": "offset points", "fontsize": "x-small", "color": INK}
+        axes.annotate(client, tuple(sent), (6, 5), **kind)
+    axes.set(xlabel="latent 1", ylabel="latent 2")
+    return _svg(figure, "clients in latent space")
+
+
+def _pie(axes: Axes, place: Sequence[float], mix: np.ndarray, classes: int) -> None:
+    """A client's mix of classes, at its place."""
+    from matplotlib.path import Path
+
+    edges = 2 * np.pi * np.concatenate([[0], np.cumsum(mix / mix.sum())])
+    for c, (start, end) in enumerate(itertools.pairwise(edges)):
+        if end - start < 0.02:
+            continue
+        angles = np.linspace(start, end, 24)
+        slice_of_it = np.column_stack([np.append(np.cos(angles), 0), np.append(np.sin(angles), 0)])
+        size = 110 * np.abs(slice_of_it).max() ** 2  # matplotlib scales a marker to this
+        kind = {"color": class_colour(c, classes), "linewidth": 0}
+        axes.scatter([place[0]], [place[1]], size, marker=Path(slice_of_it), **kind)

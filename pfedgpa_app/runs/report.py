@@ -1,0 +1,403 @@
+"""``report.html``: what a run, or several of one kind, came to, in one page."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, pstdev, stdev
+from typing import Any
+
+import numpy as np
+
+from pfedgpa_app.config.resolve import keys
+from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.settings import LAUNCH, ConfigError
+from pfedgpa_app.results import figures
+from pfedgpa_app.results.log import EVENTS, METRICS, SUMMARY, Records, clock, rows_of
+from pfedgpa_app.results.page import page
+from pfedgpa_app.results.tables import LEGEND, over_seeds, recipe_in_words
+from pfedgpa_app.runs.folder import CONFIG, kept_methods, kept_settings
+
+REPORT, HOLDINGS, LATENTS = "report.html", "holdings.json", "latents.json"
+Row = dict[str, Any]
+# {heading: key of an entry of summary.json}
+COLUMNS = {
+    "kept": "accuracy_kept",
+    "as sent": "accuracy_before_ft",
+    "after FT": "accuracy_after_ft",
+    "tuned FT": "accuracy_after_ft_tuned",
+    "worst client": "accuracy_worst_client_kept",
+}
+SEEDLESS = {"seed", "run-name", "out-dir"}
+WORST = 5  # clients that are named
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is done, by what its folder holds."""
+
+    folder: Path
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """{setting: {"value": …, "from": …}}."""
+        return kept_settings(self.folder)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """An entry a method."""
+        kept_methods(self.folder)  # makes own ones known
+        return rows_of(self.folder)
+
+    def lines(self, file: str) -> Iterator[Row]:
+        """The records of one of its files."""
+        return Records(self.folder / file).new()
+
+    def read(self, file: str) -> Any:
+        """What it keeps in a JSON file; None without."""
+        path = self.folder / file
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @cached_property
+    def curves(self) -> dict[str, dict[int, float]]:
+        """{federation: {round: mean accuracy of its clients}}."""
+        found: dict[str, dict[int, list[float]]] = {}
+        for record in self.lines(METRICS):
+            if record.get("accuracy") is not None:
+                rounds = found.setdefault(record["federation"], {})
+                rounds.setdefault(record["round"], []).append(record["accuracy"])
+        return {name: {r: mean(a) for r, a in rounds.items()} for name, rounds in found.items()}
+
+    @cached_property
+    def clients(self) -> dict[str, dict[int, Row]]:
+        """{method's title: {client: its accuracies}}."""
+        titles = {row["method"]: row["title"] for row in self.rows}
+        found: dict[str, dict[int, Row]] = {}
+        for record in self.lines("clients.jsonl"):
+            if record["method"] in titles:
+                found.setdefault(titles[record["method"]], {})[record["client"]] = record
+        return found
+
+
+def runs_in(paths: Sequence[Path]) -> list[Run]:
+    """The runs that are done in these folders and those below, a sweep's or comparison's.
+
+    Raises:
+        ConfigError: one of them holds none.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        folders = sorted(f.parent for f in path.rglob(SUMMARY) if (f.parent / CONFIG).is_file())
+        if not folders:
+            raise ConfigError(f"{path}: holds no run that is done")
+        found |= dict.fromkeys(folders)
+    return [Run(folder) for folder in found]
+
+
+def write(paths: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the report of the runs in ``paths``, ``table.csv`` and ``table.tex`` beside it.
+
+    Args:
+        out: the page; by default ``report.html`` in the first of the folders.
+
+    Raises:
+        ConfigError: there are no runs.
+    """
+    runs = runs_in(paths)
+    out = out or paths[0] / REPORT
+    header, entries = table_of(runs)
+    write_text(out.with_name("table.csv"), _csv(header, entries))
+    write_text(out.with_name("table.tex"), _latex(header, entries))
+    write_text(out, rendered(runs, header, entries))
+    return out
+
+
+def rendered(runs: Sequence[Run], header: list[str], entries: list[Entry]) -> str:
+    """The page."""
+    one = runs[0] if len(runs) == 1 else None
+    named = list(dict.fromkeys(row["title"] for run in runs for row in run.rows))
+    title = ", ".join(named) if len(named) <= 3 else f"{len(named)} methods"
+    title += f" on {', '.join(dict.fromkeys(_said(r.settings['dataset']['value']) for r in runs))}"
+    figure = {
+        "title": "Accuracy over rounds",
+        "svg": figures.curves(*_curves(runs)),
+        "caption": "Mean over clients of what they are sent, before any fine-tuning"
+        + ("; bands are one standard deviation over seeds." if not one else "."),
+    }
+    return page(
+        title=title,
+        about=_about(runs),
+        table={
+            "header": header,
+            "rows": [entry.cells(entries) for entry in entries],
+            "legend": [*LEGEND, _over(runs)],
+        },
+        figures=[figure, *(_figures_of(one) if one else ())],
+        parts=list(_parts_of(one) if one else _parts_of_several(runs)),
+    )
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: a method under some settings, over seeds."""
+
+    name: str
+    recipe: str
+    values: dict[str, list[float]]
+    costs: tuple[str, str]
+    analysis_only: bool = False
+
+    def text(self, column: str) -> str:
+        """Mean ± standard deviation over seeds."""
+        known = [value for value in self.values[column] if value == value]
+        return over_seeds(known, 1 if len(known) < 2 else 2)
+
+    def cells(self, every: Sequence[Entry]) -> list[dict[str, str]]:
+        """As the page has it: the best and the second best of each column are marked."""
+        cells = [{"text": self.name, "kind": ""}]
+        for column, values in self.values.items():
+            means = sorted(
+                {round(mean(e.values[column]), 6) for e in every if _counts(e, column)},
+                reverse=True,
+            )
+            mine = round(mean(values), 6) if _counts(self, column) else None
+            kind = {means[0]: "best"} | ({means[1]: "second"} if len(means) > 2 else {})
+            cells.append({"text": self.text(column), "kind": kind.get(mine, "") if mine else ""})
+        return [*cells, *({"text": text, "kind": "text"} for text in (self.recipe, *self.costs))]
+
+
+def _counts(entry: Entry, column: str) -> bool:
+    """Whether it can be the best: group means know what no server does."""
+    return bool(entry.values[column]) and not entry.analysis_only
+
+
+def table_of(runs: Sequence[Run]) -> tuple[list[str], list[Entry]]:
+    """The headings, and an entry for each method under each choice of what the runs vary."""
+    shown = [
+        c for c, k in COLUMNS.items() if any(r.get(k) is not None for x in runs for r in x.rows)
+    ]
+    varied = _varied(runs)
+    alike: dict[tuple[str, str], list[Row]] = {}
+    for run in runs:
+        choice = ", ".join(f"{k}={run.settings[k]['value']}" for k in varied if k in run.settings)
+        for row in run.rows:
+            alike.setdefault((row["title"], choice), []).append(row)
+    entries = []
+    for (title, choice), rows in alike.items():
+        values = {c: [r[COLUMNS[c]] for r in rows if r.get(COLUMNS[c]) is not None] for c in shown}
+        seconds = mean(row.get("server_seconds", 0.0) for row in rows)
+        up = mean(row.get("bytes_up", 0) / max(1, row["rounds"]) for row in rows)
+        costs = (f"{seconds:.1f} s", f"{up / 1e6:.2f} MB")
+        name = f"{title} ({choice})" if choice else title
+        recipe = recipe_in_words(rows[0]["fine_tuning"])
+        entries.append(Entry(name, recipe, values, costs, rows[0]["analysis_only"]))
+    return ["method", *shown, "FT", "server", "upload a round"], entries
+
+
+def _varied(runs: Sequence[Run]) -> list[str]:
+    """The settings, the seed aside, that differ between runs and are not their methods'."""
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        for name, entry in run.settings.items():
+            if name in keys() and keys()[name].rules["part"] != LAUNCH and "." not in name:
+                found.setdefault(name, set()).add(json.dumps(entry["value"]))
+    return [n for n, kinds in found.items() if len(kinds) > 1 and n not in SEEDLESS | {"method"}]
+
+
+def _over(runs: Sequence[Run]) -> str:
+    seeds = sorted({run.settings["seed"]["value"] for run in runs})
+    if len(runs) == 1:
+        return f"Seed {seeds[0]}. Server: seconds of aggregation and generation in all rounds."
+    return (
+        f"Means over seeds ({', '.join(map(str, seeds))}), ± one standard deviation over them. "
+        "Green is best, grey second; a click on a heading sorts."
+    )
+
+
+def _about(runs: Sequence[Run]) -> list[str]:
+    """What the data are, and when it was."""
+    lines = []
+    for run in runs:
+        events = list(run.lines(EVENTS))
+        lines += [event["text"] for event in events if event["kind"] == "data"]
+        if len(runs) == 1 and events:
+            start, end = events[0]["time"], events[-1]["time"]
+            day = time.strftime("%Y-%m-%d %H:%M", time.localtime(start))
+            rounds = run.settings["num-server-rounds"]["value"]
+            share = run.settings["fraction-train"]["value"]
+            part = f"{100 * share:g} % of the" if share < 1 else "all"
+            took = f"run {run.folder.name}, started {day}, took {clock(end - start)}"
+            lines.append(f"{rounds} rounds, {part} clients in each; {took}.")
+    return list(dict.fromkeys(lines))[:6]
+
+
+def _curves(runs: Sequence[Run]) -> tuple[dict[str, figures.Curve], dict[str, float]]:
+    """{federation: its mean curve over seeds}, and where methods without rounds came to."""
+    varied, gathered = _varied(runs), dict[str, dict[int, list[float]]]()
+    ends: dict[str, list[float]] = {}
+    for run in runs:
+        titles = {row["method"]: row["title"] for row in run.rows}
+        choice = ", ".join(f"{run.settings[k]['value']}" for k in varied if k in run.settings)
+        for federation, rounds in run.curves.items():
+            name = titles.get(federation, federation) + (f" ({choice})" if choice else "")
+            for r, accuracy in rounds.items():
+                gathered.setdefault(name, {}).setdefault(r, []).append(accuracy)
+        for row in run.rows:
+            if row["method"] not in run.curves and not choice:
+                ends.setdefault(row["title"], []).append(row["accuracy_before_ft"])
+    found: dict[str, figures.Curve] = {
+        name: [(r, mean(a), stdev(a) if len(a) > 1 else 0.0) for r, a in sorted(rounds.items())]
+        for name, rounds in gathered.items()
+    }
+    return found, {name: mean(values) for name, values in ends.items()}
+
+
+def _figures_of(run: Run) -> Iterator[dict[str, str]]:
+    """A single run's."""
+    yield {
+        "title": "Each client, before and after fine-tuning",
+        "svg": figures.before_and_after(
+            {
+                name: {c: (r["before_ft"], r["after_ft"]) for c, r in clients.items()}
+                for name, clients in run.clients.items()
+            }
+        ),
+        "caption": "A dot is what the client is sent, a bar what it has after fine-tuning it: a "
+        "bar to the right of its dot gained.",
+    }
+    holdings, latents = run.read(HOLDINGS), run.read(LATENTS)
+    counts = np.array(holdings["train"]) if holdings else None
+    if latents:
+        mixes = None if counts is None else counts / counts.sum(1, keepdims=True)
+        yield {
+            "title": "Clients' weights, as the server sees them",
+            "svg": figures.latent_map(latents, mixes),
+            "caption": "The two latent dimensions in which clients' uploads differ most. Small "
+            "dots are uploads; a pie is the weights generated for a client, its slices the classes "
+            "that it holds, which the server never sees; a grey line leads from its newest upload. "
+            "Pies of like colours that lie together: the server has found who is like whom.",
+        }
+    if holdings and counts is not None:
+        yield {
+            "title": "Who holds what",
+            "svg": figures.holdings(counts, holdings["classes"]),
+            "caption": "Training examples of each client by class; servers and methods do not "
+            "see this.",
+        }
+
+
+def _parts_of(run: Run) -> Iterator[Row]:
+    """A single run's tables and lists."""
+    yield {
+        "title": "Clients worst off",
+        "header": ["method", *(f"{i}." for i in range(1, WORST + 1)), "spread over clients"],
+        "rows": [_worst(name, clients) for name, clients in run.clients.items()],
+        "note": "Accuracy of what the client would keep, in percent; in brackets which client.",
+    }
+    events = list(run.lines(EVENTS))
+    told = [e["text"] for e in events if e["kind"] in ("warning", "rejected", "stalled", "resumed")]
+    if told:
+        shown = list(dict.fromkeys(told))
+        more = [f"… and {len(shown) - 20} more, in events.jsonl"] if len(shown) > 20 else []
+        yield {"title": "Rejected uploads, warnings", "lines": [*shown[:20], *more]}
+    yield {
+        "title": "Settings that are not the defaults",
+        "said": True,
+        "header": ["setting", "value", "from"],
+        "rows": [[name, _said(e["value"]), e["from"]] for name, e in _chosen(run)],
+    }
+    yield {"title": "The command", "command": command_of(run)}
+
+
+def _worst(name: str, clients: Mapping[int, Row]) -> list[str]:
+    order = sorted(clients, key=lambda c: (clients[c]["kept"], c))[:WORST]
+    cells = [f"{clients[c]['kept']:.1f} ({c})" for c in order]
+    spread = pstdev(row["kept"] for row in clients.values())
+    return [name, *cells, *[""] * (WORST - len(cells)), f"{spread:.1f}"]
+
+
+def _chosen(run: Run) -> Iterator[tuple[str, Any]]:
+    """The settings whose value is not the default, but for those of the launch."""
+    for name, entry in run.settings.items():
+        key = keys().get(name)
+        default = None if key is None else json.loads(json.dumps(key.default))
+        default = "auto" if default is None else default
+        launch = key is not None and key.rules["part"] == LAUNCH
+        if entry["value"] != default and not launch:
+            yield name, entry
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def command_of(run: Run) -> str:
+    """The command that makes such a run again, under a name of its own."""
+    words = ["pfedgpa", "run", "--conf", str(run.settings["conf"]["value"])]
+    for name, entry in run.settings.items():
+        key = keys().get(name)
+        given = entry["from"] == "run-config" and name != "conf"
+        if given and key is not None and key.rules["part"] != LAUNCH and entry["value"] != "":
+            words.append(f"{name}={_said(entry['value'])}")
+    return shlex.join(words)
+
+
+def _parts_of_several(runs: Sequence[Run]) -> Iterator[Row]:
+    yield {
+        "title": "The runs",
+        "said": True,
+        "header": ["folder", "seed", "methods"],
+        "rows": [
+            [
+                run.folder.name,
+                _said(run.settings["seed"]["value"]),
+                _said([r["title"] for r in run.rows]),
+            ]
+            for run in runs
+        ],
+    }
+
+
+def _csv(header: Sequence[str], entries: Sequence[Entry]) -> str:
+    """Means and standard deviations over seeds as numbers."""
+    file = io.StringIO()
+    columns = list(entries[0].values)
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["method", *(f"{c}{of}" for c in columns for of in ("", " sd")), "seeds"])
+    for entry in entries:
+        cells: list[Any] = [entry.name]
+        for values in entry.values.values():
+            cells += [round(mean(values), 4) if values else ""]
+            cells += [round(stdev(values), 4) if len(values) > 1 else ""]
+        writer.writerow([*cells, max(len(v) for v in entry.values.values())])
+    return file.getvalue()
+
+
+def _latex(header: Sequence[str], entries: Sequence[Entry]) -> str:
+    """A tabular, the best of each column bold."""
+    columns = list(entries[0].values)
+    lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
+    lines += [" & ".join(["method", *columns]) + r" \\", r"\midrule"]
+    for entry in entries:
+        cells = [_escaped(entry.name)]
+        marks = [cell["kind"] for cell in entry.cells(entries)[1 : 1 + len(columns)]]
+        for column, mark in zip(columns, marks, strict=True):
+            text = entry.text(column).replace("±", r"$\pm$").replace("–", "--")
+            cells.append(rf"\textbf{{{text}}}" if mark == "best" else text)
+        lines.append(" & ".join(cells) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _escaped(text: str) -> str:
+    for letter in "&%$#_{}":
+        text = text.replace(letter, f"\\{letter}")
+    return text

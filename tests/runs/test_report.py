@@ -1,0 +1,181 @@
+"""``report.html``: one page of what a run, or several, came to."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pfedgpa_app import cli
+from pfedgpa_app.runs import report
+from pfedgpa_app.runs.report import command_of, runs_in
+from tests.support.federations import federate, summary
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+METHODS = "local,fedavg,client-mean,pfedgpa-once"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run that makes its report."""
+    how: dict[str, Any] = {"method": METHODS, "report": True, "num_server_rounds": 3}
+    return federate(tmp_path_factory.mktemp("report"), **how)[0]
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of three runs that differ in their seed, and one at another rate."""
+    out = tmp_path_factory.mktemp("seeds")
+    for seed in range(3):
+        federate(out / str(seed), method="fedavg,client-mean", seed=seed, num_server_rounds=2)
+    federate(out / "fast", method="fedavg", learning_rate=0.1, num_server_rounds=2)
+    return out
+
+
+def figures_in(page: str) -> list[ET.Element]:
+    return [ET.fromstring(text) for text in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
+
+
+class TestOneRun:
+    def test_says_what_the_run_came_to(self, folder: Path) -> None:
+        page = (folder / "report.html").read_text()
+        for row in summary(folder).values():
+            assert row["title"] in page
+            assert f">{row['accuracy_kept']:.1f}</td>" in page
+        with (folder / "table.csv").open() as file:
+            rows = {row["method"]: row for row in csv.DictReader(file)}
+        for row in summary(folder).values():
+            assert float(rows[row["title"]]["kept"]) == row["accuracy_kept"]
+            assert float(rows[row["title"]]["as sent"]) == row["accuracy_before_ft"]
+        assert len(re.findall(r"textbf", (folder / "table.tex").read_text())) >= 4
+
+    def test_needs_nothing_from_anywhere(self, folder: Path) -> None:
+        page = (folder / "report.html").read_text()
+        links = re.findall(r"""(?:href|src)=["']?([^"'> ]+)|url\(([^)]*)\)|@import""", page)
+        assert all((a or b).strip("'\"").startswith("#") for a, b in links)
+        assert "fetch(" not in page
+
+    def test_its_figures(self, folder: Path) -> None:
+        page = (folder / "report.html").read_text()
+        named = [svg.attrib["aria-label"] for svg in figures_in(page)]
+        assert named == [
+            "accuracy over rounds",
+            "each client before and after fine-tuning",
+            "clients in latent space",
+            "who holds how many of each class",
+        ]
+        assert "#010203" not in page
+        ids = [e.attrib["id"] for svg in figures_in(page) for e in svg.iter() if "id" in e.attrib]
+        assert len(set(ids)) == len(ids)  # or a figure would be cut by another's edges
+
+    def test_a_line_a_federation_that_none_hides(self, folder: Path) -> None:
+        curves, *_ = figures_in((folder / "report.html").read_text())
+        text = " ".join("".join(e.itertext()) for e in curves.iter() if e.tag.endswith("text"))
+        for title in ("local-only", "FedAvg", "client mean"):
+            assert title in text
+
+    def test_the_command_makes_the_same_run(self, folder: Path) -> None:
+        command = command_of(runs_in([folder])[0])
+        assert command.startswith("pfedgpa run --conf demo ")
+        assert f"method={METHODS}" in command
+        assert "num-server-rounds=3" in command
+        assert "out-dir" not in command
+
+    def test_foreign_names_are_text(self, folder: Path, tmp_path: Path) -> None:
+        copy = tmp_path / "run <b>"
+        shutil.copytree(folder, copy)
+        holdings = json.loads((copy / "holdings.json").read_text())
+        holdings["classes"][0] = "<script>alert(1)</script>"
+        (copy / "holdings.json").write_text(json.dumps(holdings))
+        page = report.write([copy]).read_text()
+        assert "<b>" not in page
+        assert "alert(1)</script>" not in page
+
+    def test_may_be_left_out(self, tmp_path: Path) -> None:
+        folder, _ = federate(tmp_path, method="fedavg", num_server_rounds=1)
+        assert not [*folder.glob("*.png"), *folder.glob("*.html")]
+
+    def test_a_failure_is_a_warning(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(**_: Any) -> str:
+            raise RuntimeError("no ink")
+
+        monkeypatch.setattr(report, "page", fail)
+        folder, _ = federate(tmp_path, method="fedavg", num_server_rounds=1, report=True)
+        assert (
+            "no report could be written: RuntimeError: no ink"
+            in (folder / "events.jsonl").read_text()
+        )
+        assert summary(folder)
+
+
+class TestSeveralRuns:
+    def test_mean_and_spread_over_seeds(self, seeds: Path) -> None:
+        out = report.write([seeds])
+        kept = [summary(seeds / str(s) / "run")["fedavg"]["accuracy_kept"] for s in range(3)]
+        with (seeds / "table.csv").open() as file:
+            rows = {row["method"]: row for row in csv.DictReader(file)}
+        mine = next(
+            row for name, row in rows.items() if name.startswith("FedAvg (learning-rate=0.0")
+        )
+        assert float(mine["kept"]) == pytest.approx(statistics.mean(kept), abs=1e-4)
+        assert float(mine["kept sd"]) == pytest.approx(statistics.stdev(kept), abs=1e-4)
+        assert mine["seeds"] == "3"
+        assert rows["FedAvg (learning-rate=0.1)"]["seeds"] == "1"
+        page = out.read_text()
+        assert f"{statistics.mean(kept):.2f} ± {statistics.stdev(kept):.2f}" in page
+        assert "Means over seeds (0, 1, 2)" in page
+
+    def test_best_and_second_are_marked(self, seeds: Path) -> None:
+        page = report.write([seeds]).read_text()
+        rows = re.findall(
+            r"<tr>(.*?)</tr>", page[page.index("<tbody>") : page.index("</tbody>")], re.DOTALL
+        )
+        cells = [re.findall(r'<td(?: class="(\w+)")?>(.*?)</td>', row) for row in rows]
+        values = [(float(row[1][1].split()[0]), row[1][0]) for row in cells]
+        assert max(values)[1] == "best"
+        assert sorted(values)[1][1] == "second"
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["nowhere"], "nowhere: holds no run that is done"),
+            ([".", "--out", "no/where.html"], "there is no folder no"),
+            ([".", "--out", "report.pdf"], "ends in .html"),
+        ],
+    )
+    def test_by_name(
+        self,
+        words: list[str],
+        said: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert cli.main(["report", *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [500, 1200])
+def test_nothing_overflows_in_a_browser(folder: Path, tmp_path: Path, width: int) -> None:
+    page = tmp_path / "page.html"
+    measure = "document.title = document.documentElement.scrollWidth + ' of ' + innerWidth"
+    text = (folder / "report.html").read_text()
+    page.write_text(text.replace("</body>", f"<script>{measure}</script></body>"))
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--window-size={width},900", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    command += [f"--user-data-dir={tmp_path}/profile", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    [(there, room)] = re.findall(r"<title>(\d+) of (\d+)</title>", done.stdout)
+    assert int(there) <= int(room)
