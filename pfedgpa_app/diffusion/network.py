@@ -128,7 +128,7 @@ def _trained(
     """Train ``network`` by its ``loss`` of what is drawn; the moving average of its weights."""
     rate, steps = settings.fit_learning_rate, settings.fit_steps
     average = MovingAverage(network, settings.ema)
-    optimiser = torch.optim.AdamW(network.parameters(), rate, fused=device.type == "cuda")
+    optimiser = torch.optim.AdamW(network.parameters(), rate, fused=True)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=max(2, steps))
     drawn = draw()
     held = [tensor.to(device) for tensor in drawn]

@@ -393,7 +393,9 @@ class TestShippedFiles:
         with zipfile.ZipFile(io.BytesIO(bundle)) as file:
             names = set(file.namelist())
         app = {name for name in app if name.endswith((".py", ".yaml", ".toml"))}
-        rooms = ("study/", "deployment/", "cli/", "dropin.py", "runs/api.py")
+        rooms = ["study/", "deployment/", "cli/", "dropin.py", "runs/api.py", "runs/launcher.py"]
+        engines = ("local", "process", "batched", "ray", "flower", "spawning")
+        rooms += ["data/examples.py", *(f"engine/{name}.py" for name in engines)]
         left_out = (".", *(f"pfedgpa_app/{room}" for room in rooms))
         app = {name for name in app if not name.startswith(left_out)}
         assert names == app | {"README.md", "LICENSE", ".info/CONTENT"}

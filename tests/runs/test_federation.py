@@ -31,7 +31,7 @@ from tests.support.local_grid import InProcessGrid
 
 class TestResults:
     def test_everything_is_written(self, tmp_path: Path) -> None:
-        folder, _ = federate(tmp_path)
+        folder, _ = federate(tmp_path, report=True)
         files = {p.name for p in folder.iterdir()}
         assert files == {
             ".lock",
@@ -42,6 +42,11 @@ class TestResults:
             "summary.json",
             "table.md",
             "model.json",
+            "holdings.json",
+            "latents.json",
+            "report.html",
+            "table.csv",
+            "table.tex",
             "accuracy.png",
             "clients.png",
             "latents.png",
