@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # matplotlib takes long to import
+if TYPE_CHECKING:  # imported when the first is drawn: a run's start need not wait for it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -26,10 +26,16 @@ def colour(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def one_plot(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of one plot."""
+    figure = canvas(width, height)
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -76,7 +82,7 @@ def curves(found: Mapping[str, Curve], ends: Mapping[str, float]) -> str:
     Args:
         ends: where methods came to that have no rounds of their own.
     """
-    figure, axes = _figure(8, 4.2)
+    figure, axes = one_plot(8, 4.2)
     last = max((points[-1][0] for points in found.values() if points), default=1)
     names, places, colours = [], [], []
     for i, (name, points) in enumerate(found.items()):
@@ -117,13 +123,11 @@ def curves(found: Mapping[str, Curve], ends: Mapping[str, float]) -> str:
 
 def before_and_after(found: Mapping[str, Mapping[int, tuple[float, float]]]) -> str:
     """Every client of every method before and after fine-tuning: {method: {client: …}}."""
-    from matplotlib.figure import Figure
-
     clients = max(len(scores) for scores in found.values())
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
     height = min(9.0, 1.0 + 0.16 * clients)
-    figure = Figure(figsize=(2.9 * columns + 0.6, height * rows), layout="constrained")
+    figure = canvas(2.9 * columns + 0.6, height * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes, (name, scores) in zip(grid.flat, found.items(), strict=False):
         order = sorted(scores, key=lambda c: scores[c][0])
@@ -147,7 +151,7 @@ def before_and_after(found: Mapping[str, Mapping[int, tuple[float, float]]]) -> 
 
 def holdings(counts: np.ndarray, classes: Sequence[str]) -> str:
     """Who holds how many of each class: [clients, classes] as stacked bars."""
-    figure, axes = _figure(8, 3.4)
+    figure, axes = one_plot(8, 3.4)
     bottom = np.zeros(len(counts))
     for c, name in enumerate(classes):
         kind = {"color": class_colour(c, len(classes)), "width": 0.9}
@@ -175,7 +179,7 @@ def latent_map(found: Mapping[str, Any], mixes: np.ndarray | None) -> str:
         found: "uploads" [N, 2] of "clients" [N], and "newest" and "sent" by client, [2] each.
         mixes: each client's share of every class, as the slices of its pie.
     """
-    figure, axes = _figure(6.4, 5.2)
+    figure, axes = one_plot(6.4, 5.2)
     uploads, owners = np.array(found["uploads"]), np.array(found["clients"])
     kinds = mixes.argmax(1) if mixes is not None else owners
     number = mixes.shape[1] if mixes is not None else int(owners.max()) + 1

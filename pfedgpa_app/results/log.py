@@ -110,6 +110,16 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def accuracies_of(folder: Path) -> dict[str, dict[int, list[float]]]:
+    """{federation: {round: each evaluated client's accuracy}} of the run in ``folder``."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for record in Records(folder / METRICS).new():
+        if record.get("accuracy") is not None:
+            rounds = found.setdefault(record["federation"], {})
+            rounds.setdefault(record["round"], []).append(record["accuracy"])
+    return found
+
+
 def mean(values: list[float]) -> float:
     """NaN for no values."""
     return sum(values) / len(values) if values else float("nan")

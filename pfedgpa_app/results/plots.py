@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from pfedgpa_app.diffusion.distribution import WeightDistribution
+from pfedgpa_app.results.figures import canvas, one_plot
 from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.results.tables import Outcome
-
-if TYPE_CHECKING:  # imported when the first picture is drawn: a run's start need not wait for it
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-
-def _canvas(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _figure(width: float = 7, height: float = 4.2) -> tuple[Figure, Axes]:
-    figure = _canvas(width, height)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
 
 
 def accuracy_over_rounds(path: Path, log: RunLog, results: dict[str, Outcome]) -> None:
     """Each federation's mean accuracy, and where each method ended before fine-tuning."""
-    figure, axes = _figure()
+    figure, axes = one_plot(7, 4.2)
     for name, points in log.curves.items():
         rounds, everyone, _ = zip(*points, strict=True)
         axes.plot(rounds, everyone, label=f"{name} (all rounds)")
@@ -48,7 +33,7 @@ def before_and_after(path: Path, results: dict[str, Outcome]) -> None:
     """Every client before and after fine-tuning, method by method (as the paper's Fig. 4)."""
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
-    figure = _canvas(3.6 * columns, 2.6 * rows)
+    figure = canvas(3.6 * columns, 2.6 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes, (name, result) in zip(grid.flat, results.items(), strict=False):
         x = np.arange(len(result.clients))
@@ -90,31 +75,30 @@ def _rounded(place: Tensor) -> list[float]:
     return [round(float(x), 4) for x in place]
 
 
-def latents(path: Path, fitted: WeightDistribution, groups: list[int]) -> None:
+def latents(path: Path, places: Mapping[str, Any], groups: list[int]) -> None:
     """Buffered uploads, each client's newest, and what it was sent, in two latent dimensions.
 
     Colours show the hidden groups, which server and methods never see.
+
+    Args:
+        places: of ``latent_places``.
     """
-    if fitted.rank < 2:
-        return
-    figure, axes = _figure(6, 5)
-    everything, clients = fitted.latents.numpy(), fitted.clients.numpy()
+    figure, axes = one_plot(6, 5)
+    everything, clients = np.array(places["uploads"]), np.array(places["clients"])
     colours = np.array([f"C{g % 10}" for g in groups])
     axes.scatter(everything[:, 0], everything[:, 1], s=6, alpha=0.25, c=colours[clients])
-    newest = fitted.newest_latents.numpy()
-    sent = fitted.generate_latents("tweedie", draws=64).numpy()
-    for row, client in enumerate(fitted.newest):
+    newest, sent = (np.array(list(places[kind].values())) for kind in ("newest", "sent"))
+    for row, client in enumerate(places["newest"]):
         axes.annotate(
             "",
-            tuple(sent[row, :2]),
-            tuple(newest[row, :2]),
+            tuple(sent[row]),
+            tuple(newest[row]),
             arrowprops={"arrowstyle": "->", "color": "0.6", "linewidth": 0.8},
         )
-        axes.annotate(str(client), tuple(newest[row, :2]), fontsize="x-small")
-    axes.scatter(newest[:, 0], newest[:, 1], s=22, c=colours[fitted.newest], label="newest upload")
-    axes.scatter(
-        sent[:, 0], sent[:, 1], s=40, marker="x", c=colours[fitted.newest], label="generated"
-    )
+        axes.annotate(client, tuple(newest[row]), fontsize="x-small")
+    own = colours[[int(client) for client in places["newest"]]]
+    axes.scatter(newest[:, 0], newest[:, 1], s=22, c=own, label="newest upload")
+    axes.scatter(sent[:, 0], sent[:, 1], s=40, marker="x", c=own, label="generated")
     axes.set(xlabel="latent 1", ylabel="latent 2", title="Clients' weights in latent space")
     axes.legend(fontsize="small", frameon=False)
     figure.savefig(path, dpi=150)
@@ -122,7 +106,7 @@ def latents(path: Path, fitted: WeightDistribution, groups: list[int]) -> None:
 
 def partition(path: Path, counts: np.ndarray, classes: tuple[str, ...]) -> None:
     """Class counts [clients, classes] as stacked bars."""
-    figure, axes = _figure(max(6, 0.25 * len(counts)), 4)
+    figure, axes = one_plot(max(6, 0.25 * len(counts)), 4)
     bottom = np.zeros(len(counts))
     for c, name in enumerate(classes):
         axes.bar(np.arange(len(counts)), counts[:, c], bottom=bottom, label=name, width=0.9)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.engine import LaunchError
-from pfedgpa_app.results.log import SUMMARY, mean, rows_of
+from pfedgpa_app.results.log import SUMMARY, Records, accuracies_of, mean, rows_of
 from pfedgpa_app.runs.personal import ClientModel, load_client
 
 if TYPE_CHECKING:
@@ -52,7 +51,9 @@ class Result:
         place = user_path(folder)
         if not (place / SUMMARY).is_file():
             raise ConfigError(f"{place}: holds no results of a run")
-        return cls(place, rows_of(place), list(_lines(place / "clients.jsonl")), _curves(place))
+        return cls(
+            place, rows_of(place), list(Records(place / "clients.jsonl").new()), _curves(place)
+        )
 
     def model(self, client: int, method: str = "") -> ClientModel:
         """The network that ``client`` was given, ready to predict; see ``load_client``."""
@@ -157,24 +158,10 @@ def _text(key: str, value: Any) -> str:
     return str(value)
 
 
-def _lines(path: Path) -> Iterator[Record]:
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)
-
-
 def _curves(folder: Path) -> list[Record]:
     """The mean of all clients that were evaluated, by federation and round."""
-    found: dict[tuple[str, int], list[float]] = {}
-    for record in _lines(folder / "metrics.jsonl"):
-        if record.get("accuracy") is not None:
-            found.setdefault((record["federation"], record["round"]), []).append(record["accuracy"])
     return [
-        {
-            "federation": federation,
-            "round": number,
-            "accuracy": mean(values),
-            "clients": len(values),
-        }
-        for (federation, number), values in found.items()
+        {"federation": name, "round": number, "accuracy": mean(values), "clients": len(values)}
+        for name, rounds in accuracies_of(folder).items()
+        for number, values in rounds.items()
     ]

@@ -172,9 +172,9 @@ class Experiment:
         if learned is not None:
             if self.config.save_weights:
                 saved.save(learned, self.folder / saved.FILE)
-            if (latents := plots.latent_places(learned)) and self.config.report:
-                write_text(self.folder / report.LATENTS, json.dumps(latents) + "\n")
-                plots.latents(self.folder / "latents.png", learned, self._groups())
+            if self.config.report and (places := plots.latent_places(learned)):
+                write_text(self.folder / report.LATENTS, json.dumps(places) + "\n")
+                plots.latents(self.folder / "latents.png", places, self._groups())
 
     def _run_rounds(self, name: str, methods: list[str]) -> Personalised:
         """The federation's strategy, whose rounds are over."""

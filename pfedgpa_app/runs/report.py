@@ -20,7 +20,7 @@ from pfedgpa_app.config.resolve import keys
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
 from pfedgpa_app.results import figures
-from pfedgpa_app.results.log import EVENTS, METRICS, SUMMARY, Records, clock, rows_of
+from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, accuracies_of, clock, rows_of
 from pfedgpa_app.results.page import page
 from pfedgpa_app.results.tables import LEGEND, over_seeds, recipe_in_words
 from pfedgpa_app.runs.folder import CONFIG, kept_methods, kept_settings
@@ -35,7 +35,6 @@ COLUMNS = {
     "tuned FT": "accuracy_after_ft_tuned",
     "worst client": "accuracy_worst_client_kept",
 }
-SEEDLESS = {"seed", "run-name", "out-dir"}
 WORST = 5  # clients that are named
 
 
@@ -68,11 +67,7 @@ class Run:
     @cached_property
     def curves(self) -> dict[str, dict[int, float]]:
         """{federation: {round: mean accuracy of its clients}}."""
-        found: dict[str, dict[int, list[float]]] = {}
-        for record in self.lines(METRICS):
-            if record.get("accuracy") is not None:
-                rounds = found.setdefault(record["federation"], {})
-                rounds.setdefault(record["round"], []).append(record["accuracy"])
+        found = accuracies_of(self.folder)
         return {name: {r: mean(a) for r, a in rounds.items()} for name, rounds in found.items()}
 
     @cached_property
@@ -113,8 +108,8 @@ def write(paths: Sequence[Path], out: Path | None = None) -> Path:
     runs = runs_in(paths)
     out = out or paths[0] / REPORT
     header, entries = table_of(runs)
-    write_text(out.with_name("table.csv"), _csv(header, entries))
-    write_text(out.with_name("table.tex"), _latex(header, entries))
+    write_text(out.with_name("table.csv"), _csv(entries))
+    write_text(out.with_name("table.tex"), _latex(entries))
     write_text(out, rendered(runs, header, entries))
     return out
 
@@ -208,7 +203,7 @@ def _varied(runs: Sequence[Run]) -> list[str]:
         for name, entry in run.settings.items():
             if name in keys() and keys()[name].rules["part"] != LAUNCH and "." not in name:
                 found.setdefault(name, set()).add(json.dumps(entry["value"]))
-    return [n for n, kinds in found.items() if len(kinds) > 1 and n not in SEEDLESS | {"method"}]
+    return [n for n, kinds in found.items() if len(kinds) > 1 and n not in ("seed", "method")]
 
 
 def _over(runs: Sequence[Run]) -> str:
@@ -367,7 +362,7 @@ def _parts_of_several(runs: Sequence[Run]) -> Iterator[Row]:
     }
 
 
-def _csv(header: Sequence[str], entries: Sequence[Entry]) -> str:
+def _csv(entries: Sequence[Entry]) -> str:
     """Means and standard deviations over seeds as numbers."""
     file = io.StringIO()
     columns = list(entries[0].values)
@@ -382,7 +377,7 @@ def _csv(header: Sequence[str], entries: Sequence[Entry]) -> str:
     return file.getvalue()
 
 
-def _latex(header: Sequence[str], entries: Sequence[Entry]) -> str:
+def _latex(entries: Sequence[Entry]) -> str:
     """A tabular, the best of each column bold."""
     columns = list(entries[0].values)
     lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
