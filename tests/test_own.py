@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,17 @@ DIGITS = Schema("digits", tuple("0123456789"), (1, 8, 8))
 
 def made(model: str, schema: Schema = DIGITS, **more: Any) -> nn.Module:
     return network_of(TrainingSettings(model=model, **more), schema)
+
+
+@contextlib.contextmanager
+def known_for_a_while(method: str) -> Iterator[None]:
+    """An own method, which other tests are not to find among the methods."""
+    try:
+        yield
+    finally:
+        METHODS.pop(method, None)
+        resolving.sections.cache_clear()
+        resolving.keys.cache_clear()
 
 
 class TestNetworks:
@@ -254,7 +267,7 @@ class TestMethods:
         [code] = re.findall(r"`fedx.py`:\n\n```python\n(.*?)```", text, re.DOTALL)
         assert len(code.splitlines()) < 60
         (nets / "fedx.py").write_text(code)
-        try:
+        with known_for_a_while("fedx"):
             method, step = "fedavg,fedx:FedX", {"fedx.step": 0.3}
             folder, _ = federate(nets, method=method, **step)
             rows = summary(folder)
@@ -266,10 +279,6 @@ class TestMethods:
             assert load_client(folder, 0, "fedx").classes == DIGITS.classes
             assert cli.main(["run", "method=fedavg", "fedx.step=0.3"]) == 2
             assert "none of this run's methods (fedavg) goes by it" in capsys.readouterr().err
-        finally:
-            METHODS.pop("fedx", None)
-            resolving.sections.cache_clear()
-            resolving.keys.cache_clear()
 
     def test_a_state_of_ones_own_is_checkpointed(self, nets: Path) -> None:
         (nets / "fedz.py").write_text(
@@ -289,7 +298,7 @@ class TestMethods:
             "        self.state.weights = weighted_mean(uploads)\n"
             "        self.state.rounds += 1\n"
         )
-        try:
+        with known_for_a_while("fedz"):
             federate(nets, method="fedz:FedZ", num_server_rounds=2)
             state = METHODS["fedz"].rounds_class().begin(Config(), {"w": torch.ones(2)})
             state.rounds = 3
@@ -299,10 +308,6 @@ class TestMethods:
             assert type(found) is type(state)
             assert found.rounds == 3
             assert torch.equal(found.weights["w"], torch.ones(2))
-        finally:
-            METHODS.pop("fedz", None)
-            resolving.sections.cache_clear()
-            resolving.keys.cache_clear()
 
     def test_other_processes_get_it_by_its_import_path(
         self, nets: Path, capsys: pytest.CaptureFixture[str]
@@ -312,7 +317,7 @@ class TestMethods:
             "class FedY(FedProx):\n"
             "    class settings(FedProxSettings): pass\n"
         )
-        try:
+        with known_for_a_while("fedy"):
             name = method_named("fedy:FedY")
             [first, second] = plan(["demo"], ["fedavg", name], [0], {}, nets / "out")
             assert [first.settings["method"], second.settings["method"]] == [
@@ -322,10 +327,6 @@ class TestMethods:
             (nets / "mine.yaml").write_text("conf: demo\n")
             assert cli.main(["tune", "--conf", "mine.yaml", "--methods", "fedy:FedY"]) == 2
             assert "must name fedy:FedY among its method" in capsys.readouterr().err
-        finally:
-            METHODS.pop("fedy", None)
-            resolving.sections.cache_clear()
-            resolving.keys.cache_clear()
 
     def test_what_is_no_method_is_refused(
         self, nets: Path, capsys: pytest.CaptureFixture[str]
