@@ -590,7 +590,7 @@ class TestHome:
     @pytest.mark.parametrize("to", ["torch", "onnx"])
     def test_an_exported_network_says_the_same(self, here: Path, to: str) -> None:
         if to == "onnx":
-            pytest.importorskip("onnxscript", reason="needs pip install 'pfedgpa[onnx]'")
+            pytest.importorskip("onnxscript", reason="needs pip install 'pfedgpa-app[onnx]'")
             onnxruntime = pytest.importorskip("onnxruntime")
         folder, _ = federate(here, method="fedavg", num_server_rounds=1)
         model, file = load_client(folder, 2), here / f"network.{to}"

@@ -16,7 +16,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--to",
         choices=("onnx", "torch"),
         required=True,
-        help="onnx, which wants pip install 'pfedgpa[onnx]', or torch.export's .pt2",
+        help="onnx, which wants pip install 'pfedgpa-app[onnx]', or torch.export's .pt2",
     )
     parser.add_argument("--out", type=Path, help="the file; default: client-N.onnx or .pt2 here")
 

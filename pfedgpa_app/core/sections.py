@@ -30,6 +30,7 @@ PARTITIONS = ("dominant", "dirichlet", "shards", "iid", "natural")
 PARTITION_FILE = "file:"
 LABEL_FLIP = "label-flip"
 ATTACKS = ("none", "sign-flip", "scale", "noise", LABEL_FLIP)
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 MOST_CLIENTS = 1_000_000
 S = TypeVar("S")
 
@@ -227,6 +228,13 @@ class OutputSettings:
     )
     save_weights: bool = setting(
         True, "write what the server makes for each client beside the results", part=LAUNCH
+    )
+    track: tuple[str, ...] = setting(
+        (),
+        "what shows the run's figures as it goes, separated by commas: tensorboard, wandb, mlflow; "
+        "each wants pip install 'pfedgpa-app[…]'",
+        choices=TRACKERS,
+        part=LAUNCH,
     )
     report: bool = setting(True, "make the run's page, report.html, and its pictures", part=LAUNCH)
     save_uploads: bool = setting(False, "keep the buffered uploads beside the results", part=LAUNCH)

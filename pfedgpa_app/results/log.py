@@ -138,6 +138,7 @@ class RunLog:
     Attributes:
         curves: {federation: [(round, mean accuracy of all clients, of the participants)]}.
         making: {federation: seconds that the server will take to make its weights}.
+        listeners: are told each round's federation, number and records.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class RunLog:
         """``work`` is the run's length in rounds, final evaluations reckoned as rounds."""
         self.folder, self.rounds, self.making = folder, rounds, dict(making or {})
         self.curves: dict[str, list[tuple[int, float, float]]] = {}
+        self.listeners: list[Callable[[str, int, list[dict[str, Any]]], None]] = []
         self.rejections = 0
         self._work, self._done = work, 0.0
         self._started = self._last = time.monotonic()
@@ -244,6 +246,7 @@ class RunLog:
         scores: dict[int, dict[str, float]],
     ) -> None:
         """One record for every client that trained or was evaluated."""
+        records = []
         for client in sorted(participants.keys() | scores.keys()):
             record: dict[str, Any] = {
                 "federation": name,
@@ -256,6 +259,9 @@ class RunLog:
             }
             record |= participants.get(client, {}) | scores.get(client, {})
             append(self.folder / METRICS, record)
+            records.append(record)
+        for tell in self.listeners:
+            tell(name, server_round, records)
         loss = mean([p["train_loss"] for p in participants.values()])
         seconds_left = self.advance(1)
         text = f"{name} round {server_round}/{self.rounds}  loss {loss:.3f}"

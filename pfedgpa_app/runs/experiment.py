@@ -34,6 +34,7 @@ from pfedgpa_app.methods.fine_tuning import fine_tunings
 from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import RunLog, is_done
+from pfedgpa_app.results.tracking import Tracking, check
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import CONFIG, locked, run_folder, running
 from pfedgpa_app.runs.initial import initial_weights
@@ -63,6 +64,7 @@ def run(grid: Grid, resolved: Resolved) -> Path:
 def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
     """Run everything in a folder that is this run's alone."""
     config = resolved.config
+    check(config.track)
     write_text(folder / CONFIG, json.dumps(resolved.as_dict(), indent=2) + "\n")
     shared = federations(config.method)
     evaluation = _evaluation_work(config)
@@ -136,6 +138,11 @@ class Experiment:
         self.initial = initial_weights(config, self.dataset)
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
         self.going = self.resuming.restore()  # as long as its federation goes
+        settings = {key: entry["value"] for key, entry in resolved.as_dict().items()}
+        self.tracking = Tracking(
+            folder, config.track, settings, lambda text: log.event("warning", text)
+        )
+        log.listeners.append(self.tracking.round)
         self.roster.common["run"] = self.resuming.name
         pixels = own or load_dataset(config).train_images.dtype == np.uint8
         write_about(folder, config, self.dataset, pixels)
@@ -146,6 +153,14 @@ class Experiment:
 
     def run_all(self, federations: dict[str, list[str]]) -> None:
         """Run ``federations``, {name: its methods}, and write what they came to."""
+        try:
+            self._run_all(federations)
+            self.summary.finish()
+            self.tracking.results()
+        finally:
+            self.tracking.close()
+
+    def _run_all(self, federations: dict[str, list[str]]) -> None:
         finished = self.resuming.finished
         for federation in finished:
             self.log.making.pop(federation, None)
@@ -155,7 +170,6 @@ class Experiment:
                 finished.append(federation)
                 if self.config.checkpoint_every:
                     self.resuming.keep({})
-        self.summary.finish()
 
     def _run_federation(self, name: str, methods: list[str]) -> None:
         """Run one federation's rounds, then make and evaluate each of its methods' weights."""

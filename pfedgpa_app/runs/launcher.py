@@ -18,7 +18,7 @@ from pfedgpa_app.data.datasets import resolve_data_dir
 from pfedgpa_app.engine import LaunchError, Poll, StoppedError, engine_for, gpu_for, local, ray
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.engine.spawning import Server
-from pfedgpa_app.results import uploads
+from pfedgpa_app.results import tracking, uploads
 from pfedgpa_app.results.log import EVENTS, Records, clock, is_done, say
 from pfedgpa_app.runs.folder import LOG, is_running, run_folder, running
 from pfedgpa_app.runs.initial import initial_weights
@@ -119,6 +119,7 @@ def preflight(config: Config) -> None:
         ConfigError, DataError: what is wrong and what to do.
     """
     try:
+        tracking.check(config.track)
         initial_weights(config, load_schema(config))
         load_partition(config)
         if config.uploads and not user_path(config.uploads).is_file():

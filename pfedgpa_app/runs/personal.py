@@ -341,7 +341,7 @@ def export(model: ClientModel, to: str, path: Path) -> Path:
         else:
             torch.export.save(torch.export.export(model, (example,), dynamic_shapes=(batch,)), path)
     except ImportError as error:
-        raise ConfigError(f"--to onnx: {error}: pip install 'pfedgpa[onnx]'") from error
+        raise ConfigError(f"--to onnx: {error}: pip install 'pfedgpa-app[onnx]'") from error
     except OSError:
         raise
     except Exception as error:  # torch raises all kinds on networks that it cannot trace

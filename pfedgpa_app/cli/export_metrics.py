@@ -1,0 +1,39 @@
+"""Gives a run's figures so far to a dashboard, as track= does on the way."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from pfedgpa_app.core.sections import TRACKERS
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.engine import LaunchError
+
+EXAMPLE = "export-metrics results/my-run --to tensorboard"
+
+
+def add_options(parser: ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--to", choices=TRACKERS, required=True, help="the dashboard")
+
+
+def handle(options: Namespace) -> int:
+    from pfedgpa_app.results.log import SUMMARY
+    from pfedgpa_app.results.tracking import Tracking, check, rounds_in
+    from pfedgpa_app.runs.folder import kept_settings
+
+    folder = options.run
+    check([options.to])
+    settings = {key: entry["value"] for key, entry in kept_settings(folder).items()}
+    if not (rounds := rounds_in(folder)):
+        raise ConfigError(f"{folder} has no round in its log yet")
+    wrong: list[str] = []
+    tracking = Tracking(folder, [options.to], settings, wrong.append)
+    if (folder / SUMMARY).exists():
+        tracking.results()
+    tracking.close()
+    if wrong:
+        raise LaunchError(wrong[0].partition("; the run goes on")[0])
+    for federation, numbers in rounds.items():
+        print(f"told {options.to} of {len(numbers)} rounds of {federation}")
+    return 0

@@ -1,0 +1,225 @@
+"""A run's figures for the dashboards that people already use.
+
+Every federation and every method of a run is one curve, or one row, there: rounds go under their
+federation's name, what a method's weights came to under the method's. A run in progress and a
+run that is done are told by the same records, those of the run's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.results.log import METRICS, Records, mean, rows_of
+
+PROJECT = "pfedgpa"  # the project or experiment that runs are put in, unless the user names one
+Figures = Mapping[str, float]
+
+
+class Tracker(Protocol):
+    """One curve, and one row of results, of somebody's dashboard."""
+
+    def log(self, figures: Figures, server_round: int) -> None:
+        """What a round came to."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+class TensorBoard:
+    """Event files in the run's folder: ``tensorboard --logdir results`` shows every run's."""
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        place = folder / "tensorboard" / name
+        shutil.rmtree(place, ignore_errors=True)  # of a run that goes on, which is told anew
+        self.writer = SummaryWriter(str(place))
+        lines = "\n".join(f"    {key}={value}" for key, value in settings.items())
+        self.writer.add_text("settings", lines)
+
+    def log(self, figures: Figures, server_round: int) -> None:
+        for key, value in figures.items():
+            self.writer.add_scalar(key, value, server_round)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases in a group named for our run; offline without an account."""
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        known = os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=hashlib.sha256(f"{folder.absolute()}/{name}".encode()).hexdigest()[:16],
+            resume="allow",
+            name=f"{folder.name}/{name}",
+            group=folder.name,
+            job_type=name,
+            config=dict(settings),
+            dir=str(folder),
+            mode=None if known else "offline",
+            reinit="create_new",  # a run beside those of other federations
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def log(self, figures: Figures, server_round: int) -> None:
+        self.run.log(dict(figures), step=server_round)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MLflow:
+    """A run of MLflow, where MLFLOW_TRACKING_URI says, else in mlflow.db beside the run."""
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.tracking import MlflowClient
+
+        self.metric = Metric
+        here = f"sqlite:///{folder.parent.absolute() / 'mlflow.db'}"
+        self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or here)
+        called = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        found = self.client.get_experiment_by_name(called)
+        experiment = found.experiment_id if found else self.client.create_experiment(called)
+        before = f"tags.folder = '{folder.absolute()}' and tags.method = '{name}'"
+        for old in self.client.search_runs([experiment], before):  # told anew when a run goes on
+            self.client.delete_run(old.info.run_id)
+        run = self.client.create_run(experiment, run_name=f"{folder.name}/{name}")
+        self.id = run.info.run_id
+        params = [Param(key, str(value)) for key, value in settings.items()]
+        tags = [RunTag("folder", str(folder.absolute())), RunTag("method", name)]
+        self.client.log_batch(self.id, params=params[:100], tags=tags)
+        for start in range(100, len(params), 100):  # as many as it takes at once
+            self.client.log_batch(self.id, params=params[start : start + 100])
+
+    def log(self, figures: Figures, server_round: int) -> None:
+        metrics = [self.metric(key, value, 0, server_round) for key, value in figures.items()]
+        self.client.log_batch(self.id, metrics=metrics)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.id)
+
+
+TRACKERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+}
+
+
+def check(kinds: Sequence[str]) -> None:
+    """Refuse trackers that are not installed.
+
+    Raises:
+        ConfigError: which, and what installs it.
+    """
+    for kind in kinds:
+        spec = find_spec(kind)
+        if spec is None or spec.origin is None:  # or a folder of that name lies in the current one
+            raise ConfigError(f"track = {kind}: needs pip install 'pfedgpa-app[{kind}]'")
+
+
+def figures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What one round of a federation came to, by its records, one a client."""
+
+    def values(key: str) -> list[float]:
+        return [record[key] for record in records if record.get(key) is not None]
+
+    accuracies = values("accuracy")
+    found = {
+        "accuracy/mean": mean(accuracies),
+        "accuracy/worst client": min(accuracies, default=math.nan),
+        "loss/train": mean(values("train_loss")),
+        "loss/test": mean(values("test_loss")),
+        "clients/trained": float(sum(record["participated"] for record in records)),
+    }
+    return finite(found)
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, float]:
+    """Its numbers."""
+    numbers = {key: value for key, value in row.items() if type(value) in (int, float)}
+    return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
+
+
+def rounds_in(folder: Path) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """{federation: {round: its records}} of the run in ``folder``."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for record in Records(folder / METRICS).new():
+        found[record["federation"]][record["round"]].append(record)
+    return found
+
+
+class Tracking:
+    """Tells a run's trackers how it goes.
+
+    What goes wrong with one is told once; it is left out from then on, and the run goes on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        kinds: Sequence[str],
+        settings: Mapping[str, Any],
+        warn: Callable[[str], None],
+    ) -> None:
+        """What the run's folder has of a run that goes on is told first."""
+        self.folder, self.settings, self.warn = folder, settings, warn
+        self._open: dict[str, dict[str, Tracker]] = {kind: {} for kind in kinds}
+        for federation, rounds in rounds_in(folder).items() if kinds else ():
+            for server_round, records in rounds.items():
+                self.round(federation, server_round, records)
+
+    def round(
+        self, federation: str, server_round: int, records: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """A round is over."""
+        self._tell(federation, figures_of(records), server_round)
+
+    def results(self) -> None:
+        """The run is over: what each method's weights came to."""
+        for row in rows_of(self.folder) if self._open else ():
+            figures = {f"results/{key}": value for key, value in finite(row).items()}
+            self._tell(row["method"], figures, row["rounds"])
+
+    def close(self) -> None:
+        for kind, trackers in list(self._open.items()):
+            for tracker in trackers.values():
+                with self._kept_from_harm(kind):
+                    tracker.close()
+        self._open = {}
+
+    def _tell(self, name: str, figures: Figures, server_round: int) -> None:
+        for kind, trackers in list(self._open.items()):
+            with self._kept_from_harm(kind):
+                if name not in trackers:
+                    trackers[name] = TRACKERS[kind](self.folder, name, self.settings)
+                trackers[name].log(figures, server_round)
+
+    @contextlib.contextmanager
+    def _kept_from_harm(self, kind: str) -> Iterator[None]:
+        """The run, from what goes wrong with a tracker."""
+        try:
+            yield
+        except Exception as error:
+            self._open.pop(kind, None)
+            self.warn(
+                f"track = {kind}: {type(error).__name__}: {error}; the run goes on without; "
+                f"afterwards: pfedgpa export-metrics {self.folder} --to {kind}"
+            )

@@ -1,0 +1,99 @@
+"""``track=`` and ``pfedgpa export-metrics``: a run's figures in the dashboards people use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pfedgpa_app import cli
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.results import tracking
+from tests.support.federations import federate, summary
+
+HOW: dict[str, Any] = {"method": "fedavg,client-mean", "num_server_rounds": 3}
+
+
+def curve(folder: Path, name: str, key: str) -> dict[int, float]:
+    """{round: value}, as TensorBoard reads it."""
+    loading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = loading.EventAccumulator(str(folder / "tensorboard" / name))
+    events.Reload()
+    return {point.step: point.value for point in events.Scalars(key)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("tensorboard", reason="needs pip install 'pfedgpa-app[tensorboard]'")
+    return federate(tmp_path_factory.mktemp("tracked"), track="tensorboard", **HOW)[0]
+
+
+class TestTensorBoard:
+    def test_is_told_every_round_and_what_the_methods_came_to(self, folder: Path) -> None:
+        losses = curve(folder, "fedavg", "loss/train")
+        assert sorted(losses) == [1, 2, 3]
+        rounds = tracking.rounds_in(folder)["fedavg"]
+        wanted = tracking.figures_of(rounds[2])["loss/train"]
+        assert losses[2] == pytest.approx(wanted, rel=1e-6)
+        for method, row in summary(folder).items():
+            (kept,) = curve(folder, method, "results/accuracy_kept").values()
+            assert kept == pytest.approx(row["accuracy_kept"], rel=1e-6)
+
+    def test_a_run_without_track_is_told_afterwards(self, folder: Path, tmp_path: Path) -> None:
+        done = federate(tmp_path, **HOW)[0]
+        assert not (done / "tensorboard").exists()
+        for _ in range(2):  # told anew, not twice
+            assert cli.main(["export-metrics", str(done), "--to", "tensorboard"]) == 0
+        for key in ("loss/train", "results/accuracy_kept"):
+            assert curve(done, "fedavg", key) == curve(folder, "fedavg", key)
+
+
+class TestOtherDashboards:
+    def test_mlflow(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        client = pytest.importorskip("mlflow.tracking").MlflowClient
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", place := f"sqlite:///{tmp_path / 'mlflow.db'}")
+        for _ in range(2):  # told anew, not twice
+            assert cli.main(["export-metrics", str(folder), "--to", "mlflow"]) == 0
+        kept = client(place)
+        experiment = kept.get_experiment_by_name("pfedgpa").experiment_id
+        runs = {run.data.tags["method"]: run for run in kept.search_runs([experiment])}
+        assert set(runs) == {"fedavg", "client-mean"}
+        assert runs["fedavg"].data.params["num-server-rounds"] == "3"
+        told = kept.get_metric_history(runs["fedavg"].info.run_id, "loss/train")
+        wanted = curve(folder, "fedavg", "loss/train")
+        assert {point.step: pytest.approx(point.value) for point in told} == wanted
+
+    def test_wandb_without_an_account(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("wandb", reason="needs pip install 'pfedgpa-app[wandb]'")
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        assert cli.main(["export-metrics", str(folder), "--to", "wandb"]) == 0
+        runs = list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+        assert len(runs) == 2
+        assert all(run.stat().st_size for run in runs)
+
+
+class TestWhatGoesWrong:
+    def test_a_missing_library_is_refused_before_anything_starts(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tracking, "find_spec", lambda kind: None)
+        with pytest.raises(ConfigError, match=r"pip install 'pfedgpa-app\[mlflow\]'"):
+            tracking.check(["mlflow"])
+
+    def test_a_tracker_that_fails_does_not_stop_the_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuses(*_: Any) -> tracking.Tracker:
+            raise OSError("no route to host")
+
+        monkeypatch.setitem(tracking.TRACKERS, "tensorboard", refuses)
+        told: list[str] = []
+        broken = tracking.Tracking(tmp_path, ["tensorboard"], {}, told.append)
+        record = {"accuracy": 50.0, "train_loss": 1.0, "participated": True}
+        for server_round in (1, 2):
+            broken.round("fedavg", server_round, [record])
+        broken.close()
+        assert len(told) == 1
+        assert "no route to host" in told[0]
+        assert "the run goes on" in told[0]
