@@ -18,22 +18,23 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.results.log import SUMMARY
-    from pfedgpa_app.results.tracking import Tracking, check, rounds_in
+    from pfedgpa_app.config.resolve import values_of
+    from pfedgpa_app.results.log import SUMMARY, rounds_of
+    from pfedgpa_app.results.tracking import Tracking, check
     from pfedgpa_app.runs.folder import kept_settings
 
     folder = options.run
     check([options.to])
-    settings = {key: entry["value"] for key, entry in kept_settings(folder).items()}
-    if not (rounds := rounds_in(folder)):
+    settings = values_of(kept_settings(folder))
+    if not (rounds := rounds_of(folder)):
         raise ConfigError(f"{folder} has no round in its log yet")
     wrong: list[str] = []
-    tracking = Tracking(folder, [options.to], settings, wrong.append)
+    tracking = Tracking(folder, [options.to], settings, lambda _, why: wrong.append(why))
     if (folder / SUMMARY).exists():
         tracking.results()
     tracking.close()
     if wrong:
-        raise LaunchError(wrong[0].partition("; the run goes on")[0])
+        raise LaunchError(f"{options.to}: {wrong[0]}")
     for federation, numbers in rounds.items():
         print(f"told {options.to} of {len(numbers)} rounds of {federation}")
     return 0

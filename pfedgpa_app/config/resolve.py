@@ -170,6 +170,11 @@ class Resolved:
         return shown
 
 
+def values_of(described: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """{setting: value} of what ``Resolved.as_dict`` or a run's folder says."""
+    return {name: entry["value"] for name, entry in described.items()}
+
+
 def is_read(key: Key, config: Config) -> bool:
     """Whether the results of a run go by a setting."""
     section, part = key.name.rpartition(".")[0], key.rules["part"]

@@ -110,13 +110,23 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def rounds_of(folder: Path) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """{federation: {round: its records, one a client}} of the run in ``folder``."""
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for record in Records(folder / METRICS).new():
+        rounds = found.setdefault(record["federation"], {})
+        rounds.setdefault(record["round"], []).append(record)
+    return found
+
+
 def accuracies_of(folder: Path) -> dict[str, dict[int, list[float]]]:
     """{federation: {round: each evaluated client's accuracy}} of the run in ``folder``."""
     found: dict[str, dict[int, list[float]]] = {}
-    for record in Records(folder / METRICS).new():
-        if record.get("accuracy") is not None:
-            rounds = found.setdefault(record["federation"], {})
-            rounds.setdefault(record["round"], []).append(record["accuracy"])
+    for federation, rounds in rounds_of(folder).items():
+        for server_round, records in rounds.items():
+            values = [r["accuracy"] for r in records if r.get("accuracy") is not None]
+            if values:
+                found.setdefault(federation, {})[server_round] = values
     return found
 
 

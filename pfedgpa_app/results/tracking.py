@@ -12,14 +12,13 @@ import hashlib
 import math
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.results.log import METRICS, Records, mean, rows_of
+from pfedgpa_app.results.log import mean, rounds_of, rows_of
 
 PROJECT = "pfedgpa"  # the project or experiment that runs are put in, unless the user names one
 Figures = Mapping[str, float]
@@ -158,14 +157,6 @@ def finite(row: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
 
 
-def rounds_in(folder: Path) -> dict[str, dict[int, list[dict[str, Any]]]]:
-    """{federation: {round: its records}} of the run in ``folder``."""
-    found: dict[str, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for record in Records(folder / METRICS).new():
-        found[record["federation"]][record["round"]].append(record)
-    return found
-
-
 class Tracking:
     """Tells a run's trackers how it goes.
 
@@ -177,12 +168,17 @@ class Tracking:
         folder: Path,
         kinds: Sequence[str],
         settings: Mapping[str, Any],
-        warn: Callable[[str], None],
+        warn: Callable[[str, str], None],
     ) -> None:
-        """What the run's folder has of a run that goes on is told first."""
+        """What the run's folder has of a run that goes on is told first.
+
+        Args:
+            warn: is told the tracker's kind and what went wrong with it.
+        """
         self.folder, self.settings, self.warn = folder, settings, warn
         self._open: dict[str, dict[str, Tracker]] = {kind: {} for kind in kinds}
-        for federation, rounds in rounds_in(folder).items() if kinds else ():
+        self._failed: set[str] = set()
+        for federation, rounds in rounds_of(folder).items() if kinds else ():
             for server_round, records in rounds.items():
                 self.round(federation, server_round, records)
 
@@ -199,11 +195,8 @@ class Tracking:
             self._tell(row["method"], figures, row["rounds"])
 
     def close(self) -> None:
-        for kind, trackers in list(self._open.items()):
-            for tracker in trackers.values():
-                with self._kept_from_harm(kind):
-                    tracker.close()
-        self._open = {}
+        for kind in list(self._open):
+            self._close(kind)
 
     def _tell(self, name: str, figures: Figures, server_round: int) -> None:
         for kind, trackers in list(self._open.items()):
@@ -212,14 +205,19 @@ class Tracking:
                     trackers[name] = TRACKERS[kind](self.folder, name, self.settings)
                 trackers[name].log(figures, server_round)
 
+    def _close(self, kind: str) -> None:
+        for tracker in self._open.pop(kind, {}).values():
+            with self._kept_from_harm(kind):
+                tracker.close()
+
     @contextlib.contextmanager
     def _kept_from_harm(self, kind: str) -> Iterator[None]:
-        """The run, from what goes wrong with a tracker."""
+        """The run, from what goes wrong with a tracker; its other curves keep what they have."""
         try:
             yield
         except Exception as error:
-            self._open.pop(kind, None)
-            self.warn(
-                f"track = {kind}: {type(error).__name__}: {error}; the run goes on without; "
-                f"afterwards: pfedgpa export-metrics {self.folder} --to {kind}"
-            )
+            if kind in self._failed:
+                return
+            self._failed.add(kind)
+            self.warn(kind, f"{type(error).__name__}: {error}")
+            self._close(kind)

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pfedgpa_app.config.resolve import Resolved, keys
+from pfedgpa_app.config.resolve import Resolved, keys, values_of
 from pfedgpa_app.core.files import read_metadata, read_tensors
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
 from pfedgpa_app.core.weights import Layout, is_statistic
@@ -24,7 +24,7 @@ _FREE_PREFIXES = ("pfedgpa.", "fine-tune-")
 
 
 def _fixed(resolved: Resolved) -> dict[str, Any]:
-    values = {name: entry["value"] for name, entry in resolved.as_dict().items()}
+    values = values_of(resolved.as_dict())
     launch = {name for name, key in keys().items() if key.rules["part"] == LAUNCH}
     free = _FREE | launch
     fixed = {n: v for n, v in values.items() if n not in free and not n.startswith(_FREE_PREFIXES)}

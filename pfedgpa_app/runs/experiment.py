@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
-from pfedgpa_app.config.resolve import Resolved
+from pfedgpa_app.config.resolve import Resolved, values_of
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import NODES, Config
@@ -138,10 +138,8 @@ class Experiment:
         self.initial = initial_weights(config, self.dataset)
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
         self.going = self.resuming.restore()  # as long as its federation goes
-        settings = {key: entry["value"] for key, entry in resolved.as_dict().items()}
-        self.tracking = Tracking(
-            folder, config.track, settings, lambda text: log.event("warning", text)
-        )
+        settings = values_of(resolved.as_dict())
+        self.tracking = Tracking(folder, config.track, settings, self._lost_tracker)
         log.listeners.append(self.tracking.round)
         self.roster.common["run"] = self.resuming.name
         pixels = own or load_dataset(config).train_images.dtype == np.uint8
@@ -159,6 +157,11 @@ class Experiment:
             self.tracking.results()
         finally:
             self.tracking.close()
+
+    def _lost_tracker(self, kind: str, why: str) -> None:
+        text = f"track = {kind}: {why}; the run goes on without; "
+        text += f"afterwards: pfedgpa export-metrics {self.folder} --to {kind}"
+        self.log.event("warning", text)
 
     def _run_all(self, federations: dict[str, list[str]]) -> None:
         finished = self.resuming.finished

@@ -15,7 +15,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pfedgpa_app.config.resolve import Resolved, differences, is_read, keys, method_named, resolve
+from pfedgpa_app.config.resolve import (
+    Resolved,
+    differences,
+    is_read,
+    keys,
+    method_named,
+    resolve,
+    values_of,
+)
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
@@ -96,7 +104,7 @@ def kept_config(folder: Path) -> Config:
         ConfigError: as ``kept_settings``, or settings of another version.
     """
     run = Config(method=tuple(kept_methods(folder)))
-    kept = {name: entry["value"] for name, entry in kept_settings(folder).items()}
+    kept = values_of(kept_settings(folder))
     read = {
         name: value
         for name, value in kept.items()

@@ -9,7 +9,7 @@ import pytest
 
 from pfedgpa_app import cli
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.results import tracking
+from pfedgpa_app.results import log, tracking
 from tests.support.federations import federate, summary
 
 HOW: dict[str, Any] = {"method": "fedavg,client-mean", "num_server_rounds": 3}
@@ -33,7 +33,7 @@ class TestTensorBoard:
     def test_is_told_every_round_and_what_the_methods_came_to(self, folder: Path) -> None:
         losses = curve(folder, "fedavg", "loss/train")
         assert sorted(losses) == [1, 2, 3]
-        rounds = tracking.rounds_in(folder)["fedavg"]
+        rounds = log.rounds_of(folder)["fedavg"]
         wanted = tracking.figures_of(rounds[2])["loss/train"]
         assert losses[2] == pytest.approx(wanted, rel=1e-6)
         for method, row in summary(folder).items():
@@ -84,16 +84,28 @@ class TestWhatGoesWrong:
     def test_a_tracker_that_fails_does_not_stop_the_run(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def refuses(*_: Any) -> tracking.Tracker:
-            raise OSError("no route to host")
+        closed: list[str] = []
 
-        monkeypatch.setitem(tracking.TRACKERS, "tensorboard", refuses)
-        told: list[str] = []
-        broken = tracking.Tracking(tmp_path, ["tensorboard"], {}, told.append)
+        class Breaks:
+            def __init__(self, folder: Path, name: str, settings: Any) -> None:
+                self.name = name
+
+            def log(self, figures: tracking.Figures, server_round: int) -> None:
+                if self.name == "fedrep":
+                    raise OSError("no route to host")
+
+            def close(self) -> None:
+                closed.append(self.name)
+                raise OSError("cannot be closed either")
+
+        monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Breaks)
+        told: list[tuple[str, str]] = []
+        broken = tracking.Tracking(
+            tmp_path, ["tensorboard"], {}, lambda kind, why: told.append((kind, why))
+        )
         record = {"accuracy": 50.0, "train_loss": 1.0, "participated": True}
-        for server_round in (1, 2):
-            broken.round("fedavg", server_round, [record])
+        for federation in ("fedavg", "fedrep", "fedrep"):
+            broken.round(federation, 1, [record])
         broken.close()
-        assert len(told) == 1
-        assert "no route to host" in told[0]
-        assert "the run goes on" in told[0]
+        assert told == [("tensorboard", "OSError: no route to host")]
+        assert closed == ["fedavg", "fedrep"]  # what it has of the others is kept
