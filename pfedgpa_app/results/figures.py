@@ -210,3 +210,41 @@ def _pie(axes: Axes, place: Sequence[float], mix: np.ndarray, classes: int) -> N
         size = 110 * np.abs(slice_of_it).max() ** 2  # matplotlib scales a marker to this
         kind = {"color": class_colour(c, classes), "linewidth": 0}
         axes.scatter([place[0]], [place[1]], size, marker=Path(slice_of_it), **kind)
+
+
+def gains(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
+    """Points of accuracy above the best other method, over images a client; a file of its own.
+
+    Args:
+        found: {panel: {line: [(images a client, gain)]}}; NaN is a gap.
+    """
+    figure = canvas(4.2 * max(1, len(found)) + 1.8, 3.6)
+    panels = figure.subplots(1, max(1, len(found)), squeeze=False, sharey=True)[0]
+    names = list(dict.fromkeys(line for lines in found.values() for line in lines))
+    for axes, (title, lines) in zip(panels, found.items(), strict=False):
+        axes.axhline(0, color=INK, linewidth=0.8)
+        for name, points in lines.items():
+            i = names.index(name)
+            kind = {"color": colour(i), "linestyle": DASHES[i % len(DASHES)], "label": name}
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, **kind)
+        places = sorted({images for points in lines.values() for images, _ in points})
+        axes.set_xscale("log")
+        axes.set_xticks(places, [str(place) for place in places])
+        axes.minorticks_off()
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("images a client")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("points above the best other method")
+    drawn: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        drawn |= dict(zip(labels, handles, strict=True))
+    place: Any = "outside right center"
+    figure.legend(drawn.values(), drawn.keys(), loc=place, fontsize="small", frameon=False)
+    return on_white(_svg(figure, "gain over images a client"))
+
+
+def on_white(drawn: str) -> str:
+    """A figure as a file that is looked at by itself, dark ink on white."""
+    drawn = drawn.replace("<svg ", '<svg style="background:#fff;color:#222" ', 1)
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{drawn}\n'

@@ -93,9 +93,9 @@ def tune(
     for group in (first, [method for method in methods if method not in first]):
         if not group:
             continue
-        chosen = _search(
+        chosen = search(
             DEFAULTS | settings | {"conf": conf},
-            group,
+            {method: main_settings(method) for method in group},
             out,
             lambda runs: run_sweep(runs, out, app, jobs, console),
         )
@@ -107,25 +107,28 @@ def tune(
     return found
 
 
-def _search(
-    base: Settings, methods: Sequence[str], out: Path, run_all: Callable[[list[Run]], object]
+def search(
+    base: Settings,
+    grids: Mapping[str, Mapping[str, Sequence[Any]]],
+    out: Path,
+    run_all: Callable[[list[Run]], object],
 ) -> dict[str, Any]:
     """{setting: its best value} of every method, one setting after the other.
 
     Args:
         base: the settings of all runs, whose folders are in ``out``.
+        grids: {method: {setting: values to try}}.
         run_all: carries runs out.
 
     Raises:
         ConfigError: of some method no run succeeded.
     """
-    chosen: dict[str, dict[str, Any]] = {method: {} for method in methods}
-    for step in range(max(len(main_settings(method)) for method in methods)):
+    chosen: dict[str, dict[str, Any]] = {method: {} for method in grids}
+    for step in range(max(map(len, grids.values()))):
         going: dict[str, tuple[str, list[Run]]] = {}
-        for method in methods:
-            grids = list(main_settings(method).items())
-            if step < len(grids):
-                key, values = grids[step]
+        for method, grid in grids.items():
+            if step < len(grid):
+                key, values = list(grid.items())[step]
                 over = {**_fixed(method, chosen[method]), key: list(values)}
                 going[method] = key, expand(base, over, out)
         run_all([run for _, runs in going.values() for run in runs])

@@ -1,0 +1,237 @@
+"""Where generation helps: every method over how much a client has, by one command.
+
+A cell of the map is a federation's size, data and partition, and how many images each client has.
+In every cell the same is searched on validation images, with a seed of its own: FedAvg's learning
+rate, by which all methods then go, and the server momentum of the methods that have one. Then all
+methods run, and each is fine-tuned by the same grid.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pfedgpa_app.core.files import write_text
+from pfedgpa_app.methods import METHODS, federations
+from pfedgpa_app.results import figures
+from pfedgpa_app.results.log import is_done, rows_of
+from pfedgpa_app.results.tables import markdown, over_seeds
+from pfedgpa_app.study.sweep import Run, Settings, expand
+from pfedgpa_app.study.tune import DEFAULTS, main_settings, search
+
+OURS = "pfedgpa"
+KNOWS_GROUPS = "group-mean"  # no contender
+METHODS_OF_MAP = (
+    *("fedavg", "fedavg-ft-tuned", "fedavgm", "fedbabu", "fedrep", "fedala", "cfl"),
+    *("client-mean", KNOWS_GROUPS, OURS),
+)
+MOMENTUM = {  # method: the setting that is searched, and its values
+    "fedavgm": ("fedavgm.momentum", (0.5, 0.7, 0.9)),
+    OURS: ("pfedgpa.momentum", (0.0, 0.5, 0.7)),
+}
+DATA = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "emnist": "EMNIST"}
+SIZES = {20: 1.0, 100: 0.3}  # clients, and the share of them that takes part in a round
+TEST_IMAGES = {20: 300, 100: 150}  # a client is tested on
+PARTITIONS = ("dominant", "dirichlet")
+IMAGES = (60, 30, 150, 380)  # a client; the first is made first
+SEEDS = (0, 1, 2)
+CLOSE = 1.0  # points: where a gain is smaller, all seeds are run
+KEPT, TABLE, FIGURE = "map.jsonl", "map.md", "map.svg"
+MERIT = "accuracy_after_ft_tuned"  # after 0 to 5 epochs, by everyone's validation images
+COLUMNS = {
+    "tuned FT": MERIT,
+    "as sent": "accuracy_before_ft",
+    "kept": "accuracy_kept",
+    "worst client as sent": "accuracy_worst_client_before_ft",
+    "worst client kept": "accuracy_worst_client_kept",
+}
+RunAll = Callable[[list[Run]], object]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place on the map."""
+
+    data: str
+    clients: int
+    partition: str
+    images: int
+
+    @property
+    def settings(self) -> Settings:
+        return {
+            "conf": f"map-{self.data}",
+            "num-clients": self.clients,
+            "fraction-train": SIZES[self.clients],
+            "partition": self.partition,
+            "train-per-client": self.images,
+            "test-per-client": TEST_IMAGES[self.clients],
+        }
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.clients}-{self.partition}-{self.images}"
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """The map's runs, in one folder.
+
+    Attributes:
+        settings: of the user's, laid over every run's.
+        places: {data set: where it lies}, for those that lie elsewhere than their file says.
+    """
+
+    out: Path
+    settings: Settings
+    places: Mapping[str, str]
+    run_all: RunAll
+
+    def fill(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
+        """Run what is not done yet, writing the map anew after every cell; returns its tables."""
+        for cell in cells:
+            self._run(cell, seeds[0])
+            self.write(cells, seeds)
+        for cell in cells:
+            if abs(gain(rows_in(self.rows(cells, seeds), cell))) < CLOSE:
+                for seed in seeds[1:]:
+                    self._run(cell, seed)
+                self.write(cells, seeds)
+        return self.write(cells, seeds)
+
+    def rows(self, cells: Iterable[Cell], seeds: Iterable[int] = SEEDS) -> list[Row]:
+        """What has been made of these cells, an entry a method and seed."""
+        found = []
+        for cell, seed in itertools.product(cells, seeds):
+            for folder in sorted(
+                path.parent for path in self._at(cell, seed).glob("*/config.json")
+            ):
+                if is_done(folder):
+                    found += [asdict(cell) | row for row in rows_of(folder)]
+        return found
+
+    def write(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
+        """Write the rows, the tables and the figure; returns the tables."""
+        rows = self.rows(cells, seeds)
+        lines = [json.dumps(row) + "\n" for row in rows]
+        write_text(self.out / KEPT, "".join(lines))
+        write_text(self.out / TABLE, tables(rows))
+        write_text(self.out / FIGURE, figure(rows))
+        return tables(rows)
+
+    def _at(self, cell: Cell, seed: int) -> Path:
+        return self.out / cell.name / f"seed-{seed}"
+
+    def _run(self, cell: Cell, seed: int) -> None:
+        """All methods of ``cell``, a run a federation."""
+        base = cell.settings | {"save-weights": False, "report": False} | self.settings
+        if cell.data in self.places:
+            base["dataset"] = self.places[cell.data]
+        found = self._search(cell, base)
+        methods = [m for m in METHODS_OF_MAP if m != KNOWS_GROUPS or cell.partition == "dominant"]
+        runs: list[Run] = []
+        for group in federations(methods).values():
+            own = {k: v for k, v in found.items() if "." not in k or k.split(".")[0] in group}
+            over: dict[str, list[Any]] = {"method": [group], "seed": [seed]}
+            runs += expand(base | own, over, self._at(cell, seed))
+        self.run_all(runs)
+
+    def _search(self, cell: Cell, base: Settings) -> Settings:
+        """What is chosen in ``cell`` on validation images, before any of its methods runs."""
+        folder = self.out / cell.name / "search"
+        base = DEFAULTS | base
+        rate = search(base, {"fedavg": main_settings("fedavg")}, folder, self.run_all)
+        grids = {method: dict([grid]) for method, grid in MOMENTUM.items()}
+        return rate | search(base | rate, grids, folder, self.run_all)
+
+
+def cells_of(quick: bool = False) -> list[Cell]:
+    """The whole map, the places with little work first; ``quick``: two places of it."""
+    if quick:
+        return [Cell("fashion-mnist", 20, "dominant", images) for images in (30, 60)]
+    order = itertools.product(PARTITIONS, IMAGES, SIZES, DATA)
+    return [Cell(data, clients, part, images) for part, images, clients, data in order]
+
+
+def rows_in(rows: Iterable[Row], cell: Cell) -> list[Row]:
+    """Those of ``cell``."""
+    return [row for row in rows if asdict(cell).items() <= row.items()]
+
+
+def gain(rows: Sequence[Row]) -> float:
+    """Points of pFedGPA over the best contender of one cell, means over its seeds.
+
+    NaN while either is missing. The contender is the best in hindsight: by the same test images.
+    """
+    means = _means(rows)
+    others = [value for method, value in means.items() if method not in (OURS, KNOWS_GROUPS)]
+    return means[OURS] - max(others) if OURS in means and others else float("nan")
+
+
+def _means(rows: Iterable[Row]) -> dict[str, float]:
+    """{method: its figure of merit}."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row[MERIT])
+    return {method: sum(values) / len(values) for method, values in found.items()}
+
+
+def _cells_in(rows: Iterable[Row]) -> list[Cell]:
+    return list(dict.fromkeys(Cell(**{k: row[k] for k in Cell.__annotations__}) for row in rows))
+
+
+def figure(rows: Sequence[Row]) -> str:
+    """The gain over images a client, a line a federation, a panel a partition; SVG."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for cell in sorted(_cells_in(rows), key=lambda cell: cell.images):
+        name = f"{DATA[cell.data]}, {cell.clients} clients"
+        points = panels.setdefault(cell.partition, {}).setdefault(name, [])
+        points.append((cell.images, gain(rows_in(rows, cell))))
+    return figures.gains(panels)
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """A table a cell, and one of all cells' gains before them; Markdown."""
+    cells = _cells_in(rows)
+    heads = [
+        "data",
+        "clients",
+        "partition",
+        "images a client",
+        "gain",
+        "best other method",
+        "seeds",
+    ]
+    lines, parts = [], []
+    for cell in cells:
+        here = rows_in(rows, cell)
+        lines.append(_overview(cell, here))
+        parts.append(
+            f"### {DATA[cell.data]}, {cell.clients} clients, {cell.partition}, "
+            f"{cell.images} images a client\n\n{_table(here)}\n"
+        )
+    return "\n".join([markdown(heads, lines) + "\n", *parts])
+
+
+def _overview(cell: Cell, rows: Sequence[Row]) -> list[str]:
+    means = _means(row for row in rows if row["method"] not in (OURS, KNOWS_GROUPS))
+    best = max(means, key=lambda method: means[method])
+    seeds = {row["seed"] for row in rows}
+    where = [DATA[cell.data], str(cell.clients), cell.partition, str(cell.images)]
+    told = f"{METHODS[best].title} {means[best]:.1f}"
+    return [*where, f"{gain(rows):+.1f}", told, str(len(seeds))]
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """A row a method: means ± standard deviations over seeds."""
+    lines = []
+    for method in METHODS_OF_MAP:
+        if own := [row for row in rows if row["method"] == method]:
+            cells = [over_seeds([row[key] for row in own], digits=1) for key in COLUMNS.values()]
+            lines.append([own[0]["title"], str(len(own)), *cells])
+    return markdown(["method", "seeds", *COLUMNS], lines)
