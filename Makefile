@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 STAMP := $(VENV)/.installed
 
-.PHONY: run test lowest lint clean
+.PHONY: run test lowest lint docs clean
 
 run: $(STAMP)
 	$(BIN)/pfedgpa run $(ARGS)
@@ -36,5 +36,9 @@ $(STAMP): pyproject.toml scripts/activate-flower.sh
 	cat scripts/activate-flower.sh >> $(BIN)/activate
 	touch $(STAMP)
 
+# the documentation's site, in docs/_build/html
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going --quiet docs docs/_build/html
+
 clean:
-	rm -rf $(VENV) $(LOWEST) .flwr-home
+	rm -rf $(VENV) $(LOWEST) .flwr-home docs/_build docs/generated

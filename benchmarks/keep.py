@@ -1,11 +1,13 @@
-"""Keep a comparison's results in the repository, and quote them in README.md and docs/results.md.
+"""Keep comparisons' and the map's results in the repository, and quote them in the documentation.
 
-    python benchmarks/keep.py [results/compare …]
+    python benchmarks/keep.py [results/compare …] [results/map …]
 
 A file an experiment, ``benchmarks/results/compare-*.jsonl``, takes in every finished run that
 `pfedgpa compare` left in the folders. Its first line has the settings that all its rows share; then
 comes a row a method and seed: its entry of ``summary.json``, its other settings, and its clients'
-accuracies. The tables are made of all that is kept, without a folder of what is kept already.
+accuracies. ``benchmarks/results/map.jsonl`` takes in the rows that `pfedgpa reproduce map` wrote.
+What is kept already stays where the folders have nothing newer; all tables and the map's figure
+are made of all that is kept.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from pfedgpa_app.core.settings import LAUNCH
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.runs.folder import kept_settings
-from pfedgpa_app.study.compare import EXPERIMENTS, Finished, overview, table
+from pfedgpa_app.study import reproduce
+from pfedgpa_app.study.compare import EXPERIMENTS, Finished, report_of
 
-RESULTS = APP_DIR / "benchmarks" / "results"
+DOCS, RESULTS = APP_DIR / "docs", APP_DIR / "benchmarks" / "results"
+MAP, PICTURE = RESULTS / reproduce.KEPT, DOCS / "pictures" / reproduce.FIGURE
 OF_A_ROW = ("method", "seed")  # settings that its entry of summary.json tells
 BEGIN, END = "<!-- compare -->\n", "<!-- end -->"
 
@@ -115,15 +119,36 @@ def quote(file: Path, text: str) -> None:
     write_text(file, f"{before}{BEGIN}\n{text.strip()}\n\n{END}{after}")
 
 
+def place(row: Row) -> tuple[int, int, int]:
+    """Where a row of the map stands among others."""
+    cells = reproduce.cells_of()
+    cell = next(i for i, cell in enumerate(cells) if reproduce.rows_in([row], cell))
+    return cell, reproduce.METHODS_OF_MAP.index(row["method"]), row["seed"]
+
+
+def map_rows(file: Path = MAP) -> list[Row]:
+    """The map's rows in ``file``."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def add_map(folder: Path) -> None:
+    """Keep what `pfedgpa reproduce map` wrote to ``folder``."""
+    both = {place(row): row for row in map_rows() + map_rows(folder / MAP.name)}
+    write_text(MAP, "".join(json.dumps(both[key]) + "\n" for key in sorted(both)))
+
+
 def main() -> None:
-    """Keep what is asked for and renew the tables."""
+    """Keep what is asked for and renew the tables and the figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("comparisons", type=Path, nargs="*", help="folders that `compare` wrote to")
-    for folder in parser.parse_args().comparisons:
-        add(folder)
-    found = kept()
-    quote(APP_DIR / "README.md", overview(found))
-    quote(APP_DIR / "docs" / "results.md", table(found))
+    parser.add_argument("folders", type=Path, nargs="*", help="that the commands wrote to")
+    for folder in parser.parse_args().folders:
+        (add_map if (folder / MAP.name).exists() else add)(folder)
+    rows = map_rows()
+    quote(DOCS / "results.md", report_of(kept()))
+    quote(DOCS / "map.md", reproduce.tables(rows))
+    quote(APP_DIR / "README.md", reproduce.overview(rows))
+    write_text(PICTURE, reproduce.figure(rows))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tests.support.federations import SMALL
 
 def test_the_example_is_one_file_and_its_name(tmp_path: Path) -> None:
     text = (APP_DIR / "docs" / "add-a-method.md").read_text()
-    file, lines = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    file, lines = re.findall(r"```py(?:thon)?\n(.*?)```", text, re.DOTALL)
     assert len(file.splitlines()) < 60
     imported, line = lines.splitlines(keepends=True)
     app = tmp_path / "app"

@@ -122,7 +122,7 @@ def rendered(runs: Sequence[Run], header: list[str], entries: list[Entry]) -> st
     title += f" on {', '.join(dict.fromkeys(_said(r.settings['dataset']['value']) for r in runs))}"
     figure = {
         "title": "Accuracy over rounds",
-        "svg": figures.curves(*_curves(runs)),
+        "svg": figures.curves(*curves_of(runs)),
         "caption": "Mean over clients of what they are sent, before any fine-tuning"
         + ("; bands are one standard deviation over seeds." if not one else "."),
     }
@@ -233,7 +233,7 @@ def _about(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(lines))[:6]
 
 
-def _curves(runs: Sequence[Run]) -> tuple[dict[str, figures.Curve], dict[str, float]]:
+def curves_of(runs: Sequence[Run]) -> tuple[dict[str, figures.Curve], dict[str, float]]:
     """{federation: its mean curve over seeds}, and where methods without rounds came to."""
     varied, gathered = _varied(runs), dict[str, dict[int, list[float]]]()
     ends: dict[str, list[float]] = {}

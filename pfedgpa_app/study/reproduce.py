@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.files import write_text
-from pfedgpa_app.methods import METHODS, federations
+from pfedgpa_app.methods import federations
 from pfedgpa_app.results import figures
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
+from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study.sweep import Run, Settings, expand
 from pfedgpa_app.study.tune import DEFAULTS, main_settings, search
 
@@ -49,6 +51,7 @@ COLUMNS = {
     "worst client as sent": "accuracy_worst_client_before_ft",
     "worst client kept": "accuracy_worst_client_kept",
 }
+_TOLD = ("method", "title", "seed", "rounds", "fine_tuning_tuned", "server_seconds")
 RunAll = Callable[[list[Run]], object]
 Row = dict[str, Any]
 
@@ -72,6 +75,11 @@ class Cell:
             "train-per-client": self.images,
             "test-per-client": TEST_IMAGES[self.clients],
         }
+
+    @property
+    def methods(self) -> list[str]:
+        """What runs there: without hidden groups nobody can know them."""
+        return [m for m in METHODS_OF_MAP if m != KNOWS_GROUPS or self.partition == "dominant"]
 
     @property
     def name(self) -> str:
@@ -105,14 +113,13 @@ class Atlas:
         return self.write(cells, seeds)
 
     def rows(self, cells: Iterable[Cell], seeds: Iterable[int] = SEEDS) -> list[Row]:
-        """What has been made of these cells, an entry a method and seed."""
+        """What has been made of these cells, an entry a method and seed; no seed in part."""
         found = []
         for cell, seed in itertools.product(cells, seeds):
-            for folder in sorted(
-                path.parent for path in self._at(cell, seed).glob("*/config.json")
-            ):
-                if is_done(folder):
-                    found += [asdict(cell) | row for row in rows_of(folder)]
+            paths = sorted(self._at(cell, seed).glob("*/config.json"))
+            rows = [row for path in paths if is_done(path.parent) for row in _rows_of(path.parent)]
+            if {row["method"] for row in rows} == set(cell.methods):
+                found += [asdict(cell) | row for row in rows]
         return found
 
     def write(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
@@ -133,9 +140,8 @@ class Atlas:
         if cell.data in self.places:
             base["dataset"] = self.places[cell.data]
         found = self._search(cell, base)
-        methods = [m for m in METHODS_OF_MAP if m != KNOWS_GROUPS or cell.partition == "dominant"]
         runs: list[Run] = []
-        for group in federations(methods).values():
+        for group in federations(cell.methods).values():
             own = {k: v for k, v in found.items() if "." not in k or k.split(".")[0] in group}
             over: dict[str, list[Any]] = {"method": [group], "seed": [seed]}
             runs += expand(base | own, over, self._at(cell, seed))
@@ -156,6 +162,18 @@ def cells_of(quick: bool = False) -> list[Cell]:
         return [Cell("fashion-mnist", 20, "dominant", images) for images in (30, 60)]
     order = itertools.product(PARTITIONS, IMAGES, SIZES, DATA)
     return [Cell(data, clients, part, images) for part, images, clients, data in order]
+
+
+def _rows_of(folder: Path) -> list[Row]:
+    """Of each method of a run: what the tables show, and what was searched for it."""
+    kept = values_of(kept_settings(folder))
+    found = []
+    for row in rows_of(folder):
+        momentum, _ = MOMENTUM.get(row["method"], ("", ()))
+        searched = {name: kept[name] for name in ("learning-rate", momentum) if name}
+        told = {key: row[key] for key in (*_TOLD, *COLUMNS.values())}
+        found.append(told | {"searched": searched})
+    return found
 
 
 def rows_in(rows: Iterable[Row], cell: Cell) -> list[Row]:
@@ -195,36 +213,37 @@ def figure(rows: Sequence[Row]) -> str:
     return figures.gains(panels)
 
 
+def overview(rows: Sequence[Row]) -> str:
+    """PFedGPA's accuracy in every cell, in brackets its gain and over whom; Markdown."""
+    found = {cell: rows_in(rows, cell) for cell in _cells_in(rows)}
+    images = sorted({cell.images for cell in found})
+    places = dict.fromkeys((cell.data, cell.clients, cell.partition) for cell in found)
+    lines = []
+    for data, clients, partition in places:
+        cells = [_in_brief(found.get(Cell(data, clients, partition, n), [])) for n in images]
+        lines.append([DATA[data], str(clients), partition, *cells])
+    heads = [f"{n} images a client" for n in images]
+    return markdown(["data", "clients", "partition", *heads], lines)
+
+
+def _in_brief(rows: Sequence[Row]) -> str:
+    if not rows:
+        return "–"
+    means = _means(rows)
+    others = {m: value for m, value in means.items() if m not in (OURS, KNOWS_GROUPS)}
+    best = max(others, key=lambda method: others[method])
+    title = next(row["title"] for row in rows if row["method"] == best)
+    return f"{means[OURS]:.1f} ({gain(rows):+.1f} over {title})"
+
+
 def tables(rows: Sequence[Row]) -> str:
-    """A table a cell, and one of all cells' gains before them; Markdown."""
-    cells = _cells_in(rows)
-    heads = [
-        "data",
-        "clients",
-        "partition",
-        "images a client",
-        "gain",
-        "best other method",
-        "seeds",
-    ]
-    lines, parts = [], []
-    for cell in cells:
-        here = rows_in(rows, cell)
-        lines.append(_overview(cell, here))
-        parts.append(
-            f"### {DATA[cell.data]}, {cell.clients} clients, {cell.partition}, "
-            f"{cell.images} images a client\n\n{_table(here)}\n"
-        )
-    return "\n".join([markdown(heads, lines) + "\n", *parts])
-
-
-def _overview(cell: Cell, rows: Sequence[Row]) -> list[str]:
-    means = _means(row for row in rows if row["method"] not in (OURS, KNOWS_GROUPS))
-    best = max(means, key=lambda method: means[method])
-    seeds = {row["seed"] for row in rows}
-    where = [DATA[cell.data], str(cell.clients), cell.partition, str(cell.images)]
-    told = f"{METHODS[best].title} {means[best]:.1f}"
-    return [*where, f"{gain(rows):+.1f}", told, str(len(seeds))]
+    """The overview, and a table a cell; Markdown."""
+    parts = [overview(rows) + "\n"]
+    for cell in _cells_in(rows):
+        where = f"{DATA[cell.data]}, {cell.clients} clients, {cell.partition}"
+        table = _table(rows_in(rows, cell))
+        parts.append(f"### {where}, {cell.images} images a client\n\n{table}\n")
+    return "\n".join(parts)
 
 
 def _table(rows: Sequence[Row]) -> str:

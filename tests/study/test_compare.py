@@ -17,7 +17,16 @@ from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.fedprox import FedProxSettings
 from pfedgpa_app.results.log import EVENTS
 from pfedgpa_app.study import tune
-from pfedgpa_app.study.compare import EXPERIMENTS, MAIN, PAPER, finished, overview, plan, table
+from pfedgpa_app.study.compare import (
+    EXPERIMENTS,
+    MAIN,
+    PAPER,
+    finished,
+    overview,
+    plan,
+    report_of,
+    table,
+)
 from pfedgpa_app.study.sweep import Run
 from tests.support.federations import SMALL
 
@@ -122,11 +131,10 @@ class TestKept:
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
-def test_readme_and_docs_quote_the_results_that_are_kept() -> None:
+def test_docs_quote_the_results_that_are_kept() -> None:
     found = keep.kept()
-    for text, file in ((overview(found), "README.md"), (table(found), "docs/results.md")):
-        quoted = (APP_DIR / file).read_text().split(keep.BEGIN)[1].split(keep.END)[0]
-        assert quoted == f"\n{text.strip()}\n\n"
+    quoted = (APP_DIR / "docs/results.md").read_text().split(keep.BEGIN)[1].split(keep.END)[0]
+    assert quoted == f"\n{report_of(found).strip()}\n\n"
 
 
 def test_a_run_is_kept_in_the_place_of_the_one_before(

@@ -1,0 +1,35 @@
+"""Two pictures of the documentation, in docs/pictures: of a run's rounds, and of its latents.
+
+    python benchmarks/pictures.py results/RUN
+
+The run is of 20 clients with 60 images each (docs/how.md names the command); it must have its
+report's files, which every run leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from pfedgpa_app.core.files import write_text
+from pfedgpa_app.results import figures
+from pfedgpa_app.runs.report import HOLDINGS, LATENTS, curves_of, runs_in
+
+PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
+
+
+def main() -> None:
+    """Draw them."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run", type=Path, help="a run's folder")
+    (run,) = runs_in([parser.parse_args().run])
+    write_text(PICTURES / "accuracy.svg", figures.on_white(figures.curves(*curves_of([run]))))
+    counts = np.array(run.read(HOLDINGS)["train"])
+    drawn = figures.latent_map(run.read(LATENTS), counts / counts.sum(1, keepdims=True))
+    write_text(PICTURES / "latents.svg", figures.on_white(drawn))
+
+
+if __name__ == "__main__":
+    main()

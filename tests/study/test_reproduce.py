@@ -1,0 +1,125 @@
+"""The map of where generation helps: what is searched, which seeds run, what is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import keep
+from pfedgpa_app import cli
+from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.methods import METHODS
+from pfedgpa_app.results import log
+from pfedgpa_app.study import reproduce
+from pfedgpa_app.study.reproduce import COLUMNS, DATA, MERIT, Atlas, Cell
+from pfedgpa_app.study.sweep import Run
+
+CELL = Cell("fashion-mnist", 20, "dominant", 60)
+
+
+class Machine:
+    """Stands for the runs: what each method comes to, which may go by its settings."""
+
+    def __init__(self, ahead: float) -> None:
+        self.ahead, self.done = ahead, list[Run]()
+
+    def accuracy(self, method: str, run: Run) -> float:
+        config = run.config
+        rate = {0.02: 1.0, 0.05: 3.0, 0.1: 2.0}[config.learning_rate]
+        momentum = run.settings.get(f"{method}.momentum", 0.0)
+        own = {"fedavgm": {0.5: 1.0, 0.7: 2.0, 0.9: 0.0}, "pfedgpa": {0.0: 0.5, 0.5: 0.0, 0.7: 0.1}}
+        more = own.get(method, {}).get(momentum, 0.0)
+        known = {"group-mean": 30.0, "pfedgpa": 1.5 + self.ahead}.get(method, 0.0)
+        return 50 + rate + more + known
+
+    def __call__(self, runs: list[Run]) -> None:
+        for run in runs:
+            if log.is_done(run.folder):
+                continue
+            self.done.append(run)
+            run.folder.mkdir(parents=True)
+            described = json.dumps(run.resolved.as_dict())
+            (run.folder / "config.json").write_text(described)
+            (run.folder / log.SUMMARY).write_text(
+                json.dumps([*map(self.row(run), run.config.method)])
+            )
+            log.say(run.folder, "done", "", 1.0)
+
+    def row(self, run: Run) -> Any:
+        def of(method: str) -> dict[str, Any]:
+            accuracy = self.accuracy(method, run)
+            row: dict[str, Any] = dict.fromkeys(COLUMNS.values(), accuracy)
+            row |= {"method": method, "title": METHODS[method].title, "seed": run.config.seed}
+            row |= {"rounds": 100, "fine_tuning_tuned": None, "server_seconds": 1.0}
+            return row | {"validation": {"before_ft": accuracy}}
+
+        return of
+
+
+@pytest.mark.parametrize(("ahead", "seeds"), [(2.0, [0]), (0.4, [0, 1, 2]), (-3.0, [0])])
+def test_what_is_chosen_on_validation_images_is_run(
+    ahead: float, seeds: list[int], tmp_path: Path
+) -> None:
+    machine = Machine(ahead)
+    Atlas(tmp_path, {}, {"fashion-mnist": "mnist"}, machine).fill([CELL])
+    searched = [run for run in machine.done if run.config.seed == 100]
+    final = [run for run in machine.done if run.config.seed != 100]
+    assert {run.config.learning_rate for run in searched} == {0.02, 0.05, 0.1}
+    assert {run.config.learning_rate for run in final} == {0.05}
+    of = {method: run for run in final for method in run.config.method}
+    assert sorted(of) == sorted(reproduce.METHODS_OF_MAP)
+    assert of["fedavgm"].settings["fedavgm.momentum"] == 0.7
+    assert of["pfedgpa"].settings["pfedgpa.momentum"] == 0.0
+    assert {run.config.dataset for run in machine.done} == {"mnist"}
+    # a gain below a point is measured by more seeds
+    assert sorted({run.config.seed for run in final}) == seeds
+    rows = [json.loads(line) for line in (tmp_path / "map.jsonl").read_text().splitlines()]
+    assert reproduce.gain(rows) == pytest.approx(ahead)  # the group mean is no contender
+    assert len(rows) == len(seeds) * len(reproduce.METHODS_OF_MAP)
+    table = (tmp_path / "map.md").read_text()
+    assert f"{55 + ahead:.1f} ({ahead:+.1f} over FedAvgM)" in table.splitlines()[2]
+    assert (tmp_path / "map.svg").read_text().startswith("<?xml")
+
+
+def test_a_second_start_runs_nothing_again_and_half_a_seed_is_not_told(tmp_path: Path) -> None:
+    machine = Machine(2.0)
+    atlas = Atlas(tmp_path, {}, {}, machine)
+    text = atlas.fill([CELL])
+    machine.done.clear()
+    assert atlas.fill([CELL]) == text
+    assert not machine.done
+    fedala = next(tmp_path.glob("*/seed-0/*method=fedala*"))
+    log.say(fedala, "failed", "killed", 0.5)
+    assert not atlas.rows([CELL])
+
+
+def test_hidden_groups_are_where_the_partition_has_some() -> None:
+    assert reproduce.KNOWS_GROUPS not in Cell("emnist", 100, "dirichlet", 30).methods
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["seed=3"], "is the map's own to say"),
+        (["dataset=mnist"], "use --data"),
+        (["--data", "mnist=here"], "NAME one of cifar10"),
+        (["--only", "cifar100"], "no place of the map"),
+    ],
+)
+def test_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reproduce", "map", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_docs_quote_the_map_that_is_kept() -> None:
+    rows = keep.map_rows()
+    texts = {"README.md": reproduce.overview(rows), "docs/map.md": reproduce.tables(rows)}
+    for file, text in texts.items():
+        quoted = (APP_DIR / file).read_text().split(keep.BEGIN)[1]
+        assert quoted.split(keep.END)[0] == f"\n{text.strip()}\n\n"
+    drawn = keep.PICTURE.read_text()
+    assert all(f"{DATA[row['data']]}, {row['clients']} clients" in drawn for row in rows)
+    assert all(row[MERIT] is not None for row in rows)
