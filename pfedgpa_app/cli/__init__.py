@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from pfedgpa_app.cli import (
     evaluate,
     export,
     export_metrics,
+    inspect,
     keys,
     partition,
     predict,
@@ -49,6 +51,7 @@ class Command(Protocol):
 COMMANDS: dict[str, Command] = {
     "run": run,
     "report": report,
+    "inspect": inspect,
     "predict": predict,
     "evaluate": evaluate,
     "export": export,
@@ -86,9 +89,9 @@ def main(arguments: list[str] | None = None, server: Server | None = None) -> in
         sys.stdout.flush()
         return status
     except (ConfigError, DataError) as error:
-        return _failed(str(error), 2)
+        return _failed(str(error), 2, options.debug)
     except LaunchError as error:
-        return _failed(str(error), 1)
+        return _failed(str(error), 1, options.debug)
     except StoppedError as stop:
         print(f"stopped: {stop}", file=sys.stderr)
         if options.command != "rehearse":  # whose nodes are gone
@@ -99,10 +102,11 @@ def main(arguments: list[str] | None = None, server: Server | None = None) -> in
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError as error:
-        return _failed(f"there is not enough memory for these settings: {error}", 1)
+        why = f"there is not enough memory for these settings: {error}"
+        return _failed(why, 1, options.debug)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _failed(f"{where}{error.strerror or error}", 1)
+        return _failed(f"{where}{error.strerror or error}", 1, options.debug)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -124,6 +128,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             epilog=f"example: pfedgpa {command.EXAMPLE}",
         )
         command.add_options(own)
+        own.add_argument("--debug", action="store_true", help="show an error's traceback, too")
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what a word may be
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     # words may stand before and after options, which argparse's subcommands cannot mix
     options, rest = parser.parse_known_args(arguments)
     into = getattr(options, "words", "")  # a command that takes any number of them
@@ -134,7 +143,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _failed(why: str, status: int) -> int:
+def _failed(why: str, status: int, debug: bool) -> int:
+    """Say why, in one line as a rule; called where the error is handled."""
+    if debug:
+        traceback.print_exc()
     print(f"pfedgpa: {why}", file=sys.stderr)
     return status
 

@@ -19,7 +19,17 @@ SETTINGS_HELP = "settings, as in seed=1 method=local,pfedgpa; see: pfedgpa setti
 def add_settings(parser: ArgumentParser) -> None:
     """Settings as words of the command line."""
     parser.set_defaults(words="settings")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=SETTINGS_HELP)
+    words = parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=SETTINGS_HELP)
+    words.completer = _settings_like  # type: ignore[attr-defined]  # argcomplete's
+
+
+def _settings_like(prefix: str, **more: Any) -> list[str]:
+    """What a shell offers for the beginning of a setting."""
+    key, _, value = prefix.partition("=")
+    if key == prefix:
+        return [f"{name}=" for name in keys() if name.startswith(prefix)]
+    choices = keys()[key].rules["choices"] if key in keys() else ()
+    return [f"{key}={c}" for c in choices or () if str(c).startswith(value)]
 
 
 def add_conf(parser: ArgumentParser, *names: str, required: bool = False) -> None:

@@ -19,6 +19,7 @@ from pfedgpa_app.runs.folder import LOG, run_folder
 from pfedgpa_app.runs.launcher import watched, with_absolute_paths
 
 SETTINGS: dict[str, Any] = {
+    "method": "pfedgpa",
     "dataset": "nodes",
     "num-server-rounds": 3,
     "learning-rate": 0.05,
@@ -46,6 +47,16 @@ def site_images(folder: Path, site: int, sites: int) -> None:
                 Image.fromarray(image[0]).save(place / f"{i:03}.png")
 
 
+def _prepared(nodes: int, overrides: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+    """The run's settings and its folder, which is made."""
+    usual = {k: v for k, v in SETTINGS.items() if k != "method" or "conf" not in overrides}
+    usual = without_idle(usual, resolve(usual | overrides).config.method)
+    settings = usual | {"num-clients": nodes} | overrides
+    settings = with_absolute_paths(settings, resolve(settings).config)
+    folder = run_folder(resolve(settings))
+    return settings | {"out-dir": str(folder.parent), "run-name": folder.name}, folder
+
+
 def rehearse(
     nodes: int, overrides: dict[str, Any], app: Path = APP_DIR, console: Console | None = None
 ) -> Path:
@@ -63,12 +74,7 @@ def rehearse(
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    usual = without_idle(SETTINGS, resolve(overrides).config.method)
-    settings = usual | {"num-clients": nodes} | overrides
-    config = resolve(settings).config
-    settings = with_absolute_paths(settings, config)
-    folder = run_folder(resolve(settings))
-    settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
+    settings, folder = _prepared(nodes, overrides)
     config = resolve(settings).config
     with tempfile.TemporaryDirectory(prefix="pfedgpa-rehearsal-") as place:
         certificates = Path(place) / "keys"
@@ -83,7 +89,7 @@ def rehearse(
                 deployment.register(node)
                 state = Path(place) / f"state-{node}"
                 deployment.start_node(node, dataset=f"imagefolder:{data}", state_dir=str(state))
-            say(f"{nodes} SuperNodes, each with its own images")
+            say(f"{nodes} SuperNodes, each with its own images; they take part in about 15 s")
             staged = stage(app, deployment.home / "app", settings)
 
             def run_it(poll: Poll) -> str:

@@ -1,0 +1,101 @@
+"""What a run's folder holds, its checkpoint and its distribution, in lines for a reader."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pfedgpa_app.config.resolve import values_of
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.diffusion import saved
+from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, is_done, last_event, rows_of
+from pfedgpa_app.results.tables import text_table
+from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError
+from pfedgpa_app.runs.folder import CONFIG, is_running, kept_settings
+from pfedgpa_app.runs.resuming import CHECKPOINT
+
+
+def described(path: Path) -> list[str]:
+    """A line for each thing there is to say.
+
+    Raises:
+        ConfigError: it is no run's folder and no distribution, or damaged.
+    """
+    if (path / CONFIG).is_file():
+        return list(_run(path))
+    if path.is_file():
+        return list(_distribution(path))
+    kind = "a folder without a run" if path.is_dir() else "no file and no folder"
+    raise ConfigError(f"{path}: is {kind}: give a run's folder, or a distribution.safetensors")
+
+
+def _run(folder: Path) -> Iterator[str]:
+    settings = values_of(kept_settings(folder))
+    methods = ", ".join(settings["method"])
+    yield f"run {folder.name}: {methods} on {settings['dataset']}"
+    share = settings["fraction-train"]
+    yield (
+        f"{settings['num-clients']} clients, {settings['partition']}, {share:.0%} of them in each "
+        f"of {settings['num-server-rounds']} rounds, seed {settings['seed']}"
+    )
+    yield _state(folder)
+    yield from _checkpoint(folder)
+    if (folder / saved.FILE).is_file():
+        yield from _distribution(folder / saved.FILE)
+    if (folder / SUMMARY).is_file() and is_done(folder):
+        yield from ("", text_table(rows_of(folder)))
+
+
+def _state(folder: Path) -> str:
+    starts = [e["time"] for e in Records(folder / EVENTS).new() if e.get("kind") == "start"]
+    day = time.strftime("%Y-%m-%d %H:%M", time.localtime(starts[0])) if starts else "unknown"
+    last = last_event(folder)
+    text, progress = last.get("text", "nothing"), last.get("progress", 0.0)
+    if is_done(folder):
+        state = "done"
+    elif is_running(folder):
+        state = f"going on, {progress:.0%} done; said last: {text}"
+    else:
+        state = f"stopped with {progress:.0%} done; said last: {text}"
+    return f"started {day}; {state}"
+
+
+def _checkpoint(folder: Path) -> Iterator[str]:
+    place = folder / CHECKPOINT
+    if not place.is_dir():
+        return
+    try:
+        kept = Checkpoint(place).read()
+    except CheckpointError as error:
+        yield f"checkpoint: cannot be used: {error}"
+        return
+    if not kept:
+        return
+    size = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    where = "a federation's last round"
+    if "state" in kept:
+        where = f"{kept['federation']} round {kept['round']}"
+    yield (
+        f"checkpoint: after {where}, {size / 1e6:.1f} MB; to go on: "
+        f"pfedgpa run run-name={folder.name} resume=true"
+    )
+
+
+def _distribution(path: Path) -> Iterator[str]:
+    try:
+        learned = saved.load(path)
+    except ValueError as error:
+        raise ConfigError(f"{path}: is no distribution of a run: {error}") from error
+    layout, rounds = learned.layout, learned.rounds
+    yield (
+        f"distribution: of {len(learned.latents)} uploads of {len(learned.clients.unique())} "
+        f"clients, rounds {int(rounds.min())} to {int(rounds.max())}; {sum(layout.sizes):,} "
+        f"weights in {len(layout.names)} tensors, {learned.latents[0].numel()} latent numbers "
+        f"({learned.settings.autoencoder} autoencoder)"
+    )
+    steps = learned.settings.diffusion_steps
+    yield (
+        f"  denoiser {learned.settings.denoiser}, strength {learned.strength} of {steps} steps, "
+        f"seed {learned.seed}; to start another run from it: start-from={path}"
+    )

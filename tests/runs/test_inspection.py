@@ -1,0 +1,61 @@
+"""`pfedgpa inspect`: what a run's folder holds and how far it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pfedgpa_app import cli
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.runs.folder import locked
+from pfedgpa_app.runs.inspection import described
+from tests.support.federations import federate, summary
+
+
+class Stopped(BaseException):
+    """Somebody ends the run."""
+
+
+def test_a_run_that_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = federate(tmp_path, method="fedavg,pfedgpa-once", num_server_rounds=3, seed=7)
+    assert cli.main(["inspect", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "fedavg, pfedgpa-once on digits" in text
+    assert "3 rounds, seed 7" in text
+    assert "; done" in text
+    assert f"{summary(folder)['pfedgpa-once']['accuracy_kept']:.1f}" in text
+    assert "12 uploads of 4 clients, rounds 1 to 3" in text
+    alone = described(folder / "distribution.safetensors")
+    assert alone[0].startswith("distribution: of 12 uploads")
+
+
+def test_a_run_that_was_stopped_tells_where_and_how_to_go_on(tmp_path: Path) -> None:
+    def stop(message: object, reply: object) -> object:
+        config = message.content.config_records["config"]  # type: ignore[attr-defined]
+        if config["round"] == 3:
+            raise Stopped
+        return reply
+
+    how = {"method": "fedavg", "num_server_rounds": 4, "checkpoint_every": 2}
+    with pytest.raises(Stopped):
+        federate(tmp_path, tamper=stop, **how)
+    text = "\n".join(described(tmp_path / "run"))
+    assert "stopped with" in text
+    assert "checkpoint: after fedavg round 2" in text
+    assert "pfedgpa run run-name=run resume=true" in text
+    with locked(tmp_path / "run", ""):
+        assert "going on" in "\n".join(described(tmp_path / "run"))
+    (tmp_path / "run" / "checkpoint" / "checkpoint.json").write_text("{")
+    assert "checkpoint: cannot be used: " in "\n".join(described(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("content", [None, "a text", ""])
+def test_what_is_none_of_ours(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=r"no file and no folder|is no distribution of a run"):
+        described(path)
+    with pytest.raises(ConfigError, match="a folder without a run"):
+        described(tmp_path)

@@ -1,0 +1,47 @@
+"""What every subcommand has: completion in the shell, a traceback for who wants one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pfedgpa_app import cli
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("pfedgpa com", {"compare"}),
+        ("pfedgpa run num-cl", {"num-clients="}),
+        ("pfedgpa run seed=1 precision=b", {"precision=bfloat16"}),
+        ("pfedgpa export RUN --to o", {"onnx"}),
+    ],
+)
+def test_a_shell_completes(typed: str, offered: set[str], tmp_path: Path) -> None:
+    answer = tmp_path / "answer"
+    asked = {
+        "_ARGCOMPLETE": "1",
+        "COMP_LINE": typed,
+        "COMP_POINT": str(len(typed)),
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(answer),
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_COMP_WORDBREAKS": " ",
+    }
+    subprocess.run([sys.executable, "-m", "pfedgpa_app"], env=os.environ | asked, check=False)
+    assert {word.strip() for word in answer.read_text().splitlines()} == offered
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_error_is_one_line_and_with_debug_its_traceback(
+    debug: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "num-clients=-3", *(["--debug"] if debug else [])]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("pfedgpa: num-clients = -3")
+    assert ("Traceback" in said) == debug
+    assert debug or said.count("\n") == 1
