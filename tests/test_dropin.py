@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -12,13 +13,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pfedgpa_app import PFedGPA
+from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.dropin import like_uploads
 from pfedgpa_app.engine.grid import FIRST_NODE, NODE_STEP
@@ -160,6 +170,19 @@ class TestQuickstart:
         accuracies = json.loads((tmp_path / "accuracies.json").read_text())
         assert set(accuracies) == {"1", "2", "3"}
         assert accuracies["3"] > accuracies["1"]
+
+
+def test_the_example_for_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its ServerApp as it is, with fewer rounds and a quicker fit."""
+    monkeypatch.syspath_prepend(APP_DIR / "examples" / "tabular")
+    from tabular import client_app, server_app  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(server_app, "PFedGPA", functools.partial(PFedGPA, settings=QUICK))
+    config = {"num-server-rounds": 6, "learning-rate": 0.1, "local-epochs": 2}
+    run_config: Any = config | {"out": str(tmp_path)}
+    context = Context(1, 1, {}, RecordDict(), run_config)
+    server_app.app(InProcessGrid(config, 6, app=client_app.app), context)
+    assert len(list(tmp_path.glob("run-1/client-[0-5].safetensors"))) == 6
 
 
 class TestArrays:

@@ -160,8 +160,8 @@ def cells_of(quick: bool = False) -> list[Cell]:
     """The whole map, the places with little work first; ``quick``: two places of it."""
     if quick:
         return [Cell("fashion-mnist", 20, "dominant", images) for images in (30, 60)]
-    order = itertools.product(PARTITIONS, IMAGES, SIZES, DATA)
-    return [Cell(data, clients, part, images) for part, images, clients, data in order]
+    order = itertools.product(PARTITIONS, SIZES, IMAGES, DATA)
+    return [Cell(data, clients, part, images) for part, clients, images, data in order]
 
 
 def _rows_of(folder: Path) -> list[Row]:

@@ -1,0 +1,1 @@
+"""A Flower app for tables, with pFedGPA in FedAvg's place."""
