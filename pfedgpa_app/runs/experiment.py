@@ -41,6 +41,7 @@ from pfedgpa_app.runs.initial import initial_weights
 from pfedgpa_app.runs.personal import MODEL, WEIGHTS, write_about
 from pfedgpa_app.runs.resuming import CHECKPOINT, Resuming
 from pfedgpa_app.runs.summary import Summary, save_weights
+from pfedgpa_app.server import privacy
 from pfedgpa_app.server.joining import join
 from pfedgpa_app.server.roster import Roster
 from pfedgpa_app.server.strategy import Personalised
@@ -65,6 +66,7 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
     """Run everything in a folder that is this run's alone."""
     config = resolved.config
     check(config.track)
+    privacy.check(config)
     write_text(folder / CONFIG, json.dumps(resolved.as_dict(), indent=2) + "\n")
     shared = federations(config.method)
     evaluation = _evaluation_work(config)
@@ -82,6 +84,8 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
             log.event("data", described(config))
             holdings = {"classes": load_schema(config).classes, "train": class_counts(config)}
             write_text(folder / report.HOLDINGS, json.dumps(holdings) + "\n")
+        if config.local_dp_epsilon:
+            log.event("privacy", privacy.in_words(config))
         for text in _warnings(grid, config):
             log.event("warning", text)
         Experiment(grid, resolved, folder, log).run_all(shared)
@@ -139,6 +143,10 @@ class Experiment:
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
         self.going = self.resuming.restore()  # as long as its federation goes
         settings = values_of(resolved.as_dict())
+        self._privacy: dict[str, float] = {}  # of the whole run, on each row
+        if config.local_dp_epsilon:
+            spent = privacy.epsilon_of(config, privacy.most_uploads(config))
+            self._privacy = {"epsilon_spent": round(spent, 4)}
         self.tracking = Tracking(folder, config.track, settings, self._lost_tracker)
         log.listeners.append(self.tracking.round)
         self.roster.common["run"] = self.resuming.name
@@ -271,6 +279,7 @@ class Experiment:
             server_seconds=round(strategy.server_seconds + seconds, 3),
             bytes_up=strategy.bytes_up,
             bytes_down=strategy.bytes_down + hand_over,
+            **self._privacy,
         )
 
     def _groups(self) -> list[int]:

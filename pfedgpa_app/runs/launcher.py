@@ -22,6 +22,7 @@ from pfedgpa_app.results import tracking, uploads
 from pfedgpa_app.results.log import EVENTS, Records, clock, is_done, say
 from pfedgpa_app.runs.folder import LOG, is_running, run_folder, running
 from pfedgpa_app.runs.initial import initial_weights
+from pfedgpa_app.server import privacy
 
 
 class Patience:
@@ -120,6 +121,7 @@ def preflight(config: Config) -> None:
     """
     try:
         tracking.check(config.track)
+        privacy.check(config)
         initial_weights(config, load_schema(config))
         load_partition(config)
         if config.uploads and not user_path(config.uploads).is_file():

@@ -221,7 +221,7 @@ def _about(runs: Sequence[Run]) -> list[str]:
     lines = []
     for run in runs:
         events = list(run.lines(EVENTS))
-        lines += [event["text"] for event in events if event["kind"] == "data"]
+        lines += [event["text"] for event in events if event["kind"] in ("data", "privacy")]
         if len(runs) == 1 and events:
             start, end = events[0]["time"], events[-1]["time"]
             day = time.strftime("%Y-%m-%d %H:%M", time.localtime(start))

@@ -18,7 +18,7 @@ from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.results import plots
 from pfedgpa_app.results.log import SUMMARY, RunLog, mean
 from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
-from pfedgpa_app.server.strategy import Personalised
+from pfedgpa_app.server.strategy import Personalised, sampled
 from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 
 
@@ -110,7 +110,7 @@ class Summary:
 
     def _of_rounds(self, name: str, result: Outcome, strategy: Personalised) -> dict[str, Any]:
         """What the rounds tell of the method that the federation is named for."""
-        last_round = set(strategy.sample(self.config.num_server_rounds))
+        last_round = set(sampled(self.config, self.config.num_server_rounds))
         took_part = [
             a for c, a in zip(result.clients, result.before, strict=True) if c in last_round
         ]

@@ -72,25 +72,19 @@ class Personalised(Strategy):
     def summary(self) -> None:
         logger.info("federation %s: %d clients", self.name, self.config.num_clients)
 
-    def sample(self, server_round: int) -> list[int]:
-        """The round's clients, in rising order."""
-        rng = numpy_generator(self.config.seed, "sample", server_round)
-        everybody, some = self.config.initial_clients, self.config.round_clients
-        return sorted(int(c) for c in rng.choice(everybody, some, replace=False))
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         server_round += self.done
         settings = {"method": self.name, "round": server_round}
-        sampled = self.sample(server_round)
-        self.roster.await_nodes(sampled, self.config.min_uploads)
-        self._away = [client for client in sampled if not self.roster.is_here(client)]
+        chosen = sampled(self.config, server_round)
+        self.roster.await_nodes(chosen, self.config.min_uploads)
+        self._away = [client for client in chosen if not self.roster.is_here(client)]
         self._sent = {
             client: self.roster.message(
                 client, MessageType.TRAIN, self.method.download(client), settings
             )
-            for client in sampled
+            for client in chosen
             if client not in self._away
         }
         self._round_down = sum(array_bytes(message) for message in self._sent.values())
@@ -175,6 +169,13 @@ class Personalised(Strategy):
         if not scores:
             return None
         return MetricRecord({"accuracy": sum(s["accuracy"] for s in scores.values()) / len(scores)})
+
+
+def sampled(config: Config, server_round: int) -> list[int]:
+    """The round's clients, in rising order; in all federations of a run the same."""
+    rng = numpy_generator(config.seed, "sample", server_round)
+    chosen = rng.choice(config.initial_clients, config.round_clients, replace=False)
+    return sorted(int(c) for c in chosen)
 
 
 def _told(upload: Message) -> dict[str, float]:

@@ -36,7 +36,7 @@ MOMENTUM = {  # method: the setting that is searched, and its values
     OURS: ("pfedgpa.momentum", (0.0, 0.5, 0.7)),
 }
 DATA = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "emnist": "EMNIST"}
-SIZES = {20: 1.0, 100: 0.3}  # clients, and the share of them that takes part in a round
+SIZES = {100: 0.3, 20: 1.0}  # clients, and the share of them that takes part in a round
 TEST_IMAGES = {20: 300, 100: 150}  # a client is tested on
 PARTITIONS = ("dominant", "dirichlet")
 IMAGES = (60, 30, 150, 380)  # a client; the first is made first
@@ -157,7 +157,7 @@ class Atlas:
 
 
 def cells_of(quick: bool = False) -> list[Cell]:
-    """The whole map, the places with little work first; ``quick``: two places of it."""
+    """The whole map, the most telling places first; ``quick``: two places of it."""
     if quick:
         return [Cell("fashion-mnist", 20, "dominant", images) for images in (30, 60)]
     order = itertools.product(PARTITIONS, SIZES, IMAGES, DATA)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from safetensors.torch import load_file
 from benchmarks import membership
 from pfedgpa_app.client.privacy import with_local_dp
 from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.engine.grid import identify
 from pfedgpa_app.models.networks import build
 from pfedgpa_app.runs.folder import kept_config
+from pfedgpa_app.server import privacy
 from pfedgpa_app.server.screening import NoUploadsError
 from tests.support.federations import federate, records, summary
 
@@ -79,6 +83,57 @@ class TestLocalDP:
         with pytest.raises(NoUploadsError, match="uploads other tensors than it is sent"):
             federate(tmp_path, method="fedfomo", local_dp_epsilon=1.0)
         assert records(tmp_path / "run", "events.jsonl")[-1]["kind"] == "failed"
+
+
+class TestSum:
+    """What all of a client's uploads tell together."""
+
+    @pytest.mark.parametrize(("epsilon", "uploads"), [(1.0, 1), (0.5, 40), (1.0, 100), (30.0, 10)])
+    def test_is_the_smallest_that_holds(self, epsilon: float, uploads: int) -> None:
+        """δ = ∫ max(0, p − exp(ε) q) for all that an observer sees of two neighbours, p and q."""
+        config = resolve({"local-dp-epsilon": epsilon, "local-dp-delta": 1e-5}).config
+        deviation = math.sqrt(2 * math.log(1.25e5)) / epsilon  # of one upload, both 1 apart
+        mu = math.sqrt(uploads) / deviation  # the mean of all tells as much, and no more
+        found = privacy.epsilon_of(config, uploads)
+        x = np.linspace(mu - 12, mu + 12, 400_001)
+        p, q = (np.exp(-((x - mean) ** 2) / 2) / math.sqrt(2 * math.pi) for mean in (mu, 0.0))
+        delta = np.trapezoid(np.maximum(0.0, p - math.exp(found) * q), x)
+        assert delta == pytest.approx(1e-5, rel=1e-3)
+        # Rényi's bound (Mironov 2017, Proposition 3) is above
+        orders = np.linspace(1.01, 200, 20_000)
+        assert found < (orders * mu**2 / 2 + math.log(1e5) / (orders - 1)).min()
+
+    def test_one_upload_of_the_classical_mechanism_spends_less_than_it_says(self) -> None:
+        config = resolve({"local-dp-epsilon": 1.0}).config
+        assert privacy.epsilon_of(config, 1) < 1.0
+
+    def test_a_run_says_it(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"method": "fedavg,fedbabu", "local_dp_epsilon": 1e4}
+        folder, _ = federate(tmp_path, num_server_rounds=4, fraction_train=0.5, **how)
+        config = kept_config(folder)
+        times = Counter(r["client"] for r in records(folder) if r["participated"])
+        assert privacy.most_uploads(config) == max(times.values())
+        spent = privacy.epsilon_of(config, max(times.values()))
+        assert {row["epsilon_spent"] for row in summary(folder).values()} == {round(spent, 4)}
+        said = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "privacy"]
+        assert [f"({spent:.3g}, 1e-05)" in text for text in said] == [True]
+        assert "epsilon_spent" not in summary(federate(tmp_path / "plain")[0])["fedavg"]
+
+    def test_a_run_that_would_spend_more_is_refused(self) -> None:
+        given = {"method": "fedavg", "local-dp-epsilon": 1.0, "num-server-rounds": 50}
+        with pytest.raises(ConfigError, match="max-epsilon = 5") as refused:
+            privacy.check(resolve(given | {"max-epsilon": 5.0}).config)
+        found = re.search(r"num-server-rounds=(\d+) keeps", str(refused.value))
+        assert found
+        rounds = int(found[1])
+        privacy.check(resolve(given | {"max-epsilon": 5.0, "num-server-rounds": rounds}).config)
+        more = resolve(given | {"max-epsilon": 5.0, "num-server-rounds": rounds + 1}).config
+        with pytest.raises(ConfigError):
+            privacy.check(more)
+        with pytest.raises(ConfigError, match="not even one round"):
+            privacy.check(resolve(given | {"max-epsilon": 0.01}).config)
+        with pytest.raises(ConfigError, match="with local-dp-epsilon only"):
+            privacy.check(resolve({"max-epsilon": 5.0}).config)
 
 
 class TestMembership:
