@@ -103,6 +103,7 @@ class PFedGPA(FedAvg):
             raise ValueError("descriptor = 'labels': these clients do not share class counts")
         self.folder: Path | None = None
         self._left = Personal()
+        self._going = False  # started, and not yet at its end
 
     @property
     def personal(self) -> dict[int, ArrayRecord]:
@@ -113,6 +114,7 @@ class PFedGPA(FedAvg):
         return self._left.by_name(self._left.metrics)
 
     def summary(self) -> None:
+        self._check_going()
         super().summary()
         config = self._server.config
         first, last = Server.first_generation(config), config.num_server_rounds
@@ -151,16 +153,36 @@ class PFedGPA(FedAvg):
                 "in the last rounds, too",
                 self.rate_key,
             )
-        result = super().start(
-            grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn
-        )
+        self._going = True
+        try:
+            result = super().start(
+                grid,
+                initial_arrays,
+                num_rounds,
+                timeout,
+                train_config,
+                evaluate_config,
+                evaluate_fn,
+            )
+        finally:
+            self._going = False
         if self.folder is not None:
             self._left.save(self.folder, num_rounds)
         return result
 
+    def _check_going(self) -> None:
+        if not self._going:
+            raise ConfigError(
+                "PFedGPA does not work inside another strategy: noise that one adds to the mean, "
+                "for central differential privacy, would not be on the weights that PFedGPA "
+                "generates for each node. Start PFedGPA itself; for privacy give clients Flower's "
+                "LocalDpMod"
+            )
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
+        self._check_going()
         messages = super().configure_train(server_round, arrays, config, grid)
         asked = self._server.config
         slower = self._server.learning_rate(asked, server_round) / asked.learning_rate

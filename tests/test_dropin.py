@@ -23,6 +23,8 @@ from flwr.app import (
     RecordDict,
 )
 from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping as ClientSide
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping as ServerSide
 from flwr.serverapp.strategy import FedAvg
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -40,6 +42,7 @@ from tests.support.local_grid import InProcessGrid
 QUICKSTART = Path(__file__).parent / "support" / "quickstart"
 QUICK = PFedGPASettings(fit_steps=20, width=16, draws=4)
 RUN = {"local-epochs": 1, "batch-size": 32}
+ARRAYS = {"w": torch.zeros(4, 3), "b": torch.zeros(3)}
 
 
 @pytest.fixture
@@ -170,6 +173,19 @@ class TestQuickstart:
         accuracies = json.loads((tmp_path / "accuracies.json").read_text())
         assert set(accuracies) == {"1", "2", "3"}
         assert accuracies["3"] > accuracies["1"]
+
+
+@pytest.mark.parametrize("wrapper", [ServerSide, ClientSide])
+def test_central_privacy_around_it_is_refused_in_words(wrapper: Any) -> None:
+    """It would put its noise on the mean, and none on what is generated for a node."""
+    inner = PFedGPA(settings=QUICK, min_train_nodes=1, min_available_nodes=1)
+    around = wrapper(inner, noise_multiplier=1.0, clipping_norm=1.0, num_sampled_clients=4)
+    with pytest.raises(ConfigError, match="does not work inside another strategy"):
+        around.start(InProcessGrid({}, 4, app=weights_app()), ArrayRecord(ARRAYS), 2)
+    # nor where it had been started by itself before
+    inner.start(InProcessGrid({}, 4, app=weights_app()), ArrayRecord(ARRAYS), 1)
+    with pytest.raises(ConfigError, match="does not work inside another strategy"):
+        around.start(InProcessGrid({}, 4, app=weights_app()), ArrayRecord(ARRAYS), 2)
 
 
 def test_the_example_for_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

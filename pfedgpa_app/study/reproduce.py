@@ -1,9 +1,10 @@
 """Where generation helps: every method over how much a client has, by one command.
 
 A cell of the map is a federation's size, data and partition, and how many images each client has.
-In every cell the same is searched on validation images, with a seed of its own: FedAvg's learning
-rate, by which all methods then go, and the server momentum of the methods that have one. Then all
-methods run, and each is fine-tuned by the same grid.
+Of every data set and partition the same is searched on validation images, in the smallest
+federation and with a seed of its own: FedAvg's learning rate, by which all methods then go, and the
+server momentum of the methods that have one. Then all methods run in every cell, and each is
+fine-tuned by the same grid.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ SIZES = {100: 0.3, 20: 1.0}  # clients, and the share of them that takes part in
 TEST_IMAGES = {20: 300, 100: 150}  # a client is tested on
 PARTITIONS = ("dominant", "dirichlet")
 IMAGES = (60, 30, 150, 380)  # a client; the first is made first
+SEARCHED = (20, 60)  # clients and images of the cells in which settings are searched
 SEEDS = (0, 1, 2)
 CLOSE = 1.0  # points: where a gain is smaller, all seeds are run
 KEPT, TABLE, FIGURE = "map.jsonl", "map.md", "map.svg"
@@ -136,10 +138,7 @@ class Atlas:
 
     def _run(self, cell: Cell, seed: int) -> None:
         """All methods of ``cell``, a run a federation."""
-        base = cell.settings | {"save-weights": False, "report": False} | self.settings
-        if cell.data in self.places:
-            base["dataset"] = self.places[cell.data]
-        found = self._search(cell, base)
+        found, base = self._search(cell), self._settings(cell)
         runs: list[Run] = []
         for group in federations(cell.methods).values():
             own = {k: v for k, v in found.items() if "." not in k or k.split(".")[0] in group}
@@ -147,10 +146,16 @@ class Atlas:
             runs += expand(base | own, over, self._at(cell, seed))
         self.run_all(runs)
 
-    def _search(self, cell: Cell, base: Settings) -> Settings:
-        """What is chosen in ``cell`` on validation images, before any of its methods runs."""
-        folder = self.out / cell.name / "search"
-        base = DEFAULTS | base
+    def _settings(self, cell: Cell) -> Settings:
+        base = cell.settings | {"save-weights": False, "report": False} | self.settings
+        place = self.places.get(cell.data)
+        return base | ({"dataset": place} if place else {})
+
+    def _search(self, cell: Cell) -> Settings:
+        """What is chosen on validation images, before any method runs, for cells like it."""
+        clients, images = SEARCHED
+        there = replace(cell, clients=clients, images=images)
+        folder, base = self.out / there.name / "search", DEFAULTS | self._settings(there)
         rate = search(base, {"fedavg": main_settings("fedavg")}, folder, self.run_all)
         grids = {method: dict([grid]) for method, grid in MOMENTUM.items()}
         return rate | search(base | rate, grids, folder, self.run_all)

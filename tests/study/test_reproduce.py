@@ -17,7 +17,7 @@ from pfedgpa_app.study import reproduce
 from pfedgpa_app.study.reproduce import COLUMNS, DATA, MERIT, Atlas, Cell
 from pfedgpa_app.study.sweep import Run
 
-CELL = Cell("fashion-mnist", 20, "dominant", 60)
+CELL = Cell("fashion-mnist", 100, "dominant", 30)
 
 
 class Machine:
@@ -66,6 +66,8 @@ def test_what_is_chosen_on_validation_images_is_run(
     machine = Machine(ahead)
     Atlas(tmp_path, {}, {"fashion-mnist": "mnist"}, machine).fill([CELL])
     searched = [run for run in machine.done if run.config.seed == 100]
+    assert {run.config.num_clients for run in searched} == {20}
+    assert {run.config.train_per_client for run in searched} == {60}
     final = [run for run in machine.done if run.config.seed != 100]
     assert {run.config.learning_rate for run in searched} == {0.02, 0.05, 0.1}
     assert {run.config.learning_rate for run in final} == {0.05}
