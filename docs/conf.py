@@ -31,6 +31,7 @@ def of_settings(names: list[Key]) -> str:
     for key in names:
         default = "auto" if key.default is None else key.default
         shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        shown = shown.lower() if isinstance(default, bool) else shown  # as the command line has it
         choices = "; one of " + ", ".join(key.rules["choices"]) if key.rules["choices"] else ""
         meaning = f"{key.rules['help']}{choices}".replace("|", "\\|")
         lines.append(f"| `{key.name}` | {f'`{shown}`' if shown else 'empty'} | {meaning} |")
