@@ -127,11 +127,11 @@ class Atlas:
     def write(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Write the rows, the tables and the figure; returns the tables."""
         rows = self.rows(cells, seeds)
-        lines = [json.dumps(row) + "\n" for row in rows]
-        write_text(self.out / KEPT, "".join(lines))
-        write_text(self.out / TABLE, tables(rows))
+        text = tables(rows)
+        write_text(self.out / KEPT, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.out / TABLE, text)
         write_text(self.out / FIGURE, figure(rows))
-        return tables(rows)
+        return text
 
     def _at(self, cell: Cell, seed: int) -> Path:
         return self.out / cell.name / f"seed-{seed}"
