@@ -319,6 +319,8 @@ def _check(config: Config) -> None:
             f"min-uploads = {config.min_uploads}: no round has so many; by fraction-train, "
             f"{config.round_clients} of {config.initial_clients} clients take part in one"
         )
+    if config.dataset == NODES and config.dropout_share + config.straggler_share:
+        raise ConfigError("dropout-share, straggler-share: are for simulations; real nodes fail so")
     if len(config.malicious_clients) == config.initial_clients:
         raise ConfigError(
             f"malicious-share = {config.malicious_share:g}: leaves no honest client of "

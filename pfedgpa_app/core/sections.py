@@ -170,6 +170,12 @@ class FederationSettings(Basics):
     min_uploads: int = setting(
         1, "usable uploads that a round needs; with fewer the run stops, and can be resumed", low=1
     )
+    dropout_share: float = setting(
+        0.0, "simulations: share of a round's clients that drop out and do nothing", low=0, high=1
+    )
+    straggler_share: float = setting(
+        0.0, "simulations: share of a round's clients whose upload comes too late", low=0, high=1
+    )
     max_upload_norm: float = setting(
         100.0,
         "an upload so many times as large as the round's median is refused; 0: none is",

@@ -54,6 +54,7 @@ class Personalised(Strategy):
         self.bytes_up = self.bytes_down = self._round_down = 0
         self._sent: dict[int, Message] = {}
         self._away: list[int] = []  # sampled, but not connected
+        self._late: set[int] = set()  # whose uploads are as if they had not come
         self._participants: dict[int, dict[str, float]] = {}
 
     def costs(self) -> dict[str, float]:
@@ -77,7 +78,8 @@ class Personalised(Strategy):
     ) -> list[Message]:
         server_round += self.done
         settings = {"method": self.name, "round": server_round}
-        chosen = sampled(self.config, server_round)
+        dropped, self._late = missing(self.config, server_round)
+        chosen = [c for c in sampled(self.config, server_round) if c not in dropped]
         self.roster.await_nodes(chosen, self.config.min_uploads)
         self._away = [client for client in chosen if not self.roster.is_here(client)]
         self._sent = {
@@ -95,7 +97,8 @@ class Personalised(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         server_round += self.done
         answers = match(self._sent, replies)
-        uploads, rejected = self.screened(server_round, self._sent, answers, self._away)
+        sent = [client for client in self._sent if client not in self._late]
+        uploads, rejected = self.screened(server_round, sent, answers, self._away)
         round_up = sum(array_bytes(answers[client]) for client in uploads)
         self.bytes_up += round_up
         self.bytes_down += self._round_down
@@ -176,6 +179,19 @@ def sampled(config: Config, server_round: int) -> list[int]:
     rng = numpy_generator(config.seed, "sample", server_round)
     chosen = rng.choice(config.initial_clients, config.round_clients, replace=False)
     return sorted(int(c) for c in chosen)
+
+
+def missing(config: Config, server_round: int) -> tuple[set[int], set[int]]:
+    """Who of the round's clients drops out and whose upload is late, in a simulation of such.
+
+    ``min-uploads`` are always left.
+    """
+    chosen = sampled(config, server_round)
+    order = numpy_generator(config.seed, "missing", server_round).permutation(chosen).tolist()
+    most = max(0, len(chosen) - config.min_uploads)
+    dropped = min(most, round(config.dropout_share * len(chosen)))
+    late = min(most - dropped, round(config.straggler_share * len(chosen)))
+    return set(order[:dropped]), set(order[dropped : dropped + late])
 
 
 def _told(upload: Message) -> dict[str, float]:

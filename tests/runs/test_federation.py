@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.results import uploads
 from pfedgpa_app.runs import experiment
 from pfedgpa_app.runs.experiment import run
+from pfedgpa_app.runs.folder import kept_config
 from pfedgpa_app.runs.initial import initial_weights
 from pfedgpa_app.server.screening import NoUploadsError, check_upload, too_large
+from pfedgpa_app.server.strategy import missing
 from tests.support.federations import PLAIN, federate, records, summary, train_messages
 from tests.support.local_grid import InProcessGrid
 
@@ -549,3 +552,37 @@ def test_clients_join_where_what_is_trained_from_is_no_network(tmp_path: Path) -
     folder, _ = federate(tmp_path, method=methods, join_clients=1, join_iterations=1)
     for row in summary(folder).values():
         assert all(0 <= accuracy <= 100 for accuracy in row["accuracy_of_joining_clients"])
+
+
+class TestMissing:
+    """Clients that drop out of a round or are late, in simulations."""
+
+    @pytest.mark.parametrize("method", ["fedavg", "scaffold", "pfedgpa"])
+    def test_they_have_no_part_in_the_round(self, method: str, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"dropout_share": 0.25, "straggler_share": 0.25}
+        folder, grid = federate(tmp_path, method=method, num_server_rounds=4, num_clients=8, **how)
+        config = kept_config(folder)
+        for server_round in range(1, 5):
+            dropped, late = missing(config, server_round)
+            assert (len(dropped), len(late), len(dropped & late)) == (2, 2, 0)
+            here = {
+                r["client"]
+                for r in records(folder)
+                if r["participated"] and r["round"] == server_round
+            }
+            assert here == set(range(8)) - dropped - late
+        # whoever is late has trained, whoever drops out was not even asked
+        assert len(train_messages(grid, method)) == 4 * 6
+        assert len({frozenset(missing(config, r)[0]) for r in range(1, 5)}) > 1
+        said = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
+        assert not any("client" in text for text in said)
+
+    def test_as_many_as_a_round_needs_are_left(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"dropout_share": 0.8, "straggler_share": 0.8, "min_uploads": 2}
+        folder, _ = federate(tmp_path, method="fedavg", num_server_rounds=2, **how)
+        times = Counter(r["round"] for r in records(folder) if r["participated"])
+        assert times == {1: 2, 2: 2}
+
+    def test_real_nodes_fail_by_themselves(self) -> None:
+        with pytest.raises(ConfigError, match="are for simulations"):
+            resolve({"dataset": "nodes", "dropout-share": 0.2})
