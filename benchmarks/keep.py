@@ -149,6 +149,7 @@ def main() -> None:
     quote(DOCS / "map.md", reproduce.tables(rows))
     quote(APP_DIR / "README.md", reproduce.overview(rows))
     write_text(PICTURE, reproduce.figure(rows))
+    write_text(PICTURE.with_name("methods.svg"), reproduce.methods_figure(rows))
 
 
 if __name__ == "__main__":

@@ -244,6 +244,38 @@ def gains(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str
     return on_white(_svg(figure, "gain over images a client"))
 
 
+def sent_and_tuned(found: Mapping[str, Mapping[str, tuple[float, float]]], ours: str) -> str:
+    """What methods' clients are sent and have after tuned fine-tuning; a file of its own.
+
+    Args:
+        found: {panel: {method: its two accuracies}}.
+        ours: the method that is drawn bolder.
+    """
+    figure = canvas(4.2 * max(1, len(found)), 3.4)
+    panels = figure.subplots(1, max(1, len(found)), squeeze=False)[0]
+    for axes, (title, methods) in zip(panels, found.items(), strict=False):
+        order = sorted(methods, key=lambda name: methods[name][1])
+        for place, name in enumerate(order):
+            width = 3.0 if name == ours else 1.2
+            axes.plot(methods[name], [place, place], color="#999999", linewidth=width, zorder=1)
+        sent, tuned = zip(*(methods[name] for name in order), strict=True)
+        rows = range(len(order))
+        axes.scatter(sent, rows, color=COLOURS[0], s=34, label="as the server sent it")
+        kind = {"color": COLOURS[1], "s": 90, "marker": "|", "linewidth": 2}
+        axes.scatter(tuned, rows, label="after tuned fine-tuning", **kind)
+        axes.set_yticks(rows, order)
+        for label in axes.get_yticklabels():
+            label.set_fontweight("bold" if label.get_text() == ours else "normal")
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("accuracy, mean of clients (%)")
+        axes.spines[["top", "right"]].set_visible(False)
+    if found:
+        place: Any = "outside lower center"
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc=place, ncols=2, fontsize="small", frameon=False)
+    return on_white(_svg(figure, "accuracy as sent and after tuned fine-tuning"))
+
+
 def on_white(drawn: str) -> str:
     """A figure as a file that is looked at by itself, dark ink on white."""
     drawn = drawn.replace("<svg ", '<svg style="background:#fff;color:#222" ', 1)

@@ -196,11 +196,11 @@ def gain(rows: Sequence[Row]) -> float:
     return means[OURS] - max(others) if OURS in means and others else float("nan")
 
 
-def _means(rows: Iterable[Row]) -> dict[str, float]:
-    """{method: its figure of merit}."""
+def _means(rows: Iterable[Row], key: str = MERIT) -> dict[str, float]:
+    """{method: its figure of merit, or another}, means over seeds."""
     found: dict[str, list[float]] = {}
     for row in rows:
-        found.setdefault(row["method"], []).append(row[MERIT])
+        found.setdefault(row["method"], []).append(row[key])
     return {method: sum(values) / len(values) for method, values in found.items()}
 
 
@@ -216,6 +216,25 @@ def figure(rows: Sequence[Row]) -> str:
         points = panels.setdefault(cell.partition, {}).setdefault(name, [])
         points.append((cell.images, gain(rows_in(rows, cell))))
     return figures.gains(panels)
+
+
+def methods_figure(rows: Sequence[Row], images: int = 60) -> str:
+    """What every method's clients are sent and have after tuned fine-tuning; SVG.
+
+    A panel a federation in which each client has so many images, the largest ones first.
+    """
+    panels: dict[str, dict[str, tuple[float, float]]] = {}
+    for cell in _cells_in(rows):
+        here = [row for row in rows_in(rows, cell) if row["method"] != KNOWS_GROUPS]
+        if cell.images == images and cell.partition == PARTITIONS[0]:
+            sent, tuned = _means(here, "accuracy_before_ft"), _means(here)
+            titles = {row["method"]: row["title"] for row in here}
+            panels[f"{DATA[cell.data]}, {cell.clients} clients, {images} images each"] = {
+                titles[method]: (sent[method], tuned[method])
+                for method in tuned
+                if method != "fedavg-ft-tuned"  # FedAvg's second figure
+            }
+    return figures.sent_and_tuned(dict(list(panels.items())[:2]), "pFedGPA")
 
 
 def overview(rows: Sequence[Row]) -> str:

@@ -84,6 +84,10 @@ def test_what_is_chosen_on_validation_images_is_run(
     table = (tmp_path / "map.md").read_text()
     assert f"{55 + ahead:.1f} ({ahead:+.1f} over FedAvgM)" in table.splitlines()[2]
     assert (tmp_path / "map.svg").read_text().startswith("<?xml")
+    drawn = reproduce.methods_figure(rows, images=30)
+    titles = {row["title"] for row in rows} - {"FedAvg-FT (tuned)", "group mean (analysis only)"}
+    assert all(f">{title}<" in drawn for title in titles)
+    assert "group mean" not in drawn
 
 
 def test_a_second_start_runs_nothing_again_and_half_a_seed_is_not_told(tmp_path: Path) -> None:

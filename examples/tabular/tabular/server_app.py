@@ -20,7 +20,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the rounds; say how accurate each hospital's weights are."""
     config: Any = context.run_config
     torch.manual_seed(0)
-    strategy = PFedGPA(save_dir=Path(config["out"]))
+    strategy = PFedGPA(save_dir=Path(config["out"]).absolute())
     strategy.start(
         grid,
         ArrayRecord(Net().state_dict()),
