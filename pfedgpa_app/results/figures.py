@@ -255,9 +255,9 @@ def sent_and_tuned(found: Mapping[str, Mapping[str, tuple[float, float]]], ours:
     panels = figure.subplots(1, max(1, len(found)), squeeze=False)[0]
     for axes, (title, methods) in zip(panels, found.items(), strict=False):
         order = sorted(methods, key=lambda name: methods[name][1])
-        for place, name in enumerate(order):
+        for row, name in enumerate(order):
             width = 3.0 if name == ours else 1.2
-            axes.plot(methods[name], [place, place], color="#999999", linewidth=width, zorder=1)
+            axes.plot(methods[name], [row, row], color="#999999", linewidth=width, zorder=1)
         sent, tuned = zip(*(methods[name] for name in order), strict=True)
         rows = range(len(order))
         axes.scatter(sent, rows, color=COLOURS[0], s=34, label="as the server sent it")
