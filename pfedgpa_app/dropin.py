@@ -102,8 +102,7 @@ class PFedGPA(FedAvg):
         if self.settings.descriptor == "labels":
             raise ValueError("descriptor = 'labels': these clients do not share class counts")
         self.folder: Path | None = None
-        self._left = Personal()
-        self._going = False  # started, and not yet at its end
+        self._left, self._going = Personal(), False  # going: started, and not yet at its end
 
     @property
     def personal(self) -> dict[int, ArrayRecord]:
@@ -114,11 +113,11 @@ class PFedGPA(FedAvg):
         return self._left.by_name(self._left.metrics)
 
     def summary(self) -> None:
-        self._check_going()
+        check_going(self._going)
         super().summary()
         config = self._server.config
-        first, last = Server.first_generation(config), config.num_server_rounds
-        logger.info("\t└──> Weights are generated in rounds %d to %d", first, last)
+        rounds = Server.first_generation(config), config.num_server_rounds
+        logger.info("\t└──> Weights are generated in rounds %d to %d", *rounds)
 
     def start(
         self,
@@ -147,42 +146,21 @@ class PFedGPA(FedAvg):
             self.folder = new_folder(self.save_dir, grid, self._network.expected)
         self._server = Server(config, Server.begin(config, self._network.generated))
         self._nodes: dict[int, int] = {}  # node id → client, in order of appearance
-        if not isinstance(dict(train_config or {}).get(self.rate_key), (int, float)):
-            logger.warning(
-                "PFedGPA: train_config has no number %r: clients train at their own learning rate "
-                "in the last rounds, too",
-                self.rate_key,
-            )
+        warn_of_rate(train_config, self.rate_key)
+        given = (train_config, evaluate_config, evaluate_fn)
         self._going = True
         try:
-            result = super().start(
-                grid,
-                initial_arrays,
-                num_rounds,
-                timeout,
-                train_config,
-                evaluate_config,
-                evaluate_fn,
-            )
+            result = super().start(grid, initial_arrays, num_rounds, timeout, *given)
         finally:
             self._going = False
         if self.folder is not None:
             self._left.save(self.folder, num_rounds)
         return result
 
-    def _check_going(self) -> None:
-        if not self._going:
-            raise ConfigError(
-                "PFedGPA does not work inside another strategy: noise that one adds to the mean, "
-                "for central differential privacy, would not be on the weights that PFedGPA "
-                "generates for each node. Start PFedGPA itself; for privacy give clients Flower's "
-                "LocalDpMod"
-            )
-
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        self._check_going()
+        check_going(self._going)
         messages = super().configure_train(server_round, arrays, config, grid)
         asked = self._server.config
         slower = self._server.learning_rate(asked, server_round) / asked.learning_rate
@@ -271,6 +249,30 @@ class PFedGPA(FedAvg):
         }
         server.config = dataclasses.replace(server.config, num_clients=len(self._nodes))
         server.aggregate(server_round, dict(sorted(mine.items())))
+
+
+def check_going(going: bool) -> None:
+    """Refuse to work inside another strategy, which starts itself and not the one it is around.
+
+    Raises:
+        ConfigError: ``going`` says that PFedGPA was not started.
+    """
+    if not going:
+        raise ConfigError(
+            "PFedGPA does not work inside another strategy: noise that one adds to the mean, for "
+            "central differential privacy, would not be on the weights that PFedGPA generates for "
+            "each node. Start PFedGPA itself; for privacy give clients Flower's LocalDpMod"
+        )
+
+
+def warn_of_rate(train_config: ConfigRecord | None, key: str) -> None:
+    """Say so where clients cannot be told the last rounds' learning rate."""
+    if not isinstance(dict(train_config or {}).get(key), (int, float)):
+        logger.warning(
+            "PFedGPA: train_config has no number %r: clients train at their own learning rate "
+            "in the last rounds, too",
+            key,
+        )
 
 
 class Personal:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -393,7 +394,8 @@ class TestShippedFiles:
         with zipfile.ZipFile(io.BytesIO(bundle)) as file:
             names = set(file.namelist())
         app = {name for name in app if name.endswith((".py", ".yaml", ".toml"))}
-        rooms = ["study/", "deployment/", "cli/", "dropin.py", "runs/api.py", "runs/launcher.py"]
+        rooms = ["study/", "deployment/", "cli/", "dropin.py"]
+        rooms += ["runs/api.py", "runs/launcher.py", "runs/inspection.py"]
         engines = ("local", "process", "batched", "ray", "flower", "spawning")
         rooms += ["data/examples.py", *(f"engine/{name}.py" for name in engines)]
         left_out = (".", *(f"pfedgpa_app/{room}" for room in rooms))
@@ -414,4 +416,4 @@ class TestShippedFiles:
             line = line.partition("--node-config '")[0]
             assert set(re.findall(r"--[a-z][a-z-]+", line)) <= options(command)
         for line in re.findall(r"^pfedgpa (keys|doctor)(.*)$", text, re.MULTILINE):
-            cli.parse([line[0], *line[1].split()])
+            cli.parse([line[0], *shlex.split(line[1], comments=True)])
