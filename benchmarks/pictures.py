@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.results import figures
-from pfedgpa_app.runs.report import HOLDINGS, LATENTS, curves_of, runs_in
+from pfedgpa_app.runs.report import curves_of, latent_map_of, runs_in
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 
@@ -26,9 +24,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run's folder")
     (run,) = runs_in([parser.parse_args().run])
     write_text(PICTURES / "accuracy.svg", figures.on_white(figures.curves(*curves_of([run]))))
-    counts = np.array(run.read(HOLDINGS)["train"])
-    drawn = figures.latent_map(run.read(LATENTS), counts / counts.sum(1, keepdims=True))
-    write_text(PICTURES / "latents.svg", figures.on_white(drawn))
+    write_text(PICTURES / "latents.svg", figures.on_white(latent_map_of(run)))
 
 
 if __name__ == "__main__":

@@ -254,6 +254,17 @@ def curves_of(runs: Sequence[Run]) -> tuple[dict[str, figures.Curve], dict[str, 
     return found, {name: mean(values) for name, values in ends.items()}
 
 
+def latent_map_of(run: Run) -> str:
+    """Its clients' weights as the server sees them; "" where no distribution was learned."""
+    latents, holdings = run.read(LATENTS), run.read(HOLDINGS)
+    if not latents:
+        return ""
+    counts = np.array(holdings["train"]) if holdings else None
+    return figures.latent_map(
+        latents, None if counts is None else counts / counts.sum(1, keepdims=True)
+    )
+
+
 def _figures_of(run: Run) -> Iterator[dict[str, str]]:
     """A single run's."""
     yield {
@@ -267,22 +278,19 @@ def _figures_of(run: Run) -> Iterator[dict[str, str]]:
         "caption": "A dot is what the client is sent, a bar what it has after fine-tuning it: a "
         "bar to the right of its dot gained.",
     }
-    holdings, latents = run.read(HOLDINGS), run.read(LATENTS)
-    counts = np.array(holdings["train"]) if holdings else None
-    if latents:
-        mixes = None if counts is None else counts / counts.sum(1, keepdims=True)
+    if drawn := latent_map_of(run):
         yield {
             "title": "Clients' weights, as the server sees them",
-            "svg": figures.latent_map(latents, mixes),
+            "svg": drawn,
             "caption": "The two latent dimensions in which clients' uploads differ most. Small "
             "dots are uploads; a pie is the weights generated for a client, its slices the classes "
             "that it holds, which the server never sees; a grey line leads from its newest upload. "
             "Pies of like colours that lie together: the server has found who is like whom.",
         }
-    if holdings and counts is not None:
+    if holdings := run.read(HOLDINGS):
         yield {
             "title": "Who holds what",
-            "svg": figures.holdings(counts, holdings["classes"]),
+            "svg": figures.holdings(np.array(holdings["train"]), holdings["classes"]),
             "caption": "Training examples of each client by class; servers and methods do not "
             "see this.",
         }

@@ -104,13 +104,16 @@ class Atlas:
 
     def fill(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Run what is not done yet, writing the map anew after every cell; returns its tables."""
+        found: dict[Cell, Settings] = {}
         for cell in cells:
-            self._run(cell, seeds[0])
+            there = replace(cell, clients=SEARCHED[0], images=SEARCHED[1])
+            found[cell] = found[there] = found.get(there) or self._search(there)
+            self._run(cell, seeds[0], found[cell])
             self.write(cells, seeds)
         for cell in cells:
-            if abs(gain(rows_in(self.rows(cells, seeds), cell))) < CLOSE:
+            if abs(gain(self.rows([cell], seeds))) < CLOSE:
                 for seed in seeds[1:]:
-                    self._run(cell, seed)
+                    self._run(cell, seed, found[cell])
                 self.write(cells, seeds)
         return self.write(cells, seeds)
 
@@ -136,9 +139,9 @@ class Atlas:
     def _at(self, cell: Cell, seed: int) -> Path:
         return self.out / cell.name / f"seed-{seed}"
 
-    def _run(self, cell: Cell, seed: int) -> None:
-        """All methods of ``cell``, a run a federation."""
-        found, base = self._search(cell), self._settings(cell)
+    def _run(self, cell: Cell, seed: int, found: Settings) -> None:
+        """All methods of ``cell``, a run a federation, by the settings that were ``found``."""
+        base = self._settings(cell)
         runs: list[Run] = []
         for group in federations(cell.methods).values():
             own = {k: v for k, v in found.items() if "." not in k or k.split(".")[0] in group}
@@ -152,10 +155,8 @@ class Atlas:
         return base | ({"dataset": place} if place else {})
 
     def _search(self, cell: Cell) -> Settings:
-        """What is chosen on validation images, before any method runs, for cells like it."""
-        clients, images = SEARCHED
-        there = replace(cell, clients=clients, images=images)
-        folder, base = self.out / there.name / "search", DEFAULTS | self._settings(there)
+        """What is chosen in ``cell`` on validation images, before any method runs."""
+        folder, base = self.out / cell.name / "search", DEFAULTS | self._settings(cell)
         rate = search(base, {"fedavg": main_settings("fedavg")}, folder, self.run_all)
         grids = {method: dict([grid]) for method, grid in MOMENTUM.items()}
         return rate | search(base | rate, grids, folder, self.run_all)
@@ -192,8 +193,12 @@ def gain(rows: Sequence[Row]) -> float:
     NaN while either is missing. The contender is the best in hindsight: by the same test images.
     """
     means = _means(rows)
-    others = [value for method, value in means.items() if method not in (OURS, KNOWS_GROUPS)]
+    others = _contenders(means).values()
     return means[OURS] - max(others) if OURS in means and others else float("nan")
+
+
+def _contenders(means: Mapping[str, float]) -> dict[str, float]:
+    return {m: value for m, value in means.items() if m not in (OURS, KNOWS_GROUPS)}
 
 
 def _means(rows: Iterable[Row], key: str = MERIT) -> dict[str, float]:
@@ -254,7 +259,7 @@ def _in_brief(rows: Sequence[Row]) -> str:
     if not rows:
         return "–"
     means = _means(rows)
-    others = {m: value for m, value in means.items() if m not in (OURS, KNOWS_GROUPS)}
+    others = _contenders(means)
     best = max(others, key=lambda method: others[method])
     title = next(row["title"] for row in rows if row["method"] == best)
     return f"{means[OURS]:.1f} ({gain(rows):+.1f} over {title})"
