@@ -1,8 +1,8 @@
-"""Screenshots of a run's report for the documentation, in docs/pictures.
+"""Screenshots of a report for the documentation, docs/pictures/NAME-{desk,tablet,phone}.png.
 
-    python benchmarks/screenshots.py results/RUN
+    python benchmarks/screenshots.py results/RUN/report.html report
 
-Needs Chromium. One as wide as a desk's screen, by day; one as a phone's, by night.
+Needs Chromium. A desk's width by day, a tablet's and a phone's by night.
 """
 
 from __future__ import annotations
@@ -13,23 +13,27 @@ import subprocess
 from pathlib import Path
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
+NIGHT = "--blink-settings=preferredColorScheme=0"
 SHOTS = {
-    "report-desk.png": ["--window-size=1100,1500"],
-    "report-phone.png": ["--window-size=500,1500", "--blink-settings=preferredColorScheme=0"],
+    "desk": ["--window-size=1100,1500"],
+    "tablet": ["--window-size=800,1200", NIGHT],
+    "phone": ["--window-size=500,1500", NIGHT],
 }
 
 
 def main() -> None:
     """Take them."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("run", type=Path, help="a run's folder")
-    page = (parser.parse_args().run / "report.html").resolve(strict=True)
+    parser.add_argument("page", type=Path, help="a report.html")
+    parser.add_argument("name", help="how the pictures' names begin")
+    options = parser.parse_args()
+    page = options.page.resolve(strict=True).as_uri()
     browser = shutil.which("chromium") or shutil.which("chromium-browser")
     if browser is None:
         raise SystemExit("needs chromium")
-    for name, options in SHOTS.items():
+    for width, how in SHOTS.items():
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        command += [*options, f"--screenshot={PICTURES / name}", page.as_uri()]
+        command += [*how, f"--screenshot={PICTURES / f'{options.name}-{width}.png'}", page]
         subprocess.run(command, check=True, capture_output=True)
 
 

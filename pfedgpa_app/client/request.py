@@ -16,9 +16,10 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from pfedgpa_app.client import memory
+from pfedgpa_app.client.adjustment import LEFT, adjusted, log_frequencies
 from pfedgpa_app.client.attacks import flipped, flips_labels, malicious_upload
 from pfedgpa_app.config.resolve import resolve_cached
 from pfedgpa_app.core.randomness import torch_generator
@@ -36,7 +37,7 @@ from pfedgpa_app.data.client import (
 from pfedgpa_app.messages import record_of
 from pfedgpa_app.methods import rounds_class
 from pfedgpa_app.methods.base import ClientTask, Trained
-from pfedgpa_app.models.build import network_of
+from pfedgpa_app.models.build import classifier_bias, network_of
 from pfedgpa_app.training.evaluation import FineTuning, Score
 from pfedgpa_app.training.sgd import device_for
 
@@ -78,15 +79,28 @@ class ClientRequest:
         ]
         self.method = rounds_class(str(asked["method"]))
         records = message.content.array_records
-        self.weights: Weights = dict(records["arrays"].to_torch_state_dict())
+        self.weights: Weights = self._adjusted(dict(records["arrays"].to_torch_state_dict()))
         reference = records.get("reference")
         self.reference: Weights | None = (
-            dict(reference.to_torch_state_dict()) if reference is not None else None
+            self._adjusted(dict(reference.to_torch_state_dict())) if reference is not None else None
         )
         self._state_key = f"{asked['method']}.{self.client}"
         trains = message.metadata.message_type == MessageType.TRAIN
         before = self.round if trains else self.round + 1
         self.state: Weights = memory.recall(context, asked, self._state_key, before)
+
+    def _adjustment(self) -> tuple[str, Tensor]:
+        """To the classifier's bias, by name: what it is [classes]."""
+        schema = self.schema()
+        by = log_frequencies(self.data().train.labels, len(schema.classes))
+        return classifier_bias(self.config, schema), by
+
+    def _adjusted(self, weights: Weights, sign: int = 1) -> Weights:
+        """As this client goes by them; with ``sign`` -1 as the others do."""
+        if not self.config.logit_adjustment:
+            return weights
+        bias, by = self._adjustment()
+        return adjusted(weights, bias, sign * by)
 
     def schema(self) -> Schema:
         """What its network must know of its images."""
@@ -120,6 +134,10 @@ class ClientRequest:
 
     def leave(self, evaluated: Weights) -> None:
         """Leave what it is ``evaluated`` with to whom the results are for, in a simulation."""
+        if self.config.logit_adjustment:
+            bias, by = self._adjustment()
+            if bias in evaluated and evaluated[bias] is self.weights.get(bias):
+                evaluated = evaluated | {LEFT + bias: by}
         memory.leave(self._asked, evaluated, self.weights)
 
     def keep(self, state: Weights) -> None:
@@ -145,6 +163,7 @@ class ClientRequest:
         if self.client in self.config.malicious_clients:
             generator = self.generator("attack")
             weights = malicious_upload(self.config, weights, self.weights, generator)
+        weights = self._adjusted(weights, sign=-1)
         metrics: Metrics = {
             "num-examples": len(self.data().train),
             "loss": trained.loss,

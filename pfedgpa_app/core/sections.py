@@ -134,6 +134,11 @@ class TrainingSettings(Basics):
     momentum: float = setting(0.5, "SGD momentum", low=0, high=0.999)
     weight_decay: float = setting(5e-4, "SGD weight decay", low=0)
     augment: bool = setting(False, "random crop and flip of training images")
+    logit_adjustment: bool = setting(
+        False,
+        "clients add the logarithms of their class frequencies to the shared classifier's bias, "
+        "and take them off before they upload",
+    )
     fine_tune_epochs: int = setting(1, "epochs of gentle fine-tuning", low=0)
     fine_tune_learning_rate: float = setting(0.002, "gentle fine-tuning's learning rate", above=0)
     fine_tune_grid_epochs: int = setting(

@@ -19,7 +19,14 @@ from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import TORCHVISION, TrainingSettings
 from pfedgpa_app.core.settings import ConfigError, near
 from pfedgpa_app.core.weights import Weights
-from pfedgpa_app.models.networks import MADE_FOR_ANY, NETWORKS, SHAPES, order_weights
+from pfedgpa_app.models.networks import (
+    MADE_FOR_ANY,
+    NETWORKS,
+    SHAPES,
+    head_of,
+    order_weights,
+    weight_names,
+)
 
 Maker = Callable[[int, tuple[int, ...]], nn.Module]
 
@@ -30,15 +37,36 @@ def network_of(settings: TrainingSettings, schema: Schema) -> nn.Module:
     Raises:
         ConfigError: ``model`` names none that fits, or one that cannot be used; why and what to do.
     """
-    return copy.deepcopy(
-        _template(
-            settings.model,
-            settings.model_weights,
-            settings.head,
-            settings.code_dir,
-            settings.seed,
-            schema,
+    return copy.deepcopy(_template_of(settings, schema))
+
+
+def classifier_bias(settings: TrainingSettings, schema: Schema) -> str:
+    """The name of the network's last layer's bias [classes].
+
+    Raises:
+        ConfigError: it has none, or there is no network.
+    """
+    network = _template_of(settings, schema)
+    *_, last = weight_names(network)
+    bias = f"{last.rpartition('.')[0]}.bias".removeprefix(".")
+    trained = dict(network.named_parameters()).get(bias)
+    if bias not in weight_names(network) or trained is None or trained.ndim != 1:
+        raise ConfigError(
+            f"logit-adjustment = true: is made to the last layer's bias, and the network's "
+            f"({type(head_of(network)).__name__}) has none that is trained: give it one, or head= "
+            "names another layer"
         )
+    return bias
+
+
+def _template_of(settings: TrainingSettings, schema: Schema) -> nn.Module:
+    return _template(
+        settings.model,
+        settings.model_weights,
+        settings.head,
+        settings.code_dir,
+        settings.seed,
+        schema,
     )
 
 

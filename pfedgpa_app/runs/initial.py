@@ -11,7 +11,7 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.methods import METHODS
-from pfedgpa_app.models.build import network_of
+from pfedgpa_app.models.build import classifier_bias, network_of
 from pfedgpa_app.models.networks import weights_of
 
 
@@ -25,6 +25,8 @@ def initial_weights(config: Config, schema: Schema) -> Weights:
     network = network_of(config, schema)
     for name in config.method:
         METHODS[name].check_network(config, network)
+    if config.logit_adjustment:
+        classifier_bias(config, schema)
     if config.augment and (len(schema.shape) != 3 or schema.tokens):
         raise ConfigError(
             f"augment = true: crops and flips images; these data are of shape {list(schema.shape)}"

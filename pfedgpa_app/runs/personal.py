@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pfedgpa_app.client.adjustment import LEFT, adjusted
+from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
@@ -215,10 +217,20 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{folder}: the weights of {method} cannot be read: {error}") from error
     clients = {key.partition("/")[0] for key in made} - {"global"}
-    count = kept_settings(folder)["num-clients"]["value"]
+    settings = values_of(kept_settings(folder))
+    count = settings["num-clients"]
     if not 0 <= client < count or (clients and f"client-{client}" not in clients and not kept):
         raise ConfigError(f"{folder}: has no client {client}; there are 0 to {count - 1}")
-    return own_weights(made, client) | kept
+    if settings.get("logit-adjustment") and settings["dataset"] == NODES:
+        raise ConfigError(
+            f"{folder}: clients added their own class frequencies (logit-adjustment = true), which "
+            "are on their nodes: these weights alone are not what they use"
+        )
+    adjustments = {n.removeprefix(LEFT): kept.pop(n) for n in list(kept) if n.startswith(LEFT)}
+    weights = own_weights(made, client) | kept
+    for bias, by in adjustments.items():
+        weights = adjusted(weights, bias, by)
+    return weights
 
 
 def load_client(run: str | Path, client: int, method: str = "") -> ClientModel:

@@ -282,6 +282,17 @@ class TestBatchedEngine:
                 # pFedGPA's fit magnifies the last digits of the uploads
                 assert mine[key] == pytest.approx(theirs[key], abs=5.1)
 
+    def test_clients_go_by_their_own_frequencies(self, tmp_path: Path) -> None:
+        more: dict[str, Any] = {"method": "fedavg", "num-server-rounds": 2}
+        chosen = settings(tmp_path, **more, **{"logit-adjustment": True})
+        resolved = resolve(chosen)
+        folder = run(BatchedGrid(refusing(), chosen, resolved.config), resolved)
+        how = {"method": "fedavg", "num_server_rounds": 2, "logit_adjustment": True}
+        reference, _ = federate(tmp_path / "in-turn", **how)
+        for mine, theirs in zip(records(folder), records(reference), strict=True):
+            assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+            assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=2.6)
+
     def test_partial_participation_and_chunks(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
