@@ -82,6 +82,7 @@ class TestPage:
 def test_every_method_is_in_the_table() -> None:
     text = (APP_DIR / "docs" / "methods.md").read_text()
     assert sorted(re.findall(r"^\| `([\w-]+)`", text, re.MULTILINE)) == sorted(METHODS)
+    assert all(f"| `{name}` | {kind.title} " in text for name, kind in METHODS.items())
 
 
 @pytest.mark.slow

@@ -49,9 +49,13 @@ class Deployment(Flower):
             "supernode", "register", str(self.certificates / f"node-{number}.pub"), CONNECTION
         )
 
+    def reached_at(self, number: int) -> str:
+        """The SuperLink's host as a node sees it."""
+        return self.host
+
     def start_node(self, number: int, **config: Any) -> None:
         """Start a SuperNode, or start it again, with the node config given."""
-        command = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}"]
+        command = ["flower-supernode", "--superlink", f"{self.reached_at(number)}:{self.port}"]
         port = self._ports.setdefault(number, free_port())
         command += ["--host", "127.0.0.1", "--port", str(port)]
         if self.certificates is None:

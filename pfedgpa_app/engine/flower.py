@@ -70,6 +70,7 @@ class Flower:
     """
 
     ca: Path | None = None  # the certificate authority, where the link is encrypted
+    host = "127.0.0.1"  # where the SuperLink listens
 
     def __init__(self) -> None:
         # Ray makes sockets below its folder, whose whole paths may have 107 characters
@@ -103,7 +104,7 @@ class Flower:
 
     def start_superlink(self) -> None:
         """Start it, for the first time or again."""
-        command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = ["flower-superlink", "--host", self.host, "--port", str(self.port)]
         command += ["--disable-runtime-dependency-installation", *self.superlink_options()]
         self.superlink = self.spawn(command, self.log)
 

@@ -1,0 +1,127 @@
+"""A deployment over networks of its own, slow and lossy, whose links may be cut.
+
+Each SuperNode and the SuperLink live in a network namespace; a cable of one's own leads from each
+node to the SuperLink. Wants root, iproute2 and a kernel with veth and tbf.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.deployment import keys
+from pfedgpa_app.deployment.processes import Deployment
+from pfedgpa_app.engine.flower import stage
+from tests.support.processes import until
+
+SERVER, CABLE = "server", "cable"
+
+
+def _ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+def missing() -> str:
+    """Why there can be no such networks here, or ""."""
+    if sys.platform != "linux" or os.geteuid() or not shutil.which("tc"):
+        return "needs Linux, root and iproute2"
+    try:
+        with namespaces("pfedgpa-probe-", 1, "1mbit"):
+            return ""
+    except subprocess.CalledProcessError as error:
+        return f"the kernel refuses: {error.stderr.decode().strip()}"
+
+
+@contextmanager
+def namespaces(prefix: str, nodes: int, rate: str) -> Iterator[None]:
+    """Namespaces for the server and so many nodes, and cables that carry ``rate``.
+
+    Their queues are short: packets of whoever sends faster are lost.
+    """
+    made = [prefix + SERVER, *(f"{prefix}{node}" for node in range(nodes))]
+    try:
+        for name in made:
+            _ip("netns", "add", name)
+            _ip("-n", name, "link", "set", "lo", "up")
+        for node in range(nodes):
+            far = f"{prefix}{node}"
+            ends = ["type", "veth", "peer", "name", CABLE, "netns", far]
+            _ip("-n", made[0], "link", "add", f"node{node}", *ends)
+            for name, device, last in ((made[0], f"node{node}", 1), (far, CABLE, 2)):
+                _ip("-n", name, "address", "add", f"10.77.{node}.{last}/24", "dev", device)
+                _ip("-n", name, "link", "set", device, "up")
+                shape = ["tbf", "rate", rate, "burst", "5kb", "limit", "15kb"]
+                command = ["tc", "-n", name, "qdisc", "add", "dev", device, "root", *shape]
+                subprocess.run(command, check=True, capture_output=True)
+        yield
+    finally:
+        for name in made:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+class Networked(Deployment):
+    """A deployment in such namespaces; it is made in the server's."""
+
+    host = "0.0.0.0"  # of the namespace  # noqa: S104
+
+    def __init__(self, certificates: Path, prefix: str) -> None:
+        super().__init__(certificates)
+        self.prefix = prefix
+
+    def reached_at(self, number: int) -> str:
+        return f"10.77.{number}.1"
+
+    def spawn(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        if command[0] == "flower-supernode":
+            number = log.stem.partition("-")[2]
+            command = ["ip", "netns", "exec", f"{self.prefix}{number}", *command]
+        return super().spawn(command, log)
+
+    def cut(self, number: int, seconds: float) -> None:
+        """Cut a node's cable for so long, from now on."""
+        far = f"{self.prefix}{number}"
+        _ip("-n", far, "link", "set", CABLE, "down")
+
+        def mend() -> None:
+            time.sleep(seconds)
+            _ip("-n", far, "link", "set", CABLE, "up")
+
+        threading.Thread(target=mend, daemon=True).start()
+
+
+def federate(folder: Path, prefix: str, cut: float, settings: dict[str, Any]) -> str:
+    """Run the app with ``settings`` in the namespaces; the last node's cable is cut in round 2.
+
+    Returns:
+        why the run did not complete, or "".
+    """
+    nodes = settings["num-clients"]
+    hosts = ["localhost", "127.0.0.1", *(f"10.77.{node}.1" for node in range(nodes))]
+    keys.make(folder / "keys", hosts, nodes)
+    events = folder / settings["run-name"] / "events.jsonl"
+    with Networked(folder / "keys", prefix) as deployment:
+        deployment.wait_until_ready()
+        for node in range(nodes):
+            deployment.register(node)
+            deployment.start_node(node)
+        deployment.await_nodes()
+        run_id = deployment.run(stage(APP_DIR, deployment.home / "app"), settings)
+        if cut:
+            until(lambda: events.exists() and " round 1/" in events.read_text())
+            deployment.cut(nodes - 1, cut)
+        return deployment.wait(run_id, folder / "log")
+
+
+if __name__ == "__main__":  # in the server's namespace
+    where, named, seconds, chosen = sys.argv[1:]
+    print(json.dumps(federate(Path(where), named, float(seconds), json.loads(chosen))))
