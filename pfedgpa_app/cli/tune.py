@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pfedgpa_app.cli import options as shared
 from pfedgpa_app.config.resolve import method_named, resolve
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.methods import federation_of
 from pfedgpa_app.methods.own import reference_of
 
 EXAMPLE = "tune --conf my-experiment.yaml --methods fedavg,pfedgpa"
@@ -19,7 +21,10 @@ EXAMPLE = "tune --conf my-experiment.yaml --methods fedavg,pfedgpa"
 def add_options(parser: ArgumentParser) -> None:
     shared.add_settings(parser)
     shared.add_conf(parser, required=True)
-    parser.add_argument("--methods", help="separated by commas; default: all that can be tuned")
+    parser.add_argument(
+        "--methods",
+        help="by commas; default: the experiment's; all: every one that has settings to choose",
+    )
     parser.add_argument("--out", type=Path, help="where the runs go; default: results/tune-CONF")
     shared.add_jobs(parser)
     shared.add_app(parser)
@@ -33,9 +38,18 @@ def handle(options: Namespace) -> int:
     shared.check_runs(overrides, options, out)
     shared.refuse_as_settings(overrides, {"conf": "--conf", "method": "--methods"})
     config = resolve({"conf": options.conf}).config
-    methods = tunable(config)
-    if options.methods is not None:
+    every = tunable(config)
+    if options.methods == "all":
+        methods = every
+    elif options.methods is None:
+        methods = [m for m in every if m in {federation_of(name) for name in config.method}]
+    else:
         methods = [method_named(name) for name in shared.items("--methods", options.methods)]
+    if not methods:
+        raise ConfigError(
+            f"--conf {options.conf}: none of its methods ({', '.join(config.method)}) has settings "
+            "to choose: name others by --methods"
+        )
     # what can be repeated elsewhere: no paths of this machine
     words = [
         f"--conf {Path(options.conf).stem}",

@@ -276,5 +276,46 @@ class TestTune:
         )
         assert tune.merged("", first) == first
 
+    @pytest.mark.parametrize(
+        ("named", "given", "tuned"),
+        [
+            ("[fedprox]", [], ["fedprox"]),
+            ("[client-mean, ditto]", [], ["fedavg", "ditto"]),  # whose rounds are FedAvg's
+            ("[fedprox]", ["--methods", "ditto,fedavg"], ["ditto", "fedavg"]),
+            ("[fedprox]", ["--methods", "all"], tune.tunable(resolve({}).config)),
+        ],
+    )
+    def test_the_experiments_methods_are_tuned(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        named: str,
+        given: list[str],
+        tuned: list[str],
+    ) -> None:
+        asked: list[str] = []
+
+        def instead(_: str, methods: list[str], *__: Any) -> dict[str, Any]:
+            asked.extend(methods)
+            return {}
+
+        monkeypatch.setattr(tune, "tune", instead)
+        mine = tmp_path / "mine.yaml"
+        mine.write_text(f"method: {named}\n")
+        assert cli.main(["tune", "--conf", str(mine), *given, "--out", str(tmp_path / "out")]) == 0
+        assert asked == tuned
+
+    def test_an_experiment_of_methods_without_settings(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(tune, "tunable", lambda config: [])
+        mine = tmp_path / "mine.yaml"
+        mine.write_text("method: [trimmed-mean]\n")
+        assert cli.main(["tune", "--conf", str(mine)]) == 2
+        assert "none of its methods (trimmed-mean)" in capsys.readouterr().err
+
     def test_nothing_to_choose(self, experiment: Path) -> None:
         assert cli.main(["tune", "--conf", str(experiment), "--methods", "client-mean"]) == 2

@@ -72,7 +72,7 @@ def namespaces(prefix: str, nodes: int, rate: str) -> Iterator[None]:
 class Networked(Deployment):
     """A deployment in such namespaces; it is made in the server's."""
 
-    host = "0.0.0.0"  # of the namespace  # noqa: S104
+    host = "0.0.0.0"  # of the namespace
 
     def __init__(self, certificates: Path, prefix: str) -> None:
         super().__init__(certificates)
