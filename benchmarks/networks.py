@@ -1,7 +1,13 @@
-"""A deployment over networks of its own, slow and lossy, whose links may be cut.
+"""A deployment over networks of its own, slow and lossy, whose cables may be cut.
 
-Each SuperNode and the SuperLink live in a network namespace; a cable of one's own leads from each
-node to the SuperLink. Wants root, iproute2 and a kernel with veth and tbf.
+    python benchmarks/networks.py
+
+Two nodes and three rounds of SCAFFOLD on digits, over TLS; for each rate and cut: how long it took,
+whether it came to the same numbers as in one process, and what was said of it.
+
+Each SuperNode and the SuperLink live in a network namespace of their own, with a cable from each
+node to the SuperLink. Wants root, iproute2 and a kernel with veth and tbf; delays and reordering
+would want netem, too.
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,11 +25,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine.flower import stage
-from tests.support.processes import until
+from pfedgpa_app.runs.experiment import run
+from tests.support.federations import PLAIN, records
+from tests.support.local_grid import InProcessGrid
 
 SERVER, CABLE = "server", "cable"
 
@@ -117,11 +127,58 @@ def federate(folder: Path, prefix: str, cut: float, settings: dict[str, Any]) ->
         deployment.await_nodes()
         run_id = deployment.run(stage(APP_DIR, deployment.home / "app"), settings)
         if cut:
-            until(lambda: events.exists() and " round 1/" in events.read_text())
+            while not (events.exists() and " round 1/" in events.read_text()):
+                time.sleep(0.05)
             deployment.cut(nodes - 1, cut)
         return deployment.wait(run_id, folder / "log")
 
 
-if __name__ == "__main__":  # in the server's namespace
-    where, named, seconds, chosen = sys.argv[1:]
-    print(json.dumps(federate(Path(where), named, float(seconds), json.loads(chosen))))
+def over_networks(
+    folder: Path, prefix: str, settings: dict[str, Any], rate: str, cut: float
+) -> tuple[Path, str]:
+    """``federate`` in namespaces whose cables carry ``rate``.
+
+    Returns:
+        the run's folder, and why it did not complete, or "".
+    """
+    settings = settings | {"out-dir": str(folder), "run-name": "run"}
+    inside = ["ip", "netns", "exec", prefix + SERVER, sys.executable, "-m", "benchmarks.networks"]
+    with namespaces(prefix, settings["num-clients"], rate):
+        done = subprocess.run(
+            [*inside, str(folder), prefix, str(cut), json.dumps(settings)],
+            cwd=APP_DIR,
+            env=os.environ | {"PYTHONPATH": str(APP_DIR)},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+    said: str = json.loads(done.stdout.splitlines()[-1])
+    return folder / "run", said
+
+
+def main() -> None:
+    """Measure."""
+    if why := missing():
+        raise SystemExit(why)
+    settings = PLAIN | {"num-clients": 2, "num-server-rounds": 3, "evaluate-every": 0}
+    settings |= {"method": "scaffold", "timeout": 300.0}
+    print("| rate | cut, s | s | the same numbers | said |\n| --- | --- | --- | --- | --- |")
+    for rate, cut in (("100mbit", 0.0), ("1mbit", 0.0), ("1mbit", 20.0), ("1mbit", 60.0)):
+        with tempfile.TemporaryDirectory() as place:
+            reference = settings | {"out-dir": place, "run-name": "reference"}
+            undisturbed = run(InProcessGrid(reference, 2), resolve(reference))
+            started = time.monotonic()
+            folder, failure = over_networks(Path(place), "pfedgpa-bench-", settings, rate, cut)
+            took = time.monotonic() - started
+            same = records(folder) == records(undisturbed)
+            events = records(folder, "events.jsonl")
+            said = [e["text"] for e in events if e["kind"] == "warning"] + [failure] * bool(failure)
+        print(f"| {rate} | {cut:.0f} | {took:.0f} | {same} | {'; '.join(said)} |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:  # in the server's namespace
+        where, named, seconds, chosen = sys.argv[1:]
+        print(json.dumps(federate(Path(where), named, float(seconds), json.loads(chosen))))
+    else:
+        main()
