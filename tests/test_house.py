@@ -49,6 +49,8 @@ def test_every_room_is_on_a_floor_and_in_the_picture() -> None:
     ],
 )
 def test_a_wrong_import_is_found(tmp_path: Path, file: str, line: str) -> None:
+    if not LINT.is_file():
+        pytest.skip("needs import-linter, which `make lowest` leaves out")
     shutil.copytree(PACKAGE, tmp_path / PACKAGE.name)
     shutil.copy(APP_DIR / "pyproject.toml", tmp_path)
 

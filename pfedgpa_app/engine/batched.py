@@ -11,7 +11,6 @@ client after another up to the order of float32 sums.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -34,8 +33,6 @@ from pfedgpa_app.methods.base import Trained
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training.evaluation import Score
 from pfedgpa_app.training.sgd import Recipe, batches, clipped, crop_and_flip, sgd_step
-
-logger = logging.getLogger("pfedgpa")
 
 IMAGES_AT_ONCE = 1500  # in one step over all clients: some 2 GB for CIFAR's CNN; fills a GPU
 
@@ -272,7 +269,6 @@ class BatchedGrid(LocalGrid):
         self.model = build_model(config, load_schema(config))
         self.data = DeviceData.of(config, next(self.model.parameters()).device)
         self._cohorts: dict[int, BatchedCohort] = {}
-        self._said: set[str] = set()
         private = config.local_dp_epsilon > 0
         self.batches = can_batch(self.model) and self.data is not None and not private
         if private:
@@ -283,9 +279,7 @@ class BatchedGrid(LocalGrid):
             self._say("every client learns on its own: they hold unequal numbers of images")
 
     def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            logger.warning("batched engine: %s", text)
+        self.remark(f"batched engine: {text}")
 
     def serve(self, messages: list[Message], timeout: float | None) -> list[Message]:
         replies = []

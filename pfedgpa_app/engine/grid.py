@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Self
 from uuid import uuid4
 
@@ -45,6 +45,8 @@ class LocalGrid(Grid):
         identify()
         self._run = Run.create_empty(RUN_ID)
         self._replies: dict[str, Message] = {}
+        self._remarks: list[str] = []
+        self._listener: Callable[[str], object] | None = None
         self.contexts = {
             node: Context(
                 run_id=RUN_ID,
@@ -65,6 +67,19 @@ class LocalGrid(Grid):
 
     def __exit__(self, *_: object) -> None:
         """What serves the messages ends here."""
+
+    def remark(self, text: str) -> None:
+        """Say something of how messages are served, once, to the run's user."""
+        if text not in self._remarks:
+            self._remarks.append(text)
+            if self._listener is not None:
+                self._listener(text)
+
+    def listen(self, listener: Callable[[str], object]) -> None:
+        """Have ``listener`` called with every remark, those made so far first."""
+        self._listener = listener
+        for text in self._remarks:
+            listener(text)
 
     def client_of(self, message: Message) -> int:
         """Whom a message is for."""

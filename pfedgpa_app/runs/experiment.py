@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,8 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
             log.event("privacy", privacy.in_words(config))
         for text in _warnings(grid, config):
             log.event("warning", text)
+        if isinstance(grid, LocalGrid):
+            grid.listen(partial(log.event, "warning"))
         Experiment(grid, resolved, folder, log).run_all(shared)
     except Exception as error:
         log.failed(error)

@@ -346,7 +346,10 @@ class TestBatchedEngine:
         reference, _ = federate(tmp_path / "in-turn", method="fedavg")
         losses = [[r["train_loss"] for r in records(f)] for f in (folder, reference)]
         assert losses[0] == losses[1]  # trained by the ClientApp: the same to the last digit
-        assert caplog.text.count("batched engine: peculiar: clients train one after another") == 1
+        said = "batched engine: peculiar: clients train one after another"
+        assert caplog.text.count(said) == 1
+        told = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
+        assert [text for text in told if said in text] == told  # on the user's screen, too
 
     def test_networks_without_a_batched_form_are_known(self) -> None:
         for name in models.NETWORKS:
