@@ -118,6 +118,7 @@ def curves(found: Mapping[str, Curve], ends: Mapping[str, float]) -> str:
         )
     axes.set(xlabel="round", ylabel="accuracy as sent, mean of clients (%)")
     axes.set_xlim(right=last * 1.02 + 0.3)
+    axes.locator_params(axis="x", integer=True)
     return _svg(figure, "accuracy over rounds")
 
 
@@ -126,8 +127,8 @@ def before_and_after(found: Mapping[str, Mapping[int, tuple[float, float]]]) -> 
     clients = max(len(scores) for scores in found.values())
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
-    height = min(9.0, 1.0 + 0.16 * clients)
-    figure = canvas(2.9 * columns + 0.6, height * rows)
+    height = max(2.0, min(9.0, 1.0 + 0.16 * clients))
+    figure = canvas(9.3, height * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes, (name, scores) in zip(grid.flat, found.items(), strict=False):
         order = sorted(scores, key=lambda c: scores[c][0])

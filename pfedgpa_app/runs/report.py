@@ -18,7 +18,9 @@ import numpy as np
 
 from pfedgpa_app.config.resolve import keys
 from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
+from pfedgpa_app.engine.flower import words as in_toml
 from pfedgpa_app.results import figures
 from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, accuracies_of, clock, rows_of
 from pfedgpa_app.results.page import page
@@ -254,6 +256,12 @@ def curves_of(runs: Sequence[Run]) -> tuple[dict[str, figures.Curve], dict[str, 
     return found, {name: mean(values) for name, values in ends.items()}
 
 
+_PIES = (
+    " Its slices are the classes that it holds, which the server never sees: where pies of like "
+    "colours lie together, the server has found who is like whom."
+)
+
+
 def latent_map_of(run: Run) -> str:
     """Its clients' weights as the server sees them; "" where no distribution was learned."""
     latents, holdings = run.read(LATENTS), run.read(HOLDINGS)
@@ -283,9 +291,9 @@ def _figures_of(run: Run) -> Iterator[dict[str, str]]:
             "title": "Clients' weights, as the server sees them",
             "svg": drawn,
             "caption": "The two latent dimensions in which clients' uploads differ most. Small "
-            "dots are uploads; a pie is the weights generated for a client, its slices the classes "
-            "that it holds, which the server never sees; a grey line leads from its newest upload. "
-            "Pies of like colours that lie together: the server has found who is like whom.",
+            "dots are uploads; a large one is the weights generated for a client; a grey line "
+            "leads from its newest upload."
+            + (_PIES if run.read(HOLDINGS) else " What clients hold is on their nodes."),
         }
     if holdings := run.read(HOLDINGS):
         yield {
@@ -298,10 +306,11 @@ def _figures_of(run: Run) -> Iterator[dict[str, str]]:
 
 def _parts_of(run: Run) -> Iterator[Row]:
     """A single run's tables and lists."""
+    count = min(WORST, max(map(len, run.clients.values())))
     yield {
         "title": "Clients worst off",
-        "header": ["method", *(f"{i}." for i in range(1, WORST + 1)), "spread over clients"],
-        "rows": [_worst(name, clients) for name, clients in run.clients.items()],
+        "header": ["method", *(f"{i}." for i in range(1, count + 1)), "spread over clients"],
+        "rows": [_worst(name, clients, count) for name, clients in run.clients.items()],
         "note": "Accuracy of what the client would keep, in percent; in brackets which client.",
     }
     events = list(run.lines(EVENTS))
@@ -319,11 +328,11 @@ def _parts_of(run: Run) -> Iterator[Row]:
     yield {"title": "The command", "command": command_of(run)}
 
 
-def _worst(name: str, clients: Mapping[int, Row]) -> list[str]:
-    order = sorted(clients, key=lambda c: (clients[c]["kept"], c))[:WORST]
+def _worst(name: str, clients: Mapping[int, Row], count: int) -> list[str]:
+    order = sorted(clients, key=lambda c: (clients[c]["kept"], c))[:count]
     cells = [f"{clients[c]['kept']:.1f} ({c})" for c in order]
     spread = pstdev(row["kept"] for row in clients.values())
-    return [name, *cells, *[""] * (WORST - len(cells)), f"{spread:.1f}"]
+    return [name, *cells, *[""] * (count - len(cells)), f"{spread:.1f}"]
 
 
 def _chosen(run: Run) -> Iterator[tuple[str, Any]]:
@@ -345,13 +354,16 @@ def _said(value: Any) -> str:
 
 def command_of(run: Run) -> str:
     """The command that makes such a run again, under a name of its own."""
-    words = ["pfedgpa", "run", "--conf", str(run.settings["conf"]["value"])]
+    given = {"conf": run.settings["conf"]["value"]}
     for name, entry in run.settings.items():
         key = keys().get(name)
-        given = entry["from"] == "run-config" and name != "conf"
-        if given and key is not None and key.rules["part"] != LAUNCH and entry["value"] != "":
-            words.append(f"{name}={_said(entry['value'])}")
-    return shlex.join(words)
+        chosen = entry["from"] == "run-config" and key is not None and key.rules["part"] != LAUNCH
+        if chosen and entry["value"] != "":
+            given[name] = entry["value"]
+    if run.settings["dataset"]["value"] == NODES:
+        return f"flwr run . FEDERATION --stream --run-config {shlex.quote(in_toml(given))}"
+    words = [f"{name}={_said(value)}" for name, value in given.items() if name != "conf"]
+    return shlex.join(["pfedgpa", "run", "--conf", str(given["conf"]), *words])
 
 
 def _parts_of_several(runs: Sequence[Run]) -> Iterator[Row]:

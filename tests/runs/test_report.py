@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.common.config import parse_config_args
 
 from pfedgpa_app import cli
+from pfedgpa_app.results import figures
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.report import command_of, runs_in
 from tests.support.federations import federate, summary
@@ -88,6 +91,43 @@ class TestOneRun:
         assert f"method={METHODS}" in command
         assert "num-server-rounds=3" in command
         assert "out-dir" not in command
+
+    def test_of_a_deployment(self, folder: Path, tmp_path: Path) -> None:
+        """Its command is Flower's, and what clients hold is on their nodes."""
+        copy = tmp_path / "run"
+        shutil.copytree(folder, copy)
+        (copy / "holdings.json").unlink()
+        settings = json.loads((copy / "config.json").read_text())
+        settings["dataset"] = {"value": "nodes", "from": "run-config"}
+        (copy / "config.json").write_text(json.dumps(settings))
+        *command, given = shlex.split(command_of(runs_in([copy])[0]))
+        assert command == ["flwr", "run", ".", "FEDERATION", "--stream", "--run-config"]
+        parsed = parse_config_args([given])
+        assert parsed["dataset"] == "nodes"
+        assert parsed["method"] == METHODS
+        assert parsed["num-server-rounds"] == 3
+        page = report.write([copy]).read_text()
+        assert "on their nodes" in page
+        assert "slices" not in page
+
+    def test_texts_are_of_a_size_whatever_the_number_of_methods_and_clients(self) -> None:
+        """Pages stretch figures to their width."""
+        widths = set()
+        for methods in (1, 2, 4):
+            for clients in (2, 30):
+                scores = dict.fromkeys(range(clients), (50.0, 60.0))
+                drawn = figures.before_and_after({f"m{i}": scores for i in range(methods)})
+                [svg] = figures_in(drawn)
+                widths.add(svg.attrib["width"])
+                assert float(svg.attrib["height"].removesuffix("pt")) > 140  # room for its label
+        assert len(widths) == 1
+
+    def test_rounds_are_whole(self) -> None:
+        points = [(r, 50.0 + r, 0.0) for r in (1, 2, 3)]
+        [svg] = figures_in(figures.curves({"FedAvg": points}, {}))
+        texts = ["".join(e.itertext()) for e in svg.iter() if e.tag.endswith("text")]
+        assert {"1", "2", "3"} <= set(texts)
+        assert "1.5" not in texts
 
     def test_foreign_names_are_text(self, folder: Path, tmp_path: Path) -> None:
         copy = tmp_path / "run <b>"
