@@ -47,10 +47,11 @@ def site_images(folder: Path, site: int, sites: int) -> None:
                 Image.fromarray(image[0]).save(place / f"{i:03}.png")
 
 
-def _prepared(nodes: int, overrides: dict[str, Any]) -> tuple[dict[str, Any], Path]:
+def prepared(nodes: int, overrides: dict[str, Any]) -> tuple[dict[str, Any], Path]:
     """The run's settings and its folder, which is made."""
     usual = {k: v for k, v in SETTINGS.items() if k != "method" or "conf" not in overrides}
-    usual = without_idle(usual, resolve(usual | overrides).config.method)
+    methods = resolve({k: v for k, v in usual.items() if "." not in k} | overrides).config.method
+    usual = without_idle(usual, methods)
     settings = usual | {"num-clients": nodes} | overrides
     settings = with_absolute_paths(settings, resolve(settings).config)
     folder = run_folder(resolve(settings))
@@ -74,7 +75,7 @@ def rehearse(
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    settings, folder = _prepared(nodes, overrides)
+    settings, folder = prepared(nodes, overrides)
     config = resolve(settings).config
     with tempfile.TemporaryDirectory(prefix="pfedgpa-rehearsal-") as place:
         certificates = Path(place) / "keys"

@@ -40,7 +40,7 @@ from pfedgpa_app.data.datasets import load
 from pfedgpa_app.deployment import doctor, keys
 from pfedgpa_app.deployment.doctor import Node, NodeError, examine
 from pfedgpa_app.deployment.processes import Deployment
-from pfedgpa_app.deployment.rehearsal import site_images
+from pfedgpa_app.deployment.rehearsal import prepared, site_images
 from pfedgpa_app.engine.flower import CONNECTION, processes_of, stage
 from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.server.roster import Roster, RosterError
@@ -335,6 +335,15 @@ class TestDoctor:
         )
         with pytest.raises(NodeError, match=r"torch 0\.0\.1 is not"):
             doctor.packages()
+
+
+@pytest.mark.parametrize("method", ["fedavg", "local,scaffold", "pfedgpa-once", "fedavg,pfedgpa"])
+def test_any_method_can_be_rehearsed(method: str, tmp_path: Path) -> None:
+    settings, folder = prepared(2, {"method": method, "out-dir": str(tmp_path), "run-name": "run"})
+    assert folder == tmp_path / "run"
+    config = resolve(settings).config
+    assert config.method == tuple(method.split(","))
+    assert ("pfedgpa.fit-steps" in settings) == ("pfedgpa" in method)
 
 
 def test_node_config_is_toml(tmp_path: Path) -> None:
