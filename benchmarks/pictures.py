@@ -14,6 +14,7 @@ from pathlib import Path
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.results import figures
 from pfedgpa_app.runs.report import curves_of, latent_map_of, runs_in
+from pfedgpa_app.study.pictures import on_white
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 
@@ -23,8 +24,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="a run's folder")
     (run,) = runs_in([parser.parse_args().run])
-    write_text(PICTURES / "accuracy.svg", figures.on_white(figures.curves(*curves_of([run]))))
-    write_text(PICTURES / "latents.svg", figures.on_white(latent_map_of(run)))
+    write_text(PICTURES / "accuracy.svg", on_white(figures.curves(*curves_of([run]))))
+    write_text(PICTURES / "latents.svg", on_white(latent_map_of(run)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.networks import weight_names, weights_of
 from pfedgpa_app.runs import api
 from pfedgpa_app.runs.checkpoint import Checkpoint
-from pfedgpa_app.runs.personal import evaluate, export
+from pfedgpa_app.runs.prediction import evaluate, export
 from pfedgpa_app.study.compare import plan
 from tests.support.federations import federate, records, summary
 

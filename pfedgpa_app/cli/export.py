@@ -22,7 +22,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.runs.personal import export, load_client
+    from pfedgpa_app.runs.personal import load_client
+    from pfedgpa_app.runs.prediction import export
 
     model = load_client(options.run, options.client, options.method)
     ending = {"onnx": "onnx", "torch": "pt2"}[options.to]

@@ -32,7 +32,8 @@ def add_options(parser: ArgumentParser) -> None:
 def handle(options: Namespace) -> int:
     from pfedgpa_app.core.paths import user_path
     from pfedgpa_app.data.examples import examples
-    from pfedgpa_app.runs.personal import described, load_client
+    from pfedgpa_app.runs.personal import load_client
+    from pfedgpa_app.runs.prediction import described
 
     model = load_client(options.run, options.client, options.method)
     about = model.about

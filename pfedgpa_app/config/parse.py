@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -132,3 +133,14 @@ def flat(values: Mapping[str, Any], source: str) -> dict[str, Any]:
             raise ConfigError(f"{name} ({source}): is given twice")
         found[name] = value
     return found
+
+
+def in_toml(settings: Mapping[str, Any]) -> str:
+    """Settings as Flower's command line takes them; JSON's scalars are TOML's."""
+
+    def toml(value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return json.dumps(",".join(map(str, value)))
+        return json.dumps(value, ensure_ascii=False)
+
+    return " ".join(f"{key}={toml(value)}" for key, value in settings.items())

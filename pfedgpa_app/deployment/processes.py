@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pfedgpa_app.config.parse import in_toml
 from pfedgpa_app.deployment import keys
 from pfedgpa_app.engine import LaunchError
-from pfedgpa_app.engine.flower import CONNECTION, Flower, free_port, words
+from pfedgpa_app.engine.flower import CONNECTION, Flower, free_port
 
 
 class Deployment(Flower):
@@ -65,7 +66,7 @@ class Deployment(Flower):
             key = self.certificates / f"node-{number}"
             command += ["--auth-supernode-private-key", str(key)]
         named = {name.replace("_", "-"): value for name, value in config.items()}
-        command += ["--node-config", words({"partition-id": number} | named)]
+        command += ["--node-config", in_toml({"partition-id": number} | named)]
         self.nodes[number] = self.spawn(command, self.node_log(number))
 
     def await_nodes(self) -> None:

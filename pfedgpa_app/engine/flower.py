@@ -22,6 +22,7 @@ from urllib.request import urlopen
 import psutil
 from flwr.common.config import flatten_dict, get_project_config
 
+from pfedgpa_app.config.parse import in_toml
 from pfedgpa_app.core.paths import INSTALLED, package_of
 from pfedgpa_app.engine import LaunchError
 
@@ -34,18 +35,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def toml(value: Any) -> str:
-    """As TOML; JSON's text, numbers and booleans are TOML's."""
-    if isinstance(value, (list, tuple)):
-        return json.dumps(",".join(map(str, value)))
-    return json.dumps(value, ensure_ascii=False)
-
-
-def words(settings: dict[str, Any]) -> str:
-    """Settings as Flower's command line takes them."""
-    return " ".join(f"{key}={toml(value)}" for key, value in settings.items())
 
 
 def processes_with(variable: str, value: str) -> list[psutil.Process]:
@@ -163,7 +152,7 @@ class Flower:
 
     def run(self, app: Path, settings: dict[str, Any], *options: str) -> str:
         """Start the app in ``app``; the run's id."""
-        answer = self.flwr("run", str(app), CONNECTION, *options, "-c", words(settings))
+        answer = self.flwr("run", str(app), CONNECTION, *options, "-c", in_toml(settings))
         return str(answer["run-id"])
 
     def status(self, run_id: str) -> tuple[str, str]:

@@ -41,7 +41,7 @@ def one_plot(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg(figure: Figure, name: str) -> str:
     """The figure as an element of a page; ``name`` tells its parts from those of others."""
     import matplotlib as mpl
 
@@ -119,7 +119,7 @@ def curves(found: Mapping[str, Curve], ends: Mapping[str, float]) -> str:
     axes.set(xlabel="round", ylabel="accuracy as sent, mean of clients (%)")
     axes.set_xlim(right=last * 1.02 + 0.3)
     axes.locator_params(axis="x", integer=True)
-    return _svg(figure, "accuracy over rounds")
+    return svg(figure, "accuracy over rounds")
 
 
 def before_and_after(found: Mapping[str, Mapping[int, tuple[float, float]]]) -> str:
@@ -147,7 +147,7 @@ def before_and_after(found: Mapping[str, Mapping[int, tuple[float, float]]]) -> 
     for axes in grid[-1]:
         axes.set_xlabel("accuracy (%)", fontsize="small")
     grid[0, 0].set_ylabel("client, from worst to best", fontsize="small")
-    return _svg(figure, "each client before and after fine-tuning")
+    return svg(figure, "each client before and after fine-tuning")
 
 
 def holdings(counts: np.ndarray, classes: Sequence[str]) -> str:
@@ -161,7 +161,7 @@ def holdings(counts: np.ndarray, classes: Sequence[str]) -> str:
     axes.set(xlabel="client", ylabel="training examples")
     if len(classes) <= 20:
         figure.legend(loc="outside right upper", fontsize="x-small", frameon=False)
-    return _svg(figure, "who holds how many of each class")
+    return svg(figure, "who holds how many of each class")
 
 
 def class_colour(c: int, classes: int) -> Any:
@@ -195,7 +195,7 @@ def latent_map(found: Mapping[str, Any], mixes: np.ndarray | None) -> str:
         kind: dict[str, Any] = {"textcoords": "offset points", "fontsize": "x-small", "color": INK}
         axes.annotate(client, tuple(sent), (6, 5), **kind)
     axes.set(xlabel="latent 1", ylabel="latent 2")
-    return _svg(figure, "clients in latent space")
+    return svg(figure, "clients in latent space")
 
 
 def _pie(axes: Axes, place: Sequence[float], mix: np.ndarray, classes: int) -> None:
@@ -211,73 +211,3 @@ def _pie(axes: Axes, place: Sequence[float], mix: np.ndarray, classes: int) -> N
         size = 110 * np.abs(slice_of_it).max() ** 2  # matplotlib scales a marker to this
         kind = {"color": class_colour(c, classes), "linewidth": 0}
         axes.scatter([place[0]], [place[1]], size, marker=Path(slice_of_it), **kind)
-
-
-def gains(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
-    """Points of accuracy above the best other method, over images a client; a file of its own.
-
-    Args:
-        found: {panel: {line: [(images a client, gain)]}}; NaN is a gap.
-    """
-    figure = canvas(4.2 * max(1, len(found)) + 1.8, 3.6)
-    panels = figure.subplots(1, max(1, len(found)), squeeze=False, sharey=True)[0]
-    names = list(dict.fromkeys(line for lines in found.values() for line in lines))
-    for axes, (title, lines) in zip(panels, found.items(), strict=False):
-        axes.axhline(0, color=INK, linewidth=0.8)
-        for name, points in lines.items():
-            i = names.index(name)
-            kind = {"color": colour(i), "linestyle": DASHES[i % len(DASHES)], "label": name}
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, **kind)
-        places = sorted({images for points in lines.values() for images, _ in points})
-        axes.set_xscale("log")
-        axes.set_xticks(places, [str(place) for place in places])
-        axes.minorticks_off()
-        axes.set_title(title, fontsize="medium")
-        axes.set_xlabel("images a client")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("points above the best other method")
-    drawn: dict[str, Any] = {}
-    for axes in panels:
-        handles, labels = axes.get_legend_handles_labels()
-        drawn |= dict(zip(labels, handles, strict=True))
-    place: Any = "outside right center"
-    figure.legend(drawn.values(), drawn.keys(), loc=place, fontsize="small", frameon=False)
-    return on_white(_svg(figure, "gain over images a client"))
-
-
-def sent_and_tuned(found: Mapping[str, Mapping[str, tuple[float, float]]], ours: str) -> str:
-    """What methods' clients are sent and have after tuned fine-tuning; a file of its own.
-
-    Args:
-        found: {panel: {method: its two accuracies}}.
-        ours: the method that is drawn bolder.
-    """
-    figure = canvas(4.2 * max(1, len(found)), 3.4)
-    panels = figure.subplots(1, max(1, len(found)), squeeze=False)[0]
-    for axes, (title, methods) in zip(panels, found.items(), strict=False):
-        order = sorted(methods, key=lambda name: methods[name][1])
-        for row, name in enumerate(order):
-            width = 3.0 if name == ours else 1.2
-            axes.plot(methods[name], [row, row], color="#999999", linewidth=width, zorder=1)
-        sent, tuned = zip(*(methods[name] for name in order), strict=True)
-        rows = range(len(order))
-        axes.scatter(sent, rows, color=COLOURS[0], s=34, label="as the server sent it")
-        kind = {"color": COLOURS[1], "s": 90, "marker": "|", "linewidth": 2}
-        axes.scatter(tuned, rows, label="after tuned fine-tuning", **kind)
-        axes.set_yticks(rows, order)
-        for label in axes.get_yticklabels():
-            label.set_fontweight("bold" if label.get_text() == ours else "normal")
-        axes.set_title(title, fontsize="medium")
-        axes.set_xlabel("accuracy, mean of clients (%)")
-        axes.spines[["top", "right"]].set_visible(False)
-    if found:
-        place: Any = "outside lower center"
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc=place, ncols=2, fontsize="small", frameon=False)
-    return on_white(_svg(figure, "accuracy as sent and after tuned fine-tuning"))
-
-
-def on_white(drawn: str) -> str:
-    """A figure as a file that is looked at by itself, dark ink on white."""
-    drawn = drawn.replace("<svg ", '<svg style="background:#fff;color:#222" ', 1)
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{drawn}\n'

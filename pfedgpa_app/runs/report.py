@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from pfedgpa_app.config.parse import in_toml
 from pfedgpa_app.config.resolve import keys
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
-from pfedgpa_app.engine.flower import words as in_toml
 from pfedgpa_app.results import figures
 from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, accuracies_of, clock, rows_of
 from pfedgpa_app.results.page import page

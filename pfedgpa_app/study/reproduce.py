@@ -19,10 +19,10 @@ from typing import Any
 from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.methods import federations
-from pfedgpa_app.results import figures
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.runs.folder import kept_settings
+from pfedgpa_app.study import pictures
 from pfedgpa_app.study.sweep import Run, Settings, expand
 from pfedgpa_app.study.tune import DEFAULTS, main_settings, search
 
@@ -220,7 +220,7 @@ def figure(rows: Sequence[Row]) -> str:
         name = f"{DATA[cell.data]}, {cell.clients} clients"
         points = panels.setdefault(cell.partition, {}).setdefault(name, [])
         points.append((cell.images, gain(rows_in(rows, cell))))
-    return figures.gains(panels)
+    return pictures.gains(panels)
 
 
 def methods_figure(rows: Sequence[Row], images: int = 60) -> str:
@@ -239,7 +239,7 @@ def methods_figure(rows: Sequence[Row], images: int = 60) -> str:
                 for method in tuned
                 if method != "fedavg-ft-tuned"  # FedAvg's second figure
             }
-    return figures.sent_and_tuned(dict(list(panels.items())[:2]), "pFedGPA")
+    return pictures.sent_and_tuned(dict(list(panels.items())[:2]), "pFedGPA")
 
 
 def overview(rows: Sequence[Row]) -> str:

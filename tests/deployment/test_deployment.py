@@ -33,6 +33,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from pfedgpa_app import cli
+from pfedgpa_app.config.parse import in_toml
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
@@ -121,7 +122,8 @@ def test_a_clients_process_imports_little() -> None:
     code = """if True:
         import sys
         import client_app
-        from pfedgpa_app.config.resolve import resolve
+        from pfedgpa_app.config.parse import in_toml
+from pfedgpa_app.config.resolve import resolve
         from pfedgpa_app.data.client import load_client
         load_client(resolve({"dataset": "digits"}).config, 0)
         print(*sys.modules)
@@ -348,9 +350,7 @@ def test_any_method_can_be_rehearsed(method: str, tmp_path: Path) -> None:
 
 def test_node_config_is_toml(tmp_path: Path) -> None:
     """Paths with spaces and quotes reach the node as they are."""
-    from pfedgpa_app.engine.flower import words
-
-    text = words({"partition-id": 1, "dataset": 'imagefolder:/a "b"/c d'})
+    text = in_toml({"partition-id": 1, "dataset": 'imagefolder:/a "b"/c d'})
     assert text == 'partition-id=1 dataset="imagefolder:/a \\"b\\"/c d"'
     assert json.loads(text.partition("dataset=")[2]) == 'imagefolder:/a "b"/c d'
 
@@ -404,7 +404,7 @@ class TestShippedFiles:
             names = set(file.namelist())
         app = {name for name in app if name.endswith((".py", ".yaml", ".toml"))}
         rooms = ["study/", "deployment/", "cli/", "dropin.py"]
-        rooms += ["runs/api.py", "runs/launcher.py", "runs/inspection.py"]
+        rooms += ["runs/api.py", "runs/launcher.py", "runs/inspection.py", "runs/prediction.py"]
         engines = ("local", "process", "batched", "ray", "flower", "spawning")
         rooms += ["data/examples.py", *(f"engine/{name}.py" for name in engines)]
         left_out = (".", *(f"pfedgpa_app/{room}" for room in rooms))

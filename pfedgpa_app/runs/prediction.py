@@ -1,0 +1,125 @@
+"""What a client's network sees in examples, how often it is right, and the network as a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.sections import NODES
+from pfedgpa_app.core.settings import ConfigError, DataError
+from pfedgpa_app.data.client import load_client as load_data
+from pfedgpa_app.data.datasets import load as load_dataset
+from pfedgpa_app.runs.folder import kept_config
+from pfedgpa_app.runs.personal import About, ClientModel, load_client
+
+
+def described(probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each row [classes] the class of the highest, and all of them by name."""
+    return [
+        {
+            "class": classes[int(row.argmax())],
+            "probability": round(float(row.max()), 6),
+            "probabilities": {c: round(float(p), 6) for c, p in zip(classes, row, strict=True)},
+        }
+        for row in probabilities
+    ]
+
+
+def evaluate(
+    run: str | Path, client: int, method: str = "", dataset: str = "", data_dir: str = ""
+) -> dict[str, Any]:
+    """How many of ``dataset`` a client's network gets right, all of it; by class, too.
+
+    Args:
+        dataset: as the setting names it; "" for the client's own test data of the run.
+
+    Raises:
+        ConfigError, DataError: there is no such network, or the data do not fit it.
+    """
+    model = load_client(run, client, method)
+    about = model.about
+    if dataset:
+        inputs, labels = _labelled(about, dataset, data_dir)
+    else:
+        inputs, labels = _tested(user_path(run), client)
+    predicted = model.probabilities(inputs).argmax(1)
+    right = predicted == labels
+    counts = {
+        name: (int(right[labels == i].sum()), int((labels == i).sum()))
+        for i, name in enumerate(model.classes)
+    }
+    return {
+        "correct": int(right.sum()),
+        "examples": len(labels),
+        "accuracy": 100 * float(right.mean()),
+        "classes": {name: pair for name, pair in counts.items() if pair[1]},
+    }
+
+
+def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np.ndarray]:
+    """All examples of a data set, and their labels by the run's classes."""
+    found = load_dataset(dataset, data_dir, image_size=about.image_size)
+    if found.shape != about.schema.shape:
+        raise DataError(
+            f"dataset {dataset}: has examples of shape {list(found.shape)}, and the network takes "
+            f"{list(about.schema.shape)}"
+        )
+    if unknown := [name for name in found.classes if name not in about.schema.classes]:
+        raise DataError(
+            f"dataset {dataset}: has the class {unknown[0]!r}, which the run had not; it had "
+            f"{', '.join(about.schema.classes)}"
+        )
+    place = np.array([about.schema.classes.index(name) for name in found.classes])
+    inputs = np.concatenate([found.train_images, found.test_images])
+    return inputs, place[np.concatenate([found.train_labels, found.test_labels])]
+
+
+def _tested(folder: Path, client: int) -> tuple[np.ndarray, np.ndarray]:
+    """What ``client`` was tested on in the run."""
+    config = kept_config(folder)
+    if config.dataset == NODES:
+        raise ConfigError(f"{folder}: its clients' data are on their nodes: name a data set")
+    data = load_data(config, client).test
+    return data.pixels.numpy(), data.labels.numpy()
+
+
+def export(model: ClientModel, to: str, path: Path) -> Path:
+    """Write a client's network, normalisation and all, as ONNX or by torch.export.
+
+    It takes a batch of any size: images as floats from 0 to 1.
+
+    Raises:
+        ConfigError: what ONNX needs is not installed, or the network cannot be exported.
+    """
+    kind = torch.int64 if model.about.schema.tokens else torch.float32
+    example = torch.zeros(2, *model.shape, dtype=kind)
+    batch = {0: torch.export.Dim("batch")}
+    try:
+        if to == "onnx":
+            torch.onnx.export(
+                model,
+                (example,),
+                str(path),
+                input_names=["examples"],
+                output_names=["logits"],
+                dynamic_shapes=(batch,),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        else:
+            torch.export.save(torch.export.export(model, (example,), dynamic_shapes=(batch,)), path)
+    except ImportError as error:
+        raise ConfigError(f"--to onnx: {error}: pip install 'pfedgpa-app[onnx]'") from error
+    except OSError:
+        raise
+    except Exception as error:  # torch raises all kinds on networks that it cannot trace
+        raise ConfigError(
+            f"--to {to}: the network {model.about.model!r} cannot be exported: {error}"
+        ) from error
+    return path
