@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pfedgpa_app.core.weights import Weights
 
-LEFT = "logit-adjustment/"  # and the bias's name: what a client of a simulation leaves
+LEFT = "adjustment"  # the kind of file in which a client of a simulation leaves it
 
 
 def log_frequencies(labels: Tensor, classes: int) -> Tensor:

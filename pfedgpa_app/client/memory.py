@@ -45,12 +45,11 @@ def newest(folder: Path, method: str) -> list[Path]:
     return list({file.stem.rpartition("@")[0]: file for file in files}.values())
 
 
-def leave(asked: Mapping[str, Any], evaluated: Weights, download: Weights) -> None:
-    """Leave what a client is evaluated with and was not sent beside a simulation's results."""
-    own = {n: t for n, t in evaluated.items() if n not in download or download[n] is not t}
+def leave(asked: Mapping[str, Any], own: Weights, kind: str = "client") -> None:
+    """Leave what is a client's ``own``, of that ``kind``, beside a simulation's results."""
     folder: Any = asked.get("weights-dir")
     if own and folder:
-        path = Path(folder) / f"{asked['method']}.client-{asked['client']}.safetensors"
+        path = Path(folder) / f"{asked['method']}.{kind}-{asked['client']}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as new:
             save_file({name: tensor.contiguous() for name, tensor in own.items()}, new)

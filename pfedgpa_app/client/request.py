@@ -134,11 +134,11 @@ class ClientRequest:
 
     def leave(self, evaluated: Weights) -> None:
         """Leave what it is ``evaluated`` with to whom the results are for, in a simulation."""
+        sent = {name for name, tensor in evaluated.items() if self.weights.get(name) is tensor}
+        memory.leave(self._asked, {n: t for n, t in evaluated.items() if n not in sent})
         if self.config.logit_adjustment:
             bias, by = self._adjustment()
-            if bias in evaluated and evaluated[bias] is self.weights.get(bias):
-                evaluated = evaluated | {LEFT + bias: by}
-        memory.leave(self._asked, evaluated, self.weights)
+            memory.leave(self._asked, {bias: by} if bias in sent else {}, LEFT)
 
     def keep(self, state: Weights) -> None:
         """Keep ``state`` for its next round."""

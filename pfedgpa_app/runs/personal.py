@@ -207,10 +207,13 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
     method = the_method(folder, method)
     sent = folder / WEIGHTS / _file(method)
     federation = federation_of(method)
-    own = folder / WEIGHTS / f"{federation}.client-{client}.safetensors"  # what it left itself
+    own, by = (  # what it left itself
+        folder / WEIGHTS / f"{federation}.{kind}-{client}.safetensors" for kind in ("client", LEFT)
+    )
     try:
-        made = load_file(sent) if sent.is_file() else {}
-        kept = load_file(own) if own.is_file() else {}
+        made, kept, adjustment = (
+            load_file(file) if file.is_file() else {} for file in (sent, own, by)
+        )
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{folder}: the weights of {method} cannot be read: {error}") from error
     clients = {key.partition("/")[0] for key in made} - {"global"}
@@ -223,10 +226,9 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
             f"{folder}: clients added their own class frequencies (logit-adjustment = true), which "
             "are on their nodes: these weights alone are not what they use"
         )
-    adjustments = {n.removeprefix(LEFT): kept.pop(n) for n in list(kept) if n.startswith(LEFT)}
     weights = own_weights(made, client) | kept
-    for bias, by in adjustments.items():
-        weights = adjusted(weights, bias, by)
+    for bias, more in adjustment.items():
+        weights = adjusted(weights, bias, more)
     return weights
 
 
