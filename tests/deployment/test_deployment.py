@@ -122,8 +122,7 @@ def test_a_clients_process_imports_little() -> None:
     code = """if True:
         import sys
         import client_app
-        from pfedgpa_app.config.parse import in_toml
-from pfedgpa_app.config.resolve import resolve
+        from pfedgpa_app.config.resolve import resolve
         from pfedgpa_app.data.client import load_client
         load_client(resolve({"dataset": "digits"}).config, 0)
         print(*sys.modules)
