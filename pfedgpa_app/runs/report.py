@@ -122,12 +122,14 @@ def rendered(runs: Sequence[Run], header: list[str], entries: list[Entry]) -> st
     named = list(dict.fromkeys(row["title"] for run in runs for row in run.rows))
     title = ", ".join(named) if len(named) <= 3 else f"{len(named)} methods"
     title += f" on {', '.join(dict.fromkeys(_said(r.settings['dataset']['value']) for r in runs))}"
-    figure = {
+    curves, ends = curves_of(runs)
+    bands = "; bands are one standard deviation over seeds." if not one else "."
+    drawn = {
         "title": "Accuracy over rounds",
-        "svg": figures.curves(*curves_of(runs)),
-        "caption": "Mean over clients of what they are sent, before any fine-tuning"
-        + ("; bands are one standard deviation over seeds." if not one else "."),
+        "svg": figures.curves(curves, ends),
+        "caption": "Mean over clients of what they are sent, before any fine-tuning" + bands,
     }
+    figure = [drawn] if curves else []  # none was evaluated before its end: evaluate-every = 0
     return page(
         title=title,
         about=_about(runs),
@@ -136,7 +138,7 @@ def rendered(runs: Sequence[Run], header: list[str], entries: list[Entry]) -> st
             "rows": [entry.cells(entries) for entry in entries],
             "legend": [*LEGEND, _over(runs)],
         },
-        figures=[figure, *(_figures_of(one) if one else ())],
+        figures=[*figure, *(_figures_of(one) if one else ())],
         parts=list(_parts_of(one) if one else _parts_of_several(runs)),
     )
 

@@ -122,6 +122,13 @@ class TestOneRun:
                 assert float(svg.attrib["height"].removesuffix("pt")) > 140  # room for its label
         assert len(widths) == 1
 
+    def test_rounds_that_nobody_evaluated_are_not_drawn(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"method": "fedavg,client-mean", "num_server_rounds": 1}
+        folder, _ = federate(tmp_path, evaluate_every=0, report=True, **how)
+        page = (folder / "report.html").read_text()
+        assert "Accuracy over rounds" not in page
+        assert "each client before and after fine-tuning" in page
+
     def test_rounds_are_whole(self) -> None:
         points = [(r, 50.0 + r, 0.0) for r in (1, 2, 3)]
         [svg] = figures_in(figures.curves({"FedAvg": points}, {}))
