@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 
-from pfedgpa_app.engine.spawning import Server
+from pfedgpa_app.engine import spawning
 
 
 def main() -> int:
     """Run the command; returns the exit status."""
-    runs = sys.argv[1:2] == ["run"] and "ray" not in " ".join(sys.argv)
-    with Server() if runs else contextlib.nullcontext() as server:
-        from pfedgpa_app import cli
+    if sys.argv[1:2] == ["run"] and "ray" not in " ".join(sys.argv):
+        spawning.prepare()
 
-        return cli.main(server=server)
+    from pfedgpa_app import cli
+
+    return cli.main()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ from pfedgpa_app.cli import (
 )
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.engine import LaunchError, StoppedError
-from pfedgpa_app.engine.spawning import Server
 
 
 class Command(Protocol):
@@ -68,17 +67,13 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def main(arguments: list[str] | None = None, server: Server | None = None) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command.
-
-    Args:
-        server: for a run, one that has been started already.
 
     Returns:
         the exit status: 0 done, 1 the run failed, 2 refused.
     """
     options = parse(arguments)
-    options.server = server
     # a background job has SIGINT ignored, and SIGTERM must stop what was started, too
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, signal.default_int_handler)

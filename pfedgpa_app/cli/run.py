@@ -34,7 +34,7 @@ def handle(options: Namespace) -> int:
             flower = stack.enter_context(Simulation())
         from pfedgpa_app.runs.launcher import launch
 
-        launch(settings, options.app.absolute(), flower=flower, server=options.server)
+        launch(settings, options.app.absolute(), flower=flower)
     return 0
 
 

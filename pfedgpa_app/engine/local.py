@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import multiprocessing
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -38,21 +39,20 @@ def run(
     settings: Mapping[str, Any],
     log: Path,
     poll: Poll,
-    server: Server | None = None,
 ) -> str:
     """Run the app in ``app`` with ``settings``.
 
     Args:
         poll: called while it runs.
-        server: one that has been started already.
 
     Returns:
         why the run did not complete, or "".
     """
+    start = None
     if not package_of(app).samefile(PACKAGE):  # nothing that was imported from here may be used
         sys.path.insert(0, str(app))
-        server = None
-    with server or Server() as server:
+        start = multiprocessing.get_context("spawn")
+    with Server(start) as server:
         with contextlib.suppress(OSError):  # its exit status says more
             server.connection.send((app, dict(settings), log))
         while server.process.exitcode is None:

@@ -94,7 +94,7 @@ class ProcessGrid(LocalGrid):
     ) -> None:
         """``load_app``, which pickle must know, runs in each worker, whose words go to ``log``."""
         super().__init__(run_config, nodes)
-        self._start, self._load_app, self._log = spawning.workers(), load_app, log
+        self._start, self._load_app, self._log = spawning.starter(), load_app, log
         self._size = min(nodes, workers or int(cpu_count()))
         self._workers: list[_Worker] = []
 

@@ -2,8 +2,8 @@
 
 A fork copies memory and locks, but no threads. In a copy of a process in which torch has computed
 the next parallel loop waits for OpenMP's threads for ever (pytorch/pytorch#17199). So a run's
-server is a new interpreter, and its workers are copies of a fork server, which imports what they
-need, computes nothing and has one thread; where there is none, they are new interpreters, too.
+server and workers are copies of one fork server, which imports what they need, computes nothing
+and has one thread; where there is none, they are new interpreters.
 """
 
 from __future__ import annotations
@@ -20,41 +20,36 @@ from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 IMPORTED = [
     "pfedgpa_app.cli",
     "pfedgpa_app.engine.local",
     "pfedgpa_app.client.cohort",
-]  # by workers
+    "pfedgpa_app.runs.experiment",
+    "flwr.serverapp",
+]  # before they start
 GRACE = 5.0  # seconds that a process which is to end may take
 _SOCKET = 70  # characters of a folder in which the fork server's socket has a valid name
 
 
 class Server:
-    """A run's server process, which imports what it needs and then waits for its orders.
+    """A run's server process, which waits for its orders and ends with the ``with`` block."""
 
-    It ends with the ``with`` block.
-    """
-
-    def __init__(self) -> None:
-        start = multiprocessing.get_context("spawn")
+    def __init__(self, start: Any = None) -> None:
+        """``start``: what starts it, as ``multiprocessing`` has it; as a rule, what starts all."""
+        start = start or starter()
         self.connection, theirs = start.Pipe()
-        self.process = start.Process(target=_serve, args=(theirs,))
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: the launcher decides
-        try:
+        given = theirs, dict(os.environ), _key()
+        self.process = start.Process(target=_serve, args=given)
+        with _deaf_to_interrupts():  # the launcher decides
             self.process.start()
-        finally:
-            signal.signal(signal.SIGINT, before)
         theirs.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.end()
-
-    def end(self) -> None:
         """End it; for good, if need be."""
         self.process.terminate()
         self.process.join(GRACE)
@@ -62,17 +57,62 @@ class Server:
         self.process.join()
 
 
-def _serve(orders: Connection) -> None:
+def _serve(orders: Connection, environment: dict[str, str], key: Any) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _as_the_launcher(environment, key)
     with contextlib.suppress(KeyboardInterrupt):
-        prepare()  # it imports while we do
         from pfedgpa_app.engine import local
 
         local.serve(orders)
 
 
-def workers() -> Any:
-    """What starts workers, as ``multiprocessing`` has it."""
+def _as_the_launcher(environment: dict[str, str], key: Any) -> None:
+    """Give a copy of the fork server what the launcher has: its environment and the fork server."""
+    if forkserver.get_inherited_fds() is None:  # a new interpreter
+        return
+    os.environ.clear()  # the fork server may have been started long ago
+    os.environ.update(environment)
+    _share_fork_server(key)
+
+
+def _key() -> Any:
+    """What newer Pythons' fork servers ask for; None in others."""
+    return getattr(forkserver._forkserver, "_forkserver_authkey", None)
+
+
+def _share_fork_server(key: Any) -> None:
+    """Have this copy of a fork server start processes by it, too.
+
+    ``multiprocessing`` means to (``ForkServer.ensure_running``), but sees no fork server that it
+    has not started itself, and starts another, which imports everything anew.
+    """
+    known, parent = cast(Any, forkserver)._forkserver, os.getppid()
+    start_another = known.ensure_running
+
+    def ensure_running() -> None:
+        if os.getppid() != parent:  # it has died
+            start_another()
+
+    known._forkserver_authkey = key
+    known.ensure_running = ensure_running
+    forkserver.ensure_running = ensure_running
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """What is started meanwhile does not hear Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def starter() -> Any:
+    """What starts a run's processes, as ``multiprocessing`` has it."""
     if _has_fork_server():
         prepare()
         return multiprocessing.get_context("forkserver")
@@ -91,7 +131,8 @@ def prepare() -> None:
     # modules come from where this process has them, never from the user's folder; NumPy's
     # OpenBLAS would start threads when it is imported
     path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
-    with _environment(PYTHONPATH=path, PYTHONSAFEPATH="1", OPENBLAS_NUM_THREADS="1"):
+    environment = _environment(PYTHONPATH=path, PYTHONSAFEPATH="1", OPENBLAS_NUM_THREADS="1")
+    with environment, _deaf_to_interrupts():
         forkserver.ensure_running()
 
 

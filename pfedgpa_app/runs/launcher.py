@@ -17,7 +17,6 @@ from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.data.datasets import resolve_data_dir
 from pfedgpa_app.engine import LaunchError, Poll, StoppedError, engine_for, gpu_for, local, ray
 from pfedgpa_app.engine.ray import Simulation
-from pfedgpa_app.engine.spawning import Server
 from pfedgpa_app.results import tracking, uploads
 from pfedgpa_app.results.log import EVENTS, Records, clock, is_done, say
 from pfedgpa_app.runs.folder import LOG, is_running, run_folder, running
@@ -137,13 +136,11 @@ def launch(
     app: Path = APP_DIR,
     console: Console | None = None,
     flower: Simulation | None = None,
-    server: Server | None = None,
 ) -> Path:
     """Run the app in ``app`` and return the folder of its results, once it has succeeded.
 
     Args:
         flower: for the ray engine, if one has been started already.
-        server: for the other engines, likewise.
 
     Raises:
         ConfigError, DataError: refused before anything started.
@@ -167,10 +164,8 @@ def launch(
 
     def run_it(poll: Poll) -> str:
         if engine == "ray":
-            if server:  # the experiment's file asks for Ray, which the command line did not tell
-                server.end()
             return ray.run(app, settings, there, folder / LOG, poll, flower)
-        return local.run(app, settings, folder / LOG, poll, server)
+        return local.run(app, settings, folder / LOG, poll)
 
     reason = watched(folder, console, there, run_it)
     if reason:

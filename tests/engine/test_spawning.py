@@ -7,6 +7,7 @@ import subprocess
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -29,7 +30,7 @@ def look_around(answer: Connection) -> None:
 
 
 def found() -> tuple[float, int, list[str], bool]:
-    start = spawning.workers()
+    start = spawning.starter()
     ours, theirs = start.Pipe()
     process = start.Process(target=look_around, args=(theirs,))
     process.start()
@@ -37,6 +38,21 @@ def found() -> tuple[float, int, list[str], bool]:
     answer: tuple[float, int, list[str], bool] = ours.recv()
     process.join()
     return answer
+
+
+def tell_parent(answer: Connection) -> None:
+    answer.send(os.getppid())
+
+
+def serve_another(orders: Connection, *given: Any) -> None:
+    """A run's server that starts one worker and tells who their parents are."""
+    spawning._as_the_launcher(*given)
+    start = spawning.starter()
+    ours, theirs = start.Pipe()
+    process = start.Process(target=tell_parent, args=(theirs,))
+    process.start()
+    orders.send((os.getppid(), ours.recv(), os.environ.get("PFEDGPA_LATE")))
+    process.join()
 
 
 def test_a_process_computes_where_the_one_that_started_it_has() -> None:
@@ -58,10 +74,25 @@ def test_workers_are_copies_of_a_process_with_one_thread_that_has_imported_for_t
 
 
 @LINUX
+def test_a_server_and_its_workers_are_copies_of_one_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that a run imports torch twice, in the launcher and there, not three times."""
+    monkeypatch.setattr(spawning, "_serve", serve_another)
+    monkeypatch.setenv("PFEDGPA_LATE", "said after the fork server's start")
+    found()  # it runs
+    with spawning.Server() as server:
+        assert server.connection.poll(120)
+        parent, worker_parent, late = server.connection.recv()
+    assert parent == worker_parent
+    assert late == "said after the fork server's start"
+
+
+@LINUX
 def test_where_the_fork_servers_socket_would_have_too_long_a_name(tmp_path: Path) -> None:
     place = tmp_path / ("x" * 80)
     place.mkdir()
-    code = "from pfedgpa_app.engine import spawning; print(spawning.workers()._name)"
+    code = "from pfedgpa_app.engine import spawning; print(spawning.starter()._name)"
     env = os.environ | {"TMPDIR": str(place), "PYTHONPATH": str(Path(spawning.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout == "spawn\n", done.stderr
