@@ -87,10 +87,9 @@ class TestWatcher:
 
 
 def served() -> list[psutil.Process]:
-    """The server, and what it started, the newest last."""
-    servers = [child for child in psutil.Process().children() if child.children()]
-    started = [child for server in servers for child in server.children(recursive=True)]
-    return servers + sorted(started, key=psutil.Process.create_time)
+    """The server and its workers, copies of a fork server, in the order of their starts."""
+    copies = [copy for child in psutil.Process().children() for copy in child.children()]
+    return sorted(copies, key=psutil.Process.create_time)
 
 
 @pytest.mark.slow
