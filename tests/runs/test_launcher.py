@@ -133,4 +133,5 @@ def test_a_run_that_stands_still_is_explained_and_ends_when_it_is_told_to(
         assert f"(process {frozen[0].pid}, 0 % CPU, for 0:" in event["text"]
     else:
         assert f"the server (process {frozen[0].pid}, 0 % CPU) does not answer" in event["text"]
+    psutil.wait_procs(served(), timeout=10)  # workers end soon after their server
     assert not served()
