@@ -44,6 +44,7 @@ from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.deployment.rehearsal import prepared, site_images
 from pfedgpa_app.engine.flower import CONNECTION, processes_of, stage
 from pfedgpa_app.runs.experiment import run
+from pfedgpa_app.runs.folder import is_running
 from pfedgpa_app.server.roster import Roster, RosterError
 from tests.support.federations import PLAIN, federate, records, results, summary
 from tests.support.local_grid import InProcessGrid
@@ -92,6 +93,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
         deployment.superlink.wait()
         deployment.start_superlink()
         deployment.wait_until_ready()
+        until(lambda: not is_running(tmp_path / "run"))  # its server app notices within seconds
         run_id = deployment.run(staged, settings | {"resume": True})
         failure = deployment.wait(run_id, tmp_path / "log")
     assert not failure, (tmp_path / "log").read_text()
