@@ -30,7 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Those that start processes come first, so that the others fill the time that is left.
 
     Their files are taken from both ends in turn: deployment's, among the first, mostly wait, and
-    those of the user's path, among the last, compute. A group stays together: xdist 3.8 writes its name where pytest 9.2 no longer reads it.
+    those of the user's path, among the last, compute. A group stays together: xdist 3.8 writes
+    its name where pytest 9.2 no longer reads it.
     """
     files = list(dict.fromkeys(item.path for item in items if "slow" in item.keywords))
     turn = {file: min(2 * i, 2 * (len(files) - i) - 1) for i, file in enumerate(files)}
