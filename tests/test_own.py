@@ -7,7 +7,6 @@ import csv
 import json
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ from pfedgpa_app.runs.checkpoint import Checkpoint
 from pfedgpa_app.runs.prediction import evaluate, export
 from pfedgpa_app.study.compare import plan
 from tests.support.federations import federate, records, summary
+from tests.support.processes import in_a_new_process
 
 NETS = '''
 import torch
@@ -634,6 +634,5 @@ def test_the_documents_commands_from_an_empty_folder(here: Path) -> None:
             words += ["num-server-rounds=2", "method=fedavg"] if "method=" not in line else []
             words = [w for w in words if not w.startswith("num-server-rounds=1")]
             words += [] if "num-server-rounds=2" in words else ["num-server-rounds=2"]
-        command = [sys.executable, "-m", "pfedgpa_app", *words[1:]]
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True)
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr}"
+        status, said = in_a_new_process(words[1:], here)
+        assert status == 0, f"{line}\n{said[-4000:]}"

@@ -1,12 +1,39 @@
-"""Waiting for processes."""
+"""Starting processes, and waiting for them."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
+
+from pfedgpa_app import cli
+from pfedgpa_app.engine import spawning
+
+
+def in_a_new_process(words: list[str], folder: Path) -> tuple[int | None, str]:
+    """The exit status of ``pfedgpa WORDS`` in ``folder``, and what it said.
+
+    In one that has imported torch already: many commands take less time so.
+    """
+    log = folder / "said.log"
+    log.unlink(missing_ok=True)
+    given = words, folder, log, dict(os.environ), spawning._key()
+    process = spawning.starter().Process(target=_command, args=given)
+    process.start()
+    process.join()
+    return process.exitcode, log.read_text() if log.exists() else ""
+
+
+def _command(words: list[str], folder: Path, log: Path, *launcher: Any) -> None:
+    spawning._as_the_launcher(*launcher)
+    os.chdir(folder)
+    spawning.write_to(log)
+    sys.exit(cli.main(words))
 
 
 def until(condition: Callable[[], Any], seconds: float = 600) -> None:
