@@ -25,6 +25,9 @@ def add_options(parser: ArgumentParser) -> None:
         "--only", help="places whose name has one of these, by commas, as in cifar10-20"
     )
     parser.add_argument(
+        "--seeds", default="", help="by commas; default: 0, and 1 and 2 where a gain is below 1"
+    )
+    parser.add_argument(
         "--data",
         action="append",
         default=[],
@@ -37,14 +40,14 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.study.reproduce import DATA, Atlas, cells_of
+    from pfedgpa_app.study.reproduce import DATA, SEEDS, Atlas, cells_of
     from pfedgpa_app.study.sweep import Run, run_sweep
 
     overrides = shared.parse_overrides(options.settings)
     out = options.out or Path("results/map-quick" if options.quick else "results/map")
     shared.check_runs(overrides, options, out)
-    shared.refuse_as_settings(overrides, {"dataset": "--data"})
-    if taken := overrides.keys() & {"conf", "method", "seed", "num-clients", "train-per-client"}:
+    shared.refuse_as_settings(overrides, {"dataset": "--data", "seed": "--seeds"})
+    if taken := overrides.keys() & {"conf", "method", "num-clients", "train-per-client"}:
         raise ConfigError(f"{', '.join(sorted(taken))}: is the map's own to say")
     places = dict(_place(text, DATA) for text in options.data)
     cells = cells_of(options.quick)
@@ -54,6 +57,7 @@ def handle(options: Namespace) -> int:
         if not cells:
             names = ", ".join(cell.name for cell in cells_of(options.quick))
             raise ConfigError(f"--only {options.only}: no place of the map has it: {names}")
+    seeds = _seeds(options.seeds) if options.seeds else SEEDS
     if options.quick:
         overrides = {"num-server-rounds": 20} | overrides
     app = options.app.absolute()
@@ -62,8 +66,15 @@ def handle(options: Namespace) -> int:
         if not run_sweep(runs, runs[0].folder.parent, app, options.jobs):
             raise LaunchError(f"a run failed; see {runs[0].folder.parent}")
 
-    print(Atlas(out, overrides, places, run_all).fill(cells))
+    print(Atlas(out, overrides, places, run_all).fill(cells, seeds))
     return 0
+
+
+def _seeds(text: str) -> list[int]:
+    words = shared.items("--seeds", text)
+    if not all(word.isdecimal() for word in words):
+        raise ConfigError(f"--seeds {text}: wants whole numbers by commas, as in 0,1,2")
+    return list(dict.fromkeys(map(int, words)))
 
 
 def _place(text: str, known: dict[str, str]) -> tuple[str, str]:

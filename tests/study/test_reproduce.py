@@ -109,7 +109,9 @@ def test_hidden_groups_are_where_the_partition_has_some() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["seed=3"], "is the map's own to say"),
+        (["conf=demo"], "is the map's own to say"),
+        (["seed=3"], "use --seeds"),
+        (["--seeds", "0,x"], "wants whole numbers by commas"),
         (["dataset=mnist"], "use --data"),
         (["--data", "mnist=here"], "NAME one of cifar10"),
         (["--only", "cifar100"], "no place of the map"),
