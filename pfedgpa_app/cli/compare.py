@@ -43,7 +43,7 @@ def handle(options: Namespace) -> int:
     seeds = None if options.seeds is None else _seeds(options.seeds)
     runs = plan(experiments, methods, seeds, overrides, options.out)
     try:
-        done = run_sweep(runs, options.out, options.app.absolute(), options.jobs)
+        done = run_sweep(runs, options.out, options.app.absolute(), options.jobs, on=options.on)
     finally:
         if text := report(options.out):
             write_text(options.out / "compare.md", text)

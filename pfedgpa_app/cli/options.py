@@ -57,9 +57,15 @@ def add_client(parser: ArgumentParser) -> None:
 
 
 def add_jobs(parser: ArgumentParser) -> None:
-    """How many runs go on at a time."""
+    """How many runs go on at a time, and where."""
     text = "runs at a time; default: as the cores allow"
     parser.add_argument("--jobs", type=int, help=text)
+    parser.add_argument(
+        "--on",
+        choices=("here", "ray"),
+        default="here",
+        help="where runs go on: ray: on the machines of the Ray cluster at RAY_ADDRESS",
+    )
 
 
 def overrides(options: Namespace, words: list[str] | None = None) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def handle(options: Namespace) -> int:
     app = options.app.absolute()
 
     def run_all(runs: list[Run]) -> None:
-        if not run_sweep(runs, runs[0].folder.parent, app, options.jobs):
+        if not run_sweep(runs, runs[0].folder.parent, app, options.jobs, on=options.on):
             raise LaunchError(f"a run failed; see {runs[0].folder.parent}")
 
     print(Atlas(out, overrides, places, run_all).fill(cells, seeds))

@@ -64,7 +64,9 @@ def handle(options: Namespace) -> int:
     name = Path(files[0]).stem if files else "sweep"
     out = options.out or Path("results") / name
     shared.check_runs(settings | overrides | over, options, out)
-    done = sweep(settings | overrides, over, out, options.app.absolute(), options.jobs)
+    done = sweep(
+        settings | overrides, over, out, options.app.absolute(), options.jobs, on=options.on
+    )
     return 0 if done else 1
 
 

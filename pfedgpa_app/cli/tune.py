@@ -58,7 +58,7 @@ def handle(options: Namespace) -> int:
     words += [f"{key}={value}" for key, value in overrides.items() if key != "data-dir"]
     command = " ".join(["pfedgpa tune", *words])
     app = options.app.absolute()
-    chosen = tune(options.conf, methods, overrides, out, app, options.jobs, command)
+    chosen = tune(options.conf, methods, overrides, out, app, options.jobs, command, on=options.on)
     for key, value in chosen.items():
         print(f"{key} = {value}")
     return 0

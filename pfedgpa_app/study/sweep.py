@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from joblib import cpu_count
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -32,7 +28,7 @@ from pfedgpa_app.config.resolve import Resolved, differences, known, resolve
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.engine import PARENT, StoppedError, engine_for
+from pfedgpa_app.engine import StoppedError, engine_for
 from pfedgpa_app.methods import federations
 from pfedgpa_app.results.log import clock, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
@@ -41,6 +37,7 @@ from pfedgpa_app.runs.checkpoint import MANIFEST
 from pfedgpa_app.runs.folder import is_foreign, is_running, kept_settings, locked
 from pfedgpa_app.runs.launcher import preflight
 from pfedgpa_app.runs.resuming import CHECKPOINT
+from pfedgpa_app.study.places import Going, Here, Lost, Place, place_of
 
 LOOK = 0.5  # seconds between looks at the runs
 COLUMNS = {
@@ -236,14 +233,25 @@ class Bars(Lines):
 class Sweep:
     """Runs what is not done, so many at once, and keeps count."""
 
+    TRIES = 3  # of a run whose machines leave
+
     def __init__(
-        self, runs: Sequence[Run], app: Path, jobs: int, workers: int | None, show: Show
+        self,
+        runs: Sequence[Run],
+        app: Path,
+        jobs: int,
+        workers: int | None,
+        show: Show,
+        place: Place | None = None,
     ) -> None:
+        """``place``: where runs go on; None: on this machine."""
         self.runs, self.app, self.jobs, self.workers, self.show = runs, app, jobs, workers, show
+        self.place = place or Here()
         self.waiting = [run for run in runs if not is_done(run.folder)]
         self.done = len(runs) - len(self.waiting)
-        self.going: list[tuple[Run, subprocess.Popen[str]]] = []
+        self.going: list[tuple[Run, Going]] = []
         self._earlier: dict[str, dict[str, Any]] = {}  # the last event before a run went on
+        self._lost = Counter[str]()
         self.failed: dict[str, str] = {}
         self._started = time.monotonic()
         self._finished_work = 0.0
@@ -255,58 +263,59 @@ class Sweep:
                 while self.waiting and len(self.going) < self.jobs:
                     self._begin(self.waiting.pop(0))
                 time.sleep(LOOK)
-                for run, process in list(self.going):
-                    event = last_event(run.folder)
-                    fresh = event != self._earlier[run.name]
-                    self.show.update(run, event if fresh else {}, self.state())
-                    if process.poll() is not None:
-                        self._end(run, process)
+                for run, going in list(self.going):
+                    self._look(run, going)
         finally:
-            for _, process in self.going:
-                process.terminate()
-            for _, process in self.going:
-                process.communicate()
+            for _, going in self.going:
+                going.stop()
+            for _, going in self.going:
+                going.wait()
 
     def _begin(self, run: Run) -> None:
-        resume = run.can_go_on()
+        resume = isinstance(self.place, Here) and run.can_go_on()
         self._earlier[run.name] = last_event(run.folder) if resume else {}
         if run.folder.exists() and not resume and not is_running(run.folder):
             shutil.rmtree(run.folder)
-        # -P: nothing is imported from the user's folder, whatever lies there
-        command = [sys.executable, "-P", "-m", "pfedgpa_app", "run", "--app", str(self.app)]
-        env = os.environ | {PARENT: str(os.getpid())}
         settings = run.settings | {"resume": resume}
-        if self.workers:
-            settings["workers"] = self.workers
-            env["OMP_NUM_THREADS"] = str(self.workers)  # the server's share, too
-        command += [f"{key}={_argument(value)}" for key, value in settings.items()]
-        process = subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C is for the sweep, which then stops its runs
-        )
-        self.going.append((run, process))
+        going = self.place.start(settings, self.app, run.folder, self.workers)
+        self.going.append((run, going))
         self.show.begin(run, self.state())
 
-    def _end(self, run: Run, process: subprocess.Popen[str]) -> None:
-        _, said = process.communicate()
-        self.going.remove((run, process))
+    def _look(self, run: Run, going: Going) -> None:
+        try:
+            status = going.status()
+        except Lost as loss:
+            self.going.remove((run, going))
+            self._lost[run.name] += 1
+            if self._lost[run.name] < self.TRIES:
+                self.waiting.append(run)
+                self.show.end(run, "lost with its machine; begins anew", self.state())
+            else:
+                self._fail(run, f"its machine left {self.TRIES} times: {loss}")
+            return
+        event = going.event()
+        fresh = event != self._earlier[run.name]
+        self.show.update(run, event if fresh else {}, self.state())
+        if status is not None:
+            self._end(run, going, status)
+
+    def _end(self, run: Run, going: Going, status: int) -> None:
+        said = going.said().strip()
+        self.going.remove((run, going))
         self._finished_work += self._worked(run, 1.0)
-        if process.returncode == 0:
-            self.done += 1
-            outcome = _headline(run.folder)
+        if status:
+            self._fail(run, said[-500:] or f"exit status {status}")
         else:
-            outcome = f"failed: {said.strip()[-500:] or f'exit status {process.returncode}'}"
-            self.failed[run.name] = outcome
-        self.show.end(run, outcome, self.state())
+            self.done += 1
+            self.show.end(run, _headline(run.folder), self.state())
+
+    def _fail(self, run: Run, why: str) -> None:
+        self.failed[run.name] = f"failed: {why}"
+        self.show.end(run, self.failed[run.name], self.state())
 
     def state(self) -> str:
         """``3/9 done, 12:31 left``."""
-        partly = {run.name: last_event(run.folder).get("progress", 0.0) for run, _ in self.going}
+        partly = {run.name: going.event().get("progress", 0.0) for run, going in self.going}
         going = [run for run, _ in self.going]
         left = sum(run.work for run in [*self.waiting, *going])
         left -= sum(run.work * partly[run.name] for run in going)
@@ -321,13 +330,6 @@ class Sweep:
         """Of its work, what was done since it began or went on here."""
         before: float = self._earlier[run.name].get("progress", 0.0)
         return run.work * max(0.0, progress - before)
-
-
-def _argument(value: Any) -> str:
-    """As ``KEY=VALUE`` wants it."""
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 def _headline(folder: Path) -> str:
@@ -379,40 +381,58 @@ def sweep(
     app: Path,
     jobs: int | None = None,
     console: Console | None = None,
+    on: str = "here",
 ) -> bool:
     """Run every combination that is not done yet; whether all of them are done now.
 
     Raises:
         ConfigError, DataError: refused before any run started.
     """
-    return run_sweep(expand(settings, over, out), out, app, jobs, console)
+    return run_sweep(expand(settings, over, out), out, app, jobs, console, on)
 
 
 def run_sweep(
-    runs: list[Run], out: Path, app: Path, jobs: int | None, console: Console | None = None
+    runs: list[Run],
+    out: Path,
+    app: Path,
+    jobs: int | None,
+    console: Console | None = None,
+    on: str = "here",
 ) -> bool:
     """Do the ``runs`` that are not done yet; whether all of them are done now.
+
+    Args:
+        on: the place where they go on; see ``places``.
 
     Raises:
         ConfigError, DataError: refused before any run started.
     """
     console = console or Console()
     for run in runs:
+        if on != "here" and run.config.engine == "ray":
+            raise ConfigError("engine = ray: on a cluster a run stays on one machine: process")
         preflight(run.config)
-    jobs, workers = shares(runs, jobs, int(cpu_count()))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {out}: the folder cannot be made: {error.strerror}") from error
     with locked(out, f"{out}: another sweep is running there"):
-        return _run_all(runs, out, app, jobs, workers, console)
+        place = place_of(on)
+        try:
+            return _run_all(runs, out, app, jobs, place, console)
+        finally:
+            place.close()
 
 
 def _run_all(
-    runs: list[Run], out: Path, app: Path, jobs: int, workers: int | None, console: Console
+    runs: list[Run], out: Path, app: Path, jobs: int | None, place: Place, console: Console
 ) -> bool:
+    machines = place.machines()
+    jobs, workers = shares(runs, jobs, sum(machines))
+    if workers:
+        workers = min(workers, *machines)
     show = Bars(console) if console.is_terminal else Lines(console)
-    going = Sweep(runs, app, jobs, workers, show)
+    going = Sweep(runs, app, jobs, workers, show, place)
     if skipped := going.done:
         console.print(f"{skipped} of {len(runs)} runs are done already", highlight=False)
     try:

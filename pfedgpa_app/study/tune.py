@@ -64,6 +64,7 @@ def tune(
     jobs: int | None,
     command: str,
     console: Console | None = None,
+    on: str = "here",
 ) -> dict[str, Any]:
     """Search; write what was chosen into the experiment and how it went beside it.
 
@@ -90,14 +91,12 @@ def tune(
     found: dict[str, Any] = {}
     # those without a section choose the run's settings, which are the others' defaults
     first = [method for method in methods if method not in sections()]
-    for group in (first, [method for method in methods if method not in first]):
-        if not group:
-            continue
+    for group in filter(None, (first, [method for method in methods if method not in first])):
         chosen = search(
             DEFAULTS | settings | {"conf": conf},
             {method: main_settings(method) for method in group},
             out,
-            lambda runs: run_sweep(runs, out, app, jobs, console),
+            lambda runs: run_sweep(runs, out, app, jobs, console, on),
         )
         _keep(path, chosen, command)
         found |= chosen

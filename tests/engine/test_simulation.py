@@ -24,7 +24,7 @@ from pfedgpa_app.engine.flower import free_port, processes_of
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.runs.launcher import launch
 from tests.support.federations import PLAIN, SMALL, federate, records, summary
-from tests.support.processes import alive
+from tests.support.processes import alive, until
 
 # one after the other: Ray fills the machine
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("simulation")]
@@ -230,6 +230,31 @@ def test_an_interrupted_process_run_stops_what_it_started(tmp_path: Path) -> Non
     assert not any(map(alive, children))
 
 
+def check_a_sweep_outlives_a_node(folder: Path, env: dict[str, str], home: Path) -> None:
+    """It has a run on each of two nodes; one leaves, and its run begins anew on the other."""
+    command = [sys.executable, "-m", "pfedgpa_app", "sweep", "--over", "seed=0,1", "--on", "ray"]
+    settings = PLAIN | {"num-server-rounds": 40, "method": "fedavg"}
+    command += ["--out", "sweep", *(f"{key}={value}" for key, value in settings.items())]
+    sweep = subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+    def started(word: str) -> list[psutil.Process]:
+        ours = set(processes_of(home))
+        every = psutil.process_iter(["pid", "cmdline", "create_time"])
+        found = [p for p in every if p.pid in ours and word in " ".join(p.info["cmdline"] or ())]
+        return sorted(found, key=lambda process: float(process.info["create_time"]))
+
+    until(lambda: sweep.poll() is not None or len(started("run-name=demo_seed")) >= 2)
+    started("raylet/raylet")[-1].kill()
+    said, _ = sweep.communicate()
+    assert sweep.returncode == 0, said
+    assert "lost with its machine; begins anew" in said
+    for seed in (0, 1):
+        run = folder / "sweep" / f"demo_seed={seed}"
+        assert len({r["round"] for r in records(run)}) == 40
+
+
 def test_so_it_does_on_a_ray_cluster_of_two_nodes(tmp_path: Path, in_process: Path) -> None:
     home = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's sockets want a short path
     ray = str(Path(sys.executable).parent / "ray")
@@ -251,6 +276,7 @@ def test_so_it_does_on_a_ray_cluster_of_two_nodes(tmp_path: Path, in_process: Pa
         # two actors, each taking the whole of a node: the run has no Ray of its own
         logs = {log.name: log.read_text() for log in home.glob("session_*/logs/worker-*.out")}
         assert sum("ClientAppActor" in log for log in logs.values()) == 2
+        check_a_sweep_outlives_a_node(tmp_path, env | {"RAY_ADDRESS": address}, home)
     finally:
         for sign in (signal.SIGTERM, signal.SIGKILL):
             for pid in processes_of(home):

@@ -295,7 +295,7 @@ class TestTune:
     ) -> None:
         asked: list[str] = []
 
-        def instead(_: str, methods: list[str], *__: Any) -> dict[str, Any]:
+        def instead(_: str, methods: list[str], *__: Any, on: str) -> dict[str, Any]:
             asked.extend(methods)
             return {}
 

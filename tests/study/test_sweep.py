@@ -107,7 +107,7 @@ class TestPlan:
         (run,) = planned = runs(tmp_path, {"seed": [0]})
         run.folder.mkdir()
         monkeypatch.setattr(Run, "can_go_on", lambda _: True)
-        monkeypatch.setattr("pfedgpa_app.study.sweep.subprocess.Popen", lambda *_, **__: None)
+        monkeypatch.setattr("pfedgpa_app.study.places.subprocess.Popen", lambda *_, **__: None)
         now = iter([100.0, 110.0])
         monkeypatch.setattr("pfedgpa_app.study.sweep.time.monotonic", lambda: next(now))
         going = Sweep(planned, tmp_path, 1, None, Lines(Console(file=io.StringIO())))

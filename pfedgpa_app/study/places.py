@@ -1,0 +1,282 @@
+"""Where a sweep's runs go on: in processes of this machine, or on a Ray cluster's machines.
+
+A run on a cluster works in a folder of the machine's own, which comes back when it has ended.
+Nothing of it is here before, so that a run that is lost with its machine begins anew elsewhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from joblib import cpu_count
+
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.engine import PARENT
+from pfedgpa_app.results.log import last_event
+from pfedgpa_app.runs.folder import LOCK
+from pfedgpa_app.runs.launcher import with_absolute_paths
+
+Settings = Mapping[str, Any]
+Event = dict[str, Any]
+PLACES = ("here", "ray")
+_LOOK = 1.0  # seconds between what a cluster's run tells
+
+
+class Lost(Exception):  # noqa: N818 (of the run, and no fault of its)
+    """A run's machine has left."""
+
+
+class Going(Protocol):
+    """A run that was started."""
+
+    def event(self) -> Event:
+        """The last thing that it said, or {}."""
+
+    def status(self) -> int | None:
+        """Its exit status, once it has ended.
+
+        Raises:
+            Lost: it never will, nor leave anything.
+        """
+
+    def said(self) -> str:
+        """What it wrote as its errors, once it has ended."""
+
+    def stop(self) -> None:
+        """End it soon."""
+
+    def wait(self) -> None:
+        """Until it has ended."""
+
+
+class Place(Protocol):
+    """Somewhere to run."""
+
+    def machines(self) -> list[int]:
+        """Each machine's cores."""
+
+    def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
+        """Start a run, of which ``folder`` is to hold the results.
+
+        Args:
+            cores: for it alone; None: those that its settings say.
+        """
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+def command(settings: Settings, app: Path) -> list[str]:
+    """How a run is started."""
+    # -P: nothing is imported from the user's folder, whatever lies there
+    words = [sys.executable, "-P", "-m", "pfedgpa_app", "run", "--app", str(app)]
+    return words + [f"{key}={_argument(value)}" for key, value in settings.items()]
+
+
+def _argument(value: Any) -> str:
+    """As ``KEY=VALUE`` wants it."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return json.dumps(value) if isinstance(value, bool) else str(value)
+
+
+def _process(settings: Settings, app: Path, cores: int | None) -> subprocess.Popen[str]:
+    env = os.environ | {PARENT: str(os.getpid())}
+    if cores:
+        settings = {**settings, "workers": cores}
+        env["OMP_NUM_THREADS"] = str(cores)  # the server's share, too
+    return subprocess.Popen(
+        command(settings, app),
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is for the sweep, which then stops its runs
+    )
+
+
+class Here:
+    """This machine."""
+
+    def machines(self) -> list[int]:
+        return [int(cpu_count())]
+
+    def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
+        return _Process(_process(settings, app, cores), folder)
+
+    def close(self) -> None:
+        pass
+
+
+class _Process:
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        self.process, self.folder = process, folder
+
+    def event(self) -> Event:
+        return last_event(self.folder)
+
+    def status(self) -> int | None:
+        return self.process.poll()
+
+    def said(self) -> str:
+        return self.process.communicate()[1]
+
+    def stop(self) -> None:
+        self.process.terminate()
+
+    def wait(self) -> None:
+        self.process.communicate()
+
+
+class RayCluster:
+    """The Ray cluster at ``RAY_ADDRESS``, else the one that this machine is part of."""
+
+    def __init__(self) -> None:
+        """Connect to it.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns
+        import ray
+
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"--on ray: there is no Ray cluster at {address}: start one by `ray start`, and "
+                f"set RAY_ADDRESS=HOST:PORT to its head ({error})"
+            ) from error
+        self.ray: Any = ray
+
+    def machines(self) -> list[int]:
+        cores = (int(n["Resources"].get("CPU", 0)) for n in self.ray.nodes() if n["Alive"])
+        return [number for number in cores if number]
+
+    def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
+        gpus = 1 if settings.get("device") == "cuda" else 0
+        task = self.ray.remote(carry_out).options(
+            num_cpus=cores or settings.get("workers") or 1,
+            num_gpus=gpus,
+            num_returns="streaming",
+            max_retries=0,
+        )
+        there = with_absolute_paths(settings, resolve(settings).config)
+        if "data-dir" not in settings:  # each machine has its own
+            del there["data-dir"]
+        # and our app lies somewhere else there
+        given = there, None if app.samefile(APP_DIR) else app, cores
+        return _Task(self.ray, task.remote(*given), folder)
+
+    def close(self) -> None:
+        self.ray.shutdown()
+
+
+class _Task:
+    def __init__(self, ray: Any, answers: Any, folder: Path) -> None:
+        self.ray, self.answers, self.folder = ray, answers, folder
+        self._event: Event = {}
+        self._said = ""
+        self._status: int | None = None
+
+    def event(self) -> Event:
+        return self._event
+
+    def said(self) -> str:
+        return self._said
+
+    def status(self) -> int | None:
+        while self._status is None and self.ray.wait([self.answers], timeout=0)[0]:
+            try:
+                answer = self.ray.get(next(self.answers))
+            except StopIteration:
+                raise Lost from None
+            except self.ray.exceptions.RayTaskError as error:
+                self._status, self._said = 1, str(error)
+            except self.ray.exceptions.RayError as error:
+                raise Lost(str(error)) from error
+            else:
+                if isinstance(answer, dict):
+                    self._event = answer
+                else:
+                    self._status, self._said, packed = answer
+                    unpack(packed, self.folder)
+        return self._status
+
+    def stop(self) -> None:
+        self.ray.cancel(self.answers)
+
+    def wait(self) -> None:
+        with contextlib.suppress(Lost):
+            while self.status() is None:
+                time.sleep(0.1)
+
+
+def carry_out(
+    settings: dict[str, Any], app: Path | None, cores: int | None
+) -> Iterator[Event | tuple[int, str, bytes]]:
+    """Run on the machine where this is called.
+
+    Yields what the run says as it goes on, and at last its exit status, its errors, its folder.
+    """
+    home = Path(tempfile.mkdtemp(prefix="pfedgpa-"))
+    folder = home / settings["run-name"]
+    if not Path(settings["code-dir"]).is_dir():  # nobody has code of their own
+        del settings["code-dir"]
+    process = _process(settings | {"out-dir": str(home)}, app or APP_DIR, cores)
+    told: Event = {}
+    try:
+        while process.poll() is None:
+            if (event := last_event(folder)) != told:
+                told = event
+                yield event
+            time.sleep(_LOOK)
+        yield process.returncode, process.communicate()[1], pack(folder)
+    finally:
+        process.terminate()
+        process.wait()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def pack(folder: Path) -> bytes:
+    """The files below ``folder``, if there is one."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for path in sorted(folder.glob("**/*")):
+            if path.name != LOCK:
+                tar.add(path, path.relative_to(folder), recursive=False)
+    return buffer.getvalue()
+
+
+def unpack(packed: bytes, folder: Path) -> None:
+    """Put the files where ``folder`` is to be, in the place of what it holds."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as home:
+        new = Path(home) / "new"
+        new.mkdir()
+        with tarfile.open(fileobj=io.BytesIO(packed)) as tar:
+            tar.extractall(new, filter="data")
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+
+
+def place_of(name: str) -> Place:
+    """The place called "here" or "ray"."""
+    return RayCluster() if name == "ray" else Here()
