@@ -62,9 +62,9 @@ def add_jobs(parser: ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, help=text)
     parser.add_argument(
         "--on",
-        choices=("here", "ray"),
+        choices=("here", "ray", "slurm"),
         default="here",
-        help="where runs go on: ray: on the machines of the Ray cluster at RAY_ADDRESS",
+        help="where runs go on: this machine, the Ray cluster's at RAY_ADDRESS, or Slurm's",
     )
 
 

@@ -1,7 +1,8 @@
-"""Where a sweep's runs go on: in processes of this machine, or on a Ray cluster's machines.
+"""Where a sweep's runs go on: in processes of this machine, on a Ray cluster, or on a Slurm one.
 
-A run on a cluster works in a folder of the machine's own, which comes back when it has ended.
+A run on a Ray cluster works in a folder of its machine's own, which comes back when it has ended.
 Nothing of it is here before, so that a run that is lost with its machine begins anew elsewhere.
+Slurm's machines see the caller's folders: there a run goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from pfedgpa_app.runs.launcher import with_absolute_paths
 
 Settings = Mapping[str, Any]
 Event = dict[str, Any]
-PLACES = ("here", "ray")
 _LOOK = 1.0  # seconds between what a cluster's run tells
+_QUEUE = 200  # runs that are given to Slurm at a time, if nobody says how many
+_DAY = 24 * 60  # minutes
 
 
 class Lost(Exception):  # noqa: N818 (of the run, and no fault of its)
@@ -65,7 +67,13 @@ class Going(Protocol):
 
 
 class Place(Protocol):
-    """Somewhere to run."""
+    """Somewhere to run.
+
+    Attributes:
+        shared: runs work in the folders that are to hold their results, and can go on there.
+    """
+
+    shared: bool
 
     def machines(self) -> list[int]:
         """Each machine's cores."""
@@ -114,6 +122,8 @@ def _process(settings: Settings, app: Path, cores: int | None) -> subprocess.Pop
 class Here:
     """This machine."""
 
+    shared = True
+
     def machines(self) -> list[int]:
         return [int(cpu_count())]
 
@@ -146,6 +156,8 @@ class _Process:
 
 class RayCluster:
     """The Ray cluster at ``RAY_ADDRESS``, else the one that this machine is part of."""
+
+    shared = False
 
     def __init__(self) -> None:
         """Connect to it.
@@ -277,6 +289,102 @@ def unpack(packed: bytes, folder: Path) -> None:
         new.rename(folder)
 
 
-def place_of(name: str) -> Place:
-    """The place called "here" or "ray"."""
+class SlurmCluster:
+    """The Slurm cluster of this machine, by submitit; its machines see the caller's folders.
+
+    What ``sbatch`` wants beside (partition, account, time limit) its own environment says:
+    ``SBATCH_PARTITION``, ``SBATCH_ACCOUNT``, ``SBATCH_TIMELIMIT``.
+    """
+
+    shared = True
+
+    def __init__(self, out: Path) -> None:
+        """``out``: the sweep's folder.
+
+        Raises:
+            ConfigError: submitit is not installed, or there is no Slurm here.
+        """
+        try:
+            import submitit
+        except ImportError as error:
+            raise ConfigError(
+                "--on slurm: needs submitit: pip install 'pfedgpa-app[slurm]'"
+            ) from error
+        if missing := [name for name in ("sbatch", "srun", "sacct") if not shutil.which(name)]:
+            raise ConfigError(
+                f"--on slurm: there is no {missing[0]} on this machine: start where the cluster's "
+                "jobs are submitted"
+            )
+        self.submitit: Any = submitit
+        self.home = out.absolute() / ".slurm"
+
+    def machines(self) -> list[int]:
+        return [1] * _QUEUE  # Slurm itself makes them wait
+
+    def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
+        executor = self.submitit.SlurmExecutor(self.home)
+        gpus = {"gpus_per_node": 1} if settings.get("device") == "cuda" else {}
+        executor.update_parameters(
+            job_name=folder.name,
+            cpus_per_task=cores or settings.get("workers") or 1,
+            time=_DAY,
+            **gpus,
+        )
+        there = with_absolute_paths(settings, resolve(settings).config)
+        try:
+            job = executor.submit(on_slurm, there, app, cores)
+        except self.submitit.core.utils.FailedJobError as error:
+            raise ConfigError(f"--on slurm: sbatch refuses: {error}") from error
+        return _Job(self.submitit, job, folder)
+
+    def close(self) -> None:
+        pass
+
+
+class _Job:
+    def __init__(self, submitit: Any, job: Any, folder: Path) -> None:
+        self.submitit, self.job, self.folder = submitit, job, folder
+        self._said = ""
+
+    def event(self) -> Event:
+        return last_event(self.folder)
+
+    def said(self) -> str:
+        return self._said
+
+    def status(self) -> int | None:
+        if not self.job.done():
+            return None
+        try:
+            status, self._said = self.job.result()
+        except self.submitit.core.utils.UncompletedJobError as error:
+            raise Lost(str(error)) from error
+        except self.submitit.core.utils.FailedJobError as error:
+            status, self._said = 1, str(error)
+        return int(status)
+
+    def stop(self) -> None:
+        self.job.cancel()
+
+    def wait(self) -> None:
+        with contextlib.suppress(Lost):
+            while self.status() is None:
+                time.sleep(0.1)
+
+
+def on_slurm(settings: Settings, app: Path, cores: int | None) -> tuple[int, str]:
+    """Run where Slurm calls this; the exit status and errors."""
+    process = _process(settings, app, cores)
+    said = process.communicate()[1]
+    return process.returncode, said
+
+
+def place_of(name: str, out: Path) -> Place:
+    """The place of that name, for a sweep whose folder is ``out``.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if name == "slurm":
+        return SlurmCluster(out)
     return RayCluster() if name == "ray" else Here()

@@ -147,21 +147,27 @@ def _name(conf: str, varied: Settings) -> str:
     return "_".join(parts)
 
 
-def shares(runs: Sequence[Run], jobs: int | None, cores: int) -> tuple[int, int | None]:
+def shares(
+    runs: Sequence[Run], jobs: int | None, machines: Sequence[int]
+) -> tuple[int, int | None]:
     """How many runs go at once, and how many workers each has (None: as its settings say).
 
     Runs on the process engine share the cores, one worker each while there are enough runs:
     while one run's server works, another's client trains. Ray and a GPU serve one run at a time.
+
+    Args:
+        machines: the cores of each.
     """
+    cores = sum(machines)
     engines = {engine_for(run.config.engine, run.config.device) for run in runs}
     asked = {run.config.workers for run in runs} - {None}
     if engines != {"process"}:
-        return jobs or 1, None
+        return jobs or len(machines), None
     if asked:
         most = max(w for w in asked if w)
         return jobs or max(1, cores // most), None
     at_once = jobs or max(1, min(cores, len(runs)))
-    return at_once, max(1, cores // at_once)
+    return at_once, max(1, min(cores // at_once, *machines))
 
 
 class Show(Protocol):
@@ -272,7 +278,7 @@ class Sweep:
                 going.wait()
 
     def _begin(self, run: Run) -> None:
-        resume = isinstance(self.place, Here) and run.can_go_on()
+        resume = self.place.shared and run.can_go_on()
         self._earlier[run.name] = last_event(run.folder) if resume else {}
         if run.folder.exists() and not resume and not is_running(run.folder):
             shutil.rmtree(run.folder)
@@ -289,7 +295,8 @@ class Sweep:
             self._lost[run.name] += 1
             if self._lost[run.name] < self.TRIES:
                 self.waiting.append(run)
-                self.show.end(run, "lost with its machine; begins anew", self.state())
+                again = "goes on" if self.place.shared else "begins anew"
+                self.show.end(run, f"lost with its machine; {again}", self.state())
             else:
                 self._fail(run, f"its machine left {self.TRIES} times: {loss}")
             return
@@ -417,7 +424,7 @@ def run_sweep(
     except OSError as error:
         raise ConfigError(f"--out {out}: the folder cannot be made: {error.strerror}") from error
     with locked(out, f"{out}: another sweep is running there"):
-        place = place_of(on)
+        place = place_of(on, out)
         try:
             return _run_all(runs, out, app, jobs, place, console)
         finally:
@@ -427,10 +434,7 @@ def run_sweep(
 def _run_all(
     runs: list[Run], out: Path, app: Path, jobs: int | None, place: Place, console: Console
 ) -> bool:
-    machines = place.machines()
-    jobs, workers = shares(runs, jobs, sum(machines))
-    if workers:
-        workers = min(workers, *machines)
+    jobs, workers = shares(runs, jobs, place.machines())
     show = Bars(console) if console.is_terminal else Lines(console)
     going = Sweep(runs, app, jobs, workers, show, place)
     if skipped := going.done:

@@ -84,16 +84,19 @@ class TestPlan:
     def test_the_machine_is_shared_out_and_never_oversubscribed(self, tmp_path: Path) -> None:
         over = {"seed": list(range(10))}
         many, one = runs(tmp_path, over), runs(tmp_path, {"seed": [0]})
-        assert shares(many, None, cores=4) == (4, 1)
-        assert shares(many, None, cores=32) == (10, 3)
-        assert shares(many, 3, cores=16) == (3, 5)
-        assert shares(one, None, cores=4) == (1, 4)
-        assert shares(runs(tmp_path, over, workers=2), None, cores=8) == (4, None)
-        assert shares(runs(tmp_path, over, engine="ray"), None, cores=8) == (1, None)
-        assert shares(runs(tmp_path, over, engine="batched"), None, cores=8) == (1, None)
+        assert shares(many, None, [4]) == (4, 1)
+        assert shares(many, None, [32]) == (10, 3)
+        assert shares(many, 3, [16]) == (3, 5)
+        assert shares(one, None, [4]) == (1, 4)
+        assert shares(runs(tmp_path, over, workers=2), None, [8]) == (4, None)
+        assert shares(runs(tmp_path, over, engine="ray"), None, [8]) == (1, None)
+        assert shares(runs(tmp_path, over, engine="batched"), None, [8]) == (1, None)
+        assert shares(many, None, [2, 4]) == (6, 1)
+        assert shares(one, None, [2, 4]) == (1, 2)  # no run is on two machines
+        assert shares(runs(tmp_path, over, engine="batched"), None, [8, 8]) == (2, None)
         for jobs in (None, 1, 2, 3, 8, 50):
             for cores in (1, 2, 8, 12):
-                at_once, workers = shares(many, jobs, cores)
+                at_once, workers = shares(many, jobs, [cores])
                 assert workers
                 assert at_once * workers <= max(cores, jobs or 0)
 

@@ -1,0 +1,86 @@
+"""Sweeps on clusters: a Slurm of this machine (Ray's is in tests/engine/test_simulation.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.study import places
+from tests.support import slurm
+from tests.support.federations import PLAIN, records
+from tests.support.processes import until
+
+pytest.importorskip("submitit")
+ROUNDS = 60
+
+
+def killed(group: int) -> None:
+    """A job with all that it started."""
+    leader = psutil.Process(group)
+    for process in [leader, *leader.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+@pytest.mark.slow
+def test_what_slurm_loses_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    home, out = tmp_path / "slurm", tmp_path / "out"
+    slurm.install(home)
+    settings = PLAIN | {"method": "fedavg", "num-server-rounds": ROUNDS, "evaluate-every": 0}
+    settings |= {"checkpoint-every": 1, "device": "cpu", "report": "false"}
+    command = [sys.executable, "-m", "pfedgpa_app", "sweep", "--over", "seed=0,1"]
+    command += ["--on", "slurm", "--out", "out", *(f"{k}={v}" for k, v in settings.items())]
+    sweep = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PATH": f"{home}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    events = out / "demo_seed=0" / "events.jsonl"
+
+    def going() -> bool:
+        return events.exists() and "round 2/" in events.read_text()
+
+    until(lambda: sweep.poll() is not None or going())
+    if sweep.poll() is None:
+        killed(slurm.jobs(home)["1"])
+    said, _ = sweep.communicate()
+    assert sweep.returncode == 0, said
+    assert "demo_seed=0: lost with its machine; goes on" in said
+    assert len(slurm.jobs(home)) == 3
+    for seed in (0, 1):
+        assert len({r["round"] for r in records(out / f"demo_seed={seed}")}) == ROUNDS
+    kinds = [json.loads(line)["kind"] for line in events.read_text().splitlines()]
+    assert "resumed" in kinds
+
+
+def test_without_slurm_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="there is no sbatch on this machine"):
+        places.place_of("slurm", tmp_path)
+
+
+def test_a_folder_comes_back_in_the_place_of_what_was_there(tmp_path: Path) -> None:
+    made, there = tmp_path / "made", tmp_path / "there"
+    (made / "weights").mkdir(parents=True)
+    (made / "weights" / "a").write_text("1")
+    there.mkdir()
+    (there / "earlier").write_text("")
+    places.unpack(places.pack(made), there)
+    assert [str(p.relative_to(there)) for p in sorted(there.glob("**/*"))] == [
+        "weights",
+        "weights/a",
+    ]
+    assert list(tmp_path.iterdir()) in ([made, there], [there, made])
+    places.unpack(places.pack(tmp_path / "none"), there)
+    assert list(there.iterdir()) == []
