@@ -1,7 +1,7 @@
 """Chooses methods' main settings on validation images, and keeps them in the experiment.
 
-Runs a small grid for each method, then writes the chosen values into the experiment's YAML file
-and the search's results beside it.
+Runs a small grid for each method, or as many trials by Optuna as you say, then writes the chosen
+values into the experiment's YAML file and the search's results beside it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ def add_options(parser: ArgumentParser) -> None:
         "--methods",
         help="by commas; default: the experiment's; all: every one that has settings to choose",
     )
+    parser.add_argument(
+        "--trials", type=int, metavar="N", help="N runs a method, chosen by Optuna, and no grid"
+    )
     parser.add_argument("--out", type=Path, help="where the runs go; default: results/tune-CONF")
     shared.add_jobs(parser)
     shared.add_app(parser)
@@ -36,6 +39,8 @@ def handle(options: Namespace) -> int:
     overrides = shared.parse_overrides(options.settings)
     out = options.out or Path("results") / f"tune-{Path(options.conf).stem}"
     shared.check_runs(overrides, options, out)
+    if options.trials is not None and options.trials < 1:
+        raise ConfigError(f"--trials {options.trials}: must be at least 1")
     shared.refuse_as_settings(overrides, {"conf": "--conf", "method": "--methods"})
     config = resolve({"conf": options.conf}).config
     every = tunable(config)
@@ -55,10 +60,15 @@ def handle(options: Namespace) -> int:
         f"--conf {Path(options.conf).stem}",
         f"--methods {','.join(map(reference_of, methods))}",
     ]
+    words += [f"--trials {options.trials}"] if options.trials else []
     words += [f"{key}={value}" for key, value in overrides.items() if key != "data-dir"]
     command = " ".join(["pfedgpa tune", *words])
     app = options.app.absolute()
-    chosen = tune(options.conf, methods, overrides, out, app, options.jobs, command, on=options.on)
+    chosen = tune(
+        *(options.conf, methods, overrides, out, app, options.jobs, command),
+        on=options.on,
+        number=options.trials,
+    )
     for key, value in chosen.items():
         print(f"{key} = {value}")
     return 0

@@ -281,4 +281,4 @@ class RunLog:
             self.curves.setdefault(name, []).append((server_round, everyone, some))
         if name in self.curves:
             text += f"  accuracy {self.curves[name][-1][1]:.1f} %"
-        self.event("round", f"{text}  {clock(seconds_left)} left", federation=name)
+        self.event("round", f"{text}  {clock(seconds_left)} left", federation=name, loss=loss)

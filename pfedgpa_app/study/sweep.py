@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -236,6 +236,14 @@ class Bars(Lines):
         self.progress.stop()
 
 
+Judge = Callable[[Run, Mapping[str, Any]], str | None]  # of what a run said: why to end it early
+
+
+def lenient(_: Run, __: Mapping[str, Any]) -> str | None:
+    """Ends none."""
+    return None
+
+
 class Sweep:
     """Runs what is not done, so many at once, and keeps count."""
 
@@ -249,10 +257,11 @@ class Sweep:
         workers: int | None,
         show: Show,
         place: Place | None = None,
+        judge: Judge = lenient,
     ) -> None:
         """``place``: where runs go on; None: on this machine."""
         self.runs, self.app, self.jobs, self.workers, self.show = runs, app, jobs, workers, show
-        self.place = place or Here()
+        self.place, self.judge = place or Here(), judge
         self.waiting = [run for run in runs if not is_done(run.folder)]
         self.done = len(runs) - len(self.waiting)
         self.going: list[tuple[Run, Going]] = []
@@ -305,6 +314,11 @@ class Sweep:
         self.show.update(run, event if fresh else {}, self.state())
         if status is not None:
             self._end(run, going, status)
+        elif fresh and (why := self.judge(run, event)):
+            going.stop()
+            going.wait()
+            self.going.remove((run, going))
+            self.show.end(run, why, self.state())
 
     def _end(self, run: Run, going: Going, status: int) -> None:
         said = going.said().strip()
@@ -405,11 +419,13 @@ def run_sweep(
     jobs: int | None,
     console: Console | None = None,
     on: str = "here",
+    judge: Judge = lenient,
 ) -> bool:
-    """Do the ``runs`` that are not done yet; whether all of them are done now.
+    """Do the ``runs`` that are not done yet; whether none failed.
 
     Args:
         on: the place where they go on; see ``places``.
+        judge: ends some early.
 
     Raises:
         ConfigError, DataError: refused before any run started.
@@ -426,17 +442,23 @@ def run_sweep(
     with locked(out, f"{out}: another sweep is running there"):
         place = place_of(on, out)
         try:
-            return _run_all(runs, out, app, jobs, place, console)
+            return _run_all(runs, out, app, jobs, place, console, judge)
         finally:
             place.close()
 
 
 def _run_all(
-    runs: list[Run], out: Path, app: Path, jobs: int | None, place: Place, console: Console
+    runs: list[Run],
+    out: Path,
+    app: Path,
+    jobs: int | None,
+    place: Place,
+    console: Console,
+    judge: Judge,
 ) -> bool:
     jobs, workers = shares(runs, jobs, place.machines())
     show = Bars(console) if console.is_terminal else Lines(console)
-    going = Sweep(runs, app, jobs, workers, show, place)
+    going = Sweep(runs, app, jobs, workers, show, place, judge)
     if skipped := going.done:
         console.print(f"{skipped} of {len(runs)} runs are done already", highlight=False)
     try:

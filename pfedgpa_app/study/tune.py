@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from joblib import cpu_count
 from rich.console import Console
 
 from pfedgpa_app.config.parse import flat
@@ -26,7 +27,8 @@ from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.runs.folder import kept_settings
-from pfedgpa_app.study.sweep import Run, Settings, expand, run_sweep
+from pfedgpa_app.study import trials
+from pfedgpa_app.study.sweep import Judge, Run, Settings, expand, lenient, run_sweep
 
 MARK = "# Chosen on validation images by: "
 _BEYOND = 2  # values tried beyond an end of a grid
@@ -65,13 +67,43 @@ def tune(
     command: str,
     console: Console | None = None,
     on: str = "here",
+    number: int | None = None,
 ) -> dict[str, Any]:
     """Search; write what was chosen into the experiment and how it went beside it.
+
+    Args:
+        number: of trials by Optuna for every method; None: a grid for each.
 
     Raises:
         ConfigError: a method without main settings, or settings that cannot run.
     """
     path, console = conf_path(conf), console or Console()
+    _check(path, conf, methods)
+    found: dict[str, Any] = {}
+    # those without a section choose the run's settings, which are the others' defaults
+    first = [method for method in methods if method not in sections()]
+    base = DEFAULTS | settings | {"conf": conf}
+
+    def run_all(runs: list[Run], judge: Judge = lenient) -> bool:
+        return run_sweep(runs, out, app, jobs, console, on, judge)
+
+    for group in filter(None, (first, [method for method in methods if method not in first])):
+        grids = {method: main_settings(method) for method in group}
+        if number:
+            at_once = jobs or int(cpu_count())
+            chosen = trials.search(base, grids, out, run_all, score, number, at_once)
+        else:
+            chosen = search(base, grids, out, run_all)
+        _keep(path, chosen, command)
+        found |= chosen
+    beside = path.with_suffix(".search.md")
+    earlier = beside.read_text(encoding="utf-8") if beside.exists() else ""
+    write_text(beside, merged(earlier, _report(out, conf, command)))
+    return found
+
+
+def _check(path: Path, conf: str, methods: Sequence[str]) -> None:
+    """Refuse an experiment that cannot be written into, and methods that cannot be tuned."""
     if path.is_relative_to(PACKAGE):
         raise ConfigError(
             f"tune keeps what it chooses in the experiment, and {conf} is part of the installed "
@@ -88,22 +120,6 @@ def tune(
             "whose settings tune writes into it"
         )
     _refuse_in_sections(path, methods)
-    found: dict[str, Any] = {}
-    # those without a section choose the run's settings, which are the others' defaults
-    first = [method for method in methods if method not in sections()]
-    for group in filter(None, (first, [method for method in methods if method not in first])):
-        chosen = search(
-            DEFAULTS | settings | {"conf": conf},
-            {method: main_settings(method) for method in group},
-            out,
-            lambda runs: run_sweep(runs, out, app, jobs, console, on),
-        )
-        _keep(path, chosen, command)
-        found |= chosen
-    beside = path.with_suffix(".search.md")
-    earlier = beside.read_text(encoding="utf-8") if beside.exists() else ""
-    write_text(beside, merged(earlier, _report(out, conf, command)))
-    return found
 
 
 def search(
@@ -199,6 +215,8 @@ def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:
     """Write ``chosen`` below the marks, one a command, keeping what earlier ones chose."""
     text, mark, below = path.read_text(encoding="utf-8").partition(MARK)
     text, earlier = _without(text, chosen), mark + below
+    if text and not text.endswith("\n"):
+        text += "\n"
     marks = [line for line in earlier.splitlines() if line.startswith(MARK)]
     marks = list(dict.fromkeys([*marks, MARK + command]))
     block = yaml.safe_dump((yaml.safe_load(earlier) or {}) | dict(chosen), sort_keys=False)
@@ -206,11 +224,12 @@ def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:
 
 
 def _rows(out: Path, conf: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    path = conf_path(conf).absolute()
     for folder in sorted(path.parent for path in out.glob("*/summary.json")):
         if not is_done(folder):
             continue
         config, row = kept_settings(folder), rows_of(folder)[0]
-        if config["conf"]["value"] == conf:
+        if config["conf"]["value"] in (conf, str(path)):
             names = main_settings(row["method"])
             yield row["title"], ", ".join(f"{n} = {config[n]['value']}" for n in names), row
 

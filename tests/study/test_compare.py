@@ -220,12 +220,14 @@ class TestTune:
                     row |= {"validation": {"before_ft": mu, "after_ft_tuned": validation[mu]}}
                     (run.folder / "summary.json").write_text(json.dumps([row]))
                     (run.folder / EVENTS).write_text('{"kind": "done", "text": ""}\n')
-                    settings = json.dumps(run.resolved.as_dict())
-                    (run.folder / "config.json").write_text(settings)
+                    settings = run.resolved.as_dict()
+                    settings["conf"]["value"] = str(experiment)  # as the launcher writes it
+                    (run.folder / "config.json").write_text(json.dumps(settings))
             return False
 
         monkeypatch.setattr(tune, "run_sweep", run_sweep)
-        words = ["tune", "--conf", str(experiment), "--methods", "fedprox"]
+        monkeypatch.chdir(experiment.parent)
+        words = ["tune", "--conf", experiment.name, "--methods", "fedprox"]
         assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
         text = experiment.read_text()
         assert text.startswith("# mine\n")
@@ -295,7 +297,7 @@ class TestTune:
     ) -> None:
         asked: list[str] = []
 
-        def instead(_: str, methods: list[str], *__: Any, on: str) -> dict[str, Any]:
+        def instead(_: str, methods: list[str], *__: Any, **___: Any) -> dict[str, Any]:
             asked.extend(methods)
             return {}
 

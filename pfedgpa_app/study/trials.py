@@ -1,0 +1,180 @@
+"""Choose methods' main settings by Optuna instead of by a grid.
+
+Akiba et al. 2019, KDD, "Optuna: A next-generation hyperparameter optimization framework". Its tree
+of Parzen estimators proposes values, pooled validation images decide, and a run whose training
+loss is among the worst is ended early: neither sees test images. What was tried is kept beside the
+runs, so that a search that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pfedgpa_app.config.resolve import keys
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.methods.own import reference_of
+from pfedgpa_app.study.sweep import Judge, Run, Settings, expand
+
+RunAll = Callable[[list[Run], Judge], object]
+Grid = Mapping[str, Sequence[Any]]
+_FIRST = 4  # trials that are not ended early
+_KEPT = 75.0  # % of the runs, those of the smallest losses, go on
+_STEPS = 10  # times that a run's loss is looked at
+_WARM = 3  # the first at which a run may be ended
+_WIDE = 8  # where a grid's largest value is so many times its smallest, logarithms are searched
+
+
+def imported() -> Any:
+    """Optuna, which says nothing.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError("--trials: needs Optuna: pip install 'pfedgpa-app[tune]'") from error
+    optuna.logging.set_verbosity(logging.ERROR)
+    return optuna
+
+
+class Search:
+    """One method's trials."""
+
+    def __init__(self, base: Settings, method: str, grid: Grid, out: Path, number: int) -> None:
+        """Begin, or go on with what is in ``out``.
+
+        Args:
+            base: the settings of all runs.
+            grid: {setting: values that its range is made of}.
+            number: of trials, in all.
+        """
+        self.base, self.method, self.grid, self.out = base, method, grid, out
+        self.number, self.optuna = number, imported()
+        journal = self.optuna.storages.journal.JournalFileBackend(str(out / f"{method}.trials"))
+        self.study = self.optuna.create_study(
+            study_name=method,
+            storage=self.optuna.storages.JournalStorage(journal),
+            direction="maximize",
+            sampler=self.optuna.samplers.TPESampler(seed=base["seed"]),
+            pruner=self.optuna.pruners.PercentilePruner(
+                _KEPT, n_startup_trials=_FIRST, n_warmup_steps=_WARM
+            ),
+            load_if_exists=True,
+        )
+        self.going: dict[str, tuple[int, Run]] = {}
+        self._trials: dict[str, Any] = {}  # of going runs, those that may be ended early
+        self._ended: set[str] = set()
+
+    def _states(self, *names: str) -> tuple[Any, ...]:
+        return tuple(self.optuna.trial.TrialState[name] for name in names)
+
+    def ask(self, most: int) -> list[Run]:
+        """The next runs, those first that were broken off; none once there were enough."""
+        self.going, self._trials = {}, {}
+        for frozen in self.study.get_trials(states=self._states("RUNNING")):
+            run = self._run({name: given(frozen.params[name]) for name in self.grid})
+            self.going[run.name] = frozen.number, run
+        every = len(self.study.get_trials())
+        for _ in range(min(most - len(self.going), self.number - every)):
+            trial = self.study.ask()
+            run = self._run({name: given(self._suggested(trial, name)) for name in self.grid})
+            if run.name in self.going:  # the same, rounded
+                self.study.tell(trial, state=self._states("FAIL")[0])
+                continue
+            self.going[run.name], self._trials[run.name] = (trial.number, run), trial
+        return [run for _, run in self.going.values()]
+
+    def _run(self, values: Settings) -> Run:
+        over = {"method": [reference_of(self.method)]} | {k: [v] for k, v in values.items()}
+        return expand(self.base, over, self.out)[0]
+
+    def _suggested(self, trial: Any, name: str) -> Any:
+        """A value in the range of its grid, which goes one step beyond where it is logarithmic."""
+        values, rules = sorted(self.grid[name]), keys()[name].rules
+        low, high = values[0], values[-1]
+        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            return trial.suggest_categorical(name, list(self.grid[name]))
+        if isinstance(low, int):
+            return trial.suggest_int(name, low, high)
+        if wide := low > 0 and high / low >= _WIDE:
+            low, high = low**2 / values[1], high**2 / values[-2]
+            low = max(low, rules["low"] or low)
+            high = min(high, rules["high"] or high)
+        return trial.suggest_float(name, low, high, log=wide)
+
+    def judge(self, run: Run, event: Mapping[str, Any]) -> str | None:
+        """Why to end a run that has said ``event``; None: it may go on."""
+        trial = self._trials.get(run.name)
+        if trial is None or "loss" not in event:
+            return None
+        step = int(event["progress"] * _STEPS)
+        trial.report(-event["loss"], step)  # the first one of a step counts
+        if not trial.should_prune():
+            return None
+        self._ended.add(run.name)
+        return "ended: its training loss is among the worst"
+
+    def tell(self, score: Callable[[Run], tuple[float, ...]]) -> None:
+        """Keep how the runs that were asked for have ended."""
+        pruned, failed = self._states("PRUNED", "FAIL")
+        for name, (number, run) in self.going.items():
+            if found := score(run):
+                self.study.tell(number, found[0])
+            else:
+                self.study.tell(number, state=pruned if name in self._ended else failed)
+
+    def best(self) -> dict[str, Any]:
+        """The values of the best one, the first of equals.
+
+        Raises:
+            ConfigError: none came to its end.
+        """
+        done = self.study.get_trials(states=self._states("COMPLETE"))
+        if not done:
+            raise ConfigError(f"tune: no run of {self.method} came to its end; see {self.out}")
+        best = max(done, key=lambda trial: trial.value)
+        return {name: given(best.params[name]) for name in self.grid}
+
+
+def given(value: Any) -> Any:
+    """A proposed value as a run has it: floats with two digits."""
+    return float(f"{value:.2g}") if isinstance(value, float) else value
+
+
+def search(
+    base: Settings,
+    grids: Mapping[str, Grid],
+    out: Path,
+    run_all: RunAll,
+    score: Callable[[Run], tuple[float, ...]],
+    trials: int,
+    at_once: int,
+) -> dict[str, Any]:
+    """{setting: its best value} of every method, after so many trials of each.
+
+    Args:
+        base, grids, out: as of ``tune.search``.
+        run_all: carries runs out, ending those early of which the judge says so.
+        score: of a run, its best first; () if it failed.
+        at_once: trials of a method that are proposed together.
+
+    Raises:
+        ConfigError: of some method no run succeeded, or Optuna is not installed.
+    """
+    imported()
+    out.mkdir(parents=True, exist_ok=True)
+    searches = [Search(base, method, grid, out, trials) for method, grid in grids.items()]
+
+    def judge(run: Run, event: Mapping[str, Any]) -> str | None:
+        (its,) = [each for each in searches if run.name in each.going]
+        return its.judge(run, event)
+
+    while runs := [run for each in searches for run in each.ask(at_once)]:
+        run_all(runs, judge)
+        for each in searches:
+            each.tell(score)
+    return {key: value for each in searches for key, value in each.best().items()}

@@ -1,0 +1,135 @@
+"""Settings chosen by Optuna."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pfedgpa_app import cli
+from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.study import trials
+from pfedgpa_app.study.sweep import Judge, Run
+from tests.support.federations import PLAIN
+
+pytest.importorskip("optuna")
+BASE = {"seed": 100, "validation-share": 0.2, "num-server-rounds": 2}
+RATES = {"fedavg": {"learning-rate": (0.005, 0.01, 0.02, 0.05)}}
+
+
+def accuracy(run: Run) -> tuple[float, ...]:
+    """Best at a learning rate of 0.1."""
+    rate = run.varied["learning-rate"]
+    return () if rate > 0.12 else (50 - 10 * abs(math.log10(rate / 0.1)),)
+
+
+class Runner:
+    """Says which runs it was given, and can be interrupted."""
+
+    def __init__(self, stop_at: int = 1000) -> None:
+        self.given: list[float] = []
+        self.stop_at = stop_at
+
+    def __call__(self, runs: list[Run], _: Judge) -> None:
+        rates = [run.varied["learning-rate"] for run in runs]
+        self.given += rates
+        if len(self.given) >= self.stop_at:
+            raise KeyboardInterrupt
+
+
+def search(out: Path, run_all: Any, number: int, grids: Any = None) -> dict[str, Any]:
+    return trials.search(BASE, grids or RATES, out, run_all, accuracy, number, 2)
+
+
+def test_it_comes_near_the_best_and_beyond_the_grid(tmp_path: Path) -> None:
+    runner = Runner()
+    found = search(tmp_path, runner, 30)
+    assert len(runner.given) <= 30
+    assert 0.07 < found["learning-rate"] < 0.12
+    assert found["learning-rate"] in runner.given
+    assert all(rate == float(f"{rate:.2g}") for rate in runner.given)
+
+
+def test_a_search_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    whole, first, rest = Runner(), Runner(stop_at=6), Runner()
+    search(tmp_path / "whole", whole, 10)
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path / "parts", first, 10)
+    found = search(tmp_path / "parts", rest, 10)
+    assert rest.given[:2] == first.given[-2:]  # those that were broken off come again
+    assert first.given == whole.given[:6]
+    assert len(first.given) - 2 + len(rest.given) == len(whole.given)
+    again = Runner()
+    assert search(tmp_path / "parts", again, 10) == found
+    assert not again.given
+
+
+def test_settings_of_every_kind_have_a_range(tmp_path: Path) -> None:
+    grids: dict[str, Any] = {
+        "fedala": {"fedala.layers": (1, 2)},
+        "pfedgpa": {"pfedgpa.momentum": (0.0, 0.5, 0.7)},
+    }
+    given: dict[str, list[Any]] = {}
+
+    def run_all(runs: list[Run], _: Judge) -> None:
+        for run in runs:
+            for key in ("fedala.layers", "pfedgpa.momentum"):
+                given.setdefault(key, []).extend([run.varied[key]] if key in run.varied else [])
+
+    trials.search(BASE, grids, tmp_path, run_all, lambda _: (1.0,), 6, 3)
+    assert {type(value) for value in given["fedala.layers"]} == {int}
+    assert set(given["fedala.layers"]) <= {1, 2}
+    assert all(0 <= value <= 0.7 for value in given["pfedgpa.momentum"])
+
+
+def test_a_run_whose_training_loss_is_among_the_worst_is_ended(tmp_path: Path) -> None:
+    ended: list[str] = []
+
+    began: list[str] = []
+
+    def run_all(runs: list[Run], judge: Judge) -> None:
+        for run in runs:
+            began.append(run.name)
+            loss = 100.0 if len(began) in (3, 8) else 1.0  # no trial before the third is done
+            for progress in (0.05, 0.35, 0.65):
+                event = {"kind": "round", "text": "", "progress": progress}
+                if judge(run, event | {"loss": loss}):
+                    ended.append(run.name)
+                    break
+                assert judge(run, event) is None  # other engines' events say nothing of it
+
+    done: list[str] = []
+
+    def score(run: Run) -> tuple[float, ...]:
+        done.append(run.name)
+        return () if run.name in ended else (float(len(done)),)
+
+    grids = {"fedprox": {"fedprox.mu": (0.001, 0.01, 0.1, 1.0)}}
+    found = trials.search(BASE, grids, tmp_path, run_all, score, 10, 5)
+    assert ended == [began[7]]
+    assert f"fedprox.mu={found['fedprox.mu']}" not in " ".join(ended)
+    kept = trials.Search(BASE, "fedprox", grids["fedprox"], tmp_path, 10)
+    states = [trial.state.name for trial in kept.study.get_trials()]
+    assert states.count("PRUNED") == 1
+    assert states.count("COMPLETE") == 9
+
+
+def test_where_every_run_fails_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run of fedavg came to its end"):
+        trials.search(BASE, RATES, tmp_path, lambda *_: None, lambda _: (), 3, 2)
+
+
+@pytest.mark.slow
+def test_tune_keeps_what_trials_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = [f"{k}: {v}" for k, v in (PLAIN | {"num-server-rounds": 2}).items()]
+    (tmp_path / "mine.yaml").write_text("\n".join(["method: fedavg", "device: cpu", *lines]))
+    assert cli.main(["tune", "--conf", "mine.yaml", "--trials", "2", "--jobs", "2"]) == 0
+    found = resolve({"conf": "mine.yaml"}).config.learning_rate
+    search = (tmp_path / "mine.search.md").read_text()
+    assert search.startswith("Made by `pfedgpa tune --conf mine --methods fedavg --trials 2`")
+    assert search.count("| FedAvg |") == 2
+    assert f"| learning-rate = {found} |" in search
