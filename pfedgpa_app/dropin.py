@@ -117,7 +117,7 @@ class PFedGPA(FedAvg):
         super().summary()
         config = self._server.config
         rounds = Server.first_generation(config), config.num_server_rounds
-        logger.info("\t└──> Weights are generated in rounds %d to %d", *rounds)
+        logger.info("\t└──> Weights are generated at the end of rounds %d to %d", *rounds)
 
     def start(
         self,

@@ -149,8 +149,9 @@ class TestQuickstart:
             strategy = kind(fraction_evaluate=0.0, **quick)
             config = ConfigRecord({"lr": 0.1})
             grid = InProcessGrid(RUN, 3, app=app)
-            strategy.start(grid, ArrayRecord(initial), 2, train_config=config)
-            means.append(grid.sent[-1].content.array_records["arrays"].to_torch_state_dict())
+            strategy.start(grid, ArrayRecord(initial), 3, train_config=config)
+            second = grid.sent[5]  # of three a round; after it weights are generated
+            means.append(second.content.array_records["arrays"].to_torch_state_dict())
         assert list(means[0]) == list(means[1])
         for name, tensor in means[1].items():
             assert tensor.dtype == initial[name].dtype  # FedAvg's counters become float64
@@ -302,7 +303,8 @@ class TestHostileNodes:
             return reply
 
         strategy, result = start({"w": torch.zeros(1)}, spoil, fraction_evaluate=1.0)
-        assert result.arrays.to_torch_state_dict()["w"].item() == pytest.approx(4.0)
+        # in the second round nodes train on from what was generated for them
+        assert result.arrays.to_torch_state_dict()["w"].item() == pytest.approx(4.0, abs=0.05)
         assert len(strategy.personal) == 4
         for metrics in (result.train_metrics_clientapp, result.evaluate_metrics_clientapp):
             assert dict(metrics[1]) == {"loss": pytest.approx((0 * 10 + 1 * 20 + 2 * 30) / 60)}

@@ -38,7 +38,8 @@ from pfedgpa_app.messages import record_of
 from pfedgpa_app.methods import rounds_class
 from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.models.build import classifier_bias, network_of
-from pfedgpa_app.training.evaluation import FineTuning, Score
+from pfedgpa_app.models.networks import load
+from pfedgpa_app.training.evaluation import FineTuning, Score, tempered_losses
 from pfedgpa_app.training.sgd import device_for
 
 Metrics = dict[str, int | float | list[int] | list[float]]
@@ -174,7 +175,21 @@ class ClientRequest:
             classes = len(self.schema().classes)
             counts = torch.bincount(self.data().train.labels, minlength=classes)
             metrics["label-counts"] = counts.tolist()
+        if losses := self._validation_losses():
+            metrics["validation-losses"] = losses
         return self.reply(metrics, weights)
+
+    def _validation_losses(self) -> list[float]:
+        """Tempered ones of what it was sent, then of what else it is to try; [] if nobody asks."""
+        images = self.data().validation
+        if not len(images) or not self.method.asks_validation(self.config, self.round):
+            return []
+        model, losses = self.model(), list[float]()
+        for weights in (self.weights, self.reference):
+            if weights is not None:
+                load(model, self.method.start(weights, self.state))
+                losses += tempered_losses(model, images)
+        return losses
 
     def scored(self, score: Score) -> Message:
         """The answer to an evaluation."""

@@ -149,3 +149,5 @@ class Upload:
     weights: Weights
     examples: float  # how many training images; other people's clients may weigh otherwise
     labels: list[int] = field(default_factory=list)  # images of each class, if it shares that
+    # tempered ones of what it was sent and of what else it tried, if it was asked and has images
+    validation_losses: list[list[float]] = field(default_factory=list)

@@ -166,9 +166,9 @@ class WeightDistribution(Distribution):
         self.anchor = deltas.means[-1]
         head = self.layout.head()
         head_gram = deltas.gram(head)
-        rank = settings.rank or choose_rank(
-            settings.rank_rule, deltas, head, head_gram, self.clients, seed
-        )
+        rank = settings.rank
+        if rank is None:
+            rank = choose_rank(settings.rank_rule, deltas, head, head_gram, self.clients, seed)
         self.own_weight = settings.own_weight or own_weight_of(len(self.clients.unique()), rank)
         self.autoencoder = self._autoencoder(deltas, head_gram, rank, torch.device(device))
         self.latents = self.autoencoder.encode_all(deltas)
@@ -209,12 +209,14 @@ class WeightDistribution(Distribution):
         self, deltas: Deltas, head_gram: Tensor, rank: int, device: torch.device
     ) -> Autoencoder:
         settings, seed = self.settings, self.seed
-        if settings.autoencoder == "conv":
+        if settings.autoencoder == "conv" and rank:
             training = ConvolutionalSettings(
                 settings.chunk_latents, settings.autoencoder_steps, input_noise=0.0
             )
             return ConvolutionalAutoencoder.fit(deltas, self.layout, training, seed, device)
         gram = deltas.gram()
+        if not rank:
+            return LinearAutoencoder.fit(deltas, gram, gram.new_zeros(len(gram), 1))
         if settings.directions == "principal":
             combinations = principal_directions(gram, rank)
         else:

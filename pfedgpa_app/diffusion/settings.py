@@ -21,7 +21,9 @@ class DiffusionSettings:
     )
     chunk_latents: int = setting(16, "conv: latents for every 16,384 weights", low=1)
     autoencoder_steps: int = setting(1500, "conv: optimiser steps", low=1)
-    rank: int | None = setting(None, "latent dimensions; auto: by rank-rule", low=1)
+    rank: int | None = setting(
+        None, "latent dimensions; auto: by rank-rule; 0: everyone is sent the mean", low=0
+    )
     rank_rule: str = setting(
         "widest-gap", "how clients' mean classifiers tell the rank", choices=RULES
     )

@@ -95,6 +95,10 @@ class Rounds(Generic[S]):
         """What ``client`` is sent to train from."""
         raise NotImplementedError
 
+    def rival(self, client: int) -> Weights | None:
+        """What else ``client`` tries on its validation images, where it is asked for that."""
+        return None
+
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Take in a round's accepted uploads, keyed by client in rising order."""
         raise NotImplementedError
@@ -165,6 +169,11 @@ class Rounds(Generic[S]):
         task.load(cls.start(task.weights, task.state))
         loss = task.sgd(cls.recipes(task.config, weight_names(task.model), task.round))
         return Trained(*cls.upload(weights_of(task.model), task.weights, task.state), loss)
+
+    @classmethod
+    def asks_validation(cls, config: Config, server_round: int) -> bool:
+        """Whether clients tell how what they were sent does on their validation images."""
+        return False
 
     @classmethod
     def is_plain_sgd(cls) -> bool:

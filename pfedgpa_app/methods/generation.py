@@ -41,13 +41,14 @@ class PFedGPASettings(DiffusionSettings):
 
     generate_from: int | None = setting(
         None,
-        "first round that ends with generation; auto: the last 8 % of the rounds do",
+        "first round in which clients train on from what is generated for them, by uploads of the "
+        "rounds before; auto: the last 8 % of the rounds are so",
         low=1,
         part=ROUNDS,
     )
     round_rate: float = setting(
         0.1,
-        "learning rate of rounds that end with generation, in units of the run's",
+        "learning rate of those rounds, in units of the run's",
         above=0,
         part=ROUNDS,
     )
@@ -165,7 +166,6 @@ class Generation(Personaliser[RememberedState]):
     of = RememberingFedAvg
     settings = PFedGPASettings
     parts: ClassVar[tuple[str, ...]] = (RESULTS, UPLOADS)
-    chosen_rank: int | None = None  # before the settings' rank-rule is asked
 
     def __init__(self, config: Config, state: RememberedState) -> None:
         super().__init__(config, state)
@@ -209,8 +209,7 @@ class Generation(Personaliser[RememberedState]):
 
     def fit(self, layers: int, denoiser: str) -> WeightDistribution:
         """The distribution of the buffered uploads, or of their last ``layers``."""
-        values = asdict(self.own) | {"denoiser": denoiser}
-        values["rank"] = self.own.rank or self.chosen_rank
+        values = asdict(self.own) | {"denoiser": denoiser} | self.sharing()
         names = {f.name for f in fields(DiffusionSettings)}
         return WeightDistribution(
             self._uploads(layers),
@@ -220,6 +219,10 @@ class Generation(Personaliser[RememberedState]):
             self._descriptors(),
             self.progress,
         )
+
+    def sharing(self) -> dict[str, Any]:
+        """Settings of the distribution that say who learns from whom, where they are known."""
+        return {}
 
     def _descriptors(self) -> dict[int, torch.Tensor] | None:
         """What eq. 9 goes by: class shares, or one-hot names, whose embedding is learned."""

@@ -19,12 +19,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import RESULTS, ConfigError
 from pfedgpa_app.core.uploads import Buffer, Upload
 from pfedgpa_app.core.weights import Weights
-from pfedgpa_app.diffusion.distribution import rank_of
+from pfedgpa_app.diffusion.distribution import WeightDistribution, rank_of
 from pfedgpa_app.methods.averaging import with_momentum
 from pfedgpa_app.methods.generation import (
     ROUNDS,
@@ -35,26 +39,40 @@ from pfedgpa_app.methods.generation import (
     RememberingFedAvg,
 )
 
+MEAN, GENERATED, OWN = "mean", "generated", "own"
+_OWN_WEIGHT = 0.9  # posterior weight that clients' own uploads keep where nobody is like anybody
+
 
 @dataclass
 class PFedGPAState(RememberedState):
     """What pFedGPA's server knows beside the mean and the uploads.
 
-    ``velocity`` is the server's momentum, ``rank`` the latent rank chosen before the first
-    generation, ``generated`` what clients train from.
+    ``velocity`` is the server's momentum, ``rank`` the latent rank chosen at the first
+    generation, ``generated`` what clients train from. ``losses``: each client's newest ones on
+    its validation images under the mean, if it has some. ``rivals``: weights that share nothing,
+    to be compared with those generated. ``chosen``: by clients' validation losses, the mean,
+    generated weights or their own; "" while nobody has told.
     """
 
     velocity: Weights = field(default_factory=dict)
     rank: int | None = None
     generated: dict[int, Weights] = field(default_factory=dict)
+    losses: dict[int, list[float]] = field(default_factory=dict)
+    rivals: dict[int, Weights] = field(default_factory=dict)
+    chosen: str = ""
 
 
 class PFedGPA(Generation, RememberingFedAvg):
     """FedAvg, maybe with momentum; then generation ends every round, and clients train on from it.
 
-    These last rounds are gentle: at a small learning rate, clients fine-tune, but together with
-    those whose weights are like theirs. What they upload differs by far more than its noise, so
-    the distribution is learned from these rounds alone.
+    The first generation is from FedAvg's own last rounds. Those after it are gentle: at a small
+    learning rate, clients fine-tune, but together with those whose weights are like theirs. What
+    they upload differs by far more than its noise, so the distribution is then learned from these
+    rounds alone.
+
+    Uploads do not tell clients that are alike, each with a chance of its own, from clients that
+    are like nobody. Clients' validation images do, if they have some: in the first gentle round
+    they compare what was generated for them with the mean and with what is their own alone.
     """
 
     title = "pFedGPA"
@@ -80,45 +98,115 @@ class PFedGPA(Generation, RememberingFedAvg):
     def download(self, client: int) -> Weights:
         return self.state.generated.get(client, self.state.global_weights)
 
+    def rival(self, client: int) -> Weights | None:
+        return self.state.rivals.get(client)
+
     @classmethod
-    def first_generation(cls, config: Config) -> int:
-        """The first round that ends with generation."""
+    def first_gentle(cls, config: Config) -> int:
+        """The first round in which clients train on from what was generated for them."""
         rounds = config.num_server_rounds
         return config.of(PFedGPASettings).generate_from or rounds - math.ceil(0.08 * rounds) + 1
 
     @classmethod
+    def first_generation(cls, config: Config) -> int:
+        """The first round that ends with generation: the one before, or the first of all."""
+        return max(1, cls.first_gentle(config) - 1)
+
+    @classmethod
     def learning_rate(cls, config: Config, server_round: int = 1) -> float:
-        generating = cls.first_generation(config) <= server_round <= config.num_server_rounds
+        gentle = cls.first_gentle(config) <= server_round <= config.num_server_rounds
         rate = super().learning_rate(config, server_round)
-        return rate * (config.of(PFedGPASettings).round_rate if generating else 1)
+        return rate * (config.of(PFedGPASettings).round_rate if gentle else 1)
+
+    @classmethod
+    def asks_validation(cls, config: Config, server_round: int) -> bool:
+        own, first = config.of(PFedGPASettings), cls.first_gentle(config)
+        last = cls.first_generation(config) + 1
+        return own.rank is None and first - own.buffer_rounds <= server_round <= last
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
-        first, state = self.first_generation(self.config), self.state
+        first, state = self.first_gentle(self.config), self.state
         before = state.global_weights
-        if server_round >= first and not state.generated:
-            self._prepare(first)
+        if self._compare(uploads) in (MEAN, OWN):  # from where these uploads did not come
+            state.generated = self._generated()
+            return
+        if state.generated and state.chosen != OWN:
+            state.buffer.drop_before(first)
         super().aggregate(server_round, uploads)
         if server_round < first and self.own.momentum:
             state.global_weights, state.velocity = with_momentum(
                 before, state.global_weights, state.velocity, self.own.momentum
             )
-        if server_round >= first:
-            layers = self.own.round_layers or self.own.layers
-            fitted = self.fit(layers, self.own.round_denoiser)
-            state.generated = self.whole(self.decoded(fitted))
+        if server_round >= self.first_generation(self.config):
+            if self.own.rank is None and state.rank is None:
+                state.rank = rank_of(state.buffer, self.own.rank_rule, self.config.seed)
+                if state.losses:
+                    state.chosen = OWN
+                    state.rivals = self._generated()
+                    state.chosen = ""
+            state.generated = self._generated()
 
-    def _prepare(self, first: int) -> None:
-        """Choose the rank by FedAvg's rounds, and forget them.
+    def _compare(self, uploads: dict[int, Upload]) -> str:
+        """Take in clients' validation losses; after the first generation, choose by them.
+
+        Returns:
+            what was chosen, in the round in which it was.
+        """
+        state = self.state
+        told = {c: upload.validation_losses for c, upload in uploads.items()}
+        if not state.generated:
+            state.losses |= {client: losses[0] for client, losses in told.items() if losses}
+        elif state.rivals:
+            all_three = {
+                client: [state.losses[client], *losses]
+                for client, losses in told.items()
+                if len(losses) == 2 and client in state.losses
+            }
+            state.rivals = {}
+            if all_three:
+                state.chosen = _best(torch.tensor(list(all_three.values())))
+                return state.chosen
+        return ""
+
+    def _generated(self) -> dict[int, Weights]:
+        """What clients train from next; {}: all of them from the mean."""
+        if self.state.chosen == MEAN:
+            return {}
+        layers = self.own.round_layers or self.own.layers
+        return self.whole(self.decoded(self.fit(layers, self.own.round_denoiser)))
+
+    def decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
+        if self.state.chosen != MEAN:
+            return super().decoded(fitted)
+        common = {name: self.state.global_weights[name] for name in fitted.layout.names}
+        return dict.fromkeys(fitted.newest, common)
+
+    def sharing(self) -> dict[str, Any]:
+        """By FedAvg's rounds.
 
         Clients that train on from generated weights differ ever more along the directions that
         generation kept, so that a rank chosen by their uploads would only confirm itself.
         """
-        buffer = self.state.buffer
-        if self.own.rank is None and len(buffer):
-            self.state.rank = rank_of(buffer, self.own.rank_rule, self.config.seed)
-        buffer.drop_before(first)
+        if self.own.rank is not None:
+            return {}
+        if self.state.chosen == MEAN:
+            return {"rank": 0}
+        if self.state.chosen == OWN:
+            clients = {entry.client for entry in self.state.buffer.entries()}
+            return {"rank": len(clients) - 1, "own_weight": _OWN_WEIGHT}
+        return {"rank": self.state.rank}
 
-    @property
-    def chosen_rank(self) -> int | None:  # type: ignore[override]
-        """By FedAvg's rounds."""
-        return self.state.rank
+    def report(self) -> dict[str, Any]:
+        return super().report() | {"chosen_by_validation": self.state.chosen or None}
+
+
+def _best(losses: Tensor) -> str:
+    """What is best for most clients, by losses [clients, 3, temperatures].
+
+    Of the mean, what was generated and what is their own, each at the temperature at which it is
+    best for all together.
+    """
+    coolest = losses.mean(0).argmin(1)
+    mean, made, own = (losses[:, i, at] for i, at in enumerate(coolest.tolist()))
+    name, mine = (OWN, own) if 2 * int((own < made).sum()) > len(own) else (GENERATED, made)
+    return MEAN if 2 * int((mean < mine).sum()) > len(mine) else name

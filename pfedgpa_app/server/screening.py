@@ -16,6 +16,7 @@ from pfedgpa_app.core.sections import FederationSettings
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.core.weights import Layout, Weights, all_finite, finite
 from pfedgpa_app.messages import bytes_of
+from pfedgpa_app.training.evaluation import TEMPERATURES
 
 _WHAT: dict[int, str] = {  # what Flower's codes mean for whom reads the log
     ErrorCode.MESSAGE_UNAVAILABLE: "did not answer in time",
@@ -98,7 +99,12 @@ def check_upload(
         return None, f"sent label-counts {labels!r} instead of whole numbers"
     if labels and (len(labels) != classes or not sum(labels)):
         return None, f"sent label-counts {labels!r} instead of the images of {classes} classes"
-    return Upload(weights, examples, labels), ""
+    losses: Any = metrics.get("validation-losses", []) if metrics is not None else []
+    each = len(TEMPERATURES)
+    if not isinstance(losses, list) or len(losses) not in (0, each, 2 * each):
+        return None, f"sent validation-losses {losses!r} instead of {each} or {2 * each}"[:300]
+    rows = [losses[start : start + each] for start in range(0, len(losses), each)]
+    return Upload(weights, examples, labels, rows), ""
 
 
 def check_counts(counts: Mapping[str, Any]) -> str:

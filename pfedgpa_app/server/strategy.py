@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Strategy
 from pfedgpa_app.core.randomness import numpy_generator
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.messages import record_of
 from pfedgpa_app.methods.base import Rounds
 from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.server.evaluation import Evaluator
@@ -89,6 +90,9 @@ class Personalised(Strategy):
             for client in chosen
             if client not in self._away
         }
+        for client, message in self._sent.items():
+            if (rival := self.method.rival(client)) is not None:
+                message.content["reference"] = record_of(rival)
         self._round_down = sum(array_bytes(message) for message in self._sent.values())
         return list(self._sent.values())
 

@@ -37,6 +37,7 @@ class FineTuning:
 
 
 EVALUATION_BATCH = 1000
+TEMPERATURES = (0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,21 @@ def evaluate(model: nn.Module, data: Images) -> Score:
         correct += int((logits.argmax(1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     return Score(correct, loss, len(data))
+
+
+@torch.no_grad()
+def tempered_losses(model: nn.Module, data: Images) -> list[float]:
+    """Mean cross-entropies of ``model`` on ``data``, logits divided by each of ``TEMPERATURES``.
+
+    The smallest of them compares networks of which one is surer of itself than the other: what
+    clients have learned by heart makes it so (Guo et al. 2017, "On Calibration of Modern Neural
+    Networks").
+    """
+    sums = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+    for logits, labels in _logits(model, data):
+        for i, temperature in enumerate(TEMPERATURES):
+            sums[i] += float(F.cross_entropy(logits / temperature, labels, reduction="sum"))
+    return (sums / len(data)).tolist()
 
 
 @torch.no_grad()

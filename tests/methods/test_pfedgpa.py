@@ -7,19 +7,23 @@ import torch
 
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.diffusion.distribution import rank_of
-from pfedgpa_app.methods.pfedgpa import PFedGPA
+from pfedgpa_app.methods.pfedgpa import PFedGPA, _best
+from pfedgpa_app.training.evaluation import TEMPERATURES
 from tests.support.by_hand import (
     column,
     configured,
     server,
 )
 
+MEAN, GENERATED, OWN = range(3)
+
 
 class TestServers:
     def test_rounds_that_end_with_generation(self) -> None:
         kind, names = PFedGPA, ["1.weight", "2.weight"]
         config = configured(method="pfedgpa", num_server_rounds=100, **{"pfedgpa.round-rate": 0.2})
-        assert kind.first_generation(config) == 93  # the last 8 of 100
+        assert kind.first_gentle(config) == 93  # the last 8 of 100
+        assert kind.first_generation(config) == 92
         rates = [kind.recipes(config, names, r)[0].learning_rate for r in (1, 92, 93, 100)]
         assert rates == pytest.approx([1, 1, 0.2, 0.2])
         method = server("pfedgpa", num_server_rounds=5, **{"pfedgpa.generate-from": 4})
@@ -27,7 +31,7 @@ class TestServers:
             like = method.expected_upload()
             uploads = {i: {n: t + i + number for n, t in like.items()} for i in (0, 1)}
             method.aggregate(number, {i: Upload(u, 10) for i, u in uploads.items()})
-            assert bool(method.state.generated) == (number >= 4)
+            assert bool(method.state.generated) == (number >= 3)
         rounds = method.state.buffer.stack()[2]
         assert rounds.tolist() == [4, 4, 5, 5]  # learned from these alone
 
@@ -50,8 +54,51 @@ class TestServers:
                 mine = two[client % 2] if number < 5 else four[client % 4]
                 uploads[client] = Upload(like | {"head.weight": mine + noise}, 1)
             method.aggregate(number, uploads)
-            assert method.state.rank == (None if number < 5 else 2)
+            assert method.state.rank == (None if number < 4 else 2)
         learned = method.learned()
         assert learned is not None
         assert learned.rank == 2
         assert rank_of(method.state.buffer, "shrinkage", 0) == 3  # by what clients are now
+
+    @pytest.mark.parametrize("best", [MEAN, GENERATED, OWN])
+    def test_clients_choose_by_their_validation_losses(self, best: int) -> None:
+        # four clients in two groups, at 1 and 5, each with something of its own
+        theirs = torch.tensor([1.0, 1.2, 5.0, 5.2])
+        losses = [[2.0] * len(TEMPERATURES) for _ in range(3)]
+        losses[best] = [1.0] * len(TEMPERATURES)
+        settings = {
+            "pfedgpa.generate-from": 4,
+            "pfedgpa.fit-steps": 20,
+            "pfedgpa.rank-rule": "shrinkage",
+        }
+        method = server("pfedgpa", clients=4, num_server_rounds=6, **settings)
+        like = method.expected_upload()
+        for number in range(1, 7):
+            assert (method.rival(0) is not None) == (number == 4)
+            told = [losses[MEAN]] if number < 4 else losses[GENERATED:] if number == 4 else []
+            sent = {c: method.download(c) for c in range(4)}
+            if number < 4:
+                uploads = {c: {n: t + theirs[c] for n, t in like.items()} for c in range(4)}
+            else:
+                uploads = {c: {n: t + 0.01 for n, t in sent[c].items()} for c in range(4)}
+            every = {c: Upload(u, 1 + c, [], told) for c, u in uploads.items()}
+            method.aggregate(number, every)
+        assert method.state.chosen == ("mean", "generated", "own")[best]
+        made = [float(method.personalise()[c]["2.weight"][0, 0]) for c in range(4)]
+        if best == MEAN:
+            weighted = float((theirs * torch.arange(1, 5)).sum() / 10)
+            assert made == pytest.approx([weighted + 0.02] * 4)  # and two more rounds
+        else:
+            shared = made[1] - made[0], made[3] - made[2]
+            assert made[2] - made[1] > 3
+            assert all(0.15 < gap < 0.25 for gap in shared) == (best == OWN)
+
+    def test_a_network_that_is_too_sure_is_not_worse_for_that(self) -> None:
+        worse = torch.tensor([1.0, 0.9, 0.8, 0.9, 1.0, 1.1])
+        sure = torch.tensor([3.0, 2.0, 1.2, 0.9, 0.7, 0.6])
+        losses = torch.stack([worse + 1, worse, sure]).expand(5, 3, 6)
+        assert _best(losses) == "own"
+        assert _best(losses[:, [1, 0, 0]]) == "mean"
+        hurt = losses.clone()
+        hurt[:2, 2] += 1  # two of five are not most
+        assert _best(hurt) == "own"

@@ -235,6 +235,44 @@ class TestMethods:
             assert (upload is None) == bool(wrong)
             assert wrong in reason
 
+    @pytest.mark.parametrize(
+        ("losses", "wrong"),
+        [([1.0] * 6, ""), ([1.0] * 12, ""), ([1.0] * 5, "instead of 6 or 12"), (1.0, "instead")],
+    )
+    def test_validation_losses_are_checked(self, losses: Any, wrong: str) -> None:
+        expected = {"w": torch.zeros(2)}
+        metrics = {"num-examples": 10, "validation-losses": losses, "round": 3}
+        content = RecordDict({"arrays": ArrayRecord(expected), "metrics": MetricRecord(metrics)})
+        reply = Message(content, dst_node_id=1, message_type="train")
+        upload, reason = check_upload(reply, expected, 3)
+        assert wrong in reason
+        assert (upload is None) == bool(wrong)
+        if upload is not None:
+            assert upload.validation_losses == [[1.0] * 6] * (len(losses) // 6)
+
+    @pytest.mark.parametrize("share", [0.2, 0.0])
+    @pytest.mark.parametrize("share", [0.2, 0.0])
+    def test_clients_compare_on_their_validation_images(self, tmp_path: Path, share: float) -> None:
+        told: dict[int, set[int]] = {}
+
+        def watch(message: Message, reply: Message) -> Message:
+            if message.metadata.message_type == "train":
+                config: Any = message.content.config_records["config"]
+                losses: Any = reply.content.metric_records["metrics"].get("validation-losses", [])
+                told.setdefault(int(config["round"]), set()).add(len(losses))
+            return reply
+
+        how: dict[str, Any] = {"method": "pfedgpa", "validation_share": share}
+        row = summary(federate(tmp_path, tamper=watch, **how)[0])["pfedgpa"]
+        if share:  # in round 4 they try what shares nothing, too, and are sent it
+            assert told == {1: {6}, 2: {6}, 3: {6}, 4: {12}}
+            assert row["chosen_by_validation"] in ("mean", "generated", "own")
+            assert row["bytes_down"] == row["bytes_up"] * 5 / 4
+        else:
+            assert told == dict.fromkeys(range(1, 5), {0})
+            assert row["chosen_by_validation"] is None
+            assert row["bytes_down"] == row["bytes_up"]
+
     def test_a_saved_distribution_starts_another_federation(self, tmp_path: Path) -> None:
         one, _ = federate(tmp_path / "1", method="pfedgpa-once", evaluate_every=1)
         saved_to = one / "distribution.safetensors"
@@ -275,19 +313,19 @@ class TestMethods:
                 assert {f"global/{name}" for name in record} == names
 
     def test_generating_every_round_costs_no_more_bytes(self, tmp_path: Path) -> None:
-        settings = {"pfedgpa.generate-from": 2, "pfedgpa.round-layers": 3}
+        settings = {"pfedgpa.generate-from": 2, "pfedgpa.round-layers": 3, "validation-share": 0.0}
         folder, grid = federate(tmp_path, method="fedavg,pfedgpa", **settings)
         rows = summary(folder)
         assert rows["pfedgpa"]["bytes_up"] == rows["fedavg"]["bytes_up"]
         assert rows["pfedgpa"]["bytes_down"] == rows["fedavg"]["bytes_down"]
         assert rows["pfedgpa"]["accuracy_mean_of_last_five_rounds"] is not None
-        # from round 3 on every client trains from weights of its own
+        # from round 2 on every client trains from weights of its own
         sent: dict[int, set[bytes]] = {}
         for message in train_messages(grid, "pfedgpa"):
             server_round: Any = message.content.config_records["config"]["round"]
             weight = message.content.array_records["arrays"]["fc1.weight"]
             sent.setdefault(server_round, set()).add(weight.data)
-        assert [len(sent[r]) for r in (1, 2, 3, 4)] == [1, 1, 4, 4]
+        assert [len(sent[r]) for r in (1, 2, 3, 4)] == [1, 4, 4, 4]
 
     def test_local_only_sends_nothing_and_keeps_its_state(self, tmp_path: Path) -> None:
         folder, grid = federate(tmp_path, method="local")

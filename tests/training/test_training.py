@@ -111,6 +111,17 @@ class TestTraining:
         assert (score.correct, score.images) == (2, 3)
         assert score.accuracy == pytest.approx(200 / 3)
 
+    def test_a_temperature_undoes_how_sure_a_network_is(self) -> None:
+        images = Images(torch.rand(20, 1, 8, 8), torch.arange(20) % 10)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        losses = evaluation.tempered_losses(model, images)
+        at = evaluation.TEMPERATURES.index
+        assert losses[at(1.0)] == pytest.approx(evaluation.evaluate(model, images).loss / 20)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2)
+        assert evaluation.tempered_losses(model, images)[at(3.0)] == pytest.approx(losses[at(1.5)])
+
 
 def test_streams_are_named_and_independent() -> None:
     draws = {
