@@ -251,7 +251,6 @@ class TestMethods:
             assert upload.validation_losses == [[1.0] * 6] * (len(losses) // 6)
 
     @pytest.mark.parametrize("share", [0.2, 0.0])
-    @pytest.mark.parametrize("share", [0.2, 0.0])
     def test_clients_compare_on_their_validation_images(self, tmp_path: Path, share: float) -> None:
         told: dict[int, set[int]] = {}
 
