@@ -266,11 +266,11 @@ class TestMethods:
         if share:  # in round 4 they try what shares nothing, too, and are sent it
             assert told == {1: {6}, 2: {6}, 3: {6}, 4: {12}}
             assert row["chosen_by_validation"] in ("mean", "generated", "own")
-            assert row["bytes_down"] == row["bytes_up"] * 5 / 4
+            assert row["bytes_down"] == row["bytes_up"] * 6 / 4  # the last time to be evaluated
         else:
-            assert told == dict.fromkeys(range(1, 5), {0})
+            assert told == {number: {0} for number in range(1, 5)}
             assert row["chosen_by_validation"] is None
-            assert row["bytes_down"] == row["bytes_up"]
+            assert row["bytes_down"] == row["bytes_up"] * 5 / 4
 
     def test_a_saved_distribution_starts_another_federation(self, tmp_path: Path) -> None:
         one, _ = federate(tmp_path / "1", method="pfedgpa-once", evaluate_every=1)
