@@ -400,7 +400,7 @@ class TestShippedFiles:
         for folder in ("benchmarks", "docs", "sweeps", "tests"):
             shutil.copytree(APP_DIR / folder, staged / folder)
         bundle = build_fab_from_disk(staged)
-        assert len(bundle) < 600_000
+        assert len(bundle) < 1_000_000  # of the 10 MiB that Flower takes
         with zipfile.ZipFile(io.BytesIO(bundle)) as file:
             names = set(file.namelist())
         app = {name for name in app if name.endswith((".py", ".yaml", ".toml"))}
