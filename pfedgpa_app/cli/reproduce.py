@@ -24,6 +24,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--only", help="places whose name has one of these, by commas, as in cifar10-20"
     )
+    parser.add_argument("--methods", help="these alone, by commas; default: all ten of the map")
     parser.add_argument(
         "--seeds", default="", help="by commas; default: 0, and 1 and 2 where a gain is below 1"
     )
@@ -40,7 +41,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.study.reproduce import DATA, SEEDS, Atlas, cells_of
+    from pfedgpa_app.study.reproduce import DATA, METHODS_OF_MAP, SEEDS, Atlas, cells_of
     from pfedgpa_app.study.sweep import Run, run_sweep
 
     overrides = shared.parse_overrides(options.settings)
@@ -58,6 +59,12 @@ def handle(options: Namespace) -> int:
             names = ", ".join(cell.name for cell in cells_of(options.quick))
             raise ConfigError(f"--only {options.only}: no place of the map has it: {names}")
     seeds = _seeds(options.seeds) if options.seeds else SEEDS
+    methods = METHODS_OF_MAP
+    if options.methods is not None:
+        methods = tuple(shared.items("--methods", options.methods))
+        if unknown := set(methods) - set(METHODS_OF_MAP):
+            known = ", ".join(METHODS_OF_MAP)
+            raise ConfigError(f"--methods: {', '.join(sorted(unknown))}: the map has {known}")
     if options.quick:
         overrides = {"num-server-rounds": 20} | overrides
     app = options.app.absolute()
@@ -66,7 +73,7 @@ def handle(options: Namespace) -> int:
         if not run_sweep(runs, runs[0].folder.parent, app, options.jobs, on=options.on):
             raise LaunchError(f"a run failed; see {runs[0].folder.parent}")
 
-    print(Atlas(out, overrides, places, run_all).fill(cells, seeds))
+    print(Atlas(out, overrides, places, run_all, methods).fill(cells, seeds))
     return 0
 
 

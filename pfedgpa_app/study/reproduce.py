@@ -95,12 +95,14 @@ class Atlas:
     Attributes:
         settings: of the user's, laid over every run's.
         places: {data set: where it lies}, for those that lie elsewhere than their file says.
+        only: the methods that run.
     """
 
     out: Path
     settings: Settings
     places: Mapping[str, str]
     run_all: RunAll
+    only: tuple[str, ...] = METHODS_OF_MAP
 
     def fill(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Run what is not done yet, writing the map anew after every cell; returns its tables."""
@@ -123,8 +125,9 @@ class Atlas:
         for cell, seed in itertools.product(cells, seeds):
             paths = sorted(self._at(cell, seed).glob("*/config.json"))
             rows = [row for path in paths if is_done(path.parent) for row in _rows_of(path.parent)]
-            if {row["method"] for row in rows} == set(cell.methods):
-                found += [asdict(cell) | row for row in rows]
+            wanted = self._methods(cell)
+            if {row["method"] for row in rows} >= set(wanted):
+                found += [asdict(cell) | row for row in rows if row["method"] in wanted]
         return found
 
     def write(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
@@ -136,6 +139,9 @@ class Atlas:
         write_text(self.out / FIGURE, figure(rows))
         return text
 
+    def _methods(self, cell: Cell) -> list[str]:
+        return [method for method in cell.methods if method in self.only]
+
     def _at(self, cell: Cell, seed: int) -> Path:
         return self.out / cell.name / f"seed-{seed}"
 
@@ -143,11 +149,12 @@ class Atlas:
         """All methods of ``cell``, a run a federation, by the settings that were ``found``."""
         base = self._settings(cell)
         runs: list[Run] = []
-        for group in federations(cell.methods).values():
+        for group in federations(self._methods(cell)).values():
             own = {k: v for k, v in found.items() if "." not in k or k.split(".")[0] in group}
             over: dict[str, list[Any]] = {"method": [group], "seed": [seed]}
             runs += expand(base | own, over, self._at(cell, seed))
-        self.run_all(runs)
+        if runs:
+            self.run_all(runs)
 
     def _settings(self, cell: Cell) -> Settings:
         base = cell.settings | {"save-weights": False, "report": False} | self.settings
@@ -158,8 +165,8 @@ class Atlas:
         """What is chosen in ``cell`` on validation images, before any method runs."""
         folder, base = self.out / cell.name / "search", DEFAULTS | self._settings(cell)
         rate = search(base, {"fedavg": main_settings("fedavg")}, folder, self.run_all)
-        grids = {method: dict([grid]) for method, grid in MOMENTUM.items()}
-        return rate | search(base | rate, grids, folder, self.run_all)
+        grids = {method: dict([grid]) for method, grid in MOMENTUM.items() if method in self.only}
+        return rate | (search(base | rate, grids, folder, self.run_all) if grids else {})
 
 
 def cells_of(quick: bool = False) -> list[Cell]:
@@ -260,6 +267,8 @@ def _in_brief(rows: Sequence[Row]) -> str:
         return "–"
     means = _means(rows)
     others = _contenders(means)
+    if OURS not in means or not others:
+        return "–"
     best = max(others, key=lambda method: others[method])
     title = next(row["title"] for row in rows if row["method"] == best)
     return f"{means[OURS]:.1f} ({gain(rows):+.1f} over {title})"

@@ -102,6 +102,29 @@ def test_a_second_start_runs_nothing_again_and_half_a_seed_is_not_told(tmp_path:
     assert not atlas.rows([CELL])
 
 
+def test_some_of_the_methods_are_run_and_told_alone(tmp_path: Path) -> None:
+    machine = Machine(2.0)
+    text = Atlas(tmp_path, {}, {}, machine, ("pfedgpa",)).fill([CELL])
+    searched = {run.config.method for run in machine.done if run.config.seed == 100}
+    assert searched == {("fedavg",), ("pfedgpa",)}  # all go by FedAvg's learning rate
+    [final] = [run for run in machine.done if run.config.seed != 100]
+    assert final.config.method == ("pfedgpa",)
+    assert final.settings["pfedgpa.momentum"] == 0.0
+    assert "57.0" in text
+    assert "over" not in text  # no contender
+    machine.done.clear()
+    Atlas(tmp_path, {}, {}, machine).fill([CELL])  # the others join it
+    assert ("pfedgpa",) not in {run.config.method for run in machine.done}
+    assert "(+2.0 over FedAvgM)" in (tmp_path / "map.md").read_text()
+
+
+def test_a_place_without_such_methods_is_left_out(tmp_path: Path) -> None:
+    cells = [CELL, Cell("fashion-mnist", 20, "dirichlet", 60)]
+    Atlas(tmp_path, {}, {}, Machine(2.0), ("group-mean",)).fill(cells)
+    rows = [json.loads(line) for line in (tmp_path / "map.jsonl").read_text().splitlines()]
+    assert [row["partition"] for row in rows] == ["dominant"]
+
+
 def test_hidden_groups_are_where_the_partition_has_some() -> None:
     assert reproduce.KNOWS_GROUPS not in Cell("emnist", 100, "dirichlet", 30).methods
 
@@ -115,6 +138,7 @@ def test_hidden_groups_are_where_the_partition_has_some() -> None:
         (["dataset=mnist"], "use --data"),
         (["--data", "mnist=here"], "NAME one of cifar10"),
         (["--only", "cifar100"], "no place of the map"),
+        (["--methods", "fedavg,fedx"], "--methods: fedx: the map has fedavg, "),
     ],
 )
 def test_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
