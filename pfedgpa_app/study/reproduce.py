@@ -28,7 +28,7 @@ from pfedgpa_app.study.tune import DEFAULTS, main_settings, search
 
 OURS = "pfedgpa"
 KNOWS_GROUPS = "group-mean"  # no contender
-METHODS_OF_MAP = (
+METHODS_OF_MAP: tuple[str, ...] = (
     *("fedavg", "fedavg-ft-tuned", "fedavgm", "fedbabu", "fedrep", "fedala", "cfl"),
     *("client-mean", KNOWS_GROUPS, OURS),
 )
