@@ -43,7 +43,7 @@ from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.data.client import load_client
 from pfedgpa_app.data.images import normalisation
-from pfedgpa_app.results.log import METRICS
+from pfedgpa_app.results.log import rows_of
 from pfedgpa_app.results.tables import markdown
 
 LOOPS = ("images", "tensors")
@@ -166,10 +166,9 @@ def run_loop(chosen: dict[str, Any], loop: str, cores: int) -> dict[str, Any]:
 def run_app(chosen: dict[str, Any], out: Path) -> dict[str, Any]:
     """The app's process engine, as a user starts it."""
     found = run("process", chosen, out)
-    newest = max(out.glob(f"*/{METRICS}"), key=lambda path: path.stat().st_mtime)
-    last = json.loads(newest.read_text(encoding="utf-8").splitlines()[-1])
+    [row] = rows_of(max(out.iterdir(), key=lambda path: path.stat().st_mtime))
     kept = {key: found[key] for key in ("round_seconds", "peak_pss_bytes")}
-    return {"what": "pfedgpa run"} | kept | {"accuracy": round(last["accuracy"], 1)}
+    return {"what": "pfedgpa run"} | kept | {"accuracy": round(row["accuracy_before_ft"], 1)}
 
 
 def table(results: list[dict[str, Any]]) -> str:

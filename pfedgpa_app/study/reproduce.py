@@ -4,7 +4,7 @@ A cell of the map is a federation's size, data and partition, and how many image
 Of every data set and partition the same is searched on validation images, in the smallest
 federation and with a seed of its own: FedAvg's learning rate, by which all methods then go, and the
 server momentum of the methods that have one. Then all methods run in every cell, and each is
-fine-tuned by the same grid.
+fine-tuned by the same grid. ``table1.py`` makes the paper's table by the same machinery.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.files import write_text
@@ -44,7 +44,7 @@ IMAGES = (60, 30, 150, 380)  # a client; the first is made first
 SEARCHED = (20, 60)  # clients and images of the cells in which settings are searched
 SEEDS = (0, 1, 2)
 CLOSE = 1.0  # points: where a gain is smaller, all seeds are run
-KEPT, TABLE, FIGURE = "map.jsonl", "map.md", "map.svg"
+KEPT, FIGURE = "map.jsonl", "map.svg"
 MERIT = "accuracy_after_ft_tuned"  # after 0 to 5 epochs, by everyone's validation images
 COLUMNS = {
     "tuned FT": MERIT,
@@ -53,7 +53,10 @@ COLUMNS = {
     "worst client as sent": "accuracy_worst_client_before_ft",
     "worst client kept": "accuracy_worst_client_kept",
 }
-_TOLD = ("method", "title", "seed", "rounds", "fine_tuning_tuned", "server_seconds")
+_TOLD = (
+    *("method", "title", "seed", "rounds", "fine_tuning_tuned", "server_seconds"),
+    "accuracy_as_its_paper",
+)
 RunAll = Callable[[list[Run]], object]
 Row = dict[str, Any]
 
@@ -87,57 +90,89 @@ class Cell:
     def name(self) -> str:
         return f"{self.data}-{self.clients}-{self.partition}-{self.images}"
 
+    @property
+    def searched(self) -> Cell:
+        """The cell in which this one's settings are searched."""
+        return replace(self, clients=SEARCHED[0], images=SEARCHED[1])
+
 
 @dataclass(frozen=True)
 class Atlas:
     """The map's runs, in one folder.
 
     Attributes:
+        name: of its files.
         settings: of the user's, laid over every run's.
         places: {data set: where it lies}, for those that lie elsewhere than their file says.
         only: the methods that run.
     """
 
+    name: ClassVar[str] = "map"
     out: Path
     settings: Settings
     places: Mapping[str, str]
     run_all: RunAll
     only: tuple[str, ...] = METHODS_OF_MAP
 
+    @property
+    def grids(self) -> dict[str, dict[str, tuple[Any, ...]]]:
+        """{method: {setting: values}} that are searched after the common learning rate."""
+        return {method: dict([MOMENTUM[method]]) for method in MOMENTUM if method in self.only}
+
     def fill(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Run what is not done yet, writing the map anew after every cell; returns its tables."""
         found: dict[Cell, Settings] = {}
         for cell in cells:
-            there = replace(cell, clients=SEARCHED[0], images=SEARCHED[1])
-            found[cell] = found[there] = found.get(there) or self._search(there)
+            there = cell.searched
+            if there not in found:
+                found[there] = self._search(there)
+            found[cell] = found[there]
             self._run(cell, seeds[0], found[cell])
             self.write(cells, seeds)
         for cell in cells:
-            if abs(gain(self.rows([cell], seeds))) < CLOSE:
+            if self.wants_more_seeds(cell, self.rows([cell], seeds)):
                 for seed in seeds[1:]:
                     self._run(cell, seed, found[cell])
                 self.write(cells, seeds)
         return self.write(cells, seeds)
+
+    def wants_more_seeds(self, cell: Cell, rows: Sequence[Row]) -> bool:
+        """Whether one seed does not tell what ``cell`` is to show."""
+        return abs(gain(rows)) < CLOSE
 
     def rows(self, cells: Iterable[Cell], seeds: Iterable[int] = SEEDS) -> list[Row]:
         """What has been made of these cells, an entry a method and seed; no seed in part."""
         found = []
         for cell, seed in itertools.product(cells, seeds):
             paths = sorted(self._at(cell, seed).glob("*/config.json"))
-            rows = [row for path in paths if is_done(path.parent) for row in _rows_of(path.parent)]
+            folders = [path.parent for path in paths if is_done(path.parent)]
+            rows = [row for folder in folders for row in self._rows_of(folder)]
             wanted = self._methods(cell)
-            if {row["method"] for row in rows} >= set(wanted):
+            if wanted and {row["method"] for row in rows} >= set(wanted):
                 found += [asdict(cell) | row for row in rows if row["method"] in wanted]
         return found
 
     def write(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Write the rows, the tables and the figure; returns the tables."""
         rows = self.rows(cells, seeds)
-        text = tables(rows)
-        write_text(self.out / KEPT, "".join(json.dumps(row) + "\n" for row in rows))
-        write_text(self.out / TABLE, text)
-        write_text(self.out / FIGURE, figure(rows))
+        text = self.tables(rows)
+        write_text(self.out / f"{self.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.out / f"{self.name}.md", text)
+        if drawn := self.figure(rows):
+            write_text(self.out / f"{self.name}.svg", drawn)
         return text
+
+    def tables(self, rows: Sequence[Row]) -> str:
+        """Of what has been made, in Markdown."""
+        return tables(rows)
+
+    def figure(self, rows: Sequence[Row]) -> str:
+        """SVG of it; "" for none."""
+        return figure(rows)
+
+    def done(self, cells: Sequence[Cell], seed: int = SEEDS[0]) -> list[Cell]:
+        """Those of which a seed is complete."""
+        return [cell for cell in cells if self.rows([cell], [seed])]
 
     def _methods(self, cell: Cell) -> list[str]:
         return [method for method in cell.methods if method in self.only]
@@ -161,12 +196,25 @@ class Atlas:
         place = self.places.get(cell.data)
         return base | ({"dataset": place} if place else {})
 
+    def _searching(self, cell: Cell) -> Settings:
+        return self._settings(cell)
+
     def _search(self, cell: Cell) -> Settings:
         """What is chosen in ``cell`` on validation images, before any method runs."""
-        folder, base = self.out / cell.name / "search", DEFAULTS | self._settings(cell)
+        folder, base = self.out / cell.name / "search", DEFAULTS | self._searching(cell)
         rate = search(base, {"fedavg": main_settings("fedavg")}, folder, self.run_all)
-        grids = {method: dict([grid]) for method, grid in MOMENTUM.items() if method in self.only}
+        grids = self.grids
         return rate | (search(base | rate, grids, folder, self.run_all) if grids else {})
+
+    def _rows_of(self, folder: Path) -> list[Row]:
+        """Of each method of a run: what the tables show, and what was searched for it."""
+        kept = values_of(kept_settings(folder))
+        found = []
+        for row in rows_of(folder):
+            names = ("learning-rate", *self.grids.get(row["method"], ()))
+            told = {key: row[key] for key in (*_TOLD, *COLUMNS.values())}
+            found.append(told | {"searched": {name: kept[name] for name in names}})
+        return found
 
 
 def cells_of(quick: bool = False) -> list[Cell]:
@@ -175,18 +223,6 @@ def cells_of(quick: bool = False) -> list[Cell]:
         return [Cell("fashion-mnist", 20, "dominant", images) for images in (30, 60)]
     order = itertools.product(PARTITIONS, SIZES, IMAGES, DATA)
     return [Cell(data, clients, part, images) for part, clients, images, data in order]
-
-
-def _rows_of(folder: Path) -> list[Row]:
-    """Of each method of a run: what the tables show, and what was searched for it."""
-    kept = values_of(kept_settings(folder))
-    found = []
-    for row in rows_of(folder):
-        momentum, _ = MOMENTUM.get(row["method"], ("", ()))
-        searched = {name: kept[name] for name in ("learning-rate", momentum) if name}
-        told = {key: row[key] for key in (*_TOLD, *COLUMNS.values())}
-        found.append(told | {"searched": searched})
-    return found
 
 
 def rows_in(rows: Iterable[Row], cell: Cell) -> list[Row]:
@@ -199,16 +235,17 @@ def gain(rows: Sequence[Row]) -> float:
 
     NaN while either is missing. The contender is the best in hindsight: by the same test images.
     """
-    means = _means(rows)
-    others = _contenders(means).values()
+    means = means_of(rows)
+    others = contenders(means).values()
     return means[OURS] - max(others) if OURS in means and others else float("nan")
 
 
-def _contenders(means: Mapping[str, float]) -> dict[str, float]:
+def contenders(means: Mapping[str, float]) -> dict[str, float]:
+    """Those of ``means``, of methods, that pFedGPA is compared with."""
     return {m: value for m, value in means.items() if m not in (OURS, KNOWS_GROUPS)}
 
 
-def _means(rows: Iterable[Row], key: str = MERIT) -> dict[str, float]:
+def means_of(rows: Iterable[Row], key: str = MERIT) -> dict[str, float]:
     """{method: its figure of merit, or another}, means over seeds."""
     found: dict[str, list[float]] = {}
     for row in rows:
@@ -239,7 +276,7 @@ def methods_figure(rows: Sequence[Row], images: int = 60) -> str:
     for cell in _cells_in(rows):
         here = [row for row in rows_in(rows, cell) if row["method"] != KNOWS_GROUPS]
         if cell.images == images and cell.partition == PARTITIONS[0]:
-            sent, tuned = _means(here, "accuracy_before_ft"), _means(here)
+            sent, tuned = means_of(here, "accuracy_before_ft"), means_of(here)
             titles = {row["method"]: row["title"] for row in here}
             panels[f"{DATA[cell.data]}, {cell.clients} clients, {images} images each"] = {
                 titles[method]: (sent[method], tuned[method])
@@ -265,8 +302,8 @@ def overview(rows: Sequence[Row]) -> str:
 def _in_brief(rows: Sequence[Row]) -> str:
     if not rows:
         return "–"
-    means = _means(rows)
-    others = _contenders(means)
+    means = means_of(rows)
+    others = contenders(means)
     if OURS not in means or not others:
         return "–"
     best = max(others, key=lambda method: others[method])

@@ -1,0 +1,148 @@
+"""The paper's Table 1 again: every data set with 10, 20 and 100 clients, beside its figures.
+
+Beside the paper's nine methods are the rivals that it has not. Of each data set the same is
+searched on validation images, with 20 clients, fewer rounds and a seed of its own: FedAvg's
+learning rate, which is every method's own default, then each method's main settings
+(``pfedgpa tune`` goes by the same grids).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pfedgpa_app.methods import federation_of
+from pfedgpa_app.results.tables import markdown, over_seeds
+from pfedgpa_app.study.compare import PAPER
+from pfedgpa_app.study.reproduce import (
+    CLOSE,
+    DATA,
+    OURS,
+    Atlas,
+    Cell,
+    Row,
+    contenders,
+    means_of,
+    rows_in,
+)
+from pfedgpa_app.study.sweep import Settings
+from pfedgpa_app.study.tune import main_settings
+
+SIZES = (10, 20, 100)  # clients, in the order of PAPER's figures
+RIVALS = ("fedavg-ft-tuned", "fedavgm", "client-mean")
+METHODS_OF_TABLE = (*PAPER["cifar10"], *RIVALS)
+SEARCH_ROUNDS = 60
+MERIT = "accuracy_as_its_paper"
+TUNED = {
+    "fine-tune-grid-epochs": 5,
+    "fine-tune-grid-learning-rates": "0.001,0.002,0.005,0.01",
+}
+
+
+@dataclass(frozen=True)
+class PaperCell(Cell):
+    """A column of the table: one federation."""
+
+    partition: str = "dominant"
+    images: int = 600
+
+    @property
+    def settings(self) -> Settings:
+        """Its experiment's; 200 rounds, and 300 of CIFAR-10, as in the paper."""
+        return {"conf": self.name, "train-per-client": self.images, "evaluate-every": 0, **TUNED}
+
+    @property
+    def methods(self) -> list[str]:
+        return list(METHODS_OF_TABLE)
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.clients}"
+
+    @property
+    def searched(self) -> Cell:
+        return PaperCell(self.data, 20)
+
+
+@dataclass(frozen=True)
+class Table1(Atlas):
+    """The table's runs, in one folder.
+
+    Attributes:
+        search: whether settings are searched; otherwise the experiments' are taken.
+    """
+
+    name: ClassVar[str] = "table1"
+    only: tuple[str, ...] = METHODS_OF_TABLE
+    search: bool = True
+
+    @property
+    def grids(self) -> dict[str, dict[str, tuple[Any, ...]]]:
+        if not self.search:
+            return {}
+        own = [m for m in self.only if m != "fedavg" and federation_of(m) == m]
+        return {method: grid for method in own if (grid := main_settings(method))}
+
+    def wants_more_seeds(self, cell: Cell, rows: Sequence[Row]) -> bool:
+        """With 20 clients, and where a rival is within a point of pFedGPA."""
+        means = means_of(rows, MERIT)
+        close = OURS in means and any(
+            abs(means[OURS] - other) < CLOSE for other in contenders(means).values()
+        )
+        return bool(rows) and (cell.clients == 20 or close)
+
+    def tables(self, rows: Sequence[Row]) -> str:
+        return table(rows)
+
+    def figure(self, rows: Sequence[Row]) -> str:
+        return ""
+
+    def _search(self, cell: Cell) -> Settings:
+        return super()._search(cell) if self.search else {}
+
+    def _searching(self, cell: Cell) -> Settings:
+        return self._settings(cell) | {"num-server-rounds": SEARCH_ROUNDS} | self.settings
+
+
+def columns(quick: bool = False) -> list[Cell]:
+    """All nine, the cheapest first; ``quick``: two of them."""
+    if quick:
+        return [PaperCell("fashion-mnist", clients) for clients in (10, 20)]
+    return [PaperCell(data, n) for n in SIZES for data in reversed(DATA)]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A row a method, a column a federation: means ± deviations over seeds, the paper's below.
+
+    Each method is evaluated as its paper does; Markdown.
+    """
+    cells = [cell for cell in columns_in(rows) if rows_in(rows, cell)]
+    heads = [f"{DATA[cell.data]}, {cell.clients} clients" for cell in cells]
+    lines = []
+    for method in METHODS_OF_TABLE:
+        own = [[row for row in rows_in(rows, c) if row["method"] == method] for c in cells]
+        if any(own):
+            title = next(found[0]["title"] for found in own if found)
+            texts = [
+                _in_brief(found, _published(c, method)) for c, found in zip(cells, own, strict=True)
+            ]
+            lines.append([title, *texts])
+    return markdown(["method", *heads], lines) + "\n"
+
+
+def columns_in(rows: Iterable[Row]) -> list[Cell]:
+    """Those that ``rows`` tell of, in the table's order."""
+    there = {(row["data"], row["clients"]) for row in rows}
+    order = [PaperCell(data, clients) for data in DATA for clients in SIZES]
+    return [cell for cell in order if (cell.data, cell.clients) in there]
+
+
+def _published(cell: Cell, method: str) -> str:
+    figures = PAPER[cell.data].get(method)
+    return f"{figures[SIZES.index(cell.clients)]:.2f}" if figures else "–"
+
+
+def _in_brief(rows: Sequence[Row], published: str) -> str:
+    ours = over_seeds([row[MERIT] for row in rows]) if rows else "–"
+    return f"{ours} ({published})"
