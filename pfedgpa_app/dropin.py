@@ -162,8 +162,7 @@ class PFedGPA(FedAvg):
     ) -> list[Message]:
         check_going(self._going)
         messages = super().configure_train(server_round, arrays, config, grid)
-        asked = self._server.config
-        slower = self._server.learning_rate(asked, server_round) / asked.learning_rate
+        slower = self._server.rate(server_round)
         rate = config.get(self.rate_key)
         own = {self.rate_key: rate * slower} if isinstance(rate, (int, float)) else {}
         return [self._to_node(message, own) for message in messages]

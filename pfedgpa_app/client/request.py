@@ -75,6 +75,7 @@ class ClientRequest:
         self._asked = asked
         self._source = str(context.node_config.get("dataset", ""))
         self.client, self.round = int(asked["client"]), int(asked["round"])
+        self.rate = float(asked.get("rate", 1.0))
         self.fine_tunings = [
             FineTuning(**each) for each in json.loads(asked.get("fine-tunings", "[]"))
         ]
@@ -122,8 +123,8 @@ class ClientRequest:
     def task(self) -> ClientTask:
         """What it needs to train."""
         model, draws = self.model(), partial(self.generator, "train")
-        data = self.data()
-        return ClientTask(self.config, self.weights, model, data, self.round, draws, self.state)
+        data, own = self.data(), (self.state, self.rate)
+        return ClientTask(self.config, self.weights, model, data, self.round, draws, *own)
 
     def generator(self, purpose: str) -> torch.Generator:
         """Its random stream for ``purpose`` in this round."""

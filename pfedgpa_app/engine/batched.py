@@ -320,7 +320,7 @@ class BatchedGrid(LocalGrid):
         generators, losses = [r.generator("train") for r in requests], [0.0] * len(requests)
         first = requests[0]
         for recipe in first.method.recipes(first.config, list(cohort.initial), first.round):
-            losses = cohort.train(recipe, generators)
+            losses = cohort.train(recipe.at(first.rate), generators)
         return [
             request.trained(
                 Trained(*request.method.upload(weights, request.weights, request.state), loss)

@@ -49,6 +49,7 @@ class ClientTask:
     round: int
     generator: Callable[[], torch.Generator]  # this round's draws; each call starts them afresh
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what the client has kept
+    rate: float = 1.0  # of learning, in units of its recipes'
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Set the network's ``weights``; those not among them stay as they are."""
@@ -62,7 +63,8 @@ class ClientTask:
         """
         generator, loss = self.generator(), 0.0
         for recipe in recipes:
-            loss = sgd.train(self.model, self.data.train, recipe, generator, **how)
+            slower = recipe.at(self.rate)
+            loss = sgd.train(self.model, self.data.train, slower, generator, **how)
         return loss
 
 
@@ -98,6 +100,10 @@ class Rounds(Generic[S]):
     def rival(self, client: int) -> Weights | None:
         """What else ``client`` tries on its validation images, where it is asked for that."""
         return None
+
+    def rate(self, server_round: int) -> float:
+        """The learning rate that clients are asked to train at, in units of their own."""
+        return 1.0
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Take in a round's accepted uploads, keyed by client in rising order."""

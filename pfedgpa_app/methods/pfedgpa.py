@@ -112,11 +112,11 @@ class PFedGPA(Generation, RememberingFedAvg):
         """The first round that ends with generation: the one before, or the first of all."""
         return max(1, cls.first_gentle(config) - 1)
 
-    @classmethod
-    def learning_rate(cls, config: Config, server_round: int = 1) -> float:
-        gentle = cls.first_gentle(config) <= server_round <= config.num_server_rounds
-        rate = super().learning_rate(config, server_round)
-        return rate * (config.of(PFedGPASettings).round_rate if gentle else 1)
+    def rate(self, server_round: int) -> float:
+        return self.own.round_rate if self._is_gentle(server_round) else 1.0
+
+    def _is_gentle(self, server_round: int) -> bool:
+        return server_round >= self.first_gentle(self.config) and self.state.chosen != MEAN
 
     @classmethod
     def asks_validation(cls, config: Config, server_round: int) -> bool:
@@ -133,7 +133,7 @@ class PFedGPA(Generation, RememberingFedAvg):
         if state.generated and state.chosen != OWN:
             state.buffer.drop_before(first)
         super().aggregate(server_round, uploads)
-        if server_round < first and self.own.momentum:
+        if self.own.momentum and not self._is_gentle(server_round):
             state.global_weights, state.velocity = with_momentum(
                 before, state.global_weights, state.velocity, self.own.momentum
             )

@@ -78,7 +78,8 @@ class Personalised(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         server_round += self.done
-        settings = {"method": self.name, "round": server_round}
+        rate = self.method.rate(server_round)
+        settings = {"method": self.name, "round": server_round, "rate": rate}
         dropped, self._late = missing(self.config, server_round)
         chosen = [c for c in sampled(self.config, server_round) if c not in dropped]
         self.roster.await_nodes(chosen, self.config.min_uploads)

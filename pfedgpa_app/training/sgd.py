@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,10 @@ class Recipe:
     trainable: tuple[str, ...] = ()  # the weights that are trained; () for all
     bfloat16: bool = False  # forward and backward; weights and updates stay float32
     clip: float | None = None  # largest norm of a client's gradient
+
+    def at(self, rate: float) -> Recipe:
+        """The same at ``rate`` times its learning rate."""
+        return replace(self, learning_rate=self.learning_rate * rate)
 
     def computing(self, device: torch.device) -> torch.autocast:
         """The context in which a step's loss is computed."""

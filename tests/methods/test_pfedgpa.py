@@ -20,12 +20,12 @@ MEAN, GENERATED, OWN = range(3)
 
 class TestServers:
     def test_rounds_that_end_with_generation(self) -> None:
-        kind, names = PFedGPA, ["1.weight", "2.weight"]
+        kind = PFedGPA
         config = configured(method="pfedgpa", num_server_rounds=100, **{"pfedgpa.round-rate": 0.2})
         assert kind.first_gentle(config) == 93  # the last 8 of 100
         assert kind.first_generation(config) == 92
-        rates = [kind.recipes(config, names, r)[0].learning_rate for r in (1, 92, 93, 100)]
-        assert rates == pytest.approx([1, 1, 0.2, 0.2])
+        asked = PFedGPA(config, PFedGPA.begin(config, {}))
+        assert [asked.rate(r) for r in (1, 92, 93, 100)] == [1, 1, 0.2, 0.2]
         method = server("pfedgpa", num_server_rounds=5, **{"pfedgpa.generate-from": 4})
         for number in range(1, 6):
             like = method.expected_upload()
@@ -70,6 +70,7 @@ class TestServers:
             "pfedgpa.generate-from": 4,
             "pfedgpa.fit-steps": 20,
             "pfedgpa.rank-rule": "shrinkage",
+            "pfedgpa.momentum": 0.5,
         }
         method = server("pfedgpa", clients=4, num_server_rounds=6, **settings)
         like = method.expected_upload()
@@ -85,9 +86,15 @@ class TestServers:
             method.aggregate(number, every)
         assert method.state.chosen == ("mean", "generated", "own")[best]
         made = [float(method.personalise()[c]["2.weight"][0, 0]) for c in range(4)]
-        if best == MEAN:
-            weighted = float((theirs * torch.arange(1, 5)).sum() / 10)
-            assert made == pytest.approx([weighted + 0.02] * 4)  # and two more rounds
+        assert [method.rate(number) for number in (3, 4, 5)] == (
+            [1, 1, 1] if best == MEAN else [1, 0.1, 0.1]
+        )
+        if best == MEAN:  # the other rounds go on as FedAvgM's: 1, 2 and 3, then 5 and 6
+            weights, velocity = 0.0, 0.0
+            for mean in (*[float((theirs * torch.arange(1, 5)).sum() / 10)] * 3, None, None):
+                velocity = 0.5 * velocity + (0.01 if mean is None else mean - weights)
+                weights += velocity
+            assert made == pytest.approx([weights] * 4)
         else:
             shared = made[1] - made[0], made[3] - made[2]
             assert made[2] - made[1] > 3
