@@ -72,6 +72,30 @@ def sent_and_tuned(found: Mapping[str, Mapping[str, tuple[float, float]]], ours:
     return on_white(svg(figure, "accuracy as sent and after tuned fine-tuning"))
 
 
+def by_client(found: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> str:
+    """Every client's accuracy, dashed before and solid after fine-tuning.
+
+    Args:
+        found: {panel: {line: accuracies before and after, one a client}}.
+    """
+    figure = canvas(4.2 * max(1, len(found)), 3.4)
+    panels = figure.subplots(1, max(1, len(found)), squeeze=False)[0]
+    for axes, (title, lines) in zip(panels, found.items(), strict=False):
+        for i, (name, (before, after)) in enumerate(lines.items()):
+            clients = range(len(before))
+            axes.plot(clients, before, "--", color=colour(i), label=f"{name}, before FT")
+            axes.plot(clients, after, "-", color=colour(i), label=f"{name}, after FT")
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("client")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy (%)")
+    if found:
+        place: Any = "outside lower center"
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc=place, ncols=2, fontsize="small", frameon=False)
+    return on_white(svg(figure, "accuracy of every client"))
+
+
 def on_white(drawn: str) -> str:
     """A figure as a file that is looked at by itself, dark ink on white."""
     drawn = drawn.replace("<svg ", '<svg style="background:#fff;color:#222" ', 1)

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 
 from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.methods import federations
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
@@ -53,11 +55,8 @@ COLUMNS = {
     "worst client as sent": "accuracy_worst_client_before_ft",
     "worst client kept": "accuracy_worst_client_kept",
 }
-_TOLD = (
-    *("method", "title", "seed", "rounds", "fine_tuning_tuned", "server_seconds"),
-    "accuracy_as_its_paper",
-)
-RunAll = Callable[[list[Run]], object]
+_TOLD = ("method", "title", "seed", "rounds", "fine_tuning_tuned", "server_seconds")
+RunAll = Callable[[list[Run]], bool]  # whether none failed
 Row = dict[str, Any]
 
 
@@ -101,23 +100,37 @@ class Atlas:
     """The map's runs, in one folder.
 
     Attributes:
-        name: of its files.
+        name: of its files; ``picture``: of the figure, if it has one of its own.
+        thing: what it is, in messages.
+        known: the methods that it has.
+        figures: of a method's row that are kept.
         settings: of the user's, laid over every run's.
         places: {data set: where it lies}, for those that lie elsewhere than their file says.
         only: the methods that run.
+        quick: whether it is at a small size.
     """
 
     name: ClassVar[str] = "map"
+    picture: ClassVar[str] = "map"
+    thing: ClassVar[str] = "map"
+    known: ClassVar[tuple[str, ...]] = METHODS_OF_MAP
+    figures: ClassVar[tuple[str, ...]] = tuple(COLUMNS.values())
     out: Path
     settings: Settings
     places: Mapping[str, str]
     run_all: RunAll
     only: tuple[str, ...] = METHODS_OF_MAP
+    quick: bool = False
 
     @property
     def grids(self) -> dict[str, dict[str, tuple[Any, ...]]]:
         """{method: {setting: values}} that are searched after the common learning rate."""
         return {method: dict([MOMENTUM[method]]) for method in MOMENTUM if method in self.only}
+
+    @classmethod
+    def cells(cls, quick: bool = False) -> list[Cell]:
+        """All of them, the most telling first; ``quick``: a few that take minutes."""
+        return cells_of(quick)
 
     def fill(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Run what is not done yet, writing the map anew after every cell; returns its tables."""
@@ -159,7 +172,7 @@ class Atlas:
         write_text(self.out / f"{self.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_text(self.out / f"{self.name}.md", text)
         if drawn := self.figure(rows):
-            write_text(self.out / f"{self.name}.svg", drawn)
+            write_text(self.out / f"{self.picture}.svg", drawn)
         return text
 
     def tables(self, rows: Sequence[Row]) -> str:
@@ -169,6 +182,11 @@ class Atlas:
     def figure(self, rows: Sequence[Row]) -> str:
         """SVG of it; "" for none."""
         return figure(rows)
+
+    def seconds(self, cells: Sequence[Cell], seed: int = SEEDS[0]) -> float:
+        """About how long one core trains for what is not done of a seed, searching aside."""
+        left = [cell for cell in cells if not self.rows([cell], [seed])]
+        return sum(core_seconds(run.config) for c in left for run in self._runs(c, seed, {}))
 
     def done(self, cells: Sequence[Cell], seed: int = SEEDS[0]) -> list[Cell]:
         """Those of which a seed is complete."""
@@ -182,14 +200,18 @@ class Atlas:
 
     def _run(self, cell: Cell, seed: int, found: Settings) -> None:
         """All methods of ``cell``, a run a federation, by the settings that were ``found``."""
+        runs = self._runs(cell, seed, found)
+        if runs and not self.run_all(runs):
+            raise LaunchError(f"a run failed; see {self._at(cell, seed)}")
+
+    def _runs(self, cell: Cell, seed: int, found: Settings) -> list[Run]:
         base = self._settings(cell)
         runs: list[Run] = []
         for group in federations(self._methods(cell)).values():
             own = {k: v for k, v in found.items() if "." not in k or k.split(".")[0] in group}
             over: dict[str, list[Any]] = {"method": [group], "seed": [seed]}
             runs += expand(base | own, over, self._at(cell, seed))
-        if runs:
-            self.run_all(runs)
+        return runs
 
     def _settings(self, cell: Cell) -> Settings:
         base = cell.settings | {"save-weights": False, "report": False} | self.settings
@@ -212,9 +234,20 @@ class Atlas:
         found = []
         for row in rows_of(folder):
             names = ("learning-rate", *self.grids.get(row["method"], ()))
-            told = {key: row[key] for key in (*_TOLD, *COLUMNS.values())}
+            told = {key: row[key] for key in (*_TOLD, *self.figures)}
             found.append(told | {"searched": {name: kept[name] for name in names}})
         return found
+
+
+def core_seconds(config: Config) -> float:
+    """About how long one core trains for a run, by what its networks took of an AMD EPYC's core.
+
+    3 ms a step and 0.25 ms an image in it.
+    """
+    took_part = max(1, round(config.fraction_train * config.num_clients))
+    images = took_part * (config.train_per_client or 600) * config.local_epochs
+    a_round = images * (0.003 / config.batch_size + 0.00025)
+    return len(federations(config.method)) * config.num_server_rounds * a_round
 
 
 def cells_of(quick: bool = False) -> list[Cell]:

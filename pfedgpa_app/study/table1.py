@@ -17,6 +17,7 @@ from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.study.compare import PAPER
 from pfedgpa_app.study.reproduce import (
     CLOSE,
+    COLUMNS,
     DATA,
     OURS,
     Atlas,
@@ -67,20 +68,20 @@ class PaperCell(Cell):
 
 @dataclass(frozen=True)
 class Table1(Atlas):
-    """The table's runs, in one folder.
-
-    Attributes:
-        search: whether settings are searched; otherwise the experiments' are taken.
-    """
+    """The table's runs, in one folder; quick ones go by the experiments' settings."""
 
     name: ClassVar[str] = "table1"
+    thing: ClassVar[str] = "table"
+    known: ClassVar[tuple[str, ...]] = METHODS_OF_TABLE
+    figures: ClassVar[tuple[str, ...]] = (MERIT, *COLUMNS.values())
     only: tuple[str, ...] = METHODS_OF_TABLE
-    search: bool = True
+
+    @classmethod
+    def cells(cls, quick: bool = False) -> list[Cell]:
+        return columns(quick)
 
     @property
     def grids(self) -> dict[str, dict[str, tuple[Any, ...]]]:
-        if not self.search:
-            return {}
         own = [m for m in self.only if m != "fedavg" and federation_of(m) == m]
         return {method: grid for method in own if (grid := main_settings(method))}
 
@@ -99,7 +100,7 @@ class Table1(Atlas):
         return ""
 
     def _search(self, cell: Cell) -> Settings:
-        return super()._search(cell) if self.search else {}
+        return {} if self.quick else super()._search(cell)
 
     def _searching(self, cell: Cell) -> Settings:
         return self._settings(cell) | {"num-server-rounds": SEARCH_ROUNDS} | self.settings

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import keep
 from pfedgpa_app import cli
 from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.results import log
 from pfedgpa_app.study import reproduce
@@ -35,10 +36,16 @@ class Machine:
         known = {"group-mean": 30.0, "pfedgpa": 1.5 + self.ahead}.get(method, 0.0)
         return 50 + rate + more + known
 
-    def __call__(self, runs: list[Run]) -> None:
-        for run in runs:
-            if log.is_done(run.folder):
-                continue
+    def __call__(self, runs: list[Run]) -> bool:
+        failed = [run for run in runs if not self._do(run)]
+        return not failed
+
+    def fails(self, run: Run) -> bool:
+        """Whether its weights go to infinity."""
+        return run.config.learning_rate > 0.1
+
+    def _do(self, run: Run) -> bool:
+        if not log.is_done(run.folder) and not self.fails(run):
             self.done.append(run)
             run.folder.mkdir(parents=True)
             described = json.dumps(run.resolved.as_dict())
@@ -47,6 +54,7 @@ class Machine:
                 json.dumps([*map(self.row(run), run.config.method)])
             )
             log.say(run.folder, "done", "", 1.0)
+        return log.is_done(run.folder)
 
     def row(self, run: Run) -> Any:
         def of(method: str) -> dict[str, Any]:
@@ -89,6 +97,26 @@ def test_what_is_chosen_on_validation_images_is_run(
     titles = {row["title"] for row in rows} - {"FedAvg-FT (tuned)", "group mean (analysis only)"}
     assert all(f">{title}<" in drawn for title in titles)
     assert "group mean" not in drawn
+
+
+def test_a_rate_too_high_is_not_chosen_and_ends_no_search(tmp_path: Path) -> None:
+    class Fast(Machine):
+        def accuracy(self, method: str, run: Run) -> float:
+            return 100 * run.config.learning_rate  # the largest is best, and 0.2 is tried
+
+    machine = Fast(2.0)
+    Atlas(tmp_path, {}, {}, machine, ("fedala",)).fill([CELL])
+    [final] = [run for run in machine.done if run.config.seed != 100]
+    assert final.config.learning_rate == 0.1
+
+
+def test_a_method_that_fails_is_told(tmp_path: Path) -> None:
+    class Broken(Machine):
+        def fails(self, run: Run) -> bool:
+            return "fedala" in run.config.method
+
+    with pytest.raises(LaunchError, match="a run failed; see"):
+        Atlas(tmp_path, {}, {}, Broken(2.0)).fill([CELL])
 
 
 def test_a_second_start_runs_nothing_again_and_half_a_seed_is_not_told(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_each_method_runs_by_what_was_searched_for_it(
 def test_without_a_search_the_experiments_settings_are_taken(tmp_path: Path) -> None:
     machine = Machine(5.0)
     methods = ("fedavg", "pfedgpa")
-    Table1(tmp_path, {"num-server-rounds": 20}, PLACES, machine, methods, search=False).fill([CELL])
+    Table1(tmp_path, {"num-server-rounds": 20}, PLACES, machine, methods, quick=True).fill([CELL])
     assert {run.config.seed for run in machine.done} == {0}
     assert {run.config.learning_rate for run in machine.done} == {0.02}
     assert {run.config.num_server_rounds for run in machine.done} == {20}

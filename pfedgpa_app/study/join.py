@@ -1,0 +1,110 @@
+"""Clients that come late: what the paper calls new clients, on every data set.
+
+One client of each hidden group joins fifteen others after the last round. PFedGPA's are denoised,
+and once more guided as by the paper's eq. 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pfedgpa_app.results.log import rows_of
+from pfedgpa_app.results.tables import markdown, over_seeds
+from pfedgpa_app.study.reproduce import DATA, OURS, Atlas, Cell, Row
+from pfedgpa_app.study.sweep import Settings
+
+METHODS_OF_JOIN = ("local", "fedavg", "pfedhn", OURS)
+MODES = {"tweedie": "", "guided": ", guided"}
+ITERATIONS = 5
+EXPERIMENT = {
+    "cifar10": "compare-cifar10",
+    "fashion-mnist": "compare-fashion-mnist",
+    "emnist": "emnist-20",
+}
+
+
+@dataclass(frozen=True)
+class JoinCell(Cell):
+    """A data set, and how pFedGPA's newcomers are served."""
+
+    clients: int = 20
+    partition: str = "dominant"
+    images: int = 600
+    mode: str = "tweedie"
+
+    @property
+    def settings(self) -> Settings:
+        own = {"conf": EXPERIMENT[self.data], "train-per-client": self.images}
+        joining = {"join-clients": 5, "join-iterations": ITERATIONS}
+        lasting = {"num-server-rounds": 30, "evaluate-every": 0, "precision": "float32"}
+        return own | joining | lasting | {"fine-tune-grid-epochs": 5}
+
+    @property
+    def methods(self) -> list[str]:
+        return [OURS] if self.mode == "guided" else list(METHODS_OF_JOIN)
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.mode}"
+
+    @property
+    def searched(self) -> Cell:
+        return self
+
+
+@dataclass(frozen=True)
+class Join(Atlas):
+    """The runs in which clients join, in one folder."""
+
+    name: ClassVar[str] = "join"
+    thing: ClassVar[str] = "study"
+    known: ClassVar[tuple[str, ...]] = METHODS_OF_JOIN
+    only: tuple[str, ...] = METHODS_OF_JOIN
+
+    @classmethod
+    def cells(cls, quick: bool = False) -> list[Cell]:
+        data = ["fashion-mnist"] if quick else list(reversed(DATA))
+        return [JoinCell(name, mode=mode) for name in data for mode in MODES]
+
+    def wants_more_seeds(self, cell: Cell, rows: Sequence[Row]) -> bool:
+        return bool(rows)
+
+    def tables(self, rows: Sequence[Row]) -> str:
+        return tables(rows)
+
+    def figure(self, rows: Sequence[Row]) -> str:
+        return ""
+
+    def _search(self, cell: Cell) -> Settings:
+        assert isinstance(cell, JoinCell)
+        return {"pfedgpa.join-mode": cell.mode}
+
+    def _rows_of(self, folder: Path) -> list[Row]:
+        names = ("method", "title", "seed", "rounds", "accuracy_of_joining_clients")
+        founders = ("accuracy_before_ft", "accuracy_after_ft_tuned")
+        return [{name: row[name] for name in (*names, *founders)} for row in rows_of(folder)]
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Accuracy as welcomed and after each upload, and that of the founders; ± over seeds."""
+    heads = ["welcomed", *map(str, range(1, ITERATIONS + 1)), "founders", "tuned FT"]
+    parts = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        lines = []
+        for mode, told in MODES.items():
+            for method in METHODS_OF_JOIN:
+                own = [
+                    r for r in rows if (r["data"], r["mode"], r["method"]) == (data, mode, method)
+                ]
+                if own:
+                    joining = zip(*(r["accuracy_of_joining_clients"] for r in own), strict=True)
+                    founders = ("accuracy_before_ft", "accuracy_after_ft_tuned")
+                    columns = [*joining, *([r[name] for r in own] for name in founders)]
+                    cells = [over_seeds(values, digits=1) for values in columns]
+                    lines.append([own[0]["title"] + told, str(len(own)), *cells])
+        table = markdown(["method", "seeds", *heads], lines)
+        parts.append(f"### {DATA[data]}\n\n{table}\n")
+    return "\n".join(parts)

@@ -1,0 +1,120 @@
+"""Another federation: one that starts from what the last one learned, and one that does not.
+
+The first federation's clients are others (another seed). Those who start from trained weights need
+not wait with generation. Told is mean accuracy after each round, without fine-tuning, and after how
+many rounds each method was near its own best, as the paper counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pfedgpa_app.engine import LaunchError
+from pfedgpa_app.results.log import accuracies_of, mean, rows_of
+from pfedgpa_app.results.tables import markdown, over_seeds
+from pfedgpa_app.study.join import EXPERIMENT
+from pfedgpa_app.study.reproduce import DATA, OURS, Atlas, Cell, Row
+from pfedgpa_app.study.sweep import Settings, expand
+
+METHODS_OF_START = ("local", "fedavg", OURS)
+STARTS = ("cold", "warm")
+SOURCE_SEED, SOURCE_ROUNDS = 100, 100
+TOLD = (1, 2, 3, 5, 10, 20)  # rounds
+SOON = "rounds_to_95_percent_of_peak"
+
+
+@dataclass(frozen=True)
+class StartCell(Cell):
+    """A data set, and whether its federation starts from another one's distribution."""
+
+    clients: int = 20
+    partition: str = "dominant"
+    images: int = 600
+    start: str = "cold"
+
+    @property
+    def settings(self) -> Settings:
+        own = {"conf": EXPERIMENT[self.data], "train-per-client": self.images}
+        lasting = {"num-server-rounds": 20, "evaluate-every": 1, "precision": "float32"}
+        return own | lasting | {"fine-tune-grid-epochs": 0}
+
+    @property
+    def methods(self) -> list[str]:
+        warm = self.start == "warm"  # who shares no weights starts from nothing
+        return [method for method in METHODS_OF_START if not (warm and method == "local")]
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.start}"
+
+    @property
+    def searched(self) -> Cell:
+        return self
+
+
+@dataclass(frozen=True)
+class WarmStart(Atlas):
+    """The runs of both kinds of federation, in one folder."""
+
+    name: ClassVar[str] = "warm-start"
+    thing: ClassVar[str] = "study"
+    known: ClassVar[tuple[str, ...]] = METHODS_OF_START
+    only: tuple[str, ...] = METHODS_OF_START
+
+    @classmethod
+    def cells(cls, quick: bool = False) -> list[Cell]:
+        data = ["fashion-mnist"] if quick else list(reversed(DATA))
+        return [StartCell(name, start=start) for name in data for start in STARTS]
+
+    def wants_more_seeds(self, cell: Cell, rows: Sequence[Row]) -> bool:
+        return bool(rows)
+
+    def tables(self, rows: Sequence[Row]) -> str:
+        return tables(rows)
+
+    def figure(self, rows: Sequence[Row]) -> str:
+        return ""
+
+    def _search(self, cell: Cell) -> Settings:
+        """Nothing; but the federation runs first that a warm one starts from."""
+        assert isinstance(cell, StartCell)
+        if cell.start == "cold":
+            return {}
+        rounds = {"num-server-rounds": SOURCE_ROUNDS} | self.settings
+        own = rounds | {"evaluate-every": 0, "save-weights": True, "seed": SOURCE_SEED}
+        base, folder = self._settings(cell) | own, self.out / cell.name / "source"
+        [source] = expand(base, {"method": [[OURS]]}, folder)
+        if not self.run_all([source]):
+            raise LaunchError(f"the federation to start from failed; see {source.folder}")
+        learned = source.folder / "distribution.safetensors"
+        return {"start-from": str(learned), "pfedgpa.generate-from": 2}
+
+    def _rows_of(self, folder: Path) -> list[Row]:
+        curves = accuracies_of(folder)
+        return [
+            {name: row[name] for name in ("method", "title", "seed", "rounds", SOON)}
+            | {"curve": {r: mean(values) for r, values in curves[row["method"]].items()}}
+            for row in rows_of(folder)
+        ]
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Accuracy after some of the rounds, ± over seeds, and rounds to 95 % of the peak."""
+    parts = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        here = [row for row in rows if row["data"] == data]
+        told = [r for r in TOLD if all(r in row["curve"] for row in here)]
+        lines = []
+        for start in STARTS:
+            for method in METHODS_OF_START:
+                own = [row for row in here if (row["start"], row["method"]) == (start, method)]
+                if own:
+                    cells = [over_seeds([row["curve"][r] for row in own], digits=1) for r in told]
+                    soon = over_seeds([row[SOON] for row in own], digits=1)
+                    lines.append([own[0]["title"], start, str(len(own)), *cells, soon])
+        heads = ["method", "start", "seeds", *(f"round {r}" for r in told), "rounds to 95 %"]
+        parts.append(f"### {DATA[data]}\n\n{markdown(heads, lines)}\n")
+    return "\n".join(parts)
