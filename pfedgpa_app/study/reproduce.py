@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pfedgpa_app.config.resolve import values_of
+from pfedgpa_app.config.resolve import values_of, without_idle
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.engine import LaunchError
@@ -104,7 +104,7 @@ class Atlas:
         thing: what it is, in messages.
         known: the methods that it has.
         figures: of a method's row that are kept.
-        settings: of the user's, laid over every run's.
+        settings: of the user's, laid over every run's that goes by them, and not searched.
         places: {data set: where it lies}, for those that lie elsewhere than their file says.
         only: the methods that run.
         quick: whether it is at a small size.
@@ -208,9 +208,9 @@ class Atlas:
         base = self._settings(cell)
         runs: list[Run] = []
         for group in federations(self._methods(cell)).values():
-            own = {k: v for k, v in found.items() if "." not in k or k.split(".")[0] in group}
+            own = without_idle(base | found, group)
             over: dict[str, list[Any]] = {"method": [group], "seed": [seed]}
-            runs += expand(base | own, over, self._at(cell, seed))
+            runs += expand(own, over, self._at(cell, seed))
         return runs
 
     def _settings(self, cell: Cell) -> Settings:
@@ -224,9 +224,17 @@ class Atlas:
     def _search(self, cell: Cell) -> Settings:
         """What is chosen in ``cell`` on validation images, before any method runs."""
         folder, base = self.out / cell.name / "search", DEFAULTS | self._searching(cell)
-        rate = search(base, {"fedavg": main_settings("fedavg")}, folder, self.run_all)
-        grids = self.grids
-        return rate | (search(base | rate, grids, folder, self.run_all) if grids else {})
+        found: Settings = {}
+        for grids in ({"fedavg": main_settings("fedavg")}, self.grids):
+            alike: dict[tuple[str, ...], dict[str, Any]] = {}  # methods by the settings they read
+            for method, grid in grids.items():
+                if wanted := {name: grid[name] for name in grid if name not in self.settings}:
+                    read = tuple(without_idle(base | found, [method]))
+                    alike.setdefault(read, {})[method] = wanted
+            for read, every in alike.items():
+                own = {name: (base | found)[name] for name in read}
+                found |= search(own, every, folder, self.run_all)
+        return found
 
     def _rows_of(self, folder: Path) -> list[Row]:
         """Of each method of a run: what the tables show, and what was searched for it."""

@@ -110,6 +110,22 @@ def test_a_rate_too_high_is_not_chosen_and_ends_no_search(tmp_path: Path) -> Non
     assert final.config.learning_rate == 0.1
 
 
+def test_a_setting_that_is_given_is_not_searched_and_goes_to_who_reads_it(tmp_path: Path) -> None:
+    machine = Machine(2.0)
+    given = {"learning-rate": 0.1, "pfedgpa.momentum": 0.7, "pfedgpa.width": 64}
+    Atlas(tmp_path, given, {}, machine).fill([CELL])
+    searched = [run for run in machine.done if run.config.seed == 100]
+    assert {run.config.method for run in searched} == {("fedavgm",)}
+    final = [run for run in machine.done if run.config.seed == 0]
+    assert {run.config.learning_rate for run in final} == {0.1}
+    assert {
+        (method, run.settings.get("pfedgpa.momentum"), run.settings.get("pfedgpa.width"))
+        for run in final
+        for method in run.config.method
+        if method in ("fedala", "pfedgpa")
+    } == {("fedala", None, None), ("pfedgpa", 0.7, 64)}
+
+
 def test_a_method_that_fails_is_told(tmp_path: Path) -> None:
     class Broken(Machine):
         def fails(self, run: Run) -> bool:
