@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,12 @@ def proportional_counts(shares: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
+@cache
+def _warn(text: str) -> None:
+    """Once in a process: every run of a sweep deals alike."""
+    logger.warning(text)
+
+
 def deal(
     labels: np.ndarray, counts: np.ndarray, classes: Sequence[str], split: str, seed: int
 ) -> list[np.ndarray]:
@@ -146,6 +153,7 @@ def deal(
     rng = numpy_generator(seed, f"deal-{split}")
     images = "training images" if split == "train" else "test images"
     dealt: list[list[np.ndarray]] = [[] for _ in counts]
+    short: list[str] = []
     for c, name in enumerate(classes):
         pool = rng.permutation(np.flatnonzero(labels == c))
         wanted = counts[:, c]
@@ -160,19 +168,16 @@ def deal(
                 f"{len(pool)}: lower {split}-per-client"
             )
         if wanted.sum() > len(pool):
-            logger.warning(
-                "class %r: clients are to hold %d %s in all, there are %d, so some are shared: "
-                "lower %s-per-client or num-clients to avoid it",
-                name,
-                wanted.sum(),
-                images,
-                len(pool),
-                split,
-            )
+            short.append(f"{wanted.sum()} of {name!r}, there are {len(pool)}")
         start = 0
         for client, n in enumerate(wanted):
             dealt[client].append(pool[(start + np.arange(n)) % max(1, len(pool))])
             start += n
+    if short:
+        _warn(
+            f"some {images} are shared by clients, who are to hold {'; '.join(short)}: "
+            f"lower {split}-per-client or num-clients to avoid it"
+        )
     return [np.sort(np.concatenate(parts)) for parts in dealt]
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pfedgpa_app.config.resolve import values_of, without_idle
+from pfedgpa_app.config.resolve import resolve, values_of, without_idle
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.engine import LaunchError
@@ -186,7 +186,11 @@ class Atlas:
     def seconds(self, cells: Sequence[Cell], seed: int = SEEDS[0]) -> float:
         """About how long one core trains for what is not done of a seed, searching aside."""
         left = [cell for cell in cells if not self.rows([cell], [seed])]
-        return sum(core_seconds(run.config) for c in left for run in self._runs(c, seed, {}))
+        return sum(
+            core_seconds(resolve(own | {"method": group}).config)
+            for cell in left
+            for group, own in self._federations(cell, {})
+        )
 
     def done(self, cells: Sequence[Cell], seed: int = SEEDS[0]) -> list[Cell]:
         """Those of which a seed is complete."""
@@ -200,18 +204,18 @@ class Atlas:
 
     def _run(self, cell: Cell, seed: int, found: Settings) -> None:
         """All methods of ``cell``, a run a federation, by the settings that were ``found``."""
-        runs = self._runs(cell, seed, found)
+        runs: list[Run] = []
+        for group, own in self._federations(cell, found):
+            over: dict[str, list[Any]] = {"method": [group], "seed": [seed]}
+            runs += expand(own, over, self._at(cell, seed))
         if runs and not self.run_all(runs):
             raise LaunchError(f"a run failed; see {self._at(cell, seed)}")
 
-    def _runs(self, cell: Cell, seed: int, found: Settings) -> list[Run]:
-        base = self._settings(cell)
-        runs: list[Run] = []
-        for group in federations(self._methods(cell)).values():
-            own = without_idle(base | found, group)
-            over: dict[str, list[Any]] = {"method": [group], "seed": [seed]}
-            runs += expand(own, over, self._at(cell, seed))
-        return runs
+    def _federations(self, cell: Cell, found: Settings) -> list[tuple[list[str], Settings]]:
+        """The methods of each, and the settings that they go by."""
+        base = self._settings(cell) | found
+        groups = federations(self._methods(cell)).values()
+        return [(group, without_idle(base, group)) for group in groups]
 
     def _settings(self, cell: Cell) -> Settings:
         base = cell.settings | {"save-weights": False, "report": False} | self.settings

@@ -21,7 +21,14 @@ from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data import datasets
 from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.datasets import load
-from pfedgpa_app.data.partition import class_shares, deal, dominant_groups, partition, round_counts
+from pfedgpa_app.data.partition import (
+    _warn,
+    class_shares,
+    deal,
+    dominant_groups,
+    partition,
+    round_counts,
+)
 from pfedgpa_app.engine import LaunchError, local
 from pfedgpa_app.runs.launcher import launch
 
@@ -75,11 +82,16 @@ class TestPartition:
     def test_shares_images_only_when_a_class_runs_out(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
+        _warn.cache_clear()
         # 100 clients want 7600 of each even class, which has 5000, and 4400 of each odd one
-        splits = partition(LABELS, TEST_LABELS, CLASSES, 100, test_per_client=10)
+        splits, again = (
+            partition(LABELS, TEST_LABELS, CLASSES, 100, test_per_client=10) for _ in range(2)
+        )
+        assert np.array_equal(splits[0].train, again[0].train)
         used = np.bincount(np.concatenate([np.r_[s.train, s.validation] for s in splits]))
-        assert "class 'a': clients are to hold 7600 training images in all" in caplog.text
-        assert "lower train-per-client or num-clients" in caplog.text
+        [said] = caplog.messages  # once, and all classes in one line
+        assert "training images are shared by clients, who are to hold 7600 of 'a', there" in said
+        assert "lower train-per-client or num-clients" in said
         assert used[LABELS[: len(used)] % 2 == 1].max() == 1
         assert used.max() == 2
         for split in splits:  # never twice with the same client

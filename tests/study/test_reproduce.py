@@ -142,9 +142,11 @@ def test_a_second_start_runs_nothing_again_and_half_a_seed_is_not_told(tmp_path:
     machine.done.clear()
     assert atlas.fill([CELL]) == text
     assert not machine.done
+    assert atlas.seconds([CELL]) == 0
     fedala = next(tmp_path.glob("*/seed-0/*method=fedala*"))
     log.say(fedala, "failed", "killed", 0.5)
     assert not atlas.rows([CELL])
+    assert atlas.seconds([CELL]) > 0  # by runs whose settings a search has chosen
 
 
 def test_some_of_the_methods_are_run_and_told_alone(tmp_path: Path) -> None:
