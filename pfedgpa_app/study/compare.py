@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.config.resolve import require_method, without_idle
+from pfedgpa_app.config.resolve import require_method
 from pfedgpa_app.methods import METHODS, federations
 from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.runs.folder import kept_settings
-from pfedgpa_app.study.sweep import Run, Settings, expand
+from pfedgpa_app.study.sweep import Run, Settings, expand, settings_of
 
 EXPERIMENTS = (
     *("compare-cifar10", "compare-fashion-mnist"),
@@ -103,14 +103,8 @@ def plan(
                 named = [reference_of(name) for name in group]
                 over: dict[str, list[Any]] = {"conf": [experiment], "method": [named]}
                 over["seed"] = [seed]
-                runs += expand(_own(settings, group, chosen), over, out)
+                runs += expand(settings_of(settings, group, chosen), over, out)
     return runs
-
-
-def _own(settings: Settings, group: Sequence[str], every: Sequence[str]) -> Settings:
-    """``settings`` without those that others of ``every`` method go by, but none of ``group``."""
-    others = without_idle(settings, every).keys() - without_idle(settings, group).keys()
-    return {name: value for name, value in settings.items() if name not in others}
 
 
 def _published(row: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from rich.table import Column
 
 from pfedgpa_app.config import yaml_file
 from pfedgpa_app.config.parse import flat
-from pfedgpa_app.config.resolve import Resolved, differences, known, resolve
+from pfedgpa_app.config.resolve import Resolved, differences, known, resolve, without_idle
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
@@ -113,13 +113,17 @@ class Run:
 def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> list[Run]:
     """Every combination of ``over`` on top of ``settings``, the last key varying fastest.
 
+    Where methods vary, each run has those of ``settings`` that it goes by.
+
     Raises:
         ConfigError: a combination that cannot run, or a folder with another run's results.
     """
     runs = []
+    every = [name for value in over.get("method", ()) for name in _names(value)]
     for values in itertools.product(*over.values()):
         varied = dict(zip(over, values, strict=True))
-        chosen = settings | varied
+        own = settings_of(settings, _names(varied.get("method", ())), every)
+        chosen = own | varied
         name = _name(resolve(chosen).config.conf, varied)
         folder = (out / name).absolute()
         chosen |= {"out-dir": str(folder.parent), "run-name": name}
@@ -135,6 +139,17 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
     if twice := [name for name, n in Counter(run.name for run in runs).items() if n > 1]:
         raise ConfigError(f"over: the same run twice: {', '.join(sorted(twice))}")
     return runs
+
+
+def settings_of(settings: Settings, methods: Sequence[str], every: Sequence[str]) -> Settings:
+    """``settings`` without those that others of ``every`` method go by, but none of ``methods``."""
+    others = without_idle(settings, every).keys() - without_idle(settings, methods).keys()
+    return {name: value for name, value in settings.items() if name not in others}
+
+
+def _names(value: Any) -> list[str]:
+    """A setting of methods, as it is given."""
+    return value.split(",") if isinstance(value, str) else list(value)
 
 
 def _name(conf: str, varied: Settings) -> str:

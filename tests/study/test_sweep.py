@@ -52,6 +52,16 @@ class TestPlan:
         (odd,) = runs(tmp_path, {"dataset": ["imagefolder:/my/images, of cats"]})
         assert odd.folder.parent == tmp_path  # whatever a value holds
 
+    def test_methods_have_the_settings_that_they_go_by(self, tmp_path: Path) -> None:
+        given = {"conf": "demo", "pfedgpa.momentum": 0.5, "batch-size": 7}
+        over = {"method": ["fedavg,fedala", ["pfedgpa"]]}
+        averaged, generated = expand(given, over, tmp_path)
+        assert "pfedgpa.momentum" not in averaged.settings
+        assert generated.config.of(PFedGPASettings).momentum == 0.5
+        assert averaged.config.batch_size == generated.config.batch_size == 7
+        with pytest.raises(ConfigError, match=r"fedprox.mu .* none of this run's methods"):
+            expand(given | {"fedprox.mu": 1.0}, over, tmp_path)
+
     def test_bad_plans_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="seed = -1"):
             runs(tmp_path, {"seed": [0, -1]})
