@@ -40,6 +40,7 @@ from pfedgpa_app.methods.generation import (
 )
 
 MEAN, GENERATED, OWN = "mean", "generated", "own"
+SETTLED = 20  # rounds after which classifiers tell clients apart
 _OWN_WEIGHT = 0.9  # posterior weight that clients' own uploads keep where nobody is like anybody
 
 
@@ -47,8 +48,8 @@ _OWN_WEIGHT = 0.9  # posterior weight that clients' own uploads keep where nobod
 class PFedGPAState(RememberedState):
     """What pFedGPA's server knows beside the mean and the uploads.
 
-    ``velocity`` is the server's momentum, ``rank`` the latent rank chosen at the first
-    generation, ``generated`` what clients train from. ``losses``: each client's newest ones on
+    ``velocity`` is the server's momentum, ``rank`` the latent rank once it is
+    chosen, ``generated`` what clients train from. ``losses``: each client's newest ones on
     its validation images under the mean, if it has some. ``rivals``: weights that share nothing,
     to be compared with those generated. ``chosen``: by clients' validation losses, the mean,
     generated weights or their own; "" while nobody has told.
@@ -112,6 +113,15 @@ class PFedGPA(Generation, RememberingFedAvg):
         """The first round that ends with generation: the one before, or the first of all."""
         return max(1, cls.first_gentle(config) - 1)
 
+    @classmethod
+    def choosing_rank(cls, config: Config) -> int:
+        """The round after which the rank is chosen: the first in which the buffer is full.
+
+        Who is like whom shows most clearly before clients know their images by heart.
+        """
+        full = max(SETTLED, config.of(PFedGPASettings).buffer_rounds)
+        return min(full, cls.first_generation(config))
+
     def rate(self, server_round: int) -> float:
         return self.own.round_rate if self._is_gentle(server_round) else 1.0
 
@@ -137,13 +147,15 @@ class PFedGPA(Generation, RememberingFedAvg):
             state.global_weights, state.velocity = with_momentum(
                 before, state.global_weights, state.velocity, self.own.momentum
             )
-        if server_round >= self.first_generation(self.config):
-            if self.own.rank is None and state.rank is None:
-                state.rank = rank_of(state.buffer, self.own.rank_rule, self.config.seed)
-                if state.losses:
-                    state.chosen = OWN
-                    state.rivals = self._generated()
-                    state.chosen = ""
+        soonest = self.choosing_rank(self.config)
+        if self.own.rank is None and state.rank is None and server_round >= soonest:
+            state.rank = rank_of(state.buffer, self.own.rank_rule, self.config.seed)
+        generation = self.first_generation(self.config)
+        if server_round >= generation:
+            if self.own.rank is None and server_round == generation and state.losses:
+                state.chosen = OWN
+                state.rivals = self._generated()
+                state.chosen = ""
             state.generated = self._generated()
 
     def _compare(self, uploads: dict[int, Upload]) -> str:
@@ -182,7 +194,7 @@ class PFedGPA(Generation, RememberingFedAvg):
         return dict.fromkeys(fitted.newest, common)
 
     def sharing(self) -> dict[str, Any]:
-        """By FedAvg's rounds.
+        """By FedAvg's first rounds.
 
         Clients that train on from generated weights differ ever more along the directions that
         generation kept, so that a rank chosen by their uploads would only confirm itself.

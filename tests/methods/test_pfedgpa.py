@@ -35,26 +35,29 @@ class TestServers:
         rounds = method.state.buffer.stack()[2]
         assert rounds.tolist() == [4, 4, 5, 5]  # learned from these alone
 
-    def test_the_rank_is_chosen_before_the_first_generation(self) -> None:
-        # clients of two groups; then, trained on from generated weights, of four
+    @pytest.mark.parametrize(("rounds", "chosen"), [(6, 4), (24, 20)])
+    def test_the_rank_is_chosen_once_and_soon(self, rounds: int, chosen: int) -> None:
+        # clients of two groups; then, with images known by heart or on from generated weights, of
+        # four
         draws = torch.Generator().manual_seed(0)
         config = configured(
             method="pfedgpa",
             num_clients=8,
-            num_server_rounds=6,
-            **{"pfedgpa.generate-from": 5, "pfedgpa.fit-steps": 20},  # what is learned is no part
+            num_server_rounds=rounds,
+            # what is learned is no part
+            **{"pfedgpa.generate-from": rounds - 1, "pfedgpa.fit-steps": 20},
         )
         like = {"body.weight": column(0), "head.weight": torch.zeros(20, 10)}
         method = PFedGPA(config, PFedGPA.begin(config, like))
         two, four = (torch.randn(n, 20, 10, generator=draws) for n in (2, 4))
-        for number in range(1, 7):
+        for number in range(1, rounds + 1):
             uploads = {}
             for client in range(8):
                 noise = 0.1 * torch.randn(20, 10, generator=draws)
-                mine = two[client % 2] if number < 5 else four[client % 4]
+                mine = two[client % 2] if number <= chosen else four[client % 4]
                 uploads[client] = Upload(like | {"head.weight": mine + noise}, 1)
             method.aggregate(number, uploads)
-            assert method.state.rank == (None if number < 4 else 2)
+            assert method.state.rank == (None if number < chosen else 2)
         learned = method.learned()
         assert learned is not None
         assert learned.rank == 2
