@@ -135,6 +135,7 @@ class Atlas:
     def fill(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Run what is not done yet, writing the map anew after every cell; returns its tables."""
         found: dict[Cell, Settings] = {}
+        cells = [cell for cell in cells if self._methods(cell)]
         for cell in cells:
             there = cell.searched
             if there not in found:

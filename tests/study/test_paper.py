@@ -102,6 +102,12 @@ def test_a_warm_federation_starts_from_another_ones_distribution(tmp_path: Path)
     assert "| local-only | warm |" not in text
 
 
+def test_nothing_is_run_for_a_federation_without_methods(tmp_path: Path) -> None:
+    machine = Machine()
+    WarmStart(tmp_path, {}, PLACES, machine, ("local",)).fill(WarmStart.cells(quick=True), [0])
+    assert {run.config.method for run in machine.done} == {("local",)}  # no source
+
+
 @pytest.mark.parametrize("data", DATA)
 @pytest.mark.parametrize("kind", [AblationCell, JoinCell, StartCell])
 def test_who_is_measured_is_what_the_paper_says(kind: Any, data: str) -> None:
