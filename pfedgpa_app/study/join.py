@@ -13,34 +13,26 @@ from typing import ClassVar
 
 from pfedgpa_app.results.log import rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
-from pfedgpa_app.study.reproduce import DATA, OURS, Atlas, Cell, Row
+from pfedgpa_app.study.later import Later, LaterCell
+from pfedgpa_app.study.reproduce import DATA, OURS, Cell, Row
 from pfedgpa_app.study.sweep import Settings
 
 METHODS_OF_JOIN = ("local", "fedavg", "pfedhn", OURS)
 MODES = {"tweedie": "", "guided": ", guided"}
 ITERATIONS = 5
-EXPERIMENT = {
-    "cifar10": "compare-cifar10",
-    "fashion-mnist": "compare-fashion-mnist",
-    "emnist": "emnist-20",
-}
 
 
 @dataclass(frozen=True)
-class JoinCell(Cell):
+class JoinCell(LaterCell):
     """A data set, and how pFedGPA's newcomers are served."""
 
-    clients: int = 20
-    partition: str = "dominant"
-    images: int = 600
     mode: str = "tweedie"
 
     @property
     def settings(self) -> Settings:
-        own = {"conf": EXPERIMENT[self.data], "train-per-client": self.images}
         joining = {"join-clients": 5, "join-iterations": ITERATIONS}
-        lasting = {"num-server-rounds": 30, "evaluate-every": 0, "precision": "float32"}
-        return own | joining | lasting | {"fine-tune-grid-epochs": 5}
+        lasting = {"num-server-rounds": 30, "evaluate-every": 0}
+        return super().settings | joining | lasting | {"fine-tune-grid-epochs": 5}
 
     @property
     def methods(self) -> list[str]:
@@ -50,33 +42,21 @@ class JoinCell(Cell):
     def name(self) -> str:
         return f"{self.data}-{self.mode}"
 
-    @property
-    def searched(self) -> Cell:
-        return self
-
 
 @dataclass(frozen=True)
-class Join(Atlas):
+class Join(Later):
     """The runs in which clients join, in one folder."""
 
     name: ClassVar[str] = "join"
-    thing: ClassVar[str] = "study"
     known: ClassVar[tuple[str, ...]] = METHODS_OF_JOIN
     only: tuple[str, ...] = METHODS_OF_JOIN
 
     @classmethod
     def cells(cls, quick: bool = False) -> list[Cell]:
-        data = ["fashion-mnist"] if quick else list(reversed(DATA))
-        return [JoinCell(name, mode=mode) for name in data for mode in MODES]
-
-    def wants_more_seeds(self, cell: Cell, rows: Sequence[Row]) -> bool:
-        return bool(rows)
+        return [JoinCell(name, mode=mode) for name in cls.data(quick) for mode in MODES]
 
     def tables(self, rows: Sequence[Row]) -> str:
         return tables(rows)
-
-    def figure(self, rows: Sequence[Row]) -> str:
-        return ""
 
     def _search(self, cell: Cell) -> Settings:
         assert isinstance(cell, JoinCell)

@@ -25,7 +25,7 @@ from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study import pictures
-from pfedgpa_app.study.sweep import Run, Settings, expand
+from pfedgpa_app.study.sweep import Run, Settings, expand, images_trained
 from pfedgpa_app.study.tune import DEFAULTS, main_settings, search
 
 OURS = "pfedgpa"
@@ -257,10 +257,7 @@ def core_seconds(config: Config) -> float:
 
     3 ms a step and 0.25 ms an image in it.
     """
-    took_part = max(1, round(config.fraction_train * config.num_clients))
-    images = took_part * (config.train_per_client or 600) * config.local_epochs
-    a_round = images * (0.003 / config.batch_size + 0.00025)
-    return len(federations(config.method)) * config.num_server_rounds * a_round
+    return images_trained(config) * (0.003 / config.batch_size + 0.00025)
 
 
 def cells_of(quick: bool = False) -> list[Cell]:

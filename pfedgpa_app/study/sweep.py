@@ -75,6 +75,13 @@ def read(path: Path) -> tuple[Settings, dict[str, list[Any]]]:
     return settings, over
 
 
+def images_trained(config: Config) -> float:
+    """How many images the clients of a run train on in all, about."""
+    took_part = max(1, round(config.fraction_train * config.num_clients))
+    a_round = took_part * (config.train_per_client or 600) * config.local_epochs
+    return len(federations(config.method)) * config.num_server_rounds * a_round
+
+
 @dataclass
 class Run:
     """One run of a sweep."""
@@ -92,9 +99,7 @@ class Run:
     @property
     def work(self) -> float:
         """About how long it takes, in images trained on."""
-        c = self.config
-        trained = max(1, round(c.fraction_train * c.num_clients)) * (c.train_per_client or 600)
-        return len(federations(c.method)) * c.num_server_rounds * c.local_epochs * trained
+        return images_trained(self.config)
 
     def differences(self) -> list[str]:
         """Settings in which the run in its folder differs from this one."""

@@ -15,8 +15,8 @@ from typing import ClassVar
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.results.log import accuracies_of, mean, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
-from pfedgpa_app.study.join import EXPERIMENT
-from pfedgpa_app.study.reproduce import DATA, OURS, Atlas, Cell, Row
+from pfedgpa_app.study.later import Later, LaterCell
+from pfedgpa_app.study.reproduce import DATA, OURS, Cell, Row
 from pfedgpa_app.study.sweep import Settings, expand
 
 METHODS_OF_START = ("local", "fedavg", OURS)
@@ -27,19 +27,15 @@ SOON = "rounds_to_95_percent_of_peak"
 
 
 @dataclass(frozen=True)
-class StartCell(Cell):
+class StartCell(LaterCell):
     """A data set, and whether its federation starts from another one's distribution."""
 
-    clients: int = 20
-    partition: str = "dominant"
-    images: int = 600
     start: str = "cold"
 
     @property
     def settings(self) -> Settings:
-        own = {"conf": EXPERIMENT[self.data], "train-per-client": self.images}
-        lasting = {"num-server-rounds": 20, "evaluate-every": 1, "precision": "float32"}
-        return own | lasting | {"fine-tune-grid-epochs": 0}
+        lasting = {"num-server-rounds": 20, "evaluate-every": 1}
+        return super().settings | lasting | {"fine-tune-grid-epochs": 0}
 
     @property
     def methods(self) -> list[str]:
@@ -50,33 +46,21 @@ class StartCell(Cell):
     def name(self) -> str:
         return f"{self.data}-{self.start}"
 
-    @property
-    def searched(self) -> Cell:
-        return self
-
 
 @dataclass(frozen=True)
-class WarmStart(Atlas):
+class WarmStart(Later):
     """The runs of both kinds of federation, in one folder."""
 
     name: ClassVar[str] = "warm-start"
-    thing: ClassVar[str] = "study"
     known: ClassVar[tuple[str, ...]] = METHODS_OF_START
     only: tuple[str, ...] = METHODS_OF_START
 
     @classmethod
     def cells(cls, quick: bool = False) -> list[Cell]:
-        data = ["fashion-mnist"] if quick else list(reversed(DATA))
-        return [StartCell(name, start=start) for name in data for start in STARTS]
-
-    def wants_more_seeds(self, cell: Cell, rows: Sequence[Row]) -> bool:
-        return bool(rows)
+        return [StartCell(name, start=start) for name in cls.data(quick) for start in STARTS]
 
     def tables(self, rows: Sequence[Row]) -> str:
         return tables(rows)
-
-    def figure(self, rows: Sequence[Row]) -> str:
-        return ""
 
     def _search(self, cell: Cell) -> Settings:
         """Nothing; but the federation runs first that a warm one starts from."""
