@@ -66,9 +66,7 @@ def sent_and_tuned(found: Mapping[str, Mapping[str, tuple[float, float]]], ours:
         axes.set_xlabel("accuracy, mean of clients (%)")
         axes.spines[["top", "right"]].set_visible(False)
     if found:
-        place: Any = "outside lower center"
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc=place, ncols=2, fontsize="small", frameon=False)
+        _name_below(figure, panels[0])
     return on_white(svg(figure, "accuracy as sent and after tuned fine-tuning"))
 
 
@@ -90,10 +88,15 @@ def by_client(found: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[f
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("accuracy (%)")
     if found:
-        place: Any = "outside lower center"
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc=place, ncols=2, fontsize="small", frameon=False)
+        _name_below(figure, panels[0])
     return on_white(svg(figure, "accuracy of every client"))
+
+
+def _name_below(figure: Any, axes: Any) -> None:
+    """Name below all panels what is drawn in one of them."""
+    handles, labels = axes.get_legend_handles_labels()
+    place = "outside lower center"
+    figure.legend(handles, labels, loc=place, ncols=2, fontsize="small", frameon=False)
 
 
 def on_white(drawn: str) -> str:
