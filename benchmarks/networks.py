@@ -2,19 +2,25 @@
 
     python benchmarks/networks.py
 
-Two nodes and three rounds of SCAFFOLD on digits, over TLS; for each rate and cut: how long it took,
-whether it came to the same numbers as in one process, and what was said of it.
+Two nodes and three rounds of SCAFFOLD on digits, over TLS; for each cable and cut: how long it
+took, whether it came to the same numbers as in one process, and what was said of it.
 
 Each SuperNode and the SuperLink live in a network namespace of their own, with a cable from each
-node to the SuperLink. Wants root, iproute2 and a kernel with veth and tbf; delays and reordering
-would want netem, too.
+node to the SuperLink. A cable is two TUN devices, between which a thread of this process carries
+the packets: late, out of order, or not at all. That is netem's work, which not every kernel has.
+Wants Linux, root and iproute2.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import fcntl
 import json
 import os
+import random
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -22,6 +28,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +42,60 @@ from tests.support.federations import PLAIN, records
 from tests.support.local_grid import InProcessGrid
 
 SERVER, CABLE = "server", "cable"
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
+PACKET = 1500  # bytes at most, TUN's default
+
+
+@dataclass(frozen=True)
+class Cable:
+    """What becomes of the packets of one cable, each way by itself.
+
+    Attributes:
+        rate: bits a second.
+        delay: seconds that a packet is on its way.
+        lost: share of packets that never arrive.
+        overtaking: share of packets that arrive at once, before others that left earlier.
+        queue: bytes that wait at most; what comes then is lost.
+    """
+
+    rate: float = 100e6
+    delay: float = 0.0
+    lost: float = 0.0
+    overtaking: float = 0.0
+    queue: int = 15_000
+
+    def __str__(self) -> str:
+        words = [f"{self.rate / 1e6:g} Mbit/s"]
+        words += [f"{1e3 * self.delay:g} ms"] * bool(self.delay)
+        words += [f"{self.lost:.0%} lost"] * bool(self.lost)
+        words += [f"{self.overtaking:.0%} overtake"] * bool(self.overtaking)
+        return ", ".join(words)
+
+
+@dataclass
+class Way:
+    """One way of a cable: packets from one device to the other."""
+
+    source: int
+    target: int
+    cable: Cable
+    chance: random.Random
+    free: float = 0.0  # when all that was sent is through
+
+    def carry(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Take one packet; it arrives later, or never."""
+        packet, now = os.read(self.source, PACKET), loop.time()
+        waiting = max(self.free - now, 0.0)
+        full = waiting * self.cable.rate / 8 + len(packet) > self.cable.queue
+        if full or self.chance.random() < self.cable.lost:
+            return
+        self.free = now + waiting + 8 * len(packet) / self.cable.rate
+        ahead = self.chance.random() < self.cable.overtaking
+        loop.call_at(self.free + (0.0 if ahead else self.cable.delay), self._arrive, packet)
+
+    def _arrive(self, packet: bytes) -> None:
+        with contextlib.suppress(OSError):  # the cable is cut
+            os.write(self.target, packet)
 
 
 def _ip(*words: str) -> None:
@@ -43,38 +104,56 @@ def _ip(*words: str) -> None:
 
 def missing() -> str:
     """Why there can be no such networks here, or ""."""
-    if sys.platform != "linux" or os.geteuid() or not shutil.which("tc"):
+    if sys.platform != "linux" or os.geteuid() or not shutil.which("ip"):
         return "needs Linux, root and iproute2"
     try:
-        with namespaces("pfedgpa-probe-", 1, "1mbit"):
+        with namespaces("pfedgpa-probe-", 1):
             return ""
     except subprocess.CalledProcessError as error:
         return f"the kernel refuses: {error.stderr.decode().strip()}"
+    except OSError as error:
+        return f"the kernel refuses TUN devices: {error}"
+
+
+def _device(namespace: str, name: str, address: str) -> int:
+    """A TUN device there; returns the file through which its packets go."""
+    end = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    wanted = struct.pack("16sH22x", b"pfedgpa%d", IFF_TUN | IFF_NO_PI)
+    made = fcntl.ioctl(end, TUNSETIFF, wanted)[:16].rstrip(b"\0").decode()
+    _ip("link", "set", made, "netns", namespace, "name", name)
+    _ip("-n", namespace, "address", "add", address, "dev", name)
+    _ip("-n", namespace, "link", "set", name, "up")
+    return end
 
 
 @contextmanager
-def namespaces(prefix: str, nodes: int, rate: str) -> Iterator[None]:
-    """Namespaces for the server and so many nodes, and cables that carry ``rate``.
-
-    Their queues are short: packets of whoever sends faster are lost.
-    """
-    made = [prefix + SERVER, *(f"{prefix}{node}" for node in range(nodes))]
+def namespaces(prefix: str, nodes: int, cable: Cable | None = None) -> Iterator[None]:
+    """Namespaces for the server and so many nodes, and a ``cable`` to each of these."""
+    server = prefix + SERVER
+    ends: list[int] = []
+    made = [server, *(f"{prefix}{node}" for node in range(nodes))]
+    loop, chance = asyncio.new_event_loop(), random.Random(0)
+    carrier = threading.Thread(target=loop.run_forever, daemon=True)
     try:
         for name in made:
             _ip("netns", "add", name)
             _ip("-n", name, "link", "set", "lo", "up")
         for node in range(nodes):
-            far = f"{prefix}{node}"
-            ends = ["type", "veth", "peer", "name", CABLE, "netns", far]
-            _ip("-n", made[0], "link", "add", f"node{node}", *ends)
-            for name, device, last in ((made[0], f"node{node}", 1), (far, CABLE, 2)):
-                _ip("-n", name, "address", "add", f"10.77.{node}.{last}/24", "dev", device)
-                _ip("-n", name, "link", "set", device, "up")
-                shape = ["tbf", "rate", rate, "burst", "5kb", "limit", "15kb"]
-                command = ["tc", "-n", name, "qdisc", "add", "dev", device, "root", *shape]
-                subprocess.run(command, check=True, capture_output=True)
+            near = _device(server, f"node{node}", f"10.77.{node}.1/24")
+            far = _device(f"{prefix}{node}", CABLE, f"10.77.{node}.2/24")
+            ends += [near, far]
+            for source, target in ((near, far), (far, near)):
+                way = Way(source, target, cable or Cable(), chance)
+                loop.add_reader(source, way.carry, loop)
+        carrier.start()
         yield
     finally:
+        if carrier.is_alive():
+            loop.call_soon_threadsafe(loop.stop)
+            carrier.join()
+        loop.close()
+        for end in ends:
+            os.close(end)
         for name in made:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
@@ -134,16 +213,16 @@ def federate(folder: Path, prefix: str, cut: float, settings: dict[str, Any]) ->
 
 
 def over_networks(
-    folder: Path, prefix: str, settings: dict[str, Any], rate: str, cut: float
+    folder: Path, prefix: str, settings: dict[str, Any], cable: Cable, cut: float
 ) -> tuple[Path, str]:
-    """``federate`` in namespaces whose cables carry ``rate``.
+    """``federate`` in namespaces with such cables.
 
     Returns:
         the run's folder, and why it did not complete, or "".
     """
     settings = settings | {"out-dir": str(folder), "run-name": "run"}
     inside = ["ip", "netns", "exec", prefix + SERVER, sys.executable, "-m", "benchmarks.networks"]
-    with namespaces(prefix, settings["num-clients"], rate):
+    with namespaces(prefix, settings["num-clients"], cable):
         done = subprocess.run(
             [*inside, str(folder), prefix, str(cut), json.dumps(settings)],
             cwd=APP_DIR,
@@ -162,18 +241,20 @@ def main() -> None:
         raise SystemExit(why)
     settings = PLAIN | {"num-clients": 2, "num-server-rounds": 3, "evaluate-every": 0}
     settings |= {"method": "scaffold", "timeout": 300.0}
-    print("| rate | cut, s | s | the same numbers | said |\n| --- | --- | --- | --- | --- |")
-    for rate, cut in (("100mbit", 0.0), ("1mbit", 0.0), ("1mbit", 20.0), ("1mbit", 60.0)):
+    print("| cable | cut, s | s | the same numbers | said |\n| --- | --- | --- | --- | --- |")
+    slow = Cable(rate=1e6)
+    bad = Cable(rate=1e6, delay=0.1, lost=0.05, overtaking=0.02)
+    for cable, cut in ((Cable(), 0.0), (slow, 0.0), (bad, 0.0), (slow, 20.0), (slow, 60.0)):
         with tempfile.TemporaryDirectory() as place:
             reference = settings | {"out-dir": place, "run-name": "reference"}
             undisturbed = run(InProcessGrid(reference, 2), resolve(reference))
             started = time.monotonic()
-            folder, failure = over_networks(Path(place), "pfedgpa-bench-", settings, rate, cut)
+            folder, failure = over_networks(Path(place), "pfedgpa-bench-", settings, cable, cut)
             took = time.monotonic() - started
             same = records(folder) == records(undisturbed)
             events = records(folder, "events.jsonl")
             said = [e["text"] for e in events if e["kind"] == "warning"] + [failure] * bool(failure)
-        print(f"| {rate} | {cut:.0f} | {took:.0f} | {same} | {'; '.join(said)} |", flush=True)
+        print(f"| {cable} | {cut:.0f} | {took:.0f} | {same} | {'; '.join(said)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pfedgpa_app.data.client import described, load_dataset, load_partition
 from pfedgpa_app.data.dataset import dataset_of
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.models.build import network_of
+from pfedgpa_app.models.layout import laid_out
 from pfedgpa_app.models.networks import weight_names, weights_of
 from pfedgpa_app.runs import api
 from pfedgpa_app.runs.checkpoint import Checkpoint
@@ -61,6 +62,21 @@ class Small(nn.Module):
         x = nn.functional.adaptive_avg_pool2d(self.norm(self.conv(x)).relu(), 4)
         x = self.mix(self.frozen(x.flatten(1)).relu())
         return self.head(self.again(x.relu()))
+
+def viewed(classes, shape):
+    """As many tutorials have it: what a convolution returns is flattened by view."""
+    return Viewed(classes, shape[0])
+
+class Viewed(nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.first = nn.Conv2d(channels, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(256, classes)
+
+    def forward(self, x):
+        x = self.second(self.first(x).relu()).relu()
+        return self.head(x.view(x.size(0), -1))
 
 def adapted(classes, shape):
     body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU()).requires_grad_(False)
@@ -232,6 +248,28 @@ class TestMethods:
             kind, client = line["method"], line["client"]
             again = evaluate(folder, client, kind)
             assert again["accuracy"] == pytest.approx(line["before_ft"], abs=1e-9), line
+
+    @pytest.mark.parametrize("augment", [False, True])
+    def test_a_network_that_views_what_a_convolution_returns(
+        self, nets: Path, augment: bool
+    ) -> None:
+        folder, _ = federate(nets, model="nets:viewed", num_server_rounds=1, augment=augment)
+        assert "pfedgpa" in summary(folder)
+        words = ["evaluate", str(folder), "--client", "0"]
+        assert cli.main(words) == 0
+        export(load_client(folder, 0), "torch", nets / "network.pt2")
+
+    def test_layouts(self, nets: Path) -> None:
+        """Ours have the faster one; a network's outputs are the same in either."""
+        schema = Schema("photos", tuple("0123456789"), (3, 32, 32))
+        images = torch.rand(4, 32, 32, 3).permute(0, 3, 1, 2)
+        for model in ("cifar", "conv"):
+            network = laid_out(made(model, schema))
+            weights = next(network.parameters())
+            assert weights.is_contiguous(memory_format=torch.channels_last)
+            usual = made(model, schema)
+            torch.testing.assert_close(network(images), usual(images.contiguous()))
+        assert next(laid_out(made("nets:viewed")).parameters()).is_contiguous()
 
     def test_adapters_alone_are_sent_and_generated(self, nets: Path) -> None:
         folder, grid = federate(nets, method="pfedgpa", model="nets:adapted")

@@ -38,6 +38,7 @@ from pfedgpa_app.messages import record_of
 from pfedgpa_app.methods import rounds_class
 from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.models.build import classifier_bias, network_of
+from pfedgpa_app.models.layout import laid_out
 from pfedgpa_app.models.networks import load
 from pfedgpa_app.training.evaluation import FineTuning, Score, tempered_losses
 from pfedgpa_app.training.sgd import device_for
@@ -47,9 +48,7 @@ Metrics = dict[str, int | float | list[int] | list[float]]
 
 def build_model(config: Config, schema: Schema) -> nn.Module:
     """The run's network, initialised from its seed, where the ``device`` setting says."""
-    network = network_of(config, schema).to(device_for(config.device))
-    flat = all(parameter.ndim < 5 for parameter in network.parameters())
-    return network.to(memory_format=torch.channels_last) if flat else network
+    return laid_out(network_of(config, schema).to(device_for(config.device)))
 
 
 def held_by(config: Config, client: int) -> ClientData:

@@ -19,6 +19,7 @@ from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import TORCHVISION, TrainingSettings
 from pfedgpa_app.core.settings import ConfigError, near
 from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.models.layout import choose_layout
 from pfedgpa_app.models.networks import (
     MADE_FOR_ANY,
     NETWORKS,
@@ -81,6 +82,7 @@ def _template(
     if weights:
         _load_from(made, weights)
     order_weights(made, _used_in_order(made, model, schema), head)
+    choose_layout(made, schema.shape)
     return made
 
 

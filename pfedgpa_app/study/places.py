@@ -207,6 +207,7 @@ class _Task:
         self._event: Event = {}
         self._said = ""
         self._status: int | None = None
+        self._node = ""
 
     def event(self) -> Event:
         return self._event
@@ -225,12 +226,25 @@ class _Task:
             except self.ray.exceptions.RayError as error:
                 raise Lost(str(error)) from error
             else:
-                if isinstance(answer, dict):
+                if isinstance(answer, str):
+                    self._node = answer
+                elif isinstance(answer, dict):
                     self._event = answer
                 else:
                     self._status, self._said, packed = answer
                     unpack(packed, self.folder)
+        if self._status is None and self._has_left():
+            raise Lost
         return self._status
+
+    def _has_left(self) -> bool:
+        """Whether the run's machine is gone.
+
+        Ray itself fails a task only when its connection breaks; one whose machine falls silent,
+        for want of power or network, it keeps waiting for long after it knows.
+        """
+        dead = (node["NodeID"] for node in self.ray.nodes() if not node["Alive"])
+        return self._node in dead
 
     def stop(self) -> None:
         self.ray.cancel(self.answers)
@@ -243,11 +257,15 @@ class _Task:
 
 def carry_out(
     settings: dict[str, Any], app: Path | None, cores: int | None
-) -> Iterator[Event | tuple[int, str, bytes]]:
-    """Run on the machine where this is called.
+) -> Iterator[str | Event | tuple[int, str, bytes]]:
+    """Run on the machine where this is called, as a task of Ray's.
 
-    Yields what the run says as it goes on, and at last its exit status, its errors, its folder.
+    Yields the machine's name in the cluster, then what the run says as it goes on, and at last its
+    exit status, its errors, its folder.
     """
+    import ray
+
+    yield ray.get_runtime_context().get_node_id()
     home = Path(tempfile.mkdtemp(prefix="pfedgpa-"))
     folder = home / settings["run-name"]
     if not Path(settings["code-dir"]).is_dir():  # nobody has code of their own

@@ -22,12 +22,13 @@ def prefix() -> str:
 
 
 def test_a_cable_that_is_cut_in_the_middle_of_a_round(tmp_path: Path, prefix: str) -> None:
-    """At 1 Mbit/s and with packets lost; no upload is lost or counted twice."""
+    """At 1 Mbit/s, with packets late, lost and out of order; no upload is lost or counted twice."""
     more: dict[str, Any] = {"num_clients": 2, "num_server_rounds": 2, "evaluate_every": 0}
     more |= {"method": "scaffold"}  # which would go wrong by an upload that is counted twice
     reference, _ = federate(tmp_path / "reference", **more)
     settings = PLAIN | {name.replace("_", "-"): value for name, value in more.items()}
-    folder, failure = networks.over_networks(tmp_path, prefix, settings, "1mbit", cut=20)
+    cable = networks.Cable(rate=1e6, delay=0.1, lost=0.05, overtaking=0.02)
+    folder, failure = networks.over_networks(tmp_path, prefix, settings, cable, cut=20)
     assert not failure, (tmp_path / "log").read_text()
     assert records(folder) == records(reference)
     assert results(folder) == results(reference)

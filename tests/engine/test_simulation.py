@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -20,11 +22,12 @@ from rich.console import Console
 from pfedgpa_app import cli
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.engine import LaunchError, local
-from pfedgpa_app.engine.flower import free_port, processes_of
+from pfedgpa_app.engine.flower import processes_of, processes_with
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.runs.launcher import launch
 from tests.support.federations import PLAIN, SMALL, federate, records, summary
 from tests.support.processes import alive, until
+from tests.support.ray_cluster import Cluster, two_machines
 
 # one after the other: Ray fills the machine
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("simulation")]
@@ -35,9 +38,12 @@ SETTINGS, PLAINLY = (
 LIMIT = 1200  # seconds; a run takes about 30
 
 
-def pfedgpa(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+def pfedgpa(
+    folder: Path, *arguments: str, where: Sequence[str] = (), **env: str
+) -> subprocess.CompletedProcess[str]:
+    """``pfedgpa run`` in ``folder``, behind the command that takes it ``where`` it is to run."""
     return subprocess.run(
-        [sys.executable, "-m", "pfedgpa_app", "run", *SETTINGS, *arguments],
+        [*where, sys.executable, "-m", "pfedgpa_app", "run", *SETTINGS, *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(APP_DIR)} | env,
         capture_output=True,
@@ -72,9 +78,11 @@ def in_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return federate(tmp_path_factory.mktemp("local"), **how)[0]
 
 
-def check_the_demo_runs(engine: str, tmp_path: Path, in_process: Path, **env: str) -> None:
+def check_the_demo_runs(
+    engine: str, tmp_path: Path, in_process: Path, where: Sequence[str] = (), **env: str
+) -> None:
     """It does so where the user is, and leaves nothing running."""
-    done = pfedgpa(tmp_path, "--engine", engine, "device=cpu", **env)
+    done = pfedgpa(tmp_path, "--engine", engine, "device=cpu", where=where, **env)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = results(tmp_path)
     assert str(folder) in done.stdout
@@ -230,23 +238,29 @@ def test_an_interrupted_process_run_stops_what_it_started(tmp_path: Path) -> Non
     assert not any(map(alive, children))
 
 
-def check_a_sweep_outlives_a_node(folder: Path, env: dict[str, str], home: Path) -> None:
+def check_a_sweep_outlives_a_node(folder: Path, cluster: Cluster) -> None:
     """It has a run on each of two nodes; one leaves, and its run begins anew on the other."""
-    command = [sys.executable, "-m", "pfedgpa_app", "sweep", "--over", "seed=0,1", "--on", "ray"]
+    command = [*cluster.head, sys.executable, "-m", "pfedgpa_app", "sweep", "--on", "ray"]
     settings = PLAIN | {"num-server-rounds": 40, "method": "fedavg"}
-    command += ["--out", "sweep", *(f"{key}={value}" for key, value in settings.items())]
+    command += ["--over", "seed=0,1", "--out", "sweep"]
     sweep = subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *(f"{key}={value}" for key, value in settings.items())],
+        cwd=folder,
+        env=cluster.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
-    def started(word: str) -> list[psutil.Process]:
-        ours = set(processes_of(home))
-        every = psutil.process_iter(["pid", "cmdline", "create_time"])
-        found = [p for p in every if p.pid in ours and word in " ".join(p.info["cmdline"] or ())]
-        return sorted(found, key=lambda process: float(process.info["create_time"]))
+    def going() -> int:
+        found = 0
+        for process in processes_with("FLWR_HOME", str(cluster.home)):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                found += "run-name=demo_seed" in " ".join(process.cmdline())
+        return found
 
-    until(lambda: sweep.poll() is not None or len(started("run-name=demo_seed")) >= 2)
-    started("raylet/raylet")[-1].kill()
+    until(lambda: sweep.poll() is not None or going() >= 2)
+    cluster.lose_the_other()
     said, _ = sweep.communicate()
     assert sweep.returncode == 0, said
     assert "lost with its machine; begins anew" in said
@@ -255,31 +269,10 @@ def check_a_sweep_outlives_a_node(folder: Path, env: dict[str, str], home: Path)
         assert len({r["round"] for r in records(run)}) == 40
 
 
-def test_so_it_does_on_a_ray_cluster_of_two_nodes(tmp_path: Path, in_process: Path) -> None:
-    home = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's sockets want a short path
-    ray = str(Path(sys.executable).parent / "ray")
-    address = f"127.0.0.1:{free_port()}"
-    env = os.environ | {
-        "FLWR_HOME": str(home),  # marks the cluster's processes
-        "PYTHONPATH": str(APP_DIR),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-
-    def node(*arguments: str) -> None:
-        options = ["--num-cpus=1", "--node-ip-address=127.0.0.1", *arguments]
-        subprocess.run([ray, "start", *options], env=env, check=True, capture_output=True)
-
-    try:
-        node("--head", f"--port={address[10:]}", "--include-dashboard=false", f"--temp-dir={home}")
-        node(f"--address={address}")
-        check_the_demo_runs("ray", tmp_path, in_process, RAY_ADDRESS=address)
+def test_so_it_does_on_a_ray_cluster_of_two_machines(tmp_path: Path, in_process: Path) -> None:
+    with two_machines() as cluster:
+        check_the_demo_runs("ray", tmp_path, in_process, cluster.head, **cluster.env)
         # two actors, each taking the whole of a node: the run has no Ray of its own
-        logs = {log.name: log.read_text() for log in home.glob("session_*/logs/worker-*.out")}
-        assert sum("ClientAppActor" in log for log in logs.values()) == 2
-        check_a_sweep_outlives_a_node(tmp_path, env | {"RAY_ADDRESS": address}, home)
-    finally:
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            for pid in processes_of(home):
-                os.kill(pid, sign)
-            time.sleep(2)
-        shutil.rmtree(home, ignore_errors=True)
+        logs = [log.read_text() for log in cluster.home.glob("session_2*/logs/worker-*.out")]
+        assert sum("ClientAppActor" in log for log in logs) == 2
+        check_a_sweep_outlives_a_node(tmp_path, cluster)

@@ -1,0 +1,94 @@
+"""A Ray cluster of two machines, one core each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from benchmarks import networks
+from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.engine.flower import free_port, processes_of
+
+
+class Cluster:
+    """Two nodes; in network namespaces of their own, if the machine allows them.
+
+    Attributes:
+        home: of Ray's files; it marks the cluster's processes.
+        env: for whoever uses it.
+        head, other: what comes before a command that runs on either machine.
+    """
+
+    def __init__(self, home: Path, prefix: str | None) -> None:
+        self.home, self.prefix = home, prefix
+        self.head = self._on(networks.SERVER)
+        self.other = self._on("0")
+        self.env = os.environ | {
+            "FLWR_HOME": str(home),
+            "PYTHONPATH": str(APP_DIR),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+
+    def start(self) -> None:
+        first, second = ("10.77.0.1", "10.77.0.2") if self.prefix else ("127.0.0.1", "127.0.0.1")
+        port = free_port()
+        begins = ["--head", f"--port={port}", "--include-dashboard=false"]
+        self._start(self.head, first, *begins, f"--temp-dir={self.home}")
+        self._start(self.other, second, f"--address={first}:{port}")
+        self.env["RAY_ADDRESS"] = f"{first}:{port}"
+
+    def _on(self, name: str) -> list[str]:
+        return ["ip", "netns", "exec", self.prefix + name] if self.prefix else []
+
+    def _start(self, where: list[str], address: str, *options: str) -> None:
+        ray = str(Path(sys.executable).parent / "ray")
+        alike = ["--num-cpus=1", f"--node-ip-address={address}"]
+        command = [*where, ray, "start", *alike, *options]
+        subprocess.run(command, env=self.env, check=True, capture_output=True)
+
+    def lose_the_other(self) -> None:
+        """It leaves without a word, as if its power were gone."""
+        if not self.prefix:
+            nodes = [pid for pid in processes_of(self.home) if "raylet/raylet" in _command(pid)]
+            os.kill(max(nodes), signal.SIGKILL)
+            return
+        name = f"{self.prefix}0"
+        subprocess.run(["ip", "-n", name, "link", "set", networks.CABLE, "down"], check=True)
+        inside = subprocess.run(["ip", "netns", "pids", name], check=True, capture_output=True)
+        for pid in inside.stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+
+    def close(self) -> None:
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            for pid in processes_of(self.home):
+                os.kill(pid, sign)
+            time.sleep(2)
+
+
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+@contextmanager
+def two_machines() -> Iterator[Cluster]:
+    """A cluster; it is gone afterwards."""
+    home = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's sockets want a short path
+    prefix = None if networks.missing() else f"pfedgpa-ray-{os.getpid()}-"
+    try:
+        with networks.namespaces(prefix, 1) if prefix else nullcontext():
+            cluster = Cluster(home, prefix)
+            try:
+                cluster.start()
+                yield cluster
+            finally:
+                cluster.close()
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
