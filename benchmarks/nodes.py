@@ -94,9 +94,12 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
-    settings: dict[str, Any] = {"num-clients": options.nodes, "num-server-rounds": options.rounds}
+    nodes = options.nodes
+    settings: dict[str, Any] = {"num-clients": nodes, "num-server-rounds": options.rounds}
     settings |= {"method": "fedavg", "dataset": "digits", "evaluate-every": 0, "run-name": "run"}
-    settings |= {"train-per-client": 60, "test-per-client": 40, "timeout": 300.0}
+    sizes = min(60, 1200 // nodes), min(40, 500 // nodes)  # what the data set has
+    settings |= {"train-per-client": sizes[0], "test-per-client": sizes[1]}
+    settings |= {"timeout": max(300.0, 20.0 * nodes)}
     samples: list[tuple[float, dict[str, int]]] = []
     with tempfile.TemporaryDirectory() as out, Deployment() as deployment:
         settings["out-dir"] = out

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ logger = logging.getLogger("pfedgpa")
 
 ARRIVAL = 3.0  # seconds without a new node, after which no more are waited for
 POLL = 0.25  # seconds between polls for replies over HTTP
+_LOST_ACTOR = re.compile(r"<class 'ray\.exceptions\.\w*Actor\w*'>")  # as Flower passes it on
 Settings = dict[str, Any]  # what a ConfigRecord takes
 
 
@@ -70,9 +72,16 @@ class OneAtATime(Grid):
         return [reply for wave in waves for reply in self._exchange(wave, timeout)]
 
     def _exchange(self, messages: list[Message], timeout: float | None) -> Iterable[Message]:
-        """As the grid does it, but for Flower's over HTTP, which looks every 3 s only."""
+        """As the grid does it, but for Flower's over HTTP, which looks every 3 s only.
+
+        Raises:
+            RosterError: Ray has lost a process of the simulation.
+        """
         if not is_flowers(self._grid, "HttpGrid"):
-            return self._grid.send_and_receive(messages, timeout=timeout)
+            received = list(self._grid.send_and_receive(messages, timeout=timeout))
+            if is_flowers(self._grid, "InMemoryGrid"):
+                _check_all_actors_live(received)
+            return received
         end = math.inf if timeout is None else time.monotonic() + timeout
         owed = set(self._grid.push_messages(messages))
         replies: list[Message] = []
@@ -273,6 +282,21 @@ class Roster:
         to = [message for client, message in messages.items() if self.is_here(client)]
         received = self.grid.send_and_receive(to, timeout=self.timeout)
         return match(messages, received)
+
+
+def _check_all_actors_live(replies: Iterable[Message]) -> None:
+    """Raise a RosterError if Ray's simulation has lost an actor, to memory or with its machine.
+
+    Flower keeps handing clients to it, and all of these fail at once: hardly any is left to learn.
+    """
+    for reply in replies:
+        reason = (reply.error.reason or "") if reply.has_error() else ""
+        if _LOST_ACTOR.match(reason):
+            raise RosterError(
+                "Ray has lost a process in which clients train, or its machine, and Flower does "
+                "not replace it: start the run again with resume=true, with fewer workers if "
+                f"memory ran out ({' '.join(reason.split())[-200:]})"
+            )
 
 
 def _said(schema: Schema) -> str:

@@ -192,6 +192,15 @@ def test_so_does_one_under_ray(
         assert json.loads((results(tmp_path) / "config.json").read_text())
 
 
+def test_a_process_that_ray_loses_ends_the_run(simulation: Simulation, tmp_path: Path) -> None:
+    """Flower would hand it clients for ever, and hardly any would be left to learn."""
+    line = "    return request.trained(request.method.train(request.task()))"
+    app = broken_app(tmp_path, "client_app.py", line, "    __import__('os')._exit(1)")
+    chosen = PLAIN | {"engine": "ray", "method": "fedavg", "out-dir": str(tmp_path / "results")}
+    with pytest.raises(LaunchError, match=r"Ray has lost a process .* with resume=true"):
+        launch(chosen, app, Console(file=io.StringIO()), simulation)
+
+
 def started(folder: Path, engine: str, env: dict[str, str]) -> subprocess.Popen[str]:
     """An endless run that has come to its second round."""
     endless = [*PLAINLY, "--engine", engine, "num-server-rounds=100000", "method=fedavg"]
