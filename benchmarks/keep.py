@@ -1,11 +1,12 @@
-"""Keep comparisons' and the map's results in the repository, and quote them in the documentation.
+"""Keep comparisons', the map's and Table 1's results in the repository, and quote them in the docs.
 
-    python benchmarks/keep.py [results/compare …] [results/map …]
+    python benchmarks/keep.py [results/compare …] [results/map …] [results/table1 …]
 
 A file an experiment, ``benchmarks/results/compare-*.jsonl``, takes in every finished run that
 `pfedgpa compare` left in the folders. Its first line has the settings that all its rows share; then
 comes a row a method and seed: its entry of ``summary.json``, its other settings, and its clients'
-accuracies. ``benchmarks/results/map.jsonl`` takes in the rows that `pfedgpa reproduce map` wrote.
+accuracies. ``benchmarks/results/map.jsonl`` takes in the rows that `pfedgpa reproduce map` wrote,
+``table1.jsonl`` those of `pfedgpa reproduce table1`; Table 1 has the comparisons' federations, too.
 What is kept already stays where the folders have nothing newer; all tables and the map's figure
 are made of all that is kept.
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,20 @@ from pfedgpa_app.core.settings import LAUNCH
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.runs.folder import kept_settings
-from pfedgpa_app.study import reproduce
+from pfedgpa_app.study import reproduce, table1
 from pfedgpa_app.study.compare import EXPERIMENTS, Finished, report_of
 
 DOCS, RESULTS = APP_DIR / "docs", APP_DIR / "benchmarks" / "results"
 MAP, PICTURE = RESULTS / reproduce.KEPT, DOCS / "pictures" / reproduce.FIGURE
+TABLE1 = RESULTS / "table1.jsonl"
+COMPARED = {  # whose rows are Table 1's, too: the data set and clients
+    "compare-cifar10": ("cifar10", 20),
+    "compare-cifar10-100": ("cifar10", 100),
+    "compare-fashion-mnist": ("fashion-mnist", 20),
+    "compare-fashion-mnist-100": ("fashion-mnist", 100),
+}
 OF_A_ROW = ("method", "seed")  # settings that its entry of summary.json tells
-BEGIN, END = "<!-- compare -->\n", "<!-- end -->"
+END = "<!-- end -->"
 
 Row = dict[str, Any]
 
@@ -112,11 +122,23 @@ def kept() -> Finished:
     return found
 
 
-def quote(file: Path, text: str) -> None:
-    """Put ``text`` between the two marks of ``file``."""
-    before, rest = file.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    write_text(file, f"{before}{BEGIN}\n{text.strip()}\n\n{END}{after}")
+def quotes() -> dict[tuple[Path, str], str]:
+    """{(file, the mark before it): table}, of all that is kept."""
+    rows = rows_in(MAP)
+    return {
+        (DOCS / "results.md", "compare"): report_of(kept()),
+        (DOCS / "results.md", "table1"): table1.table(all_of_table1()),
+        (DOCS / "map.md", "map"): reproduce.tables(rows),
+        (APP_DIR / "README.md", "map"): reproduce.overview(rows),
+    }
+
+
+def around(file: Path, mark: str) -> tuple[str, str, str]:
+    """What is before the table that follows ``mark`` in ``file``, the table, what is after it."""
+    begin = f"<!-- {mark} -->\n"
+    before, rest = file.read_text(encoding="utf-8").split(begin)
+    table, after = rest.split(END, 1)
+    return before + begin, table.strip(), END + after
 
 
 def place(row: Row) -> tuple[int, int, int]:
@@ -126,16 +148,32 @@ def place(row: Row) -> tuple[int, int, int]:
     return cell, reproduce.METHODS_OF_MAP.index(row["method"]), row["seed"]
 
 
-def map_rows(file: Path = MAP) -> list[Row]:
-    """The map's rows in ``file``."""
+def place_in_table1(row: Row) -> tuple[int, int, int]:
+    """Where a row of Table 1 stands among others."""
+    data = list(reproduce.DATA).index(row["data"])
+    column = data * len(table1.SIZES) + table1.SIZES.index(row["clients"])
+    return column, table1.METHODS_OF_TABLE.index(row["method"]), row["seed"]
+
+
+def rows_in(file: Path) -> list[Row]:
+    """Rows that `pfedgpa reproduce` wrote."""
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return [json.loads(line) for line in lines]
 
 
-def add_map(folder: Path) -> None:
-    """Keep what `pfedgpa reproduce map` wrote to ``folder``."""
-    both = {place(row): row for row in map_rows() + map_rows(folder / MAP.name)}
-    write_text(MAP, "".join(json.dumps(both[key]) + "\n" for key in sorted(both)))
+def add_rows(kept: Path, folder: Path, order: Callable[[Row], tuple[int, int, int]]) -> None:
+    """Keep in ``kept`` what `pfedgpa reproduce` wrote to a file of that name in ``folder``."""
+    both = {order(row): row for row in rows_in(kept) + rows_in(folder / kept.name)}
+    write_text(kept, "".join(json.dumps(both[key]) + "\n" for key in sorted(both)))
+
+
+def all_of_table1() -> list[Row]:
+    """What `pfedgpa reproduce table1` and, of the same methods, the comparisons came to."""
+    found = rows_in(TABLE1)
+    for experiment, (data, clients) in COMPARED.items():
+        rows = [r for r in read(file_of(experiment)) if r["method"] in table1.METHODS_OF_TABLE]
+        found += [row | asdict(table1.PaperCell(data, clients)) for row in rows]
+    return found
 
 
 def main() -> None:
@@ -143,11 +181,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folders", type=Path, nargs="*", help="that the commands wrote to")
     for folder in parser.parse_args().folders:
-        (add_map if (folder / MAP.name).exists() else add)(folder)
-    rows = map_rows()
-    quote(DOCS / "results.md", report_of(kept()))
-    quote(DOCS / "map.md", reproduce.tables(rows))
-    quote(APP_DIR / "README.md", reproduce.overview(rows))
+        add(folder)
+        add_rows(MAP, folder, place)
+        add_rows(TABLE1, folder, place_in_table1)
+    for (file, mark), text in quotes().items():
+        before, _, after = around(file, mark)
+        write_text(file, f"{before}\n{text.strip()}\n\n{after}")
+    rows = rows_in(MAP)
     write_text(PICTURE, reproduce.figure(rows))
     write_text(PICTURE.with_name("methods.svg"), reproduce.methods_figure(rows))
 

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and what was started with it
     nodes = options.nodes
     settings: dict[str, Any] = {"num-clients": nodes, "num-server-rounds": options.rounds}
     settings |= {"method": "fedavg", "dataset": "digits", "evaluate-every": 0, "run-name": "run"}

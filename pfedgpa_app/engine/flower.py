@@ -27,6 +27,7 @@ from pfedgpa_app.core.paths import INSTALLED, package_of
 from pfedgpa_app.engine import LaunchError
 
 CONNECTION = "pfedgpa"
+PATIENCE = 300.0  # seconds that a living SuperLink may be deaf
 _LIST = "[tool.flwr.app.config]\n"
 
 
@@ -128,8 +129,10 @@ class Flower:
                     return
             except (URLError, OSError):
                 time.sleep(0.1)
-        said = self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
-        raise LaunchError(f"Flower's SuperLink did not start:\n{said}")
+        raise LaunchError(f"Flower's SuperLink did not start:\n{self._last_words()}")
+
+    def _last_words(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
         """Run a ``flwr`` command that answers in JSON."""
@@ -177,8 +180,26 @@ class Flower:
             while follower.poll() is None:
                 poll()
                 time.sleep(0.2)
-            status, details = self.status(run_id)
+            status, details = self._status_once_it_answers(run_id)
         return "" if status.startswith("finished:completed") else details or status
+
+    def _status_once_it_answers(self, run_id: str) -> tuple[str, str]:
+        """The run's status; on a busy machine a SuperLink is deaf at times.
+
+        Raises:
+            LaunchError: it has ended, or never answers.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self.status(run_id)
+            except LaunchError as error:
+                if (ended := self.superlink.poll()) is not None:
+                    said = f"exit status {ended}:\n{self._last_words()}"
+                    raise LaunchError(f"Flower's SuperLink has ended, {said}") from error
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1.0)
 
     def __exit__(self, *_: object) -> None:
         for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):

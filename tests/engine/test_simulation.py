@@ -22,7 +22,7 @@ from rich.console import Console
 from pfedgpa_app import cli
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.engine import LaunchError, local
-from pfedgpa_app.engine.flower import processes_of, processes_with
+from pfedgpa_app.engine.flower import Flower, processes_of, processes_with
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.runs.launcher import launch
 from tests.support.federations import PLAIN, SMALL, federate, records, summary
@@ -199,6 +199,30 @@ def test_a_process_that_ray_loses_ends_the_run(simulation: Simulation, tmp_path:
     chosen = PLAIN | {"engine": "ray", "method": "fedavg", "out-dir": str(tmp_path / "results")}
     with pytest.raises(LaunchError, match=r"Ray has lost a process .* with resume=true"):
         launch(chosen, app, Console(file=io.StringIO()), simulation)
+
+
+def test_a_deaf_superlink_is_asked_again_while_it_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flower = object.__new__(Flower)
+    flower.superlink, flower.log = subprocess.Popen(["sleep", "1000"]), tmp_path / "superlink.log"
+    flower.log.write_text("no memory left")
+    ended = subprocess.Popen(["true"])
+    monkeypatch.setattr(flower, "follow", lambda *_: ended)
+    asked: list[str] = []
+
+    def status(run_id: str) -> tuple[str, str]:
+        asked.append(run_id)
+        if len(asked) == 2:
+            return "finished:completed", ""
+        raise LaunchError("flwr ls failed: connection unavailable")
+
+    monkeypatch.setattr(flower, "status", status)
+    assert flower.wait("1", tmp_path / "log") == ""
+    flower.superlink.kill()
+    flower.superlink.wait()
+    with pytest.raises(LaunchError, match=r"SuperLink has ended, exit status -9:\nno memory left"):
+        flower.wait("1", tmp_path / "log")
 
 
 def started(folder: Path, engine: str, env: dict[str, str]) -> subprocess.Popen[str]:

@@ -12,7 +12,6 @@ import yaml
 from benchmarks import keep
 from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import differences, resolve
-from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.fedprox import FedProxSettings
 from pfedgpa_app.results.log import EVENTS
@@ -24,7 +23,6 @@ from pfedgpa_app.study.compare import (
     finished,
     overview,
     plan,
-    report_of,
     table,
 )
 from pfedgpa_app.study.sweep import Run
@@ -132,9 +130,8 @@ class TestKept:
 
 
 def test_docs_quote_the_results_that_are_kept() -> None:
-    found = keep.kept()
-    quoted = (APP_DIR / "docs/results.md").read_text().split(keep.BEGIN)[1].split(keep.END)[0]
-    assert quoted == f"\n{report_of(found).strip()}\n\n"
+    for (file, mark), text in keep.quotes().items():
+        assert keep.around(file, mark)[1] == text.strip(), f"python benchmarks/keep.py: {file}"
 
 
 def test_a_run_is_kept_in_the_place_of_the_one_before(
