@@ -6,10 +6,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from joblib import cpu_count
 from rich.console import Console
 
 from pfedgpa_app.config.resolve import resolve, without_idle
 from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
@@ -26,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "pfedgpa.fit-steps": 200,
     "timeout": 300.0,
 }
+NODES_A_CORE = 5  # that begin to work in time (benchmarks/nodes.py)
 
 
 def site_images(folder: Path, site: int, sites: int) -> None:
@@ -75,6 +78,11 @@ def rehearse(
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    if nodes > (most := NODES_A_CORE * cpu_count()):
+        raise ConfigError(
+            f"--nodes {nodes}: at most {most} on this machine's {cpu_count()} cores: Flower starts "
+            "another process for each client that has not begun after 30 s, until memory is full"
+        )
     settings, folder = prepared(nodes, overrides)
     config = resolve(settings).config
     with tempfile.TemporaryDirectory(prefix="pfedgpa-rehearsal-") as place:

@@ -41,7 +41,7 @@ from pfedgpa_app.data.datasets import load
 from pfedgpa_app.deployment import doctor, keys
 from pfedgpa_app.deployment.doctor import Node, NodeError, examine
 from pfedgpa_app.deployment.processes import Deployment
-from pfedgpa_app.deployment.rehearsal import prepared, site_images
+from pfedgpa_app.deployment.rehearsal import prepared, rehearse, site_images
 from pfedgpa_app.engine.flower import CONNECTION, processes_of, stage
 from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.runs.folder import is_running
@@ -338,6 +338,15 @@ class TestDoctor:
         )
         with pytest.raises(NodeError, match=r"torch 0\.0\.1 is not"):
             doctor.packages()
+
+
+def test_no_more_sites_are_rehearsed_than_begin_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"--nodes 1000: at most \d+ on this machine's \d+ cores"):
+        rehearse(1000, {})
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("method", ["fedavg", "local,scaffold", "pfedgpa-once", "fedavg,pfedgpa"])
