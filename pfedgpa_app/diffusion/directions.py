@@ -7,6 +7,8 @@ which clients differ only by what each memorised must not be among them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,35 @@ def principal_directions(gram: Tensor, rank: int) -> Tensor:
     return vectors[:, -rank:]
 
 
+def likeness(head_gram: Tensor, clients: Tensor, rank: int) -> dict[int, Tensor]:
+    """Who is like whom: where each client's mean classifier stands among all of them.
+
+    Args:
+        head_gram: the classifiers' inner products [N, N].
+        clients: [N]; rank is cut to their number − 1.
+
+    Returns:
+        {client: [k]}, its scores along the principal directions.
+    """
+    means = client_means(clients)
+    scores = principal_directions(means @ head_gram @ means.T, min(rank, max(1, len(means) - 1)))
+    return dict(zip(clients.unique().tolist(), scores, strict=True))
+
+
+def directions_of_likeness(clients: Tensor, known: Mapping[int, Tensor]) -> Tensor:
+    """Whole-network directions that go with what is known of who is like whom.
+
+    As in ``shared_directions``, the client means are regressed on the scores; clients of whom
+    nothing is known take no part.
+
+    Returns:
+        combinations [N, k].
+    """
+    nothing = torch.zeros_like(next(iter(known.values())))
+    scores = torch.stack([known.get(client, nothing) for client in clients.unique().tolist()])
+    return client_means(clients).T @ scores
+
+
 def shared_directions(
     gram: Tensor,
     head_gram: Tensor,
@@ -65,8 +96,7 @@ def shared_directions(
     """
     means = client_means(clients)
     newest = newest_rows(clients)
-    rank = min(rank, max(1, len(means) - 1))
-    scores = principal_directions(means @ head_gram @ means.T, rank)
+    scores = torch.stack(list(likeness(head_gram, clients, rank).values()))
     for _ in range(refinements):
         coefficients, deviations = principal_axes(gram, means.T @ scores)
         if not len(deviations):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,13 @@ from pfedgpa_app.diffusion.denoiser import (
     Denoiser,
     NetworkDenoiser,
 )
-from pfedgpa_app.diffusion.directions import newest_rows, principal_directions, shared_directions
+from pfedgpa_app.diffusion.directions import (
+    directions_of_likeness,
+    likeness,
+    newest_rows,
+    principal_directions,
+    shared_directions,
+)
 from pfedgpa_app.diffusion.inversion import calibrate_strength, guided, own_weight_of, regenerate
 from pfedgpa_app.diffusion.network import (
     Progress,
@@ -39,15 +45,24 @@ from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.diffusion.settings import DiffusionSettings
 
 
-def rank_of(buffer: Buffer, rule: str, seed: int) -> int:
-    """The rank that ``rule`` chooses for the uploads of a buffer.
+def likeness_of(buffer: Buffer, rank: int | None, rule: str, seed: int) -> dict[int, Tensor]:
+    """Who is like whom by the uploads of a buffer, of which the last layer is enough.
+
+    Args:
+        rank: of the scores; None: what ``rule`` chooses.
+
+    Returns:
+        {client: its scores [rank]}.
 
     Raises:
         ValueError: nothing is buffered, or no such rule.
     """
     layout, vectors, rounds, clients = buffer.stack()
     deltas, head = remove_drift(vectors, rounds, clients), layout.head()
-    return choose_rank(rule, deltas, head, deltas.gram(head), clients, seed)
+    gram = deltas.gram(head)
+    if rank is None:
+        rank = choose_rank(rule, deltas, head, gram, clients, seed)
+    return likeness(gram, clients, rank)
 
 
 @dataclass
@@ -150,11 +165,13 @@ class WeightDistribution(Distribution):
         device: str | torch.device = "cpu",
         descriptors: dict[int, Tensor] | None = None,
         progress: Progress = silent,
+        known: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Fit the distribution to the buffer.
 
         Args:
             descriptors: what is known of clients, each [d]; only networks go by it.
+            known: who is like whom, by ``likeness_of`` earlier uploads; else these tell.
             progress: is told how far a network's training is.
 
         Raises:
@@ -166,11 +183,11 @@ class WeightDistribution(Distribution):
         self.anchor = deltas.means[-1]
         head = self.layout.head()
         head_gram = deltas.gram(head)
-        rank = settings.rank
+        rank = len(next(iter(known.values()))) if known else settings.rank
         if rank is None:
             rank = choose_rank(settings.rank_rule, deltas, head, head_gram, self.clients, seed)
         self.own_weight = settings.own_weight or own_weight_of(len(self.clients.unique()), rank)
-        self.autoencoder = self._autoencoder(deltas, head_gram, rank, torch.device(device))
+        self.autoencoder = self._autoencoder(deltas, head_gram, rank, known, torch.device(device))
         self.latents = self.autoencoder.encode_all(deltas)
         self.newest = sorted(buffer.newest())
         newest = self.autoencoder.encode(_newest_deltas(buffer, deltas))
@@ -206,7 +223,12 @@ class WeightDistribution(Distribution):
         return torch.where(fresh, newest, newest * most.clamp_max(1))
 
     def _autoencoder(
-        self, deltas: Deltas, head_gram: Tensor, rank: int, device: torch.device
+        self,
+        deltas: Deltas,
+        head_gram: Tensor,
+        rank: int,
+        known: Mapping[int, Tensor] | None,
+        device: torch.device,
     ) -> Autoencoder:
         settings, seed = self.settings, self.seed
         if settings.autoencoder == "conv" and rank:
@@ -219,6 +241,8 @@ class WeightDistribution(Distribution):
             return LinearAutoencoder.fit(deltas, gram, gram.new_zeros(len(gram), 1))
         if settings.directions == "principal":
             combinations = principal_directions(gram, rank)
+        elif known:
+            combinations = directions_of_likeness(self.clients, known)
         else:
             combinations = shared_directions(
                 gram,

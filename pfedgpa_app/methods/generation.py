@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import RESULTS, ConfigError, setting
@@ -23,7 +24,7 @@ from pfedgpa_app.core.uploads import Buffer, Upload
 from pfedgpa_app.core.weights import Weights, is_statistic, last_layers
 from pfedgpa_app.diffusion.copies import novelty
 from pfedgpa_app.diffusion.directions import newest_rows
-from pfedgpa_app.diffusion.distribution import WeightDistribution
+from pfedgpa_app.diffusion.distribution import WeightDistribution, likeness_of
 from pfedgpa_app.diffusion.network import STEP_SECONDS
 from pfedgpa_app.diffusion.settings import DENOISERS, DiffusionSettings
 from pfedgpa_app.methods.averaging import Shared
@@ -33,6 +34,7 @@ from pfedgpa_app.training.sgd import device_for
 
 UPLOADS = "uploads"  # the settings' part in which uploads are kept
 ROUNDS = "rounds"  # their part in rounds that end with generation
+SETTLED = 20  # rounds after which classifiers tell clients apart
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,15 @@ class RememberedState(Shared):
     """The mean, and the newest uploads for those who learn from them.
 
     ``labels``: class counts of clients that share them. ``statistics``: each client's running
-    statistics, of its newest upload; they are its own, and not generated. ``fitted``: what was
-    learned from the uploads, once the rounds are over, for all methods that share them.
+    statistics, of its newest upload; they are its own, and not generated. ``likeness``: who is
+    like whom, by ``likeness_of``, once it has been seen. ``fitted``: what was learned from the
+    uploads, once the rounds are over, for all methods that share them.
     """
 
     buffer: Buffer
     labels: dict[int, list[int]] = field(default_factory=dict)
     statistics: dict[int, Weights] = field(default_factory=dict)
+    likeness: dict[int, Tensor] = field(default_factory=dict)
     fitted: WeightDistribution | None = None
 
     def whole(self, client: int, mine: Weights) -> Weights:
@@ -120,7 +124,7 @@ class RememberedState(Shared):
 
 
 class RememberingFedAvg(FedAvg):
-    """FedAvg's rounds, and the server keeps the newest uploads."""
+    """FedAvg's rounds, and the server keeps the newest uploads and who is like whom."""
 
     state: RememberedState
 
@@ -142,6 +146,20 @@ class RememberingFedAvg(FedAvg):
                 self.state.statistics[client] = own
             self.state.buffer.add(server_round, client, {n: upload.weights[n] for n in names})
         self.state.buffer.drop_old(server_round)
+        if not self.state.likeness and server_round >= self.settled(self.config):
+            settings, heads = self.config.of(PFedGPASettings), last_layers(names, 1)
+            self.state.likeness = likeness_of(
+                self.state.buffer.last(heads), settings.rank, settings.rank_rule, self.config.seed
+            )
+
+    @classmethod
+    def settled(cls, config: Config) -> int:
+        """The round after which who is like whom is seen: the first in which the buffer is full.
+
+        It shows most clearly before clients know their images by heart.
+        """
+        full = max(SETTLED, config.of(PFedGPASettings).buffer_rounds)
+        return min(full, config.num_server_rounds)
 
 
 def generated(names: Iterable[str]) -> list[str]:
@@ -218,13 +236,18 @@ class Generation(Personaliser[RememberedState]):
             device_for(self.config.device),
             self._descriptors(),
             self.progress,
+            self.known(),
         )
+
+    def known(self) -> dict[int, Tensor]:
+        """Who is like whom; {}: the buffered uploads are to tell."""
+        return self.state.likeness
 
     def sharing(self) -> dict[str, Any]:
         """Settings of the distribution that say who learns from whom, where they are known."""
         return {}
 
-    def _descriptors(self) -> dict[int, torch.Tensor] | None:
+    def _descriptors(self) -> dict[int, Tensor] | None:
         """What eq. 9 goes by: class shares, or one-hot names, whose embedding is learned."""
         if self.own.descriptor == "labels":
             counts = {c: torch.tensor(n).float() for c, n in self.state.labels.items()}

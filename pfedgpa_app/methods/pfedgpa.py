@@ -28,7 +28,7 @@ from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import RESULTS, ConfigError
 from pfedgpa_app.core.uploads import Buffer, Upload
 from pfedgpa_app.core.weights import Weights
-from pfedgpa_app.diffusion.distribution import WeightDistribution, rank_of
+from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.methods.averaging import with_momentum
 from pfedgpa_app.methods.generation import (
     ROUNDS,
@@ -40,7 +40,6 @@ from pfedgpa_app.methods.generation import (
 )
 
 MEAN, GENERATED, OWN = "mean", "generated", "own"
-SETTLED = 20  # rounds after which classifiers tell clients apart
 _OWN_WEIGHT = 0.9  # posterior weight that clients' own uploads keep where nobody is like anybody
 
 
@@ -48,15 +47,13 @@ _OWN_WEIGHT = 0.9  # posterior weight that clients' own uploads keep where nobod
 class PFedGPAState(RememberedState):
     """What pFedGPA's server knows beside the mean and the uploads.
 
-    ``velocity`` is the server's momentum, ``rank`` the latent rank once it is
-    chosen, ``generated`` what clients train from. ``losses``: each client's newest ones on
-    its validation images under the mean, if it has some. ``rivals``: weights that share nothing,
-    to be compared with those generated. ``chosen``: by clients' validation losses, the mean,
-    generated weights or their own; "" while nobody has told.
+    ``velocity`` is the server's momentum, ``generated`` what clients train from. ``losses``: each
+    client's newest ones on its validation images under the mean, if it has some. ``rivals``:
+    weights that share nothing, to be compared with those generated. ``chosen``: by clients'
+    validation losses, the mean, generated weights or their own; "" while nobody has told.
     """
 
     velocity: Weights = field(default_factory=dict)
-    rank: int | None = None
     generated: dict[int, Weights] = field(default_factory=dict)
     losses: dict[int, list[float]] = field(default_factory=dict)
     rivals: dict[int, Weights] = field(default_factory=dict)
@@ -114,13 +111,8 @@ class PFedGPA(Generation, RememberingFedAvg):
         return max(1, cls.first_gentle(config) - 1)
 
     @classmethod
-    def choosing_rank(cls, config: Config) -> int:
-        """The round after which the rank is chosen: the first in which the buffer is full.
-
-        Who is like whom shows most clearly before clients know their images by heart.
-        """
-        full = max(SETTLED, config.of(PFedGPASettings).buffer_rounds)
-        return min(full, cls.first_generation(config))
+    def settled(cls, config: Config) -> int:
+        return min(super().settled(config), cls.first_generation(config))
 
     def rate(self, server_round: int) -> float:
         return self.own.round_rate if self._is_gentle(server_round) else 1.0
@@ -147,9 +139,6 @@ class PFedGPA(Generation, RememberingFedAvg):
             state.global_weights, state.velocity = with_momentum(
                 before, state.global_weights, state.velocity, self.own.momentum
             )
-        soonest = self.choosing_rank(self.config)
-        if self.own.rank is None and state.rank is None and server_round >= soonest:
-            state.rank = rank_of(state.buffer, self.own.rank_rule, self.config.seed)
         generation = self.first_generation(self.config)
         if server_round >= generation:
             if self.own.rank is None and server_round == generation and state.losses:
@@ -193,20 +182,21 @@ class PFedGPA(Generation, RememberingFedAvg):
         common = {name: self.state.global_weights[name] for name in fitted.layout.names}
         return dict.fromkeys(fitted.newest, common)
 
-    def sharing(self) -> dict[str, Any]:
+    def known(self) -> dict[int, Tensor]:
         """By FedAvg's first rounds.
 
         Clients that train on from generated weights differ ever more along the directions that
-        generation kept, so that a rank chosen by their uploads would only confirm itself.
+        generation kept, so that their uploads would only confirm what was seen first.
         """
-        if self.own.rank is not None:
-            return {}
+        return {} if self.state.chosen in (MEAN, OWN) else self.state.likeness
+
+    def sharing(self) -> dict[str, Any]:
         if self.state.chosen == MEAN:
             return {"rank": 0}
         if self.state.chosen == OWN:
             clients = {entry.client for entry in self.state.buffer.entries()}
             return {"rank": len(clients) - 1, "own_weight": _OWN_WEIGHT}
-        return {"rank": self.state.rank}
+        return {}
 
     def report(self) -> dict[str, Any]:
         return super().report() | {"chosen_by_validation": self.state.chosen or None}

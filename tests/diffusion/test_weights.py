@@ -20,8 +20,12 @@ from pfedgpa_app.diffusion.autoencoder import (
 )
 from pfedgpa_app.diffusion.convolutional import ConvolutionalAutoencoder, ConvolutionalSettings
 from pfedgpa_app.diffusion.copies import novelty
-from pfedgpa_app.diffusion.directions import client_means, principal_directions
-from pfedgpa_app.diffusion.distribution import WeightDistribution
+from pfedgpa_app.diffusion.directions import (
+    client_means,
+    directions_of_likeness,
+    principal_directions,
+)
+from pfedgpa_app.diffusion.distribution import WeightDistribution, likeness_of
 from pfedgpa_app.diffusion.rank import choose_rank, hard_threshold
 from pfedgpa_app.diffusion.saved import load, save
 from pfedgpa_app.diffusion.settings import RULES, DiffusionSettings
@@ -547,3 +551,53 @@ class TestSaved:
             save_file(tensors | {name: damaged}, tmp_path / "bad.safetensors", file.metadata())
         with pytest.raises(ValueError, match=r"is not (whole|finite)"):
             load(tmp_path / "bad.safetensors")
+
+
+class TestLikeness:
+    """Who is like whom, seen before clients differ by what they know by heart."""
+
+    def uploads(self, noise: float, rounds: int, seed: int) -> Buffer:
+        """Of six clients in three groups, each with something of its own as large as ``noise``."""
+        buffer, draws = Buffer(rounds), torch.Generator().manual_seed(seed)
+        groups = torch.randn(3, 40, generator=torch.Generator().manual_seed(7))
+        own = noise * torch.randn(6, 40, generator=draws)
+        for number in range(1, rounds + 1):
+            for client in range(6):
+                mine = groups[client % 3] + own[client]
+                buffer.add(number, client, {"head.weight": mine.view(4, 10)})
+        return buffer
+
+    def test_directions_that_go_with_groups_are_those_of_group_means(self) -> None:
+        late = self.uploads(3.0, 2, 1)
+        _, vectors, _, clients = late.stack()
+        groups = {client: torch.eye(3)[client % 3].double() for client in range(6)}
+        found = (directions_of_likeness(clients, groups).T @ vectors.double()).T
+        means = torch.stack([vectors[clients % 3 == g].double().mean(0) for g in range(3)])
+        spread = (means - means.mean(0)).T
+        assert torch.linalg.matrix_rank(torch.cat([found, spread], 1)) == 2
+
+    def test_late_uploads_go_by_what_early_ones_tell(self) -> None:
+        early, late = self.uploads(0.1, 2, 0), self.uploads(3.0, 2, 1)
+        known = likeness_of(early, None, "shrinkage", 0)
+        assert {len(scores) for scores in known.values()} == {2}
+        settings = DiffusionSettings(denoiser="gaussian", strength=0)
+        made = WeightDistribution(late, settings, 0, known=known).generate()
+        alone = WeightDistribution(late, settings, 0).generate()
+        _, vectors, _, clients = late.stack()
+
+        def apart(found: dict[int, dict[str, torch.Tensor]]) -> float:
+            """How far clients are from their group's mean."""
+            total = 0.0
+            for client in range(6):
+                mean = vectors[clients % 3 == client % 3].mean(0)
+                total += float((found[client]["head.weight"].flatten() - mean).square().sum())
+            return total
+
+        assert apart(made) < 0.5 * apart(alone)
+
+    def test_clients_of_whom_nothing_is_known_take_no_part(self) -> None:
+        _, _, _, clients = self.uploads(1.0, 2, 0).stack()
+        known = {client: torch.eye(6)[client].double() for client in range(5)}
+        combinations = directions_of_likeness(clients, known)
+        all_six = directions_of_likeness(clients, known | {5: torch.zeros(6).double()})
+        assert combinations.equal(all_six)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pfedgpa_app.core.uploads import Upload
-from pfedgpa_app.diffusion.distribution import rank_of
+from pfedgpa_app.diffusion.distribution import likeness_of
 from pfedgpa_app.methods.pfedgpa import PFedGPA, _best
 from pfedgpa_app.training.evaluation import TEMPERATURES
 from tests.support.by_hand import (
@@ -57,11 +57,13 @@ class TestServers:
                 mine = two[client % 2] if number <= chosen else four[client % 4]
                 uploads[client] = Upload(like | {"head.weight": mine + noise}, 1)
             method.aggregate(number, uploads)
-            assert method.state.rank == (None if number < chosen else 2)
+            known = method.state.likeness
+            assert [len(scores) for scores in known.values()] == [2] * (8 * (number >= chosen))
         learned = method.learned()
         assert learned is not None
         assert learned.rank == 2
-        assert rank_of(method.state.buffer, "shrinkage", 0) == 3  # by what clients are now
+        now = likeness_of(method.state.buffer, None, "shrinkage", 0)  # by what clients are now
+        assert len(now[0]) == 3
 
     @pytest.mark.parametrize("best", [MEAN, GENERATED, OWN])
     def test_clients_choose_by_their_validation_losses(self, best: int) -> None:
