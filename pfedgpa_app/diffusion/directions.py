@@ -7,7 +7,7 @@ which clients differ only by what each memorised must not be among them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,22 +39,32 @@ def principal_directions(gram: Tensor, rank: int) -> Tensor:
     return vectors[:, -rank:]
 
 
-def likeness(head_gram: Tensor, clients: Tensor, rank: int) -> dict[int, Tensor]:
-    """Who is like whom: where each client's mean classifier stands among all of them.
+@dataclass(frozen=True)
+class Likeness:
+    """Who is like whom: where clients' mean classifiers stand among all of them.
+
+    Attributes:
+        rank: how many directions tell.
+        scores: {client: [clients − 1]}, along the principal directions, the widest first.
+    """
+
+    rank: int
+    scores: dict[int, Tensor]
+
+
+def scores_of(head_gram: Tensor, clients: Tensor) -> Tensor:
+    """Where each client's mean classifier stands [n, n − 1], along the widest direction first.
 
     Args:
         head_gram: the classifiers' inner products [N, N].
-        clients: [N]; rank is cut to their number − 1.
-
-    Returns:
-        {client: [k]}, its scores along the principal directions.
+        clients: [N].
     """
     means = client_means(clients)
-    scores = principal_directions(means @ head_gram @ means.T, min(rank, max(1, len(means) - 1)))
-    return dict(zip(clients.unique().tolist(), scores, strict=True))
+    most = max(1, len(means) - 1)
+    return principal_directions(means @ head_gram @ means.T, most).flip(1)
 
 
-def directions_of_likeness(clients: Tensor, known: Mapping[int, Tensor]) -> Tensor:
+def directions_of_likeness(clients: Tensor, known: Likeness, rank: int) -> Tensor:
     """Whole-network directions that go with what is known of who is like whom.
 
     As in ``shared_directions``, the client means are regressed on the scores; clients of whom
@@ -63,9 +73,9 @@ def directions_of_likeness(clients: Tensor, known: Mapping[int, Tensor]) -> Tens
     Returns:
         combinations [N, k].
     """
-    nothing = torch.zeros_like(next(iter(known.values())))
-    scores = torch.stack([known.get(client, nothing) for client in clients.unique().tolist()])
-    return client_means(clients).T @ scores
+    nothing = torch.zeros_like(next(iter(known.scores.values())))
+    scores = [known.scores.get(client, nothing) for client in clients.unique().tolist()]
+    return client_means(clients).T @ torch.stack(scores)[:, :rank]
 
 
 def shared_directions(
@@ -96,7 +106,7 @@ def shared_directions(
     """
     means = client_means(clients)
     newest = newest_rows(clients)
-    scores = torch.stack(list(likeness(head_gram, clients, rank).values()))
+    scores = scores_of(head_gram, clients)[:, :rank]
     for _ in range(refinements):
         coefficients, deviations = principal_axes(gram, means.T @ scores)
         if not len(deviations):

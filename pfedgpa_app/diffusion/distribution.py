@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +25,11 @@ from pfedgpa_app.diffusion.denoiser import (
     NetworkDenoiser,
 )
 from pfedgpa_app.diffusion.directions import (
+    Likeness,
     directions_of_likeness,
-    likeness,
     newest_rows,
     principal_directions,
+    scores_of,
     shared_directions,
 )
 from pfedgpa_app.diffusion.inversion import calibrate_strength, guided, own_weight_of, regenerate
@@ -45,24 +46,18 @@ from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.diffusion.settings import DiffusionSettings
 
 
-def likeness_of(buffer: Buffer, rank: int | None, rule: str, seed: int) -> dict[int, Tensor]:
+def likeness_of(buffer: Buffer, rule: str, seed: int) -> Likeness:
     """Who is like whom by the uploads of a buffer, of which the last layer is enough.
 
-    Args:
-        rank: of the scores; None: what ``rule`` chooses.
-
-    Returns:
-        {client: its scores [rank]}.
-
     Raises:
-        ValueError: nothing is buffered, or no such rule.
+        ValueError: nothing is buffered, or no such rank rule.
     """
     layout, vectors, rounds, clients = buffer.stack()
     deltas, head = remove_drift(vectors, rounds, clients), layout.head()
     gram = deltas.gram(head)
-    if rank is None:
-        rank = choose_rank(rule, deltas, head, gram, clients, seed)
-    return likeness(gram, clients, rank)
+    rank = choose_rank(rule, deltas, head, gram, clients, seed)
+    scores = scores_of(gram, clients)
+    return Likeness(rank, dict(zip(clients.unique().tolist(), scores, strict=True)))
 
 
 @dataclass
@@ -165,7 +160,7 @@ class WeightDistribution(Distribution):
         device: str | torch.device = "cpu",
         descriptors: dict[int, Tensor] | None = None,
         progress: Progress = silent,
-        known: Mapping[int, Tensor] | None = None,
+        known: Likeness | None = None,
     ) -> None:
         """Fit the distribution to the buffer.
 
@@ -183,7 +178,7 @@ class WeightDistribution(Distribution):
         self.anchor = deltas.means[-1]
         head = self.layout.head()
         head_gram = deltas.gram(head)
-        rank = len(next(iter(known.values()))) if known else settings.rank
+        rank = known.rank if settings.rank is None and known else settings.rank
         if rank is None:
             rank = choose_rank(settings.rank_rule, deltas, head, head_gram, self.clients, seed)
         self.own_weight = settings.own_weight or own_weight_of(len(self.clients.unique()), rank)
@@ -227,7 +222,7 @@ class WeightDistribution(Distribution):
         deltas: Deltas,
         head_gram: Tensor,
         rank: int,
-        known: Mapping[int, Tensor] | None,
+        known: Likeness | None,
         device: torch.device,
     ) -> Autoencoder:
         settings, seed = self.settings, self.seed
@@ -242,7 +237,7 @@ class WeightDistribution(Distribution):
         if settings.directions == "principal":
             combinations = principal_directions(gram, rank)
         elif known:
-            combinations = directions_of_likeness(self.clients, known)
+            combinations = directions_of_likeness(self.clients, known, rank)
         else:
             combinations = shared_directions(
                 gram,

@@ -23,7 +23,7 @@ from pfedgpa_app.core.settings import RESULTS, ConfigError, setting
 from pfedgpa_app.core.uploads import Buffer, Upload
 from pfedgpa_app.core.weights import Weights, is_statistic, last_layers
 from pfedgpa_app.diffusion.copies import novelty
-from pfedgpa_app.diffusion.directions import newest_rows
+from pfedgpa_app.diffusion.directions import Likeness, newest_rows
 from pfedgpa_app.diffusion.distribution import WeightDistribution, likeness_of
 from pfedgpa_app.diffusion.network import STEP_SECONDS
 from pfedgpa_app.diffusion.settings import DENOISERS, DiffusionSettings
@@ -110,7 +110,7 @@ class RememberedState(Shared):
     buffer: Buffer
     labels: dict[int, list[int]] = field(default_factory=dict)
     statistics: dict[int, Weights] = field(default_factory=dict)
-    likeness: dict[int, Tensor] = field(default_factory=dict)
+    likeness: Likeness | None = None
     fitted: WeightDistribution | None = None
 
     def whole(self, client: int, mine: Weights) -> Weights:
@@ -146,11 +146,10 @@ class RememberingFedAvg(FedAvg):
                 self.state.statistics[client] = own
             self.state.buffer.add(server_round, client, {n: upload.weights[n] for n in names})
         self.state.buffer.drop_old(server_round)
-        if not self.state.likeness and server_round >= self.settled(self.config):
-            settings, heads = self.config.of(PFedGPASettings), last_layers(names, 1)
-            self.state.likeness = likeness_of(
-                self.state.buffer.last(heads), settings.rank, settings.rank_rule, self.config.seed
-            )
+        if self.state.likeness is None and server_round >= self.settled(self.config):
+            rule = self.config.of(PFedGPASettings).rank_rule
+            heads = self.state.buffer.last(last_layers(names, 1))
+            self.state.likeness = likeness_of(heads, rule, self.config.seed)
 
     @classmethod
     def settled(cls, config: Config) -> int:
@@ -239,8 +238,8 @@ class Generation(Personaliser[RememberedState]):
             self.known(),
         )
 
-    def known(self) -> dict[int, Tensor]:
-        """Who is like whom; {}: the buffered uploads are to tell."""
+    def known(self) -> Likeness | None:
+        """Who is like whom; None: the buffered uploads are to tell."""
         return self.state.likeness
 
     def sharing(self) -> dict[str, Any]:

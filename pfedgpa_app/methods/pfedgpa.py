@@ -28,6 +28,7 @@ from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import RESULTS, ConfigError
 from pfedgpa_app.core.uploads import Buffer, Upload
 from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.diffusion.directions import Likeness
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.methods.averaging import with_momentum
 from pfedgpa_app.methods.generation import (
@@ -182,13 +183,13 @@ class PFedGPA(Generation, RememberingFedAvg):
         common = {name: self.state.global_weights[name] for name in fitted.layout.names}
         return dict.fromkeys(fitted.newest, common)
 
-    def known(self) -> dict[int, Tensor]:
+    def known(self) -> Likeness | None:
         """By FedAvg's first rounds.
 
         Clients that train on from generated weights differ ever more along the directions that
         generation kept, so that their uploads would only confirm what was seen first.
         """
-        return {} if self.state.chosen in (MEAN, OWN) else self.state.likeness
+        return None if self.state.chosen in (MEAN, OWN) else self.state.likeness
 
     def sharing(self) -> dict[str, Any]:
         if self.state.chosen == MEAN:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from pfedgpa_app.config.resolve import Resolved, keys, values_of
 from pfedgpa_app.core.files import read_metadata, read_tensors
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
 from pfedgpa_app.core.weights import Layout, is_statistic
+from pfedgpa_app.diffusion.directions import Likeness
 from pfedgpa_app.methods.generation import RememberedState, generated
 
 FILE = "uploads.safetensors"
@@ -39,6 +41,11 @@ def save(path: Path, state: RememberedState, resolved: Resolved, costs: dict[str
     tensors |= {f"global/{name}": t.contiguous() for name, t in state.global_weights.items()}
     for client, own in state.statistics.items():
         tensors |= {f"client-{client}/{name}": t.contiguous() for name, t in own.items()}
+    if state.likeness is not None:
+        scores = state.likeness.scores
+        tensors |= {"likeness": torch.stack(list(scores.values())).contiguous()}
+        tensors |= {"likeness-clients": torch.tensor(list(scores))}
+        tensors |= {"likeness-rank": torch.tensor(state.likeness.rank)}
     metadata = {
         "format": FORMAT,
         "settings": json.dumps(_fixed(resolved)),
@@ -104,6 +111,12 @@ def _fill(state: RememberedState, tensors: dict[str, Tensor], num_clients: int) 
     kept = Layout.of({name: state.global_weights[name] for name in generated(layout.names)})
     for server_round, client, vector in rows:
         state.buffer.add(server_round, client, kept.unflatten(vector))
+    if "likeness" in tensors:
+        scores, rank = tensors["likeness"], int(tensors["likeness-rank"])
+        if not scores.isfinite().all() or not 1 <= rank <= max(1, scores.shape[1]):
+            raise ValueError("what it says of who is like whom makes no sense")
+        known = dict(zip(tensors["likeness-clients"].tolist(), scores, strict=True))
+        state.likeness = Likeness(rank, known)
     own = [name for name in layout.names if is_statistic(name)]
     for client in set(clients) if own else ():
         state.statistics[client] = {name: tensors[f"client-{client}/{name}"] for name in own}

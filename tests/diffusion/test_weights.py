@@ -21,6 +21,7 @@ from pfedgpa_app.diffusion.autoencoder import (
 from pfedgpa_app.diffusion.convolutional import ConvolutionalAutoencoder, ConvolutionalSettings
 from pfedgpa_app.diffusion.copies import novelty
 from pfedgpa_app.diffusion.directions import (
+    Likeness,
     client_means,
     directions_of_likeness,
     principal_directions,
@@ -570,16 +571,16 @@ class TestLikeness:
     def test_directions_that_go_with_groups_are_those_of_group_means(self) -> None:
         late = self.uploads(3.0, 2, 1)
         _, vectors, _, clients = late.stack()
-        groups = {client: torch.eye(3)[client % 3].double() for client in range(6)}
-        found = (directions_of_likeness(clients, groups).T @ vectors.double()).T
+        groups = Likeness(3, {client: torch.eye(3)[client % 3].double() for client in range(6)})
+        found = (directions_of_likeness(clients, groups, 3).T @ vectors.double()).T
         means = torch.stack([vectors[clients % 3 == g].double().mean(0) for g in range(3)])
         spread = (means - means.mean(0)).T
         assert torch.linalg.matrix_rank(torch.cat([found, spread], 1)) == 2
 
     def test_late_uploads_go_by_what_early_ones_tell(self) -> None:
         early, late = self.uploads(0.1, 2, 0), self.uploads(3.0, 2, 1)
-        known = likeness_of(early, None, "shrinkage", 0)
-        assert {len(scores) for scores in known.values()} == {2}
+        known = likeness_of(early, "shrinkage", 0)
+        assert known.rank == 2
         settings = DiffusionSettings(denoiser="gaussian", strength=0)
         made = WeightDistribution(late, settings, 0, known=known).generate()
         alone = WeightDistribution(late, settings, 0).generate()
@@ -598,6 +599,6 @@ class TestLikeness:
     def test_clients_of_whom_nothing_is_known_take_no_part(self) -> None:
         _, _, _, clients = self.uploads(1.0, 2, 0).stack()
         known = {client: torch.eye(6)[client].double() for client in range(5)}
-        combinations = directions_of_likeness(clients, known)
-        all_six = directions_of_likeness(clients, known | {5: torch.zeros(6).double()})
-        assert combinations.equal(all_six)
+        combinations = directions_of_likeness(clients, Likeness(4, known), 4)
+        all_six = Likeness(4, known | {5: torch.zeros(6).double()})
+        assert combinations.equal(directions_of_likeness(clients, all_six, 4))
