@@ -113,7 +113,8 @@ def _fill(state: RememberedState, tensors: dict[str, Tensor], num_clients: int) 
         state.buffer.add(server_round, client, kept.unflatten(vector))
     if "likeness" in tensors:
         scores, rank = tensors["likeness"], int(tensors["likeness-rank"])
-        if not scores.isfinite().all() or not 1 <= rank <= max(1, scores.shape[1]):
+        whole = scores.ndim == 2 and scores.isfinite().all()
+        if not whole or not 1 <= rank <= max(1, scores.shape[1]):
             raise ValueError("what it says of who is like whom makes no sense")
         known = dict(zip(tensors["likeness-clients"].tolist(), scores, strict=True))
         state.likeness = Likeness(rank, known)

@@ -106,16 +106,18 @@ class TestResults:
 
     def test_generation_from_saved_uploads(self, tmp_path: Path) -> None:
         methods = "fedavg,client-mean,pfedgpa-once"
-        one, _ = federate(tmp_path / "1", method=methods, save_uploads=True)
+        # who is like whom is seen in round 20, whose uploads are not kept
+        long: dict[str, Any] = {"num_server_rounds": 22, "pfedgpa.buffer-rounds": 1}
+        one, _ = federate(tmp_path / "1", method=methods, save_uploads=True, **long)
         uploads = str(one / "uploads.safetensors")
-        two, grid = federate(tmp_path / "2", method=methods, uploads=uploads)
+        two, grid = federate(tmp_path / "2", method=methods, uploads=uploads, **long)
         assert not train_messages(grid)
         assert records(one, "clients.jsonl") == records(two, "clients.jsonl")
         for name in methods.split(","):
             for key in ("bytes_up", "bytes_down", "accuracy_before_ft"):
                 assert summary(one)[name][key] == summary(two)[name][key]
         with pytest.raises(ValueError, match="learning-rate"):
-            federate(tmp_path / "3", method=methods, uploads=uploads, learning_rate=0.5)
+            federate(tmp_path / "3", method=methods, uploads=uploads, learning_rate=0.5, **long)
 
     def test_damaged_uploads_are_refused(self, tmp_path: Path) -> None:
         one, _ = federate(tmp_path / "1", method="fedavg", save_uploads=True, num_server_rounds=1)
@@ -140,6 +142,10 @@ class TestResults:
             ({"vectors": vectors[1:]}, metadata),
             ({"vectors": torch.zeros(())}, metadata),
             ({"clients": tensors["clients"] + 100}, metadata),
+            ({"likeness": tensors["likeness"] * float("nan")}, metadata),
+            ({"likeness": torch.zeros(())}, metadata),
+            ({"likeness-rank": torch.tensor(9)}, metadata),
+            ({"likeness-clients": tensors["likeness-clients"][1:]}, metadata),
             ({"clients": torch.zeros(())}, metadata),
             ({"global/fc2.bias": bias * float("inf")}, metadata),
             ({"global/fc2.bias": bias[1:]}, metadata),
