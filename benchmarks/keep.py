@@ -138,7 +138,7 @@ def around(file: Path, mark: str) -> tuple[str, str, str]:
     begin = f"<!-- {mark} -->\n"
     before, rest = file.read_text(encoding="utf-8").split(begin)
     table, after = rest.split(END, 1)
-    return before + begin, table.strip(), END + after
+    return before + begin, table, END + after
 
 
 def place(row: Row) -> tuple[int, int, int]:
@@ -182,8 +182,9 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="*", help="that the commands wrote to")
     for folder in parser.parse_args().folders:
         add(folder)
-        add_rows(MAP, folder, place)
-        add_rows(TABLE1, folder, place_in_table1)
+        for kept_rows, order in ((MAP, place), (TABLE1, place_in_table1)):
+            if (folder / kept_rows.name).exists():
+                add_rows(kept_rows, folder, order)
     for (file, mark), text in quotes().items():
         before, _, after = around(file, mark)
         write_text(file, f"{before}\n{text.strip()}\n\n{after}")

@@ -102,6 +102,11 @@ def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
+def plug(namespace: str, state: str) -> None:
+    """Set a node's end of its cable ``up`` or ``down``."""
+    _ip("-n", namespace, "link", "set", CABLE, state)
+
+
 def missing() -> str:
     """Why there can be no such networks here, or ""."""
     if sys.platform != "linux" or os.geteuid() or not shutil.which("ip"):
@@ -179,11 +184,11 @@ class Networked(Deployment):
     def cut(self, number: int, seconds: float) -> None:
         """Cut a node's cable for so long, from now on."""
         far = f"{self.prefix}{number}"
-        _ip("-n", far, "link", "set", CABLE, "down")
+        plug(far, "down")
 
         def mend() -> None:
             time.sleep(seconds)
-            _ip("-n", far, "link", "set", CABLE, "up")
+            plug(far, "up")
 
         threading.Thread(target=mend, daemon=True).start()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -22,7 +21,7 @@ from rich.console import Console
 from pfedgpa_app import cli
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.engine import LaunchError, local
-from pfedgpa_app.engine.flower import Flower, processes_of, processes_with
+from pfedgpa_app.engine.flower import Flower, processes_of
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.runs.launcher import launch
 from tests.support.federations import PLAIN, SMALL, federate, records, summary
@@ -285,14 +284,7 @@ def check_a_sweep_outlives_a_node(folder: Path, cluster: Cluster) -> None:
         text=True,
     )
 
-    def going() -> int:
-        found = 0
-        for process in processes_with("FLWR_HOME", str(cluster.home)):
-            with contextlib.suppress(psutil.Error):  # it has just ended
-                found += "run-name=demo_seed" in " ".join(process.cmdline())
-        return found
-
-    until(lambda: sweep.poll() is not None or going() >= 2)
+    until(lambda: sweep.poll() is not None or len(cluster.running("run-name=demo_seed")) >= 2)
     cluster.lose_the_other()
     said, _ = sweep.communicate()
     assert sweep.returncode == 0, said

@@ -131,7 +131,8 @@ class TestKept:
 
 def test_docs_quote_the_results_that_are_kept() -> None:
     for (file, mark), text in keep.quotes().items():
-        assert keep.around(file, mark)[1] == text.strip(), f"python benchmarks/keep.py: {file}"
+        quoted = keep.around(file, mark)[1]
+        assert quoted == f"\n{text.strip()}\n\n", f"python benchmarks/keep.py: {file}"
 
 
 def test_a_run_is_kept_in_the_place_of_the_one_before(

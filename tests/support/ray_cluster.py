@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -13,9 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import psutil
+
 from benchmarks import networks
 from pfedgpa_app.core.paths import APP_DIR
-from pfedgpa_app.engine.flower import free_port, processes_of
+from pfedgpa_app.engine.flower import free_port, processes_of, processes_with
 
 
 class Cluster:
@@ -57,24 +60,28 @@ class Cluster:
     def lose_the_other(self) -> None:
         """It leaves without a word, as if its power were gone."""
         if not self.prefix:
-            nodes = [pid for pid in processes_of(self.home) if "raylet/raylet" in _command(pid)]
-            os.kill(max(nodes), signal.SIGKILL)
+            max(self.running("raylet/raylet"), key=lambda node: node.create_time()).kill()
             return
         name = f"{self.prefix}0"
-        subprocess.run(["ip", "-n", name, "link", "set", networks.CABLE, "down"], check=True)
+        networks.plug(name, "down")
         inside = subprocess.run(["ip", "netns", "pids", name], check=True, capture_output=True)
         for pid in inside.stdout.split():
             os.kill(int(pid), signal.SIGKILL)
+
+    def running(self, word: str) -> list[psutil.Process]:
+        """The cluster's processes in whose command the word is."""
+        found = []
+        for process in processes_with("FLWR_HOME", str(self.home)):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if word in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
 
     def close(self) -> None:
         for sign in (signal.SIGTERM, signal.SIGKILL):
             for pid in processes_of(self.home):
                 os.kill(pid, sign)
             time.sleep(2)
-
-
-def _command(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 @contextmanager
