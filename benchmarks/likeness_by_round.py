@@ -19,11 +19,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from unheld import unheld
+from unheld import mean_accuracy, unheld
 
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.uploads import Buffer
@@ -34,11 +33,10 @@ from pfedgpa_app.diffusion.distribution import WeightDistribution, likeness_of
 from pfedgpa_app.diffusion.settings import DiffusionSettings
 from pfedgpa_app.methods.generation import generated
 from pfedgpa_app.models.build import network_of
-from pfedgpa_app.models.networks import load, weight_names
+from pfedgpa_app.models.networks import weight_names
 from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.results.uploads import FILE
 from pfedgpa_app.runs.folder import kept_config
-from pfedgpa_app.training.evaluation import evaluate
 
 RULES, WINDOW, AFTER = ("widest-gap", "shrinkage", "likelihood"), 20, (20, 40, 60, 80, 100)
 
@@ -68,11 +66,8 @@ class Kept:
         """Of the weights that are made from these uploads."""
         settings = DiffusionSettings(denoiser="finite-set")
         fitted = WeightDistribution(uploads, settings, self.config.seed, known=known)
-        found = []
-        for client, mine in fitted.generate(draws=64).items():
-            load(self.model, self.common | mine)
-            found.append(evaluate(self.model, self.images[client]).accuracy)
-        return float(np.mean(found))
+        made = {c: self.common | mine for c, mine in fitted.generate(draws=64).items()}
+        return mean_accuracy(self.model, made, self.images)
 
     def groups(self, known: Likeness, rank: int) -> str:
         """How much of what the groups differ in ``known`` says."""

@@ -18,9 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from unheld import unheld
+from unheld import mean_accuracy, unheld
 
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.files import replacing
@@ -34,11 +33,10 @@ from pfedgpa_app.diffusion.settings import RULES, DiffusionSettings
 from pfedgpa_app.methods.baselines import ClientMean, LastUpload
 from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.models.build import network_of
-from pfedgpa_app.models.networks import load, weights_of
+from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.results import uploads
 from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.study.sweep import Run, expand, run_sweep
-from pfedgpa_app.training.evaluation import evaluate
 
 BASE: dict[str, Any] = {
     "method": "fedavg",
@@ -100,11 +98,8 @@ class Bench:
 
     def accuracy(self, made: Mapping[int, Weights]) -> float:
         """Mean over the clients, each under its own weights; without some: the global ones."""
-        found = []
-        for client, images in enumerate(self.images):
-            load(self.model, made.get(client, self.state.global_weights))
-            found.append(evaluate(self.model, images).accuracy)
-        return float(np.mean(found))
+        everyone = {c: made.get(c, self.state.global_weights) for c in range(len(self.images))}
+        return mean_accuracy(self.model, everyone, self.images)
 
     def fit(self, **settings: Any) -> WeightDistribution:
         """The distribution of the uploads."""

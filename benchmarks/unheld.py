@@ -9,12 +9,15 @@ from those that were dealt to nobody, 12,000 in all (an image may be drawn for s
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file
+from torch import nn
 
 from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.client import load_dataset, load_partition, load_schema
 from pfedgpa_app.data.images import Images, images_of
 from pfedgpa_app.data.partition import round_counts
@@ -46,6 +49,15 @@ def unheld(config: Config) -> list[Images]:
     return found
 
 
+def mean_accuracy(model: nn.Module, made: Mapping[int, Weights], images: list[Images]) -> float:
+    """Over the clients, each with its own weights on its own images, in %."""
+    found = []
+    for client, own in enumerate(images):
+        load(model, made[client])
+        found.append(evaluate(model, own).accuracy)
+    return float(np.mean(found))
+
+
 def main() -> None:
     """Print a line for each method of each run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -55,11 +67,10 @@ def main() -> None:
         images = unheld(config)
         model = network_of(config, load_schema(config))
         for file in sorted(run.glob("weights/*.safetensors")):
-            weights, accuracies = load_file(file), []
-            for client in range(config.initial_clients):
-                load(model, own_weights(weights, client))
-                accuracies.append(evaluate(model, images[client]).accuracy)
-            print(f"{run.name} {file.stem}: {np.mean(accuracies):.2f} %", flush=True)
+            weights = load_file(file)
+            made = {client: own_weights(weights, client) for client in range(len(images))}
+            accuracy = mean_accuracy(model, made, images)
+            print(f"{run.name} {file.stem}: {accuracy:.2f} %", flush=True)
 
 
 if __name__ == "__main__":
