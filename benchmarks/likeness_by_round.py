@@ -67,7 +67,8 @@ class Kept:
         settings = DiffusionSettings(denoiser="finite-set")
         fitted = WeightDistribution(uploads, settings, self.config.seed, known=known)
         made = {c: self.common | mine for c, mine in fitted.generate(draws=64).items()}
-        return mean_accuracy(self.model, made, self.images)
+        accuracy: float = mean_accuracy(self.model, made, self.images)
+        return accuracy
 
     def groups(self, known: Likeness, rank: int) -> str:
         """How much of what the groups differ in ``known`` says."""

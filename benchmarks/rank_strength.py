@@ -99,7 +99,8 @@ class Bench:
     def accuracy(self, made: Mapping[int, Weights]) -> float:
         """Mean over the clients, each under its own weights; without some: the global ones."""
         everyone = {c: made.get(c, self.state.global_weights) for c in range(len(self.images))}
-        return mean_accuracy(self.model, everyone, self.images)
+        accuracy: float = mean_accuracy(self.model, everyone, self.images)
+        return accuracy
 
     def fit(self, **settings: Any) -> WeightDistribution:
         """The distribution of the uploads."""
