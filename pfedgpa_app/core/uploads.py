@@ -151,3 +151,4 @@ class Upload:
     labels: list[int] = field(default_factory=list)  # images of each class, if it shares that
     # tempered ones of what it was sent and of what else it tried, if it was asked and has images
     validation_losses: list[list[float]] = field(default_factory=list)
+    loss: float = math.nan  # mean training loss in the round; NaN where it was not told

@@ -103,8 +103,11 @@ def check_upload(
     each = len(TEMPERATURES)
     if not isinstance(losses, list) or len(losses) not in (0, each, 2 * each):
         return None, f"sent validation-losses {losses!r} instead of {each} or {2 * each}"[:300]
+    loss: Any = metrics.get("loss", math.nan) if metrics is not None else math.nan
+    if not isinstance(loss, (int, float)):
+        return None, f"sent the loss {loss!r} instead of a number"[:300]
     rows = [losses[start : start + each] for start in range(0, len(losses), each)]
-    return Upload(weights, examples, labels, rows), ""
+    return Upload(weights, examples, labels, rows, float(loss)), ""
 
 
 def check_counts(counts: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -115,7 +114,9 @@ class Personalised(Strategy):
                 f"usable upload, min-uploads is {self.config.min_uploads}; the first: "
                 + "; ".join(f"client {c} {reason}" for c, reason in list(rejected.items())[:3])
             )
-        self._participants = {client: _told(answers[client]) for client in uploads}
+        self._participants = {
+            client: {"train_loss": upload.loss} for client, upload in uploads.items()
+        }
         started = time.perf_counter()
         self.method.aggregate(server_round, uploads)
         self.server_seconds += time.perf_counter() - started
@@ -197,9 +198,3 @@ def missing(config: Config, server_round: int) -> tuple[set[int], set[int]]:
     dropped = min(most, round(config.dropout_share * len(chosen)))
     late = min(most - dropped, round(config.straggler_share * len(chosen)))
     return set(order[:dropped]), set(order[dropped : dropped + late])
-
-
-def _told(upload: Message) -> dict[str, float]:
-    """What an upload's metrics say of the training."""
-    metrics: Any = upload.content.metric_records["metrics"]
-    return {"train_loss": float(metrics.get("loss", math.nan))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pfedgpa_app.core.uploads import Upload, weighted_mean
 from pfedgpa_app.data.client import load_schema
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.diffusion.saved import load
+from pfedgpa_app.engine.grid import identify
 from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.results import uploads
 from pfedgpa_app.runs import experiment
@@ -30,6 +32,16 @@ from pfedgpa_app.server.screening import NoUploadsError, check_upload, too_large
 from pfedgpa_app.server.strategy import missing
 from tests.support.federations import PLAIN, federate, records, summary, train_messages
 from tests.support.local_grid import InProcessGrid
+
+
+def uploaded(metrics: dict[str, Any]) -> tuple[Upload | None, str]:
+    """What is made of a reply in round 3 that says ``metrics``, too."""
+    identify()
+    expected = {"w": torch.zeros(2)}
+    told = MetricRecord({"num-examples": 10, "round": 3, **metrics})
+    content = RecordDict({"arrays": ArrayRecord(expected), "metrics": told})
+    reply = Message(content, dst_node_id=1, message_type="train")
+    return check_upload(reply, expected, 3, classes=2)
 
 
 class TestResults:
@@ -225,36 +237,34 @@ class TestMethods:
             with pytest.raises(ConfigError, match="share-label-counts"):
                 federate(tmp_path / "2", method="pfedgpa-once", **settings)
 
-    def test_label_counts_are_checked(self) -> None:
-        expected = {"w": torch.zeros(2)}
-        for labels, wrong in (([3, 7], ""), ([3], "2 classes"), ([0, 0], "2"), ([-1, 5], "whole")):
-            content = RecordDict(
-                {
-                    "arrays": ArrayRecord(expected),
-                    "metrics": MetricRecord(
-                        {"num-examples": 10, "label-counts": labels, "round": 3}
-                    ),
-                }
-            )
-            reply = Message(content, dst_node_id=1, message_type="train")
-            upload, reason = check_upload(reply, expected, 3, classes=2)
-            assert (upload is None) == bool(wrong)
-            assert wrong in reason
+    @pytest.mark.parametrize(
+        ("labels", "wrong"),
+        [([3, 7], ""), ([3], "2 classes"), ([0, 0], "2"), ([-1, 5], "whole")],
+    )
+    def test_label_counts_are_checked(self, labels: list[int], wrong: str) -> None:
+        upload, reason = uploaded({"label-counts": labels})
+        assert (upload is None) == bool(wrong)
+        assert wrong in reason
 
     @pytest.mark.parametrize(
         ("losses", "wrong"),
         [([1.0] * 6, ""), ([1.0] * 12, ""), ([1.0] * 5, "instead of 6 or 12"), (1.0, "instead")],
     )
     def test_validation_losses_are_checked(self, losses: Any, wrong: str) -> None:
-        expected = {"w": torch.zeros(2)}
-        metrics = {"num-examples": 10, "validation-losses": losses, "round": 3}
-        content = RecordDict({"arrays": ArrayRecord(expected), "metrics": MetricRecord(metrics)})
-        reply = Message(content, dst_node_id=1, message_type="train")
-        upload, reason = check_upload(reply, expected, 3)
+        upload, reason = uploaded({"validation-losses": losses})
         assert wrong in reason
         assert (upload is None) == bool(wrong)
         if upload is not None:
             assert upload.validation_losses == [[1.0] * 6] * (len(losses) // 6)
+
+    def test_a_loss_is_a_number(self) -> None:
+        upload, reason = uploaded({"loss": [0.5, 0.5]})  # which ended the server once
+        assert upload is None
+        assert "loss [0.5, 0.5] instead of a number" in reason
+        for told, loss in (({"loss": 0.5}, 0.5), ({}, math.nan)):
+            upload, reason = uploaded(told)
+            assert upload is not None
+            assert upload.loss == pytest.approx(loss, nan_ok=True)
 
     @pytest.mark.parametrize("share", [0.2, 0.0])
     def test_clients_compare_on_their_validation_images(self, tmp_path: Path, share: float) -> None:
