@@ -24,6 +24,7 @@ from pfedgpa_app.core.sections import (
     MODEL_HELP,
     MODELS,
     NODES,
+    OF_PARTITION,
     PARTITION_FILE,
     PARTITIONS,
     SECTIONS,
@@ -139,14 +140,25 @@ def conf_path(conf: str) -> Path:
     return path
 
 
-def _conf_layers(conf: str, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
-    """(file's name, its values) of ``conf``, after that of the file it builds on, its ``conf``."""
+def _conf_layers(
+    conf: str, over: Mapping[str, Any], above: tuple[Path, ...] = ()
+) -> list[tuple[str, dict[str, Any]]]:
+    """(file's name, its values) of ``conf``, after that of the file it builds on, its ``conf``.
+
+    A user's file that names none builds on what a run without a file would have, so that the same
+    settings mean the same in a file and on the command line.
+
+    Args:
+        over: settings laid over the file's.
+    """
     path = conf_path(conf)
     if path in above:
         raise ConfigError(f"{path}: builds on itself by its `conf`")
     values = flat(yaml_file.read(path), str(path))
-    base = values.pop("conf", None)
-    below = _conf_layers(str(base), (*above, path)) if base else []
+    base, over = values.pop("conf", None), {**values, **over}
+    if not base and path.resolve().parent != (APP_DIR / "conf").resolve():
+        base = _default_conf(over)
+    below = _conf_layers(str(base), over, (*above, path)) if base else []
     return [*below, (path.name, values)]
 
 
@@ -177,14 +189,21 @@ def values_of(described: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 def is_read(key: Key, config: Config) -> bool:
     """Whether the results of a run go by a setting."""
+    return bool(key.rules["part"] != LAUNCH) and not is_idle(key, config)
+
+
+def is_idle(key: Key, config: Config) -> bool:
+    """Whether a setting is of another partition, or of other methods, than a run has."""
+    if key.name in OF_PARTITION:
+        return config.partition != OF_PARTITION[key.name]
     section, part = key.name.rpartition(".")[0], key.rules["part"]
     if not section:
-        return bool(part != LAUNCH)
+        return False
     readers: list[Any] = [METHODS[name] for name in config.method if name in METHODS]
     if config.save_uploads or config.uploads:
         readers.append(FromUploads)  # goes by which of them are kept, too
     kind = sections()[section]
-    return any(reader.settings is kind and part in reader.parts for reader in readers)
+    return not any(reader.settings is kind and part in reader.parts for reader in readers)
 
 
 def without_idle(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[str, Any]:
@@ -193,7 +212,7 @@ def without_idle(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[st
     return {
         name: value
         for name, value in settings.items()
-        if "." not in name or name not in every or is_read(every[name], config)
+        if "." not in name or name not in every or not is_idle(every[name], config)
     }
 
 
@@ -222,7 +241,7 @@ def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
     """
     overrides = {k: v for k, v in flatten(run_config or {}) if v != ""}
     conf = str(overrides.get("conf") or _default_conf(overrides))
-    layers = [*_conf_layers(conf), ("run-config", overrides)]
+    layers = [*_conf_layers(conf, overrides), ("run-config", overrides)]
     _know_methods(layers)
     for name in overrides:
         known(name, "run-config")
@@ -277,14 +296,19 @@ def resolve_cached(run_config: Mapping[str, Any]) -> Resolved:
 
 
 def _refuse_idle(config: Config, overrides: Mapping[str, Any]) -> None:
-    """Refuse a method's own settings, given for this run, that no method of it reads."""
+    """Refuse settings, given for this run, that none of its methods or its partition goes by."""
     for name in overrides:
-        section = name.rpartition(".")[0]
-        if section and not is_read(keys()[name], config):
+        if not is_idle(keys()[name], config):
+            continue
+        if name in OF_PARTITION:
             raise ConfigError(
-                f"{name} (run-config): none of this run's methods ({', '.join(config.method)}) "
-                "goes by it"
+                f"{name} (run-config): partition = {config.partition} does not go by it, but "
+                f"partition={OF_PARTITION[name]} does"
             )
+        raise ConfigError(
+            f"{name} (run-config): none of this run's methods ({', '.join(config.method)}) "
+            "goes by it"
+        )
 
 
 def _check(config: Config) -> None:

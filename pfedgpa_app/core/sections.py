@@ -27,6 +27,12 @@ NODES = "nodes"  # the data set that is each node's own
 TORCHVISION = "torchvision:"
 MODELS = ("auto", "digits", "fashion", "cifar", "conv", "mlp")
 PARTITIONS = ("dominant", "dirichlet", "shards", "iid", "natural")
+OF_PARTITION = {  # setting: the partition that alone goes by it
+    "uniform-share": "dominant",
+    "group-shares": "dominant",
+    "dirichlet-alpha": "dirichlet",
+    "shards-per-client": "shards",
+}
 PARTITION_FILE = "file:"
 LABEL_FLIP = "label-flip"
 ATTACKS = ("none", "sign-flip", "scale", "noise", LABEL_FLIP)
@@ -176,7 +182,11 @@ class FederationSettings(Basics):
         1, "usable uploads that a round needs; with fewer the run stops, and can be resumed", low=1
     )
     dropout_share: float = setting(
-        0.0, "simulations: share of a round's clients that drop out and do nothing", low=0, high=1
+        0.0,
+        "simulations: share of a round's clients that drop out and do nothing; min-uploads of "
+        "them are left",
+        low=0,
+        high=1,
     )
     straggler_share: float = setting(
         0.0, "simulations: share of a round's clients whose upload comes too late", low=0, high=1

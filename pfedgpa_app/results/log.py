@@ -19,6 +19,7 @@ from pfedgpa_app.core.settings import ConfigError
 logger = logging.getLogger("pfedgpa")
 
 METRICS, EVENTS, SUMMARY = "metrics.jsonl", "events.jsonl", "summary.json"
+TABLE = "table.md"  # of all methods, written last
 RECORDS = (METRICS, "clients.jsonl", "joining.jsonl")  # what a resumed run shortens, too
 
 

@@ -34,7 +34,7 @@ from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.fine_tuning import fine_tunings
 from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.results import plots, uploads
-from pfedgpa_app.results.log import RunLog, is_done
+from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, say
 from pfedgpa_app.results.tracking import Tracking, check
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import CONFIG, locked, run_folder, running
@@ -59,8 +59,17 @@ def run(grid: Grid, resolved: Resolved) -> Path:
     if is_done(folder):
         return folder  # nothing is left to resume
     with locked(folder, running(folder)):
-        _run_in(folder, grid, resolved)
+        if _lost_its_end(folder):
+            end_whole(folder / EVENTS)
+            say(folder, "done", f"results are in {folder}", 1.0)
+        else:
+            _run_in(folder, grid, resolved)
     return folder
+
+
+def _lost_its_end(folder: Path) -> bool:
+    """Whether all results are there, and only the record that says so is not."""
+    return (folder / TABLE).exists() and not (folder / CHECKPOINT).exists()
 
 
 def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from pfedgpa_app.config.resolve import (
     Resolved,
     differences,
-    is_read,
+    is_idle,
     keys,
     method_named,
     resolve,
@@ -103,12 +103,12 @@ def kept_config(folder: Path) -> Config:
     Raises:
         ConfigError: as ``kept_settings``, or settings of another version.
     """
-    run = Config(method=tuple(kept_methods(folder)))
     kept = values_of(kept_settings(folder))
+    run = Config(method=tuple(kept_methods(folder)), partition=kept["partition"])
     read = {
         name: value
         for name, value in kept.items()
-        if name in keys() and value != [] and ("." not in name or is_read(keys()[name], run))
+        if name in keys() and value != [] and not is_idle(keys()[name], run)
     }
     return resolve(read | {"conf": ""}).config
 

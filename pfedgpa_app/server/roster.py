@@ -23,6 +23,7 @@ from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.messages import bytes_of, record_of
+from pfedgpa_app.server.screening import cause
 
 logger = logging.getLogger("pfedgpa")
 
@@ -202,8 +203,8 @@ class Roster:
         failed = ""
         for reply in self.grid.send_and_receive(questions, timeout=self.timeout):
             if reply.has_error():
-                failed = (reply.error.reason or "")[:300]
-                logger.warning("a node does not answer: %s", failed)
+                failed = f"node {reply.metadata.src_node_id}: {cause(reply)[:300]}"
+                logger.warning("no client there: %s", failed)
             else:
                 answers[reply.metadata.src_node_id] = reply
         return answers, failed

@@ -28,6 +28,7 @@ _WHAT: dict[int, str] = {  # what Flower's codes mean for whom reads the log
 MOST_EXAMPLES = 2**53  # that a client may claim: further than float64 counts
 _HEADER = 4096  # bytes; NumPy's format needs some 128
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_RAISED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'(.*)'>", re.DOTALL)  # as Flower tells errors
 
 
 class NoUploadsError(RuntimeError):
@@ -36,9 +37,14 @@ class NoUploadsError(RuntimeError):
 
 def failure(reply: Message) -> str:
     """Why an error reply says that the client failed, in one short text."""
-    reason = _ANSI.sub("", reply.error.reason or "no reason given").strip()
     code = reply.error.code
-    return f"{_WHAT.get(code, 'failed')} (code {code}): {reason[-300:]}"
+    return f"{_WHAT.get(code, 'failed')} (code {code}): {cause(reply)[-300:]}"
+
+
+def cause(reply: Message) -> str:
+    """What went wrong there, by an error reply."""
+    reason = _ANSI.sub("", reply.error.reason or "no reason given").strip()
+    return _RAISED.sub(r"\1: \2", reason)
 
 
 def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str]:

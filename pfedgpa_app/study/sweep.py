@@ -26,7 +26,7 @@ from pfedgpa_app.config import yaml_file
 from pfedgpa_app.config.parse import flat
 from pfedgpa_app.config.resolve import Resolved, differences, known, resolve, without_idle
 from pfedgpa_app.core.files import write_text
-from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.sections import OF_PARTITION, Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.engine import StoppedError, engine_for
 from pfedgpa_app.methods import federations
@@ -118,7 +118,7 @@ class Run:
 def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> list[Run]:
     """Every combination of ``over`` on top of ``settings``, the last key varying fastest.
 
-    Where methods vary, each run has those of ``settings`` that it goes by.
+    Where methods or partitions vary, each run has those of ``settings`` that it goes by.
 
     Raises:
         ConfigError: a combination that cannot run, or a folder with another run's results.
@@ -128,6 +128,7 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
     for values in itertools.product(*over.values()):
         varied = dict(zip(over, values, strict=True))
         own = settings_of(settings, _names(varied.get("method", ())), every)
+        own = _dealt(own, varied.get("partition"), over.get("partition", ()))
         chosen = own | varied
         name = _name(resolve(chosen).config.conf, varied)
         folder = (out / name).absolute()
@@ -150,6 +151,12 @@ def settings_of(settings: Settings, methods: Sequence[str], every: Sequence[str]
     """``settings`` without those that others of ``every`` method go by, but none of ``methods``."""
     others = without_idle(settings, every).keys() - without_idle(settings, methods).keys()
     return {name: value for name, value in settings.items() if name not in others}
+
+
+def _dealt(settings: Settings, partition: str | None, every: Sequence[str]) -> Settings:
+    """``settings`` without those that others of ``every`` partition go by, but not this one."""
+    others = set(every) - {partition}
+    return {name: v for name, v in settings.items() if OF_PARTITION.get(name) not in others}
 
 
 def _names(value: Any) -> list[str]:

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -39,6 +40,17 @@ class TestLayers:
         assert resolved.sources["momentum"] == "default"
         assert resolved.as_dict()["pfedgpa.rank"] == {"value": 5, "from": "mine.yaml"}
         assert resolved.as_dict()["pfedgpa.strength"]["value"] == "auto"
+
+    @pytest.mark.parametrize("dataset", ["digits", "imagefolder:photos", "npz:mine.npz"])
+    def test_a_file_means_what_the_command_line_does(self, tmp_path: Path, dataset: str) -> None:
+        given = {"dataset": dataset, "num-clients": 4}
+        conf = tmp_path / "mine.yaml"
+        conf.write_text("".join(f"{name}: {value}\n" for name, value in given.items()))
+        by_file = resolve({"conf": str(conf)}).config
+        assert replace(by_file, conf="") == replace(resolve(given).config, conf="")
+        conf.write_text("num-clients: 4\n")
+        by_both = resolve({"conf": str(conf), "dataset": dataset}).config
+        assert by_both == by_file
 
     def test_a_conf_file_builds_on_another(self, tmp_path: Path) -> None:
         (tmp_path / "base.yaml").write_text("num-clients: 7\nlocal-epochs: 3\n")
@@ -100,6 +112,8 @@ class TestRefusals:
             ({"num-server-rounds": True}, ["num-server-rounds", "whole number"]),
             ({"fraction-train": 1.5}, ["fraction-train", "1.5", "<= 1"]),
             ({"partition": "random"}, ["partition", "dirichlet"]),
+            ({"dirichlet-alpha": 0.1}, ["dirichlet-alpha", "partition=dirichlet"]),
+            ({"partition": "iid", "group-shares": "2,1"}, ["group-shares", "partition=dominant"]),
             ({"augment": "yes"}, ["augment", "true or false"]),
             ({"pfedgpa.rank": "many"}, ["pfedgpa.rank", "auto"]),
             ({"pfedgpa.strength": 2000}, ["pfedgpa.strength", "diffusion-steps"]),

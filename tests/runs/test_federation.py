@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +29,7 @@ from pfedgpa_app.runs import experiment
 from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.runs.folder import kept_config
 from pfedgpa_app.runs.initial import initial_weights
-from pfedgpa_app.server.screening import NoUploadsError, check_upload, too_large
+from pfedgpa_app.server.screening import NoUploadsError, check_upload, failure, too_large
 from pfedgpa_app.server.strategy import missing
 from tests.support.federations import PLAIN, federate, records, summary, train_messages
 from tests.support.local_grid import InProcessGrid
@@ -579,6 +580,9 @@ class TestBadUploads:
         upload, reason = check_upload(bad, {}, 1)
         assert upload is None
         assert "['other']" in reason
+        raised = "<class 'pfedgpa_app.core.settings.DataError'>:<'dataset npz:a: has one class'>"
+        lost = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, raised), reply_to=message)
+        assert failure(lost).endswith(": DataError: dataset npz:a: has one class")
         assert folder.exists()
 
 

@@ -223,6 +223,18 @@ class TestRefused:
         words = ["run", f"out-dir={tmp_path}", "resume=true"]
         assert cli.main(words) == 2
 
+    def test_a_run_whose_last_record_was_lost_is_not_begun_anew(self, tmp_path: Path) -> None:
+        folder, _ = federate(tmp_path, method="fedavg")
+        events = folder / "events.jsonl"
+        kept = events.read_bytes()[:-40]
+        events.write_bytes(kept)
+        before = {path: path.read_bytes() for path in folder.glob("*.json*") if path != events}
+        assert not is_done(folder)
+        federate(tmp_path, method="fedavg", resume=True)
+        assert is_done(folder)
+        assert before == {path: path.read_bytes() for path in before}
+        assert [e["kind"] for e in records(folder, "events.jsonl")].count("start") == 1
+
     def test_a_foreign_format(self, tmp_path: Path) -> None:
         folder = self.interrupted(tmp_path)
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -259,7 +271,7 @@ def test_a_full_disk_costs_the_checkpoint_only(
         raise OSError(28, "No space left on device")
 
     reference, _ = federate(tmp_path / "reference", method="fedavg", num_server_rounds=2)
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
     folder, _ = federate(tmp_path / "full", method="fedavg", num_server_rounds=2)
     warnings = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
     assert any("No space left on device" in text for text in warnings)

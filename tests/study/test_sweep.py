@@ -62,6 +62,14 @@ class TestPlan:
         with pytest.raises(ConfigError, match=r"fedprox.mu .* none of this run's methods"):
             expand(given | {"fedprox.mu": 1.0}, over, tmp_path)
 
+    def test_partitions_have_the_settings_that_they_go_by(self, tmp_path: Path) -> None:
+        given = {"conf": "demo", "dirichlet-alpha": 0.1}
+        even, uneven = expand(given, {"partition": ["iid", "dirichlet"]}, tmp_path)
+        assert "dirichlet-alpha" not in even.settings
+        assert uneven.config.dirichlet_alpha == 0.1
+        with pytest.raises(ConfigError, match=r"dirichlet-alpha .* partition=dirichlet"):
+            expand(given, {"partition": ["iid", "shards"]}, tmp_path)
+
     def test_bad_plans_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="seed = -1"):
             runs(tmp_path, {"seed": [0, -1]})
