@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,11 +32,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pfedgpa_app.config.parse import check_section
-from pfedgpa_app.core.files import replacing
+from pfedgpa_app.core.files import replacing, write_tensors
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.uploads import Upload, weighted_mean
@@ -69,6 +69,7 @@ class PFedGPA(FedAvg):
         settings: PFedGPASettings | None = None,
         rate_key: str = "lr",
         partition_key: str = "partition-id",
+        loss_key: str = "train_loss",
         seed: int = 0,
         save_dir: str | Path | None = None,
         max_upload_norm: float = Config.max_upload_norm,
@@ -81,6 +82,7 @@ class PFedGPA(FedAvg):
             rate_key: the learning rate's name in ``train_config``. Clients that go by a rate of
                 their own train on at full strength in the last rounds, which costs accuracy.
             partition_key: the metric by which clients may tell their partition in their replies.
+            loss_key: the metric by which clients may tell their training loss; momentum goes by it.
             seed: of what the diffusion model draws.
             save_dir: where each run makes a folder and writes each node's weights to it after the
                 last round, as ``client-PARTITION.safetensors`` or ``node-ID.safetensors``.
@@ -88,12 +90,11 @@ class PFedGPA(FedAvg):
                 two as the global mean before, is left out; 0: none is.
 
         Raises:
-            ValueError: class counts as descriptors, which no foreign client shares, or a setting
-                out of range.
+            ValueError: a setting out of range, or class counts as descriptors: nobody tells them.
         """
         super().__init__(*args, **kwargs)
         self.settings, self.seed = settings or PFedGPASettings(), seed
-        self.rate_key, self.partition_key = rate_key, partition_key
+        self.rate_key, self.partition_key, self.loss_key = rate_key, partition_key, loss_key
         self.save_dir = Path(save_dir) if save_dir is not None else None
         self.max_upload_norm = max_upload_norm
         check_section("pfedgpa", self.settings)
@@ -139,7 +140,7 @@ class PFedGPA(FedAvg):
         self._left = Personal()
         if num_rounds < 1:
             raise ConfigError(f"num_rounds = {num_rounds}: must be >= 1")
-        self._network = Network(initial_arrays)
+        self._network = Network(initial_arrays, self.weighted_by_key, self.loss_key)
         config = Config(num_server_rounds=num_rounds, seed=self.seed, sections=(self.settings,))
         Server.check(config)
         if self.save_dir is not None:
@@ -195,8 +196,8 @@ class PFedGPA(FedAvg):
             NoUploadsError: this was the last round, and none brought a usable upload.
         """
         contents, unusable = self._left.screened(replies, self.weighted_by_key, self.partition_key)
-        server, limits = self._server, (self.weighted_by_key, self.max_upload_norm)
-        uploads, wrong = self._network.uploads(contents, server.state.global_weights, *limits)
+        server, limit = self._server, self.max_upload_norm
+        uploads, wrong = self._network.uploads(contents, server.state.global_weights, limit)
         self._warn(server_round, unusable | wrong)
         last = server_round == server.config.num_server_rounds
         if uploads:
@@ -333,12 +334,16 @@ class Network:
         others: the newest of those that are not.
     """
 
-    def __init__(self, initial: ArrayRecord) -> None:
+    def __init__(self, initial: ArrayRecord, counted_by: str, loss_key: str) -> None:
         """As ``initial`` arrays have it.
+
+        Args:
+            counted_by: the metric that says how many images a node has; ``loss_key``: its loss.
 
         Raises:
             ConfigError: no tensors of torch's, or none that can be generated.
         """
+        self._counted_by, self._loss_key = counted_by, loss_key
         try:
             self.expected = dict(initial.to_torch_state_dict())
         except (TypeError, ValueError) as error:  # types that NumPy has and torch has not
@@ -359,7 +364,7 @@ class Network:
         """``generated`` and those of the others that have a mean."""
         return generated | {name: t for name, t in self.others.items() if has_mean(t)}
 
-    def upload(self, content: RecordDict, counted_by: str) -> tuple[Upload | None, str]:
+    def upload(self, content: RecordDict) -> tuple[Upload | None, str]:
         """The upload that a reply holds, or None and what is wrong with it."""
         arrays = list(content.array_records.values())
         if len(arrays) != 1:
@@ -368,11 +373,13 @@ class Network:
         if weights is None:
             return None, wrong
         [metrics] = content.metric_records.values()
-        examples: Any = metrics[counted_by]
-        return Upload(weights, examples), ""
+        examples: Any = metrics[self._counted_by]
+        loss: Any = metrics.get(self._loss_key)
+        told = float(loss) if isinstance(loss, (int, float)) else math.nan
+        return Upload(weights, examples, loss=told), ""
 
     def uploads(
-        self, contents: Mapping[int, RecordDict], mean: Weights, counted_by: str, limit: float
+        self, contents: Mapping[int, RecordDict], mean: Weights, limit: float
     ) -> tuple[dict[int, Upload], dict[int, str]]:
         """{node: its upload} of the usable ones, and what is wrong with the others.
 
@@ -383,7 +390,7 @@ class Network:
         uploads: dict[int, Upload] = {}
         unusable: dict[int, str] = {}
         for node, content in contents.items():
-            upload, wrong = self.upload(content, counted_by)
+            upload, wrong = self.upload(content)
             if upload is None:
                 unusable[node] = wrong
             else:
@@ -448,7 +455,7 @@ def has_mean(tensor: Tensor) -> bool:
 
 def part(upload: Upload, names: Iterable[str]) -> Upload:
     """Only some of an upload's tensors."""
-    return Upload({name: upload.weights[name] for name in names}, upload.examples)
+    return dataclasses.replace(upload, weights={name: upload.weights[name] for name in names})
 
 
 def with_other_metrics(contents: Mapping[int, RecordDict]) -> list[int]:
@@ -477,7 +484,7 @@ def no_uploads(rounds: int, unusable: Mapping[int, str]) -> NoUploadsError:
 def write(weights: Weights, path: Path, about: Mapping[str, Any]) -> None:
     """As safetensors, with ``about`` in the file's metadata."""
     metadata = {"format": "pt"} | {name: str(value) for name, value in about.items()}
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path, metadata)
+    write_tensors(path, weights, metadata)
 
 
 def new_folder(save_dir: Path, grid: Grid, model: Weights) -> Path:

@@ -336,6 +336,31 @@ class TestHostileNodes:
         # partitions 0..3 with 10(p + 1) examples add p: (0·1 + 1·2 + 2·3 + 3·4)/10 = 2
         assert result.train_metrics_clientapp[1]["loss"] == pytest.approx(2.0)
 
+    @pytest.mark.parametrize(
+        ("key", "expected"), [("train_loss", [1, 2.7, 4.89]), ("another", [1, 2, 3])]
+    )
+    def test_momentum_goes_by_the_training_loss(self, key: str, expected: list[float]) -> None:
+        def telling(message: Message, reply: Message) -> Message:
+            reply.content.metric_records["metrics"][key] = 0.5
+            return reply
+
+        seen: list[float] = []
+
+        def look(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+            seen.append(float(arrays.to_torch_state_dict()["w"][0]))
+            return MetricRecord({})
+
+        strategy = PFedGPA(
+            settings=dataclasses.replace(QUICK, generate_from=4),
+            min_train_nodes=1,
+            min_available_nodes=1,
+            fraction_evaluate=0.0,
+        )
+        grid = InProcessGrid({}, 3, telling, weights_app())
+        strategy.start(grid, ArrayRecord({"w": torch.zeros(3)}), 4, evaluate_fn=look)
+        mean = (0 * 10 + 1 * 20 + 2 * 30) / 60  # of what the clients add to what they are sent
+        assert seen[1:4] == pytest.approx([mean * each for each in expected])
+
 
 class TestRounds:
     @pytest.mark.parametrize("empty", [{1}, {2}, {3}, {4}, {3, 4}, {1, 2, 3}], ids=str)

@@ -54,9 +54,10 @@ class PFedGPASettings(DiffusionSettings):
         above=0,
         part=ROUNDS,
     )
-    momentum: float = setting(
-        0.0,
-        "the server's momentum in the rounds before",
+    momentum: float | None = setting(
+        None,
+        "the server's momentum in the rounds before; auto: 0.7 at first, and less as clients' "
+        "training loss falls",
         low=0,
         high=0.999,
         grid=(0.0, 0.5, 0.7),

@@ -18,6 +18,7 @@ that are not generated.
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +42,7 @@ from pfedgpa_app.methods.generation import (
 )
 
 MEAN, GENERATED, OWN = "mean", "generated", "own"
+_MOMENTUM = 0.7  # the server's at first
 _OWN_WEIGHT = 0.9  # posterior weight that clients' own uploads keep where nobody is like anybody
 
 
@@ -48,13 +50,15 @@ _OWN_WEIGHT = 0.9  # posterior weight that clients' own uploads keep where nobod
 class PFedGPAState(RememberedState):
     """What pFedGPA's server knows beside the mean and the uploads.
 
-    ``velocity`` is the server's momentum, ``generated`` what clients train from. ``losses``: each
+    ``velocity`` is the server's momentum, ``first_loss`` what its clients' training losses began
+    with, if they told, ``generated`` what clients train from. ``losses``: each
     client's newest ones on its validation images under the mean, if it has some. ``rivals``:
     weights that share nothing, to be compared with those generated. ``chosen``: by clients'
     validation losses, the mean, generated weights or their own; "" while nobody has told.
     """
 
     velocity: Weights = field(default_factory=dict)
+    first_loss: float | None = None
     generated: dict[int, Weights] = field(default_factory=dict)
     losses: dict[int, list[float]] = field(default_factory=dict)
     rivals: dict[int, Weights] = field(default_factory=dict)
@@ -136,9 +140,9 @@ class PFedGPA(Generation, RememberingFedAvg):
         if state.generated and state.chosen != OWN:
             state.buffer.drop_before(first)
         super().aggregate(server_round, uploads)
-        if self.own.momentum and not self._is_gentle(server_round):
+        if self.own.momentum != 0 and not self._is_gentle(server_round):
             state.global_weights, state.velocity = with_momentum(
-                before, state.global_weights, state.velocity, self.own.momentum
+                before, state.global_weights, state.velocity, self._momentum(uploads)
             )
         generation = self.first_generation(self.config)
         if server_round >= generation:
@@ -147,6 +151,22 @@ class PFedGPA(Generation, RememberingFedAvg):
                 state.rivals = self._generated()
                 state.chosen = ""
             state.generated = self._generated()
+
+    def _momentum(self, uploads: dict[int, Upload]) -> float:
+        """Of this round, by how much of the first one's training loss is left.
+
+        What few images have to teach is learned without it, too; with it clients know theirs by
+        heart before generation begins, which then has nothing left to share.
+        """
+        if self.own.momentum is not None:
+            return self.own.momentum
+        losses = [upload.loss for upload in uploads.values() if math.isfinite(upload.loss)]
+        if not losses:
+            return 0.0
+        loss, state = statistics.median(losses), self.state
+        if state.first_loss is None:
+            state.first_loss = loss
+        return _MOMENTUM * min(1.0, loss / state.first_loss) if state.first_loss > 0 else 0.0
 
     def _compare(self, uploads: dict[int, Upload]) -> str:
         """Take in clients' validation losses; after the first generation, choose by them.

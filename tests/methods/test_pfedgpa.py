@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -104,6 +106,31 @@ class TestServers:
             shared = made[1] - made[0], made[3] - made[2]
             assert made[2] - made[1] > 3
             assert all(0.15 < gap < 0.25 for gap in shared) == (best == OWN)
+
+    @pytest.mark.parametrize(
+        ("losses", "momentum"),
+        [
+            ([4.0, 2.0, 1.0], [0.7, 0.35, 0.175]),  # 0.7 of what is left of the first
+            ([1.0, 9.0, math.nan], [0.7, 0.7, 0.0]),  # never more, and none where nobody tells
+            ([math.nan, 2.0, 1.0], [0.0, 0.7, 0.35]),
+            ([0.0, 0.0, 1.0], [0.0, 0.0, 0.0]),
+        ],
+    )
+    def test_momentum_goes_as_the_training_loss(
+        self, losses: list[float], momentum: list[float]
+    ) -> None:
+        method = server("pfedgpa", clients=5, num_server_rounds=9)
+        like, velocity, weights = method.expected_upload(), 0.0, 0.0
+        for number, (loss, beta) in enumerate(zip(losses, momentum, strict=True), start=1):
+            # a client or two may tell anything
+            told = [loss, loss, loss, math.nan if math.isnan(loss) else 1e9, math.inf]
+            sent = {n: torch.full_like(t, float(number)) for n, t in like.items()}
+            uploads = {c: Upload(sent, 1, loss=told[c]) for c in range(5)}
+            method.aggregate(number, uploads)
+            velocity = number - weights + beta * velocity
+            weights += velocity
+            after = method.state.global_weights["2.weight"]
+            torch.testing.assert_close(after, torch.full_like(after, weights))
 
     def test_a_network_that_is_too_sure_is_not_worse_for_that(self) -> None:
         worse = torch.tensor([1.0, 0.9, 0.8, 0.9, 1.0, 1.1])
