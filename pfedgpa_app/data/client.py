@@ -17,12 +17,12 @@ from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.images import Images, images_of
 from pfedgpa_app.data.partition import (
     ClientSplit,
-    by_file,
     by_users,
     dominant_groups,
     partition,
     with_validation,
 )
+from pfedgpa_app.data.partition_file import by_file
 
 
 @dataclass(frozen=True)

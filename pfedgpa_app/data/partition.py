@@ -1,20 +1,16 @@
 """Who holds which images.
 
-A partition is dealt, natural or by a file. One that is dealt is a matrix of class counts, one row a
-client, and one dealer that hands out that many images: disjoint while the data last, the test
-images in the same mix.
+A partition is dealt, natural or by a file (partition_file.py). One that is dealt is a matrix of
+class counts, one row a client, and one dealer that hands out that many images: disjoint while the
+data last, the test images in the same mix.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -282,58 +278,3 @@ def by_users(users: np.ndarray, test_users: np.ndarray, num_clients: int) -> lis
         owner = np.array([client_of.get(user, -1) for user in those])
         splits.append([np.flatnonzero(owner == client) for client in range(num_clients)])
     return splits
-
-
-def by_file(
-    path: Path, train: np.ndarray, test: np.ndarray, num_clients: int
-) -> list[list[np.ndarray]]:
-    """What a file of {sample: client} deals: the indices of each client's images, by split.
-
-    Samples that it does not name are nobody's.
-
-    Args:
-        path: JSON of one object, or CSV with the columns sample and client.
-        train: the names of the training samples; ``test``: of the test samples.
-
-    Raises:
-        ValueError: it cannot be read, or names samples or clients that there are not.
-    """
-    owners = _read_owners(path)
-    place = {str(name): i for i, name in enumerate((*train, *test))}
-    owner = np.full(len(place), -1)
-    for sample, client in owners.items():
-        if sample not in place:
-            raise ValueError(
-                f"partition = file:{path}: names the sample {sample!r}, which the data set has "
-                f"not; it has {', '.join([*place][:3])}, …"
-            )
-        if not 0 <= client < num_clients:
-            raise ValueError(
-                f"partition = file:{path}: gives {sample!r} to client {client}; by num-clients = "
-                f"{num_clients} there are 0 to {num_clients - 1}"
-            )
-        owner[place[sample]] = client
-    parts = np.split(owner, [len(train)])
-    return [[np.flatnonzero(part == client) for client in range(num_clients)] for part in parts]
-
-
-def _read_owners(path: Path) -> dict[str, int]:
-    """{sample: client}.
-
-    Raises:
-        ValueError: the file is none of these.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            if path.suffix.lower() == ".csv":
-                found: Any = {row["sample"]: row["client"] for row in csv.DictReader(file)}
-            else:
-                found = json.load(file)
-        return {str(sample): int(client) for sample, client in found.items()}
-    except OSError as error:
-        raise ValueError(f"partition = file:{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"partition = file:{path}: wants a JSON object of samples and their clients' numbers, "
-            f"or CSV with the columns sample and client: {type(error).__name__}: {error}"
-        ) from error

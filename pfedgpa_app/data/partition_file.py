@@ -1,0 +1,210 @@
+"""Who holds what by a file of the user's: JSON or CSV that maps samples to clients."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pfedgpa_app.core.sections import PARTITION_FILE
+from pfedgpa_app.core.settings import ConfigError, shown
+
+Entry = tuple[str, str, str]  # where the file says so, sample, client
+
+
+def by_file(
+    path: Path, train: np.ndarray, test: np.ndarray, num_clients: int
+) -> list[list[np.ndarray]]:
+    """What a file of samples and their clients deals: the indices of each client's, by split.
+
+    Samples that it does not name are nobody's. Names are compared in composed Unicode: macOS
+    lists "ä" as two characters, other systems and editors write one.
+
+    Args:
+        path: a JSON object {sample: client}, or CSV with the columns sample and client.
+        train: the names of the training samples; ``test``: of the test samples.
+
+    Raises:
+        ConfigError: it cannot be read, names samples that there are not or one for two clients,
+            names other clients than 0 to ``num_clients - 1``, or leaves one without a training or
+            a test sample.
+    """
+    where, owners = f"partition = {PARTITION_FILE}{path}", _read_owners(path)
+    place = _places(where, [*train, *test])
+    owner = np.full(len(place), -1)
+    for sample, client in owners.items():
+        if sample not in place:
+            raise ConfigError(
+                f"{where}: names the sample {shown(sample)}, which the data set has not; it has "
+                f"{', '.join([*place][:3])}, …"
+            )
+        owner[place[sample]] = client
+    _require_clients(where, owners, num_clients)
+    parts = np.split(owner, [len(train)])
+    splits = [[np.flatnonzero(part == client) for client in range(num_clients)] for part in parts]
+    _require_both_kinds(where, splits, (train, test))
+    return splits
+
+
+def _places(where: str, names: Sequence[str]) -> dict[str, int]:
+    """Each sample's place in the data set by its name, in composed Unicode.
+
+    Raises:
+        ConfigError: two samples have names that only their Unicode tells apart.
+    """
+    places: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if places.setdefault(_composed(name), i) != i:
+            raise ConfigError(
+                f"{where}: the data set has two samples that read {str(name)!r}, in composed and "
+                "in decomposed Unicode: rename one"
+            )
+    return places
+
+
+def _composed(name: str) -> str:
+    """``name`` with one character for a letter and its accents."""
+    return unicodedata.normalize("NFC", str(name))
+
+
+def _require_clients(where: str, owners: Mapping[str, int], num_clients: int) -> None:
+    """Refuse other clients than 0 to ``num_clients - 1``, or a lack of one of these.
+
+    Raises:
+        ConfigError: how many the file names, or which number it leaves out.
+    """
+    sample, last = max(owners.items(), key=lambda entry: entry[1])
+    named = {*owners.values()}
+    missing = next(client for client in range(last + 2) if client not in named)
+    if missing < last:
+        raise ConfigError(
+            f"{where}: gives {shown(sample)} to client {last}, and nothing to client {missing}: "
+            "clients are numbered from 0 without a gap"
+        )
+    if missing != num_clients:
+        clients = f"clients 0 to {last}" if last else "client 0 alone"
+        raise ConfigError(
+            f"{where}: the file names {clients}, and num-clients is {num_clients}: set "
+            f"num-clients={missing}"
+        )
+
+
+def _require_both_kinds(
+    where: str, splits: Sequence[Sequence[np.ndarray]], names: Sequence[np.ndarray]
+) -> None:
+    """Refuse a client that has no sample to train or none to be tested on.
+
+    Args:
+        splits: the indices of each client's samples, of the training and of the test split.
+        names: of all samples in these two.
+
+    Raises:
+        ConfigError: which kind it lacks, and which samples of that kind are left.
+    """
+    for client, (train, test) in enumerate(zip(*splits, strict=True)):
+        if len(train) and len(test):
+            continue
+        lacks, verb = ("test", "be tested") if len(train) else ("training", "train")
+        kind = ("training", "test").index(lacks)
+        left = np.delete(names[kind], np.concatenate(splits[kind]))[:3]
+        which = f"as {', '.join(map(repr, left.tolist()))}" if len(left) else "which others hold"
+        why, instead = "", ""
+        if not str(names[0][0]).startswith("train/"):  # as names do where both splits were there
+            why = " (test-share drew which are which, the same in every run)"
+            instead = ", or make a test split yourself (docs/own.md)"
+        raise ConfigError(
+            f"{where}: client {client} would have no image to {verb} on: the file gives it "
+            f"{len(train)} training and {len(test)} test samples{why}: give it a {lacks} sample, "
+            f"{which}{instead}"
+        )
+
+
+def _read_owners(path: Path) -> dict[str, int]:
+    """{sample: client}, the samples in composed Unicode.
+
+    Raises:
+        ConfigError: the file cannot be read, names no sample or one for two clients, or a client
+            by something else than a number.
+    """
+    owners: dict[str, int] = {}
+    for where, sample, client in _entries(path):
+        if not re.fullmatch(r"[0-9]{1,9}", client):
+            raise ConfigError(
+                f"{where}: gives {shown(sample)} to {shown(client)}: wanted is the client's "
+                "number, from 0"
+            )
+        owner = owners.setdefault(_composed(sample), int(client))
+        if owner != int(client):
+            raise ConfigError(
+                f"{where}: gives {shown(sample)} to client {int(client)}, and before to client "
+                f"{owner}: a sample is one client's, delete one of the two"
+            )
+    if not owners:
+        raise ConfigError(f"partition = {PARTITION_FILE}{path}: names no sample")
+    return owners
+
+
+def _entries(path: Path) -> Iterator[Entry]:
+    """All that a partition file says, in its order, duplicates too.
+
+    Raises:
+        ConfigError: it cannot be read, is not in UTF-8, or is neither JSON nor CSV as wanted.
+    """
+    where = f"partition = {PARTITION_FILE}{path}"
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{where}, line {line}: is not in UTF-8: save it as UTF-8 (in Excel, as CSV UTF-8)"
+        ) from error
+    is_json = path.suffix.lower() == ".json" or text.lstrip().startswith("{")
+    return (_json_entries if is_json else _csv_entries)(where, text)
+
+
+def _json_entries(where: str, text: str) -> Iterator[Entry]:
+    """Of a JSON object {sample: client}.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        found = json.loads(text, object_pairs_hook=tuple)  # a dict would hide duplicate keys
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: is no JSON: {error}") from error
+    if not isinstance(found, tuple):
+        raise ConfigError(f'{where}: wants a JSON object, as in {{"cat/1.jpg": 0}}')
+    for sample, client in found:
+        yield where, sample, str(client)
+
+
+def _csv_entries(where: str, text: str) -> Iterator[Entry]:
+    """Of CSV with the columns sample and client, parted by what parts its first line.
+
+    Raises:
+        ConfigError: it has no such columns, or a quotation mark at a wrong place.
+    """
+    first = next(iter(text.splitlines()), "")
+    delimiter = max(",;\t", key=first.count)  # Excel writes ; where the comma is for decimals
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = [name.strip().lower() for name in next(rows, [])]
+        if not {"sample", "client"} <= {*header}:
+            raise ConfigError(
+                f"{where}, line 1: has the columns {shown(first)}: wanted are sample and client, "
+                "parted by comma, semicolon or tab; or the file is a JSON object"
+            )
+        for row in filter(any, rows):
+            cells = dict(zip(header, row, strict=False))
+            at = f"{where}, line {rows.line_num}"
+            yield at, cells.get("sample", ""), cells.get("client", "").strip()
+    except csv.Error as error:
+        raise ConfigError(f"{where}, line {rows.line_num}: is no CSV: {error}") from error
