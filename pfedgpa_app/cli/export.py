@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from pfedgpa_app.cli.options import add_client
+from pfedgpa_app.core.settings import ConfigError
 
 EXAMPLE = "export results/my-run --client 3 --to onnx"
 
@@ -18,15 +19,22 @@ def add_options(parser: ArgumentParser) -> None:
         required=True,
         help="onnx, which wants pip install 'pfedgpa-app[onnx]', or torch.export's .pt2",
     )
-    parser.add_argument("--out", type=Path, help="the file; default: client-N.onnx or .pt2 here")
+    parser.add_argument(
+        "--out", type=Path, help="a new file; default: RUN-METHOD-client-N.onnx or .pt2 here"
+    )
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.runs.personal import load_client
+    from pfedgpa_app.core.paths import user_path
+    from pfedgpa_app.runs.personal import load_client, the_method
     from pfedgpa_app.runs.prediction import export
 
     model = load_client(options.run, options.client, options.method)
+    folder = user_path(options.run).absolute()
+    method = the_method(folder, options.method)
     ending = {"onnx": "onnx", "torch": "pt2"}[options.to]
-    out = options.out or Path(f"client-{options.client}.{ending}")
+    out = options.out or Path(f"{folder.name}-{method}-client-{options.client}.{ending}")
+    if out.exists():
+        raise ConfigError(f"{out}: exists: give --out another name, or remove it")
     print(f"wrote {export(model, options.to, out).absolute()}")
     return 0

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from pfedgpa_app.core.files import replacing
+from pfedgpa_app.core.files import replacing, write_tensors
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.messages import record_of
@@ -52,7 +52,7 @@ def leave(asked: Mapping[str, Any], own: Weights, kind: str = "client") -> None:
         path = Path(folder) / f"{asked['method']}.{kind}-{asked['client']}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as new:
-            save_file({name: tensor.contiguous() for name, tensor in own.items()}, new)
+            write_tensors(new, own)
 
 
 def recall(context: Context, asked: Mapping[str, Any], key: str, before: int) -> Weights:
@@ -90,6 +90,6 @@ def keep(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key}@{server_round}.safetensors"
     with replacing(path) as new:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, new)
+        write_tensors(new, state)
     for old in _kept(folder, key)[: -1 - again]:
         old.unlink(missing_ok=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 
@@ -37,6 +38,25 @@ def write_text(path: Path, text: str) -> None:
 def checksum(path: Path) -> int:
     """CRC-32 of the file's bytes, by which damage is seen."""
     return zlib.crc32(path.read_bytes())
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file, also of tensors that are strided or share their memory.
+
+    Raises:
+        SafetensorError: it cannot be written.
+        KeyError: safetensors knows no tensors of that type.
+    """
+    apart: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous()
+        storage = data.untyped_storage().data_ptr()
+        apart[name] = data.clone() if storage in storages else data  # no two may share one
+        storages.add(storage)
+    save_file(apart, path, metadata)
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import hashlib
 import importlib
 import re
 import sys
@@ -11,6 +14,8 @@ from typing import Any
 from pfedgpa_app.core.settings import ConfigError
 
 _REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+# {module: {its files: their digests}}, as it was imported: it stays so, whatever is edited later
+_SOURCES: dict[str, dict[Path, str]] = {}
 
 
 def is_reference(name: str) -> bool:
@@ -32,6 +37,7 @@ def imported(reference: str, folder: str, setting: str) -> Any:
     # first while it is imported, last from then on: what else it imports later must be found,
     # and a file of the user's must not stand in for a library's
     sys.path.insert(0, place)
+    is_new = module_name not in sys.modules or module_name not in _SOURCES
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever a foreign module raises
@@ -44,8 +50,49 @@ def imported(reference: str, folder: str, setting: str) -> Any:
         sys.path.remove(place)
         if place not in sys.path:
             sys.path.append(place)
+    file = getattr(module, "__file__", None)  # none of a built-in module's
+    if is_new:
+        _SOURCES[module_name] = _read(Path(file)) if file else {}
     if not hasattr(module, name):
         raise ConfigError(
-            f"{setting} = {reference!r}: {module.__file__ or module_name} has nothing called {name}"
+            f"{setting} = {reference!r}: {file or module_name} has nothing called {name}"
         )
     return getattr(module, name)
+
+
+def sources(reference: str) -> dict[Path, str]:
+    """{file: its SHA-256} of what ``reference`` came from when this process imported it.
+
+    They are its module's file and those beside that which are imported there; {} if it has not
+    been ``imported`` yet.
+    """
+    return _SOURCES.get(reference.partition(":")[0], {})
+
+
+def digest(path: Path) -> str:
+    """A file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read(file: Path) -> dict[Path, str]:
+    found: dict[Path, str] = {}
+    left = {file}
+    while left:
+        each = left.pop()
+        with contextlib.suppress(OSError):  # no file, as a rule: what is imported is not beside
+            found[each] = digest(each)
+            left |= {file.with_name(f"{name}.py") for name in _imports(each)} - found.keys()
+    return found
+
+
+def _imports(file: Path) -> set[str]:
+    """The last words of all that a file's imports name; none if it is not Python."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError):
+        return set()
+    named = {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            named |= {alias.name for alias in node.names}
+    return {name.rpartition(".")[2] for name in named}

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pfedgpa_app.core.files import read_tensors
+from pfedgpa_app.core.files import read_tensors, write_tensors
 from pfedgpa_app.core.weights import Layout, finite
 from pfedgpa_app.diffusion.autoencoder import Autoencoder, LayeredAutoencoder, LinearAutoencoder
 from pfedgpa_app.diffusion.convolutional import (
@@ -53,7 +52,7 @@ def save(fitted: Distribution, path: Path) -> None:
         ],
     }
     metadata = {"format": FORMAT, "distribution": json.dumps(description)}
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
+    write_tensors(path, tensors, metadata)
 
 
 def load(path: Path) -> Distribution:

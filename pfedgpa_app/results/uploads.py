@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pfedgpa_app.config.resolve import Resolved, keys, values_of
-from pfedgpa_app.core.files import read_metadata, read_tensors
+from pfedgpa_app.core.files import read_metadata, read_tensors, write_tensors
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
 from pfedgpa_app.core.weights import Layout, is_statistic
 from pfedgpa_app.diffusion.directions import Likeness
@@ -38,12 +37,12 @@ def save(path: Path, state: RememberedState, resolved: Resolved, costs: dict[str
     """Write the buffer, with what the rounds cost and the settings that made it."""
     _, vectors, rounds, clients = state.buffer.stack()
     tensors = {"vectors": vectors, "rounds": rounds, "clients": clients}
-    tensors |= {f"global/{name}": t.contiguous() for name, t in state.global_weights.items()}
+    tensors |= {f"global/{name}": t for name, t in state.global_weights.items()}
     for client, own in state.statistics.items():
-        tensors |= {f"client-{client}/{name}": t.contiguous() for name, t in own.items()}
+        tensors |= {f"client-{client}/{name}": t for name, t in own.items()}
     if state.likeness is not None:
         scores = state.likeness.scores
-        tensors |= {"likeness": torch.stack(list(scores.values())).contiguous()}
+        tensors |= {"likeness": torch.stack(list(scores.values()))}
         tensors |= {"likeness-clients": torch.tensor(list(scores))}
         tensors |= {"likeness-rank": torch.tensor(state.likeness.rank)}
     metadata = {
@@ -51,7 +50,7 @@ def save(path: Path, state: RememberedState, resolved: Resolved, costs: dict[str
         "settings": json.dumps(_fixed(resolved)),
         "costs": json.dumps(costs),
     }
-    save_file(tensors, path, metadata)
+    write_tensors(path, tensors, metadata)
 
 
 def described(path: Path) -> tuple[dict[str, Any], dict[str, float]]:

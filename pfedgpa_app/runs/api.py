@@ -63,10 +63,15 @@ class Result:
         """``table``, ``clients`` or ``curves`` as a pandas DataFrame.
 
         Raises:
-            ImportError: pandas is not installed.
+            ConfigError: pandas is not installed.
         """
-        import pandas
-
+        try:
+            import pandas
+        except ImportError as error:
+            raise ConfigError(
+                f"frame: needs pandas: pip install pandas; then Result.of({str(self.folder)!r}) "
+                "has this run's again"
+            ) from error
         return pandas.DataFrame(getattr(self, what))
 
     def plot(self) -> Figure:

@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pfedgpa_app.core.files import checksum, replacing, write_text
+from pfedgpa_app.core.files import checksum, replacing, write_tensors, write_text
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS
 
@@ -147,7 +146,6 @@ class Checkpoint:
         self._number += 1
         file = f"{self._number}.safetensors"
         new: dict[str, Tensor] = {}
-        storages: set[int] = set()
         kept: dict[int, tuple[Tensor, int, list[str]]] = {}
 
         def put(tensor: Tensor) -> list[str]:
@@ -157,10 +155,7 @@ class Checkpoint:
                     kept[id(tensor)] = found
                     return found[2]
             key = str(len(new))
-            data = tensor.detach().cpu().contiguous()
-            storage = data.untyped_storage().data_ptr()
-            new[key] = data.clone() if storage in storages else data  # no two may share one
-            storages.add(storage)
+            new[key] = tensor
             kept[id(tensor)] = tensor, tensor._version, [file, key]
             return [file, key]
 
@@ -169,7 +164,7 @@ class Checkpoint:
         if new:
             with replacing(self.folder / file) as path:
                 try:
-                    save_file(new, path)
+                    write_tensors(path, new)
                 except SafetensorError as error:
                     raise OSError(str(error)) from error
                 self._checksums[file] = checksum(path)

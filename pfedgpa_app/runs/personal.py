@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pfedgpa_app.client.adjustment import LEFT, adjusted
 from pfedgpa_app.config.resolve import values_of
-from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.files import write_tensors, write_text
+from pfedgpa_app.core.own_code import digest, sources
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES, Config, TrainingSettings
@@ -23,6 +27,7 @@ from pfedgpa_app.core.settings import ConfigError, near
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.images import normalisation
 from pfedgpa_app.methods import federation_of
+from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.networks import load, weight_names
 from pfedgpa_app.runs.folder import kept_methods, kept_settings
@@ -31,6 +36,7 @@ MODEL, WEIGHTS = "model.json", "weights"
 REST = "network.safetensors"  # tensors of the network that clients do not share: frozen ones, …
 FORMAT = "pfedgpa-model-1"
 AT_ONCE = 500  # examples
+logger = logging.getLogger("pfedgpa")
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class About:
     Attributes:
         pixels: examples are images of 0 to 255.
         image_size: to whose square they were resized; 0: they were not.
+        code: {import path: {file: its SHA-256}} of the user's own code in the run.
     """
 
     schema: Schema
@@ -49,6 +56,7 @@ class About:
     code_dir: str
     image_size: int
     pixels: bool
+    code: dict[str, dict[str, str]] = field(default_factory=dict, hash=False)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -66,6 +74,7 @@ class About:
             "head": self.head,
             "seed": self.seed,
             "code_dir": self.code_dir,
+            "code": self.code,
         }
 
     def network(self) -> nn.Module:
@@ -124,15 +133,54 @@ def write_about(folder: Path, config: Config, schema: Schema, pixels: bool) -> N
         str(user_path(config.code_dir or ".").absolute()),
         config.image_size,
         pixels,
+        _own_code(config),
     )
     write_text(folder / MODEL, json.dumps(about.as_dict(), indent=2) + "\n")
     network = network_of(config, schema)
     tensors = network.state_dict()
     shared = {tensors[name].data_ptr() for name in weight_names(network)}  # by any of their names
-    rest = {name: t.clone() for name, t in tensors.items() if t.data_ptr() not in shared}
+    rest = {name: t for name, t in tensors.items() if t.data_ptr() not in shared}
     if rest and config.save_weights:
         (folder / WEIGHTS).mkdir(exist_ok=True)
-        save_file(rest, folder / WEIGHTS / REST)
+        write_tensors(folder / WEIGHTS / REST, rest)
+
+
+def _own_code(config: Config) -> dict[str, dict[str, str]]:
+    """What ``About.code`` says, of files that this process has imported."""
+    every = [config.model, config.dataset, *map(reference_of, config.method)]
+    found = {name: {file.name: now for file, now in sources(name).items()} for name in every}
+    return {name: files for name, files in found.items() if files}
+
+
+def changed_code(folder: Path, about: About, *references: str) -> Iterator[str]:
+    """A warning of each of the user's own files that is not what the run in ``folder`` had.
+
+    Args:
+        references: import paths, as in ``about.code``; by default all there; those alone are
+            looked at that this process has imported.
+    """
+    for reference in references or about.code:
+        kept = about.code.get(reference, {})  # none in a run of an earlier version
+        for file, now in sources(reference).items():
+            before = kept.get(file.name, now)
+            if before != now:
+                older = file.is_file() and digest(file) == before  # in this process alone
+                what = "start Python anew" if older else "bring that version back, or run anew"
+                yield (
+                    f"{file}: {folder} was trained with another version of it than this process "
+                    f"has; unless comments alone differ, its results no longer hold: {what}"
+                )
+
+
+def warn_of_changes(folder: Path, about: About, reference: str) -> None:
+    """Log what ``changed_code`` says, once a process."""
+    for text in changed_code(folder, about, reference):
+        _warn_once(text)
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def read_about(folder: Path) -> About:
@@ -150,7 +198,8 @@ def read_about(folder: Path) -> About:
             found["dataset"], tuple(found["classes"]), tuple(found["shape"]), found["tokens"]
         )
         names = ("model", "head", "seed", "code_dir", "image_size", "pixels")
-        return About(schema, **{name: found[name] for name in names})
+        code = found.get("code", {})
+        return About(schema, **{name: found[name] for name in names}, code=code)
     except FileNotFoundError as error:
         raise ConfigError(
             f"{folder}: is no run's folder, or of a version that kept no {MODEL}"
@@ -245,6 +294,7 @@ def load_client(run: str | Path, client: int, method: str = "") -> ClientModel:
     folder = user_path(run)
     about = read_about(folder)
     network, weights = about.network(), client_weights(folder, client, method)
+    warn_of_changes(folder, about, about.model)
     rest = folder / WEIGHTS / REST
     try:
         load(network, (load_file(rest) if rest.is_file() else {}) | weights)

@@ -15,7 +15,7 @@ from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.data.client import load_client as load_data
 from pfedgpa_app.data.datasets import load as load_dataset
 from pfedgpa_app.runs.folder import kept_config
-from pfedgpa_app.runs.personal import About, ClientModel, load_client
+from pfedgpa_app.runs.personal import About, ClientModel, load_client, warn_of_changes
 
 
 def described(probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def evaluate(
     if dataset:
         inputs, labels = _labelled(about, dataset, data_dir)
     else:
-        inputs, labels = _tested(user_path(run), client)
+        inputs, labels = _tested(about, user_path(run), client)
     predicted = model.probabilities(inputs).argmax(1)
     right = predicted == labels
     counts = {
@@ -79,12 +79,13 @@ def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np
     return inputs, place[np.concatenate([found.train_labels, found.test_labels])]
 
 
-def _tested(folder: Path, client: int) -> tuple[np.ndarray, np.ndarray]:
+def _tested(about: About, folder: Path, client: int) -> tuple[np.ndarray, np.ndarray]:
     """What ``client`` was tested on in the run."""
     config = kept_config(folder)
     if config.dataset == NODES:
         raise ConfigError(f"{folder}: its clients' data are on their nodes: name a data set")
     data = load_data(config, client).test
+    warn_of_changes(folder, about, config.dataset)
     return data.pixels.numpy(), data.labels.numpy()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pfedgpa_app.core.files import checksum
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.results.log import METRICS, RunLog
 from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError, encode
+from pfedgpa_app.runs.personal import changed_code, read_about
 from pfedgpa_app.runs.summary import Summary
 
 CHECKPOINT = "checkpoint"
@@ -64,6 +66,10 @@ class Resuming:
         self.log.restore(values["log"])
         after = "round {round} of {federation}".format_map(going) if going else ""
         self.log.event("resumed", f"the run goes on after {after or ', '.join(self.finished)}")
+        with contextlib.suppress(ConfigError):  # it is written anew by a run that goes on
+            about = read_about(self.log.folder)
+            for text in dict.fromkeys(changed_code(self.log.folder, about)):
+                self.log.event("warning", text)
         return going
 
     def state(self, node: Any, begun: Any) -> Any:

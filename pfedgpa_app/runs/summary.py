@@ -9,14 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
-from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.files import write_tensors, write_text
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.results import plots
-from pfedgpa_app.results.log import SUMMARY, RunLog, mean
+from pfedgpa_app.results.log import SUMMARY, TABLE, RunLog, mean
 from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
 from pfedgpa_app.server.strategy import Personalised, sampled
 from pfedgpa_app.training.evaluation import FinalScore, FineTuning
@@ -36,9 +34,8 @@ def save_weights(
             prefix = "global" if tensor is common.get(name) else f"client-{client}"
             tensors[f"{prefix}/{name}"] = tensor
     if tensors:
-        tensors = {key: tensor.clone() for key, tensor in tensors.items()}
         path.parent.mkdir(exist_ok=True)
-        save_file(tensors, path, {"format": "pt", **about})
+        write_tensors(path, tensors, {"format": "pt", **about})
 
 
 def peak_memory() -> int:
@@ -159,5 +156,5 @@ class Summary:
             plots.accuracy_over_rounds(self.folder / "accuracy.png", self.log, outcomes)
             plots.before_and_after(self.folder / "clients.png", outcomes)
         table = text_table([self.rows[name] for name in self.config.method])
-        write_text(self.folder / "table.md", table + "\n")
+        write_text(self.folder / TABLE, table + "\n")
         self.log.event("table", table)
