@@ -66,11 +66,11 @@ class Evaluator:
         Raises:
             NoUploadsError: no client answers.
         """
-        rounds = self.config.num_server_rounds
+        rounds, asked = self.config.num_server_rounds, [asdict(each) for each in fine_tunings]
         settings = {
             "method": self.name,
             "round": rounds,
-            "fine-tunings": json.dumps([asdict(each) for each in fine_tunings]),
+            "fine-tunings": json.dumps(asked),
         }
         messages = {
             client: self.roster.message(client, "evaluate.final", mine, settings)
@@ -88,14 +88,19 @@ class Evaluator:
                 validation_images=int(counts["validation-images"]),
                 agreement=counts.get("agreement"),
             )
-            for client, counts in self._counted(method, rounds, messages, answers)
+            for client, counts in self._counted(method, rounds, messages, answers, len(asked))
         }
         if not scores:
             raise NoUploadsError(f"{method}: no client could evaluate its weights")
         return scores, sent
 
     def _counted(
-        self, name: str, server_round: int, sent: Iterable[int], answers: dict[int, Message]
+        self,
+        name: str,
+        server_round: int,
+        sent: Iterable[int],
+        answers: dict[int, Message],
+        fine_tunings: int | None = None,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         """(client, what it counted), of those whose evaluation can be used; others are named."""
         for client in sent:
@@ -107,7 +112,7 @@ class Evaluator:
                 reason = failure(answers[client])
             else:
                 counts = answers[client].content.metric_records.get("metrics", {})
-                reason = check_counts(counts)
+                reason = check_counts(counts, fine_tunings)
             if reason:
                 self.log.rejected(name, server_round, client, reason)
             else:

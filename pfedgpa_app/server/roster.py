@@ -205,9 +205,17 @@ class Roster:
             if reply.has_error():
                 failed = f"node {reply.metadata.src_node_id}: {cause(reply)[:300]}"
                 logger.warning("no client there: %s", failed)
+            elif not self._says_who(reply):
+                failed = f"node {reply.metadata.src_node_id}: does not say who it is"
+                logger.warning("no client there: %s", failed)
             else:
                 answers[reply.metadata.src_node_id] = reply
         return answers, failed
+
+    @staticmethod
+    def _says_who(reply: Message) -> bool:
+        record: Any = reply.content.metric_records.get("node", {})
+        return isinstance(record.get("partition-id"), int)
 
     @staticmethod
     def _partition(reply: Message) -> int:
@@ -221,8 +229,15 @@ class Roster:
             record: Any = reply.content.config_records.get("data")
             if record is None:
                 return None
-            channels, height, width = record["shape"]
-            found = Schema(NODES, tuple(record["classes"]), (channels, height, width))
+            try:
+                channels, height, width = map(int, record["shape"])
+                classes = tuple(map(str, record["classes"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise RosterError(
+                    f"partition {partition} describes its data as this version does not: give all "
+                    f"nodes the same version ({type(error).__name__}: {error})"
+                ) from error
+            found = Schema(NODES, classes, (channels, height, width))
             first = first or (partition, found)
             if found != first[1]:
                 raise RosterError(

@@ -116,21 +116,29 @@ def check_upload(
     return Upload(weights, examples, labels, rows, float(loss)), ""
 
 
-def check_counts(counts: Mapping[str, Any]) -> str:
-    """What is wrong with a client's evaluation, of a round or the final one; "" for nothing."""
-    final = "test" in counts
-    kinds = ("test", "validation") if final else ("images",)
-    for kind in kinds:
-        images: Any = counts.get(f"{kind}-images" if final else kind)
-        correct: Any = counts.get(kind) if final else [counts.get("correct")]
-        good = isinstance(images, int) and isinstance(correct, list)
-        if not good or any(not isinstance(n, int) or not 0 <= n <= images for n in correct):
-            return f"sent an evaluation that cannot be: {dict(counts)!r}"[:300]
-    tested = counts["test-images" if final else "images"]
-    loss = counts.get("loss", 0.0)
-    if tested < 1 or not isinstance(loss, (int, float)):
-        return f"sent an evaluation that cannot be: {dict(counts)!r}"[:300]
-    return ""
+def check_counts(counts: Mapping[str, Any], fine_tunings: int | None = None) -> str:
+    """What is wrong with a client's evaluation; "" for nothing.
+
+    Args:
+        fine_tunings: how many the final evaluation is to follow; None: it is a round's.
+    """
+    tested, validated = counts.get("test-images"), counts.get("validation-images")
+    if fine_tunings is None:
+        good = _are_counts([counts.get("correct")], counts.get("images"), 1)
+        good = good and counts["images"] > 0 and isinstance(counts.get("loss"), (int, float))
+    else:
+        good = _are_counts(counts.get("test"), tested, 1 + fine_tunings)
+        good = good and _are_counts(counts.get("validation"), validated, 1 + fine_tunings)
+        good = good and counts["test-images"] > 0
+        good = good and _are_counts([counts.get("agreement", 0)], tested, 1)
+    return "" if good else f"sent an evaluation that cannot be: {dict(counts)!r}"[:300]
+
+
+def _are_counts(correct: Any, images: Any, many: int) -> bool:
+    """Whether ``correct`` are so ``many`` counts of ``images``."""
+    if not isinstance(images, int) or not isinstance(correct, list) or len(correct) != many:
+        return False
+    return all(isinstance(n, int) and 0 <= n <= images for n in correct)
 
 
 def norm(weights: Weights) -> float:

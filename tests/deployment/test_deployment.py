@@ -27,6 +27,7 @@ import numpy as np
 import pytest
 import yaml
 from cryptography import x509
+from flwr.app import Message, MetricRecord
 from flwr.cli.build import build_fab_from_disk
 from flwr.clientapp import ClientApp
 from packaging.requirements import Requirement
@@ -43,6 +44,7 @@ from pfedgpa_app.deployment.doctor import Node, NodeError, examine
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.deployment.rehearsal import prepared, rehearse, site_images
 from pfedgpa_app.engine.flower import CONNECTION, processes_of, stage
+from pfedgpa_app.engine.grid import FIRST_NODE
 from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.runs.folder import is_running
 from pfedgpa_app.server.roster import Roster, RosterError
@@ -196,6 +198,18 @@ class TestOwnData:
         monkeypatch.setattr(InProcessGrid, "serve", lambda *_: [])
         with pytest.raises(RosterError, match=r"none of 2 nodes answered within timeout = 0\.5 s"):
             Roster(InProcessGrid({}, 2), 2, 0.5, own_data)
+
+    def test_a_node_that_does_not_say_who_it_is(self) -> None:
+        def nonsense(message: Message, reply: Message) -> Message:
+            if (
+                message.metadata.message_type == "query"
+                and message.metadata.dst_node_id != FIRST_NODE
+            ):
+                reply.content["node"] = MetricRecord({"partition-id": [1, 2]})
+            return reply
+
+        roster = Roster(InProcessGrid({}, 2, nonsense), 1, 0.5)
+        assert roster.node_of(0) == FIRST_NODE
 
     def test_nobody_connects(self) -> None:
         with pytest.raises(RosterError, match=r"within 0\.\d+ s: start .* or raise timeout"):

@@ -29,7 +29,13 @@ from pfedgpa_app.runs import experiment
 from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.runs.folder import kept_config
 from pfedgpa_app.runs.initial import initial_weights
-from pfedgpa_app.server.screening import NoUploadsError, check_upload, failure, too_large
+from pfedgpa_app.server.screening import (
+    NoUploadsError,
+    check_counts,
+    check_upload,
+    failure,
+    too_large,
+)
 from pfedgpa_app.server.strategy import missing
 from tests.support.federations import PLAIN, federate, records, summary, train_messages
 from tests.support.local_grid import InProcessGrid
@@ -537,6 +543,28 @@ class TestBadUploads:
         assert {r["client"] for r in records(folder) if r["accuracy"] is not None} == {0, 1, 3}
         texts = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
         assert sum("cannot be" in text for text in texts) == 4
+
+    @pytest.mark.parametrize(
+        ("change", "fine_tunings", "good"),
+        [
+            ({}, 1, True),
+            ({"test": [3]}, 1, False),  # of two
+            ({"validation": [1, 1, 1]}, 1, False),
+            ({"agreement": [3.5]}, 1, False),
+            ({"agreement": 11}, 1, False),
+            ({"test-images": 0, "test": [0, 0], "agreement": 0}, 1, False),
+            ({"correct": 3, "images": 10, "loss": 0.5}, None, True),
+            ({"correct": 3, "images": 10}, None, False),  # without a loss
+            ({}, None, False),  # a final one in a round
+        ],
+    )
+    def test_counts_are_checked(
+        self, change: dict[str, Any], fine_tunings: int | None, good: bool
+    ) -> None:
+        final = {"test": [3, 4], "test-images": 10, "validation": [1, 2], "validation-images": 5}
+        wrong = check_counts(final | {"agreement": 9} | change, fine_tunings)
+        assert ("cannot be" in wrong) != good
+        assert (wrong == "") == good
 
     def test_a_node_that_leaves_and_comes_back_by_another_name(self, tmp_path: Path) -> None:
         """Node of client 1 is away in round 2 and back from round 3, without its state."""
