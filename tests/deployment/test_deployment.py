@@ -201,15 +201,12 @@ class TestOwnData:
 
     def test_a_node_that_does_not_say_who_it_is(self) -> None:
         def nonsense(message: Message, reply: Message) -> Message:
-            if (
-                message.metadata.message_type == "query"
-                and message.metadata.dst_node_id != FIRST_NODE
-            ):
+            if message.metadata.dst_node_id != FIRST_NODE:
                 reply.content["node"] = MetricRecord({"partition-id": [1, 2]})
             return reply
 
-        roster = Roster(InProcessGrid({}, 2, nonsense), 1, 0.5)
-        assert roster.node_of(0) == FIRST_NODE
+        roster = Roster(InProcessGrid({}, 2, nonsense), 2, 0.5)
+        assert {roster.node_of(client) for client in (0, 1)} == {FIRST_NODE}
 
     def test_nobody_connects(self) -> None:
         with pytest.raises(RosterError, match=r"within 0\.\d+ s: start .* or raise timeout"):
