@@ -438,10 +438,23 @@ class TestData:
         names = np.array(["owl", "cat", "dog"])[LABELS]
         found = dataset_of("mine", {"x": torch.tensor(ROWS), "y": names}, 0.2)
         assert found.classes == ("cat", "dog", "owl")
+        assert (
+            dataset_of("mine", {"x": ROWS, "y": names.astype(object)}, 0.2).classes == found.classes
+        )
         column = torch.tensor(LABELS)[:, None]  # as MedMNIST has them
         medical = {"train_images": ROWS, "train_labels": column, "val_images": ROWS}
         medical |= {"test_images": ROWS, "test_labels": column}
         assert dataset_of("mine", medical, 0.2).train_labels.tolist() == LABELS.tolist()
+
+    def test_frames_of_pandas(self) -> None:
+        pandas = pytest.importorskip("pandas")
+        frame = pandas.DataFrame({"age": ROWS[:, 0], "town": ["Ulm"] * 60, "job": ["cook"] * 60})
+        names = pandas.Series(np.array(["owl", "cat", "dog"])[LABELS])
+        for labels in (names, names.astype("category"), names.astype(object)):
+            found = dataset_of("mine", {"x": frame[["age"]], "y": labels}, 0.2)
+            assert found.classes == ("cat", "dog", "owl")
+        with pytest.raises(DataError, match="x_train holds objects.*, in town, job: encode these"):
+            dataset_of("mine", {"x": frame, "y": names}, 0.2)
 
     @pytest.mark.parametrize(
         ("found", "said"),

@@ -156,12 +156,23 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
         array = np.asarray(value)
     except ValueError as error:
         raise DataError(f"dataset {name}: {key} is no array: {error}") from error
+    if array.dtype == object and all(isinstance(each, str) for each in array.flat):
+        array = array.astype(str)  # as pandas keeps text
     if array.dtype == object or not array.ndim:
         raise DataError(
             f"dataset {name}: {key} holds {'objects' if array.ndim else 'one value'}, not numbers "
-            "in rows of equal length"
+            f"in rows of equal length{_in_columns(value)}"
         )
     return array
+
+
+def _in_columns(frame: Any) -> str:
+    """Which columns of a ``frame`` of pandas' hold no numbers, in words; "" of anything else."""
+    if not hasattr(frame, "columns"):
+        return ""
+    kinds = zip(frame.columns, frame.dtypes, strict=True)
+    others = [str(column) for column, kind in kinds if kind.kind not in "biuf"]
+    return f", in {', '.join(others[:9])}: encode these as numbers" if others else ""
 
 
 def _check_lengths(
