@@ -453,7 +453,7 @@ class TestData:
         for labels in (names, names.astype("category"), names.astype(object)):
             found = dataset_of("mine", {"x": frame[["age"]], "y": labels}, 0.2)
             assert found.classes == ("cat", "dog", "owl")
-        with pytest.raises(DataError, match="x_train holds objects.*, in town, job: encode these"):
+        with pytest.raises(DataError, match=r"x_train holds objects.*, in town, job: encode these"):
             dataset_of("mine", {"x": frame, "y": names}, 0.2)
 
     @pytest.mark.parametrize(
