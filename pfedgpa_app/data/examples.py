@@ -88,6 +88,9 @@ def _array(file: Path, schema: Schema, pixels: bool) -> np.ndarray:
                 lines = [line for line in csv.reader(opened) if line]
             if lines and not _is_number(lines[0][0]):
                 lines = lines[1:]  # the columns' names
+            for row, line in enumerate(lines, start=1):
+                if others := [cell for cell in line if not _is_number(cell)]:
+                    raise DataError(f"{file}: row {row} has {others[0]!r}: wanted are numbers")
             found = np.array(lines, dtype=np.float64)
         else:
             loaded = np.load(file, allow_pickle=False)

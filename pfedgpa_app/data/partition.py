@@ -270,7 +270,7 @@ def by_users(users: np.ndarray, test_users: np.ndarray, num_clients: int) -> lis
     if len(names) < num_clients:
         raise ValueError(
             f"partition = natural: the data set has {len(names)} users, fewer than num-clients = "
-            f"{num_clients}"
+            f"{num_clients}: set num-clients={len(names)}, or less"
         )
     client_of = {name: i % num_clients for i, name in enumerate(names)}
     splits = []

@@ -177,4 +177,7 @@ def report_of(found: Finished) -> str:
     """The same of what was ``found``."""
     if not found:
         return ""
-    return f"As sent / after tuned fine-tuning:\n\n{overview(found)}\n\n{table(found)}"
+    rows = [row for methods in found.values() for seeds in methods.values() for row in seeds]
+    tuned = any(row[COLUMNS["tuned FT"]] is not None for row in rows)
+    how = "" if tuned else " (which fine-tune-grid-epochs=5 would bring)"
+    return f"As sent / after tuned fine-tuning{how}:\n\n{overview(found)}\n\n{table(found)}"
