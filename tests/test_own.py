@@ -453,6 +453,10 @@ class TestData:
         for labels in (names, names.astype("category"), names.astype(object)):
             found = dataset_of("mine", {"x": frame[["age"]], "y": labels}, 0.2)
             assert found.classes == ("cat", "dog", "owl")
+        for missing in (None, float("nan")):
+            for labels in (pandas.Series([missing, *names[1:]]), [*names[:59], missing]):
+                with pytest.raises(DataError, match=r"y_train has text, but none in row (0|59)"):
+                    dataset_of("mine", {"x": frame[["age"]], "y": labels}, 0.2)
         with pytest.raises(DataError, match=r"x_train holds objects.*, in town, job: encode these"):
             dataset_of("mine", {"x": frame, "y": names}, 0.2)
 

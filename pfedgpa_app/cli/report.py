@@ -22,12 +22,13 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.runs.report import write
+    from pfedgpa_app.runs.report import tables_beside, write
 
     out: Path | None = options.out
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}")
     if out is not None and (out.suffix.lower() not in (".html", ".htm") or out.is_dir()):
         raise ConfigError(f"--out {out}: name a file that ends in .html")
-    print(f"wrote {write(options.folders, out).absolute()}")
+    page = write(options.folders, out).absolute()
+    print(f"wrote {', '.join(map(str, (page, *tables_beside(page))))}")
     return 0

@@ -156,8 +156,12 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
         array = np.asarray(value)
     except ValueError as error:
         raise DataError(f"dataset {name}: {key} is no array: {error}") from error
-    if array.dtype == object and all(isinstance(each, str) for each in array.flat):
-        array = array.astype(str)  # as pandas keeps text
+    if array.ndim == 1 and array.dtype.kind in "UO":
+        texts = [isinstance(each, str) for each in value]
+        if any(texts) and not all(texts):  # NumPy would make a class "nan" of what is missing
+            row = texts.index(False)
+            raise DataError(f"dataset {name}: {key} has text, but none in row {row}: fill it in")
+        array = array.astype(str) if all(texts) else array  # pandas keeps text as objects
     if array.dtype == object or not array.ndim:
         raise DataError(
             f"dataset {name}: {key} holds {'objects' if array.ndim else 'one value'}, not numbers "

@@ -99,7 +99,7 @@ def runs_in(paths: Sequence[Path]) -> list[Run]:
 
 
 def write(paths: Sequence[Path], out: Path | None = None) -> Path:
-    """Write the report of the runs in ``paths``, ``table.csv`` and ``table.tex`` beside it.
+    """Write the report of the runs in ``paths``, and its table beside it.
 
     Args:
         out: the page; by default ``report.html`` in the first of the folders.
@@ -110,10 +110,17 @@ def write(paths: Sequence[Path], out: Path | None = None) -> Path:
     runs = runs_in(paths)
     out = out or paths[0] / REPORT
     header, entries = table_of(runs)
-    write_text(out.with_name("table.csv"), _csv(entries))
-    write_text(out.with_name("table.tex"), _latex(entries))
+    as_csv, as_latex = tables_beside(out)
+    write_text(as_csv, _csv(entries))
+    write_text(as_latex, _latex(entries))
     write_text(out, rendered(runs, header, entries))
     return out
+
+
+def tables_beside(page: Path) -> tuple[Path, Path]:
+    """The files of a page's table, as CSV and for LaTeX: named as the page, if it has a name."""
+    stem = "table" if page.name == REPORT else page.stem
+    return page.with_name(f"{stem}.csv"), page.with_name(f"{stem}.tex")
 
 
 def rendered(runs: Sequence[Run], header: list[str], entries: list[Entry]) -> str:

@@ -25,6 +25,7 @@ _WHAT: dict[int, str] = {  # what Flower's codes mean for whom reads the log
     ErrorCode.NODE_UNAVAILABLE: "is not connected any more",
     ErrorCode.CLIENT_APP_CRASHED: "lost its process",
 }
+_LAST_WORDS = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception)\b.*)", re.MULTILINE)  # of a traceback
 MOST_EXAMPLES = 2**53  # that a client may claim: further than float64 counts
 _HEADER = 4096  # bytes; NumPy's format needs some 128
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -44,7 +45,8 @@ def failure(reply: Message) -> str:
 def cause(reply: Message) -> str:
     """What went wrong there, by an error reply."""
     reason = _ANSI.sub("", reply.error.reason or "no reason given").strip()
-    return _RAISED.sub(r"\1: \2", reason)
+    said = _LAST_WORDS.findall(reason)
+    return said[-1] if said else _RAISED.sub(r"\1: \2", reason)
 
 
 def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str]:

@@ -611,6 +611,10 @@ class TestBadUploads:
         raised = "<class 'pfedgpa_app.core.settings.DataError'>:<'dataset npz:a: has one class'>"
         lost = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, raised), reply_to=message)
         assert failure(lost).endswith(": DataError: dataset npz:a: has one class")
+        traceback = 'ray::run() (pid=7)\n  File "a.py", line 3\n    f()\n    ^^^\n'
+        traceback += "mine.own.OddError: no such scale\n  in run\n    ^^^^^"
+        lost = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, traceback), reply_to=message)
+        assert failure(lost).endswith(": OddError: no such scale")
         assert folder.exists()
 
 

@@ -166,6 +166,10 @@ class TestOneRun:
 class TestSeveralRuns:
     def test_mean_and_spread_over_seeds(self, seeds: Path) -> None:
         out = report.write([seeds])
+        named = report.write([seeds], seeds / "both.html")
+        assert (seeds / "both.csv").read_text() == (seeds / "table.csv").read_text()
+        assert (seeds / "both.tex").read_text() == (seeds / "table.tex").read_text()
+        assert named.read_text() == out.read_text()
         kept = [summary(seeds / str(s) / "run")["fedavg"]["accuracy_kept"] for s in range(3)]
         with (seeds / "table.csv").open() as file:
             rows = {row["method"]: row for row in csv.DictReader(file)}
