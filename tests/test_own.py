@@ -602,6 +602,12 @@ class TestHome:
         assert rows[image]["class"] == model.classes[int(mine.argmax())]
         as_floats = model(torch.from_numpy(pixels / 255).float()).softmax(1)[0]
         assert as_floats.tolist() == pytest.approx(mine.tolist(), abs=1e-5)
+        as_doubles = model.probabilities(pixels / 255)[0]
+        assert as_doubles.tolist() == pytest.approx(mine.tolist(), abs=1e-5)
+        with pytest.raises(DataError, match=r"of shape \[1, 3, 4, .* network takes \[N, 3, "):
+            model.probabilities(pixels[:, :, :4])
+        with pytest.raises(DataError, match="not finite"):
+            model.probabilities(pixels * np.nan)
         assert cli.main(["predict", str(folder), "--client", "1", image, "--to", "csv"]) == 0
         assert capsys.readouterr().out.splitlines()[0] == "example,class,cat,dog,owl"
         words = ["evaluate", str(folder), "--client", "0"]

@@ -56,8 +56,9 @@ def handle(options: Namespace) -> int:
             "to choose: name others by --methods"
         )
     # what can be repeated elsewhere: no paths of this machine
+    conf = Path(options.conf).name if Path(options.conf).is_absolute() else options.conf
     words = [
-        f"--conf {Path(options.conf).stem}",
+        f"--conf {conf}",
         f"--methods {','.join(map(reference_of, methods))}",
     ]
     words += [f"--trials {options.trials}"] if options.trials else []

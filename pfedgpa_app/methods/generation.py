@@ -60,7 +60,7 @@ class PFedGPASettings(DiffusionSettings):
         "training loss falls",
         low=0,
         high=0.999,
-        grid=(0.0, 0.5, 0.7),
+        grid=("auto", 0.0, 0.5, 0.7),
         part=ROUNDS,
     )
     layers: int = setting(

@@ -23,8 +23,8 @@ from pfedgpa_app.core.own_code import digest, sources
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES, Config, TrainingSettings
-from pfedgpa_app.core.settings import ConfigError, near
-from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.core.settings import ConfigError, DataError, near
+from pfedgpa_app.core.weights import Weights, all_finite
 from pfedgpa_app.data.images import normalisation
 from pfedgpa_app.methods import federation_of
 from pfedgpa_app.methods.own import reference_of
@@ -117,8 +117,21 @@ class ClientModel(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, examples: np.ndarray | Tensor) -> np.ndarray:
-        """Of every class, [N, classes], of so many examples."""
+        """Of every class, [N, classes], of so many examples [N, *shape].
+
+        Raises:
+            DataError: examples of another shape, or with numbers that are not finite.
+        """
         every = torch.as_tensor(np.ascontiguousarray(examples))
+        if tuple(every.shape[1:]) != self.shape:
+            raise DataError(
+                f"examples are of shape {list(every.shape)}, and the network takes "
+                f"[N, {', '.join(map(str, self.shape))}]"
+            )
+        if every.is_floating_point():
+            every = every.float()
+            if not all_finite(every):
+                raise DataError("examples have a number that is not finite")
         parts = [self(part).softmax(1) for part in every.split(AT_ONCE)]
         return np.asarray(torch.cat(parts))
 

@@ -36,7 +36,7 @@ METHODS_OF_MAP: tuple[str, ...] = (
 )
 MOMENTUM = {  # method: the setting that is searched, and its values
     "fedavgm": ("fedavgm.momentum", (0.5, 0.7, 0.9)),
-    OURS: ("pfedgpa.momentum", (0.0, 0.5, 0.7)),
+    OURS: ("pfedgpa.momentum", ("auto", 0.0, 0.5, 0.7)),
 }
 DATA = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "emnist": "EMNIST"}
 SIZES = {100: 0.3, 20: 1.0}  # clients, and the share of them that takes part in a round

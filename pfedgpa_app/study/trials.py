@@ -94,10 +94,11 @@ class Search:
 
     def _suggested(self, trial: Any, name: str) -> Any:
         """A value in the range of its grid, which goes one step beyond where it is logarithmic."""
-        values, rules = sorted(self.grid[name]), keys()[name].rules
-        low, high = values[0], values[-1]
+        values, rules = list(self.grid[name]), keys()[name].rules
         if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            return trial.suggest_categorical(name, list(self.grid[name]))
+            return trial.suggest_categorical(name, values)
+        values.sort()
+        low, high = values[0], values[-1]
         if isinstance(low, int):
             return trial.suggest_int(name, low, high)
         if wide := low > 0 and high / low >= _WIDE:
@@ -123,7 +124,8 @@ class Search:
         pruned, failed = self._states("PRUNED", "FAIL")
         for name, (number, run) in self.going.items():
             if found := score(run):
-                self.study.tell(number, found[0])
+                # where the best are equal, the next best decide; Optuna takes one number
+                self.study.tell(number, sum(part / 1000**i for i, part in enumerate(found)))
             else:
                 self.study.tell(number, state=pruned if name in self._ended else failed)
 

@@ -171,9 +171,9 @@ def next_beyond(tried: Sequence[tuple[Any, Any]]) -> float | None:
 
     At the grid's own ratio; None where the best lies inside, or for what is no positive float.
     """
-    values = sorted(value for value, _ in tried)
-    if len(values) < 2 or any(not isinstance(v, float) or v <= 0 for v in values):
+    if len(tried) < 2 or any(not isinstance(value, float) or value <= 0 for value, _ in tried):
         return None
+    values = sorted(value for value, _ in tried)
     if len({score for _, score in tried}) == 1:  # it makes no difference
         return None
     best = max(tried, key=lambda pair: pair[1])[0]
@@ -246,7 +246,7 @@ def _report(out: Path, conf: str, command: str) -> str:
     for title, names, row in _rows(out, conf):
         shown = row["validation"]
         kinds = ("before_ft", "after_ft", "after_ft_tuned")
-        cells = [f"{shown[kind]:.2f}" for kind in kinds if kind in shown]
+        cells = [f"{shown[kind]:.2f}" if kind in shown else "–" for kind in kinds]
         rows.append([title, names, str(row["rounds"]), *cells])
     header = ["method", "settings", "rounds", "before FT", "its own FT", "tuned FT"]
     return (

@@ -70,19 +70,35 @@ def test_a_search_that_was_stopped_goes_on(tmp_path: Path) -> None:
 def test_settings_of_every_kind_have_a_range(tmp_path: Path) -> None:
     grids: dict[str, Any] = {
         "fedala": {"fedala.layers": (1, 2)},
-        "pfedgpa": {"pfedgpa.momentum": (0.0, 0.5, 0.7)},
+        "pfedgpa": {"pfedgpa.momentum": ("auto", 0.0, 0.5)},
+        "fedavgm": {"fedavgm.momentum": (0.0, 0.5, 0.7)},
     }
     given: dict[str, list[Any]] = {}
 
     def run_all(runs: list[Run], _: Judge) -> None:
         for run in runs:
-            for key in ("fedala.layers", "pfedgpa.momentum"):
+            for key in ("fedala.layers", "pfedgpa.momentum", "fedavgm.momentum"):
                 given.setdefault(key, []).extend([run.varied[key]] if key in run.varied else [])
 
     trials.search(BASE, grids, tmp_path, run_all, lambda _: (1.0,), 6, 3)
     assert {type(value) for value in given["fedala.layers"]} == {int}
     assert set(given["fedala.layers"]) <= {1, 2}
-    assert all(0 <= value <= 0.7 for value in given["pfedgpa.momentum"])
+    assert all(0 <= value <= 0.7 for value in given["fedavgm.momentum"])
+    assert set(given["pfedgpa.momentum"]) <= {"auto", 0.0, 0.5}
+
+
+def test_where_the_best_are_equal_the_next_best_decide(tmp_path: Path) -> None:
+    grids: dict[str, Any] = {"fedavgm": {"fedavgm.momentum": (0.0, 0.5, 0.7)}}
+    tried: list[float] = []
+
+    def run_all(runs: list[Run], _: Judge) -> None:
+        tried.extend(run.varied["fedavgm.momentum"] for run in runs)
+
+    def level(run: Run) -> tuple[float, ...]:
+        return (68.75, 60.0 - abs(run.varied["fedavgm.momentum"] - tried[1]))
+
+    found = trials.search(BASE, grids, tmp_path, run_all, level, 5, 2)
+    assert found == {"fedavgm.momentum": tried[1]}
 
 
 def test_a_run_whose_training_loss_is_among_the_worst_is_ended(tmp_path: Path) -> None:
@@ -130,6 +146,8 @@ def test_tune_keeps_what_trials_chose(tmp_path: Path, monkeypatch: pytest.Monkey
     assert cli.main(["tune", "--conf", "mine.yaml", "--trials", "2", "--jobs", "2"]) == 0
     found = resolve({"conf": "mine.yaml"}).config.learning_rate
     search = (tmp_path / "mine.search.md").read_text()
-    assert search.startswith("Made by `pfedgpa tune --conf mine --methods fedavg --trials 2`")
+    assert search.startswith("Made by `pfedgpa tune --conf mine.yaml --methods fedavg --trials 2`")
     assert search.count("| FedAvg |") == 2
+    columns = {line.count("|") for line in search.splitlines() if line.startswith("|")}
+    assert columns == {7}  # what was not run is a dash
     assert f"| learning-rate = {found} |" in search
