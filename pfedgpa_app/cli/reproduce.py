@@ -35,7 +35,8 @@ def add_options(parser: ArgumentParser) -> None:
         help="one or two of its places, 20 rounds, one seed; for a table nothing is searched",
     )
     parser.add_argument(
-        "--only", help="places whose name has one of these, by commas, as in cifar10-20"
+        "--only",
+        help="places of these names, or with these in their names, by commas: cifar10-20",
     )
     parser.add_argument("--methods", help="these alone, by commas; default: all that it has")
     parser.add_argument(
@@ -107,12 +108,17 @@ def _cells(options: Namespace, kind: type[Atlas]) -> list[Cell]:
     every = kind.cells(options.quick)
     if options.only is None:
         return every
-    wanted = shared.items("--only", options.only)
-    cells = [cell for cell in every if any(part in cell.name for part in wanted)]
-    if not cells:
-        names = ", ".join(cell.name for cell in every)
-        raise ConfigError(f"--only {options.only}: no place of the {kind.thing} has it: {names}")
-    return cells
+    names = [cell.name for cell in every]
+    meant: set[str] = set()
+    for part in shared.items("--only", options.only):
+        # a whole name is that place alone: cifar10-10 is no part of cifar10-100
+        found = {part} & {*names} or {name for name in names if part in name}
+        if not found:
+            raise ConfigError(
+                f"--only {part}: no place of the {kind.thing} has it: {', '.join(names)}"
+            )
+        meant |= found
+    return [cell for cell in every if cell.name in meant]
 
 
 def _methods(options: Namespace, kind: type[Atlas]) -> tuple[str, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from pfedgpa_app import cli
+from pfedgpa_app.cli.reproduce import _cells
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.study import table1
 from pfedgpa_app.study.compare import PAPER
@@ -89,6 +91,19 @@ def test_without_a_search_the_experiments_settings_are_taken(tmp_path: Path) -> 
     assert {run.config.seed for run in machine.done} == {0}
     assert {run.config.learning_rate for run in machine.done} == {0.02}
     assert {run.config.num_server_rounds for run in machine.done} == {20}
+
+
+@pytest.mark.parametrize(
+    ("only", "meant"),
+    [
+        ("cifar10-10", ["cifar10-10"]),  # and not cifar10-100
+        ("cifar10-1", ["cifar10-10", "cifar10-100"]),
+        ("emnist-20,cifar10-20", ["cifar10-20", "emnist-20"]),
+    ],
+)
+def test_a_whole_name_is_one_place(only: str, meant: list[str]) -> None:
+    cells = _cells(Namespace(only=only, quick=False), Table1)
+    assert sorted(cell.name for cell in cells if "fashion" not in cell.name) == meant
 
 
 @pytest.mark.parametrize(
