@@ -117,7 +117,7 @@ class ClientModel(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, examples: np.ndarray | Tensor) -> np.ndarray:
-        """Of every class, [N, classes], of so many examples [N, *shape].
+        """Of every class, [N, classes], of so many examples ``[N, *shape]``.
 
         Raises:
             DataError: examples of another shape, or with numbers that are not finite.

@@ -30,6 +30,7 @@ SETTINGS: dict[str, Any] = {
     "pfedgpa.fit-steps": 20,
     "pfedgpa.width": 16,
     "pfedgpa.draws": 4,
+    "pfedgpa.momentum": 0.0,  # as it was
 }
 ONE_IMAGE = 100 / 40 / 4  # of one client, in the mean of those that are evaluated
 
