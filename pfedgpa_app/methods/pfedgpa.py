@@ -166,7 +166,8 @@ class PFedGPA(Generation, RememberingFedAvg):
         loss, state = statistics.median(losses), self.state
         if state.first_loss is None:
             state.first_loss = loss
-        return _MOMENTUM * min(1.0, loss / state.first_loss) if state.first_loss > 0 else 0.0
+        left = loss / state.first_loss if state.first_loss > 0 else 0.0
+        return _MOMENTUM * min(1.0, max(0.0, left))
 
     def _compare(self, uploads: dict[int, Upload]) -> str:
         """Take in clients' validation losses; after the first generation, choose by them.

@@ -114,6 +114,7 @@ class TestServers:
             ([1.0, 9.0, math.nan], [0.7, 0.7, 0.0]),  # never more, and none where nobody tells
             ([math.nan, 2.0, 1.0], [0.0, 0.7, 0.35]),
             ([0.0, 0.0, 1.0], [0.0, 0.0, 0.0]),
+            ([2.0, -1.0, 1.0], [0.7, 0.0, 0.35]),  # a loss of somebody's own
         ],
     )
     def test_momentum_goes_as_the_training_loss(
