@@ -68,6 +68,7 @@ class Search:
         self.going: dict[str, tuple[int, Run]] = {}
         self._trials: dict[str, Any] = {}  # of going runs, those that may be ended early
         self._ended: set[str] = set()
+        self._told: set[tuple[str, int]] = set()
 
     def _states(self, *names: str) -> tuple[Any, ...]:
         return tuple(self.optuna.trial.TrialState[name] for name in names)
@@ -113,7 +114,9 @@ class Search:
         if trial is None or "loss" not in event:
             return None
         step = int(event["progress"] * _STEPS)
-        trial.report(-event["loss"], step)  # the first one of a step counts
+        if (run.name, step) not in self._told:  # Optuna warns of a second one
+            self._told.add((run.name, step))
+            trial.report(-event["loss"], step)
         if not trial.should_prune():
             return None
         self._ended.add(run.name)
