@@ -88,10 +88,7 @@ def _array(file: Path, schema: Schema, pixels: bool) -> np.ndarray:
                 lines = [line for line in csv.reader(opened) if line]
             if lines and not _is_number(lines[0][0]):
                 lines = lines[1:]  # the columns' names
-            for row, line in enumerate(lines, start=1):
-                if others := [cell for cell in line if not _is_number(cell)]:
-                    raise DataError(f"{file}: row {row} has {others[0]!r}: wanted are numbers")
-            found = np.array(lines, dtype=np.float64)
+            found = _numbers(file, lines)
         else:
             loaded = np.load(file, allow_pickle=False)
             found = loaded if isinstance(loaded, np.ndarray) else loaded["x"]
@@ -111,6 +108,23 @@ def _array(file: Path, schema: Schema, pixels: bool) -> np.ndarray:
     if not np.isfinite(found).all():
         raise DataError(f"{file}: has a number that is not finite")
     return found.astype(np.int64 if schema.tokens else np.float32)
+
+
+def _numbers(file: Path, lines: Sequence[Sequence[str]]) -> np.ndarray:
+    """A table's cells.
+
+    Raises:
+        DataError: a cell is no number.
+        ValueError: its rows differ in length.
+    """
+    try:
+        return np.array(lines, dtype=np.float64)
+    except ValueError as error:
+        for row, line in enumerate(lines, start=1):
+            if others := [cell for cell in line if not _is_number(cell)]:
+                said = f"{file}: row {row} has {others[0]!r}: wanted are numbers"
+                raise DataError(said) from error
+        raise
 
 
 def _is_number(text: str) -> bool:
