@@ -460,6 +460,23 @@ class TestData:
         with pytest.raises(DataError, match=r"x_train holds objects.*, in town, job: encode these"):
             dataset_of("mine", {"x": frame, "y": names}, 0.2)
 
+    def test_columns_of_frames_keep_their_names(self) -> None:
+        pandas = pytest.importorskip("pandas")
+        frame = pandas.DataFrame({"age": ROWS[:, 0], "height": ROWS[:, 1]})
+        assert dataset_of("mine", (frame, LABELS), 0.2).columns == ("age", "height")
+        assert dataset_of("mine", (frame.set_axis([7, 8], axis=1), LABELS), 0.2).columns == ()
+        assert dataset_of("mine", (frame.set_axis(["a", "a"], axis=1), LABELS), 0.2).columns == ()
+        with pytest.raises(DataError, match="x_train has the columns age, height, and x_test heig"):
+            dataset_of("mine", (frame, LABELS, frame[["height", "age"]], LABELS), 0.2)
+
+    def test_columns_of_arrays_are_named(self) -> None:
+        found = {"x": ROWS[:, :2], "y": LABELS}
+        named = dataset_of("mine", found | {"columns": np.array(["age", "height"])}, 0.2)
+        assert named.columns == ("age", "height")
+        for odd in (["age"], ["age", "age"]):
+            with pytest.raises(DataError, match=r"names \d columns, .* is of shape \[2\]"):
+                dataset_of("mine", found | {"columns": odd}, 0.2)
+
     @pytest.mark.parametrize(
         ("found", "said"),
         [

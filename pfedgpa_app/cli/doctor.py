@@ -14,6 +14,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--dataset", default="", help="the node's data: imagefolder:PATH, …")
     parser.add_argument("--data-dir", default="", help="where other data sets lie")
     parser.add_argument("--image-size", type=int, default=0, help="the run's image-size")
+    parser.add_argument("--model", default="auto", help="the run's model")
     parser.add_argument("--superlink", default="", help="HOST:PORT")
     parser.add_argument("--root-certificates", default="", help="the authority's certificate")
     parser.add_argument("--auth-supernode-private-key", default="", help="the node's key")
@@ -31,6 +32,7 @@ def handle(options: Namespace) -> int:
         dataset=options.dataset,
         data_dir=options.data_dir,
         image_size=options.image_size,
+        model=options.model,
         superlink=options.superlink,
         certificates=options.root_certificates,
         key=options.auth_supernode_private_key,

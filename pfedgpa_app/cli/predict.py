@@ -39,7 +39,7 @@ def handle(options: Namespace) -> int:
     about = model.about
     size = about.image_size or int(options.resize)
     places = [user_path(place) for place in options.examples]  # Paths, or words after options
-    names, inputs = examples(places, about.schema, about.pixels, size)
+    names, inputs = examples(places, about.schema, size)
     rows = described(model.probabilities(inputs), model.classes)
     named = [{"example": name, **row} for name, row in zip(names, rows, strict=True)]
     if options.to == "json":

@@ -223,8 +223,5 @@ def describe(context: Context) -> RecordDict:
     if config.dataset == NODES:
         source = str(context.node_config.get("dataset", ""))
         load_own_client(config, source, partition)
-        schema = schema_of(load_own(config, source))
-        content["data"] = ConfigRecord(
-            {"classes": list(schema.classes), "shape": list(schema.shape)}
-        )
+        content["data"] = ConfigRecord(schema_of(load_own(config, source)).as_dict())
     return content

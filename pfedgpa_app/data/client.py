@@ -36,7 +36,7 @@ class ClientData:
 
 def schema_of(data: Dataset) -> Schema:
     """Of a data set."""
-    return Schema(data.name, data.classes, data.shape, data.tokens)
+    return Schema(data.name, data.classes, data.shape, data.tokens, data.pixels, data.columns)
 
 
 def load_dataset(config: DataSettings) -> Dataset:
@@ -133,12 +133,9 @@ def _split(config: DataSettings, parts: list[list[np.ndarray]]) -> list[ClientSp
 def described(config: DataSettings) -> str:
     """What the run's data are, who holds how many, and what nobody holds."""
     data, splits = load_dataset(config), load_partition(config)
-    names = data.classes if len(data.classes) <= 10 else (*data.classes[:9], "…")
-    what = "images" if len(data.shape) == 3 and not data.tokens else "examples"
     parts = [
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
-        f"{what} of {'×'.join(map(str, data.shape))} in {len(data.classes)} classes "
-        f"({', '.join(names)})"
+        f"{schema_of(data).examples(most=10)}"
     ]
     for verb, rows, labels in (
         ("train", [np.concatenate([s.train, s.validation]) for s in splits], data.train_labels),

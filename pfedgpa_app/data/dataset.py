@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 from pfedgpa_app.core.settings import DataError, near
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
-MORE = ("classes", "users_train", "users_test")
+USERS = ("users_train", "users_test")
+MORE = ("classes", "columns", *USERS)
 # what others call them: MedMNIST's files
 ALSO = {"train_images": "x_train", "train_labels": "y_train"}
 ALSO |= {"test_images": "x_test", "test_labels": "y_test"}
@@ -33,6 +34,7 @@ class Dataset:
     Attributes:
         train_samples: their names, for a partition by a file.
         train_users: to whom each belongs, for the natural partition; empty if nobody knows.
+        columns: as ``Schema`` has them.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Dataset:
     test_samples: np.ndarray = field(default_factory=no_names)
     train_users: np.ndarray = field(default_factory=no_names)
     test_users: np.ndarray = field(default_factory=no_names)
+    columns: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,6 +58,11 @@ class Dataset:
     def tokens(self) -> bool:
         """Whether examples are whole numbers that a network looks up."""
         return self.train_images.dtype == np.int64
+
+    @property
+    def pixels(self) -> bool:
+        """Whether examples are images of 0 to 255."""
+        return self.train_images.dtype == np.uint8
 
 
 def split_off_test(
@@ -87,15 +95,16 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
 
     Args:
         found: {"x_train": …, "y_train": …, "x_test": …, "y_test": …}, arrays or tensors, perhaps
-            with "classes", "users_train" and "users_test"; or the first four in a tuple, perhaps
-            with the classes; without a test split, that is taken of the training examples.
+            with "classes", "columns" (a table's, by name; a frame of pandas' names its own),
+            "users_train" and "users_test"; or the first four in a tuple, perhaps with the
+            classes; without a test split, that is taken of the training examples.
 
     Raises:
         DataError: what is wrong with it, and what to do.
     """
     parts = _by_name(name, found)
     arrays = {key: _array(name, key, value) for key, value in parts.items() if key in KEYS}
-    users = {key: np.asarray(parts[key]).astype(str) for key in MORE[1:] if key in parts}
+    users = {key: np.asarray(parts[key]).astype(str) for key in USERS if key in parts}
     for split in SPLITS:
         if f"x_{split}" in arrays:
             _check_lengths(name, split, arrays, users)
@@ -116,8 +125,19 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
             f"dataset {name}: x_train holds {train.dtype} of shape {list(train.shape[1:])}, x_test "
             f"{test.dtype} of {list(test.shape[1:])}: both must be alike"
         )
-    of = [train, labels["train"], test, labels["test"]]
-    return Dataset(name, classes, *of, *(part[s] for part in (samples, owners) for s in SPLITS))
+    return Dataset(
+        name,
+        classes,
+        train,
+        labels["train"],
+        test,
+        labels["test"],
+        samples["train"],
+        samples["test"],
+        owners["train"],
+        owners["test"],
+        _columns(name, parts, train.shape[1:]),
+    )
 
 
 def _by_name(name: str, found: Any) -> dict[str, Any]:
@@ -168,6 +188,41 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
             f"in rows of equal length{_in_columns(value)}"
         )
     return array
+
+
+def _columns(name: str, parts: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[str, ...]:
+    """The names of a table's columns: those given, or those of frames of pandas'.
+
+    Raises:
+        DataError: they are not one a column, or x_test has others than x_train.
+    """
+    of = {key: _named(parts[key]) for key in KEYS[::2] if key in parts}
+    train, test = of["x_train"], of.get("x_test", ())
+    if train and test and train != test:
+        raise DataError(
+            f"dataset {name}: x_train has the columns {_listed(train)}, and x_test "
+            f"{_listed(test)}: they must be the same, in the same order"
+        )
+    if "columns" not in parts:
+        return train
+    columns = tuple(map(str, np.asarray(parts["columns"]).ravel()))
+    if (len(columns),) != shape or len(set(columns)) < len(columns):
+        raise DataError(
+            f"dataset {name}: names {len(columns)} columns, and an example is of shape "
+            f"{list(shape)}: wanted is a different name for each column of a table"
+        )
+    return columns
+
+
+def _named(frame: Any) -> tuple[str, ...]:
+    """The columns of a ``frame`` of pandas', if each has a name of its own."""
+    columns = tuple(getattr(frame, "columns", ()))
+    named = len(set(columns)) == len(columns) and all(isinstance(each, str) for each in columns)
+    return columns if named else ()
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:9]) + (", …" if len(names) > 9 else "")
 
 
 def _in_columns(frame: Any) -> str:
@@ -223,7 +278,7 @@ def _labels(
         if unknown := sorted(set(labels.tolist()) - set(known.tolist())):
             raise DataError(
                 f"dataset {name}: y_{split} has the label {unknown[0]!r}, which is none of the "
-                f"{len(names)} classes ({', '.join(names[:9])}{', …' if len(names) > 9 else ''})"
+                f"{len(names)} classes ({_listed(names)})"
             )
         order = np.argsort(known, kind="stable")
         indices[split] = order[np.searchsorted(known[order], labels)].astype(np.int64)

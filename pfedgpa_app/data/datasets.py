@@ -233,7 +233,7 @@ def _cached(identity: Any, read: Callable[[], Dataset]) -> Dataset:
     """
     text = json.dumps(identity, separators=(",", ":"))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pfedgpa"
-    cache = home / f"4-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    cache = home / f"5-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     if found := _stored(cache):
         return found
     data = read()
@@ -262,7 +262,8 @@ def _stored(cache: Path) -> Dataset | None:
         }
     except (OSError, ValueError, EOFError):  # gone or garbled
         return None
-    return Dataset(about["name"], tuple(about["classes"]), **arrays)
+    classes, columns = (tuple(about[key]) for key in ("classes", "columns"))
+    return Dataset(about["name"], classes, columns=columns, **arrays)
 
 
 def _store(data: Dataset, cache: Path) -> None:
@@ -276,8 +277,8 @@ def _store(data: Dataset, cache: Path) -> None:
         building.mkdir(mode=0o700)
         for name in (*ARRAYS, *NAMES):
             np.save(building / f"{name}.npy", getattr(data, name))
-        about = json.dumps({"name": data.name, "classes": data.classes})
-        (building / ABOUT).write_text(about, encoding="utf-8")
+        about = {"name": data.name, "classes": data.classes, "columns": data.columns}
+        (building / ABOUT).write_text(json.dumps(about), encoding="utf-8")
         (building / STAMPS).write_text(_stamps(building), encoding="utf-8")
         with suppress(FileNotFoundError):
             cache.rename(Path(place) / "damaged")

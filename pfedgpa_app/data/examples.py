@@ -10,20 +10,17 @@ import numpy as np
 from PIL import Image
 
 from pfedgpa_app.core.schema import Schema
-from pfedgpa_app.core.settings import DataError
+from pfedgpa_app.core.settings import DataError, near
 from pfedgpa_app.data.imagefolder import SUFFIXES, files_below, read_image
 
 ARRAYS = (".npy", ".npz", ".csv")
 
 
-def examples(
-    places: Sequence[Path], schema: Schema, pixels: bool, size: int
-) -> tuple[list[str], np.ndarray]:
+def examples(places: Sequence[Path], schema: Schema, size: int) -> tuple[list[str], np.ndarray]:
     """The names of examples, and they themselves, [N, *shape].
 
     Args:
         places: images, folders of images, or files of arrays (.npy, .npz with x, .csv).
-        pixels: whether they are images.
         size: to whose square images are resized; 0: they are not.
 
     Raises:
@@ -31,12 +28,12 @@ def examples(
     """
     names: list[str] = []
     rows: list[np.ndarray] = []
-    for place in _files(places, pixels):
+    for place in _files(places, schema.pixels):
         if place.suffix.lower() in ARRAYS:
-            found = _array(place, schema, pixels)
+            found = _array(place, schema)
             names += [f"{place}[{i}]" for i in range(len(found))]
             rows.append(found)
-        elif pixels:
+        elif schema.pixels:
             names.append(str(place))
             rows.append(_image(place, schema, size)[None])
         else:
@@ -80,15 +77,13 @@ def _image(file: Path, schema: Schema, size: int) -> np.ndarray:
     return array
 
 
-def _array(file: Path, schema: Schema, pixels: bool) -> np.ndarray:
+def _array(file: Path, schema: Schema) -> np.ndarray:
     """The rows of a file [N, *shape]."""
     try:
         if file.suffix.lower() == ".csv":
             with file.open(newline="", encoding="utf-8-sig") as opened:
                 lines = [line for line in csv.reader(opened) if line]
-            if lines and not _is_number(lines[0][0]):
-                lines = lines[1:]  # the columns' names
-            found = _numbers(file, lines)
+            found = _numbers(file, _in_order(file, lines, schema.columns))
         else:
             loaded = np.load(file, allow_pickle=False)
             found = loaded if isinstance(loaded, np.ndarray) else loaded["x"]
@@ -103,11 +98,40 @@ def _array(file: Path, schema: Schema, pixels: bool) -> np.ndarray:
             f"{file}: has rows of shape {list(found.shape[1:])}, and the network takes "
             f"{list(schema.shape)}"
         )
-    if pixels and found.dtype == np.uint8:
+    if schema.pixels and found.dtype == np.uint8:
         return found
     if not np.isfinite(found).all():
         raise DataError(f"{file}: has a number that is not finite")
     return found.astype(np.int64 if schema.tokens else np.float32)
+
+
+def _in_order(
+    file: Path, lines: Sequence[Sequence[str]], columns: Sequence[str]
+) -> list[Sequence[str]]:
+    """The rows of a table; if its first line names the columns, those called ``columns``, so.
+
+    Args:
+        columns: none: all are taken as they stand.
+
+    Raises:
+        DataError: a column is not there, or there twice; a row is of another length.
+    """
+    there = [name.strip() for name in lines[0]] if lines else []
+    if not lines or (_is_number(there[0]) and not (columns and set(columns) <= set(there))):
+        return list(lines)
+    rows = list(lines[1:])
+    if not columns:
+        return rows
+    if odd := [name for name in columns if there.count(name) != 1]:
+        lacks = "has no column" if odd[0] not in there else "has more than one column"
+        raise DataError(f"{file}: {lacks} {odd[0]!r}{near(odd[0], there)}")
+    places = [there.index(name) for name in columns]
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(there):
+            raise DataError(
+                f"{file}: row {number} has {len(row)} cells, and there are {len(there)} columns"
+            )
+    return [[row[place] for place in places] for row in rows]
 
 
 def _numbers(file: Path, lines: Sequence[Sequence[str]]) -> np.ndarray:

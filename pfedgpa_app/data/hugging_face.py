@@ -49,19 +49,20 @@ def read(name: str, root: Path, size: int, test_share: float, download: bool) ->
     train = splits[chosen.get("train", "train")]
     label = chosen.get("label") or _label_of(name, train)
     source = chosen.get("input") or _image_of(train)
-    found: dict[str, Any] = {}
+    user = chosen.get("user")
+    inputs = [source] if source else _numbers_of(train, {label, user})
+    found: dict[str, Any] = {"columns": inputs} if len(inputs) > 1 else {}
     for ours, split in (("train", train), ("test", splits.get(chosen.get("test", "test")))):
         if split is None:
             continue
-        for column in (label, *filter(None, (source, chosen.get("user")))):
+        for column in (label, *inputs, *filter(None, [user])):
             if column not in split.column_names:
                 raise DataError(
                     f"dataset {name}: has no column {column}{near(column, split.column_names)}"
                 )
-        inputs = [source] if source else _numbers_of(split, {label, chosen.get("user")})
         found[f"x_{ours}"] = _inputs(name, split, inputs, size)
         found[f"y_{ours}"] = np.asarray(split[label])
-        if user := chosen.get("user"):
+        if user:
             found[f"users_{ours}"] = np.asarray(split[user]).astype(str)
     if names := getattr(train.features[label], "names", None):
         found["classes"] = names

@@ -41,6 +41,7 @@ class Node:
     dataset: str = ""
     data_dir: str = ""
     image_size: int = 0
+    model: str = "auto"
     superlink: str = ""
     certificates: str = ""  # the authority's, by which the SuperLink is known
     key: str = ""
@@ -76,19 +77,18 @@ def packages() -> str:
 
 
 def data(node: Node) -> str:
-    """The node's images."""
+    """The node's examples, and whether the run's network takes them."""
     if node.dataset == NODES:
         raise NodeError("dataset nodes: name the data set that this node has of its own")
     try:
         found = load(node.dataset, node.data_dir, image_size=node.image_size)
         schema = schema_of(found)
-        network_of(TrainingSettings(), schema)
+        network_of(TrainingSettings(model=node.model), schema)
     except (DataError, ValueError) as error:
         raise NodeError(str(error)) from error
-    shape = "×".join(map(str, schema.shape))
     return (
-        f"{node.dataset}: {len(found.train_labels)} training and {len(found.test_labels)} test "
-        f"images of {shape}, {len(schema.classes)} classes"
+        f"{node.dataset}: {len(found.train_labels):,} training and {len(found.test_labels):,} test "
+        f"{schema.examples()}"
     )
 
 

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
@@ -22,7 +21,6 @@ from pfedgpa_app.core.sections import NODES, Config
 from pfedgpa_app.data.client import (
     class_counts,
     described,
-    load_dataset,
     load_partition,
     load_schema,
 )
@@ -162,8 +160,7 @@ class Experiment:
         self.tracking = Tracking(folder, config.track, settings, self._lost_tracker)
         log.listeners.append(self.tracking.round)
         self.roster.common["run"] = self.resuming.name
-        pixels = own or load_dataset(config).train_images.dtype == np.uint8
-        write_about(folder, config, self.dataset, pixels)
+        write_about(folder, config, self.dataset)
         if config.save_weights and is_simulated(grid):  # what never leaves a real client
             self.roster.common["weights-dir"] = str(folder / WEIGHTS)
         if config.checkpoint_every and is_simulated(grid):  # clients see our files

@@ -44,7 +44,6 @@ class About:
     """What a run's networks are.
 
     Attributes:
-        pixels: examples are images of 0 to 255.
         image_size: to whose square they were resized; 0: they were not.
         code: {import path: {file: its SHA-256}} of the user's own code in the run.
     """
@@ -55,19 +54,15 @@ class About:
     seed: int
     code_dir: str
     image_size: int
-    pixels: bool
     code: dict[str, dict[str, str]] = field(default_factory=dict, hash=False)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        mean, std = normalisation(self.schema.shape[0]) if self.pixels else ((), ())
+        mean, std = normalisation(self.schema.shape[0]) if self.schema.pixels else ((), ())
         return {
             "format": FORMAT,
             "dataset": self.schema.name,
-            "classes": list(self.schema.classes),
-            "shape": list(self.schema.shape),
-            "tokens": self.schema.tokens,
-            "pixels": self.pixels,
+            **self.schema.as_dict(),
             "normalisation": {"mean": mean, "std": std},  # of pixels divided by 255
             "image_size": self.image_size,
             "model": self.model,
@@ -103,12 +98,12 @@ class ClientModel(nn.Module):
         super().__init__()
         self.network, self.about = network, about
         self.classes, self.shape = about.schema.classes, about.schema.shape
-        mean, std = normalisation(self.shape[0]) if about.pixels else ((0.0,), (1.0,))
+        mean, std = normalisation(self.shape[0]) if about.schema.pixels else ((0.0,), (1.0,))
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.about.pixels:
+        if self.about.schema.pixels:
             if x.dtype == torch.uint8:
                 x = x.float() / 255
             x = (x - self.mean) / self.std
@@ -136,7 +131,7 @@ class ClientModel(nn.Module):
         return np.asarray(torch.cat(parts))
 
 
-def write_about(folder: Path, config: Config, schema: Schema, pixels: bool) -> None:
+def write_about(folder: Path, config: Config, schema: Schema) -> None:
     """Keep in a run's ``folder`` what its weights are for."""
     about = About(
         schema,
@@ -145,7 +140,6 @@ def write_about(folder: Path, config: Config, schema: Schema, pixels: bool) -> N
         config.seed,
         str(user_path(config.code_dir or ".").absolute()),
         config.image_size,
-        pixels,
         _own_code(config),
     )
     write_text(folder / MODEL, json.dumps(about.as_dict(), indent=2) + "\n")
@@ -207,10 +201,8 @@ def read_about(folder: Path) -> About:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise ValueError(f"is of format {found['format']!r}, not {FORMAT}")
-        schema = Schema(
-            found["dataset"], tuple(found["classes"]), tuple(found["shape"]), found["tokens"]
-        )
-        names = ("model", "head", "seed", "code_dir", "image_size", "pixels")
+        schema = Schema.of(found["dataset"], found)
+        names = ("model", "head", "seed", "code_dir", "image_size")
         code = found.get("code", {})
         return About(schema, **{name: found[name] for name in names}, code=code)
     except FileNotFoundError as error:

@@ -230,19 +230,17 @@ class Roster:
             if record is None:
                 return None
             try:
-                channels, height, width = map(int, record["shape"])
-                classes = tuple(map(str, record["classes"]))
+                found = Schema.of(NODES, record)
             except (KeyError, TypeError, ValueError) as error:
                 raise RosterError(
                     f"partition {partition} describes its data as this version does not: give all "
                     f"nodes the same version ({type(error).__name__}: {error})"
                 ) from error
-            found = Schema(NODES, classes, (channels, height, width))
             first = first or (partition, found)
             if found != first[1]:
                 raise RosterError(
-                    f"nodes' data do not match: partition {first[0]} has {_said(first[1])}, "
-                    f"partition {partition} has {_said(found)}"
+                    f"nodes' data do not match: partition {first[0]} has {first[1].examples()}, "
+                    f"partition {partition} has {found.examples()}"
                 )
         return first[1] if first else None
 
@@ -313,12 +311,6 @@ def _check_all_actors_live(replies: Iterable[Message]) -> None:
                 "not replace it: start the run again with resume=true, with fewer workers if "
                 f"memory ran out ({' '.join(reason.split())[-200:]})"
             )
-
-
-def _said(schema: Schema) -> str:
-    shape = "×".join(map(str, schema.shape))
-    names = ", ".join(schema.classes[:12]) + (", …" if len(schema.classes) > 12 else "")
-    return f"{shape} images of {len(schema.classes)} classes ({names})"
 
 
 def match(sent: dict[int, Message], received: Iterable[Message]) -> dict[int, Message]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pfedgpa_app.core.schema import Schema
@@ -17,7 +19,7 @@ def test_rows_of_a_table_with_names_or_without(tmp_path: Path) -> None:
     for head in ("", "age,height,weight\n"):
         rows = tmp_path / "rows.csv"
         rows.write_text(f"{head}1,2,3\n4,5,6.5\n")
-        names, found = examples([rows], THREE, pixels=False, size=0)
+        names, found = examples([rows], THREE, size=0)
         assert found.tolist() == [[1, 2, 3], [4, 5, 6.5]]
         assert len(names) == 2
 
@@ -27,4 +29,34 @@ def test_a_cell_that_is_no_number_is_named(tmp_path: Path, cell: str, said: str)
     rows = tmp_path / "rows.csv"
     rows.write_text(f"age,height,weight\n1,2,3\n4,{cell},6\n")
     with pytest.raises(DataError, match=f"rows.csv: {said}: wanted are numbers"):
-        examples([rows], THREE, pixels=False, size=0)
+        examples([rows], THREE, size=0)
+
+
+class TestColumnsByName:
+    """A run whose examples had columns with names."""
+
+    NAMED = Schema("tables:load", ("a", "b"), (3,), columns=("age", "height", "2020"))
+
+    def read(self, folder: Path, text: str) -> np.ndarray:
+        rows = folder / "rows.csv"
+        rows.write_text(text)
+        return examples([rows], self.NAMED, size=0)[1]
+
+    def test_in_any_order_and_with_others(self, tmp_path: Path) -> None:
+        text = "2020, label,height,age\n3,yes,2,1\n6,no,5,4\n"
+        assert self.read(tmp_path, text).tolist() == [[1, 2, 3], [4, 5, 6]]
+
+    def test_without_names_they_are_taken_as_they_stand(self, tmp_path: Path) -> None:
+        assert self.read(tmp_path, "1,2,3\n").tolist() == [[1, 2, 3]]
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("age,hieght,2020\n1,2,3\n", "has no column 'height'; did you mean hieght?"),
+            ("age,height,age,2020\n1,2,3,4\n", "has more than one column 'age'"),
+            ("age,height,2020\n1,2,3\n4,5\n", "row 2 has 2 cells, and there are 3 columns"),
+        ],
+    )
+    def test_what_cannot_be_matched_is_refused(self, tmp_path: Path, text: str, said: str) -> None:
+        with pytest.raises(DataError, match=re.escape(said)):
+            self.read(tmp_path, text)

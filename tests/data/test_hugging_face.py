@@ -68,6 +68,7 @@ def test_images_labels_and_users(hub: Path) -> None:
 def test_a_table(hub: Path) -> None:
     found = load("hf:table", "")
     assert found.train_images.shape == (40, 2)
+    assert found.columns == ("a", "b")
     assert found.train_images.dtype == np.float32
     assert load("hf:table?input=b", "").train_images.shape == (40, 1)
 

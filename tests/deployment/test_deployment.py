@@ -46,6 +46,7 @@ from pfedgpa_app.deployment.rehearsal import prepared, rehearse, site_images
 from pfedgpa_app.engine.flower import CONNECTION, processes_of, stage
 from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.runs.folder import is_running
+from pfedgpa_app.runs.personal import read_about
 from pfedgpa_app.server.roster import Roster, RosterError
 from tests.support.federations import PLAIN, federate, records, results, summary
 from tests.support.local_grid import InProcessGrid
@@ -185,8 +186,37 @@ class TestOwnData:
             place = tmp_path / "1" / split / "eleven"
             place.mkdir()
             Image.fromarray(np.zeros((8, 8), np.uint8)).save(place / "x.png")
-        with pytest.raises(RosterError, match=r"partition 0 has 1×8×8 images of 10 classes"):
+        with pytest.raises(RosterError, match=r"partition 0 has images of 1×8×8 in 10 classes"):
             self.start(self.grid(tmp_path, sources))
+
+    def tables(self, tmp_path: Path, *columns: str) -> list[str]:
+        """Sites with rows of a table, whose columns are called so, in that order."""
+        draws = np.random.default_rng(0)
+        for site, names in enumerate(columns):
+            y = np.arange(40) % 2
+            x = draws.normal(size=(40, len(names.split()))).astype(np.float32)
+            np.savez(tmp_path / f"{site}.npz", x=x, y=y, columns=names.split())
+        return [f"npz:{tmp_path / f'{site}.npz'}" for site in range(len(columns))]
+
+    def test_tables(self, tmp_path: Path) -> None:
+        grid = self.grid(tmp_path, self.tables(tmp_path, "age height", "age height"))
+        folder = self.start(grid)
+        assert summary(folder)["fedavg"]["accuracy_before_ft"] > 0
+        kept = read_about(folder).schema
+        assert (kept.shape, kept.columns, kept.pixels) == ((2,), ("age", "height"), False)
+
+    def test_columns_in_another_order_are_refused(self, tmp_path: Path) -> None:
+        sources = self.tables(tmp_path, "age height", "height age")
+        said = r"0 has examples of 2 \(age, height\).* 1 has examples of 2 \(height, age\)"
+        with pytest.raises(RosterError, match=said):
+            self.start(self.grid(tmp_path, sources))
+
+    def test_sequences_of_words(self, tmp_path: Path) -> None:
+        words = np.random.default_rng(0).integers(0, 9, (40, 5))
+        np.savez(tmp_path / "0.npz", x=words, y=np.arange(40) % 2)
+        roster = Roster(self.grid(tmp_path, [f"npz:{tmp_path / '0.npz'}"]), 1, 0.5, True)
+        assert roster.schema is not None
+        assert roster.schema.tokens
 
     @pytest.mark.parametrize("own_data", [True, False])
     def test_silence_is_told_from_failure(
