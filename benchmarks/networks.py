@@ -200,8 +200,7 @@ def federate(folder: Path, prefix: str, cut: float, settings: dict[str, Any]) ->
         why the run did not complete, or "".
     """
     nodes = settings["num-clients"]
-    hosts = ["localhost", "127.0.0.1", *(f"10.77.{node}.1" for node in range(nodes))]
-    keys.make(folder / "keys", hosts, nodes)
+    keys.make(folder / "keys", [f"10.77.{node}.1" for node in range(nodes)], nodes)
     events = folder / settings["run-name"] / "events.jsonl"
     with Networked(folder / "keys", prefix) as deployment:
         deployment.wait_until_ready()

@@ -19,6 +19,7 @@ from pfedgpa_app.core.settings import ConfigError
 CA, CA_KEY = "ca.crt", "ca.key"
 SERVER, SERVER_KEY = "server.crt", "server.key"
 AUTHORITY = "pFedGPA federation"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # where the SuperLink's own processes reach it
 _IN_HOSTS = {*string.ascii_letters, *string.digits, *"-._:*"}
 Key = ec.EllipticCurvePrivateKey
 
@@ -61,10 +62,10 @@ def _address(host: str) -> x509.GeneralName:
 
 
 def make(folder: Path, hosts: Sequence[str], nodes: int, days: int = 365) -> list[Path]:
-    """An authority, a certificate of the SuperLink for ``hosts``, and SuperNodes' keys.
+    """An authority, a certificate of the SuperLink, and SuperNodes' keys.
 
     Args:
-        hosts: names and addresses by which nodes reach the SuperLink.
+        hosts: names and addresses by which nodes reach the SuperLink; itself it may on loopback.
         nodes: how many SuperNodes there are: ``node-0``, ``node-0.pub``, ….
         days: how long the certificates are good.
 
@@ -74,7 +75,7 @@ def make(folder: Path, hosts: Sequence[str], nodes: int, days: int = 365) -> lis
     Raises:
         ConfigError: one of them was: keys are not replaced unasked; or what is no host's name.
     """
-    hosts = [_host(host) for host in hosts]
+    hosts = list(dict.fromkeys([*map(_host, hosts), *LOOPBACK]))
     names = [CA, CA_KEY, SERVER, SERVER_KEY]
     names += [f"node-{i}{end}" for i in range(nodes) for end in ("", ".pub")]
     paths = [folder / name for name in names]

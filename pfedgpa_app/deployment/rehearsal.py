@@ -87,7 +87,7 @@ def rehearse(
     config = resolve(settings).config
     with tempfile.TemporaryDirectory(prefix="pfedgpa-rehearsal-") as place:
         certificates = Path(place) / "keys"
-        keys.make(certificates, ["localhost", "127.0.0.1"], nodes)
+        keys.make(certificates, ["localhost"], nodes)
         say(f"keys and certificates for 1 server and {nodes} nodes")
         with Deployment(certificates) as deployment:
             deployment.wait_until_ready()

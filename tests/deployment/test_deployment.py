@@ -78,7 +78,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
     reference, _ = federate(tmp_path / "reference", **more)
     settings = PLAIN | more | {"out-dir": str(tmp_path), "run-name": "run"}
     events = tmp_path / "run" / "events.jsonl"
-    keys.make(tmp_path / "keys", ["localhost", "127.0.0.1"], 3)
+    keys.make(tmp_path / "keys", ["fed.example.org"], 3)  # and loopback, of its own accord
     with Deployment(tmp_path / "keys") as deployment:
         deployment.wait_until_ready()
         for node in range(3):
@@ -254,7 +254,7 @@ class TestOwnData:
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("keys")
-    keys.make(folder, ["localhost", "127.0.0.1"], 1, days=30)
+    keys.make(folder, ["fed.example.org", "10.1.2.3", "localhost"], 1, days=30)
     return folder
 
 
@@ -291,8 +291,9 @@ class TestKeys:
         left = server.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
         assert 29 <= left.days <= 30
         names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        assert names.get_values_for_type(x509.DNSName) == ["localhost"]
-        assert [str(ip) for ip in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
+        assert names.get_values_for_type(x509.DNSName) == ["fed.example.org", "localhost"]
+        addresses = [str(ip) for ip in names.get_values_for_type(x509.IPAddress)]
+        assert addresses == ["10.1.2.3", "127.0.0.1", "::1"]  # the SuperLink's processes use those
 
     def test_private_keys_are_private_and_never_replaced(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -351,7 +352,7 @@ class TestDoctor:
         assert says in text
 
     def test_a_server_of_another_authority(self, link: str, tmp_path: Path) -> None:
-        keys.make(tmp_path, ["127.0.0.1"], 1)
+        keys.make(tmp_path, ["fed.example.org"], 1)
         good, text = self.outcome(superlink=link, certificates=str(tmp_path / keys.CA))[
             "connection"
         ]
