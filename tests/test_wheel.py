@@ -5,19 +5,23 @@ The environment sees the packages that the tests have, but not the checkout.
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
+from flwr.common.config import flatten_dict
 
 from pfedgpa_app import cli
-from pfedgpa_app.config.resolve import keys
+from pfedgpa_app.config.resolve import keys, resolve
 from pfedgpa_app.core.paths import APP_DIR
 from tests.support.federations import SMALL, federate, records, summary
 
@@ -100,6 +104,19 @@ def test_commands_that_start_nothing(installed: Environment, tmp_path: Path) -> 
     # an experiment of the package is not written into
     assert f"copy {installed.packages / 'pfedgpa_app/app/conf/demo.yaml'}" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_it_writes_an_app_that_flower_takes(installed: Environment, tmp_path: Path) -> None:
+    words = ["app", "first", "dataset=nodes", "num-clients=2", "method=fedper"]
+    done = installed.run(tmp_path, "pfedgpa", *words)
+    assert done.returncode == 0, done.stderr
+    bundle = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(tmp_path / "first")))
+    assert {"server_app.py", "client_app.py", "conf/demo.yaml"} <= set(bundle.namelist())
+    app = tomllib.loads(bundle.read("pyproject.toml").decode())
+    config = resolve(flatten_dict(app["tool"]["flwr"]["app"]["config"])).config
+    assert (config.dataset, config.num_clients, config.method) == ("nodes", 2, ("fedper",))
+    done = installed.run(tmp_path, "pfedgpa", *words)
+    assert (done.returncode, "exists already" in done.stderr) == (2, True)
 
 
 def test_a_run_comes_to_the_checkouts_numbers(installed: Environment, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from pfedgpa_app import __version__
 from pfedgpa_app.cli import (
+    app,
     compare,
     doctor,
     evaluate,
@@ -62,6 +63,7 @@ COMMANDS: dict[str, Command] = {
     "keys": keys,
     "doctor": doctor,
     "rehearse": rehearse,
+    "app": app,
     "settings": settings,
     "partition": partition,
 }

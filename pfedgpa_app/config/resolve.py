@@ -206,6 +206,17 @@ def is_idle(key: Key, config: Config) -> bool:
     return not any(reader.settings is kind and part in reader.parts for reader in readers)
 
 
+def given(resolved: Resolved) -> dict[str, Any]:
+    """{setting: value} of all that is not the default: what needs no file to come to the same."""
+    return {
+        name: entry["value"]
+        for name, entry in resolved.as_dict().items()
+        if entry["from"] != "default"
+        and name != "conf"
+        and not is_idle(keys()[name], resolved.config)
+    }
+
+
 def without_idle(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[str, Any]:
     """``settings`` without methods' own that none of ``methods`` goes by."""
     config, every = Config(method=tuple(methods)), keys()

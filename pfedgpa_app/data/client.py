@@ -47,8 +47,8 @@ def load_dataset(config: DataSettings) -> Dataset:
     """
     if config.dataset == NODES:
         raise DataError(
-            "dataset = nodes: every SuperNode brings its own data; start such a run with flwr run "
-            "on a deployment (docs/deploy.md)"
+            "dataset = nodes: every SuperNode brings its own data; start such a run with "
+            "`pfedgpa app` and `flwr run` on a deployment (docs/deploy.md)"
         )
     return _load(config, config.dataset)
 

@@ -1,4 +1,4 @@
-"""The whole deployment on one machine: keys, a SuperLink, SuperNodes with data of their own."""
+"""The whole deployment on one machine: keys, a SuperLink, SuperNodes with data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from rich.console import Console
 
 from pfedgpa_app.config.resolve import resolve, without_idle
 from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.sections import NODES, Config
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.data import IMAGEFOLDER
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
@@ -22,7 +24,7 @@ from pfedgpa_app.runs.launcher import watched, with_absolute_paths
 
 SETTINGS: dict[str, Any] = {
     "method": "pfedgpa",
-    "dataset": "nodes",
+    "dataset": NODES,
     "num-server-rounds": 3,
     "learning-rate": 0.05,
     "pfedgpa.fit-steps": 200,
@@ -48,6 +50,16 @@ def site_images(folder: Path, site: int, sites: int) -> None:
             place.mkdir(parents=True)
             for i, image in enumerate(mine[: max(2, len(mine) // 6)] if rare else mine):
                 Image.fromarray(image[0]).save(place / f"{i:03}.png")
+
+
+def node_config(folder: Path, number: int, sites: int, config: Config) -> dict[str, str]:
+    """A site's node config, and its data, where every site is to have its own."""
+    state = {"state_dir": str(folder / f"state-{number}")}
+    if config.dataset != NODES:  # the run's partition deals it out
+        return state
+    images = folder / f"site-{number}"
+    site_images(images, number, sites)
+    return state | {"dataset": f"{IMAGEFOLDER}{images}"}
 
 
 def prepared(nodes: int, overrides: dict[str, Any]) -> tuple[dict[str, Any], Path]:
@@ -93,12 +105,11 @@ def rehearse(
             deployment.wait_until_ready()
             say(f"SuperLink at 127.0.0.1:{deployment.port}, TLS, nodes by their keys")
             for node in range(nodes):
-                data = Path(place) / f"site-{node}"
-                site_images(data, node, nodes)
                 deployment.register(node)
-                state = Path(place) / f"state-{node}"
-                deployment.start_node(node, dataset=f"imagefolder:{data}", state_dir=str(state))
-            say(f"{nodes} SuperNodes, each with its own images; they take part in about 15 s")
+                deployment.start_node(node, **node_config(Path(place), node, nodes, config))
+            own = config.dataset == NODES
+            data = "its own images" if own else f"its part of {config.dataset}"
+            say(f"{nodes} SuperNodes, each with {data}; they take part in about 15 s")
             staged = stage(app, deployment.home / "app", settings)
 
             def run_it(poll: Poll) -> str:

@@ -13,14 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import psutil
-from flwr.common.config import flatten_dict, get_project_config
+from flwr.common.config import get_project_config
 
 from pfedgpa_app.config.parse import in_toml
 from pfedgpa_app.core.paths import INSTALLED, package_of
@@ -221,15 +221,14 @@ def _unstaged(folder: str, names: list[str]) -> list[str]:
     return [n for n in names if n == "__pycache__" or Path(folder, n) == INSTALLED]
 
 
-def stage(app: Path, folder: Path, settings: Iterable[str] = ()) -> Path:
-    """A copy of the app's files in ``folder``.
+def stage(app: Path, folder: Path, settings: Mapping[str, Any] | None = None) -> Path:
+    """A copy of the app's files in ``folder``, with ``settings`` as what a run of it has.
 
     Flower looks at every file below an app's folder, and data sets that lie there, too, can be a
     hundred thousand.
 
     Args:
-        settings: those that are given; Flower wants them listed, and lists none of a method that
-            is the user's own.
+        settings: Flower takes those of a method that is the user's own from nowhere else.
     """
     config = get_project_config(app)
     doors = config["tool"]["flwr"]["app"]["components"].values()
@@ -242,10 +241,17 @@ def stage(app: Path, folder: Path, settings: Iterable[str] = ()) -> Path:
     for part in parts:
         if part.is_dir():
             shutil.copytree(part, folder / part.name, ignore=_unstaged)
-    listed = flatten_dict(config["tool"]["flwr"]["app"].get("config", {}))
-    own = "".join(f'{name} = ""\n' for name in settings if name not in listed)
-    if own:
+    if settings:
         file = folder / "pyproject.toml"
-        text = file.read_text(encoding="utf-8")
-        file.write_text(text.replace(_LIST, _LIST + own, 1), encoding="utf-8")
+        file.write_text(_listing(file.read_text(encoding="utf-8"), settings), encoding="utf-8")
     return folder
+
+
+def _listing(text: str, settings: Mapping[str, Any]) -> str:
+    """A pyproject.toml whose list of settings has these values."""
+    before, head, after = text.partition(_LIST)
+    listed, end, others = after.partition("\n[")
+    names = tuple(f"{name} =" for name in settings)
+    kept = [line for line in listed.splitlines() if not line.startswith(names)]
+    given = [in_toml({name: value}) for name, value in settings.items()]
+    return before + (head or _LIST) + "\n".join([*given, *kept]) + end + others

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from pfedgpa_app.config.parse import in_toml
 from pfedgpa_app.config.resolve import keys
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import NODES
@@ -363,16 +362,18 @@ def _said(value: Any) -> str:
 
 def command_of(run: Run) -> str:
     """The command that makes such a run again, under a name of its own."""
-    given = {"conf": run.settings["conf"]["value"]}
+    given = {}
     for name, entry in run.settings.items():
         key = keys().get(name)
         chosen = entry["from"] == "run-config" and key is not None and key.rules["part"] != LAUNCH
         if chosen and entry["value"] != "":
             given[name] = entry["value"]
-    if run.settings["dataset"]["value"] == NODES:
-        return f"flwr run . FEDERATION --stream --run-config {shlex.quote(in_toml(given))}"
+    conf = str(run.settings["conf"]["value"])
     words = [f"{name}={_said(value)}" for name, value in given.items() if name != "conf"]
-    return shlex.join(["pfedgpa", "run", "--conf", str(given["conf"]), *words])
+    if run.settings["dataset"]["value"] == NODES:
+        made = shlex.join(["pfedgpa", "app", "FOLDER", f"conf={conf}", *words])
+        return f"{made} && flwr run FOLDER SUPERLINK --stream"
+    return shlex.join(["pfedgpa", "run", "--conf", conf, *words])
 
 
 def _parts_of_several(runs: Sequence[Run]) -> Iterator[Row]:

@@ -42,7 +42,7 @@ from pfedgpa_app.data.datasets import load
 from pfedgpa_app.deployment import doctor, keys
 from pfedgpa_app.deployment.doctor import Node, NodeError, examine
 from pfedgpa_app.deployment.processes import Deployment
-from pfedgpa_app.deployment.rehearsal import prepared, rehearse, site_images
+from pfedgpa_app.deployment.rehearsal import node_config, prepared, rehearse, site_images
 from pfedgpa_app.engine.flower import CONNECTION, processes_of, stage
 from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.runs.folder import is_running
@@ -88,15 +88,16 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Deployed:
         stranger = deployment.nodes.pop(2).wait(timeout=600)
         deployment.await_nodes()
         listed = [n["status"] for n in deployment.flwr("supernode", "list", CONNECTION)["nodes"]]
-        staged = stage(APP_DIR, deployment.home / "app")
-        deployment.run(staged, settings)
+        staged, words = deployment.home / "app", [f"{k}={v}" for k, v in settings.items()]
+        assert cli.main(["app", str(staged), *words]) == 0
+        deployment.run(staged, {})
         until(lambda: events.exists() and "scaffold round 1/2" in events.read_text())
         os.killpg(deployment.superlink.pid, signal.SIGKILL)
         deployment.superlink.wait()
         deployment.start_superlink()
         deployment.wait_until_ready()
         until(lambda: not is_running(tmp_path / "run"))  # its server app notices within seconds
-        run_id = deployment.run(staged, settings | {"resume": True})
+        run_id = deployment.run(staged, {"resume": True})
         failure = deployment.wait(run_id, tmp_path / "log")
     assert not failure, (tmp_path / "log").read_text()
     left = processes_of(deployment.home)
@@ -391,6 +392,14 @@ def test_no_more_sites_are_rehearsed_than_begin_in_time(
     assert not list(tmp_path.iterdir())
 
 
+def test_sites_have_images_of_their_own_or_share_what_is_named(tmp_path: Path) -> None:
+    own = node_config(tmp_path, 1, 3, resolve({"dataset": "nodes"}).config)
+    assert own["dataset"] == f"imagefolder:{tmp_path / 'site-1'}"
+    assert load(own["dataset"], "").shape == (1, 8, 8)
+    assert set(node_config(tmp_path, 2, 3, resolve({"dataset": "digits"}).config)) == {"state_dir"}
+    assert not (tmp_path / "site-2").exists()
+
+
 @pytest.mark.parametrize("method", ["fedavg", "local,scaffold", "pfedgpa-once", "fedavg,pfedgpa"])
 def test_any_method_can_be_rehearsed(method: str, tmp_path: Path) -> None:
     settings, folder = prepared(2, {"method": method, "out-dir": str(tmp_path), "run-name": "run"})
@@ -476,5 +485,5 @@ class TestShippedFiles:
             [line] = [line for line in text.splitlines() if f"{command} --" in line]
             line = line.partition("--node-config '")[0]
             assert set(re.findall(r"--[a-z][a-z-]+", line)) <= options(command)
-        for line in re.findall(r"^pfedgpa (keys|doctor)(.*)$", text, re.MULTILINE):
+        for line in re.findall(r"^pfedgpa (keys|doctor|app)(.*)$", text, re.MULTILINE):
             cli.parse([line[0], *shlex.split(line[1], comments=True)])

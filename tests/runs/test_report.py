@@ -9,12 +9,12 @@ import shlex
 import shutil
 import statistics
 import subprocess
+import tomllib
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.common.config import parse_config_args
 
 from pfedgpa_app import cli
 from pfedgpa_app.results import figures
@@ -93,16 +93,20 @@ class TestOneRun:
         assert "out-dir" not in command
 
     def test_of_a_deployment(self, folder: Path, tmp_path: Path) -> None:
-        """Its command is Flower's, and what clients hold is on their nodes."""
+        """It is begun by Flower, and what clients hold is on their nodes."""
         copy = tmp_path / "run"
         shutil.copytree(folder, copy)
         (copy / "holdings.json").unlink()
         settings = json.loads((copy / "config.json").read_text())
         settings["dataset"] = {"value": "nodes", "from": "run-config"}
         (copy / "config.json").write_text(json.dumps(settings))
-        *command, given = shlex.split(command_of(runs_in([copy])[0]))
-        assert command == ["flwr", "run", ".", "FEDERATION", "--stream", "--run-config"]
-        parsed = parse_config_args([given])
+        made, _, begun = command_of(runs_in([copy])[0]).partition(" && ")
+        assert begun == "flwr run FOLDER SUPERLINK --stream"
+        command, *words = shlex.split(made)
+        assert cli.main([*words[:1], str(tmp_path / "app"), *words[2:]]) == 0
+        app = tomllib.loads((tmp_path / "app" / "pyproject.toml").read_text())
+        parsed = app["tool"]["flwr"]["app"]["config"]
+        assert command == "pfedgpa"
         assert parsed["dataset"] == "nodes"
         assert parsed["method"] == METHODS
         assert parsed["num-server-rounds"] == 3
