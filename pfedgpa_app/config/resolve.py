@@ -337,6 +337,14 @@ def _check(config: Config) -> None:
             f"image-size = {config.image_size}: resizes the images of imagefolder: and hf:, and "
             f"dataset = {config.dataset} is none of them"
         )
+    if config.classes and config.dataset != NODES:
+        raise ConfigError(
+            f"classes: are named for dataset = nodes; those of {config.dataset} are its own"
+        )
+    if len(config.classes) == 1 or len(set(config.classes)) < len(config.classes):
+        raise ConfigError(
+            f"classes = {','.join(config.classes)}: wants two or more, of different names"
+        )
     kept = name_of(FromUploads.of)  # whose uploads are kept
     others = [method for method in config.method if federation_of(method) != kept]
     if config.uploads and others:

@@ -89,6 +89,11 @@ class DataSettings(Basics):
     test_share: float = setting(
         0.2, "share of each class that tests, of data that have no test split", above=0, high=0.9
     )
+    classes: tuple[str, ...] = setting(
+        (),
+        "dataset=nodes: all classes by name, where a node may lack examples of some; empty: all "
+        "nodes name the same",
+    )
     partition: str = setting(
         "dominant",
         "how the data are dealt to clients: dominant, dirichlet, shards, iid; natural, by the "

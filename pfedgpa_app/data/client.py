@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -11,7 +11,7 @@ from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.randomness import numpy_generator
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES, PARTITION_FILE, DataSettings
-from pfedgpa_app.core.settings import DataError
+from pfedgpa_app.core.settings import DataError, near
 from pfedgpa_app.data.dataset import Dataset
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.images import Images, images_of
@@ -165,7 +165,25 @@ def load_own(config: DataSettings, source: str) -> Dataset:
             "dataset = nodes, but this node names none: start its SuperNode with --node-config "
             "'dataset=\"imagefolder:/absolute/path\" …'"
         )
-    return _load(config, source)
+    return _with_classes(_load(config, source), config.classes)
+
+
+def _with_classes(data: Dataset, classes: tuple[str, ...]) -> Dataset:
+    """``data``, whose labels are indices of ``classes``, where these are named.
+
+    Raises:
+        DataError: it has another class.
+    """
+    if not classes or data.classes == classes:
+        return data
+    if other := [name for name in data.classes if name not in classes]:
+        raise DataError(
+            f"dataset {data.name}: has the class {other[0]!r}{near(other[0], classes)} The run's "
+            f"classes are {', '.join(classes)}"
+        )
+    places = np.array([classes.index(name) for name in data.classes])
+    train, test = (places[labels] for labels in (data.train_labels, data.test_labels))
+    return replace(data, classes=classes, train_labels=train, test_labels=test)
 
 
 @lru_cache(maxsize=2)

@@ -240,7 +240,8 @@ class Roster:
             if found != first[1]:
                 raise RosterError(
                     f"nodes' data do not match: partition {first[0]} has {first[1].examples()}, "
-                    f"partition {partition} has {found.examples()}"
+                    f"partition {partition} has {found.examples()}; where a node has no example "
+                    "of some class, name them all to the run: classes=cat,dog,owl"
                 )
         return first[1] if first else None
 

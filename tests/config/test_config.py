@@ -96,6 +96,8 @@ class TestRefusals:
             ({"method": "fedsvg"}, ["method", "fedsvg", "did you mean fedavg?"]),
             ({"method": "fedavg,fedavg"}, ["method", "twice"]),
             ({"dataset": "imagenet"}, ["dataset", "imagenet", "fashion-mnist"]),
+            ({"classes": "cat,dog"}, ["classes", "dataset = nodes", "digits"]),
+            ({"classes": "cat,cat", "dataset": "nodes"}, ["classes", "of different names"]),
             ({"dataset": "fashon-mnist"}, ["dataset", "did you mean fashion-mnist?"]),
             ({"engine": "proces"}, ["engine", "did you mean process?"]),
             ({"conf": "Demo"}, ["conf", "did you mean demo?"]),

@@ -38,6 +38,7 @@ from pfedgpa_app.config.parse import in_toml
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.data.client import load_own
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.deployment import doctor, keys
 from pfedgpa_app.deployment.doctor import Node, NodeError, examine
@@ -211,6 +212,28 @@ class TestOwnData:
         said = r"0 has examples of 2 \(age, height\).* 1 has examples of 2 \(height, age\)"
         with pytest.raises(RosterError, match=said):
             self.start(self.grid(tmp_path, sources))
+
+    def test_a_node_without_examples_of_a_class(self, tmp_path: Path) -> None:
+        """Images of three at one, of two at the other; by name, not by number."""
+        for node, names in enumerate((("cat", "dog", "owl"), ("cat", "owl"))):
+            for i, name in enumerate(names):
+                place = tmp_path / str(node) / name
+                place.mkdir(parents=True)
+                for j in range(10):
+                    Image.fromarray(np.full((8, 8), 80 * i + j, np.uint8)).save(place / f"{j}.png")
+        sources = [f"imagefolder:{tmp_path / str(node)}" for node in range(2)]
+        with pytest.raises(RosterError, match=r"3 classes .*2 classes .*classes=cat,dog,owl"):
+            self.start(self.grid(tmp_path / "a", sources))
+        classes = "dog,owl,cat"
+        grid = self.grid(tmp_path / "b", sources, classes=classes)
+        assert summary(self.start(grid))["fedavg"]["accuracy_before_ft"] > 0
+        assert read_about(tmp_path / "b" / "run").schema.classes == ("dog", "owl", "cat")
+        config = resolve({"dataset": "nodes", "classes": classes}).config
+        held = load_own(config, sources[1])
+        assert np.bincount(held.train_labels).tolist() == [0, 8, 8]
+        assert held.train_images[held.train_labels == 2].max() < 20  # the cats
+        with pytest.raises(RosterError, match=r"has the class 'dog'.*classes are cat, owl"):
+            self.start(self.grid(tmp_path / "c", sources, classes="cat,owl"))
 
     def test_sequences_of_words(self, tmp_path: Path) -> None:
         words = np.random.default_rng(0).integers(0, 9, (40, 5))
