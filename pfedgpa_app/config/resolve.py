@@ -227,16 +227,21 @@ def without_idle(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[st
     }
 
 
+def defaults() -> dict[str, Any]:
+    """{setting: value}, JSON-ready: what a run of a version that had no such setting went by."""
+    values = {name: "auto" if k.default is None else k.default for name, k in keys().items()}
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
+
+
 def differences(there: Mapping[str, Any], resolved: Resolved) -> list[str]:
     """Settings that have a part in the results and differ from those that a run has kept."""
-    first = {name: "auto" if k.default is None else k.default for name, k in keys().items()}
-    here, defaults = json.loads(json.dumps([resolved.as_dict(), first]))
+    here, before = json.loads(json.dumps(resolved.as_dict())), defaults()
     return [
         f"{name} = {there.get(name, {}).get('value')!r} there, {entry['value']!r} here"
         for name, entry in here.items()
         if is_read(keys()[name], resolved.config)
-        # a setting that was not there yet was what is now its default
-        and there.get(name, {"value": defaults[name]})["value"] != entry["value"]
+        and there.get(name, {"value": before[name]})["value"] != entry["value"]
     ]
 
 
@@ -322,14 +327,9 @@ def _refuse_idle(config: Config, overrides: Mapping[str, Any]) -> None:
         )
 
 
-def _check(config: Config) -> None:
-    """Refuse what each value alone cannot show."""
-    for name in config.method:
-        require_method(name, "method")
-    if len(set(config.method)) < len(config.method):
-        raise ConfigError(f"method = {','.join(config.method)}: names a method twice")
+def _check_data(config: Config) -> None:
+    """Refuse what a run's data cannot be."""
     require_dataset(config.dataset, "dataset")
-    _require_model(config.model)
     _require_partition(config.partition)
     resized = config.dataset.startswith((IMAGEFOLDER, HUGGING_FACE)) or config.dataset == NODES
     if config.image_size and not resized:
@@ -345,6 +345,16 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"classes = {','.join(config.classes)}: wants two or more, of different names"
         )
+
+
+def _check(config: Config) -> None:
+    """Refuse what each value alone cannot show."""
+    for name in config.method:
+        require_method(name, "method")
+    if len(set(config.method)) < len(config.method):
+        raise ConfigError(f"method = {','.join(config.method)}: names a method twice")
+    _require_model(config.model)
+    _check_data(config)
     kept = name_of(FromUploads.of)  # whose uploads are kept
     others = [method for method in config.method if federation_of(method) != kept]
     if config.uploads and others:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfedgpa_app.config.resolve import Resolved, keys, values_of
+from pfedgpa_app.config.resolve import Resolved, defaults, keys, values_of
 from pfedgpa_app.core.files import read_metadata, read_tensors, write_tensors
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
 from pfedgpa_app.core.weights import Layout, is_statistic
@@ -85,9 +85,10 @@ def load(path: Path, state: RememberedState, resolved: Resolved) -> dict[str, fl
             other settings than this run's.
     """
     theirs, costs = described(path)
+    theirs = defaults() | theirs
     for name, value in _fixed(resolved).items():
-        if theirs.get(name) != value:
-            there = f"made with {name} = {theirs.get(name)!r}"
+        if theirs[name] != value:
+            there = f"made with {name} = {theirs[name]!r}"
             raise _refused(path, f"{there}, but this run has {value!r}")
     try:
         _fill(state, read_tensors(path, FORMAT)[0], resolved.config.num_clients)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.files import read_tensors, write_tensors
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.uploads import Upload, weighted_mean
 from pfedgpa_app.data.client import load_schema
@@ -137,6 +138,24 @@ class TestResults:
                 assert summary(one)[name][key] == summary(two)[name][key]
         with pytest.raises(ValueError, match="learning-rate"):
             federate(tmp_path / "3", method=methods, uploads=uploads, learning_rate=0.5, **long)
+
+    def test_uploads_of_before_a_setting_was_there(self, tmp_path: Path) -> None:
+        """They were made by what is now its default."""
+        one, _ = federate(tmp_path / "1", method="fedavg", save_uploads=True, num_server_rounds=1)
+        settings = {"num-server-rounds": 1, "method": "fedavg"}
+        file, resolved = one / uploads.FILE, resolve(PLAIN | settings)
+        tensors, metadata = read_tensors(file, uploads.FORMAT)
+        kept = json.loads(metadata["settings"])
+        del kept["classes"], kept["test-share"]
+        metadata["settings"] = json.dumps(kept)
+        write_tensors(file, tensors, metadata)
+        initial = initial_weights(resolved.config, load_schema(resolved.config))
+        uploads.load(file, RememberingFedAvg.begin(resolved.config, initial), resolved)
+        other = resolve(PLAIN | settings | {"test-share": 0.3})
+        with pytest.raises(
+            ConfigError, match=r"test-share = 0\.2, but this run has 0\.3"
+        ):
+            uploads.load(file, RememberingFedAvg.begin(other.config, initial), other)
 
     def test_damaged_uploads_are_refused(self, tmp_path: Path) -> None:
         one, _ = federate(tmp_path / "1", method="fedavg", save_uploads=True, num_server_rounds=1)
