@@ -170,8 +170,9 @@ def deal(
             dealt[client].append(pool[(start + np.arange(n)) % max(1, len(pool))])
             start += n
     if short:
+        more = f"; and of {len(short) - 3} more classes" if len(short) > 3 else ""
         _warn(
-            f"some {images} are shared by clients, who are to hold {'; '.join(short)}: "
+            f"some {images} are shared by clients, who are to hold {'; '.join(short[:3])}{more}: "
             f"lower {split}-per-client or num-clients to avoid it"
         )
     return [np.sort(np.concatenate(parts)) for parts in dealt]

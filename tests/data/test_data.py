@@ -89,7 +89,9 @@ class TestPartition:
         )
         assert np.array_equal(splits[0].train, again[0].train)
         used = np.bincount(np.concatenate([np.r_[s.train, s.validation] for s in splits]))
-        [said] = caplog.messages  # once, and all classes in one line
+        [said] = caplog.messages  # once, in one line, three of the classes by name
+        assert said.count("there are 5000") == 3
+        assert "; and of 2 more classes: lower" in said
         assert "training images are shared by clients, who are to hold 7600 of 'a', there" in said
         assert "lower train-per-client or num-clients" in said
         assert used[LABELS[: len(used)] % 2 == 1].max() == 1

@@ -152,9 +152,7 @@ class TestResults:
         initial = initial_weights(resolved.config, load_schema(resolved.config))
         uploads.load(file, RememberingFedAvg.begin(resolved.config, initial), resolved)
         other = resolve(PLAIN | settings | {"test-share": 0.3})
-        with pytest.raises(
-            ConfigError, match=r"test-share = 0\.2, but this run has 0\.3"
-        ):
+        with pytest.raises(ConfigError, match=r"test-share = 0\.2, but this run has 0\.3"):
             uploads.load(file, RememberingFedAvg.begin(other.config, initial), other)
 
     def test_damaged_uploads_are_refused(self, tmp_path: Path) -> None:
