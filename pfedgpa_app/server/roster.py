@@ -142,15 +142,23 @@ class Roster:
         self.grid, self.timeout = OneAtATime(grid), timeout
         answers = self._discover(num_clients)
         partitions = {node: self._partition(reply) for node, reply in answers.items()}
-        if len(set(partitions.values())) < len(partitions):
-            raise RosterError(
-                "two nodes have the same partition-id: give each its own in --node-config"
-            )
+        for partition, times in Counter(partitions.values()).items():
+            if times > 1:
+                raise RosterError(
+                    f"{times} nodes have partition-id={partition}: give each its own in "
+                    "--node-config"
+                )
         hosts = [node for _, node in sorted((p, node) for node, p in partitions.items())]
         self.schema = self._schema({partitions[node]: answers[node] for node in hosts})
         self._hosts = dict(enumerate(hosts))  # {place among the nodes: node}
         self._place_of = {partition: i for i, partition in enumerate(sorted(partitions.values()))}
         self._known, self.present = set(partitions), set(partitions)
+        if own_data and (numbers := list(self._place_of)) != list(range(len(hosts))):
+            logger.warning(
+                "nodes have the partition-ids %s: in this order they are clients 0 to %d",
+                ", ".join(map(str, numbers)),
+                len(hosts) - 1,
+            )
         if len(hosts) < num_clients:
             logger.warning(
                 "%d nodes host %d clients in turn; for one node a client use "
@@ -249,12 +257,18 @@ class Roster:
         """{node id: its answer}, once all are there or none has arrived for a while."""
         now = arrived = started = time.monotonic()
         nodes: set[int] = set()
-        while now - started < min(self.timeout, 120):
+        patience = min(self.timeout, 120)
+        while now - started < patience:
             now, seen, nodes = time.monotonic(), nodes, set(self.grid.get_node_ids())
             arrived = now if nodes != seen else arrived
             enough = nodes and now - arrived > ARRIVAL and not self._own_data
             if len(nodes) >= num_clients or enough:
                 break
+            if nodes != seen and self._own_data:
+                logger.info(
+                    "%d of %d nodes are here; the others are waited for %d s",
+                    *(len(nodes), num_clients, patience),
+                )
             time.sleep(0.1)
         if not nodes:
             raise RosterError(
@@ -267,10 +281,12 @@ class Roster:
             raise RosterError(f"none of {len(nodes)} nodes answered {within}")
         if self._own_data and len(answers) != num_clients:
             silent = len(nodes) - len(answers)
-            why = f"one that has none: {failed}" if failed else f"{silent} did not answer {within}"
+            why = ": start the others first" if len(nodes) < num_clients else ": name that number"
+            if silent:
+                none = f"one that has none: {failed}"
+                why = f"; {none if failed else f'{silent} did not answer {within}'}"
             raise RosterError(
-                f"num-clients is {num_clients}, and nodes with data are here: {len(answers)}"
-                + (f"; {why}" if silent else "")
+                f"num-clients is {num_clients}, and nodes with data are here: {len(answers)}{why}"
             )
         if not answers:
             raise RosterError(f"the ClientApp fails on every node that answers: {failed}")

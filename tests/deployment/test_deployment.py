@@ -182,6 +182,27 @@ class TestOwnData:
         with pytest.raises(RosterError, match=r"nodes with data are here: 2; .* names none: start"):
             self.start(grid)
 
+    def test_nodes_that_are_not_as_many_as_the_run_says(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", "pfedgpa")
+        sources = self.tables(tmp_path, "age height", "age height")
+        for clients, said in ((3, "here: 2: start the others first"), (1, "here: 2: name that")):
+            with pytest.raises(RosterError, match=f"num-clients is {clients}, .*{said}"):
+                Roster(self.grid(tmp_path, sources), clients, 0.5, True)
+        assert "2 of 3 nodes are here; the others are waited for" in caplog.text
+
+    def test_partition_ids(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        grid = self.grid(tmp_path, self.tables(tmp_path, "age height", "age height"))
+        first, second = (context.node_config for context in grid.contexts.values())
+        second["partition-id"] = 7
+        roster = Roster(grid, 2, 0.5, True)
+        assert "partition-ids 0, 7: in this order they are clients 0 to 1" in caplog.text
+        assert roster.node_of(1) == list(grid.contexts)[1]
+        first["partition-id"] = 7
+        with pytest.raises(RosterError, match="2 nodes have partition-id=7: give each its own"):
+            Roster(grid, 2, 0.5, True)
+
     def test_data_that_do_not_match(self, tmp_path: Path) -> None:
         sources = self.sites(tmp_path, 2)
         for split in ("train", "test"):
