@@ -25,6 +25,7 @@ from pfedgpa_app.config.resolve import resolve_cached
 from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES, Config
+from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.core.weights import Weights, all_finite
 from pfedgpa_app.data.client import (
     ClientData,
@@ -222,6 +223,9 @@ def describe(context: Context) -> RecordDict:
     config = resolve_cached(context.run_config).config
     if config.dataset == NODES:
         source = str(context.node_config.get("dataset", ""))
-        load_own_client(config, source, partition)
-        content["data"] = ConfigRecord(schema_of(load_own(config, source)).as_dict())
+        try:
+            load_own_client(config, source, partition)
+            content["data"] = ConfigRecord(schema_of(load_own(config, source)).as_dict())
+        except (ConfigError, DataError) as error:  # Flower tells nobody whose node it was
+            raise type(error)(f"partition-id={partition}: {error}") from error
     return content

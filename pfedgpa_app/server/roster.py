@@ -248,8 +248,7 @@ class Roster:
             if found != first[1]:
                 raise RosterError(
                     f"nodes' data do not match: partition {first[0]} has {first[1].examples()}, "
-                    f"partition {partition} has {found.examples()}; where a node has no example "
-                    "of some class, name them all to the run: classes=cat,dog,owl"
+                    f"partition {partition} has {found.examples()}: {_remedy(first[1], found)}"
                 )
         return first[1] if first else None
 
@@ -328,6 +327,20 @@ def _check_all_actors_live(replies: Iterable[Message]) -> None:
                 "not replace it: start the run again with resume=true, with fewer workers if "
                 f"memory ran out ({' '.join(reason.split())[-200:]})"
             )
+
+
+def _remedy(one: Schema, other: Schema) -> str:
+    """What makes nodes' data alike."""
+    if one.classes != other.classes:
+        return (
+            "give classes the same names; where a node has no example of some, name them all to "
+            "the run, classes=cat,dog,owl"
+        )
+    if one.columns != other.columns:
+        return "give all the same columns in the same order"
+    if one.pixels and other.pixels:
+        return "give all images of the same size and colours; image-size=64 resizes them"
+    return "give all examples of the same shape and kind"
 
 
 def match(sent: dict[int, Message], received: Iterable[Message]) -> dict[int, Message]:

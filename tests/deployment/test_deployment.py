@@ -212,6 +212,21 @@ class TestOwnData:
         with pytest.raises(RosterError, match=r"partition 0 has images of 1×8×8 in 10 classes"):
             self.start(self.grid(tmp_path, sources))
 
+    def test_images_of_other_sizes(self, tmp_path: Path) -> None:
+        for node, size in ((0, 8), (1, 12)):
+            for name in ("cat", "dog"):
+                place = tmp_path / str(node) / name
+                place.mkdir(parents=True)
+                for i in range(4):
+                    Image.fromarray(np.zeros((size, size), np.uint8)).save(place / f"{i}.png")
+        sources = [f"imagefolder:{tmp_path / str(node)}" for node in range(2)]
+        with pytest.raises(RosterError, match=r"1×8×8 .* 1×12×12 .*: .* image-size=64 resizes"):
+            Roster(self.grid(tmp_path, sources), 2, 0.5, True)
+        grid = self.grid(tmp_path, sources, **{"image-size": 8})
+        found = Roster(grid, 2, 0.5, True).schema
+        assert found is not None
+        assert found.shape == (1, 8, 8)
+
     def tables(self, tmp_path: Path, *columns: str) -> list[str]:
         """Sites with rows of a table, whose columns are called so, in that order."""
         draws = np.random.default_rng(0)
@@ -230,7 +245,7 @@ class TestOwnData:
 
     def test_columns_in_another_order_are_refused(self, tmp_path: Path) -> None:
         sources = self.tables(tmp_path, "age height", "height age")
-        said = r"0 has examples of 2 \(age, height\).* 1 has examples of 2 \(height, age\)"
+        said = r"0 has examples of 2 \(age, height\).* 1 .*\(height, age\).*: give all"
         with pytest.raises(RosterError, match=said):
             self.start(self.grid(tmp_path, sources))
 
@@ -253,7 +268,7 @@ class TestOwnData:
         held = load_own(config, sources[1])
         assert np.bincount(held.train_labels).tolist() == [0, 8, 8]
         assert held.train_images[held.train_labels == 2].max() < 20  # the cats
-        with pytest.raises(RosterError, match=r"has the class 'dog'.*classes are cat, owl"):
+        with pytest.raises(RosterError, match=r"partition-id=0: .* the class 'dog'"):
             self.start(self.grid(tmp_path / "c", sources, classes="cat,owl"))
 
     def test_sequences_of_words(self, tmp_path: Path) -> None:
