@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pfedgpa_app.core.settings import listed
+
 
 @dataclass(frozen=True)
 class Schema:
@@ -29,10 +31,10 @@ class Schema:
     def examples(self, most: int = 12) -> str:
         """What examples are, in words; of columns and classes so many by name."""
         kind = "images" if len(self.shape) == 3 and not self.tokens else "examples"
-        columns = f" ({_listed(self.columns, most)})" if self.columns else ""
+        columns = f" ({listed(self.columns, most)})" if self.columns else ""
         return (
             f"{kind} of {'×'.join(map(str, self.shape))}{columns} in {len(self.classes)} classes "
-            f"({_listed(self.classes, most)})"
+            f"({listed(self.classes, most)})"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,7 +63,3 @@ class Schema:
             bool(found["pixels"]),
             tuple(map(str, found.get("columns", ()))),  # none in a run of an earlier version
         )
-
-
-def _listed(names: tuple[str, ...], most: int) -> str:
-    return ", ".join(names if len(names) <= most else (*names[: most - 1], "…"))

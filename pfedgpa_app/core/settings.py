@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,11 @@ def near(name: str, names: Iterable[str]) -> str:
     """The end of a sentence that refuses ``name``: the one of ``names`` that may be meant."""
     found = difflib.get_close_matches(name.lower(), list(names), n=1)
     return f"; did you mean {found[0]}?" if found else "."
+
+
+def listed(names: Sequence[str], most: int = 9) -> str:
+    """Names as a sentence lists them, so many of them."""
+    return ", ".join(names if len(names) <= most else (*names[:most], "…"))
 
 
 def shown(value: Any) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pfedgpa_app.core.settings import DataError, near
+from pfedgpa_app.core.settings import DataError, listed, near
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 USERS = ("users_train", "users_test")
@@ -200,8 +200,8 @@ def _columns(name: str, parts: Mapping[str, Any], shape: tuple[int, ...]) -> tup
     train, test = of["x_train"], of.get("x_test", ())
     if train and test and train != test:
         raise DataError(
-            f"dataset {name}: x_train has the columns {_listed(train)}, and x_test "
-            f"{_listed(test)}: they must be the same, in the same order"
+            f"dataset {name}: x_train has the columns {listed(train)}, and x_test "
+            f"{listed(test)}: they must be the same, in the same order"
         )
     if "columns" not in parts:
         return train
@@ -219,10 +219,6 @@ def _named(frame: Any) -> tuple[str, ...]:
     columns = tuple(getattr(frame, "columns", ()))
     named = len(set(columns)) == len(columns) and all(isinstance(each, str) for each in columns)
     return columns if named else ()
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:9]) + (", …" if len(names) > 9 else "")
 
 
 def _in_columns(frame: Any) -> str:
@@ -278,7 +274,7 @@ def _labels(
         if unknown := sorted(set(labels.tolist()) - set(known.tolist())):
             raise DataError(
                 f"dataset {name}: y_{split} has the label {unknown[0]!r}, which is none of the "
-                f"{len(names)} classes ({_listed(names)})"
+                f"{len(names)} classes ({listed(names)})"
             )
         order = np.argsort(known, kind="stable")
         indices[split] = order[np.searchsorted(known[order], labels)].astype(np.int64)
