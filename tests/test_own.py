@@ -457,7 +457,7 @@ class TestData:
             for labels in (pandas.Series([missing, *names[1:]]), [*names[:59], missing]):
                 with pytest.raises(DataError, match=r"y_train has text, but none in row (0|59)"):
                     dataset_of("mine", {"x": frame[["age"]], "y": labels}, 0.2)
-        with pytest.raises(DataError, match=r"x_train holds objects.*, in town, job: encode these"):
+        with pytest.raises(DataError, match=r"in town \(row 0 has 'Ulm'\), job \(row 0 ha"):
             dataset_of("mine", {"x": frame, "y": names}, 0.2)
 
     def test_columns_of_frames_keep_their_names(self) -> None:
@@ -468,6 +468,19 @@ class TestData:
         assert dataset_of("mine", (frame.set_axis(["a", "a"], axis=1), LABELS), 0.2).columns == ()
         with pytest.raises(DataError, match="x_train has the columns age, height, and x_test heig"):
             dataset_of("mine", (frame, LABELS, frame[["height", "age"]], LABELS), 0.2)
+
+    def test_a_cell_that_cannot_be_used_is_found(self) -> None:
+        pandas = pytest.importorskip("pandas")
+        frame = pandas.DataFrame({"age": ROWS[:, 0], "height": ROWS[:, 1]})
+        frame.loc[7, "height"] = float("nan")
+        with pytest.raises(DataError, match="not finite, the first in row 7, column height: fill"):
+            dataset_of("mine", (frame, LABELS), 0.2)
+        with pytest.raises(DataError, match="not finite, the first in row 7, column 1: fill"):
+            dataset_of("mine", (frame.to_numpy(), LABELS), 0.2)
+        texts = frame.astype(object)
+        texts.loc[9, "age"] = "n/a"
+        with pytest.raises(DataError, match=r"in age \(row 9 has 'n/a'\)"):
+            dataset_of("mine", (texts[["age"]], LABELS), 0.2)
 
     def test_columns_of_arrays_are_named(self) -> None:
         found = {"x": ROWS[:, :2], "y": LABELS}

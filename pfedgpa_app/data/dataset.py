@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pfedgpa_app.core.settings import DataError, listed, near
+from pfedgpa_app.core.settings import DataError, listed, near, shown
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 USERS = ("users_train", "users_test")
@@ -109,7 +109,11 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
         if f"x_{split}" in arrays:
             _check_lengths(name, split, arrays, users)
     labels, classes = _labels(name, arrays, parts.get("classes"))
-    inputs = {key[2:]: _inputs(name, key, arrays[key]) for key in KEYS[::2] if key in arrays}
+    inputs = {
+        key[2:]: _inputs(name, key, arrays[key], _named(parts[key]))
+        for key in KEYS[::2]
+        if key in arrays
+    }
     owners = {split: users.get(f"users_{split}", no_names()) for split in SPLITS}
     samples = {s: np.char.add(f"{s}/", np.arange(len(y)).astype(str)) for s, y in labels.items()}
     if "test" not in inputs:
@@ -225,9 +229,20 @@ def _in_columns(frame: Any) -> str:
     """Which columns of a ``frame`` of pandas' hold no numbers, in words; "" of anything else."""
     if not hasattr(frame, "columns"):
         return ""
-    kinds = zip(frame.columns, frame.dtypes, strict=True)
-    others = [str(column) for column, kind in kinds if kind.kind not in "biuf"]
-    return f", in {', '.join(others[:9])}: encode these as numbers" if others else ""
+    others = [
+        _other_than_numbers(str(column), values)
+        for column, values in frame.items()
+        if values.dtype.kind not in "biuf"
+    ]
+    return f", in {listed(others)}: encode these as numbers" if others else ""
+
+
+def _other_than_numbers(column: str, values: Iterable[Any]) -> str:
+    """A column's name, and the first of its values that is no number."""
+    for row, value in enumerate(values):
+        if not isinstance(value, (int, float)):
+            return f"{column} (row {row} has {shown(value)})"
+    return column
 
 
 def _check_lengths(
@@ -281,8 +296,12 @@ def _labels(
     return indices, names
 
 
-def _inputs(name: str, key: str, array: np.ndarray) -> np.ndarray:
-    """Examples as networks take them: pixels [N, C, H, W] uint8, float32 or int64."""
+def _inputs(name: str, key: str, array: np.ndarray, columns: Sequence[str]) -> np.ndarray:
+    """Examples as networks take them: pixels [N, C, H, W] uint8, float32 or int64.
+
+    Args:
+        columns: a table's, by name, to say where something is wrong; empty if nobody knows.
+    """
     if array.ndim < 2:
         array = array[:, None]
     if array.dtype == np.uint8 and array.ndim in (3, 4):
@@ -294,10 +313,11 @@ def _inputs(name: str, key: str, array: np.ndarray) -> np.ndarray:
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            row = int(np.flatnonzero(~np.isfinite(array).reshape(len(array), -1).all(1))[0])
+            row, *place = np.argwhere(~np.isfinite(array))[0].tolist()
+            column = f", column {columns[place[0]] if columns else place[0]}"
             raise DataError(
-                f"dataset {name}: {key} has a number that is not finite, the first in row {row}: "
-                "fill it in, or leave the row out"
+                f"dataset {name}: {key} has a number that is not finite, the first in row "
+                f"{row}{column if len(place) == 1 else ''}: fill it in, or leave the row out"
             )
         return np.ascontiguousarray(array)
     if array.dtype.kind in "iub":
