@@ -225,7 +225,9 @@ def describe(context: Context) -> RecordDict:
         source = str(context.node_config.get("dataset", ""))
         try:
             load_own_client(config, source, partition)
-            content["data"] = ConfigRecord(schema_of(load_own(config, source)).as_dict())
+            schema = schema_of(load_own(config, source))
+            network_of(config, schema)  # which may be the user's own, and not be here
+            content["data"] = ConfigRecord(schema.as_dict())
         except (ConfigError, DataError) as error:  # Flower tells nobody whose node it was
             raise type(error)(f"partition-id={partition}: {error}") from error
     return content

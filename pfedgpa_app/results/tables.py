@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,6 +99,7 @@ def summary_entry(
         "title": method.title,
         "analysis_only": method.analysis_only,
         "num_clients": config.num_clients,
+        "clients_evaluated": len(result.clients),
         "rounds": config.num_server_rounds,
         "seed": config.seed,
         "accuracy_before_ft": average(result.before),
@@ -166,7 +167,18 @@ def text_table(rows: list[dict[str, Any]]) -> str:
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines
     ]
-    return "\n".join([*table, "", *LEGEND, "±: over clients."])
+    return "\n".join([*table, "", *LEGEND, "±: over clients.", *_without_result(rows)])
+
+
+def _without_result(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """A sentence a method some of whose clients were not evaluated."""
+    for row in rows:
+        there = row.get("clients_evaluated", row["num_clients"])  # of earlier versions: all
+        if there < row["num_clients"]:
+            yield (
+                f"{row['title']}: of {there} of {row['num_clients']} clients; the others could not "
+                "be evaluated (events.jsonl says why)."
+            )
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

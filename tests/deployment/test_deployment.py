@@ -203,6 +203,12 @@ class TestOwnData:
         with pytest.raises(RosterError, match="2 nodes have partition-id=7: give each its own"):
             Roster(grid, 2, 0.5, True)
 
+    def test_a_network_that_a_node_has_not(self, tmp_path: Path) -> None:
+        """It is asked for before the run, not in every round."""
+        grid = self.grid(tmp_path, self.tables(tmp_path, "age height"), model="nowhere:build")
+        with pytest.raises(RosterError, match=r"ConfigError: partition-id=0: model = 'nowhere:bui"):
+            Roster(grid, 1, 0.5, True)
+
     def test_data_that_do_not_match(self, tmp_path: Path) -> None:
         sources = self.sites(tmp_path, 2)
         for split in ("train", "test"):
@@ -274,9 +280,16 @@ class TestOwnData:
     def test_sequences_of_words(self, tmp_path: Path) -> None:
         words = np.random.default_rng(0).integers(0, 9, (40, 5))
         np.savez(tmp_path / "0.npz", x=words, y=np.arange(40) % 2)
-        roster = Roster(self.grid(tmp_path, [f"npz:{tmp_path / '0.npz'}"]), 1, 0.5, True)
-        assert roster.schema is not None
-        assert roster.schema.tokens
+        (tmp_path / "words.py").write_text(
+            "from torch import nn\n"
+            "def build(classes, shape):\n"
+            "    return nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(20, classes))\n"
+        )
+        sources = [f"npz:{tmp_path / '0.npz'}"]
+        grid = self.grid(tmp_path, sources, model="words:build", **{"code-dir": str(tmp_path)})
+        folder = self.start(grid)
+        assert read_about(folder).schema.tokens
+        assert summary(folder)["fedavg"]["accuracy_before_ft"] > 0
 
     @pytest.mark.parametrize("own_data", [True, False])
     def test_silence_is_told_from_failure(

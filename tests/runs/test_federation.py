@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    Context,
+    Error,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.common.constant import ErrorCode
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -103,6 +112,25 @@ class TestResults:
         for weights in (f"weights/{name}.safetensors" for name in names):
             first, second = load_file(one / weights), load_file(two / weights)
             assert all(torch.equal(first[name], second[name]) for name in first)
+
+    def test_clients_without_a_result_are_told(self, tmp_path: Path) -> None:
+        class Deaf(InProcessGrid):
+            """Client 1 does not answer when it is evaluated."""
+
+            def serve(self, messages: list[Message], timeout: float | None) -> list[Message]:
+                kinds = [m.metadata.message_type.partition(".")[0] for m in messages]
+                heard = [
+                    m
+                    for m, kind in zip(messages, kinds, strict=True)
+                    if kind != MessageType.EVALUATE or m.content["config"]["client"] != 1
+                ]
+                return super().serve(heard, timeout)
+
+        settings = PLAIN | {"method": "fedavg", "num-server-rounds": 1, "num-clients": 3}
+        settings |= {"out-dir": str(tmp_path), "run-name": "run", "timeout": 1.0}
+        folder = run(Deaf(settings, 3), resolve(settings))
+        assert summary(folder)["fedavg"]["clients_evaluated"] == 2
+        assert "FedAvg: of 2 of 3 clients; the others" in (folder / "table.md").read_text()
 
     def test_clients_hosted_in_turn_get_the_same_results(self, tmp_path: Path) -> None:
         one, _ = federate(tmp_path / "1", num_server_rounds=2)
