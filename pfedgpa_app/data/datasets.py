@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import tempfile
+import traceback
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -154,8 +155,11 @@ def _own(name: str, code_dir: str, test_share: float) -> Dataset:
     try:
         found = make()
     except Exception as error:  # whatever foreign code raises
+        last = traceback.extract_tb(error.__traceback__)[1:2]  # the user's own, below this one
+        where = "".join(f" ({Path(each.filename).name}, line {each.lineno})" for each in last)
         raise DataError(
-            f"dataset {name}: calling it without arguments raises {type(error).__name__}: {error}"
+            f"dataset {name}: calling it without arguments raises {type(error).__name__}{where}: "
+            f"{error}"
         ) from error
     return dataset_of(name, found, test_share)
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from pfedgpa_app.config.resolve import values_of
+from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import text_table
 from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError
 from pfedgpa_app.runs.folder import CONFIG, is_running, kept_settings
+from pfedgpa_app.runs.report import Run, command_of
 from pfedgpa_app.runs.resuming import CHECKPOINT
 
 
@@ -35,8 +38,9 @@ def _run(folder: Path) -> Iterator[str]:
     methods = ", ".join(settings["method"])
     yield f"run {folder.name}: {methods} on {settings['dataset']}"
     share = settings["fraction-train"]
+    held = "data of their own" if settings["dataset"] == NODES else settings["partition"]
     yield (
-        f"{settings['num-clients']} clients, {settings['partition']}, {share:.0%} of them in each "
+        f"{settings['num-clients']} clients, {held}, {share:.0%} of them in each "
         f"of {settings['num-server-rounds']} rounds, seed {settings['seed']}"
     )
     yield _state(folder)
@@ -76,10 +80,17 @@ def _checkpoint(folder: Path) -> Iterator[str]:
     where = "a federation's last round"
     if "state" in kept:
         where = f"{kept['federation']} round {kept['round']}"
-    yield (
-        f"checkpoint: after {where}, {size / 1e6:.1f} MB; to go on: "
-        f"pfedgpa run run-name={folder.name} resume=true"
-    )
+    yield f"checkpoint: after {where}, {size / 1e6:.1f} MB; to go on: {_resuming(folder)}"
+
+
+def _resuming(folder: Path) -> str:
+    """The command by which a run goes on."""
+    settings = values_of(kept_settings(folder))
+    if settings["dataset"] == NODES:
+        return "flwr run FOLDER SUPERLINK --stream --run-config resume=true, as it was begun"
+    words = [f"{name}={settings[name]}" for name in ("data-dir", "code-dir") if settings[name]]
+    words += [f"out-dir={folder.absolute().parent}", f"run-name={folder.name}", "resume=true"]
+    return f"{command_of(Run(folder))} {shlex.join(words)}"
 
 
 def _distribution(path: Path) -> Iterator[str]:

@@ -284,8 +284,10 @@ class Roster:
             if silent:
                 none = f"one that has none: {failed}"
                 why = f"; {none if failed else f'{silent} did not answer {within}'}"
+            there = ", ".join(map(str, sorted(map(self._partition, answers.values()))))
             raise RosterError(
-                f"num-clients is {num_clients}, and nodes with data are here: {len(answers)}{why}"
+                f"num-clients is {num_clients}, and nodes with data are here: {len(answers)}"
+                f"{f' (partition-id {there})' if answers else ''}{why}"
             )
         if not answers:
             raise RosterError(f"the ClientApp fails on every node that answers: {failed}")

@@ -179,7 +179,7 @@ class TestOwnData:
     def test_too_few_nodes(self, tmp_path: Path) -> None:
         sources = self.sites(tmp_path, 2)
         grid = self.grid(tmp_path, [*sources, ""])
-        with pytest.raises(RosterError, match=r"nodes with data are here: 2; .* names none: start"):
+        with pytest.raises(RosterError, match=r"data are here: 2 .*0, 1\); .* names none: start"):
             self.start(grid)
 
     def test_nodes_that_are_not_as_many_as_the_run_says(
@@ -187,7 +187,7 @@ class TestOwnData:
     ) -> None:
         caplog.set_level("INFO", "pfedgpa")
         sources = self.tables(tmp_path, "age height", "age height")
-        for clients, said in ((3, "here: 2: start the others first"), (1, "here: 2: name that")):
+        for clients, said in ((3, "partition-id 0, 1.: start"), (1, "name that number")):
             with pytest.raises(RosterError, match=f"num-clients is {clients}, .*{said}"):
                 Roster(self.grid(tmp_path, sources), clients, 0.5, True)
         assert "2 of 3 nodes are here; the others are waited for" in caplog.text

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 
 from pfedgpa_app import cli
+from pfedgpa_app.cli.options import overrides
+from pfedgpa_app.config.resolve import differences, resolve
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.runs.folder import locked
+from pfedgpa_app.runs.folder import kept_settings, locked, run_folder
 from pfedgpa_app.runs.inspection import described
 from tests.support.federations import federate, summary
 
@@ -43,7 +46,11 @@ def test_a_run_that_was_stopped_tells_where_and_how_to_go_on(tmp_path: Path) -> 
     text = "\n".join(described(tmp_path / "run"))
     assert "stopped with" in text
     assert "checkpoint: after fedavg round 2" in text
-    assert "pfedgpa run run-name=run resume=true" in text
+    command = text.partition("to go on: pfedgpa ")[2].splitlines()[0]
+    again = resolve(overrides(cli.parse(shlex.split(command))))
+    assert again.config.resume
+    assert run_folder(again) == tmp_path / "run"
+    assert not differences(kept_settings(tmp_path / "run"), again)
     with locked(tmp_path / "run", ""):
         assert "going on" in "\n".join(described(tmp_path / "run"))
     (tmp_path / "run" / "checkpoint" / "checkpoint.json").write_text("{")
