@@ -457,7 +457,8 @@ class TestData:
             for labels in (pandas.Series([missing, *names[1:]]), [*names[:59], missing]):
                 with pytest.raises(DataError, match=r"y_train has text, but none in row (0|59)"):
                     dataset_of("mine", {"x": frame[["age"]], "y": labels}, 0.2)
-        with pytest.raises(DataError, match=r"in town \(row 0 has 'Ulm'\), job \(row 0 ha"):
+        said = r"x_train holds objects.*, in town \(row 0 has 'Ulm'\), job \(row 0 .*: encode these"
+        with pytest.raises(DataError, match=said):
             dataset_of("mine", {"x": frame, "y": names}, 0.2)
 
     def test_columns_of_frames_keep_their_names(self) -> None:

@@ -369,7 +369,7 @@ def command_of(run: Run) -> str:
         if chosen and entry["value"] != "":
             given[name] = entry["value"]
     conf = str(run.settings["conf"]["value"])
-    words = [f"{name}={_said(value)}" for name, value in given.items() if name != "conf"]
+    words = [f"{name}={_said(value)}" for name, value in given.items()]
     if run.settings["dataset"]["value"] == NODES:
         made = shlex.join(["pfedgpa", "app", "FOLDER", f"conf={conf}", *words])
         return f"{made} && flwr run FOLDER SUPERLINK --stream"

@@ -179,7 +179,8 @@ class TestOwnData:
     def test_too_few_nodes(self, tmp_path: Path) -> None:
         sources = self.sites(tmp_path, 2)
         grid = self.grid(tmp_path, [*sources, ""])
-        with pytest.raises(RosterError, match=r"data are here: 2 .*0, 1\); .* names none: start"):
+        said = r"nodes with data are here: 2 \(partition-id 0, 1\); .* names none: start"
+        with pytest.raises(RosterError, match=said):
             self.start(grid)
 
     def test_nodes_that_are_not_as_many_as_the_run_says(
