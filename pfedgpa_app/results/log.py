@@ -232,13 +232,17 @@ class RunLog:
         """What is told the share of ``what`` that is done and says so, once a second."""
         self.making.pop(federation, None)  # from here on by its own pace
         self.event("status", what)
-        started = said = time.monotonic()
+        said = time.monotonic()
+        first: tuple[float, float] | None = None  # when, and which share: what came before is over
 
         def tell(share: float) -> None:
-            nonlocal said
+            nonlocal said, first
             now = time.monotonic()
-            if now - said >= 1:
-                said, left = now, (now - started) * (1 / share - 1) + self.left()
+            if first is None:
+                said, first = now, (now, share)
+            elif now - said >= 1:
+                pace = (now - first[0]) / (share - first[1])
+                said, left = now, pace * (1 - share) + self.left()
                 self.event("progress", f"{what}: {share:.0%}  {clock(left)} left")
 
         return tell

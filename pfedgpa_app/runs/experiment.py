@@ -146,12 +146,14 @@ class Experiment:
         config = self.config
         self.summary = Summary(folder, config, log)
         self.resuming = Resuming(folder, log, self.summary)
-        own = config.dataset == NODES
-        self.roster = Roster(grid, config.num_clients, config.timeout, own)
+        self.going = self.resuming.restore()  # as long as its federation goes
+        own, before = config.dataset == NODES, self.resuming.partitions
+        self.roster = Roster(grid, config.num_clients, config.timeout, own, before)
+        if own:
+            self.resuming.partitions = self.roster.partitions
         self.dataset = self.roster.schema or load_schema(config)
         self.initial = initial_weights(config, self.dataset)
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
-        self.going = self.resuming.restore()  # as long as its federation goes
         settings = values_of(resolved.as_dict())
         self._privacy: dict[str, float] = {}  # of the whole run, on each row
         if config.local_dp_epsilon:

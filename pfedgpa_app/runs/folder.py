@@ -27,7 +27,7 @@ from pfedgpa_app.config.resolve import (
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.results.log import EVENTS, Records, last_event
+from pfedgpa_app.results.log import EVENTS, METRICS, SUMMARY, Records, last_event
 
 CONFIG, LOG, LOCK = "config.json", "flower.log", ".lock"
 _BEFORE = {LOG, LOCK}  # what is there before the settings
@@ -119,6 +119,12 @@ def is_foreign(folder: Path) -> bool:
     return CONFIG not in names and not names <= _BEFORE
 
 
+def _ended_before_round_1(folder: Path) -> bool:
+    """Whether the run in ``folder``, not going on, has nothing to lose: it trained nobody."""
+    left = any((folder / name).exists() for name in (METRICS, SUMMARY))
+    return not left and last_event(folder).get("kind") == "failed"
+
+
 def run_folder(resolved: Resolved) -> Path:
     """Where the run's results go, absolute and made; unless it is resumed, nobody's are there.
 
@@ -179,6 +185,10 @@ def _refuse(folder: Path, resolved: Resolved) -> None:
             "name"
         )
     if not (folder / CONFIG).exists():
+        return
+    if not resolved.config.resume and _ended_before_round_1(folder):
+        (folder / CONFIG).unlink()
+        (folder / EVENTS).unlink(missing_ok=True)
         return
     kept = kept_settings(folder)
     if not resolved.config.resume:

@@ -24,12 +24,14 @@ class Resuming:
     Attributes:
         name: what clients know the run by, after a resumption, too.
         finished: the federations that are done.
+        partitions: of the clients whose data are their nodes' own, in the clients' order.
     """
 
     def __init__(self, folder: Path, log: RunLog, summary: Summary) -> None:
         self.log, self.summary = log, summary
         self.name = secrets.token_hex(8)
         self.finished: list[str] = []
+        self.partitions: list[int] = []
         self.clients = folder / CHECKPOINT / "clients"  # what they keep, if they are here
         self._checkpoint = Checkpoint(folder / CHECKPOINT)
         self._checksums: dict[str, int] = {}  # of clients' files
@@ -54,6 +56,9 @@ class Resuming:
             names = ("name", "finished", "rows", "outcomes", "log")
             values = {name: self._checkpoint.restore(kept[name]) for name in names}
             self.name, self.finished = values["name"], values["finished"]
+            self.partitions = self._checkpoint.restore(
+                kept.get("partitions", [])
+            )  # older ones have none
             going = {}
             if "state" in kept:
                 going = {"federation": kept["federation"], "round": kept["round"]}
@@ -102,6 +107,7 @@ class Resuming:
             every = {
                 "name": self.name,
                 "finished": self.finished,
+                "partitions": self.partitions,
                 "rows": self.summary.rows,
                 "outcomes": self.summary.outcomes,
                 "log": self.log.state(),

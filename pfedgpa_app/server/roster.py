@@ -13,7 +13,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -27,6 +27,7 @@ from pfedgpa_app.server.screening import cause
 
 logger = logging.getLogger("pfedgpa")
 
+NOBODY = 0  # no node's id
 ARRIVAL = 3.0  # seconds without a new node, after which no more are waited for
 POLL = 0.25  # seconds between polls for replies over HTTP
 _LOST_ACTOR = re.compile(r"<class 'ray\.exceptions\.\w*Actor\w*'>")  # as Flower passes it on
@@ -42,6 +43,13 @@ def array_bytes(message: Message) -> int:
 def is_flowers(grid: Grid, name: str) -> bool:
     """Whether ``grid`` is of Flower's class called ``name``, which takes a second to import."""
     return any(kind.__name__ == name for kind in type(grid).__mro__)
+
+
+class Answer(NamedTuple):
+    """Who a node says it is, and what its own data are, if clients' data are that."""
+
+    partition: int
+    data: Any  # a schema as a dict
 
 
 class RosterError(RuntimeError):
@@ -122,56 +130,64 @@ class OneAtATime(Grid):
 
 
 class Roster:
-    """The clients 0..n−1, and how to send to them and collect from them."""
+    """The clients 0..n−1, and how to send to them and collect from them.
+
+    Attributes:
+        partitions: of the nodes, in the clients' order.
+        schema: of the data, if they are the nodes' own.
+        present: the ids of the nodes that were connected when they were looked at last.
+    """
 
     def __init__(
-        self, grid: Grid, num_clients: int, timeout: float, own_data: bool = False
+        self,
+        grid: Grid,
+        num_clients: int,
+        timeout: float,
+        own_data: bool = False,
+        before: Iterable[int] = (),
     ) -> None:
         """Ask every node who it is, until all are there.
 
         Args:
             own_data: clients' data are their nodes' own, so that each needs its node.
+            before: with data of their own, the partitions of all clients in a run that goes on,
+                which can do so without some of them.
 
         Raises:
             RosterError: no node within ``timeout`` seconds, none that answers, two that claim
-                the same partition, or, with data of their own, too few, or data that differ in
-                classes or shape.
+                the same partition, or, with data of their own, too few, others than before, or
+                data that differ in classes or shape.
         """
-        self._own_data = own_data
+        self._own_data, self._before = own_data, sorted(before)
         self.common: Settings = {}  # what every message tells clients
         self.grid, self.timeout = OneAtATime(grid), timeout
         answers = self._discover(num_clients)
-        partitions = {node: self._partition(reply) for node, reply in answers.items()}
-        for partition, times in Counter(partitions.values()).items():
-            if times > 1:
-                raise RosterError(
-                    f"{times} nodes have partition-id={partition}: give each its own in "
-                    "--node-config"
-                )
-        hosts = [node for _, node in sorted((p, node) for node, p in partitions.items())]
-        self.schema = self._schema({partitions[node]: answers[node] for node in hosts})
-        self._hosts = dict(enumerate(hosts))  # {place among the nodes: node}
-        self._place_of = {partition: i for i, partition in enumerate(sorted(partitions.values()))}
-        self._known, self.present = set(partitions), set(partitions)
-        if own_data and (numbers := list(self._place_of)) != list(range(len(hosts))):
+        node_at = _node_at(answers)
+        self.partitions = self._before or list(node_at)
+        self._check_before(node_at)
+        self.schema = _schema_of([answers[node] for node in node_at.values()])
+        self._place_of = {partition: i for i, partition in enumerate(self.partitions)}
+        self._hosts = {self._place_of[p]: node for p, node in node_at.items()}
+        self._known, self.present = set(answers), set(answers)
+        if own_data and self.partitions != list(range(len(self.partitions))):
             logger.warning(
                 "nodes have the partition-ids %s: in this order they are clients 0 to %d",
-                ", ".join(map(str, numbers)),
-                len(hosts) - 1,
+                _listed(self.partitions),
+                len(self.partitions) - 1,
             )
-        if len(hosts) < num_clients:
+        if len(self.partitions) < num_clients:
             logger.warning(
                 "%d nodes host %d clients in turn; for one node a client use "
                 "`pfedgpa run`, or flwr run . --federation-config "
                 "'num-supernodes=%d client-resources-num-cpus=1'",
-                len(hosts),
+                len(self.partitions),
                 num_clients,
                 num_clients,
             )
 
     def node_of(self, client: int) -> int:
-        """The node that serves ``client``."""
-        return self._hosts[client % len(self._hosts)]
+        """The node that serves ``client``; ``NOBODY`` until one does."""
+        return self._hosts.get(client % len(self.partitions), NOBODY)
 
     def is_here(self, client: int) -> bool:
         """Whether its node was connected when they were looked at last."""
@@ -183,8 +199,8 @@ class Roster:
         if not (new := sorted(self.present - self._known)):
             return
         self._known |= set(new)
-        for node, reply in self._asked(new)[0].items():
-            place = self._place_of.get(self._partition(reply))
+        for node, answer in self._asked(new)[0].items():
+            place = self._place_of.get(answer.partition)
             if place is None:
                 logger.warning("node %d is of no client of this run", node)
             else:
@@ -201,58 +217,39 @@ class Roster:
                 return
             time.sleep(1)
 
-    def _asked(self, nodes: Iterable[int]) -> tuple[dict[int, Message], str]:
+    def _asked(self, nodes: Iterable[int]) -> tuple[dict[int, Answer], str]:
         """{node: who it says it is}, and why the last of those failed that did."""
         questions = [
             Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
             for node in nodes
         ]
-        answers: dict[int, Message] = {}
+        answers: dict[int, Answer] = {}
         failed = ""
         for reply in self.grid.send_and_receive(questions, timeout=self.timeout):
             if reply.has_error():
                 failed = f"node {reply.metadata.src_node_id}: {cause(reply)[:300]}"
                 logger.warning("no client there: %s", failed)
-            elif not self._says_who(reply):
+            elif (partition := _partition_of(reply)) is None:
                 failed = f"node {reply.metadata.src_node_id}: does not say who it is"
                 logger.warning("no client there: %s", failed)
             else:
-                answers[reply.metadata.src_node_id] = reply
+                data = reply.content.config_records.get("data")
+                answers[reply.metadata.src_node_id] = Answer(partition, data)
         return answers, failed
 
-    @staticmethod
-    def _says_who(reply: Message) -> bool:
-        record: Any = reply.content.metric_records.get("node", {})
-        return isinstance(record.get("partition-id"), int)
+    def _check_before(self, there: Iterable[int]) -> None:
+        """Refuse partitions that a run that goes on did not have; tell which are missing."""
+        if others := sorted(set(there) - set(self.partitions)):
+            raise RosterError(
+                f"resume: the run has the partition-ids {_listed(self.partitions)}, and nodes say "
+                f"that they have {_listed(others)}: start the same nodes as before"
+            )
+        if missing := sorted(set(self.partitions) - set(there)):
+            logger.warning(
+                "the run goes on without partition-id %s, until its node is here", _listed(missing)
+            )
 
-    @staticmethod
-    def _partition(reply: Message) -> int:
-        record: Any = reply.content.metric_records["node"]
-        return int(record["partition-id"])
-
-    def _schema(self, answers: dict[int, Message]) -> Schema | None:
-        """What the nodes' own data are, if clients' data are that."""
-        first: tuple[int, Schema] | None = None
-        for partition, reply in answers.items():
-            record: Any = reply.content.config_records.get("data")
-            if record is None:
-                return None
-            try:
-                found = Schema.of(NODES, record)
-            except (KeyError, TypeError, ValueError) as error:
-                raise RosterError(
-                    f"partition {partition} describes its data as this version does not: give all "
-                    f"nodes the same version ({type(error).__name__}: {error})"
-                ) from error
-            first = first or (partition, found)
-            if found != first[1]:
-                raise RosterError(
-                    f"nodes' data do not match: partition {first[0]} has {first[1].examples()}, "
-                    f"partition {partition} has {found.examples()}: {_remedy(first[1], found)}"
-                )
-        return first[1] if first else None
-
-    def _discover(self, num_clients: int) -> dict[int, Message]:
+    def _discover(self, num_clients: int) -> dict[int, Answer]:
         """{node id: its answer}, once all are there or none has arrived for a while."""
         now = arrived = started = time.monotonic()
         nodes: set[int] = set()
@@ -278,13 +275,13 @@ class Roster:
         within = f"within timeout = {self.timeout:g} s: raise timeout"
         if not answers and not failed:
             raise RosterError(f"none of {len(nodes)} nodes answered {within}")
-        if self._own_data and len(answers) != num_clients:
+        if self._own_data and len(answers) != num_clients and not (self._before and answers):
             silent = len(nodes) - len(answers)
             why = ": start the others first" if len(nodes) < num_clients else ": name that number"
             if silent:
                 none = f"one that has none: {failed}"
                 why = f"; {none if failed else f'{silent} did not answer {within}'}"
-            there = ", ".join(map(str, sorted(map(self._partition, answers.values()))))
+            there = _listed(sorted(answer.partition for answer in answers.values()))
             raise RosterError(
                 f"num-clients is {num_clients}, and nodes with data are here: {len(answers)}"
                 f"{f' (partition-id {there})' if answers else ''}{why}"
@@ -329,6 +326,62 @@ def _check_all_actors_live(replies: Iterable[Message]) -> None:
                 "not replace it: start the run again with resume=true, with fewer workers if "
                 f"memory ran out ({' '.join(reason.split())[-200:]})"
             )
+
+
+def _partition_of(reply: Message) -> int | None:
+    """The partition that a node says it has; None if it does not say so."""
+    record: Any = reply.content.metric_records.get("node", {})
+    partition = record.get("partition-id")
+    return partition if isinstance(partition, int) else None
+
+
+def _node_at(answers: dict[int, Answer]) -> dict[int, int]:
+    """{partition: its node}, in rising order."""
+    for partition, times in Counter(answer.partition for answer in answers.values()).items():
+        if times > 1:
+            raise RosterError(
+                f"{times} nodes have partition-id={partition}: give each its own in --node-config"
+            )
+    return dict(sorted((answer.partition, node) for node, answer in answers.items()))
+
+
+def _schema_of(answers: Iterable[Answer]) -> Schema | None:
+    """What the nodes' own data are, if clients' data are that."""
+    first: tuple[int, Schema] | None = None
+    for partition, data in answers:
+        if data is None:
+            return None
+        try:
+            found = Schema.of(NODES, data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RosterError(
+                f"partition {partition} describes its data as this version does not: give all "
+                f"nodes the same version ({type(error).__name__}: {error})"
+            ) from error
+        first = first or (partition, found)
+        if found != first[1]:
+            raise RosterError(
+                f"nodes' data do not match: {_difference(first, (partition, found))}: "
+                f"{_remedy(first[1], found)}"
+            )
+    return first[1] if first else None
+
+
+def _listed(partitions: Iterable[int]) -> str:
+    return ", ".join(map(str, partitions))
+
+
+def _difference(one: tuple[int, Schema], other: tuple[int, Schema]) -> str:
+    """In what the data of two partitions differ: in the order of columns, or altogether."""
+    (first, ours), (second, theirs) = one, other
+    if ours.classes == theirs.classes and sorted(ours.columns) == sorted(theirs.columns):
+        for place, (here, there) in enumerate(zip(ours.columns, theirs.columns, strict=True), 1):
+            if here != there:
+                return (
+                    f"the same columns are in another order: column {place} is {here!r} of "
+                    f"partition {first} and {there!r} of partition {second}"
+                )
+    return f"partition {first} has {ours.examples()}, partition {second} has {theirs.examples()}"
 
 
 def _remedy(one: Schema, other: Schema) -> str:

@@ -204,6 +204,37 @@ class TestOwnData:
         with pytest.raises(RosterError, match="2 nodes have partition-id=7: give each its own"):
             Roster(grid, 2, 0.5, True)
 
+    def test_a_run_goes_on_without_a_site(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As a run that is not interrupted does; clients keep their numbers."""
+        sources = self.tables(tmp_path, *["age height"] * 3)
+        how: dict[str, Any] = {"num-server-rounds": 3, "checkpoint-every": 1, "timeout": 1.5}
+
+        def cut(message: Message, reply: Message) -> Message:
+            if message.content.config_records["config"].get("round") == 2:
+                raise InterruptedError
+            return reply
+
+        def again(second: int) -> Path:
+            grid = self.grid(tmp_path, [sources[0], sources[2]], **how, resume=True)
+            for context, partition in zip(grid.contexts.values(), (0, second), strict=True):
+                context.node_config["partition-id"] = partition
+                context.run_config["num-clients"] = 3
+            return self.start(grid)
+
+        grid = self.grid(tmp_path, sources, **how)
+        grid.tamper = cut
+        with pytest.raises(InterruptedError):
+            self.start(grid)
+        with pytest.raises(RosterError, match=r"partition-ids 0, 1, 2, and nodes say .* have 9:"):
+            again(9)
+        folder = again(2)
+        assert "goes on without partition-id 1, until" in caplog.text
+        trained = {(r["round"], r["client"]) for r in records(folder) if r["participated"]}
+        assert trained == {(1, 0), (1, 1), (1, 2), (2, 0), (2, 2), (3, 0), (3, 2)}
+        assert summary(folder)["fedavg"]["clients_evaluated"] == 2
+
     def test_a_network_that_a_node_has_not(self, tmp_path: Path) -> None:
         """It is asked for before the run, not in every round."""
         grid = self.grid(tmp_path, self.tables(tmp_path, "age height"), model="nowhere:build")
@@ -250,10 +281,16 @@ class TestOwnData:
         kept = read_about(folder).schema
         assert (kept.shape, kept.columns, kept.pixels) == ((2,), ("age", "height"), False)
 
-    def test_columns_in_another_order_are_refused(self, tmp_path: Path) -> None:
-        sources = self.tables(tmp_path, "age height", "height age")
-        said = r"0 has examples of 2 \(age, height\).* 1 .*\(height, age\).*: give all"
-        with pytest.raises(RosterError, match=said):
+    @pytest.mark.parametrize(
+        ("columns", "says"),
+        [
+            ("height age", "in another order: column 1 is 'age' of partition 0 and 'height' of"),
+            ("age weight", r"0 has examples of 2 \(age, height\).* 1 .*\(age, weight\)"),
+        ],
+    )
+    def test_other_columns_are_refused(self, columns: str, says: str, tmp_path: Path) -> None:
+        sources = self.tables(tmp_path, "age height", columns)
+        with pytest.raises(RosterError, match=f"{says}.*: give all the same columns"):
             self.start(self.grid(tmp_path, sources))
 
     def test_a_node_without_examples_of_a_class(self, tmp_path: Path) -> None:

@@ -404,14 +404,14 @@ class TestLog:
     def test_the_last_step_says_how_far_it_is(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        clock = iter([0.0, 1.0, 2.0, 2.0, 2.5, 5.0])
+        clock = iter([0.0, 1.0, 2.0, 2.0, 52.0, 54.5])
         monkeypatch.setattr("pfedgpa_app.results.log.time.monotonic", lambda: next(clock))
         log = RunLog(tmp_path, 2, 3.0, {"pfedgpa": 30.0})
         log.advance(1)
         assert log.advance(1) == 1.0 + 30.0  # a final evaluation, and the making of the weights
         tell = log.watch("pfedgpa", "pFedGPA: making weights")
-        tell(0.1)
-        tell(0.6)  # 3 s for 60 %
+        tell(0.1)  # what goes before the first step, 50 s, says nothing of the others
+        tell(0.6)  # 2.5 s for half of it
         first, then = records(tmp_path, "events.jsonl")
         assert (first["kind"], first["text"]) == ("status", "pFedGPA: making weights")
         assert (then["kind"], then["text"]) == (
@@ -551,6 +551,19 @@ class TestFolder:
             with pytest.raises(ConfigError, match=r"mine/config\.json"):
                 run_folder(self.resolved(tmp_path, run_name="mine", resume=True))
         assert (mine / "metrics.jsonl").read_text() == "my own"
+
+    def test_a_run_refused_before_its_first_round_does_not_keep_its_name(
+        self, tmp_path: Path
+    ) -> None:
+        refused = tmp_path / "run"
+        for seed in (0, 1):  # the second run has other settings, and begins in the same folder
+            with pytest.raises(KilledError):
+                federate(tmp_path, killer(0), method="fedavg", seed=seed)
+        assert [e["kind"] for e in records(refused, "events.jsonl")].count("failed") == 1
+        with pytest.raises(KilledError):
+            federate(tmp_path, killer(9), method="fedavg")  # in round 2
+        with pytest.raises(ConfigError, match="holds another run's results"):
+            federate(tmp_path, method="fedavg")
 
     def test_a_run_that_goes_on_is_left_alone(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
