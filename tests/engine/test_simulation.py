@@ -294,6 +294,7 @@ def check_a_sweep_outlives_a_node(folder: Path, cluster: Cluster) -> None:
         assert len({r["round"] for r in records(run)}) == 40
 
 
+@pytest.mark.xdist_group("cluster")
 def test_so_it_does_on_a_ray_cluster_of_two_machines(tmp_path: Path, in_process: Path) -> None:
     with two_machines() as cluster:
         check_the_demo_runs("ray", tmp_path, in_process, cluster.head, **cluster.env)
