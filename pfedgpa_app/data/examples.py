@@ -11,7 +11,7 @@ from PIL import Image
 
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.settings import DataError, near
-from pfedgpa_app.data.imagefolder import SUFFIXES, files_below, read_image
+from pfedgpa_app.data.imagefolder import files_below, is_image, read_image
 
 ARRAYS = (".npy", ".npz", ".csv")
 
@@ -49,9 +49,9 @@ def examples(places: Sequence[Path], schema: Schema, size: int) -> tuple[list[st
 def _files(places: Sequence[Path], pixels: bool) -> Iterator[Path]:
     for place in places:
         if place.is_dir():
-            wanted = SUFFIXES if pixels else set(ARRAYS)
-            found = sorted(Path(entry.path) for entry in files_below(place))
-            yield from (path for path in found if path.suffix.lower() in wanted)
+            for path in sorted(Path(entry.path) for entry in files_below(place)):
+                if is_image(path) if pixels else path.suffix.lower() in ARRAYS:
+                    yield path
         elif not place.exists():
             raise DataError(f"{place}: is not there")
         else:

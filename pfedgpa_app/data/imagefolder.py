@@ -18,7 +18,9 @@ from pfedgpa_app.data.dataset import SPLITS, Dataset, split_off_test
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".webp", ".avif", ".gif"}
+SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".tif", ".tiff"}
+UNREAD = {".heic", ".heif", ".jxl", ".dcm"}  # images that Pillow cannot read
 File = tuple[str, str, int, int]  # relative path, class, bytes, mtime
 BILINEAR = 2  # Pillow's, which takes long to import
 Cached = Callable[[Any, Callable[[], Dataset]], Dataset]
@@ -48,6 +50,20 @@ def files_below(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[os.
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # pathlib's takes as long as all the rest
+
+
+def is_image(file: str | Path) -> bool:
+    """Whether it is one by its name.
+
+    Raises:
+        DataError: it is one of a kind that is not read, which would be missing without a word.
+    """
+    suffix = _suffix(os.fspath(file))
+    if suffix in UNREAD:
+        raise DataError(
+            f"{file}: images of this kind are not read: save it as PNG or JPEG, or remove it"
+        )
+    return suffix in SUFFIXES
 
 
 def stamped(entry: os.DirEntry[str] | Path) -> tuple[str, int, int]:
@@ -91,14 +107,21 @@ def _listing(path: Path) -> dict[str, list[File]]:
 
 
 def _classes_in(path: Path, split: str) -> list[File]:
-    """The images in the folders, one a class, of ``split``."""
-    start, files = len(str(path)) + 1, []
+    """The images in the folders, one a class, of ``split``; an empty folder is no class."""
+    start, found = len(str(path)) + 1, []
     for entry in sorted(filter(_is_there, (path / split).iterdir())):
         if stat.S_ISDIR(entry.stat().st_mode):  # a link to nothing is an error
-            images = (f for f in files_below(entry) if _suffix(f.name) in SUFFIXES)
+            files = list(files_below(entry))
+            images = [file for file in files if is_image(file.path)]
+            if files and not images:
+                raise DataError(
+                    f"dataset imagefolder:{path}: the folder {entry} has no image, but "
+                    f"{files[0].name}: images are known by {', '.join(sorted(SUFFIXES))}; "
+                    "put some in, or take the folder away"
+                )
             for file, size, changed in sorted(map(stamped, images)):
-                files.append((file[start:], entry.name, size, changed))
-    return files
+                found.append((file[start:], entry.name, size, changed))
+    return found
 
 
 def _eight_bits(image: Image) -> Image:

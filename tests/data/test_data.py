@@ -484,6 +484,34 @@ class TestDatasets:
         with pytest.raises(DataError, match=f"test/dog/{name}: {said}"):
             load(f"imagefolder:{root}", "")
 
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("train/cat/9.HEIC", "train/cat/9.HEIC: images of this kind are not read: save it as"),
+            ("train/cow/0.xcf", r"the folder .*train/cow has no image, but 0.xcf: .*\.png.* put"),
+        ],
+    )
+    def test_images_that_would_be_missing_are_named(
+        self, name: str, said: str, tmp_path: Path
+    ) -> None:
+        root = make_images(tmp_path / "own")
+        (root / "train" / "none").mkdir()
+        assert load(f"imagefolder:{root}", "").classes == ("cat", "dog")
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"")
+        load.cache_clear()
+        with pytest.raises(DataError, match=said):
+            load(f"imagefolder:{root}", "")
+
+    def test_images_by_any_suffix_of_their_kind(self, tmp_path: Path) -> None:
+        root = make_images(tmp_path / "own")
+        (root / "train" / "cat" / "0.png").unlink()
+        kinds = ["jpeg", "jpe", "jfif", "jp2", "pgm", "tga", "tiff"]
+        for kind in kinds:
+            Image.new("RGB", (32, 32)).save(root / "train" / "cat" / f"9.{kind}")
+        data = load(f"imagefolder:{root}", "")
+        assert np.bincount(data.train_labels).tolist() == [3 + len(kinds), 4]
+
     @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "webp", "ppm", "tif"])
     def test_cut_images_are_named(self, kind: str, tmp_path: Path) -> None:
         root = one_image_a_class(tmp_path / "own", COLOURS, kind)
