@@ -151,7 +151,7 @@ def place(row: Row) -> tuple[int, int, int]:
 def place_in_table1(row: Row) -> tuple[int, int, int]:
     """Where a row of Table 1 stands among others."""
     data = list(reproduce.DATA).index(row["data"])
-    column = data * len(table1.SIZES) + table1.SIZES.index(row["clients"])
+    column = data * len(table1.SIZES) + [*table1.SIZES].index(row["clients"])
     return column, table1.METHODS_OF_TABLE.index(row["method"]), row["seed"]
 
 
@@ -172,7 +172,7 @@ def all_of_table1() -> list[Row]:
     found = rows_in(TABLE1)
     for experiment, (data, clients) in COMPARED.items():
         rows = [r for r in read(file_of(experiment)) if r["method"] in table1.METHODS_OF_TABLE]
-        found += [row | asdict(table1.PaperCell(data, clients)) for row in rows]
+        found += [row | asdict(table1.column(data, clients)) for row in rows]
     return found
 
 

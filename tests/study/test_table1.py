@@ -14,10 +14,10 @@ from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.study import table1
 from pfedgpa_app.study.compare import PAPER
 from pfedgpa_app.study.sweep import Run
-from pfedgpa_app.study.table1 import METHODS_OF_TABLE, PaperCell, Table1
+from pfedgpa_app.study.table1 import METHODS_OF_TABLE, PaperCell, Table1, column
 from tests.study.test_reproduce import Machine as AnyMachine
 
-CELL = PaperCell("cifar10", 100)
+CELL = column("cifar10", 100)
 PLACES = {"cifar10": "mnist", "emnist": "mnist", "fashion-mnist": "mnist"}
 
 
@@ -46,7 +46,8 @@ def test_every_column_is_its_experiments_federation() -> None:
         assert config.num_clients == cell.clients
         assert config.fraction_train == (0.3 if cell.clients == 100 else 1.0)
         assert config.num_server_rounds == (300 if cell.data == "cifar10" else 200)
-        assert config.train_per_client == 600
+        # of CIFAR-10 no more without sharing any
+        assert config.train_per_client == (380 if cell.clients == 100 else 600)
     assert set(PAPER["emnist"]) < set(METHODS_OF_TABLE)
 
 
@@ -56,7 +57,7 @@ def test_every_column_is_its_experiments_federation() -> None:
         (CELL, 5.0, {0}),
         (CELL, 0.5, {0, 1, 2}),
         (CELL, -0.5, {0, 1, 2}),
-        (PaperCell("cifar10", 20), 5.0, {0, 1, 2}),
+        (column("cifar10", 20), 5.0, {0, 1, 2}),
     ],
 )
 def test_each_method_runs_by_what_was_searched_for_it(
