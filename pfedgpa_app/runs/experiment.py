@@ -162,6 +162,7 @@ class Experiment:
         self.tracking = Tracking(folder, config.track, settings, self._lost_tracker)
         log.listeners.append(self.tracking.round)
         self.roster.common["run"] = self.resuming.name
+        self.resuming.warn_of_edits()
         write_about(folder, config, self.dataset)
         if config.save_weights and is_simulated(grid):  # what never leaves a real client
             self.roster.common["weights-dir"] = str(folder / WEIGHTS)

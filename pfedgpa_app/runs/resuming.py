@@ -35,6 +35,7 @@ class Resuming:
         self.clients = folder / CHECKPOINT / "clients"  # what they keep, if they are here
         self._checkpoint = Checkpoint(folder / CHECKPOINT)
         self._checksums: dict[str, int] = {}  # of clients' files
+        self._restored = False
 
     def restore(self) -> dict[str, Any]:
         """Go on after the last checkpoint, if there is one.
@@ -71,11 +72,17 @@ class Resuming:
         self.log.restore(values["log"])
         after = "round {round} of {federation}".format_map(going) if going else ""
         self.log.event("resumed", f"the run goes on after {after or ', '.join(self.finished)}")
+        self._restored = True
+        return going
+
+    def warn_of_edits(self) -> None:
+        """Say which of the user's own files, by now imported, a run that goes on had otherwise."""
+        if not self._restored:
+            return
         with contextlib.suppress(ConfigError):  # it is written anew by a run that goes on
             about = read_about(self.log.folder)
             for text in dict.fromkeys(changed_code(self.log.folder, about)):
                 self.log.event("warning", text)
-        return going
 
     def state(self, node: Any, begun: Any) -> Any:
         """A federation's state, ``begun`` being the one before its first round.
