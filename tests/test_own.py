@@ -476,6 +476,9 @@ class TestData:
         frame.loc[7, "height"] = float("nan")
         with pytest.raises(DataError, match="not finite, the first in row 7, column height: fill"):
             dataset_of("mine", (frame, LABELS), 0.2)
+        given = {"x": frame.to_numpy(), "y": LABELS, "columns": ["age", "weight"]}
+        with pytest.raises(DataError, match="not finite, the first in row 7, column weight: fill"):
+            dataset_of("mine", given, 0.2)
         with pytest.raises(DataError, match="not finite, the first in row 7, column 1: fill"):
             dataset_of("mine", (frame.to_numpy(), LABELS), 0.2)
         texts = frame.astype(object)

@@ -109,8 +109,9 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
         if f"x_{split}" in arrays:
             _check_lengths(name, split, arrays, users)
     labels, classes = _labels(name, arrays, parts.get("classes"))
+    columns = _columns(name, parts, arrays["x_train"].shape[1:] or (1,))
     given = [key for key in KEYS[::2] if key in arrays]
-    inputs = {key[2:]: _inputs(name, key, arrays[key], _named(parts[key])) for key in given}
+    inputs = {key[2:]: _inputs(name, key, arrays[key], columns) for key in given}
     owners = {split: users.get(f"users_{split}", no_names()) for split in SPLITS}
     samples = {s: np.char.add(f"{s}/", np.arange(len(y)).astype(str)) for s, y in labels.items()}
     if "test" not in inputs:
@@ -137,7 +138,7 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
         samples["test"],
         owners["train"],
         owners["test"],
-        _columns(name, parts, train.shape[1:]),
+        columns,
     )
 
 
