@@ -289,6 +289,7 @@ class BatchedGrid(LocalGrid):
             size = -(-len(alike) // -(-len(alike) // at_once))  # parts of a size: one cohort
             for start in range(0, len(alike), size):
                 replies += self._answer(kind, alike[start : start + size])
+                self.answered(len(replies) / len(messages))
         return replies
 
     def _answer(self, kind: str, messages: list[Message]) -> list[Message]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, Self
 from uuid import uuid4
 
@@ -39,6 +40,7 @@ class LocalGrid(Grid):
 
     Attributes:
         contexts: each node's context; what a client keeps between rounds lives there.
+        answered: is told which share of the messages that are being served has its reply.
     """
 
     def __init__(self, run_config: dict[str, Any], nodes: int) -> None:
@@ -47,6 +49,7 @@ class LocalGrid(Grid):
         self._replies: dict[str, Message] = {}
         self._remarks: list[str] = []
         self._listener: Callable[[str], object] | None = None
+        self.answered: Callable[[float], object] = lambda share: None
         self.contexts = {
             node: Context(
                 run_id=RUN_ID,
@@ -138,6 +141,21 @@ def raised(message: Message, error: BaseException) -> Message:
     reason = f"{type(error)}:<'{error}'>\n{where}"
     code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     return Message(Error(code=code, reason=reason), reply_to=message)
+
+
+@contextlib.contextmanager
+def telling(grid: Grid, answered: Callable[[float], object]) -> Iterator[None]:
+    """Have ``answered`` told, for a while, which share of its messages ``grid`` has replies to.
+
+    Flower's own grids do not tell.
+    """
+    if isinstance(grid, LocalGrid):
+        before, grid.answered = grid.answered, answered
+    try:
+        yield
+    finally:
+        if isinstance(grid, LocalGrid):
+            grid.answered = before
 
 
 def is_simulated(grid: Grid) -> bool:

@@ -140,6 +140,7 @@ class ProcessGrid(LocalGrid):
                     self._replace(worker)
                 return replies
             replies += [self._answer(w) for w in busy if w.connection in ready]
+            self.answered(len(replies) / len(messages))
 
     def _answer(self, worker: _Worker) -> Message:
         message = worker.message

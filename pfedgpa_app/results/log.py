@@ -228,8 +228,12 @@ class RunLog:
         """The seconds that are left at the recent pace."""
         return max(0.0, self._work - self._done) * self._pace + sum(self.making.values())
 
-    def watch(self, federation: str, what: str) -> Callable[[float], None]:
-        """What is told the share of ``what`` that is done and says so, once a second."""
+    def watch(self, federation: str, what: str, work: float = 0.0) -> Callable[[float], None]:
+        """What is told the share of ``what`` that is done and says so, once a second.
+
+        Args:
+            work: how long it takes in rounds, where it is reckoned so.
+        """
         self.making.pop(federation, None)  # from here on by its own pace
         self.event("status", what)
         said = time.monotonic()
@@ -242,7 +246,8 @@ class RunLog:
                 said, first = now, (now, share)
             elif now - said >= 1:
                 pace = (now - first[0]) / (share - first[1])
-                said, left = now, pace * (1 - share) + self.left()
+                rest = max(0.0, self.left() - work * self._pace)  # of the run, after this
+                said, left = now, pace * (1 - share) + rest
                 self.event("progress", f"{what}: {share:.0%}  {clock(left)} left")
 
         return tell

@@ -26,7 +26,7 @@ from pfedgpa_app.data.client import (
 )
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.diffusion.distribution import WeightDistribution
-from pfedgpa_app.engine.grid import LocalGrid, is_simulated
+from pfedgpa_app.engine.grid import LocalGrid, is_simulated, telling
 from pfedgpa_app.methods import METHODS, federations, name_of, rounds_of
 from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.fine_tuning import fine_tunings
@@ -143,6 +143,7 @@ class Experiment:
 
     def __init__(self, grid: Grid, resolved: Resolved, folder: Path, log: RunLog) -> None:
         self.resolved, self.config, self.folder, self.log = resolved, resolved.config, folder, log
+        self.grid = grid
         config = self.config
         self.summary = Summary(folder, config, log)
         self.resuming = Resuming(folder, log, self.summary)
@@ -276,10 +277,15 @@ class Experiment:
             save_weights(path, weights, getattr(method.state, "global_weights", {}), about)
         source = name_of(method.weights_from) if method.weights_from else name
         if source not in scores:
-            self.log.event("status", f"{method.title}: evaluating clients' weights")
+            work = _evaluation_work(self.config)
+            text = f"{method.title}: evaluating clients' weights"
+            tell = self.log.watch(strategy.name, text, work)
             references = {c: r for c in weights if (r := method.reference(c)) is not None}
-            scores[source] = strategy.evaluator.final(name, weights, references, self.fine_tunings)
-            self.log.advance(_evaluation_work(self.config))
+            with telling(self.grid, tell):
+                scores[source] = strategy.evaluator.final(
+                    name, weights, references, self.fine_tunings
+                )
+            self.log.advance(work)
         counted, hand_over = scores[source]
         self.summary.add(
             name,

@@ -23,7 +23,7 @@ from pfedgpa_app.data.client import ClientData
 from pfedgpa_app.data.images import Images
 from pfedgpa_app.engine import batched, engine_for, gpu_for
 from pfedgpa_app.engine.batched import BatchedCohort, BatchedGrid, Columns, DeviceData
-from pfedgpa_app.engine.grid import LocalGrid
+from pfedgpa_app.engine.grid import LocalGrid, telling
 from pfedgpa_app.engine.process import ProcessGrid
 from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.methods.fedavg import FedAvg
@@ -68,6 +68,14 @@ class TestProcessEngine:
                 assert replies[2].error.code == replies[3].error.code == 8
                 assert "exit status 3" in (replies[2].error.reason or "")
                 assert "exit status -9" in (replies[3].error.reason or "")
+
+    def test_it_tells_how_many_have_replied(self) -> None:
+        shares: list[float] = []
+        with served(obey, workers=1) as ask:
+            with telling(ask.grid, shares.append):
+                ask(["fine", "raise", "kill", "fine"])
+            ask(["fine"])  # nobody listens any more
+        assert shares == [0.25, 0.5, 0.75, 1.0]
 
     def test_a_reply_that_is_none_is_an_error(self) -> None:
         with served(obey, workers=1) as ask:
@@ -302,8 +310,10 @@ class TestBatchedEngine:
         )
         monkeypatch.setattr(batched, "IMAGES_AT_ONCE", 50)  # two clients of 20 images a step
         resolved = resolve(chosen)
-        grid = BatchedGrid(refusing(), chosen, resolved.config)
+        grid, shares = BatchedGrid(refusing(), chosen, resolved.config), list[float]()
+        grid.answered = shares.append
         folder = run(grid, resolved)
+        assert shares[1:3] == [2 / 3, 1.0]  # after the one question who they are
         for mine, theirs in zip(records(folder), records(reference), strict=True):
             assert mine["participated"] == theirs["participated"]
             if mine["participated"]:

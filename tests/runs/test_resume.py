@@ -430,7 +430,7 @@ class TestLog:
     def test_the_run_passes_it_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         told: dict[str, list[float]] = {}
 
-        def watch(log: RunLog, federation: str, what: str) -> Callable[[float], None]:
+        def watch(log: RunLog, federation: str, what: str, *_: float) -> Callable[[float], None]:
             return told.setdefault(what, []).append
 
         monkeypatch.setattr(RunLog, "watch", watch)
@@ -438,6 +438,8 @@ class TestLog:
         federate(tmp_path, evaluate_every=0, **how)
         assert told["FedAvg: making clients' weights"] == []
         assert told["pFedGPA, once: making clients' weights"][-1] == 1.0
+        for title in ("FedAvg", "pFedGPA, once"):
+            assert told[f"{title}: evaluating clients' weights"] == [0.25, 0.5, 0.75, 1.0]
 
 
 class TestStopped:

@@ -44,6 +44,7 @@ class InProcessGrid(LocalGrid):
             if reply is not None:
                 replies.append(reply)
                 self._note(message, reply)
+            self.answered(len(replies) / len(messages))
         return replies
 
     def _note(self, message: Message, reply: Message) -> None:
