@@ -99,6 +99,28 @@ def adapted(classes, shape):
 def too_few(classes, shape):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
+def mixing(classes, shape):
+    """A table's rows taken for the steps of one sequence."""
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.LSTM(64, 16)
+            self.head = nn.Linear(16, classes)
+
+        def forward(self, x):
+            return self.head(self.body(x.flatten(1))[0])
+    return Recurrent()
+
+def by_batch(classes, shape):
+    norm = nn.BatchNorm1d(16, track_running_stats=False)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), norm, nn.ReLU(), nn.Linear(16, classes))
+
+def squeezed(classes, shape):
+    class Squeezed(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x).squeeze()
+    return Squeezed(nn.Flatten(), nn.Linear(64, classes))
+
 def no_module(classes, shape):
     return "a network"
 
@@ -174,6 +196,9 @@ class TestNetworks:
         other = weights_of(made("nets:small", seed=4))
         assert not torch.equal(first["conv.weight"], other["conv.weight"])
 
+    def test_normalising_by_the_batch_is_ones_own_choice(self, nets: Path) -> None:
+        assert len(weights_of(made("nets:by_batch"))) == 6
+
     def test_torchvisions_by_name(self) -> None:
         schema = Schema("pets", ("cat", "dog", "owl"), (3, 32, 32))
         names = weight_names(made("torchvision:resnet18", schema))
@@ -222,6 +247,11 @@ class TestNetworks:
             ("nets:raises", "raises ValueError: not today"),
             ("nets:no_module", "returns a str, not a torch.nn.Module"),
             ("nets:too_few", r"output of shape \[2, 3\], and 10 classes want \[2, 10\]"),
+            (
+                "nets:mixing",
+                "for an example is another beside others than alone: .*batch_first=True",
+            ),
+            ("nets:squeezed", r"of 1 example it makes an output of shape \[10\], .* \[1, 10\]"),
             ("nets:idle", "left_over.* takes no part in its output"),
             ("nets:two_outputs", "returns tuple in eval.* mode"),
             ("torchvision:resnet81", "torchvision has no classifier 'resnet81'; did you mean"),

@@ -13,6 +13,7 @@ from pfedgpa_app.core.settings import DataError, listed, near, shown
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 USERS = ("users_train", "users_test")
 MORE = ("classes", "columns", *USERS)
+ALONE = ("x", "y", "users")  # without a test split
 # what others call them: MedMNIST's files
 ALSO = {"train_images": "x_train", "train_labels": "y_train"}
 ALSO |= {"test_images": "x_test", "test_labels": "y_test"}
@@ -147,8 +148,8 @@ def _by_name(name: str, found: Any) -> dict[str, Any]:
     if isinstance(found, (tuple, list)):
         if len(found) not in (2, 4, 5):
             raise DataError(
-                f"dataset {name}: is a tuple of {len(found)}: wanted are (x_train, y_train, "
-                "x_test, y_test), perhaps with the classes, or (x, y)"
+                f"dataset {name}: is a {type(found).__name__} of {len(found)}: wanted are "
+                "(x_train, y_train, x_test, y_test), perhaps with the classes, or (x, y)"
             )
         return dict(zip((*KEYS, "classes"), found, strict=False))
     if not isinstance(found, Mapping):
@@ -157,8 +158,8 @@ def _by_name(name: str, found: Any) -> dict[str, Any]:
             f"{', '.join(KEYS)}, or a tuple of these"
         )
     parts = {ALSO.get(str(key), str(key)): value for key, value in found.items()}
-    parts |= {f"{k}_train": parts.pop(k) for k in ("x", "y", "users") if k in parts}
-    known = (*KEYS, *MORE)
+    parts |= {f"{k}_train": parts.pop(k) for k in ALONE if k in parts}
+    known = (*KEYS, *MORE, *ALONE)
     odd = [key for key in parts if key not in known and not key.startswith("val_")]
     if odd:
         raise DataError(

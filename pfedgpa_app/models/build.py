@@ -207,14 +207,9 @@ def _used_in_order(network: nn.Module, model: str, schema: Schema) -> list[str]:
             examples = torch.zeros(2, *schema.shape, dtype=torch.long)
         else:
             examples = torch.randn(2, *schema.shape)
-        for training in (False, True):
-            logits = _logits(probe.train(training), examples, model)
-            if logits.shape != (2, len(schema.classes)):
-                raise ConfigError(
-                    f"model = {model!r}: of 2 examples it makes an output of shape "
-                    f"{list(logits.shape)}, and {len(schema.classes)} classes want "
-                    f"[2, {len(schema.classes)}]"
-                )
+        classes = len(schema.classes)
+        _check_alone(probe.eval(), examples, model, classes)
+        logits = _logits(probe.train(), examples, model, classes)
     trained = {n: p for n, p in probe.named_parameters() if p.requires_grad}
     if not trained:
         raise ConfigError(f"model = {model!r}: has no parameter that is trained")
@@ -234,12 +229,31 @@ def _used_in_order(network: nn.Module, model: str, schema: Schema) -> list[str]:
     return list(dict.fromkeys(used))
 
 
-def _logits(network: nn.Module, examples: Tensor, model: str) -> Tensor:
+def _check_alone(network: nn.Module, examples: Tensor, model: str, classes: int) -> None:
+    """Refuse a network in which an example's logits hang on the others of its batch.
+
+    Normalising by the batch is one's own choice.
+    """
+    norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    if not all(norm.track_running_stats for norm in norms):
+        return
+    both, again = (_logits(network, examples, model, classes) for _ in range(2))
+    alone = _logits(network, examples[1:], model, classes)
+    if torch.equal(both, again) and not torch.allclose(both[1:], alone, rtol=1e-2, atol=1e-3):
+        raise ConfigError(
+            f"model = {model!r}: in eval() mode its output for an example is another beside "
+            "others than alone: it mixes a batch's examples. torch's recurrent layers and "
+            "attention want batch_first=True, and examples as [batch, steps, features]"
+        )
+
+
+def _logits(network: nn.Module, examples: Tensor, model: str, classes: int) -> Tensor:
+    number = f"{len(examples)} example{'s' if len(examples) > 1 else ''}"
     try:
         logits = network(examples)
     except Exception as error:  # whatever foreign code raises
         raise ConfigError(
-            f"model = {model!r}: does not take 2 examples of shape {list(examples.shape[1:])} "
+            f"model = {model!r}: does not take {number} of shape {list(examples.shape[1:])} "
             f"({examples.dtype}): {type(error).__name__}: {error}"
         ) from error
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
@@ -247,5 +261,10 @@ def _logits(network: nn.Module, examples: Tensor, model: str) -> Tensor:
         raise ConfigError(
             f"model = {model!r}: returns {kind} in {'training' if network.training else 'eval'}() "
             "mode, where one floating-point tensor of logits is wanted"
+        )
+    if logits.shape != (len(examples), classes):
+        raise ConfigError(
+            f"model = {model!r}: of {number} it makes an output of shape {list(logits.shape)}, and "
+            f"{classes} classes want [{len(examples)}, {classes}]"
         )
     return logits

@@ -393,6 +393,8 @@ def _remedy(one: Schema, other: Schema) -> str:
         )
     if one.columns != other.columns:
         return "give all the same columns in the same order"
+    if one.pixels and other.pixels and one.shape[1:] == other.shape[1:]:
+        return "some are grey and some in colour: convert those of one kind at their site"
     if one.pixels and other.pixels:
         return "give all images of the same size and colours; image-size=64 resizes them"
     return "give all examples of the same shape and kind"

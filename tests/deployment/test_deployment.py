@@ -250,14 +250,17 @@ class TestOwnData:
         with pytest.raises(RosterError, match=r"partition 0 has images of 1×8×8 in 10 classes"):
             self.start(self.grid(tmp_path, sources))
 
-    def test_images_of_other_sizes(self, tmp_path: Path) -> None:
-        for node, size in ((0, 8), (1, 12)):
+    def test_images_of_other_sizes_and_colours(self, tmp_path: Path) -> None:
+        for node, (size, mode) in enumerate(((8, "L"), (12, "L"), (8, "RGB"))):
             for name in ("cat", "dog"):
                 place = tmp_path / str(node) / name
                 place.mkdir(parents=True)
                 for i in range(4):
-                    Image.fromarray(np.zeros((size, size), np.uint8)).save(place / f"{i}.png")
-        sources = [f"imagefolder:{tmp_path / str(node)}" for node in range(2)]
+                    Image.new(mode, (size, size)).save(place / f"{i}.png")
+        sources = [f"imagefolder:{tmp_path / str(node)}" for node in range(3)]
+        with pytest.raises(RosterError, match=r"1×8×8 .* 3×8×8 .*: .* grey .*: convert those of"):
+            Roster(self.grid(tmp_path, sources[::2]), 2, 0.5, True)
+        sources.pop()
         with pytest.raises(RosterError, match=r"1×8×8 .* 1×12×12 .*: .* image-size=64 resizes"):
             Roster(self.grid(tmp_path, sources), 2, 0.5, True)
         grid = self.grid(tmp_path, sources, **{"image-size": 8})
