@@ -201,6 +201,7 @@ class PFedGPA(FedAvg):
         self._warn(server_round, unusable | wrong)
         last = server_round == server.config.num_server_rounds
         if uploads:
+            self._warn_of_losses(uploads)
             self._learn(server_round, uploads)
         elif last and not self._nodes:
             raise no_uploads(server_round, unusable | wrong)
@@ -226,7 +227,18 @@ class PFedGPA(FedAvg):
 
     def _warn(self, server_round: int, unusable: Mapping[int, str]) -> None:
         for node, wrong in sorted(unusable.items()):
-            logger.warning("PFedGPA: round %d: node %d %s", server_round, node, wrong)
+            who = self._left.named(node)
+            logger.warning("PFedGPA: round %d: %s %s", server_round, who, wrong)
+
+    def _warn_of_losses(self, uploads: Mapping[int, Upload]) -> None:
+        """Say so in the first round, if momentum is to go by losses that nobody tells."""
+        told = any(math.isfinite(upload.loss) for upload in uploads.values())
+        if self.settings.momentum is None and not self._nodes and not told:
+            logger.warning(
+                "PFedGPA: no reply's metrics have a number %r, the training loss: the server has "
+                "no momentum",
+                self.loss_key,
+            )
 
     def _mean(
         self, function: Aggregate, server_round: int, contents: Mapping[int, RecordDict]
@@ -306,6 +318,11 @@ class Personal:
             [metrics] = content.metric_records.values()
             kind = "after" if node in own else "before"
             self.metrics.setdefault(node, {})[kind] = dict(metrics)
+
+    def named(self, node: int) -> str:
+        """A node, in words, with the partition that it told."""
+        told = self._partitions.get(node)
+        return f"node {node}" if told is None else f"partition-id {told} (node {node})"
 
     def by_name(self, of_nodes: Mapping[int, T]) -> dict[int, T]:
         """{partition-id, or node id where it told none or another tells the same: …}."""

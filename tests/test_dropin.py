@@ -311,6 +311,31 @@ class TestHostileNodes:
         bad = FIRST_NODE + 3 * NODE_STEP
         assert f"round 1: node {bad} sent other metrics than most" in caplog.text
 
+    def test_warnings_name_the_partition_that_a_node_told(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def tell(message: Message, reply: Message) -> Message:
+            metrics: Any = reply.content["metrics"]
+            metrics["partition-id"] = 7
+            if partition_of(message) == 1:
+                metrics["num-examples"] = (
+                    -1 if message.content["config"]["server-round"] == 2 else 1
+                )
+            return reply
+
+        start({"w": torch.zeros(1)}, tell)
+        node = FIRST_NODE + NODE_STEP
+        assert f"round 2: partition-id 7 (node {node}) sent num-examples -1" in caplog.text
+
+    @pytest.mark.parametrize(("key", "warns"), [("train_loss", True), ("loss", False)])
+    def test_losses_that_nobody_tells(
+        self, key: str, warns: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        settings = dataclasses.replace(QUICK, momentum=None)
+        start({"w": torch.zeros(1)}, settings=settings, loss_key=key)
+        said = f"no reply's metrics have a number '{key}', the training loss"
+        assert caplog.text.count(said) == int(warns)
+
     @pytest.mark.parametrize("nodes", [2, 4])
     @pytest.mark.parametrize("limit", [100.0, 0.0])
     def test_a_huge_upload_in_the_last_round(

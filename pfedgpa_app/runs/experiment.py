@@ -149,11 +149,13 @@ class Experiment:
         self.resuming = Resuming(folder, log, self.summary)
         self.going = self.resuming.restore()  # as long as its federation goes
         own, before = config.dataset == NODES, self.resuming.partitions
-        self.roster = Roster(grid, config.num_clients, config.timeout, own, before)
+        self.roster = Roster(grid, config.num_clients, config.timeout, own, before, log.event)
         if own:
             self.resuming.partitions = self.roster.partitions
         self.dataset = self.roster.schema or load_schema(config)
         self.initial = initial_weights(config, self.dataset)
+        if config.start_from and not self.going:
+            log.event("status", f"rounds begin with the mean of what {config.start_from} learned")
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
         settings = values_of(resolved.as_dict())
         self._privacy: dict[str, float] = {}  # of the whole run, on each row

@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -43,6 +43,10 @@ def array_bytes(message: Message) -> int:
 def is_flowers(grid: Grid, name: str) -> bool:
     """Whether ``grid`` is of Flower's class called ``name``, which takes a second to import."""
     return any(kind.__name__ == name for kind in type(grid).__mro__)
+
+
+def _logged(kind: str, text: str) -> None:
+    (logger.warning if kind == "warning" else logger.info)(text)
 
 
 class Answer(NamedTuple):
@@ -145,6 +149,7 @@ class Roster:
         timeout: float,
         own_data: bool = False,
         before: Iterable[int] = (),
+        tell: Callable[[str, str], object] = _logged,
     ) -> None:
         """Ask every node who it is, until all are there.
 
@@ -152,13 +157,14 @@ class Roster:
             own_data: clients' data are their nodes' own, so that each needs its node.
             before: with data of their own, the partitions of all clients in a run that goes on,
                 which can do so without some of them.
+            tell: is told the kind, "warning" or "status", and the text of what happens.
 
         Raises:
             RosterError: no node within ``timeout`` seconds, none that answers, two that claim
                 the same partition, or, with data of their own, too few, others than before, or
                 data that differ in classes or shape.
         """
-        self._own_data, self._before = own_data, sorted(before)
+        self._own_data, self._before, self._tell = own_data, sorted(before), tell
         self.common: Settings = {}  # what every message tells clients
         self.grid, self.timeout = OneAtATime(grid), timeout
         answers = self._discover(num_clients)
@@ -170,19 +176,17 @@ class Roster:
         self._hosts = {self._place_of[p]: node for p, node in node_at.items()}
         self._known, self.present = set(answers), set(answers)
         if own_data and self.partitions != list(range(len(self.partitions))):
-            logger.warning(
-                "nodes have the partition-ids %s: in this order they are clients 0 to %d",
-                _listed(self.partitions),
-                len(self.partitions) - 1,
+            tell(
+                "warning",
+                f"nodes have the partition-ids {_listed(self.partitions)}: in this order they are "
+                f"clients 0 to {len(self.partitions) - 1}",
             )
         if len(self.partitions) < num_clients:
-            logger.warning(
-                "%d nodes host %d clients in turn; for one node a client use "
-                "`pfedgpa run`, or flwr run . --federation-config "
-                "'num-supernodes=%d client-resources-num-cpus=1'",
-                len(self.partitions),
-                num_clients,
-                num_clients,
+            tell(
+                "warning",
+                f"{len(self.partitions)} nodes host {num_clients} clients in turn; for one node a "
+                "client use `pfedgpa run`, or flwr run . --federation-config "
+                f"'num-supernodes={num_clients} client-resources-num-cpus=1'",
             )
 
     def node_of(self, client: int) -> int:
@@ -202,7 +206,7 @@ class Roster:
         for node, answer in self._asked(new)[0].items():
             place = self._place_of.get(answer.partition)
             if place is None:
-                logger.warning("node %d is of no client of this run", node)
+                self._tell("warning", f"node {node} is of no client of this run")
             else:
                 self._hosts[place] = node
 
@@ -228,10 +232,10 @@ class Roster:
         for reply in self.grid.send_and_receive(questions, timeout=self.timeout):
             if reply.has_error():
                 failed = f"node {reply.metadata.src_node_id}: {cause(reply)[:300]}"
-                logger.warning("no client there: %s", failed)
+                self._tell("warning", f"no client there: {failed}")
             elif (partition := _partition_of(reply)) is None:
                 failed = f"node {reply.metadata.src_node_id}: does not say who it is"
-                logger.warning("no client there: %s", failed)
+                self._tell("warning", f"no client there: {failed}")
             else:
                 data = reply.content.config_records.get("data")
                 answers[reply.metadata.src_node_id] = Answer(partition, data)
@@ -245,8 +249,9 @@ class Roster:
                 f"that they have {_listed(others)}: start the same nodes as before"
             )
         if missing := sorted(set(self.partitions) - set(there)):
-            logger.warning(
-                "the run goes on without partition-id %s, until its node is here", _listed(missing)
+            self._tell(
+                "warning",
+                f"the run goes on without partition-id {_listed(missing)}, until its node is here",
             )
 
     def _discover(self, num_clients: int) -> dict[int, Answer]:
@@ -261,9 +266,10 @@ class Roster:
             if len(nodes) >= num_clients or enough:
                 break
             if nodes != seen and self._own_data:
-                logger.info(
-                    "%d of %d nodes are here; the others are waited for %d s",
-                    *(len(nodes), num_clients, patience),
+                self._tell(
+                    "status",
+                    f"{len(nodes)} of {num_clients} nodes are here; the others are waited for "
+                    f"{patience:g} s",
                 )
             time.sleep(0.1)
         if not nodes:
