@@ -33,10 +33,15 @@ class Entry:
 
 @dataclass
 class Buffer:
-    """The uploads of the ``window`` newest rounds, and each client's newest, however old."""
+    """The uploads of the ``window`` newest rounds, and each client's newest, however old.
+
+    ``means`` [P] are what all clients share in a round, of those rounds of which it is known;
+    of others the uploads tell.
+    """
 
     window: int
     layout: Layout | None = None
+    means: dict[int, Tensor] = field(default_factory=dict)
     _entries: dict[tuple[int, int], Entry] = field(default_factory=dict)
     _stale: dict[int, Entry] = field(default_factory=dict)
 
@@ -57,6 +62,10 @@ class Buffer:
         self._entries[server_round, client] = Entry(server_round, client, vector, layout)
         self._stale.pop(client, None)
 
+    def forget(self, server_round: int, client: int) -> None:
+        """Drop one upload of the window, if it is there."""
+        self._entries.pop((server_round, client), None)
+
     def drop_old(self, server_round: int) -> None:
         """Forget rounds that left the window at ``server_round``, but no client's newest upload."""
         self.drop_before(server_round - self.window + 1)
@@ -70,8 +79,10 @@ class Buffer:
                 leaving.setdefault(r, []).append(entry)
         for r, entries in leaving.items():
             kept = [entry for entry in entries if newest[entry.client] is entry]
+            mean = self.means.pop(r, None)
             if kept:
-                mean = torch.stack([entry.vector for entry in entries]).mean(0)
+                if mean is None:
+                    mean = torch.stack([entry.vector for entry in entries]).mean(0)
                 for entry in kept:
                     self._stale[entry.client] = replace(entry, round_mean=mean)
             for entry in entries:
@@ -89,6 +100,7 @@ class Buffer:
             assert view.layout is not None
             return replace(entry, vector=entry.vector[part], layout=view.layout, round_mean=mean)
 
+        view.means = {r: mean[part] for r, mean in self.means.items()}
         view._entries = {key: cut(entry) for key, entry in self._entries.items()}
         view._stale = {key: cut(entry) for key, entry in self._stale.items()}
         return view

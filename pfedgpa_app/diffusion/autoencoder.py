@@ -6,7 +6,7 @@ weights are read in blocks of columns and no P×P matrix is ever made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -66,13 +66,20 @@ class Deltas:
 
 
 def remove_drift(
-    vectors: Tensor, rounds: Tensor, clients: Tensor, device: torch.device = CPU
+    vectors: Tensor,
+    rounds: Tensor,
+    clients: Tensor,
+    device: torch.device = CPU,
+    known: Mapping[int, Tensor] | None = None,
 ) -> Deltas:
     """Subtract what all clients share in a round, comparable between rounds.
 
     θ_ir = μ_r + u_i + e_ir with u_i ~ N(0, σ²), e ~ N(0, σ²): the best linear predictor of
     μ_r. When every client uploads in every round it is exactly the round's mean; when few
     do, it does not mistake who took part for drift.
+
+    Args:
+        known: {round: its μ_r}, of rounds of which that need not be predicted.
     """
     names, index = rounds.unique(return_inverse=True)
     _, who = clients.unique(return_inverse=True)
@@ -85,7 +92,11 @@ def remove_drift(
     means = torch.empty(r, vectors.shape[1])
     for block in blocks(vectors.shape[1]):
         means[:, block] = (solve @ vectors[:, block].double()).float()
-    return Deltas(vectors, means, index, tuple(int(x) for x in names), device)
+    order = tuple(int(x) for x in names)
+    for place, name in enumerate(order):
+        if known and name in known:
+            means[place] = known[name]
+    return Deltas(vectors, means, index, order, device)
 
 
 def root_mean_squares(deltas: Deltas, sizes: Sequence[int]) -> Tensor:

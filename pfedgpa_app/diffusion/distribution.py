@@ -174,7 +174,8 @@ class WeightDistribution(Distribution):
         """
         self.settings, self.seed = settings, seed
         self.layout, vectors, self.rounds, self.clients = buffer.stack()
-        deltas = remove_drift(vectors, self.rounds, self.clients, torch.device(device))
+        where = torch.device(device)
+        deltas = remove_drift(vectors, self.rounds, self.clients, where, buffer.means)
         self.anchor = deltas.means[-1]
         head = self.layout.head()
         head_gram = deltas.gram(head)

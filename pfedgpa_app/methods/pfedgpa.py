@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,8 +139,12 @@ class PFedGPA(Generation, RememberingFedAvg):
             state.generated = self._generated()
             return
         if state.generated and state.chosen != OWN:
-            state.buffer.drop_before(first)
+            generation = self.first_generation(self.config)
+            state.buffer.drop_before(generation if generation in state.buffer.means else first)
         super().aggregate(server_round, uploads)
+        absent = state.generated.keys() - uploads.keys()
+        if state.generated and state.chosen != OWN and (absent or state.buffer.means):
+            self._keep_comparable(server_round, uploads, absent)
         if self.own.momentum != 0 and not self._is_gentle(server_round):
             state.global_weights, state.velocity = with_momentum(
                 before, state.global_weights, state.velocity, self._momentum(uploads)
@@ -151,6 +156,38 @@ class PFedGPA(Generation, RememberingFedAvg):
                 state.rivals = self._generated()
                 state.chosen = ""
             state.generated = self._generated()
+
+    def _keep_comparable(
+        self, server_round: int, uploads: dict[int, Upload], absent: Iterable[int]
+    ) -> None:
+        """After a gentle round, have the clients in it stay comparable to the ``absent`` ones.
+
+        What all share has moved, from the mean of what was generated for all, by what those that
+        took part have learned since, on average; their own mean would differ by who they are. For
+        a client that has not taken part in any, what the first generation made of its uploads
+        stands in.
+        """
+        buffer, generated = self.state.buffer, self.state.generated
+        layout, generation = buffer.layout, self.first_generation(self.config)
+        assert layout is not None
+
+        def mean(several: Collection[Weights]) -> Tensor:
+            vectors = (layout.flatten({n: w[n] for n in layout.names}) for w in several)
+            return sum(vectors, torch.zeros(())) / len(several)
+
+        shared = mean(generated.values())
+        learned = mean([upload.weights for upload in uploads.values()])
+        learned -= mean([self.download(client) for client in uploads])
+        if generation not in buffer.means:
+            newest = buffer.newest()
+            for client in absent:
+                if newest[client].server_round <= generation:
+                    made = {name: generated[client][name] for name in layout.names}
+                    buffer.add(generation, client, made)
+            buffer.means[generation] = shared
+        buffer.means[server_round] = shared + learned
+        for client in uploads:
+            buffer.forget(generation, client)
 
     def _momentum(self, uploads: dict[int, Upload]) -> float:
         """Of this round, by how much of the first one's training loss is left.

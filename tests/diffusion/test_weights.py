@@ -137,6 +137,24 @@ class TestBuffer:
         empty = {"w": torch.ones(2, 3), "b": torch.ones(2), "none": torch.ones(0, 4)}
         assert Layout.of(empty).head() == slice(0, 6)
 
+    def test_what_a_round_has_in_common_may_be_known(self) -> None:
+        kept = Buffer(1)
+        for client in (0, 1):
+            kept.add(1, client, {"a": torch.zeros(1), "b": torch.tensor([float(client)])})
+        kept.means[1] = torch.tensor([7.0, 8.0])
+        known = kept.last(["b"])
+        deltas = remove_drift(*known.stack()[1:], known=known.means)
+        assert deltas.rows(torch.arange(2)).tolist() == [[-8.0], [-7.0]]
+        kept.add(2, 1, {"a": torch.zeros(1), "b": torch.zeros(1)})
+        kept.forget(2, 0)  # is not there
+        kept.drop_old(2)  # client 0's is kept with what is known of its round
+        mean = kept.newest()[0].round_mean
+        assert mean is not None
+        assert mean.tolist() == [7.0, 8.0]
+        assert not kept.means
+        kept.forget(2, 1)
+        assert not kept.entries()
+
 
 class TestDrift:
     def test_full_participation_subtracts_the_round_mean(self) -> None:

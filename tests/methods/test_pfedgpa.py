@@ -67,6 +67,36 @@ class TestServers:
         now = likeness_of(method.state.buffer, "shrinkage", 0)  # by what clients are now
         assert now.rank == 3
 
+    @pytest.mark.parametrize("present", [[0], [0, 1], [2, 3]])
+    def test_clients_that_are_absent_keep_what_is_theirs(self, present: list[int]) -> None:
+        """Six clients in three groups, of which gentle rounds see ``present`` ones only."""
+        draws = torch.Generator().manual_seed(0)
+        config = configured(
+            method="pfedgpa",
+            num_clients=6,
+            num_server_rounds=12,
+            **{"pfedgpa.generate-from": 10, "pfedgpa.fit-steps": 20, "pfedgpa.momentum": 0.0},
+        )
+        like = {"body.weight": column(0), "head.weight": torch.zeros(20, 10)}
+        method = PFedGPA(config, PFedGPA.begin(config, like))
+        centres = torch.randn(3, 20, 10, generator=draws)
+        for number in range(1, 13):
+            uploads = {}
+            for client in range(6) if number < 10 else present:
+                start, goal = method.download(client)["head.weight"], centres[client // 2]
+                step = 0.9 if number < 10 else 0.1
+                noise = 0.1 * torch.randn(20, 10, generator=draws)
+                mine = start + step * (goal - start) + noise
+                uploads[client] = Upload(like | {"head.weight": mine}, 1)
+            method.aggregate(number, uploads)
+            for client, weights in method.state.generated.items():
+                distances = (centres - weights["head.weight"]).flatten(1).norm(dim=1)
+                assert int(distances.argmin()) == client // 2
+                assert distances.min() < 0.35 * distances.sort().values[1]
+        held = [(e.server_round, e.client) for e in method.state.buffer.entries()]
+        gentle = [(number, client) for number in (10, 11, 12) for client in present]
+        assert held == [(9, c) for c in range(6) if c not in present] + gentle
+
     @pytest.mark.parametrize("best", [MEAN, GENERATED, OWN])
     def test_clients_choose_by_their_validation_losses(self, best: int) -> None:
         # four clients in two groups, at 1 and 5, each with something of its own

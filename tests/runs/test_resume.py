@@ -134,6 +134,18 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     check_same(folder, reference)
 
 
+def test_between_gentle_rounds_in_which_not_all_take_part(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"method": "pfedgpa", "fraction_train": 0.5, "evaluate_every": 0}
+    how |= {"num_server_rounds": 5, "pfedgpa.generate-from": 3}
+    reference, _ = federate(tmp_path / "reference", **how)
+    for after in (7, 9):  # in the fourth round of two uploads each, and in the fifth
+        out = tmp_path / str(after)
+        with pytest.raises(KilledError):
+            federate(out, killer(after), **how)
+        folder, _ = federate(out, resume=True, **how)
+        check_same(folder, reference)
+
+
 def test_a_killed_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """SIGKILL to everything that ``pfedgpa run`` started, at some moment of round 3."""
     settings = SMALL | {"method": "fedper,pfedgpa", "num-server-rounds": 5, "workers": 1}
