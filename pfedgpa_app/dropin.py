@@ -198,10 +198,11 @@ class PFedGPA(FedAvg):
         contents, unusable = self._left.screened(replies, self.weighted_by_key, self.partition_key)
         server, limit = self._server, self.max_upload_norm
         uploads, wrong = self._network.uploads(contents, server.state.global_weights, limit)
-        self._warn(server_round, unusable | wrong)
+        self._left.warn(server_round, unusable | wrong)
         last = server_round == server.config.num_server_rounds
         if uploads:
-            self._warn_of_losses(uploads)
+            if not self._nodes and self.settings.momentum is None:
+                warn_of_losses(uploads, self.loss_key)
             self._learn(server_round, uploads)
         elif last and not self._nodes:
             raise no_uploads(server_round, unusable | wrong)
@@ -221,24 +222,9 @@ class PFedGPA(FedAvg):
     ) -> MetricRecord | None:
         """FedAvg's mean of the usable evaluations."""
         contents, unusable = self._left.screened(replies, self.weighted_by_key, self.partition_key)
-        self._warn(server_round, unusable)
+        self._left.warn(server_round, unusable)
         self._left.evaluated(contents, self._evaluated)
         return self._mean(self.evaluate_metrics_aggr_fn, server_round, contents)
-
-    def _warn(self, server_round: int, unusable: Mapping[int, str]) -> None:
-        for node, wrong in sorted(unusable.items()):
-            who = self._left.named(node)
-            logger.warning("PFedGPA: round %d: %s %s", server_round, who, wrong)
-
-    def _warn_of_losses(self, uploads: Mapping[int, Upload]) -> None:
-        """Say so in the first round, if momentum is to go by losses that nobody tells."""
-        told = any(math.isfinite(upload.loss) for upload in uploads.values())
-        if self.settings.momentum is None and not self._nodes and not told:
-            logger.warning(
-                "PFedGPA: no reply's metrics have a number %r, the training loss: the server has "
-                "no momentum",
-                self.loss_key,
-            )
 
     def _mean(
         self, function: Aggregate, server_round: int, contents: Mapping[int, RecordDict]
@@ -247,7 +233,9 @@ class PFedGPA(FedAvg):
         if not contents:
             return None
         others = with_other_metrics(contents)
-        self._warn(server_round, dict.fromkeys(others, "sent other metrics than most: left out"))
+        self._left.warn(
+            server_round, dict.fromkeys(others, "sent other metrics than most: left out")
+        )
         alike = [content for node, content in contents.items() if node not in others]
         return function(alike, self.weighted_by_key)
 
@@ -287,6 +275,16 @@ def warn_of_rate(train_config: ConfigRecord | None, key: str) -> None:
         )
 
 
+def warn_of_losses(uploads: Mapping[int, Upload], key: str) -> None:
+    """Say so where nobody tells the training loss by which the server's momentum goes."""
+    if not any(math.isfinite(upload.loss) for upload in uploads.values()):
+        logger.warning(
+            "PFedGPA: no reply's metrics have a number %r, the training loss: the server has no "
+            "momentum",
+            key,
+        )
+
+
 class Personal:
     """What a run leaves for its nodes, all by node id.
 
@@ -318,6 +316,11 @@ class Personal:
             [metrics] = content.metric_records.values()
             kind = "after" if node in own else "before"
             self.metrics.setdefault(node, {})[kind] = dict(metrics)
+
+    def warn(self, server_round: int, unusable: Mapping[int, str]) -> None:
+        """Name each node of which something cannot be used, and say what."""
+        for node, wrong in sorted(unusable.items()):
+            logger.warning("PFedGPA: round %d: %s %s", server_round, self.named(node), wrong)
 
     def named(self, node: int) -> str:
         """A node, in words, with the partition that it told."""
