@@ -1,7 +1,8 @@
 """A change of the code's shape changes no figure: one method a family, as it was kept.
 
 ``kept_metrics.json`` is of the run below on the process engine, before the package was laid out in
-floors. CPUs differ in floats' last digits, which may turn one image's prediction.
+floors; pFedGPA's accuracy is newer, since clients that take no part in the last round keep what is
+theirs (it was 35.6). CPUs differ in floats' last digits, which may turn one image's prediction.
 """
 
 from __future__ import annotations
