@@ -234,10 +234,10 @@ def _check_alone(network: nn.Module, examples: Tensor, model: str, classes: int)
 
     Normalising by the batch is one's own choice.
     """
+    both, again = (_logits(network, examples, model, classes) for _ in range(2))
     norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     if not all(norm.track_running_stats for norm in norms):
         return
-    both, again = (_logits(network, examples, model, classes) for _ in range(2))
     alone = _logits(network, examples[1:], model, classes)
     if torch.equal(both, again) and not torch.allclose(both[1:], alone, rtol=1e-2, atol=1e-3):
         raise ConfigError(

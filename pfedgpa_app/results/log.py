@@ -244,7 +244,7 @@ class RunLog:
             now = time.monotonic()
             if first is None:
                 said, first = now, (now, share)
-            elif now - said >= 1:
+            elif now - said >= 1 and share > first[1]:
                 pace = (now - first[0]) / (share - first[1])
                 rest = max(0.0, self.left() - work * self._pace)  # of the run, after this
                 said, left = now, pace * (1 - share) + rest
