@@ -265,9 +265,11 @@ def _best(losses: Tensor) -> str:
     """What is best for most clients, by losses [clients, 3, temperatures].
 
     Of the mean, what was generated and what is their own, each at the temperature at which it is
-    best for all together.
+    best for all together. The mean, with which all sharing among the like ends, has to be best on
+    average, too: a few images a client tell little.
     """
     coolest = losses.mean(0).argmin(1)
     mean, made, own = (losses[:, i, at] for i, at in enumerate(coolest.tolist()))
     name, mine = (OWN, own) if 2 * int((own < made).sum()) > len(own) else (GENERATED, made)
-    return MEAN if 2 * int((mean < mine).sum()) > len(mine) else name
+    for_most = 2 * int((mean < mine).sum()) > len(mine)
+    return MEAN if for_most and mean.mean() < mine.mean() else name

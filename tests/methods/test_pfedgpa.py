@@ -169,6 +169,9 @@ class TestServers:
         losses = torch.stack([worse + 1, worse, sure]).expand(5, 3, 6)
         assert _best(losses) == "own"
         assert _best(losses[:, [1, 0, 0]]) == "mean"
+        tie = losses[:, [1, 0, 0]].clone()
+        tie[:2, 0] += 3  # three of five are most, and all together are worse off
+        assert _best(tie) == "generated"
         hurt = losses.clone()
         hurt[:2, 2] += 1  # two of five are not most
         assert _best(hurt) == "own"
