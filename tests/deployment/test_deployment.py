@@ -188,8 +188,9 @@ class TestOwnData:
     ) -> None:
         caplog.set_level("INFO", "pfedgpa")
         sources = self.tables(tmp_path, "age height", "age height")
-        for clients, said in ((3, "partition-id 0, 1.: start"), (1, "name that number")):
-            with pytest.raises(RosterError, match=f"num-clients is {clients}, .*{said}"):
+        for clients, said in ((3, "start the others first"), (1, "name that number")):
+            here = rf"here: 2 \(partition-id 0, 1\): {said}"
+            with pytest.raises(RosterError, match=f"num-clients is {clients}, .*{here}"):
                 Roster(self.grid(tmp_path, sources), clients, 0.5, True)
         assert "2 of 3 nodes are here; the others are waited for" in caplog.text
 
