@@ -678,6 +678,14 @@ class TestHome:
         assert cli.main([*words, "imagefolder:photos", "--to", "json"]) == 0
         assert json.loads(capsys.readouterr().out)["examples"] == 90
 
+    def test_examples_that_changed_are_read_anew(self, here: Path) -> None:
+        folder, _ = federate(here, method="fedavg", num_server_rounds=1)
+        pixels = np.zeros((30, 1, 8, 8), np.uint8)
+        for counts in ([3] * 10, [2, 4] * 5):  # as in a notebook
+            np.savez("mine.npz", x=pixels, y=np.repeat(np.arange(10), counts))
+            found = evaluate(folder, 0, dataset="npz:mine.npz")
+            assert [of for _, of in found["classes"].values()] == counts
+
     def test_what_cannot_be_predicted_is_refused(
         self, here: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

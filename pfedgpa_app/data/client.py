@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 
-from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.paths import remembered, user_path
 from pfedgpa_app.core.randomness import numpy_generator
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES, PARTITION_FILE, DataSettings
@@ -64,6 +63,12 @@ def _load(config: DataSettings, name: str) -> Dataset:
     )
 
 
+def forget() -> None:
+    """Read everything anew: files may have changed since this process read them."""
+    for known in (load, load_partition, load_own_client, load_client):
+        known.cache_clear()
+
+
 def load_schema(config: DataSettings) -> Schema:
     """Of the run's data set.
 
@@ -73,7 +78,7 @@ def load_schema(config: DataSettings) -> Schema:
     return schema_of(load_dataset(config))
 
 
-@lru_cache(maxsize=2)
+@remembered(2)
 def load_partition(config: DataSettings) -> list[ClientSplit]:
     """The run's partition, the same on every machine that has the data.
 
@@ -186,7 +191,7 @@ def _with_classes(data: Dataset, classes: tuple[str, ...]) -> Dataset:
     return replace(data, classes=classes, train_labels=train, test_labels=test)
 
 
-@lru_cache(maxsize=2)
+@remembered(2)
 def load_own_client(config: DataSettings, source: str, client: int) -> ClientData:
     """All images of this node's own data set; of the training images it keeps some to validate."""
     data = load_own(config, source)
@@ -201,7 +206,7 @@ def load_own_client(config: DataSettings, source: str, client: int) -> ClientDat
     return _held(data, split)
 
 
-@lru_cache(maxsize=256)
+@remembered(256)
 def load_client(config: DataSettings, client: int) -> ClientData:
     """Client ``client``'s images, kept for the next round (4 MB a CIFAR-10 client)."""
     data, split = load_dataset(config), load_partition(config)[client]

@@ -12,14 +12,13 @@ import traceback
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pfedgpa_app.core.own_code import imported, is_reference
-from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.paths import remembered, user_path
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.data import EMNIST_SPLITS, HUGGING_FACE, IMAGEFOLDER, NPZ, hugging_face
 from pfedgpa_app.data.dataset import SPLITS, Dataset, dataset_of
@@ -63,7 +62,7 @@ def _path(name: str) -> Path:
     return user_path(name.removeprefix(IMAGEFOLDER).removeprefix(NPZ))
 
 
-@lru_cache(maxsize=2)
+@remembered(2)
 def load(
     name: str,
     data_dir: str,

@@ -12,6 +12,7 @@ import torch
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import ConfigError, DataError
+from pfedgpa_app.data.client import forget
 from pfedgpa_app.data.client import load_client as load_data
 from pfedgpa_app.data.datasets import load as load_dataset
 from pfedgpa_app.runs.folder import kept_config
@@ -41,6 +42,7 @@ def evaluate(
     Raises:
         ConfigError, DataError: there is no such network, or the data do not fit it.
     """
+    forget()
     model = load_client(run, client, method)
     about = model.about
     if dataset:

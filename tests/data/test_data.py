@@ -605,7 +605,6 @@ class TestDatasets:
         load.cache_clear()
         assert load("imagefolder:own", str(below)).shape == (3, 32, 32)
         monkeypatch.chdir(here / "mine")  # both have one: the current folder's
-        load.cache_clear()
         assert load("imagefolder:own", str(below)).shape == (1, 32, 32)
         said = f"no folder {here}/mine/none nor {below}/none; images are expected"
         with pytest.raises(DataError, match=said):
@@ -629,7 +628,6 @@ class TestDatasets:
             launch(given | sizes)
         (tmp_path / "there" / "own").mkdir(parents=True)
         monkeypatch.chdir(tmp_path / "there")
-        load.cache_clear()
         assert load_dataset(resolve(sent).config).classes == ("cat", "dog")
         assert sent["dataset"] == "imagefolder:own"  # as a resumed run compares it
 

@@ -19,7 +19,6 @@ from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.data.client import load_dataset, load_partition
-from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.partition_file import by_file
 
 
@@ -28,7 +27,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A current folder with photos of three classes, and a cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    load.cache_clear()  # which goes by the relative path
     for name in ("cat", "dog", "owl"):
         for j in range(30):
             photo(Path(f"photos/{name}/{j}.png"))

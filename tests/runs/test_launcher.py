@@ -88,7 +88,9 @@ class TestWatcher:
 
 def served() -> list[psutil.Process]:
     """The server and its workers, copies of a fork server, in the order of their starts."""
-    copies = [copy for child in psutil.Process().children() for copy in child.children()]
+    children = psutil.Process().children()  # there may be Flower's, too
+    servers = [child for child in children if "forkserver" in " ".join(child.cmdline())]
+    copies = [copy for server in servers for copy in server.children()]
     return sorted(copies, key=psutil.Process.create_time)
 
 

@@ -96,6 +96,13 @@ class TestPlan:
         ]
 
 
+# whose rows were computed by other words than the experiment's, as docs/results.md says
+OTHERWISE = {
+    ("compare-cifar10-100", method): {"precision": "bfloat16"}
+    for method in ("local", "fedavg-ft", "fedper", "fedrep", "lg-fedavg")
+}
+
+
 @pytest.mark.parametrize("conf", EXPERIMENTS)
 class TestKept:
     """The results in the repository, of which the tables in README and docs are made."""
@@ -107,6 +114,7 @@ class TestKept:
         rows = keep.read(keep.file_of(conf))
         for row in rows:
             words = {"conf": conf, "dataset": dataset, "method": row["method"], "seed": row["seed"]}
+            words |= OTHERWISE.get((conf, row["method"]), {})
             there = row["settings"] | {"method": [row["method"]], "seed": row["seed"]}
             assert not differences({k: {"value": v} for k, v in there.items()}, resolve(words))
             assert {len(of) for of in row["clients"].values()} == {row["num_clients"]}
