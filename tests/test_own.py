@@ -121,6 +121,9 @@ def squeezed(classes, shape):
             return super().forward(x).squeeze()
     return Squeezed(nn.Flatten(), nn.Linear(64, classes))
 
+def probable(classes, shape):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes), nn.Softmax(dim=1))
+
 def no_module(classes, shape):
     return "a network"
 
@@ -252,6 +255,7 @@ class TestNetworks:
                 "for an example is another beside others than alone: .*batch_first=True",
             ),
             ("nets:squeezed", r"of 1 example it makes an output of shape \[10\], .* \[1, 10\]"),
+            ("nets:probable", "returns probabilities, where logits are wanted: leave its last"),
             ("nets:idle", "left_over.* takes no part in its output"),
             ("nets:two_outputs", "returns tuple in eval.* mode"),
             ("torchvision:resnet81", "torchvision has no classifier 'resnet81'; did you mean"),
@@ -516,6 +520,12 @@ class TestData:
         with pytest.raises(DataError, match=r"in age \(row 9 has 'n/a'\)"):
             dataset_of("mine", (texts[["age"]], LABELS), 0.2)
 
+    def test_labels_may_have_come_as_floats(self) -> None:
+        found = dataset_of("mine", {"x": ROWS, "y": LABELS.astype(np.float32)}, 0.2)
+        assert found.classes == ("0", "1", "2")
+        expected = dataset_of("mine", {"x": ROWS, "y": LABELS}, 0.2)
+        assert np.array_equal(found.train_labels, expected.train_labels)
+
     def test_columns_of_arrays_are_named(self) -> None:
         found = {"x": ROWS[:, :2], "y": LABELS}
         named = dataset_of("mine", found | {"columns": np.array(["age", "height"])}, 0.2)
@@ -536,7 +546,9 @@ class TestData:
             ({"x": ROWS, "y": LABELS, "classes": ["a", "b"]}, "label 2, which is none of the 2"),
             ({"x": ROWS, "y": LABELS, "classes": ["a", "b", "a"]}, "of different names"),
             ({"x": ROWS, "y": LABELS * 0}, "wants two classes or more"),
-            ({"x": ROWS, "y": LABELS + 0.5}, "wanted is one whole number or name"),
+            ({"x": ROWS, "y": LABELS + 0.5}, "y_train has 0.5 in row 0: a label is a whole number"),
+            ({"x": ROWS, "y": np.where(LABELS > 1, np.nan, LABELS)}, "y_train has nan in row 2"),
+            ({"x": ROWS, "y": np.eye(3)[LABELS]}, r"y_train.argmax\(1\) makes one of each row"),
             ({"x": ROWS / np.where(ROWS > 2, 0, 1), "y": LABELS}, "a number that is not finite"),
             ({"x": [[1, 2], [3]] * 30, "y": LABELS}, "x_train is no array"),
             ({"x": ROWS.astype(object), "y": LABELS}, "x_train holds objects"),

@@ -265,16 +265,8 @@ def _labels(
     """Each split's labels as indices, and the classes' names."""
     given = {}
     for split in SPLITS:
-        if (labels := arrays.get(f"y_{split}")) is None:
-            continue
-        if labels.ndim == 2 and labels.shape[1] == 1:
-            labels = labels[:, 0]
-        if labels.ndim != 1 or labels.dtype.kind not in "iubU":
-            raise DataError(
-                f"dataset {name}: y_{split} holds {labels.dtype} of shape {list(labels.shape)}: "
-                "wanted is one whole number or name an example"
-            )
-        given[split] = labels
+        if f"y_{split}" in arrays:
+            given[split] = _one_each(name, f"y_{split}", arrays[f"y_{split}"])
     if classes is None:
         known = np.unique(given["train"])
         names = tuple(str(each) for each in known)
@@ -293,6 +285,27 @@ def _labels(
         order = np.argsort(known, kind="stable")
         indices[split] = order[np.searchsorted(known[order], labels)].astype(np.int64)
     return indices, names
+
+
+def _one_each(name: str, key: str, labels: np.ndarray) -> np.ndarray:
+    """One label an example: names, or whole numbers, which may have come as floats."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1 or labels.dtype.kind not in "iubUf":
+        rows = f"; {key}.argmax(1) makes one of each row" if labels.ndim == 2 else ""
+        raise DataError(
+            f"dataset {name}: {key} holds {labels.dtype} of shape {list(labels.shape)}: "
+            f"wanted is one whole number or name an example{rows}"
+        )
+    if labels.dtype.kind == "f":
+        odd = np.flatnonzero(~np.isfinite(labels) | (labels % 1 != 0))
+        if len(odd):
+            raise DataError(
+                f"dataset {name}: {key} has {labels[odd[0]]:g} in row {odd[0]}: a label is a "
+                "whole number or a name"
+            )
+        labels = labels.astype(np.int64)
+    return labels
 
 
 def _inputs(name: str, key: str, array: np.ndarray, columns: Sequence[str]) -> np.ndarray:

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +35,11 @@ def by_file(
             names other clients than 0 to ``num_clients - 1``, or leaves one without a training or
             a test sample.
     """
-    where, owners = f"partition = {PARTITION_FILE}{path}", _read_owners(path)
+    where = f"partition = {PARTITION_FILE}{path}"
     place = _places(where, [*train, *test])
+    owners = _read_owners(path, place)
     owner = np.full(len(place), -1)
     for sample, client in owners.items():
-        if sample not in place:
-            raise ConfigError(
-                f"{where}: names the sample {shown(sample)}, which the data set has not; it has "
-                f"{', '.join([*place][:3])}, …"
-            )
         owner[place[sample]] = client
     _require_clients(where, owners, num_clients)
     parts = np.split(owner, [len(train)])
@@ -125,12 +121,12 @@ def _require_both_kinds(
         )
 
 
-def _read_owners(path: Path) -> dict[str, int]:
-    """{sample: client}, the samples in composed Unicode.
+def _read_owners(path: Path, known: Collection[str]) -> dict[str, int]:
+    """{sample: client}, the samples in composed Unicode, as those that are ``known``.
 
     Raises:
-        ConfigError: the file cannot be read, names no sample or one for two clients, or a client
-            by something else than a number.
+        ConfigError: the file cannot be read, names no sample, an unknown one or one for two
+            clients, or a client by something else than a number.
     """
     owners: dict[str, int] = {}
     for where, sample, client in _entries(path):
@@ -138,6 +134,11 @@ def _read_owners(path: Path) -> dict[str, int]:
             raise ConfigError(
                 f"{where}: gives {shown(sample)} to {shown(client)}: wanted is the client's "
                 "number, from 0"
+            )
+        if _composed(sample) not in known:
+            raise ConfigError(
+                f"{where}: names the sample {shown(sample)}, which the data set has not; it has "
+                f"{', '.join([*known][:3])}, …"
             )
         owner = owners.setdefault(_composed(sample), int(client))
         if owner != int(client):

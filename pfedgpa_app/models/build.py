@@ -267,4 +267,9 @@ def _logits(network: nn.Module, examples: Tensor, model: str, classes: int) -> T
             f"model = {model!r}: of {number} it makes an output of shape {list(logits.shape)}, and "
             f"{classes} classes want [{len(examples)}, {classes}]"
         )
+    if bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()):
+        raise ConfigError(
+            f"model = {model!r}: returns probabilities, where logits are wanted: leave its last "
+            "softmax out, the loss has one"
+        )
     return logits

@@ -101,6 +101,7 @@ class TestPartitionFile:
                 b"sample,client\ncat/0.png,0\ncat/1.png,0\ncat/0.png,1\n",
                 "line 4: gives 'cat/0.png' ",
             ),
+            (b"sample,client\ncat/0.png,0\ncow/0.png,0\n", "line 3: names the sample 'cow/0.png'"),
             (b"sample;client\ncat/0.png;eins\n", "line 2: gives 'cat/0.png' to 'eins': wanted is"),
             (b"sample,client\ncat/0.png\n", "line 2: gives 'cat/0.png' to '': wanted is"),
             (b"sample,client\ncat/0.png,-1\n", "line 2: gives 'cat/0.png' to '-1': wanted is"),
