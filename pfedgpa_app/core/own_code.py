@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import hashlib
-import importlib
+import importlib.machinery
 import re
 import sys
 from pathlib import Path
@@ -37,6 +37,7 @@ def imported(reference: str, folder: str, setting: str) -> Any:
     # first while it is imported, last from then on: what else it imports later must be found,
     # and a file of the user's must not stand in for a library's
     sys.path.insert(0, place)
+    _forget_another(module_name.partition(".")[0], place)
     is_new = module_name not in sys.modules or module_name not in _SOURCES
     try:
         module = importlib.import_module(module_name)
@@ -67,6 +68,43 @@ def sources(reference: str) -> dict[Path, str]:
     been ``imported`` yet.
     """
     return _SOURCES.get(reference.partition(":")[0], {})
+
+
+def forget_edited() -> bool:
+    """Have modules imported anew whose files were edited since, as between a notebook's cells.
+
+    Returns:
+        whether there are any.
+    """
+    edited = [
+        module
+        for module, files in _SOURCES.items()
+        if any(not file.is_file() or digest(file) != before for file, before in files.items())
+    ]
+    for module in edited:
+        _forget(module)
+    return bool(edited)
+
+
+def _forget_another(top: str, place: str) -> None:
+    """Forget what was imported as ``top`` from another folder than ``place``, if that has one."""
+    here = importlib.machinery.PathFinder.find_spec(top, [place])
+    file = getattr(sys.modules.get(top), "__file__", None)
+    if here is None or here.origin is None or file in (None, here.origin):
+        return
+    for module in [m for m in _SOURCES if m.partition(".")[0] == top]:
+        _forget(module)
+
+
+def _forget(module: str) -> None:
+    """Drop a ``module`` of the user's and those beside it that it imports."""
+    files = {str(file) for file in _SOURCES.pop(module)}
+    tops = {module, module.partition(".")[0]}
+    for name, loaded in list(sys.modules.items()):
+        file = getattr(loaded, "__file__", None)
+        if name != "__main__" and (name in tops or file in files):
+            del sys.modules[name]
+    importlib.invalidate_caches()
 
 
 def digest(path: Path) -> str:

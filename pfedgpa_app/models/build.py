@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pfedgpa_app.core import own_code
 from pfedgpa_app.core.own_code import imported, is_reference
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
@@ -39,6 +40,12 @@ def network_of(settings: TrainingSettings, schema: Schema) -> nn.Module:
         ConfigError: ``model`` names none that fits, or one that cannot be used; why and what to do.
     """
     return copy.deepcopy(_template_of(settings, schema))
+
+
+def forget_edited() -> None:
+    """Make the user's own networks anew where their code was edited since it was imported."""
+    if own_code.forget_edited():
+        _template.cache_clear()
 
 
 def classifier_bias(settings: TrainingSettings, schema: Schema) -> str:

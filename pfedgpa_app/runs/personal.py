@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pfedgpa_app.client.adjustment import LEFT, adjusted
 from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.files import write_tensors, write_text
-from pfedgpa_app.core.own_code import digest, sources
+from pfedgpa_app.core.own_code import sources
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES, Config, TrainingSettings
@@ -28,7 +28,7 @@ from pfedgpa_app.core.weights import Weights, all_finite
 from pfedgpa_app.data.images import normalisation
 from pfedgpa_app.methods import federation_of
 from pfedgpa_app.methods.own import reference_of
-from pfedgpa_app.models.build import network_of
+from pfedgpa_app.models.build import forget_edited, network_of
 from pfedgpa_app.models.networks import load, weight_names
 from pfedgpa_app.runs.folder import kept_methods, kept_settings
 
@@ -171,11 +171,9 @@ def changed_code(folder: Path, about: About, *references: str) -> Iterator[str]:
         for file, now in sources(reference).items():
             before = kept.get(file.name, now)
             if before != now:
-                older = file.is_file() and digest(file) == before  # in this process alone
-                what = "start Python anew" if older else "bring that version back, or run anew"
                 yield (
-                    f"{file}: {folder} was trained with another version of it than this process "
-                    f"has; unless comments alone differ, its results no longer hold: {what}"
+                    f"{file}: {folder} was trained with another version of it; unless comments "
+                    "alone differ, its results no longer hold: bring that version back, or run anew"
                 )
 
 
@@ -298,6 +296,7 @@ def load_client(run: str | Path, client: int, method: str = "") -> ClientModel:
     """
     folder = user_path(run)
     about = read_about(folder)
+    forget_edited()
     network, weights = about.network(), client_weights(folder, client, method)
     warn_of_changes(folder, about, about.model)
     rest = folder / WEIGHTS / REST

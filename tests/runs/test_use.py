@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pfedgpa_app import cli, load_client
 from pfedgpa_app.core.own_code import digest, imported, sources
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.models import build
-from pfedgpa_app.runs.api import Result
+from pfedgpa_app.runs.api import Result, run
 from tests.runs.test_resume import KilledError, killer
 from tests.support.federations import federate, records
 from tests.support.processes import in_a_new_process
@@ -96,9 +97,6 @@ class TestEditedCode:
         load_client(folder, 0)
         assert not warnings(caplog)
         replace("blocks.py", "8", "4 + 4")
-        load_client(folder, 0)  # which this process has as it was
-        assert not warnings(caplog)
-        anew()
         load_client(folder, 0)
         load_client(folder, 1)
         [said] = warnings(caplog)
@@ -106,8 +104,23 @@ class TestEditedCode:
         replace("blocks.py", "4 + 4", "8")
         caplog.clear()
         load_client(folder, 0)
-        [said] = warnings(caplog)
-        assert said.endswith("start Python anew")
+        assert not warnings(caplog)
+
+    @pytest.mark.slow
+    def test_python_has_it_as_it_is_now(
+        self, anew: Anew, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As where a notebook's user edits the network, or goes on in another folder."""
+        small: dict[str, Any] = {"train_per_client": 20, "num_server_rounds": 1, "report": False}
+        widths = []
+        for edit, folder in ((8, "."), (12, "."), (16, "elsewhere")):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            monkeypatch.chdir(tmp_path / folder)
+            Path("own_net.py").write_text(NET)
+            Path("blocks.py").write_text(f"WIDTH = {edit}\n")
+            model = run("fedavg", model="own_net:build", **small).model(0)
+            widths.append(next(model.network.parameters()).shape[0])
+        assert widths == [8, 12, 16]
 
     def test_a_run_of_an_earlier_version_kept_no_digests(
         self, anew: Anew, tmp_path: Path, caplog: pytest.LogCaptureFixture
