@@ -46,6 +46,7 @@ from pfedgpa_app.server.screening import MOST_EXAMPLES, NoUploadsError, checked,
 
 logger = logging.getLogger("flwr")
 T = TypeVar("T")
+MEAN = "mean.safetensors"
 Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
 
@@ -84,8 +85,9 @@ class PFedGPA(FedAvg):
             partition_key: the metric by which clients may tell their partition in their replies.
             loss_key: the metric by which clients may tell their training loss; momentum goes by it.
             seed: of what the diffusion model draws.
-            save_dir: where each run makes a folder and writes each node's weights to it after the
-                last round, as ``client-PARTITION.safetensors`` or ``node-ID.safetensors``.
+            save_dir: where each run makes a folder and writes to it after each round: the global
+                mean as ``mean.safetensors``, and once they are generated each node's weights, as
+                ``client-PARTITION.safetensors`` or ``node-ID.safetensors``.
             max_upload_norm: an upload so many times as large as the round's median, or of one or
                 two as the global mean before, is left out; 0: none is.
 
@@ -155,7 +157,8 @@ class PFedGPA(FedAvg):
         finally:
             self._going = False
         if self.folder is not None:
-            self._left.save(self.folder, num_rounds)
+            made = len(self._left.weights)
+            logger.info("PFedGPA: weights of %d nodes are in %s", made, self.folder)
         return result
 
     def configure_train(
@@ -211,11 +214,23 @@ class PFedGPA(FedAvg):
             self._left.weights = whole_networks(generated, server, self._network, self._nodes)
             made = len(self._left.weights)
             logger.info("PFedGPA: round %d: generated for %d nodes", server_round, made)
+        mean = self._network.record(server.state.global_weights)
+        self._save(server_round, mean)
         if not uploads:
             return None, None
-        mean = self._network.record(server.state.global_weights)
         accepted = {node: contents[node] for node in uploads}
         return mean, self._mean(self.train_metrics_aggr_fn, server_round, accepted)
+
+    def _save(self, server_round: int, mean: ArrayRecord) -> None:
+        """What there is after a round, in ``folder``."""
+        if self.folder is None:
+            return
+        try:
+            self._left.save(self.folder, server_round, mean)
+        except OSError as error:
+            if server_round == self._server.config.num_server_rounds:
+                raise
+            logger.warning("PFedGPA: %s: cannot be written to: %s", self.folder, error.strerror)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -297,6 +312,7 @@ class Personal:
         self.weights: dict[int, ArrayRecord] = {}
         self.metrics: dict[int, dict[str, dict[str, Any]]] = {}
         self._partitions: dict[int, int] = {}
+        self._files: set[str] = set()
 
     def screened(
         self, replies: Iterable[Message], counted_by: str, partition_key: str
@@ -333,16 +349,24 @@ class Personal:
         names = {n: p for n, p in self._partitions.items() if told[p] == 1}
         return {names.get(node, node): value for node, value in of_nodes.items()}
 
-    def save(self, folder: Path, rounds: int) -> None:
-        """Write every node's weights, and in each file whose and when generated they are."""
+    def save(self, folder: Path, rounds: int, mean: ArrayRecord) -> None:
+        """Write the ``mean`` and every node's weights, in each file whose and of which round."""
         names = self.by_name({node: node for node in self.weights})
-        for name, node in names.items():
-            kind = "node" if name == node else "client"
+        files = {
+            f"{'node' if name == node else 'client'}-{name}.safetensors": name
+            for name, node in names.items()
+        }
+        for file in self._files - files.keys():  # a node's that has told its partition since
+            (folder / file).unlink(missing_ok=True)
+        self._files = {*files}
+        with replacing(folder / MEAN) as new:
+            write(mean.to_torch_state_dict(), new, {"rounds": rounds})
+        for file, name in files.items():
+            node = names[name]
             about = {"node-id": node, "rounds": rounds}
-            about |= {"partition-id": name} if kind == "client" else {}
-            with replacing(folder / f"{kind}-{name}.safetensors") as new:
+            about |= {"partition-id": name} if name != node else {}
+            with replacing(folder / file) as new:
                 write(self.weights[node].to_torch_state_dict(), new, about)
-        logger.info("PFedGPA: weights of %d nodes are in %s", len(names), folder)
 
 
 class Network:

@@ -29,7 +29,7 @@ from flwr.serverapp.strategy import FedAvg
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pfedgpa_app import PFedGPA
+from pfedgpa_app import PFedGPA, dropin
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.dropin import like_uploads
@@ -446,6 +446,47 @@ class TestPersonal:
         reply.content.metric_records["metrics"]["partition-id"] = partition_of(message)
         return reply
 
+    def test_what_there_was_when_the_server_was_stopped(self, tmp_path: Path) -> None:
+        """As by Ctrl-C in the last of six rounds; weights are generated from the fifth on."""
+
+        def stop(message: Message, reply: Message) -> Message:
+            config: Any = message.content.config_records["config"]
+            if config["server-round"] == 6:
+                raise KeyboardInterrupt
+            late = config["server-round"] == 5
+            return self.telling(message, reply) if late else reply
+
+        settings = dataclasses.replace(QUICK, generate_from=4)
+        strategy = PFedGPA(settings=settings, save_dir=tmp_path)
+        grid = InProcessGrid({}, 4, stop, weights_app())
+        with pytest.raises(KeyboardInterrupt):
+            strategy.start(grid, ArrayRecord({"w": torch.zeros(1)}), 6)
+        assert strategy.folder is not None
+        files = {path.name for path in strategy.folder.iterdir()}
+        assert files == {"mean.safetensors", *(f"client-{i}.safetensors" for i in range(4))}
+        for name in files:
+            with safe_open(strategy.folder / name, "pt") as file:
+                assert file.metadata()["rounds"] == "5"
+        mean = load_file(strategy.folder / "mean.safetensors")
+        current = strategy._server.state.global_weights
+        assert torch.equal(mean["w"], current["w"])
+        assert mean["w"].item() > 0
+
+    def test_a_full_disk_ends_no_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        tried: list[int] = []
+
+        def full(personal: dropin.Personal, folder: Path, rounds: int, mean: ArrayRecord) -> None:
+            tried.append(rounds)
+            if rounds < 3:
+                raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(dropin.Personal, "save", full)
+        start({"w": torch.zeros(1)}, rounds=3, save_dir=tmp_path)
+        assert tried == [1, 2, 3]
+        assert caplog.text.count("cannot be written to: No space left on device") == 2
+
     def test_by_partition_where_nodes_tell_theirs(self, tmp_path: Path) -> None:
         strategy, result = start({"w": torch.zeros(1)}, self.telling, save_dir=tmp_path)
         assert sorted(strategy.personal) == [0, 1, 2, 3]
@@ -524,10 +565,10 @@ class TestRefusals:
     def test_every_run_has_a_folder(self, tmp_path: Path) -> None:
         first, _ = start({"w": torch.zeros(3)}, save_dir=tmp_path / "new" / "folder")
         before = {p: p.read_bytes() for p in (tmp_path / "new" / "folder").rglob("*.safetensors")}
-        assert len(before) == 4
+        assert len(before) == 4 + 1  # the nodes' and the mean
         second, _ = start({"w": torch.ones(3)}, save_dir=tmp_path / "new" / "folder")
         after = {p: p.read_bytes() for p in (tmp_path / "new" / "folder").rglob("*.safetensors")}
-        assert len(after) == 8
+        assert len(after) == 2 * (4 + 1)
         assert before.items() <= after.items()
         assert {p.parent for p in before} == {first.folder} != {second.folder}
 
