@@ -85,8 +85,8 @@ class PFedGPA(FedAvg):
             partition_key: the metric by which clients may tell their partition in their replies.
             loss_key: the metric by which clients may tell their training loss; momentum goes by it.
             seed: of what the diffusion model draws.
-            save_dir: where each run makes a folder and writes to it after each round: the global
-                mean as ``mean.safetensors``, and once they are generated each node's weights, as
+            save_dir: where each run makes a folder and after each round writes to it the global
+                mean and, once generated, each node's weights, as ``mean.safetensors``,
                 ``client-PARTITION.safetensors`` or ``node-ID.safetensors``.
             max_upload_norm: an upload so many times as large as the round's median, or of one or
                 two as the global mean before, is left out; 0: none is.
@@ -153,13 +153,9 @@ class PFedGPA(FedAvg):
         given = (train_config, evaluate_config, evaluate_fn)
         self._going = True
         try:
-            result = super().start(grid, initial_arrays, num_rounds, timeout, *given)
+            return super().start(grid, initial_arrays, num_rounds, timeout, *given)
         finally:
             self._going = False
-        if self.folder is not None:
-            made = len(self._left.weights)
-            logger.info("PFedGPA: weights of %d nodes are in %s", made, self.folder)
-        return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -215,22 +211,12 @@ class PFedGPA(FedAvg):
             made = len(self._left.weights)
             logger.info("PFedGPA: round %d: generated for %d nodes", server_round, made)
         mean = self._network.record(server.state.global_weights)
-        self._save(server_round, mean)
+        if self.folder is not None:
+            self._left.keep(self.folder, server_round, mean, last)
         if not uploads:
             return None, None
         accepted = {node: contents[node] for node in uploads}
         return mean, self._mean(self.train_metrics_aggr_fn, server_round, accepted)
-
-    def _save(self, server_round: int, mean: ArrayRecord) -> None:
-        """What there is after a round, in ``folder``."""
-        if self.folder is None:
-            return
-        try:
-            self._left.save(self.folder, server_round, mean)
-        except OSError as error:
-            if server_round == self._server.config.num_server_rounds:
-                raise
-            logger.warning("PFedGPA: %s: cannot be written to: %s", self.folder, error.strerror)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -348,6 +334,17 @@ class Personal:
         told = Counter(self._partitions.values())
         names = {n: p for n, p in self._partitions.items() if told[p] == 1}
         return {names.get(node, node): value for node, value in of_nodes.items()}
+
+    def keep(self, folder: Path, rounds: int, mean: ArrayRecord, last: bool) -> None:
+        """``save``; before the ``last`` round a folder that cannot be written to ends nothing."""
+        try:
+            self.save(folder, rounds, mean)
+        except OSError as error:
+            if last:
+                raise
+            logger.warning("PFedGPA: %s: cannot be written to: %s", folder, error.strerror)
+        if last:
+            logger.info("PFedGPA: weights of %d nodes are in %s", len(self.weights), folder)
 
     def save(self, folder: Path, rounds: int, mean: ArrayRecord) -> None:
         """Write the ``mean`` and every node's weights, in each file whose and of which round."""

@@ -98,8 +98,9 @@ class TestPlan:
 
 # whose rows were computed by other words than the experiment's, as docs/results.md says
 OTHERWISE = {
-    ("compare-cifar10-100", method): {"precision": "bfloat16"}
-    for method in ("local", "fedavg-ft", "fedper", "fedrep", "lg-fedavg")
+    (conf, method): {"precision": "bfloat16"}
+    for conf in ("compare-cifar10-100", "compare-fashion-mnist-100")
+    for method in ("local", "fedavg-ft", "fedper", "fedrep", "lg-fedavg", "pfedhn")
 }
 
 
