@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ _WHAT: dict[int, str] = {  # what Flower's codes mean for whom reads the log
 }
 _LAST_WORDS = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception)\b.*)", re.MULTILINE)  # of a traceback
 MOST_EXAMPLES = 2**53  # that a client may claim: further than float64 counts
+NOT_FINITE = "numbers that are not finite"
 _HEADER = 4096  # bytes; NumPy's format needs some 128
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _RAISED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'(.*)'>", re.DOTALL)  # as Flower tells errors
@@ -47,6 +48,16 @@ def cause(reply: Message) -> str:
     reason = _ANSI.sub("", reply.error.reason or "no reason given").strip()
     said = _LAST_WORDS.findall(reason)
     return said[-1] if said else _RAISED.sub(r"\1: \2", reason)
+
+
+def remedy(reasons: Collection[str]) -> str:
+    """What to do where a round failed for these ``reasons``; "" where nobody knows."""
+    if reasons and all(reason.endswith(NOT_FINITE) for reason in reasons):
+        return (
+            ": their training has diverged: lower learning-rate, or scale what the network is fed "
+            "(a table's columns to about -1 to 1)"
+        )
+    return ""
 
 
 def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str]:
@@ -74,7 +85,7 @@ def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str
         if tensor.dtype != like.dtype:
             return None, f"sent {name} as {tensor.dtype}, not {like.dtype}"
         if not all_finite(tensor) and not bool((finite(tensor) | ~finite(like)).all()):
-            return None, f"sent {name} with numbers that are not finite"
+            return None, f"sent {name} with {NOT_FINITE}"
     return {name: weights[name] for name in expected}, ""
 
 

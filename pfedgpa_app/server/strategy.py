@@ -19,7 +19,7 @@ from pfedgpa_app.methods.base import Rounds
 from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.server.evaluation import Evaluator
 from pfedgpa_app.server.roster import Roster, array_bytes, match
-from pfedgpa_app.server.screening import NoUploadsError, screened
+from pfedgpa_app.server.screening import NoUploadsError, remedy, screened
 
 logger = logging.getLogger("pfedgpa")
 
@@ -113,6 +113,7 @@ class Personalised(Strategy):
                 f"round {server_round} of {self.name}: {count} of {asked} clients sent a "
                 f"usable upload, min-uploads is {self.config.min_uploads}; the first: "
                 + "; ".join(f"client {c} {reason}" for c, reason in list(rejected.items())[:3])
+                + remedy(rejected.values())
             )
         self._participants = {
             client: {"train_loss": upload.loss} for client, upload in uploads.items()

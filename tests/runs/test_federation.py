@@ -533,6 +533,11 @@ class TestBadUploads:
         assert seen[0].newest == [0, 1, 2, 3]
         assert torch.isfinite(seen[0].latents).all()
 
+    def test_training_that_diverges_everywhere_says_what_to_do(self, tmp_path: Path) -> None:
+        said = r"none of 4 clients .* not finite: their training has diverged: lower learning-rate"
+        with pytest.raises(NoUploadsError, match=said):
+            federate(tmp_path, method="fedavg", learning_rate=1e20)
+
     def test_no_uploads_at_all_ends_the_run_with_results_on_disk(self, tmp_path: Path) -> None:
         def fail(message: Message, reply: Message) -> Message | None:
             config = message.content.config_records["config"]
