@@ -135,12 +135,13 @@ def _read_owners(path: Path, known: Collection[str]) -> dict[str, int]:
                 f"{where}: gives {shown(sample)} to {shown(client)}: wanted is the client's "
                 "number, from 0"
             )
-        if _composed(sample) not in known:
+        name = _composed(sample)
+        if name not in known:
             raise ConfigError(
                 f"{where}: names the sample {shown(sample)}, which the data set has not; it has "
                 f"{', '.join([*known][:3])}, …"
             )
-        owner = owners.setdefault(_composed(sample), int(client))
+        owner = owners.setdefault(name, int(client))
         if owner != int(client):
             raise ConfigError(
                 f"{where}: gives {shown(sample)} to client {int(client)}, and before to client "

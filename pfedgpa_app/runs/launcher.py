@@ -13,7 +13,7 @@ from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR, user_path
 from pfedgpa_app.core.sections import PARTITION_FILE, Config
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.data.client import forget, load_partition, load_schema
+from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.data.datasets import resolve_data_dir
 from pfedgpa_app.engine import LaunchError, Poll, StoppedError, engine_for, gpu_for, local, ray
 from pfedgpa_app.engine.ray import Simulation
@@ -152,7 +152,6 @@ def launch(
     gpu_for(config.device)
     if not (app / "pyproject.toml").is_file():
         raise LaunchError(f"{app} is not the app's folder: it has no pyproject.toml")
-    forget()
     preflight(config)
     engine = engine_for(config.engine, config.device)
     settings = with_absolute_paths(run_config, config) | {"engine": engine}

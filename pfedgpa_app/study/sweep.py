@@ -28,7 +28,6 @@ from pfedgpa_app.config.resolve import Resolved, differences, known, resolve, wi
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import OF_PARTITION, Config
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.data.client import forget
 from pfedgpa_app.engine import StoppedError, engine_for
 from pfedgpa_app.methods import federations
 from pfedgpa_app.results.log import clock, is_done, last_event, rows_of
@@ -459,7 +458,6 @@ def run_sweep(
         ConfigError, DataError: refused before any run started.
     """
     console = console or Console()
-    forget()
     for run in runs:
         if on != "here" and run.config.engine == "ray":
             raise ConfigError("engine = ray: on a cluster a run stays on one machine: process")
