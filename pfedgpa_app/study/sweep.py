@@ -352,7 +352,7 @@ class Sweep:
         self.going.remove((run, going))
         self._finished_work += self._worked(run, 1.0)
         if status:
-            self._fail(run, said[-500:] or f"exit status {status}")
+            self._fail(run, said[-1000:] or f"exit status {status}")
         else:
             self.done += 1
             self.show.end(run, _headline(run.folder), self.state())
