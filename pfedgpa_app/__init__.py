@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pfedgpa_app.core.settings import ConfigError, DataError
-    from pfedgpa_app.dropin import PFedGPA
+    from pfedgpa_app.dropin.strategy import PFedGPA
     from pfedgpa_app.engine import LaunchError
     from pfedgpa_app.runs.api import Result, run
     from pfedgpa_app.runs.personal import ClientModel, load_client
@@ -32,7 +32,7 @@ _PLACES = {
     "ConfigError": "core.settings",
     "DataError": "core.settings",
     "LaunchError": "engine",
-    "PFedGPA": "dropin",
+    "PFedGPA": "dropin.strategy",
     "Result": "runs.api",
     "load_client": "runs.personal",
     "run": "runs.api",

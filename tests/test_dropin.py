@@ -29,10 +29,11 @@ from flwr.serverapp.strategy import FedAvg
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from pfedgpa_app import PFedGPA, dropin
+from pfedgpa_app import PFedGPA
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.dropin import like_uploads
+from pfedgpa_app.dropin.network import like_uploads
+from pfedgpa_app.dropin.personal import Personal
 from pfedgpa_app.engine.grid import FIRST_NODE, NODE_STEP
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.methods.generation import PFedGPASettings
@@ -477,12 +478,12 @@ class TestPersonal:
     ) -> None:
         tried: list[int] = []
 
-        def full(personal: dropin.Personal, folder: Path, rounds: int, mean: ArrayRecord) -> None:
+        def full(personal: Personal, folder: Path, rounds: int, mean: ArrayRecord) -> None:
             tried.append(rounds)
             if rounds < 3:
                 raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(dropin.Personal, "save", full)
+        monkeypatch.setattr(Personal, "save", full)
         start({"w": torch.zeros(1)}, rounds=3, save_dir=tmp_path)
         assert tried == [1, 2, 3]
         assert caplog.text.count("cannot be written to: No space left on device") == 2

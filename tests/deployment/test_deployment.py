@@ -578,7 +578,7 @@ class TestShippedFiles:
         with zipfile.ZipFile(io.BytesIO(bundle)) as file:
             names = set(file.namelist())
         app = {name for name in app if name.endswith((".py", ".yaml", ".toml"))}
-        rooms = ["study/", "deployment/", "cli/", "dropin.py"]
+        rooms = ["study/", "deployment/", "cli/", "dropin/"]
         rooms += ["runs/api.py", "runs/launcher.py", "runs/inspection.py", "runs/prediction.py"]
         engines = ("local", "process", "batched", "ray", "flower", "spawning")
         rooms += ["data/examples.py", *(f"engine/{name}.py" for name in engines)]

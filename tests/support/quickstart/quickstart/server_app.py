@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -21,6 +22,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the strategy."""
     config: Any = context.run_config
     out = Path(config["out"])
+    torch.manual_seed(0)
     settings = PFedGPASettings(fit_steps=config["fit-steps"])
     strategy = PFedGPA(
         settings=settings, fraction_evaluate=config["fraction-evaluate"], save_dir=out

@@ -1,0 +1,1 @@
+"""`PFedGPA` for other people's Flower apps."""

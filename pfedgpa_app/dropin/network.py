@@ -1,0 +1,152 @@
+"""What nodes send of theirs: which tensors are generated, and what becomes of the others."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, RecordDict
+from torch import Tensor
+
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.uploads import Upload, weighted_mean
+from pfedgpa_app.core.weights import Weights, finite
+from pfedgpa_app.methods.pfedgpa import PFedGPA as Server
+from pfedgpa_app.server.screening import checked, too_large
+
+
+class Network:
+    """What nodes send of theirs: tensors that are generated, and others.
+
+    Attributes:
+        expected: {name: tensor} of the network at the start.
+        generated: those of it that are generated.
+        others: the newest of those that are not.
+    """
+
+    def __init__(self, initial: ArrayRecord, counted_by: str, loss_key: str) -> None:
+        """As ``initial`` arrays have it.
+
+        Args:
+            counted_by: the metric that says how many images a node has; ``loss_key``: its loss.
+
+        Raises:
+            ConfigError: no tensors of torch's, or none that can be generated.
+        """
+        self._counted_by, self._loss_key = counted_by, loss_key
+        try:
+            self.expected = dict(initial.to_torch_state_dict())
+        except (TypeError, ValueError) as error:  # types that NumPy has and torch has not
+            raise ConfigError(f"initial_arrays: are no tensors of torch's: {error}") from error
+        self.generated = {name: t for name, t in self.expected.items() if is_generated(t)}
+        self.others = {name: t for name, t in self.expected.items() if name not in self.generated}
+        if not self.generated:
+            raise ConfigError(
+                "initial_arrays: no floating-point tensor that is finite, to generate"
+            )
+
+    def record(self, generated: Weights) -> ArrayRecord:
+        """``generated`` and the others, in the network's order."""
+        every = generated | self.others
+        return ArrayRecord({name: every[name] for name in self.expected})
+
+    def with_mean(self, generated: Weights) -> Weights:
+        """``generated`` and those of the others that have a mean."""
+        return generated | {name: t for name, t in self.others.items() if has_mean(t)}
+
+    def upload(self, content: RecordDict) -> tuple[Upload | None, str]:
+        """The upload that a reply holds, or None and what is wrong with it."""
+        arrays = list(content.array_records.values())
+        if len(arrays) != 1:
+            return None, f"sent {len(arrays)} array records, not 1"
+        weights, wrong = checked(arrays[0], self.expected)
+        if weights is None:
+            return None, wrong
+        [metrics] = content.metric_records.values()
+        examples: Any = metrics[self._counted_by]
+        loss: Any = metrics.get(self._loss_key)
+        told = float(loss) if isinstance(loss, (int, float)) else math.nan
+        return Upload(weights, examples, loss=told), ""
+
+    def uploads(
+        self, contents: Mapping[int, RecordDict], mean: Weights, limit: float
+    ) -> tuple[dict[int, Upload], dict[int, str]]:
+        """{node: its upload} of the usable ones, and what is wrong with the others.
+
+        Args:
+            mean: the global one before.
+            limit: ``max_upload_norm``.
+        """
+        uploads: dict[int, Upload] = {}
+        unusable: dict[int, str] = {}
+        for node, content in contents.items():
+            upload, wrong = self.upload(content)
+            if upload is None:
+                unusable[node] = wrong
+            else:
+                uploads[node] = upload
+        usual = self.with_mean(mean)
+        measured = {node: part(upload, usual) for node, upload in uploads.items()}
+        for node, wrong in too_large(measured, usual, limit).items():
+            unusable[node] = f"{wrong}, and max_upload_norm is {limit:g}"
+            del uploads[node]
+        return uploads, unusable
+
+    def learn_others(self, uploads: dict[int, Upload]) -> None:
+        """Their means over a round's ``uploads``; without a mean, the largest upload's."""
+        largest = max(uploads.values(), key=lambda upload: upload.examples)
+        averaged = [name for name, tensor in self.others.items() if has_mean(tensor)]
+        means = weighted_mean({node: part(upload, averaged) for node, upload in uploads.items()})
+        self.others = {name: means.get(name, largest.weights[name]) for name in self.others}
+
+
+def is_generated(tensor: Tensor) -> bool:
+    """Whether it is floating-point, not empty and finite."""
+    return tensor.is_floating_point() and tensor.numel() > 0 and bool(finite(tensor).all())
+
+
+def has_mean(tensor: Tensor) -> bool:
+    """Whether its type holds the mean of two of its numbers."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def part(upload: Upload, names: Iterable[str]) -> Upload:
+    """Only some of an upload's tensors."""
+    return dataclasses.replace(upload, weights={name: upload.weights[name] for name in names})
+
+
+def whole_networks(
+    generated: dict[int, Weights], server: Server, network: Network, nodes: Mapping[int, int]
+) -> dict[int, ArrayRecord]:
+    """Clients' ``generated`` weights as whole networks of their ``nodes``, {node id: client}."""
+    newest = server.state.buffer.newest()
+    made = like_uploads(generated, [newest[client].weights() for client in sorted(newest)])
+    return {node: network.record(made[c]) for node, c in nodes.items() if c in made}
+
+
+def like_uploads(made: dict[int, Weights], uploads: Sequence[Weights]) -> dict[int, Weights]:
+    """Generated weights with what all uploads show of the network.
+
+    Tensors that are equal in every upload (tied weights) stay equal, and one that is nowhere
+    negative in any (a variance) does not go below the least of them.
+    """
+    least: Weights = {}
+    first_of: dict[str, str] = {}
+    for name in uploads[0]:
+        lowest = torch.stack([weights[name] for weights in uploads]).amin(0)
+        if bool((lowest >= 0).all()):
+            least[name] = lowest
+        for first in uploads[0]:
+            if first == name:
+                break
+            if all(torch.equal(weights[first], weights[name]) for weights in uploads):
+                first_of[name] = first
+                break
+    like = {}
+    for client, weights in made.items():
+        bounded = weights | {n: weights[n].maximum(lowest) for n, lowest in least.items()}
+        like[client] = bounded | {name: bounded[first] for name, first in first_of.items()}
+    return like

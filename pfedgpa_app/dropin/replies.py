@@ -1,0 +1,58 @@
+"""Which replies' metrics can be used, of whatever ClientApp."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flwr.app import Message, RecordDict
+
+from pfedgpa_app.server.screening import MOST_EXAMPLES, failure
+
+
+def screened(
+    replies: Iterable[Message], counted_by: str
+) -> tuple[dict[int, RecordDict], dict[int, str]]:
+    """{node: its reply} where the metrics can be used, and what is wrong with the others.
+
+    Args:
+        counted_by: the metric that tells a node's examples.
+    """
+    usable: dict[int, RecordDict] = {}
+    unusable: dict[int, str] = {}
+    # nodes' ids are random: an order that does not hang on when replies came
+    for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
+        node = reply.metadata.src_node_id
+        wrong = failure(reply) if reply.has_error() else unusable_metrics(reply, counted_by)
+        if wrong:
+            unusable[node] = wrong
+        else:
+            usable[node] = reply.content
+    return usable, unusable
+
+
+def unusable_metrics(reply: Message, counted_by: str) -> str:
+    """What is wrong with a reply's metrics; "" for nothing."""
+    metrics = list(reply.content.metric_records.values())
+    if len(metrics) != 1:
+        return f"sent {len(metrics)} metric records, not 1"
+    examples: Any = metrics[0].get(counted_by)
+    number = isinstance(examples, (int, float)) and not isinstance(examples, bool)
+    if not number or not 0 < examples <= MOST_EXAMPLES:
+        return f"sent {counted_by} {examples!r} instead of a number above 0, at most 2^53"[:300]
+    return ""
+
+
+def with_other_metrics(contents: Mapping[int, RecordDict]) -> list[int]:
+    """The nodes whose metrics are not of the commonest form."""
+    forms = {node: metrics_form(content) for node, content in contents.items()}
+    [(commonest, _)] = Counter(forms.values()).most_common(1)
+    return [node for node, form in forms.items() if form != commonest]
+
+
+def metrics_form(content: RecordDict) -> tuple[str, frozenset[tuple[str, int | None]]]:
+    """The name of a reply's one metric record, its keys and the lengths of its lists."""
+    [(name, metrics)] = content.metric_records.items()
+    lengths = {k: len(v) if isinstance(v, list) else None for k, v in metrics.items()}
+    return name, frozenset(lengths.items())

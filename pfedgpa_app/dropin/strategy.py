@@ -1,0 +1,287 @@
+"""pFedGPA for other people's Flower apps, in the place of Flower's ``FedAvg``.
+
+    from pfedgpa_app import PFedGPA
+    strategy = PFedGPA(fraction_train=0.5)
+    result = strategy.start(grid=grid, initial_arrays=arrays, num_rounds=50)
+
+The ClientApp stays as it is: it replies to ``train`` with one ArrayRecord and the number of its
+examples. Of any architecture, generated is what is floating-point, not empty and finite at the
+start. Other numbers that have a mean (complex ones, masks of −inf) are averaged; those that have
+none in their type (BatchNorm's counters) are the round's largest client's. What a node is, it is
+for the whole run.
+
+Where Flower's FedAvg ends the run because of one reply, that reply is left out by name, and the
+run goes on; also, as FedAvg's, after a round without one usable upload.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+
+from pfedgpa_app.config.parse import check_section
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.dropin.network import Network, part, whole_networks
+from pfedgpa_app.dropin.personal import Personal, new_folder
+from pfedgpa_app.dropin.replies import with_other_metrics
+from pfedgpa_app.methods.generation import PFedGPASettings
+from pfedgpa_app.methods.pfedgpa import PFedGPA as Server
+from pfedgpa_app.server.screening import NoUploadsError
+
+logger = logging.getLogger("flwr")
+Aggregate = Callable[[list[RecordDict], str], MetricRecord]
+
+
+class PFedGPA(FedAvg):
+    """Flower's FedAvg until the last rounds, which end with weights generated for each node.
+
+    Nodes train on from what was generated for them; in these rounds the learning rate that they
+    are sent is ``settings.round_rate`` times as large. After ``start``, every node that ever
+    uploaded has an entry in these, by its partition-id if it told one, else by its node id:
+
+    Attributes:
+        personal: its generated weights.
+        personal_metrics: {"before": …, "after": …}, its newest evaluation of the global weights
+            and of weights generated for it, as far as there was one.
+        folder: where the run's weights were written, in ``save_dir``.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        settings: PFedGPASettings | None = None,
+        rate_key: str = "lr",
+        partition_key: str = "partition-id",
+        loss_key: str = "train_loss",
+        seed: int = 0,
+        save_dir: str | Path | None = None,
+        max_upload_norm: float = Config.max_upload_norm,
+        **kwargs: Any,
+    ) -> None:
+        """All of FedAvg's arguments, and others.
+
+        Args:
+            settings: what the server goes by; see ``pfedgpa settings`` for the meanings.
+            rate_key: the learning rate's name in ``train_config``. Clients that go by a rate of
+                their own train on at full strength in the last rounds, which costs accuracy.
+            partition_key: the metric by which clients may tell their partition in their replies.
+            loss_key: the metric by which clients may tell their training loss; momentum goes by it.
+            seed: of what the diffusion model draws.
+            save_dir: where each run makes a folder and after each round writes to it the global
+                mean and, once generated, each node's weights, as ``mean.safetensors``,
+                ``client-PARTITION.safetensors`` or ``node-ID.safetensors``.
+            max_upload_norm: an upload so many times as large as the round's median, or of one or
+                two as the global mean before, is left out; 0: none is.
+
+        Raises:
+            ValueError: a setting out of range, or class counts as descriptors: nobody tells them.
+        """
+        super().__init__(*args, **kwargs)
+        self.settings, self.seed = settings or PFedGPASettings(), seed
+        self.rate_key, self.partition_key, self.loss_key = rate_key, partition_key, loss_key
+        self.save_dir = Path(save_dir) if save_dir is not None else None
+        self.max_upload_norm = max_upload_norm
+        check_section("pfedgpa", self.settings)
+        if not max_upload_norm >= 0:
+            raise ValueError(f"max_upload_norm = {max_upload_norm}: must be >= 0")
+        if self.settings.descriptor == "labels":
+            raise ValueError("descriptor = 'labels': these clients do not share class counts")
+        self.folder: Path | None = None
+        self._left, self._going = Personal(), False  # going: started, and not yet at its end
+
+    @property
+    def personal(self) -> dict[int, ArrayRecord]:
+        return self._left.by_name(self._left.weights)
+
+    @property
+    def personal_metrics(self) -> dict[int, dict[str, dict[str, Any]]]:
+        return self._left.by_name(self._left.metrics)
+
+    def summary(self) -> None:
+        check_going(self._going)
+        super().summary()
+        config = self._server.config
+        rounds = Server.first_generation(config), config.num_server_rounds
+        logger.info("\t└──> Weights are generated at the end of rounds %d to %d", *rounds)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Any = None,
+    ) -> Result:
+        """As FedAvg's; the result's arrays are the global mean, nodes' own are in ``personal``.
+
+        Raises:
+            ConfigError: ``settings`` that cannot run for so many rounds, nothing to generate, or
+                a ``save_dir`` that cannot take the model.
+            NoUploadsError: no round brought a usable upload.
+        """
+        self._left = Personal()
+        if num_rounds < 1:
+            raise ConfigError(f"num_rounds = {num_rounds}: must be >= 1")
+        self._network = Network(initial_arrays, self.weighted_by_key, self.loss_key)
+        config = Config(num_server_rounds=num_rounds, seed=self.seed, sections=(self.settings,))
+        Server.check(config)
+        if self.save_dir is not None:
+            self.folder = new_folder(self.save_dir, grid, self._network.expected)
+        self._server = Server(config, Server.begin(config, self._network.generated))
+        self._nodes: dict[int, int] = {}  # node id → client, in order of appearance
+        warn_of_rate(train_config, self.rate_key)
+        given = (train_config, evaluate_config, evaluate_fn)
+        self._going = True
+        try:
+            return super().start(grid, initial_arrays, num_rounds, timeout, *given)
+        finally:
+            self._going = False
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        check_going(self._going)
+        messages = super().configure_train(server_round, arrays, config, grid)
+        slower = self._server.rate(server_round)
+        rate = config.get(self.rate_key)
+        own = {self.rate_key: rate * slower} if isinstance(rate, (int, float)) else {}
+        return [self._to_node(message, own) for message in messages]
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        messages = super().configure_evaluate(server_round, arrays, config, grid)
+        self._evaluated = set(self._left.weights)  # with weights of their own
+        return [self._to_node(message, {}) for message in messages]
+
+    def _to_node(self, message: Message, config: dict[str, Any]) -> Message:
+        """The message with the node's own weights, if some were generated, and settings."""
+        node, content = message.metadata.dst_node_id, message.content
+        shared: Any = content[self.configrecord_key]
+        own = RecordDict(
+            {
+                self.arrayrecord_key: self._left.weights.get(node, content[self.arrayrecord_key]),
+                self.configrecord_key: ConfigRecord({**shared, **config}),
+            }
+        )
+        return Message(own, dst_node_id=node, message_type=message.metadata.message_type)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """FedAvg's mean of the usable uploads; in the last rounds also ``personal``.
+
+        Raises:
+            NoUploadsError: this was the last round, and none brought a usable upload.
+        """
+        contents, unusable = self._left.screened(replies, self.weighted_by_key, self.partition_key)
+        server, limit = self._server, self.max_upload_norm
+        uploads, wrong = self._network.uploads(contents, server.state.global_weights, limit)
+        self._left.warn(server_round, unusable | wrong)
+        last = server_round == server.config.num_server_rounds
+        if uploads:
+            if not self._nodes and self.settings.momentum is None:
+                warn_of_losses(uploads, self.loss_key)
+            self._learn(server_round, uploads)
+        elif last and not self._nodes:
+            raise no_uploads(server_round, unusable | wrong)
+        if last or (uploads and server.state.generated):
+            generated = server.personalise() if last else server.state.generated
+            self._left.weights = whole_networks(generated, server, self._network, self._nodes)
+            made = len(self._left.weights)
+            logger.info("PFedGPA: round %d: generated for %d nodes", server_round, made)
+        mean = self._network.record(server.state.global_weights)
+        if self.folder is not None:
+            self._left.keep(self.folder, server_round, mean, last)
+        if not uploads:
+            return None, None
+        accepted = {node: contents[node] for node in uploads}
+        return mean, self._mean(self.train_metrics_aggr_fn, server_round, accepted)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """FedAvg's mean of the usable evaluations."""
+        contents, unusable = self._left.screened(replies, self.weighted_by_key, self.partition_key)
+        self._left.warn(server_round, unusable)
+        self._left.evaluated(contents, self._evaluated)
+        return self._mean(self.evaluate_metrics_aggr_fn, server_round, contents)
+
+    def _mean(
+        self, function: Aggregate, server_round: int, contents: Mapping[int, RecordDict]
+    ) -> MetricRecord | None:
+        """``function`` of the metrics of the commonest form: it may take no others."""
+        if not contents:
+            return None
+        others = with_other_metrics(contents)
+        self._left.warn(
+            server_round, dict.fromkeys(others, "sent other metrics than most: left out")
+        )
+        alike = [content for node, content in contents.items() if node not in others]
+        return function(alike, self.weighted_by_key)
+
+    def _learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        """Take in a round's usable uploads, keyed by node."""
+        self._network.learn_others(uploads)
+        server = self._server
+        mine = {
+            self._nodes.setdefault(node, len(self._nodes)): part(upload, server.expected_upload())
+            for node, upload in uploads.items()
+        }
+        server.config = dataclasses.replace(server.config, num_clients=len(self._nodes))
+        server.aggregate(server_round, dict(sorted(mine.items())))
+
+
+def check_going(going: bool) -> None:
+    """Refuse to work inside another strategy, which starts itself and not the one it is around.
+
+    Raises:
+        ConfigError: ``going`` says that PFedGPA was not started.
+    """
+    if not going:
+        raise ConfigError(
+            "PFedGPA does not work inside another strategy: noise that one adds to the mean, for "
+            "central differential privacy, would not be on the weights that PFedGPA generates for "
+            "each node. Start PFedGPA itself; for privacy give clients Flower's LocalDpMod"
+        )
+
+
+def warn_of_rate(train_config: ConfigRecord | None, key: str) -> None:
+    """Say so where clients cannot be told the last rounds' learning rate."""
+    if not isinstance(dict(train_config or {}).get(key), (int, float)):
+        logger.warning(
+            "PFedGPA: train_config has no number %r: clients train at their own learning rate "
+            "in the last rounds, too",
+            key,
+        )
+
+
+def warn_of_losses(uploads: Mapping[int, Upload], key: str) -> None:
+    """Say so where nobody tells the training loss by which the server's momentum goes."""
+    if not any(math.isfinite(upload.loss) for upload in uploads.values()):
+        logger.warning(
+            "PFedGPA: no reply's metrics have a number %r, the training loss: the server has no "
+            "momentum",
+            key,
+        )
+
+
+def no_uploads(rounds: int, unusable: Mapping[int, str]) -> NoUploadsError:
+    """What a run ends with whose ``rounds`` brought nothing."""
+    why = "; ".join(f"node {node} {wrong}" for node, wrong in list(unusable.items())[:3])
+    return NoUploadsError(
+        f"PFedGPA: none of {rounds} rounds brought a usable upload; in round {rounds}: "
+        + (why or "no node answered")
+    )
