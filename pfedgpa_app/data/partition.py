@@ -7,16 +7,13 @@ data last, the test images in the same mix.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 
 from pfedgpa_app.core.randomness import numpy_generator
-
-logger = logging.getLogger("pfedgpa")
+from pfedgpa_app.core.warning import warn_once
 
 
 @dataclass(frozen=True)
@@ -122,12 +119,6 @@ def proportional_counts(shares: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-@cache
-def _warn(text: str) -> None:
-    """Once in a process: every run of a sweep deals alike."""
-    logger.warning(text)
-
-
 def deal(
     labels: np.ndarray, counts: np.ndarray, classes: Sequence[str], split: str, seed: int
 ) -> list[np.ndarray]:
@@ -171,7 +162,7 @@ def deal(
             start += n
     if short:
         more = f"; and of {len(short) - 3} more classes" if len(short) > 3 else ""
-        _warn(
+        warn_once(
             f"some {images} are shared by clients, who are to hold {'; '.join(short[:3])}{more}: "
             f"lower {split}-per-client or num-clients to avoid it"
         )

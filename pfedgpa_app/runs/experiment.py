@@ -45,7 +45,7 @@ from pfedgpa_app.server.joining import join
 from pfedgpa_app.server.roster import Roster
 from pfedgpa_app.server.strategy import Personalised
 from pfedgpa_app.training.evaluation import FinalScore
-from pfedgpa_app.training.sgd import bfloat16_is_emulated, device_for
+from pfedgpa_app.training.sgd import slow_precision
 
 
 def run(grid: Grid, resolved: Resolved) -> Path:
@@ -130,12 +130,8 @@ def _warnings(grid: Grid, config: Config) -> Iterator[str]:
     """What the user may not expect of such a run."""
     if config.engine not in ("auto", "ray") and not isinstance(grid, LocalGrid):
         yield f"engine = {config.engine} is for `pfedgpa run`; Flower carries this run itself"
-    here = config.precision == "bfloat16" and is_simulated(grid)
-    if here and bfloat16_is_emulated(device_for(config.device)):
-        yield (
-            "precision = bfloat16: this CPU has no instructions for it, training may take "
-            "ten times as long as with precision=float32"
-        )
+    if is_simulated(grid) and (text := slow_precision(config)):
+        yield text
 
 
 class Experiment:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES, Config, TrainingSettings
 from pfedgpa_app.core.settings import ConfigError, DataError, near
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.core.weights import Weights, all_finite
 from pfedgpa_app.data.images import normalisation
 from pfedgpa_app.methods import federation_of
@@ -36,7 +35,6 @@ MODEL, WEIGHTS = "model.json", "weights"
 REST = "network.safetensors"  # tensors of the network that clients do not share: frozen ones, …
 FORMAT = "pfedgpa-model-1"
 AT_ONCE = 500  # examples
-logger = logging.getLogger("pfedgpa")
 
 
 @dataclass(frozen=True)
@@ -180,12 +178,7 @@ def changed_code(folder: Path, about: About, *references: str) -> Iterator[str]:
 def warn_of_changes(folder: Path, about: About, reference: str) -> None:
     """Log what ``changed_code`` says, once a process."""
     for text in changed_code(folder, about, reference):
-        _warn_once(text)
-
-
-@cache
-def _warn_once(text: str) -> None:
-    logger.warning(text)
+        warn_once(text)
 
 
 def read_about(folder: Path) -> About:

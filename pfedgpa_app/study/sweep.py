@@ -28,6 +28,7 @@ from pfedgpa_app.config.resolve import Resolved, differences, known, resolve, wi
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import OF_PARTITION, Config
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import StoppedError, engine_for
 from pfedgpa_app.methods import federations
 from pfedgpa_app.results.log import clock, is_done, last_event, rows_of
@@ -38,6 +39,7 @@ from pfedgpa_app.runs.folder import is_foreign, is_running, kept_settings, locke
 from pfedgpa_app.runs.launcher import preflight
 from pfedgpa_app.runs.resuming import CHECKPOINT
 from pfedgpa_app.study.places import Going, Here, Lost, Place, place_of
+from pfedgpa_app.training.sgd import slow_precision
 
 LOOK = 0.5  # seconds between looks at the runs
 COLUMNS = {
@@ -462,6 +464,8 @@ def run_sweep(
         if on != "here" and run.config.engine == "ray":
             raise ConfigError("engine = ray: on a cluster a run stays on one machine: process")
         preflight(run.config)
+        if on == "here" and not is_done(run.folder) and (text := slow_precision(run.config)):
+            warn_once(text)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

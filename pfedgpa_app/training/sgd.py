@@ -63,6 +63,16 @@ def bfloat16_is_emulated(device: torch.device) -> bool:
     return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def slow_precision(config: TrainingSettings) -> str:
+    """A warning where this machine must emulate a run's ``precision``; "" for nothing to say."""
+    if config.precision != "bfloat16" or not bfloat16_is_emulated(device_for(config.device)):
+        return ""
+    return (
+        "precision = bfloat16: this CPU has no instructions for it, training may take ten times "
+        "as long as with precision=float32"
+    )
+
+
 def device_for(setting: str) -> torch.device:
     """The device that the ``device`` setting means here."""
     if setting == "auto":

@@ -18,11 +18,11 @@ from PIL import ExifTags, Image, ImageCms
 
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.settings import DataError
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.data import datasets
 from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.partition import (
-    _warn,
     class_shares,
     deal,
     dominant_groups,
@@ -82,7 +82,7 @@ class TestPartition:
     def test_shares_images_only_when_a_class_runs_out(
         self, caplog: pytest.LogCaptureFixture
     ) -> None:
-        _warn.cache_clear()
+        warn_once.cache_clear()
         # 100 clients want 7600 of each even class, which has 5000, and 4400 of each odd one
         splits, again = (
             partition(LABELS, TEST_LABELS, CLASSES, 100, test_per_client=10) for _ in range(2)

@@ -35,7 +35,6 @@ from pfedgpa_app.diffusion.saved import load
 from pfedgpa_app.engine.grid import identify
 from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.results import uploads
-from pfedgpa_app.runs import experiment
 from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.runs.folder import kept_config
 from pfedgpa_app.runs.initial import initial_weights
@@ -47,6 +46,7 @@ from pfedgpa_app.server.screening import (
     too_large,
 )
 from pfedgpa_app.server.strategy import missing
+from pfedgpa_app.training import sgd
 from tests.support.federations import PLAIN, federate, records, summary, train_messages
 from tests.support.local_grid import InProcessGrid
 
@@ -679,7 +679,7 @@ def test_warns_of_a_precision_that_the_machine_must_emulate(
     emulated: bool,
     warns: bool,
 ) -> None:
-    monkeypatch.setattr(experiment, "bfloat16_is_emulated", lambda device: emulated)
+    monkeypatch.setattr(sgd, "bfloat16_is_emulated", lambda device: emulated)
     settings = {"method": "fedavg", "num_server_rounds": 1, "precision": precision}
     folder, _ = federate(tmp_path, **settings)
     warned = [r["text"] for r in records(folder, "events.jsonl") if r["kind"] == "warning"]

@@ -20,12 +20,15 @@ from rich.console import Console
 from pfedgpa_app import cli
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import PARENT
 from pfedgpa_app.methods.generation import PFedGPASettings
 from pfedgpa_app.results.log import is_done
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.runs.folder import locked
+from pfedgpa_app.study import sweep
 from pfedgpa_app.study.sweep import Lines, Run, Sweep, expand, read, shares, table
+from pfedgpa_app.training import sgd
 from tests.support.federations import PLAIN
 from tests.support.processes import alive
 
@@ -237,6 +240,18 @@ def test_what_cannot_run_is_refused_before_anything_starts(
     assert cli.main(["sweep", "--over", "train-per-client=60,90000", "--out", "out"]) == 2
     assert "one client is to hold" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_precision_that_this_machine_must_emulate_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sgd, "bfloat16_is_emulated", lambda device: True)
+    monkeypatch.setattr(sweep, "_run_all", lambda *_: True)
+    warn_once.cache_clear()
+    every = runs(tmp_path, {"precision": ["float32", "bfloat16"], "seed": [0, 1]})
+    assert sweep.run_sweep(every, tmp_path, APP_DIR, 1)
+    [said] = caplog.messages
+    assert said.startswith("precision = bfloat16: this CPU has no instructions for it")
 
 
 def stopped(folder: Path, sign: signal.Signals) -> int:
