@@ -112,7 +112,11 @@ def run(
     given = settings if method is None else {"method": method} | settings
     command = [sys.executable, "-m", "pfedgpa_app", "run", *_words(given)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
     )
     said: list[str] = []
     assert process.stdout is not None

@@ -37,6 +37,7 @@ Event = dict[str, Any]
 _LOOK = 1.0  # seconds between what a cluster's run tells
 _QUEUE = 200  # runs that are given to Slurm at a time, if nobody says how many
 _DAY = 24 * 60  # minutes
+_SAID = 10_000  # bytes of a run's errors that are passed on, the last ones
 
 
 class Lost(Exception):  # noqa: N818 (of the run, and no fault of its)
@@ -103,22 +104,6 @@ def _argument(value: Any) -> str:
     return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
-def _process(settings: Settings, app: Path, cores: int | None) -> subprocess.Popen[str]:
-    env = os.environ | {PARENT: str(os.getpid())}
-    if cores:
-        settings = {**settings, "workers": cores}
-        env["OMP_NUM_THREADS"] = str(cores)  # the server's share, too
-    return subprocess.Popen(
-        command(settings, app),
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # Ctrl-C is for the sweep, which then stops its runs
-    )
-
-
 class Here:
     """This machine."""
 
@@ -128,15 +113,31 @@ class Here:
         return [int(cpu_count())]
 
     def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
-        return _Process(_process(settings, app, cores), folder)
+        return _Process(settings, app, folder, cores)
 
     def close(self) -> None:
         pass
 
 
 class _Process:
-    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
-        self.process, self.folder = process, folder
+    """A run in a process of this machine."""
+
+    def __init__(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> None:
+        self.folder = folder
+        # no pipe: a user's own code may say more than one holds, and would wait to be read
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
+        env = os.environ | {PARENT: str(os.getpid())}
+        if cores:
+            settings = {**settings, "workers": cores}
+            env["OMP_NUM_THREADS"] = str(cores)  # the server's share, too
+        self.process = subprocess.Popen(
+            command(settings, app),
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=self._errors,
+            start_new_session=True,  # Ctrl-C is for the sweep, which then stops its runs
+        )
 
     def event(self) -> Event:
         return last_event(self.folder)
@@ -145,13 +146,15 @@ class _Process:
         return self.process.poll()
 
     def said(self) -> str:
-        return self.process.communicate()[1]
+        size = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, size - _SAID))
+        return self._errors.read().decode(errors="replace")
 
     def stop(self) -> None:
         self.process.terminate()
 
     def wait(self) -> None:
-        self.process.communicate()
+        self.process.wait()
 
 
 class RayCluster:
@@ -270,18 +273,18 @@ def carry_out(
     folder = home / settings["run-name"]
     if not Path(settings["code-dir"]).is_dir():  # nobody has code of their own
         del settings["code-dir"]
-    process = _process(settings | {"out-dir": str(home)}, app or APP_DIR, cores)
+    run = _Process(settings | {"out-dir": str(home)}, app or APP_DIR, folder, cores)
     told: Event = {}
     try:
-        while process.poll() is None:
-            if (event := last_event(folder)) != told:
+        while (status := run.status()) is None:
+            if (event := run.event()) != told:
                 told = event
                 yield event
             time.sleep(_LOOK)
-        yield process.returncode, process.communicate()[1], pack(folder)
+        yield status, run.said(), pack(folder)
     finally:
-        process.terminate()
-        process.wait()
+        run.stop()
+        run.wait()
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -392,9 +395,9 @@ class _Job:
 
 def on_slurm(settings: Settings, app: Path, cores: int | None) -> tuple[int, str]:
     """Run where Slurm calls this; the exit status and errors."""
-    process = _process(settings, app, cores)
-    said = process.communicate()[1]
-    return process.returncode, said
+    run = _Process(settings, app, Path(settings["out-dir"], settings["run-name"]), cores)
+    run.wait()
+    return run.process.returncode, run.said()
 
 
 def place_of(name: str, out: Path) -> Place:

@@ -351,6 +351,7 @@ class Sweep:
 
     def _end(self, run: Run, going: Going, status: int) -> None:
         said = going.said().strip()
+        said = said[max(0, said.rfind("pfedgpa: ")) :]  # before it the user's own code spoke
         self.going.remove((run, going))
         self._finished_work += self._worked(run, 1.0)
         if status:

@@ -27,10 +27,11 @@ from pfedgpa_app.results.log import is_done
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.runs.folder import locked
 from pfedgpa_app.study import sweep
+from pfedgpa_app.study.places import Here
 from pfedgpa_app.study.sweep import Lines, Run, Sweep, expand, read, shares, table
 from pfedgpa_app.training import sgd
 from tests.support.federations import PLAIN
-from tests.support.processes import alive
+from tests.support.processes import alive, until
 
 QUICK = PLAIN | {"method": "fedavg", "num-server-rounds": 2, "device": "cpu"}
 
@@ -240,6 +241,48 @@ def test_what_cannot_run_is_refused_before_anything_starts(
     assert cli.main(["sweep", "--over", "train-per-client=60,90000", "--out", "out"]) == 2
     assert "one client is to hold" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+NOISY = """
+import sys
+
+def load():
+    sys.stderr.buffer.write(b"reading \\xff\\r" * 20_000)  # more than a pipe holds
+    raise ValueError("no table there")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_is_not_held_up_by_what_the_users_own_code_says(tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text(NOISY)
+    (run,) = runs(tmp_path, {"seed": [0]}, dataset="noisy:load", code_dir=str(tmp_path))
+    going: Any = Here().start(run.settings, APP_DIR, run.folder, 1)
+    try:
+        until(lambda: going.status() is not None, 300)
+    finally:
+        going.process.kill()
+    said = going.said()
+    assert "reading" in said
+    assert said.endswith(": no table there\n")
+
+
+def test_what_is_told_of_a_failed_run_is_what_we_said(tmp_path: Path) -> None:
+    class Failed:
+        def status(self) -> int:
+            return 1
+
+        def said(self) -> str:
+            return "reading 1\rreading 2\rpfedgpa: the run failed: no uploads\n"
+
+        def event(self) -> dict[str, Any]:
+            return {}
+
+    place = Here()
+    place.start = lambda *_: Failed()  # type: ignore[assignment, method-assign]
+    (run,) = runs(tmp_path, {"seed": [0]})
+    going = Sweep([run], APP_DIR, 1, 1, Lines(Console(file=io.StringIO())), place)
+    going.run_all()
+    assert going.failed == {run.name: "failed: pfedgpa: the run failed: no uploads"}
 
 
 def test_a_precision_that_this_machine_must_emulate_is_said_once(
