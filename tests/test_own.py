@@ -10,11 +10,12 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message
 from PIL import Image
 from torch import nn
 
@@ -25,7 +26,14 @@ from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import Config, TrainingSettings
 from pfedgpa_app.core.settings import ConfigError, DataError
-from pfedgpa_app.data.client import described, load_dataset, load_partition
+from pfedgpa_app.data.client import (
+    check_same,
+    described,
+    fingerprint,
+    forget,
+    load_dataset,
+    load_partition,
+)
 from pfedgpa_app.data.dataset import dataset_of
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.models.build import network_of
@@ -34,6 +42,7 @@ from pfedgpa_app.models.networks import weight_names, weights_of
 from pfedgpa_app.runs import api
 from pfedgpa_app.runs.checkpoint import Checkpoint
 from pfedgpa_app.runs.prediction import evaluate, export
+from pfedgpa_app.server.screening import NoUploadsError
 from pfedgpa_app.study.compare import plan
 from tests.support.federations import federate, records, summary
 from tests.support.processes import in_a_new_process
@@ -575,6 +584,78 @@ class TestData:
             load_dataset(Config(dataset="npz:bad.npz"))
         with pytest.raises(DataError, match=r"npz:no.npz: no file .*no.npz"):
             load_dataset(Config(dataset="npz:no.npz"))
+
+
+LOOSE = """
+import numpy as np
+
+def load():
+    y = np.arange(90) % 3
+    return {"x": np.random.normal(size=(90, 5)).astype("float32") + y[:, None], "y": y}
+"""
+
+
+class TestSameData:
+    """Test images that others see as training images would make accuracies look better."""
+
+    SMALL: ClassVar[dict[str, Any]] = {
+        "method": "fedavg",
+        "num_clients": 2,
+        "train_per_client": None,
+        "test_per_client": None,
+    }
+
+    def test_what_each_process_draws_anew_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "loose.py").write_text(LOOSE)
+        monkeypatch.chdir(tmp_path)
+        seen = []
+
+        def read_anew(message: Message, reply: Message) -> Message:
+            seen.append(reply.has_error())
+            forget()  # as another process would
+            return reply
+
+        with pytest.raises(NoUploadsError, match=r"dataset loose:load: is not .* fix the seed"):
+            federate(tmp_path, read_anew, dataset="loose:load", **self.SMALL)
+        assert not seen[0]
+        assert seen[-1]
+
+    def test_so_is_what_has_changed_since(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        np.savez("mine.npz", x=ROWS, y=LABELS)
+
+        def ended(message: Message, reply: Message) -> Message:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            federate(tmp_path, ended, dataset="npz:mine.npz", **self.SMALL)
+        np.savez("mine.npz", x=np.r_[ROWS, ROWS], y=np.r_[LABELS, LABELS])
+        forget()
+        with pytest.raises(DataError, match="leave its files as they were"):
+            federate(tmp_path, dataset="npz:mine.npz", resume=True, **self.SMALL)
+        np.savez("mine.npz", x=ROWS, y=LABELS)
+        forget()
+        folder, _ = federate(tmp_path, dataset="npz:mine.npz", resume=True, **self.SMALL)
+        assert evaluate(folder, 0)["examples"]
+        np.savez("mine.npz", x=np.r_[ROWS, ROWS], y=np.r_[LABELS, LABELS])
+        with pytest.raises(DataError, match="leave its files as they were"):
+            evaluate(folder, 0)
+
+    def test_machines_may_round_otherwise(self, tmp_path: Path) -> None:
+        (tmp_path / "loose.py").write_text(LOOSE)
+        config = Config(dataset="loose:load", code_dir=str(tmp_path))
+        told: dict[str, Any] = dict(fingerprint(config))
+        check_same(config, told)
+        check_same(config, told | {"numbers": [1.0001 * number for number in told["numbers"]]})
+        with pytest.raises(DataError):
+            check_same(config, told | {"numbers": told["numbers"][::-1]})
+        with pytest.raises(DataError):
+            check_same(config, told | {"labels": told["labels"] + 1})
 
 
 def photos(folder: Path, each: int = 30) -> Path:

@@ -29,6 +29,7 @@ from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.core.weights import Weights, all_finite
 from pfedgpa_app.data.client import (
     ClientData,
+    check_same,
     load_client,
     load_own,
     load_own_client,
@@ -73,6 +74,8 @@ class ClientRequest:
         self.config: Config = resolve_cached(context.run_config).config
         asked: Any = message.content.config_records["config"]
         self._asked = asked
+        if (told := message.content.config_records.get("data")) is not None:
+            check_same(self.config, told)
         self._source = str(context.node_config.get("dataset", ""))
         self.client, self.round = int(asked["client"]), int(asked["round"])
         self.rate = float(asked.get("rate", 1.0))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from pfedgpa_app.core.own_code import is_reference
 from pfedgpa_app.core.paths import remembered, user_path
 from pfedgpa_app.core.randomness import numpy_generator
 from pfedgpa_app.core.schema import Schema
@@ -65,8 +69,43 @@ def _load(config: DataSettings, name: str) -> Dataset:
 
 def forget() -> None:
     """Read everything anew: files may have changed since this process read them."""
-    for known in (load, load_partition, load_own_client, load_client):
+    for known in (load, fingerprint, load_partition, load_own_client, load_client):
         known.cache_clear()
+
+
+@remembered(2)
+def fingerprint(config: DataSettings) -> dict[str, int | list[float]]:
+    """By what another process knows the run's data set for the same: all labels, some numbers."""
+    data = load_dataset(config)
+    labels = zlib.crc32(np.concatenate([data.train_labels, data.test_labels]).tobytes())
+    numbers: list[float] = []
+    if is_reference(config.dataset):  # others read files, and do not draw
+        for images in (data.train_images, data.test_images):
+            places = np.linspace(0, images.size - 1, 50).astype(int)
+            numbers += images.reshape(-1)[places].astype(float).tolist()
+    return {"labels": labels, "numbers": numbers}
+
+
+def check_same(config: DataSettings, told: Mapping[str, Any]) -> None:
+    """Refuse a data set that is not the run's, of which its ``fingerprint`` was ``told``.
+
+    Clients would be tested on what others, or they themselves, have trained on.
+
+    Raises:
+        DataError: it is another.
+    """
+    here = fingerprint(config)
+    ours, theirs = (np.asarray(each["numbers"], dtype=float) for each in (here, told))
+    # machines round, and decode images, a little differently
+    alike = ours.shape == theirs.shape and bool(
+        (np.abs(ours - theirs) <= 0.02 * np.abs(theirs).max(initial=0)).all()
+    )
+    if not alike or here["labels"] != told["labels"]:
+        raise DataError(
+            f"dataset {config.dataset}: is not what the run's server has read: leave its files as "
+            "they were, the same everywhere, and fix the seed of all that your code draws "
+            "(train_test_split's random_state, say)"
+        )
 
 
 def load_schema(config: DataSettings) -> Schema:

@@ -19,8 +19,8 @@ from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import NODES, Config
 from pfedgpa_app.data.client import (
-    class_counts,
     described,
+    fingerprint,
     load_partition,
     load_schema,
 )
@@ -35,7 +35,7 @@ from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, say
 from pfedgpa_app.results.tracking import Tracking, check
 from pfedgpa_app.runs import report
-from pfedgpa_app.runs.folder import CONFIG, locked, run_folder, running
+from pfedgpa_app.runs.folder import CONFIG, keep_holdings, locked, run_folder, running
 from pfedgpa_app.runs.initial import initial_weights
 from pfedgpa_app.runs.personal import MODEL, WEIGHTS, write_about
 from pfedgpa_app.runs.resuming import CHECKPOINT, Resuming
@@ -90,8 +90,7 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
         log.event("start", f"results: {folder}", process=os.getpid())
         if config.dataset != NODES:
             log.event("data", described(config))
-            holdings = {"classes": load_schema(config).classes, "train": class_counts(config)}
-            write_text(folder / report.HOLDINGS, json.dumps(holdings) + "\n")
+            keep_holdings(folder, config)
         if config.local_dp_epsilon:
             log.event("privacy", privacy.in_words(config))
         for text in _warnings(grid, config):
@@ -161,6 +160,8 @@ class Experiment:
         self.tracking = Tracking(folder, config.track, settings, self._lost_tracker)
         log.listeners.append(self.tracking.round)
         self.roster.common["run"] = self.resuming.name
+        if not own:
+            self.roster.data = dict(fingerprint(config))
         self.resuming.warn_of_edits()
         write_about(folder, config, self.dataset)
         if config.save_weights and is_simulated(grid):  # what never leaves a real client

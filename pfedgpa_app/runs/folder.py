@@ -24,12 +24,15 @@ from pfedgpa_app.config.resolve import (
     resolve,
     values_of,
 )
+from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.data.client import check_same, class_counts, fingerprint, load_schema
 from pfedgpa_app.results.log import EVENTS, METRICS, SUMMARY, Records, last_event
 
 CONFIG, LOG, LOCK = "config.json", "flower.log", ".lock"
+HOLDINGS = "holdings.json"  # who holds what
 _BEFORE = {LOG, LOCK}  # what is there before the settings
 
 
@@ -49,6 +52,29 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def keep_holdings(folder: Path, config: Config) -> None:
+    """Write who holds what; a run that goes on must find the data that it had.
+
+    Raises:
+        DataError: they are others now.
+    """
+    check_data(folder, config)
+    held = {"classes": load_schema(config).classes, "train": class_counts(config)}
+    write_text(folder / HOLDINGS, json.dumps(held | {"data": fingerprint(config)}) + "\n")
+
+
+def check_data(folder: Path, config: Config) -> None:
+    """Refuse data that are not those of the run in ``folder``, as far as it has kept which.
+
+    Raises:
+        DataError: they are others now.
+    """
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        held = json.loads((folder / HOLDINGS).read_text(encoding="utf-8"))
+        if "data" in held:
+            check_same(config, held["data"])
 
 
 def is_running(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.data.client import forget
 from pfedgpa_app.data.client import load_client as load_data
 from pfedgpa_app.data.datasets import load as load_dataset
-from pfedgpa_app.runs.folder import kept_config
+from pfedgpa_app.runs.folder import check_data, kept_config
 from pfedgpa_app.runs.personal import About, ClientModel, load_client, warn_of_changes
 
 
@@ -86,6 +86,7 @@ def _tested(about: About, folder: Path, client: int) -> tuple[np.ndarray, np.nda
     config = kept_config(folder)
     if config.dataset == NODES:
         raise ConfigError(f"{folder}: its clients' data are on their nodes: name a data set")
+    check_data(folder, config)
     data = load_data(config, client).test
     warn_of_changes(folder, about, config.dataset)
     return data.pixels.numpy(), data.labels.numpy()

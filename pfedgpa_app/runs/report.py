@@ -24,9 +24,9 @@ from pfedgpa_app.results import figures
 from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, accuracies_of, clock, rows_of
 from pfedgpa_app.results.page import page
 from pfedgpa_app.results.tables import LEGEND, over_seeds, recipe_in_words
-from pfedgpa_app.runs.folder import CONFIG, kept_methods, kept_settings
+from pfedgpa_app.runs.folder import CONFIG, HOLDINGS, kept_methods, kept_settings
 
-REPORT, HOLDINGS, LATENTS = "report.html", "holdings.json", "latents.json"
+REPORT, LATENTS = "report.html", "latents.json"
 Row = dict[str, Any]
 # {heading: key of an entry of summary.json}
 COLUMNS = {

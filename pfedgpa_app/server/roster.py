@@ -166,6 +166,7 @@ class Roster:
         """
         self._own_data, self._before, self._tell = own_data, sorted(before), tell
         self.common: Settings = {}  # what every message tells clients
+        self.data: Settings = {}  # by what they know the data set, if it is shared
         self.grid, self.timeout = OneAtATime(grid), timeout
         answers = self._discover(num_clients)
         node_at = _node_at(answers)
@@ -304,6 +305,8 @@ class Roster:
                 "config": ConfigRecord({**self.common, **settings, "client": client}),
             }
         )
+        if self.data:
+            content["data"] = ConfigRecord(self.data)
         return Message(
             content, dst_node_id=self.node_of(client), message_type=kind, ttl=self.timeout
         )
