@@ -34,21 +34,23 @@ def asked(message: Message, context: Context) -> ClientRequest:
 def train_round(message: Message, context: Context) -> Message:
     """The round itself."""
     request = asked(message, context)
-    return request.trained(request.method.train(request.task()))
+    with request.seeded():
+        return request.trained(request.method.train(request.task()))
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Count this client's correct predictions on its test images."""
     request = asked(message, context)
-    client = SequentialCohort(request)
-    client.load([request.evaluated()])
-    return request.scored(client.evaluate("test")[0])
+    with request.seeded():
+        client = SequentialCohort(request)
+        client.load([request.evaluated()])
+        return request.scored(client.evaluate("test")[0])
 
 
 @app.evaluate("final")
 def evaluate_final(message: Message, context: Context) -> Message:
     """Evaluate before fine-tuning and after each kind of it."""
     request = asked(message, context)
-    client = SequentialCohort(request)
-    return compare_fine_tunings(client, [request])[0]
+    with request.seeded():
+        return compare_fine_tunings(SequentialCohort(request), [request])[0]

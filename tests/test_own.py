@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import random
 import re
 import shlex
 import sys
@@ -36,6 +37,7 @@ from pfedgpa_app.data.client import (
 )
 from pfedgpa_app.data.dataset import dataset_of
 from pfedgpa_app.methods import METHODS, federation_of
+from pfedgpa_app.models import build
 from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.layout import laid_out
 from pfedgpa_app.models.networks import weight_names, weights_of
@@ -44,10 +46,13 @@ from pfedgpa_app.runs.checkpoint import Checkpoint
 from pfedgpa_app.runs.prediction import evaluate, export
 from pfedgpa_app.server.screening import NoUploadsError
 from pfedgpa_app.study.compare import plan
-from tests.support.federations import federate, records, summary
+from tests.support.federations import federate, records, results, summary
 from tests.support.processes import in_a_new_process
 
 NETS = '''
+import random
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -104,6 +109,15 @@ class Strided(nn.Module):
 def adapted(classes, shape):
     body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU()).requires_grad_(False)
     return nn.Sequential(body, nn.Linear(32, 2, bias=False), nn.Linear(2, classes))
+
+def dropping(classes, shape):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, classes))
+
+def drawn(classes, shape):
+    made = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+    made[1].weight.data = torch.tensor(np.random.randn(classes, 64)).float()
+    made[1].bias.data = torch.tensor([random.random() for _ in range(classes)])
+    return made
 
 def too_few(classes, shape):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
@@ -207,6 +221,24 @@ class TestNetworks:
         assert all(torch.equal(first[name], second[name]) for name in first)
         other = weights_of(made("nets:small", seed=4))
         assert not torch.equal(first["conv.weight"], other["conv.weight"])
+
+    def test_what_it_draws_by_numpy_is_by_the_seed_too(self, nets: Path) -> None:
+        networks = []
+        for seed in (3, 3, 4):
+            build._template.cache_clear()  # as another process
+            networks.append(weights_of(made("nets:drawn", seed=seed)))
+        first, again, other = networks
+        for name, tensor in first.items():
+            assert torch.equal(tensor, again[name])
+            assert not torch.equal(tensor, other[name])
+
+    def test_dropout_is_by_the_seed_whatever_the_process_has_drawn(self, nets: Path) -> None:
+        how: dict[str, Any] = {"method": "fedavg,fedrep", "model": "nets:dropping", "seed": 1}
+        runs: list[Any] = []
+        for out in ("one", "two"):
+            torch.rand(len(out) + len(runs))
+            runs.append(results(federate(nets / out, num_server_rounds=2, **how)[0]))
+        assert runs[0] == runs[1]
 
     def test_normalising_by_the_batch_is_ones_own_choice(self, nets: Path) -> None:
         assert len(weights_of(made("nets:by_batch"))) == 6
@@ -589,9 +621,17 @@ class TestData:
 LOOSE = """
 import numpy as np
 
+SHIFT = np.random.normal()
+
 def load():
+    return drawn(np.random.default_rng())
+
+def split():
+    return drawn(np.random)
+
+def drawn(rng):
     y = np.arange(90) % 3
-    return {"x": np.random.normal(size=(90, 5)).astype("float32") + y[:, None], "y": y}
+    return {"x": rng.normal(size=(90, 5)).astype("float32") + SHIFT + y[:, None], "y": y}
 """
 
 
@@ -621,6 +661,24 @@ class TestSameData:
             federate(tmp_path, read_anew, dataset="loose:load", **self.SMALL)
         assert not seen[0]
         assert seen[-1]
+
+    def test_what_is_drawn_without_a_generator_of_its_own_is_the_same(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As by scikit-learn's train_test_split."""
+        (tmp_path / "loose.py").write_text(LOOSE)
+        config = Config(dataset="loose:split", code_dir=str(tmp_path))
+        random.seed(7)
+        others = random.getstate()
+        told = []
+        for _ in range(2):
+            monkeypatch.delitem(sys.modules, "loose", raising=False)
+            forget()
+            told.append(fingerprint(config))
+            assert random.getstate() == others
+            random.random()
+            others = random.getstate()
+        assert told[0] == told[1]
 
     def test_so_is_what_has_changed_since(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from pfedgpa_app.client import memory
 from pfedgpa_app.client.adjustment import LEFT, adjusted, log_frequencies
 from pfedgpa_app.client.attacks import flipped, flips_labels, malicious_upload
 from pfedgpa_app.config.resolve import resolve_cached
-from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.randomness import seeded, torch_generator
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES, Config
 from pfedgpa_app.core.settings import ConfigError, DataError
@@ -132,6 +133,10 @@ class ClientRequest:
     def generator(self, purpose: str) -> torch.Generator:
         """Its random stream for ``purpose`` in this round."""
         return torch_generator(self.config.seed, purpose, self.round, self.client)
+
+    def seeded(self) -> AbstractContextManager[None]:
+        """Within it, what its network draws by itself (dropout) is this client's of this round."""
+        return seeded(self.config.seed, "network", self.round, self.client)
 
     def evaluated(self) -> Weights:
         """What it is evaluated with; weights not among them are as initialised."""

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.settings import ConfigError
 
 _REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
@@ -40,7 +41,8 @@ def imported(reference: str, folder: str, setting: str) -> Any:
     _forget_another(module_name.partition(".")[0], place)
     is_new = module_name not in sys.modules or module_name not in _SOURCES
     try:
-        module = importlib.import_module(module_name)
+        with seeded(0, "import"):
+            module = importlib.import_module(module_name)
     except Exception as error:  # whatever a foreign module raises
         why = f"{type(error).__name__}: {error}"
         raise ConfigError(

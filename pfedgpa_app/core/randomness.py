@@ -6,7 +6,10 @@ order in which clients happen to be served can never change a result.
 
 from __future__ import annotations
 
+import random
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -28,3 +31,23 @@ def torch_generator(seed: int, *names: Name, device: torch.device | str = "cpu")
     """A torch generator for the stream ``names`` of the run's ``seed``."""
     state = _entropy(seed, names).generate_state(2, np.uint32)
     return torch.Generator(device=device).manual_seed(int(state[0]) << 31 ^ int(state[1]))
+
+
+@contextmanager
+def seeded(seed: int, *names: Name) -> Iterator[None]:
+    """Let what draws from torch's, NumPy's and Python's own generators draw from one stream.
+
+    Dropout does, and users' code, in which nobody passes a generator. Afterwards NumPy's, Python's
+    and torch's on the CPU are as they were.
+    """
+    start = torch_generator(seed, *names).initial_seed()
+    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (others' code)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(start)
+        np.random.seed(start % 2**32)  # noqa: NPY002
+        random.seed(start)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)  # noqa: NPY002

@@ -103,8 +103,8 @@ def check_same(config: DataSettings, told: Mapping[str, Any]) -> None:
     if not alike or here["labels"] != told["labels"]:
         raise DataError(
             f"dataset {config.dataset}: is not what the run's server has read: leave its files as "
-            "they were, the same everywhere, and fix the seed of all that your code draws "
-            "(train_test_split's random_state, say)"
+            "they were, the same everywhere, and fix the seed of what your code draws, as in "
+            "default_rng(0)"
         )
 
 

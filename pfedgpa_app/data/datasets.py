@@ -19,6 +19,7 @@ import numpy as np
 
 from pfedgpa_app.core.own_code import imported, is_reference
 from pfedgpa_app.core.paths import remembered, user_path
+from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.data import EMNIST_SPLITS, HUGGING_FACE, IMAGEFOLDER, NPZ, hugging_face
 from pfedgpa_app.data.dataset import SPLITS, Dataset, dataset_of
@@ -152,7 +153,8 @@ def _own(name: str, code_dir: str, test_share: float) -> Dataset:
     if not callable(make):
         raise ConfigError(f"dataset = {name!r}: is a {type(make).__name__}, no callable")
     try:
-        found = make()
+        with seeded(0, "data"):  # a process sees the same as the others
+            found = make()
     except Exception as error:  # whatever foreign code raises
         last = traceback.extract_tb(error.__traceback__)[1:2]  # the user's own, below this one
         where = "".join(f" ({Path(each.filename).name}, line {each.lineno})" for each in last)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pfedgpa_app.core import own_code
 from pfedgpa_app.core.own_code import imported, is_reference
 from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import TORCHVISION, TrainingSettings
 from pfedgpa_app.core.settings import ConfigError, near
@@ -83,7 +84,7 @@ def _template(
     model: str, weights: str, head: str, code_dir: str, seed: int, schema: Schema
 ) -> nn.Module:
     """The network that is copied for whoever asks; looked over once a process."""
-    with torch.random.fork_rng(devices=[]):
+    with seeded(seed, "model"):
         torch.manual_seed(seed)
         made = _made(model, code_dir, schema)
     if weights:
