@@ -119,6 +119,15 @@ def drawn(classes, shape):
     made[1].bias.data = torch.tensor([random.random() for _ in range(classes)])
     return made
 
+def loose(classes, shape):
+    made = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+    made.register_buffer("scale", torch.tensor(np.random.default_rng().normal(size=64)))
+    return made
+
+def lazy(classes, shape):
+    body = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten())
+    return nn.Sequential(body, nn.LazyLinear(classes))
+
 def too_few(classes, shape):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 
@@ -232,6 +241,14 @@ class TestNetworks:
             assert torch.equal(tensor, again[name])
             assert not torch.equal(tensor, other[name])
 
+    def test_lazy_layers_learn_their_sizes(self, nets: Path) -> None:
+        first = weights_of(made("nets:lazy", seed=3))
+        build._template.cache_clear()
+        again = weights_of(made("nets:lazy", seed=3))
+        assert first["1.weight"].shape == (10, 144)
+        assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+        assert summary(federate(nets, method="pfedgpa", model="nets:lazy")[0])
+
     def test_dropout_is_by_the_seed_whatever_the_process_has_drawn(self, nets: Path) -> None:
         how: dict[str, Any] = {"method": "fedavg,fedrep", "model": "nets:dropping", "seed": 1}
         runs: list[Any] = []
@@ -297,6 +314,7 @@ class TestNetworks:
             ),
             ("nets:squeezed", r"of 1 example it makes an output of shape \[10\], .* \[1, 10\]"),
             ("nets:probable", "returns probabilities, where logits are wanted: leave its last"),
+            ("nets:loose", r"makes another network each time \(scale\): fix the seed"),
             ("nets:idle", "left_over.* takes no part in its output"),
             ("nets:two_outputs", "returns tuple in eval.* mode"),
             ("torchvision:resnet81", "torchvision has no classifier 'resnet81'; did you mean"),

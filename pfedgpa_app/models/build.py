@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from pfedgpa_app.core import own_code
 from pfedgpa_app.core.own_code import imported, is_reference
@@ -84,14 +85,46 @@ def _template(
     model: str, weights: str, head: str, code_dir: str, seed: int, schema: Schema
 ) -> nn.Module:
     """The network that is copied for whoever asks; looked over once a process."""
-    with seeded(seed, "model"):
-        torch.manual_seed(seed)
-        made = _made(model, code_dir, schema)
+    made = _made_by(seed, model, code_dir, schema)
+    if is_reference(model):
+        _check_alike(made, _made_by(seed, model, code_dir, schema), model)
     if weights:
         _load_from(made, weights)
     order_weights(made, _used_in_order(made, model, schema), head)
     choose_layout(made, schema.shape)
     return made
+
+
+def _made_by(seed: int, model: str, code_dir: str, schema: Schema) -> nn.Module:
+    with seeded(seed, "model"):
+        torch.manual_seed(seed)
+        made = _made(model, code_dir, schema)
+        if any(is_lazy(tensor) for tensor in (*made.parameters(), *made.buffers())):
+            with torch.no_grad():  # lazy layers learn their sizes from the first example
+                _logits(made.eval(), _examples(schema), model, len(schema.classes))
+            made.train()
+        return made
+
+
+def _check_alike(made: nn.Module, again: nn.Module, model: str) -> None:
+    """Refuse a network of which other processes would have another.
+
+    Raises:
+        ConfigError: which of its tensors differ from those that it was made with before.
+    """
+    before, after = made.state_dict(), again.state_dict()
+    odd = [name for name in before if name not in after or not _alike(before[name], after[name])]
+    if odd or len(after) > len(before):
+        raise ConfigError(
+            f"model = {model!r}: makes another network each time ({', '.join(odd[:3])}): fix the "
+            "seed of what it draws by a generator of its own, as in default_rng(0)"
+        )
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or not one.is_floating_point():
+        return torch.equal(one, other)
+    return torch.allclose(one, other, equal_nan=True)
 
 
 def _made(model: str, code_dir: str, schema: Schema) -> nn.Module:
@@ -211,11 +244,7 @@ def _used_in_order(network: nn.Module, model: str, schema: Schema) -> list[str]:
     for name, module in probe.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: used.append(name))
     with torch.random.fork_rng(devices=[]):
-        if schema.tokens:
-            examples = torch.zeros(2, *schema.shape, dtype=torch.long)
-        else:
-            examples = torch.randn(2, *schema.shape)
-        classes = len(schema.classes)
+        examples, classes = _examples(schema), len(schema.classes)
         _check_alone(probe.eval(), examples, model, classes)
         logits = _logits(probe.train(), examples, model, classes)
     trained = {n: p for n, p in probe.named_parameters() if p.requires_grad}
@@ -235,6 +264,13 @@ def _used_in_order(network: nn.Module, model: str, schema: Schema) -> list[str]:
             "or freeze it by requires_grad_(False)"
         )
     return list(dict.fromkeys(used))
+
+
+def _examples(schema: Schema) -> Tensor:
+    """Two that a network must take."""
+    if schema.tokens:
+        return torch.zeros(2, *schema.shape, dtype=torch.long)
+    return torch.randn(2, *schema.shape)
 
 
 def _check_alone(network: nn.Module, examples: Tensor, model: str, classes: int) -> None:
