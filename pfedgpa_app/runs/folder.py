@@ -71,10 +71,12 @@ def check_data(folder: Path, config: Config) -> None:
     Raises:
         DataError: they are others now.
     """
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    try:
         held = json.loads((folder / HOLDINGS).read_text(encoding="utf-8"))
-        if "data" in held:
-            check_same(config, held["data"])
+    except (FileNotFoundError, ValueError):
+        return
+    if "data" in held:  # a run of an earlier version has not kept it
+        check_same(config, held["data"])
 
 
 def is_running(folder: Path) -> bool:
