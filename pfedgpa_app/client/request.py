@@ -136,7 +136,7 @@ class ClientRequest:
 
     def seeded(self) -> AbstractContextManager[None]:
         """Within it, what its network draws by itself (dropout) is this client's of this round."""
-        return seeded(self.config.seed, "network", self.round, self.client)
+        return seeded(self.generator("network").initial_seed())
 
     def evaluated(self) -> Weights:
         """What it is evaluated with; weights not among them are as initialised."""

@@ -41,7 +41,7 @@ def imported(reference: str, folder: str, setting: str) -> Any:
     _forget_another(module_name.partition(".")[0], place)
     is_new = module_name not in sys.modules or module_name not in _SOURCES
     try:
-        with seeded(0, "import"):
+        with seeded(0):
             module = importlib.import_module(module_name)
     except Exception as error:  # whatever a foreign module raises
         why = f"{type(error).__name__}: {error}"

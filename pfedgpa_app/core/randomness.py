@@ -34,13 +34,12 @@ def torch_generator(seed: int, *names: Name, device: torch.device | str = "cpu")
 
 
 @contextmanager
-def seeded(seed: int, *names: Name) -> Iterator[None]:
-    """Let what draws from torch's, NumPy's and Python's own generators draw from one stream.
+def seeded(start: int) -> Iterator[None]:
+    """Let what draws from torch's, NumPy's and Python's own generators draw from ``start`` on.
 
-    Dropout does, and users' code, in which nobody passes a generator. Afterwards NumPy's, Python's
-    and torch's on the CPU are as they were.
+    Layers do as they are made, dropout does, and users' code, in which nobody passes a generator.
+    Afterwards NumPy's, Python's and torch's on the CPU are as they were.
     """
-    start = torch_generator(seed, *names).initial_seed()
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (others' code)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(start)

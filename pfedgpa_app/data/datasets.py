@@ -153,7 +153,7 @@ def _own(name: str, code_dir: str, test_share: float) -> Dataset:
     if not callable(make):
         raise ConfigError(f"dataset = {name!r}: is a {type(make).__name__}, no callable")
     try:
-        with seeded(0, "data"):  # a process sees the same as the others
+        with seeded(0):  # a process sees the same as the others
             found = make()
     except Exception as error:  # whatever foreign code raises
         last = traceback.extract_tb(error.__traceback__)[1:2]  # the user's own, below this one

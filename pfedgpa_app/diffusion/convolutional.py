@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.randomness import seeded, torch_generator
 from pfedgpa_app.core.weights import Layout
 from pfedgpa_app.diffusion.autoencoder import Deltas, root_mean_squares
 
@@ -96,8 +96,7 @@ class ConvolutionalAutoencoder:
         p = deltas.vectors.shape[1]
         chunk = min(settings.chunk, -(-p // 32) * 32)  # whole strides
         generator = torch_generator(seed, "autoencoder")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        with seeded(int(torch.randint(2**31, (1,), generator=generator))):
             network = ConvolutionalNetwork(-(-p // chunk), chunk, settings.latents).to(device)
         coder = cls(network, root_mean_squares(deltas, layout.sizes), settings)
         optimiser = torch.optim.AdamW(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.randomness import seeded, torch_generator
 from pfedgpa_app.core.replay import Replayed
 from pfedgpa_app.diffusion.denoiser import (
     Denoiser,
@@ -101,8 +101,7 @@ def fit_network(
     latents, noise = latents[order].to(device), noise.to(device)
     if descriptors is not None:
         descriptors = descriptors[order].to(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+    with seeded(int(torch.randint(2**31, (1,), generator=generator))):
         descriptor = 0 if descriptors is None else descriptors.shape[1]
         network = new_network(settings, latents.shape[1], tokens, descriptor).to(device)
     alpha_bar = schedule.alpha_bar.float().to(device)

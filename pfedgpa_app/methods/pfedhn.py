@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.randomness import seeded, torch_generator
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import MethodSettings, setting
 from pfedgpa_app.core.uploads import Upload
@@ -124,8 +124,7 @@ class PFedHN(Method[HypernetworkState]):
     def begin(cls, config: Config, initial: Weights) -> HypernetworkState:
         made_for = {name: t for name, t in initial.items() if not is_statistic(name)}
         size = sum(Layout.of(made_for).sizes)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch_generator(config.seed, "pfedhn").initial_seed())
+        with seeded(torch_generator(config.seed, "pfedhn").initial_seed()):
             network = Hypernetwork(config.num_clients, size, config.of(PFedHNSettings))
         velocity = [torch.zeros_like(p) for p in network.parameters()]
         with torch.no_grad():

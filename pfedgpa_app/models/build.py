@@ -96,8 +96,7 @@ def _template(
 
 
 def _made_by(seed: int, model: str, code_dir: str, schema: Schema) -> nn.Module:
-    with seeded(seed, "model"):
-        torch.manual_seed(seed)
+    with seeded(seed):
         made = _made(model, code_dir, schema)
         if any(is_lazy(tensor) for tensor in (*made.parameters(), *made.buffers())):
             with torch.no_grad():  # lazy layers learn their sizes from the first example

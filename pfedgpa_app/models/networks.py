@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-import torch
 from torch import nn
 
+from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.settings import ConfigError, near
 from pfedgpa_app.core.weights import Weights, is_statistic
 
@@ -96,8 +96,7 @@ _ORDER = "_pfedgpa_weights"  # the attribute of a network that names its weights
 
 def build(name: str, classes: int, seed: int) -> nn.Module:
     """A freshly initialised network of the paper's, the same for a seed on every machine."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return NETWORKS[name](classes)
 
 
