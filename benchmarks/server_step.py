@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from pfedgpa_app.core.uploads import Buffer
-from pfedgpa_app.diffusion.autoencoder import remove_drift
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.diffusion.settings import DiffusionSettings
 from pfedgpa_app.runs.summary import peak_memory
@@ -61,9 +60,6 @@ def measure(clients: int, rounds: int, weights: int, device: torch.device) -> di
     generated = fitted.generate("tweedie", draws=64)
     total = time.perf_counter() - started
     extra = peak_memory() - before
-    started = time.perf_counter()
-    remove_drift(*buffer.stack()[1:], device).gram()
-    gram = time.perf_counter() - started
     return {
         "clients": clients,
         "rounds": rounds,
@@ -72,7 +68,6 @@ def measure(clients: int, rounds: int, weights: int, device: torch.device) -> di
         "strength": fitted.strength,
         "seconds": round(total, 2),
         "seconds_fit": round(fit, 2),
-        "seconds_gram_alone": round(gram, 2),
         "seconds_generate": round(total - fit, 2),
         "buffer_bytes": size,
         "extra_bytes": extra,

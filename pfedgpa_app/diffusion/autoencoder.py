@@ -1,7 +1,7 @@
 """From uploads to few numbers and back: drift removal and the exact linear autoencoders.
 
-Only N uploads exist, so everything about P weights is known from N×N inner products;
-weights are read in blocks of columns and no P×P matrix is ever made.
+Only N uploads exist, so every direction that matters among P weights is a combination of them.
+Weights are read in blocks of columns, once a span of directions, and no P×P matrix is ever made.
 """
 
 from __future__ import annotations
@@ -54,15 +54,64 @@ class Deltas:
         """Only some ``columns``; no weight is copied."""
         return replace(self, vectors=self.vectors[:, columns], means=self.means[:, columns])
 
-    def gram(self, columns: slice = slice(None)) -> Tensor:
-        """Inner products [N, N] in float64, over all weights or some ``columns``."""
-        shape = len(self.vectors), len(self.vectors)
-        gram = torch.zeros(shape, dtype=torch.float64, device=self.device)
+    def gram(self, combinations: Tensor | None = None, columns: slice = slice(None)) -> Tensor:
+        """Inner products [N, N] in float64, over all weights or some ``columns``.
+
+        Args:
+            combinations: [N, K]: those of combinations of the deltas [K, K] instead.
+        """
+        size = len(self) if combinations is None else combinations.shape[1]
+        gram = torch.zeros(size, size, dtype=torch.float64, device=self.device)
+        combine = None if combinations is None else combinations.T.to(self.device)
         first, last, _ = columns.indices(self.vectors.shape[1])
         for block in blocks(last, first):
-            part = self.columns(block)
+            part = self.columns(block) if combine is None else combine @ self.columns(block)
             gram.addmm_(part, part.T)
         return gram.cpu()
+
+    def span(self, combinations: Tensor) -> Span:
+        """What combinations [N, K] of the deltas span: weights are read once, in O(NPK)."""
+        combine = combinations.T.to(self.device)
+        weights = torch.empty(len(combine), self.vectors.shape[1], dtype=torch.float64)
+        products = torch.zeros(len(self), len(combine), dtype=torch.float64, device=self.device)
+        for block in blocks(self.vectors.shape[1]):
+            part = self.columns(block)
+            combined = combine @ part
+            products.addmm_(part, combined.T)
+            weights[:, block] = combined.cpu()
+        return Span(combinations, weights, products.cpu())
+
+
+@dataclass(frozen=True)
+class Span:
+    """What some combinations of the deltas span, in float64.
+
+    Attributes:
+        combinations: [N, K].
+        weights: what they make of the deltas [K, P].
+        products: all deltas' inner products with ``weights`` [N, K].
+    """
+
+    combinations: Tensor
+    weights: Tensor
+    products: Tensor
+
+    def axes(self, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Orthonormal directions within the span, along which the deltas are uncorrelated.
+
+        Args:
+            floor: squared length below which a direction counts as none.
+
+        Returns:
+            mixing [K, k ≤ K], of ``weights`` to the directions, and the deltas' deviations [k]
+            along them, largest first; all latents are ``products @ mixing / deviations``.
+        """
+        lengths, axes = torch.linalg.eigh(self.combinations.T @ self.products)
+        real = lengths > max(floor, 1e-9 * float(lengths[-1]))
+        orthonormal = axes[:, real] / lengths[real].sqrt()
+        projected = self.products @ orthonormal
+        variances, rotation = torch.linalg.eigh(projected.T @ projected / len(projected))
+        return orthonormal @ rotation.flip(1), variances.flip(0).clamp(min=0).sqrt()
 
 
 def remove_drift(
@@ -88,10 +137,10 @@ def remove_drift(
     design[torch.arange(n), index] = 1
     design[torch.arange(n), r + who] = 1
     ridge = torch.diag(torch.cat([torch.zeros(r), torch.ones(c)]).double())
-    solve = torch.linalg.solve(design.T @ design + ridge, design.T)[:r]
+    solve = torch.linalg.solve(design.T @ design + ridge, design.T)[:r].to(device)
     means = torch.empty(r, vectors.shape[1])
     for block in blocks(vectors.shape[1]):
-        means[:, block] = (solve @ vectors[:, block].double()).float()
+        means[:, block] = (solve @ vectors[:, block].to(device).double()).float().cpu()
     order = tuple(int(x) for x in names)
     for place, name in enumerate(order):
         if known and name in known:
@@ -107,26 +156,6 @@ def root_mean_squares(deltas: Deltas, sizes: Sequence[int]) -> Tensor:
     each = [tensor.mean().div(len(deltas.vectors)).sqrt() for tensor in sums.split(list(sizes))]
     scales = torch.stack(each).float()
     return scales.where(scales > 0, 1.0).repeat_interleave(torch.tensor(sizes))
-
-
-def principal_axes(gram: Tensor, combinations: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Orthonormal directions within a span, along which the deltas are uncorrelated.
-
-    Args:
-        gram: the deltas' inner products [N, N].
-        combinations: [N, K], the span's directions as combinations of deltas.
-        floor: squared length below which a direction counts as none.
-
-    Returns:
-        coefficients [N, k ≤ K] of the directions, and the deltas' deviations [k] along them,
-        largest first; all latents are ``gram @ coefficients / deviations``.
-    """
-    lengths, axes = torch.linalg.eigh(combinations.T @ gram @ combinations)
-    real = lengths > max(floor, 1e-9 * float(lengths[-1]))
-    orthonormal = combinations @ axes[:, real] / lengths[real].sqrt()
-    projected = gram @ orthonormal
-    variances, rotation = torch.linalg.eigh(projected.T @ projected / len(gram))
-    return orthonormal @ rotation.flip(1), variances.flip(0).clamp(min=0).sqrt()
 
 
 class Autoencoder(Protocol):
@@ -145,9 +174,6 @@ class Autoencoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """[M, k] → [M, P]."""
 
-    def encode_all(self, deltas: Deltas) -> Tensor:
-        """Every upload's latent [N, k], read by blocks."""
-
 
 @dataclass(frozen=True)
 class LinearAutoencoder:
@@ -161,24 +187,21 @@ class LinearAutoencoder:
     scale: Tensor
 
     @classmethod
-    def fit(cls, deltas: Deltas, gram: Tensor, combinations: Tensor) -> LinearAutoencoder:
-        """On the span of ``combinations`` [N, K] of the deltas; O(NPk) beyond the Gram matrix.
+    def fit(cls, deltas: Deltas, combinations: Tensor) -> tuple[LinearAutoencoder, Tensor]:
+        """On the span of ``combinations`` [N, K] of the deltas, and the deltas' latents [N, k].
 
-        The principal axes within the span, from the N×N Gram matrix alone. Directions that
-        do not exist in float32 (of identical uploads, say) are dropped.
+        Directions that do not exist in float32 (of identical uploads, say) are dropped.
         """
-        p = deltas.vectors.shape[1]
+        span = deltas.span(combinations)
         rounding = 1e-13 * float(torch.linalg.vector_norm(deltas.vectors)) ** 2  # of float32
-        coefficients, deviations = principal_axes(gram, combinations, rounding)
-        components = torch.empty(coefficients.shape[1], p)
-        combine = coefficients.T.to(deltas.device)
-        for block in blocks(p):
-            components[:, block] = (combine @ deltas.columns(block)).float().cpu()
+        mixing, deviations = span.axes(rounding)
+        components, latents = mixing.T @ span.weights, span.products @ mixing / deviations
         # eigh leaves each sign open: a direction's largest weight is positive, whoever uploads
         if len(components):
             largest = components.abs().argmax(1, keepdim=True)
-            components *= components.gather(1, largest).sign()
-        return cls(components, deviations.float())
+            signs = components.gather(1, largest).sign()
+            components, latents = components * signs, latents * signs.T
+        return cls(components.float(), deviations.float()), latents.float()
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -190,13 +213,6 @@ class LinearAutoencoder:
 
     def decode(self, latents: Tensor) -> Tensor:
         return (latents * self.scale) @ self.components
-
-    def encode_all(self, deltas: Deltas) -> Tensor:
-        latents = torch.zeros(len(deltas.vectors), len(self.scale), dtype=torch.float64)
-        for block in blocks(self.components.shape[1]):
-            components = self.components[:, block].to(deltas.device).double()
-            latents += (deltas.columns(block) @ components.T).cpu()
-        return (latents / self.scale.double()).float()
 
 
 @dataclass(frozen=True)
@@ -213,15 +229,16 @@ class LayeredAutoencoder:
     @classmethod
     def fit(
         cls, deltas: Deltas, columns: Sequence[slice], combinations: Tensor
-    ) -> LayeredAutoencoder:
-        """On the span of ``combinations`` [N, K] of each layer's deltas.
+    ) -> tuple[LayeredAutoencoder, Tensor]:
+        """On the span of ``combinations`` [N, K] of each layer's deltas, and their latents.
 
         Args:
             columns: where each layer lies.
         """
-        parts = [deltas.part(layer) for layer in columns]
-        fitted = [LinearAutoencoder.fit(part, part.gram(), combinations) for part in parts]
-        return cls(tuple(fitted), tuple(columns), max(len(layer.scale) for layer in fitted))
+        fitted = [LinearAutoencoder.fit(deltas.part(layer), combinations) for layer in columns]
+        layers = tuple(layer for layer, _ in fitted)
+        coder = cls(layers, tuple(columns), max(len(layer.scale) for layer in layers))
+        return coder, coder._joined([latents for _, latents in fitted])
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -245,7 +262,3 @@ class LayeredAutoencoder:
         for layer, where, part in zip(self.layers, self.columns, parts, strict=True):
             deltas[:, where] = layer.decode(part[:, : len(layer.scale)])
         return deltas
-
-    def encode_all(self, deltas: Deltas) -> Tensor:
-        pairs = zip(self.layers, self.columns, strict=True)
-        return self._joined([layer.encode_all(deltas.part(where)) for layer, where in pairs])

@@ -91,8 +91,8 @@ class ConvolutionalAutoencoder:
         settings: ConvolutionalSettings,
         seed: int,
         device: torch.device,
-    ) -> ConvolutionalAutoencoder:
-        """Train on all deltas; O(steps · P) whatever their number."""
+    ) -> tuple[ConvolutionalAutoencoder, Tensor]:
+        """Train on all deltas, O(steps · P) whatever their number; and their latents [N, k]."""
         p = deltas.vectors.shape[1]
         chunk = min(settings.chunk, -(-p // 32) * 32)  # whole strides
         generator = torch_generator(seed, "autoencoder")
@@ -119,9 +119,10 @@ class ConvolutionalAutoencoder:
             optimiser.step()
             cycle.step()
         network.eval().requires_grad_(False)
-        raw = coder.encode_all(deltas)
+        rows = torch.arange(len(deltas)).split(_ROWS)
+        raw = torch.cat([coder.encode(deltas.rows(some)) for some in rows])
         coder.mean, coder.deviation = raw.mean(0), raw.std(0, correction=0).clamp_min(1e-6)
-        return coder
+        return coder, (raw - coder.mean) / coder.deviation
 
     @property
     def tokens(self) -> tuple[int, int]:
@@ -152,7 +153,3 @@ class ConvolutionalAutoencoder:
             for some in z.split(_ROWS)
         ]
         return torch.cat(parts) * self.scale
-
-    def encode_all(self, deltas: Deltas) -> Tensor:
-        rows = torch.arange(len(deltas)).split(_ROWS)
-        return torch.cat([self.encode(deltas.rows(some)) for some in rows])

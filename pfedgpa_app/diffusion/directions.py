@@ -1,6 +1,6 @@
 """Which few directions of weight space the latents see.
 
-Directions are combinations [N, k] of the N deltas, found from N×N inner products. They
+Directions are combinations [N, k] of the N deltas. They
 decide what a latent can say, and with it most of what denoising can gain: directions along
 which clients differ only by what each memorised must not be among them.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.core.randomness import torch_generator
-from pfedgpa_app.diffusion.autoencoder import principal_axes
+from pfedgpa_app.diffusion.autoencoder import Deltas
 from pfedgpa_app.diffusion.denoiser import FiniteSetDenoiser
 from pfedgpa_app.diffusion.inversion import calibrate_strength, regenerate
 from pfedgpa_app.diffusion.schedule import Schedule
@@ -52,16 +52,13 @@ class Likeness:
     scores: dict[int, Tensor]
 
 
-def scores_of(head_gram: Tensor, clients: Tensor) -> Tensor:
+def scores_of(classifiers: Tensor) -> Tensor:
     """Where each client's mean classifier stands [n, n − 1], along the widest direction first.
 
     Args:
-        head_gram: the classifiers' inner products [N, N].
-        clients: [N].
+        classifiers: the inner products [n, n] of clients' mean classifiers.
     """
-    means = client_means(clients)
-    most = max(1, len(means) - 1)
-    return principal_directions(means @ head_gram @ means.T, most).flip(1)
+    return principal_directions(classifiers, max(1, len(classifiers) - 1)).flip(1)
 
 
 def directions_of_likeness(clients: Tensor, known: Likeness, rank: int) -> Tensor:
@@ -79,8 +76,8 @@ def directions_of_likeness(clients: Tensor, known: Likeness, rank: int) -> Tenso
 
 
 def shared_directions(
-    gram: Tensor,
-    head_gram: Tensor,
+    deltas: Deltas,
+    classifiers: Tensor,
     clients: Tensor,
     rank: int,
     schedule: Schedule,
@@ -98,6 +95,7 @@ def shared_directions(
     the exact finite-set denoiser, which gathers like clients further.
 
     Args:
+        classifiers: the inner products [n, n] of clients' mean classifiers.
         clients: [N], rows in the order of rounds. ``own_weight`` and ``blur`` are the
             denoiser's; rank is cut to clients − 1.
 
@@ -106,12 +104,13 @@ def shared_directions(
     """
     means = client_means(clients)
     newest = newest_rows(clients)
-    scores = scores_of(head_gram, clients)[:, :rank]
+    scores = scores_of(classifiers)[:, :rank]
     for _ in range(refinements):
-        coefficients, deviations = principal_axes(gram, means.T @ scores)
+        span = deltas.span(means.T @ scores)
+        mixing, deviations = span.axes()
         if not len(deviations):
             break
-        latents = gram @ coefficients / deviations
+        latents = span.products @ mixing / deviations
         strength = calibrate_strength(latents, clients, newest, schedule, own_weight, seed)
         denoised = regenerate(
             latents[newest],

@@ -26,6 +26,7 @@ from pfedgpa_app.diffusion.denoiser import (
 )
 from pfedgpa_app.diffusion.directions import (
     Likeness,
+    client_means,
     directions_of_likeness,
     newest_rows,
     principal_directions,
@@ -54,9 +55,9 @@ def likeness_of(buffer: Buffer, rule: str, seed: int) -> Likeness:
     """
     layout, vectors, rounds, clients = buffer.stack()
     deltas, head = remove_drift(vectors, rounds, clients), layout.head()
-    gram = deltas.gram(head)
-    rank = choose_rank(rule, deltas, head, gram, clients, seed)
-    scores = scores_of(gram, clients)
+    classifiers = deltas.gram(client_means(clients).T, head)
+    rank = choose_rank(rule, deltas, head, classifiers, clients, seed)
+    scores = scores_of(classifiers)
     return Likeness(rank, dict(zip(clients.unique().tolist(), scores, strict=True)))
 
 
@@ -178,19 +179,18 @@ class WeightDistribution(Distribution):
         deltas = remove_drift(vectors, self.rounds, self.clients, where, buffer.means)
         self.anchor = deltas.means[-1]
         head = self.layout.head()
-        head_gram = deltas.gram(head)
+        classifiers = deltas.gram(client_means(self.clients).T, head)
         rank = known.rank if settings.rank is None and known else settings.rank
         if rank is None:
-            rank = choose_rank(settings.rank_rule, deltas, head, head_gram, self.clients, seed)
-        self.own_weight = settings.own_weight or own_weight_of(len(self.clients.unique()), rank)
-        self.autoencoder = self._autoencoder(deltas, head_gram, rank, known, torch.device(device))
-        self.latents = self.autoencoder.encode_all(deltas)
+            rank = choose_rank(settings.rank_rule, deltas, head, classifiers, self.clients, seed)
+        self.own_weight = settings.own_weight or own_weight_of(len(classifiers), rank)
+        self.autoencoder, self.latents = self._encoded(deltas, classifiers, rank, known, where)
         self.newest = sorted(buffer.newest())
         newest = self.autoencoder.encode(_newest_deltas(buffer, deltas))
         self.newest_latents = self._within(newest)
         given = settings.strength
         self.strength = self._calibrated() if given is None else given
-        self.denoiser = self._fit(settings, torch.device(device), descriptors, progress)
+        self.denoiser = self._fit(settings, where, descriptors, progress)
 
     def _calibrated(self) -> int:
         """t0 at which a client's own uploads keep the wanted posterior weight."""
@@ -218,31 +218,31 @@ class WeightDistribution(Distribution):
         most = self.latents.norm(dim=1).max() / lengths.clamp_min(1e-12)
         return torch.where(fresh, newest, newest * most.clamp_max(1))
 
-    def _autoencoder(
+    def _encoded(
         self,
         deltas: Deltas,
-        head_gram: Tensor,
+        classifiers: Tensor,
         rank: int,
         known: Likeness | None,
         device: torch.device,
-    ) -> Autoencoder:
+    ) -> tuple[Autoencoder, Tensor]:
+        """The autoencoder and the uploads' latents [N, k]."""
         settings, seed = self.settings, self.seed
         if settings.autoencoder == "conv" and rank:
             training = ConvolutionalSettings(
                 settings.chunk_latents, settings.autoencoder_steps, input_noise=0.0
             )
             return ConvolutionalAutoencoder.fit(deltas, self.layout, training, seed, device)
-        gram = deltas.gram()
         if not rank:
-            return LinearAutoencoder.fit(deltas, gram, gram.new_zeros(len(gram), 1))
+            return LinearAutoencoder.fit(deltas, torch.zeros(len(deltas), 1).double())
         if settings.directions == "principal":
-            combinations = principal_directions(gram, rank)
+            combinations = principal_directions(deltas.gram(), rank)
         elif known:
             combinations = directions_of_likeness(self.clients, known, rank)
         else:
             combinations = shared_directions(
-                gram,
-                head_gram,
+                deltas,
+                classifiers,
                 self.clients,
                 rank,
                 self.schedule,
@@ -252,7 +252,7 @@ class WeightDistribution(Distribution):
             )
         if settings.autoencoder == "layers":
             return LayeredAutoencoder.fit(deltas, self.layout.layers(), combinations)
-        return LinearAutoencoder.fit(deltas, gram, combinations)
+        return LinearAutoencoder.fit(deltas, combinations)
 
     def _fit(
         self,

@@ -20,7 +20,7 @@ _SPLITS = 40  # of clients and weights in cross-validation
 
 
 def choose_rank(
-    rule: str, deltas: Deltas, head: slice, head_gram: Tensor, clients: Tensor, seed: int
+    rule: str, deltas: Deltas, head: slice, classifiers: Tensor, clients: Tensor, seed: int
 ) -> int:
     """The latent rank by ``rule``: at least 2, at most clients − 1.
 
@@ -37,7 +37,8 @@ def choose_rank(
             ``cross-validation``: the least error in predicting held-out weights of held-out
             clients from the rest (Owen and Perry 2009). ``likelihood``: the largest likelihood
             of a held-out client under the others' probabilistic PCA.
-        head: the classifier's columns; head_gram [N, N]: inner products over them.
+        head: the classifier's columns.
+        classifiers: the inner products [n, n] of clients' mean classifiers.
         clients: [N], of the deltas' rows.
 
     Raises:
@@ -45,24 +46,21 @@ def choose_rank(
     """
     if rule not in RULES:
         raise ValueError(f"no rank rule called {rule!r}; there are {', '.join(RULES)}")
-    means = client_means(clients)
-    n, p = len(means), len(range(*head.indices(deltas.vectors.shape[1])))
+    n, p = len(classifiers), len(range(*head.indices(deltas.vectors.shape[1])))
     if n < 3:
         return max(1, n - 1)
     if rule == "cross-validation":
-        rank = _cross_validated(deltas, head, means, seed)
+        rank = _cross_validated(deltas, head, client_means(clients), seed)
+    elif rule == "likelihood":
+        rank = _likeliest(classifiers, p)
     else:
-        gram = means @ head_gram @ means.T
-        if rule == "likelihood":
-            rank = _likeliest(gram, p)
-        else:
-            eigenvalues = torch.linalg.eigvalsh(gram).flip(0)[: min(n - 1, p)]
-            times = 2.0 if rule == "head-gap" else hard_threshold((n - 1) / p)
-            rank = _above(eigenvalues, times)
-            if rule == "widest-gap":
-                while (more := _above(eigenvalues, times, rank)) > rank:
-                    rank = more
-                rank = _last_wide_gap(eigenvalues, rank)
+        eigenvalues = torch.linalg.eigvalsh(classifiers).flip(0)[: min(n - 1, p)]
+        times = 2.0 if rule == "head-gap" else hard_threshold((n - 1) / p)
+        rank = _above(eigenvalues, times)
+        if rule == "widest-gap":
+            while (more := _above(eigenvalues, times, rank)) > rank:
+                rank = more
+            rank = _last_wide_gap(eigenvalues, rank)
     return min(max(2, rank), n - 1)
 
 

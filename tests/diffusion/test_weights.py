@@ -181,30 +181,48 @@ class TestDrift:
 class TestAutoencoder:
     def test_exact_at_full_rank(self) -> None:
         deltas = remove_drift(*buffer(uploads()).stack()[1:])
-        gram = deltas.gram()
-        coder = LinearAutoencoder.fit(deltas, gram, principal_directions(gram, len(gram)))
+        whole = principal_directions(deltas.gram(), len(deltas))
+        coder, latents = LinearAutoencoder.fit(deltas, whole)
         assert len(coder.scale) == ROUNDS * (CLIENTS - 1)  # each round's mean is gone
-        latents = coder.encode_all(deltas)
-        rows = deltas.rows(torch.arange(len(gram)))
+        rows = deltas.rows(torch.arange(len(deltas)))
         assert torch.allclose(coder.encode(rows), latents, atol=1e-3)
         assert torch.allclose(coder.decode(latents), rows, atol=1e-4)
         assert torch.allclose(latents.var(0, correction=0), torch.ones(latents.shape[1]), atol=1e-3)
 
     def test_is_the_singular_value_decomposition(self) -> None:
         deltas = remove_drift(*buffer(uploads()).stack()[1:])
-        gram = deltas.gram()
-        coder = LinearAutoencoder.fit(deltas, gram, principal_directions(gram, 3))
-        _, sizes, right = torch.linalg.svd(deltas.rows(torch.arange(len(gram))).double())
-        assert torch.allclose(coder.scale.double(), sizes[:3] / len(gram) ** 0.5, rtol=1e-5)
+        coder, _ = LinearAutoencoder.fit(deltas, principal_directions(deltas.gram(), 3))
+        _, sizes, right = torch.linalg.svd(deltas.rows(torch.arange(len(deltas))).double())
+        assert torch.allclose(coder.scale.double(), sizes[:3] / len(deltas) ** 0.5, rtol=1e-5)
         overlap = (coder.components.double() @ right[:3].T).abs()
         assert torch.allclose(overlap, torch.eye(3).double(), atol=1e-4)
+
+    def test_a_span_is_what_inner_products_of_all_weights_tell(self) -> None:
+        _, vectors, rounds, clients = buffer(uploads()).stack()
+        deltas = remove_drift(vectors, rounds, clients)
+        rows, means = deltas.rows(torch.arange(len(deltas))).double(), client_means(clients)
+        span = deltas.span(means.T)
+        assert torch.allclose(span.weights, means @ rows, atol=1e-6)
+        assert torch.allclose(span.products, rows @ rows.T @ means.T, atol=1e-5)
+        assert torch.allclose(deltas.gram(), rows @ rows.T, atol=1e-5)
+        head = rows[:, 620:]
+        among = means @ head @ head.T @ means.T
+        assert torch.allclose(deltas.gram(means.T, slice(620, 720)), among, atol=1e-5)
+        mixing, deviations = span.axes()
+        assert len(deviations) == CLIENTS - 1  # the means' mean is 0
+        directions = mixing.T @ span.weights
+        assert torch.allclose(directions @ directions.T, torch.eye(CLIENTS - 1).double(), atol=1e-5)
+        latents = span.products @ mixing / deviations
+        assert torch.allclose(latents, rows @ directions.T / deviations, atol=1e-5)
+        alike = latents.T @ latents / len(latents)
+        assert torch.allclose(alike, torch.eye(CLIENTS - 1).double(), atol=1e-5)
 
     def test_error_falls_with_the_rank(self) -> None:
         deltas = remove_drift(*buffer(uploads()).stack()[1:])
         gram, rows = deltas.gram(), deltas.rows(torch.arange(ROUNDS * CLIENTS))
         errors = []
         for rank in (1, 3, 8, 20):
-            coder = LinearAutoencoder.fit(deltas, gram, principal_directions(gram, rank))
+            coder, _ = LinearAutoencoder.fit(deltas, principal_directions(gram, rank))
             errors.append(float((coder.decode(coder.encode(rows)) - rows).square().sum()))
         assert errors == sorted(errors, reverse=True)
 
@@ -213,11 +231,11 @@ class TestAutoencoder:
         deltas = remove_drift(vectors, rounds, clients)
         assert layout.layers() == [slice(0, 600), slice(600, 620), slice(620, 720)]
         means = client_means(clients)  # what clients differ in: 11 directions in every layer
-        coder = LayeredAutoencoder.fit(deltas, layout.layers(), means.T)
+        coder, learned = LayeredAutoencoder.fit(deltas, layout.layers(), means.T)
         assert coder.tokens == (3, CLIENTS - 1)
         rows = deltas.rows(torch.arange(len(deltas)))
         latents = coder.encode(rows)
-        assert torch.allclose(coder.encode_all(deltas), latents, atol=1e-4)
+        assert torch.allclose(learned, latents, atol=1e-4)
         changed = rows.clone()
         changed[:, :600] += 1
         same = coder.encode(changed).split(CLIENTS - 1, 1)
@@ -240,9 +258,9 @@ class TestAutoencoder:
         deltas = Deltas(rows, torch.zeros(1, 4_000), torch.zeros(64, dtype=torch.long), (1,))
         layout = Layout.of({"a": torch.zeros(3_000), "b": torch.zeros(1_000)})
         few = ConvolutionalSettings(latents=8, steps=400, latent_noise=0.02, chunk=2048)
-        coder = ConvolutionalAutoencoder.fit(deltas, layout, few, 0, torch.device("cpu"))
+        coder, latents = ConvolutionalAutoencoder.fit(deltas, layout, few, 0, torch.device("cpu"))
         assert coder.tokens == (2, 8)
-        latents = coder.encode_all(deltas)
+        assert torch.allclose(coder.encode(rows), latents, atol=1e-5)
         assert torch.allclose(latents.std(0, correction=0), torch.ones(16), atol=1e-3)
         error = coder.decode(latents) - rows
         for part in (slice(0, 3_000), slice(3_000, None)):
@@ -250,8 +268,12 @@ class TestAutoencoder:
 
 
 def rank_by(rule: str, deltas: Deltas, clients: torch.Tensor, seed: int) -> int:
-    head = slice(620, 720)
-    return choose_rank(rule, deltas, head, deltas.gram(head), clients, seed)
+    return rank_of(rule, deltas, slice(620, 720), clients, seed)
+
+
+def rank_of(rule: str, deltas: Deltas, head: slice, clients: torch.Tensor, seed: int) -> int:
+    classifiers = deltas.gram(client_means(clients).T, head)
+    return choose_rank(rule, deltas, head, classifiers, clients, seed)
 
 
 class TestRank:
@@ -276,7 +298,7 @@ class TestRank:
     def test_a_head_smaller_than_clients_are_many(self, rule: str, columns: int) -> None:
         _, vectors, rounds, clients = buffer(uploads(clients=16)).stack()
         deltas, head = remove_drift(vectors, rounds, clients), slice(720 - columns, 720)
-        assert 2 <= choose_rank(rule, deltas, head, deltas.gram(head), clients, 0) <= 15
+        assert 2 <= rank_of(rule, deltas, head, clients, 0) <= 15
 
     def test_shrinkage_does_not_count_noise_where_clients_are_many(self) -> None:
         # 60 clients, 100 head weights, no groups: the noise's own spread passes twice the median
