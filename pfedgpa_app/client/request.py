@@ -30,11 +30,13 @@ from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.core.weights import Weights, all_finite
 from pfedgpa_app.data.client import (
     ClientData,
+    check_own,
     check_same,
     load_client,
     load_own,
     load_own_client,
     load_schema,
+    own_fingerprint,
     schema_of,
 )
 from pfedgpa_app.messages import record_of
@@ -75,9 +77,11 @@ class ClientRequest:
         self.config: Config = resolve_cached(context.run_config).config
         asked: Any = message.content.config_records["config"]
         self._asked = asked
+        self._source = str(context.node_config.get("dataset", ""))
         if (told := message.content.config_records.get("data")) is not None:
             check_same(self.config, told)
-        self._source = str(context.node_config.get("dataset", ""))
+        if self.config.dataset == NODES:
+            check_unchanged(self.config, self._source, context)
         self.client, self.round = int(asked["client"]), int(asked["round"])
         self.rate = float(asked.get("rate", 1.0))
         self.fine_tunings = [
@@ -220,6 +224,21 @@ class ClientRequest:
         return self.reply(metrics | ({} if agreement is None else {"agreement": agreement}))
 
 
+def check_unchanged(config: Config, source: str, context: Context) -> None:
+    """Refuse data of this node's own that are not what it has gone by before in this run.
+
+    Every message may come to a process of its own, which reads them anew.
+
+    Raises:
+        DataError: they are others.
+    """
+    before = context.state.config_records.get("data")
+    if before is None:
+        context.state["data"] = ConfigRecord(dict(own_fingerprint(config, source)))
+    else:
+        check_own(config, source, before)
+
+
 def describe(context: Context) -> RecordDict:
     """Who a node is: its partition, and what its own data are, where a run goes by those.
 
@@ -233,6 +252,7 @@ def describe(context: Context) -> RecordDict:
         source = str(context.node_config.get("dataset", ""))
         try:
             load_own_client(config, source, partition)
+            check_unchanged(config, source, context)
             schema = schema_of(load_own(config, source))
             network_of(config, schema)  # which may be the user's own, and not be here
             content["data"] = ConfigRecord(schema.as_dict())

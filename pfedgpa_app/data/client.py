@@ -69,17 +69,38 @@ def _load(config: DataSettings, name: str) -> Dataset:
 
 def forget() -> None:
     """Read everything anew: files may have changed since this process read them."""
-    for known in (load, fingerprint, load_partition, load_own_client, load_client):
+    for known in (
+        load,
+        fingerprint,
+        own_fingerprint,
+        load_partition,
+        load_own_client,
+        load_client,
+    ):
         known.cache_clear()
 
 
+Fingerprint = dict[str, int | list[float]]
+_SEED = "fix the seed of what your code draws, as in default_rng(0)"
+
+
 @remembered(2)
-def fingerprint(config: DataSettings) -> dict[str, int | list[float]]:
-    """By what another process knows the run's data set for the same: all labels, some numbers."""
-    data = load_dataset(config)
+def fingerprint(config: DataSettings) -> Fingerprint:
+    """By what another process knows the run's data set for the same."""
+    return _fingerprint_of(load_dataset(config), config.dataset)
+
+
+@remembered(2)
+def own_fingerprint(config: DataSettings, source: str) -> Fingerprint:
+    """By what a node knows its own data set for the same; nobody else is told."""
+    return _fingerprint_of(load_own(config, source), source)
+
+
+def _fingerprint_of(data: Dataset, name: str) -> Fingerprint:
+    """All labels, and some numbers of what the user's own code makes."""
     labels = zlib.crc32(np.concatenate([data.train_labels, data.test_labels]).tobytes())
     numbers: list[float] = []
-    if is_reference(config.dataset):  # others read files, and do not draw
+    if is_reference(name):  # others read files, and do not draw
         for images in (data.train_images, data.test_images):
             places = np.linspace(0, images.size - 1, 50).astype(int)
             numbers += images.reshape(-1)[places].astype(float).tolist()
@@ -94,18 +115,34 @@ def check_same(config: DataSettings, told: Mapping[str, Any]) -> None:
     Raises:
         DataError: it is another.
     """
-    here = fingerprint(config)
-    ours, theirs = (np.asarray(each["numbers"], dtype=float) for each in (here, told))
-    # machines round, and decode images, a little differently
-    alike = ours.shape == theirs.shape and bool(
-        (np.abs(ours - theirs) <= 0.02 * np.abs(theirs).max(initial=0)).all()
-    )
-    if not alike or here["labels"] != told["labels"]:
+    if not _alike(fingerprint(config), told):
         raise DataError(
             f"dataset {config.dataset}: is not what the run's server has read: leave its files as "
-            "they were, the same everywhere, and fix the seed of what your code draws, as in "
-            "default_rng(0)"
+            "they were, the same everywhere, and " + _SEED
         )
+
+
+def check_own(config: DataSettings, source: str, told: Mapping[str, Any]) -> None:
+    """Refuse a node's own data set that is not what its ``own_fingerprint`` was ``told`` of.
+
+    Raises:
+        DataError: it is another.
+    """
+    if not _alike(own_fingerprint(config, source), told):
+        raise DataError(
+            f"dataset {source}: is not what this node has read before in this run: leave its files "
+            "as they were, and " + _SEED
+        )
+
+
+def _alike(here: Fingerprint, told: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of the same data."""
+    ours, theirs = (np.asarray(each["numbers"], dtype=float) for each in (here, told))
+    # machines round, and decode images, a little differently
+    close = ours.shape == theirs.shape and bool(
+        (np.abs(ours - theirs) <= 0.02 * np.abs(theirs).max(initial=0)).all()
+    )
+    return close and here["labels"] == told["labels"]
 
 
 def load_schema(config: DataSettings) -> Schema:

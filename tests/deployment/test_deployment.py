@@ -38,7 +38,7 @@ from pfedgpa_app.config.parse import in_toml
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.data.client import load_own
+from pfedgpa_app.data.client import forget, load_own
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.deployment import doctor, keys
 from pfedgpa_app.deployment.doctor import Node, NodeError, examine
@@ -175,6 +175,31 @@ class TestOwnData:
             }
             assert {m["images"] for m in sizes if "images" in m} == {tested}
         assert summary(folder)["fedavg"]["accuracy_before_ft"] > 0
+
+    def test_data_that_come_out_otherwise_in_another_process_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a split by an unseeded generator: a client would be tested on what it trained on."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        rows, labels = np.random.default_rng(0).normal(size=(60, 4)), np.arange(60) % 3
+        sources = [f"npz:{tmp_path / str(site)}.npz" for site in range(2)]
+        for site in range(2):
+            np.savez(tmp_path / f"{site}.npz", x=rows, y=labels)
+        grid = self.grid(tmp_path, sources, **{"num-server-rounds": 2, "model": "mlp"})
+        failed = []
+
+        def read_anew(message: Message, reply: Message) -> Message:
+            if reply.has_error():
+                failed.append(reply.error.reason)
+            np.savez(tmp_path / "1.npz", x=rows[::-1], y=labels[::-1])
+            forget()  # as another process would
+            return reply
+
+        grid.tamper = read_anew
+        self.start(grid)
+        assert len(failed) >= 4  # two rounds of training and evaluation
+        assert all(f"dataset {sources[1]}: is not what this node has" in why for why in failed)
+        assert {m["client"] for m in grid.received} == {0}
 
     def test_too_few_nodes(self, tmp_path: Path) -> None:
         sources = self.sites(tmp_path, 2)
