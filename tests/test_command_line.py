@@ -45,3 +45,20 @@ def test_an_error_is_one_line_and_with_debug_its_traceback(
     assert said.splitlines()[-1].startswith("pfedgpa: num-clients = -3")
     assert ("Traceback" in said) == debug
     assert debug or said.count("\n") == 1
+
+
+def test_help_and_completion_wait_for_no_import_of_torch() -> None:
+    """Which takes seconds, at each TAB."""
+    code = """if True:
+        import sys
+        from pfedgpa_app.cli import COMMANDS, parse
+        for words in (["--help"], *([name, "--help"] for name in COMMANDS)):
+            try:
+                parse(words)
+            except SystemExit as end:
+                assert end.code == 0
+        print(sorted(sys.modules), file=sys.stderr)
+    """
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "usage: pfedgpa run" in done.stdout
+    assert not {"'torch'", "'flwr'", "'numpy'"} & set(done.stderr.strip("[]\n").split(", "))

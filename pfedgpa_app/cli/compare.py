@@ -9,8 +9,6 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from pfedgpa_app.cli import options as shared
-from pfedgpa_app.config.resolve import method_named
-from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.settings import ConfigError, shown
 
 EXAMPLE = "compare --conf compare-fashion-mnist --methods fedavg,fedbabu,pfedgpa --seeds 0"
@@ -29,6 +27,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
+    from pfedgpa_app.config.resolve import method_named
+    from pfedgpa_app.core.files import write_text
     from pfedgpa_app.study.compare import EXPERIMENTS, plan, report
     from pfedgpa_app.study.sweep import run_sweep
 

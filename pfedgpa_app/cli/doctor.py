@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from pfedgpa_app.cli.options import check_number
-from pfedgpa_app.config.resolve import require_dataset
 
 EXAMPLE = "doctor --dataset imagefolder:/data/scans --superlink superlink.example.org:9092"
 
@@ -22,6 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
+    from pfedgpa_app.config.resolve import require_dataset
     from pfedgpa_app.deployment.doctor import Node, examine
 
     if options.dataset:

@@ -6,7 +6,6 @@ import json
 from argparse import ArgumentParser, Namespace
 
 from pfedgpa_app.cli.options import add_client
-from pfedgpa_app.config.resolve import require_dataset
 
 EXAMPLE = "evaluate results/my-run --client 3 imagefolder:new-photos"
 
@@ -24,6 +23,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
+    from pfedgpa_app.config.resolve import require_dataset
     from pfedgpa_app.runs.prediction import evaluate
 
     dataset = " ".join(options.dataset)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from pfedgpa_app.core.sections import TRACKERS
-from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.settings import TRACKERS, ConfigError
 from pfedgpa_app.engine import LaunchError
 
 EXAMPLE = "export-metrics results/my-run --to tensorboard"

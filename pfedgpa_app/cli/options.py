@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pfedgpa_app.config.parse import flat
-from pfedgpa_app.config.resolve import keys
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError, shown
 
@@ -25,6 +24,8 @@ def add_settings(parser: ArgumentParser) -> None:
 
 def _settings_like(prefix: str, **more: Any) -> list[str]:
     """What a shell offers for the beginning of a setting."""
+    from pfedgpa_app.config.resolve import keys
+
     key, _, value = prefix.partition("=")
     if key == prefix:
         return [f"{name}=" for name in keys() if name.startswith(prefix)]
@@ -106,6 +107,8 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
 
 def value_of(key: str, text: str) -> Any:
     """What a setting's text means: a name like 7 or 2026-11-26 is text where text is wanted."""
+    from pfedgpa_app.config.resolve import keys
+
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except (ValueError, RecursionError):  # no TOML, or a number of thousands of digits
@@ -116,6 +119,8 @@ def value_of(key: str, text: str) -> Any:
 
 def _split(text: str) -> list[str]:
     """At spaces before a KEY=, so that values may hold spaces."""
+    from pfedgpa_app.config.resolve import keys
+
     parts: list[str] = []
     for word in text.split(" "):
         if parts and word.partition("=")[0] not in keys():

@@ -8,7 +8,6 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from pfedgpa_app.cli.options import add_conf, add_settings, overrides
-from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.settings import ConfigError
 
 CSV, WIDEST = ".csv", 21  # columns that a terminal has room for
@@ -26,6 +25,7 @@ def add_options(parser: ArgumentParser) -> None:
 def handle(options: Namespace) -> int:
     import numpy as np
 
+    from pfedgpa_app.config.resolve import resolve
     from pfedgpa_app.data.client import class_counts, described, load_dataset
     from pfedgpa_app.results.plots import partition
     from pfedgpa_app.results.tables import markdown

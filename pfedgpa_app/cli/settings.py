@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from pfedgpa_app.cli.options import add_conf
-from pfedgpa_app.config.resolve import keys, keys_of, resolve
 
 EXAMPLE = "settings pfedgpa --conf fashion-mnist-20"
 
@@ -21,6 +20,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
+    from pfedgpa_app.config.resolve import keys, keys_of, resolve
+
     names, conf = options.names, options.conf
     chosen = [key for name in names for key in keys_of(name)] if names else list(keys().values())
     here = resolve({"conf": conf}).as_dict() if conf else {}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pfedgpa_app.cli import options as shared
-from pfedgpa_app.config.resolve import known
 from pfedgpa_app.core.settings import ConfigError
 
 EXAMPLE = "sweep --conf fashion-mnist-20 --over seed=0,1,2 --over learning-rate=0.01,0.02"
@@ -72,6 +71,8 @@ def handle(options: Namespace) -> int:
 
 def _varied(texts: list[str]) -> dict[str, list[Any]]:
     """What ``--over`` says: {setting: its values}."""
+    from pfedgpa_app.config.resolve import known
+
     over: dict[str, list[Any]] = {}
     for text in texts:
         key, found, values = text.partition("=")

@@ -10,10 +10,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from pfedgpa_app.cli import options as shared
-from pfedgpa_app.config.resolve import method_named, resolve
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.methods import federation_of
-from pfedgpa_app.methods.own import reference_of
 
 EXAMPLE = "tune --conf my-experiment.yaml --methods fedavg,pfedgpa"
 
@@ -34,6 +31,9 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
+    from pfedgpa_app.config.resolve import method_named, resolve
+    from pfedgpa_app.methods import federation_of
+    from pfedgpa_app.methods.own import reference_of
     from pfedgpa_app.study.tune import tunable, tune
 
     overrides = shared.parse_overrides(options.settings)

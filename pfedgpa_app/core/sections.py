@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pfedgpa_app.core.randomness import numpy_generator
-from pfedgpa_app.core.settings import LAUNCH, LEARNING_RATES, setting
+from pfedgpa_app.core.settings import LAUNCH, LEARNING_RATES, TRACKERS, setting
 
 DATASET_HELP = (
     "digits, mnist, fashion-mnist, kmnist, emnist-SPLIT (balanced, byclass, bymerge, digits, "
@@ -36,7 +36,6 @@ OF_PARTITION = {  # setting: the partition that alone goes by it
 PARTITION_FILE = "file:"
 LABEL_FLIP = "label-flip"
 ATTACKS = ("none", "sign-flip", "scale", "noise", LABEL_FLIP)
-TRACKERS = ("tensorboard", "wandb", "mlflow")
 MOST_CLIENTS = 1_000_000
 S = TypeVar("S")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 RESULTS, LAUNCH = "results", "launch"  # what settings have a part in
 LEARNING_RATES = (0.02, 0.05, 0.1)  # that `pfedgpa tune` tries
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # dashboards
 
 
 class ConfigError(ValueError):

@@ -21,6 +21,7 @@ from flwr.supercore.run import Run
 
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES
+from pfedgpa_app.core.settings import listed
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.messages import bytes_of, record_of
 from pfedgpa_app.server.screening import cause
@@ -377,7 +378,7 @@ def _schema_of(answers: Iterable[Answer]) -> Schema | None:
 
 
 def _listed(partitions: Iterable[int]) -> str:
-    return ", ".join(map(str, partitions))
+    return listed([str(partition) for partition in partitions], most=20)
 
 
 def _difference(one: tuple[int, Schema], other: tuple[int, Schema]) -> str:

@@ -190,7 +190,7 @@ class TestOwnData:
 
         def read_anew(message: Message, reply: Message) -> Message:
             if reply.has_error():
-                failed.append(reply.error.reason)
+                failed.append(str(reply.error.reason))
             np.savez(tmp_path / "1.npz", x=rows[::-1], y=labels[::-1])
             forget()  # as another process would
             return reply
