@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pfedgpa_app.methods import federation_of
+from pfedgpa_app.methods.fine_tuning import FedAvgFTTuned
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.study.compare import PAPER
 from pfedgpa_app.study.reproduce import (
@@ -32,7 +33,8 @@ from pfedgpa_app.study.tune import main_settings
 
 # clients, in the order of PAPER's figures: images of each; CIFAR-10 has no more for 100 of them
 SIZES = {10: 600, 20: 600, 100: 380}
-RIVALS = ("fedavg-ft-tuned", "fedavgm", "client-mean")
+TUNED_FT = "fedavg-ft-tuned"
+RIVALS = (TUNED_FT, "fedavgm", "client-mean")
 METHODS_OF_TABLE = (*PAPER["cifar10"], *RIVALS)
 SEARCH_ROUNDS = 60
 MERIT = "accuracy_as_its_paper"
@@ -128,7 +130,7 @@ def table(rows: Sequence[Row]) -> str:
     heads = [f"{DATA[cell.data]}, {cell.clients} clients" for cell in cells]
     lines = []
     for method in METHODS_OF_TABLE:
-        own = [[row for row in rows_in(rows, c) if row["method"] == method] for c in cells]
+        own = [_of(method, rows_in(rows, cell)) for cell in cells]
         if any(own):
             title = next(found[0]["title"] for found in own if found)
             texts = [
@@ -136,6 +138,17 @@ def table(rows: Sequence[Row]) -> str:
             ]
             lines.append([title, *texts])
     return markdown(["method", *heads], lines) + "\n"
+
+
+def _of(method: str, rows: Iterable[Row]) -> list[Row]:
+    """A method's rows; FedAvg's with its second figure, where tuned FedAvg-FT has none itself."""
+    of = {name: [row for row in rows if row["method"] == name] for name in (method, "fedavg")}
+    if method == TUNED_FT and not of[method]:
+        return [
+            row | {"title": FedAvgFTTuned.title, MERIT: row["accuracy_after_ft_tuned"]}
+            for row in of["fedavg"]
+        ]
+    return of[method]
 
 
 def columns_in(rows: Iterable[Row]) -> list[Cell]:

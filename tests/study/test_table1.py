@@ -85,6 +85,26 @@ def test_each_method_runs_by_what_was_searched_for_it(
     assert not machine.done
 
 
+def test_fedavgs_own_rounds_tell_what_tuned_fine_tuning_brings() -> None:
+    rows = [
+        {"data": "emnist", "clients": clients, "partition": "dominant", "images": images}
+        | {"method": method, "title": method, "seed": 0}
+        | {"accuracy_as_its_paper": 75.0, "accuracy_after_ft_tuned": 86.0 + clients / 100}
+        for clients, images, method in (
+            (10, 600, "fedavg"),
+            (10, 600, "fedavg-ft-tuned"),
+            (100, 380, "fedavg"),
+            (100, 380, "pfedgpa"),
+        )
+    ]
+    lines = table1.table(rows).splitlines()
+    assert "| FedAvg-FT (tuned) | 75.00 (–) | 87.00 (–) |" in [
+        line.replace("fedavg-ft-tuned", "FedAvg-FT (tuned)") for line in lines
+    ]
+    rows = [row for row in rows if row["method"] != "fedavg"]
+    assert "| fedavg-ft-tuned | 75.00 (–) | – (–) |" in table1.table(rows).splitlines()
+
+
 def test_without_a_search_the_experiments_settings_are_taken(tmp_path: Path) -> None:
     machine = Machine(5.0)
     methods = ("fedavg", "pfedgpa")
