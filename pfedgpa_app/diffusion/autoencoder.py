@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
-_BLOCK = 8192  # columns read at a time
+_NUMBERS = 2**20  # read at a time: as many as caches hold
 
 
-def blocks(end: int, first: int = 0) -> Iterator[slice]:
-    """Columns ``first`` to ``end``, so many at a time."""
-    for start in range(first, end, _BLOCK):
-        yield slice(start, min(end, start + _BLOCK))
+def blocks(rows: int, end: int, first: int = 0) -> Iterator[slice]:
+    """Columns ``first`` to ``end``, so many at a time as ``rows`` of them are soon read."""
+    width = max(256, _NUMBERS // rows)
+    for start in range(first, end, width):
+        yield slice(start, min(end, start + width))
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Deltas:
         gram = torch.zeros(size, size, dtype=torch.float64, device=self.device)
         combine = None if combinations is None else combinations.T.to(self.device)
         first, last, _ = columns.indices(self.vectors.shape[1])
-        for block in blocks(last, first):
+        for block in blocks(len(self), last, first):
             part = self.columns(block) if combine is None else combine @ self.columns(block)
             gram.addmm_(part, part.T)
         return gram.cpu()
@@ -74,7 +75,7 @@ class Deltas:
         combine = combinations.T.to(self.device)
         weights = torch.empty(len(combine), self.vectors.shape[1], dtype=torch.float64)
         products = torch.zeros(len(self), len(combine), dtype=torch.float64, device=self.device)
-        for block in blocks(self.vectors.shape[1]):
+        for block in blocks(*self.vectors.shape):
             part = self.columns(block)
             combined = combine @ part
             products.addmm_(part, combined.T)
@@ -139,7 +140,7 @@ def remove_drift(
     ridge = torch.diag(torch.cat([torch.zeros(r), torch.ones(c)]).double())
     solve = torch.linalg.solve(design.T @ design + ridge, design.T)[:r].to(device)
     means = torch.empty(r, vectors.shape[1])
-    for block in blocks(vectors.shape[1]):
+    for block in blocks(*vectors.shape):
         means[:, block] = (solve @ vectors[:, block].to(device).double()).float().cpu()
     order = tuple(int(x) for x in names)
     for place, name in enumerate(order):
@@ -151,7 +152,7 @@ def remove_drift(
 def root_mean_squares(deltas: Deltas, sizes: Sequence[int]) -> Tensor:
     """For every weight [P], the root mean square of all deltas of its tensor; 1 if they are 0."""
     sums = torch.cat(
-        [deltas.columns(block).square().sum(0).cpu() for block in blocks(deltas.vectors.shape[1])]
+        [deltas.columns(block).square().sum(0).cpu() for block in blocks(*deltas.vectors.shape)]
     )
     each = [tensor.mean().div(len(deltas.vectors)).sqrt() for tensor in sums.split(list(sizes))]
     scales = torch.stack(each).float()

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from pfedgpa_app.core.uploads import Buffer
 from pfedgpa_app.core.weights import Layout
+from pfedgpa_app.diffusion import autoencoder
 from pfedgpa_app.diffusion.autoencoder import (
     Deltas,
     LayeredAutoencoder,
@@ -197,7 +198,10 @@ class TestAutoencoder:
         overlap = (coder.components.double() @ right[:3].T).abs()
         assert torch.allclose(overlap, torch.eye(3).double(), atol=1e-4)
 
-    def test_a_span_is_what_inner_products_of_all_weights_tell(self) -> None:
+    def test_a_span_is_what_inner_products_of_all_weights_tell(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(autoencoder, "_NUMBERS", 1)  # three blocks
         _, vectors, rounds, clients = buffer(uploads()).stack()
         deltas = remove_drift(vectors, rounds, clients)
         rows, means = deltas.rows(torch.arange(len(deltas))).double(), client_means(clients)
