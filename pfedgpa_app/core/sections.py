@@ -222,7 +222,7 @@ class PrivacySettings(Basics):
     local_dp_delta: float = setting(1e-5, "its δ", above=0, high=0.5)
     local_dp_clip: float = setting(1.0, "its C: updates are clipped to this norm", above=0)
     max_epsilon: float = setting(
-        0.0, "most ε that a run may spend on a client, or it is refused; 0: any", low=0
+        0.0, "most ε that a run may spend on a client, or it is refused; 0: any", low=0, part=LAUNCH
     )
 
 

@@ -27,6 +27,7 @@ from pfedgpa_app.training.evaluation import FineTuning
 from pfedgpa_app.training.sgd import Recipe
 
 S = TypeVar("S")
+TRAINED, NOTHING, OTHER = "trained", "nothing", "other"  # what clients may send
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,13 @@ class Rounds(Generic[S]):
     Attributes:
         title: how tables call it.
         settings: the class of the method's own settings, if it has some.
+        sends: what clients upload: what they downloaded, trained on; nothing; or something other,
+            on which no noise for differential privacy can be.
     """
 
     title = ""
     settings: ClassVar[type[Any]] = MethodSettings
+    sends: ClassVar[str] = TRAINED
 
     def __init__(self, config: Config, state: S) -> None:
         self.config, self.state = config, state

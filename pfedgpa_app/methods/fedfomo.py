@@ -24,7 +24,7 @@ from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, MethodSettings, setting
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.core.weights import Weights
-from pfedgpa_app.methods.base import ClientTask, Method, Trained
+from pfedgpa_app.methods.base import OTHER, ClientTask, Method, Trained
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training import evaluation
 
@@ -55,6 +55,7 @@ class FedFomo(Method[FomoState]):
 
     title = "FedFomo"
     settings = FedFomoSettings
+    sends = OTHER  # how others' models do on its validation images, too
 
     @classmethod
     def check(cls, config: Config) -> None:

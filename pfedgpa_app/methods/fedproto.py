@@ -26,7 +26,7 @@ from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, MethodSettings, setting
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.core.weights import Weights, last_layers
-from pfedgpa_app.methods.base import ClientTask, Method, Trained
+from pfedgpa_app.methods.base import OTHER, ClientTask, Method, Trained
 from pfedgpa_app.models.networks import head_of, weight_names, weights_of
 
 NEVER = -1e9  # the logit of a class that nobody has shown
@@ -71,6 +71,7 @@ class FedProto(Method[Prototypes]):
 
     title = "FedProto"
     settings = FedProtoSettings
+    sends = OTHER  # means of classes, and how many examples
     tuned = ("lam",)
 
     @classmethod

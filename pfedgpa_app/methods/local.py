@@ -12,6 +12,7 @@ from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import MethodSettings
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.base import NOTHING
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Local(Averaging[Shared]):
 
     title = "local-only"
     settings = LocalSettings
+    sends = NOTHING
 
     @classmethod
     def shared(cls, config: Config, names: list[str]) -> list[str]:

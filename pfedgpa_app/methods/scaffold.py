@@ -24,7 +24,7 @@ from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import MethodSettings, setting
 from pfedgpa_app.core.uploads import Upload, weighted_mean
 from pfedgpa_app.core.weights import Weights
-from pfedgpa_app.methods.base import ClientTask, Method, Trained
+from pfedgpa_app.methods.base import OTHER, ClientTask, Method, Trained
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training.sgd import Recipe
 
@@ -61,6 +61,7 @@ class Scaffold(Method[ScaffoldState]):
 
     title = "SCAFFOLD"
     settings = ScaffoldSettings
+    sends = OTHER  # changes of control variates, too
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> ScaffoldState:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,6 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
         if config.dataset != NODES:
             log.event("data", described(config))
             keep_holdings(folder, config)
-        if config.local_dp_epsilon:
-            log.event("privacy", privacy.in_words(config))
         for text in _warnings(grid, config):
             log.event("warning", text)
         if isinstance(grid, LocalGrid):
@@ -131,6 +129,11 @@ def _warnings(grid: Grid, config: Config) -> Iterator[str]:
         yield f"engine = {config.engine} is for `pfedgpa run`; Flower carries this run itself"
     if is_simulated(grid) and (text := slow_precision(config)):
         yield text
+    if config.local_dp_epsilon and config.share_label_counts:
+        yield (
+            "share-label-counts: how many examples of each class clients have is sent as it is; "
+            "local-dp-epsilon's noise is on weights alone"
+        )
 
 
 class Experiment:
@@ -139,6 +142,7 @@ class Experiment:
     def __init__(self, grid: Grid, resolved: Resolved, folder: Path, log: RunLog) -> None:
         self.resolved, self.config, self.folder, self.log = resolved, resolved.config, folder, log
         self.grid = grid
+        self.ask: Callable[[str, int, Iterable[int]], None] = lambda *_: None
         config = self.config
         self.summary = Summary(folder, config, log)
         self.resuming = Resuming(folder, log, self.summary)
@@ -153,10 +157,7 @@ class Experiment:
             log.event("status", f"rounds begin with the mean of what {config.start_from} learned")
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
         settings = values_of(resolved.as_dict())
-        self._privacy: dict[str, float] = {}  # of the whole run, on each row
-        if config.local_dp_epsilon:
-            spent = privacy.epsilon_of(config, privacy.most_uploads(config))
-            self._privacy = {"epsilon_spent": round(spent, 4)}
+        self._privacy = self._spent() if config.local_dp_epsilon else {}  # on each row
         self.tracking = Tracking(folder, config.track, settings, self._lost_tracker)
         log.listeners.append(self.tracking.round)
         self.roster.common["run"] = self.resuming.name
@@ -168,6 +169,17 @@ class Experiment:
             self.roster.common["weights-dir"] = str(folder / WEIGHTS)
         if config.checkpoint_every and is_simulated(grid):  # clients see our files
             self.roster.common["state-dir"] = str(self.resuming.clients)
+
+    def _spent(self) -> dict[str, float]:
+        """What the whole run tells of a client; refuses it where that is too much."""
+        going = self.going.get("federation", ""), self.going.get("round", 0)
+        uploads = privacy.Uploads(
+            self.config, self.folder / privacy.FILE, self.resuming.finished, going
+        )
+        privacy.check(self.config, uploads)
+        self.log.event("privacy", privacy.in_words(self.config, uploads.most))
+        self.ask = uploads.ask
+        return {"epsilon_spent": round(privacy.epsilon_of(self.config, uploads.most), 4)}
 
     def run_all(self, federations: dict[str, list[str]]) -> None:
         """Run ``federations``, {name: its methods}, and write what they came to."""
@@ -235,7 +247,8 @@ class Experiment:
 
         classes = len(self.dataset.classes)
         method = kind(config, state)
-        strategy = Personalised(method, name, self.roster, config, self.log, classes, keep)
+        ask = partial(self.ask, name)
+        strategy = Personalised(method, name, self.roster, config, self.log, classes, keep, ask)
         if going:
             strategy.restore(going["costs"], going["round"])
         if config.uploads:

@@ -27,6 +27,7 @@ def join(strategy: Personalised, method: Personaliser[Any]) -> list[dict[int, fl
             client: roster.message(client, MessageType.TRAIN, mine, settings)
             for client, mine in given.items()
         }
+        strategy.ask(server_round, messages)
         answers = roster.exchange(messages)
         uploads, _ = strategy.screened(server_round, messages, answers)
         given = given | (method.join(uploads) if uploads else {})

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
+import json
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.methods import federations
+from pfedgpa_app.methods import federations, rounds_class
+from pfedgpa_app.methods.base import NOTHING, OTHER
 from pfedgpa_app.server.strategy import sampled
 
 
@@ -41,42 +47,115 @@ def epsilon_of(config: Config, uploads: int) -> float:
     return high
 
 
-def most_uploads(config: Config, rounds: int | None = None) -> int:
-    """How often the client uploads that does so most, in all federations of the run."""
-    counts: Counter[int] = Counter()
-    for server_round in range(1, (config.num_server_rounds if rounds is None else rounds) + 1):
-        counts.update(sampled(config, server_round))
-    return max(counts.values(), default=0) * len(federations(config.method))
+FILE = "asked.jsonl"  # in a run's folder, whom each round asked for an upload
+Done = tuple[str, int]  # a federation, and how many rounds of it
 
 
-def in_words(config: Config) -> str:
-    """What the run will have told of a client."""
-    uploads, delta = most_uploads(config), config.local_dp_delta
+class Uploads:
+    """How often clients upload in a run: the uploads they were asked for, and those to come.
+
+    Each upload has noise of its own. So rounds that a run repeats, because it was killed before it
+    kept them, count again: whom a round asks is written to ``file`` first.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        file: Path | None = None,
+        finished: Sequence[str] = (),
+        going: Done = ("", 0),
+    ) -> None:
+        """Of a whole run; of one that goes on where its ``file`` and checkpoint are.
+
+        Args:
+            finished: federations that are done.
+            going: the one that is going on.
+        """
+        self.config, self._file = config, file
+        self.counts: Counter[int] = Counter()
+        if file is not None and file.exists():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                self.counts.update(json.loads(line)["clients"])
+        else:  # none of it is on record, if an earlier version began it
+            finished, going = (), ("", 0)
+        for name, methods in federations(config.method).items():
+            if name not in finished and rounds_class(name).sends != NOTHING:
+                done = going[1] if name == going[0] else 0
+                for server_round in range(done + 1, config.num_server_rounds + 1):
+                    self.counts.update(sampled(config, server_round))
+                for _ in range(config.join_iterations * len(methods)):
+                    self.counts.update(range(config.initial_clients, config.num_clients))
+
+    @property
+    def most(self) -> int:
+        """Of the client that uploads most often."""
+        return max(self.counts.values(), default=0)
+
+    def ask(self, federation: str, server_round: int, clients: Iterable[int]) -> None:
+        """Write down that ``clients`` are asked for an upload."""
+        if self._file is None or rounds_class(federation).sends == NOTHING:
+            return
+        line = {"federation": federation, "round": server_round, "clients": sorted(clients)}
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def in_words(config: Config, uploads: int) -> str:
+    """What the run will have told of a client that makes so many ``uploads``."""
+    one, every = (f"({epsilon_of(config, n):.3g}, {config.local_dp_delta:g})" for n in (1, uploads))
     return (
-        f"privacy: each upload is ({config.local_dp_epsilon:g}, {delta:g})-differentially private, "
-        f"the {uploads} that a client makes at most ({epsilon_of(config, uploads):.3g}, {delta:g})"
+        f"privacy: each upload is {one}-differentially private, the {uploads} that a client makes "
+        f"at most {every}; losses and accuracies, which clients tell, too, have no noise"
     )
 
 
-def check(config: Config) -> None:
-    """Refuse a run that would spend more than ``max-epsilon``.
+def check(config: Config, uploads: Uploads | None = None) -> None:
+    """Refuse a run that would spend more than ``max-epsilon``, or whose uploads take no noise.
+
+    Args:
+        uploads: of a run that goes on.
 
     Raises:
         ConfigError: it would; the text says how many rounds would not.
     """
     most = config.max_epsilon
-    if not most:
-        return
     if not config.local_dp_epsilon:
-        raise ConfigError("max-epsilon: uploads are private with local-dp-epsilon only; set it")
-    spent = epsilon_of(config, most_uploads(config))
-    if spent <= most:
+        if most:
+            raise ConfigError("max-epsilon: uploads are private with local-dp-epsilon only; set it")
         return
-    rounds = config.num_server_rounds
-    while rounds and epsilon_of(config, most_uploads(config, rounds)) > most:
-        rounds -= 1
-    way = f"num-server-rounds={rounds} keeps within it" if rounds else "not even one round does"
+    for method in config.method:
+        if rounds_class(method).sends == OTHER:
+            raise ConfigError(
+                f"local-dp-epsilon: {method} uploads other tensors than weights that were trained "
+                "on from what it is sent, and noise on the change is for these; leave it out"
+            )
+    spent = epsilon_of(config, (uploads or Uploads(config)).most)
+    if not most or spent <= most:
+        return
+    if uploads is not None:
+        raise ConfigError(
+            f"max-epsilon = {most:g}: the run would spend {spent:.3g}, since rounds that were lost "
+            "are repeated and upload again: raise it, or let the run end as it is"
+        )
+    way = _way_to_keep(config, most)
     raise ConfigError(
         f"max-epsilon = {most:g}: the run would spend {spent:.3g} on a client that takes part most "
         f"often; {way}, or a smaller local-dp-epsilon, or fewer methods"
     )
+
+
+def _way_to_keep(config: Config, most: float) -> str:
+    """How many rounds, or iterations of clients that join, do not spend more than ``most``."""
+    ways = (
+        ("num-server-rounds", config.num_server_rounds, "num_server_rounds"),
+        ("join-iterations", config.join_iterations, "join_iterations"),
+    )
+    for key, now, field in ways:
+
+        def spent(fewer: int, field: str = field) -> float:
+            changed: Config = dataclasses.replace(config, **{field: fewer})  # type: ignore[arg-type]
+            return epsilon_of(config, Uploads(changed).most)
+
+        if kept := bisect.bisect_right(range(1, now), most, key=spent):
+            return f"{key}={kept} keeps within it"
+    return "not even one round does"

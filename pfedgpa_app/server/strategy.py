@@ -40,10 +40,14 @@ class Personalised(Strategy):
         log: RunLog,
         classes: int = 0,
         keep: Callable[[int], None] = lambda _: None,
+        ask: Callable[[int, Iterable[int]], None] = lambda _, __: None,
     ) -> None:
-        """``classes`` of the clients' data; ``keep`` is called after each round."""
+        """``classes`` of the clients' data; ``keep`` is called after each round.
+
+        ``ask`` is told of each round, and of whom an upload is about to be asked.
+        """
         self.method, self.name, self.roster = method, name, roster
-        self.config, self.log, self._keep = config, log, keep
+        self.config, self.log, self._keep, self.ask = config, log, keep, ask
         self.evaluator = Evaluator(name, roster, config, log)
         self.honest = [
             c for c in range(config.initial_clients) if c not in config.malicious_clients
@@ -94,6 +98,7 @@ class Personalised(Strategy):
             if (rival := self.method.rival(client)) is not None:
                 message.content["reference"] = record_of(rival)
         self._round_down = sum(array_bytes(message) for message in self._sent.values())
+        self.ask(server_round, self._sent)
         return list(self._sent.values())
 
     def aggregate_train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -22,12 +23,13 @@ from pfedgpa_app.engine.grid import identify
 from pfedgpa_app.models.networks import build
 from pfedgpa_app.runs.folder import kept_config
 from pfedgpa_app.server import privacy
-from pfedgpa_app.server.screening import NoUploadsError
 from tests.support.federations import federate, records, summary
 
 
-def noisy(epsilon: float, clip: float, sent: torch.Tensor, trained: torch.Tensor) -> np.ndarray:
-    """What arrives of an upload."""
+def noisy(
+    epsilon: float, clip: float, sent: torch.Tensor, trained: torch.Tensor, name: str = "w"
+) -> np.ndarray:
+    """What arrives of an upload, whose tensor has that ``name``."""
     identify()
     run_config: dict[str, Any] = {"local-dp-epsilon": epsilon, "local-dp-clip": clip}
     context = Context(1, 1, {}, RecordDict(), run_config)
@@ -35,11 +37,15 @@ def noisy(epsilon: float, clip: float, sent: torch.Tensor, trained: torch.Tensor
     message = Message(content, dst_node_id=1, message_type="train")
 
     def handler(message: Message, context: Context) -> Message:
-        arrays = ArrayRecord({"w": trained})
+        arrays = ArrayRecord({name: trained})
         return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord()}), reply_to=message)
 
     reply = with_local_dp(handler, message, context)
     return reply.content.array_records["arrays"]["w"].numpy()
+
+
+def trains(message: Message) -> bool:
+    return bool(message.metadata.message_type == "train")
 
 
 class TestLocalDP:
@@ -79,10 +85,31 @@ class TestLocalDP:
         assert accuracies[1] == pytest.approx(accuracies[0], abs=3)
         assert accuracies[2] < accuracies[0]
 
-    def test_an_upload_that_it_does_not_take_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(NoUploadsError, match="uploads other tensors than it is sent"):
-            federate(tmp_path, method="fedfomo", local_dp_epsilon=1.0)
-        assert records(tmp_path / "run", "events.jsonl")[-1]["kind"] == "failed"
+    @pytest.mark.parametrize("method", ["fedfomo", "scaffold", "fedproto"])
+    def test_a_method_whose_uploads_take_no_noise_is_refused(
+        self, method: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ConfigError, match=f"local-dp-epsilon: {method} uploads other tensors"):
+            federate(tmp_path, method=f"fedavg,{method}", local_dp_epsilon=1.0)
+        assert not (tmp_path / "run" / "events.jsonl").exists()
+
+    def test_an_upload_that_it_does_not_take_is_named(self) -> None:
+        with pytest.raises(ValueError, match="uploads other tensors than it is sent"):
+            noisy(1.0, 1.0, torch.zeros(3), torch.ones(3), name="other")
+
+    def test_all_else_goes_with_it(self, tmp_path: Path) -> None:
+        """Who uploads nothing, and who tries a second network on validation images."""
+        how: dict[str, Any] = {"local_dp_epsilon": 1e6, "pfedgpa.rank": 2, "num_server_rounds": 5}
+        folder, grid = federate(tmp_path, method="local,fedavg,pfedgpa", **how)
+        assert summary(folder).keys() == {"local", "fedavg", "pfedgpa"}
+        assert any("reference" in m.content.array_records for m in grid.sent)
+        assert not any(" failed " in e["text"] for e in records(folder, "events.jsonl"))
+
+    def test_class_counts_that_are_told_beside_it_are_warned_of(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"method": "fedavg", "local_dp_epsilon": 1e4}
+        folder, _ = federate(tmp_path, share_label_counts=True, **how)
+        said = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
+        assert any("share-label-counts" in text for text in said)
 
 
 class TestSum:
@@ -112,12 +139,60 @@ class TestSum:
         folder, _ = federate(tmp_path, num_server_rounds=4, fraction_train=0.5, **how)
         config = kept_config(folder)
         times = Counter(r["client"] for r in records(folder) if r["participated"])
-        assert privacy.most_uploads(config) == max(times.values())
+        assert privacy.Uploads(config).most == max(times.values())
         spent = privacy.epsilon_of(config, max(times.values()))
         assert {row["epsilon_spent"] for row in summary(folder).values()} == {round(spent, 4)}
         said = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "privacy"]
         assert [f"({spent:.3g}, 1e-05)" in text for text in said] == [True]
         assert "epsilon_spent" not in summary(federate(tmp_path / "plain")[0])["fedavg"]
+
+    def test_one_upload_of_much_noise_or_little_is_told_exactly(self) -> None:
+        """The classical ε holds up to 1 only: 25.44, as dp-accounting's loss distributions have."""
+        config = resolve({"local-dp-epsilon": 20.0}).config
+        assert privacy.epsilon_of(config, 1) == pytest.approx(25.4426, abs=1e-3)
+        assert "each upload is (25.4, 1e-05)-" in privacy.in_words(config, 3)
+
+    def test_clients_that_join_upload_for_every_method(self, tmp_path: Path) -> None:
+        methods = "local,fedavg,client-mean,pfedgpa"
+        given = {"method": methods, "num-server-rounds": 2, "local-dp-epsilon": 1.0}
+        config = resolve(given | {"join-clients": 1, "join-iterations": 5}).config
+        assert privacy.Uploads(config).most == 15  # local uploads nothing
+        with pytest.raises(ConfigError, match=r"max-epsilon = 2: .* join-iterations=1 keeps"):
+            privacy.check(dataclasses.replace(config, max_epsilon=2.0))
+        joined = {"join_clients": 1, "join_iterations": 2, "num_server_rounds": 2}
+        folder, grid = federate(
+            tmp_path, method="fedavg,client-mean", local_dp_epsilon=1e5, **joined
+        )
+        asked = [m.content.config_records["config"]["client"] for m in grid.sent if trains(m)]
+        assert asked.count(3) == privacy.Uploads(kept_config(folder)).most == 4
+
+    def test_rounds_that_are_repeated_count_again(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"method": "fedavg", "local_dp_epsilon": 1e4, "num_server_rounds": 5}
+        how |= {"checkpoint_every": 2, "evaluate_every": 0}
+        asked: Counter[int] = Counter()
+
+        def killed(message: Message, reply: Message) -> Message:
+            settings: Any = message.content.config_records["config"]
+            asked[settings["client"]] += trains(message)
+            if settings["round"] == 4:
+                raise KeyboardInterrupt
+            return reply
+
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                federate(tmp_path, killed, resume=(tmp_path / "run").exists(), **how)
+        config = resolve({"local-dp-epsilon": 1e4}).config
+        within = privacy.epsilon_of(config, 8) + 1
+        with pytest.raises(ConfigError, match="rounds that were lost are repeated"):
+            federate(tmp_path, resume=True, max_epsilon=within, **how)
+        folder, grid = federate(tmp_path, resume=True, max_epsilon=2 * within, **how)
+        for message in filter(trains, grid.sent):
+            settings: Any = message.content.config_records["config"]
+            asked[settings["client"]] += 1
+        # rounds 3 and 4 thrice; all clients are counted that a round asks
+        assert asked[0] == 9
+        spent = summary(folder)["fedavg"]["epsilon_spent"]
+        assert spent == round(privacy.epsilon_of(config, 9), 4)
 
     def test_a_run_that_would_spend_more_is_refused(self) -> None:
         given = {"method": "fedavg", "local-dp-epsilon": 1.0, "num-server-rounds": 50}
