@@ -340,8 +340,8 @@ class TestNetworks:
 
 class TestMethods:
     def test_every_method_has_a_network_with_all_that_is_odd(self, nets: Path) -> None:
-        methods = ",".join(METHODS)
-        folder, _ = federate(nets, method=methods, model="nets:small", num_server_rounds=3)
+        how = {"method": ",".join(METHODS), "num_server_rounds": 3, "krum.malicious": 1}
+        folder, _ = federate(nets, model="nets:small", **how)
         rows = summary(folder)
         assert set(rows) == set(METHODS)
         for name, row in rows.items():

@@ -20,6 +20,7 @@ from pfedgpa_app.config.parse import Key, Scalar, fields_of, flat, flatten, pars
 from pfedgpa_app.core.own_code import is_reference
 from pfedgpa_app.core.paths import APP_DIR, user_path
 from pfedgpa_app.core.sections import (
+    ATTACKS,
     DATASET_HELP,
     MODEL_HELP,
     MODELS,
@@ -38,6 +39,7 @@ from pfedgpa_app.methods import METHODS, federation_of, name_of
 from pfedgpa_app.methods.baselines import FromUploads
 from pfedgpa_app.methods.own import reference_of, register_installed, registered
 
+RUN_CONFIG = "run-config"  # what is given for this run alone
 register_installed()
 
 
@@ -257,10 +259,10 @@ def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
     """
     overrides = {k: v for k, v in flatten(run_config or {}) if v != ""}
     conf = str(overrides.get("conf") or _default_conf(overrides))
-    layers = [*_conf_layers(conf, overrides), ("run-config", overrides)]
+    layers = [*_conf_layers(conf, overrides), (RUN_CONFIG, overrides)]
     _know_methods(layers)
     for name in overrides:
-        known(name, "run-config")
+        known(name, RUN_CONFIG)
 
     values: dict[str, Any] = {name: key.default for name, key in keys().items()}
     sources = dict.fromkeys(keys(), "default")
@@ -280,6 +282,7 @@ def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
     own: tuple[Any, ...] = tuple(made(kind, name + ".") for name, kind in sections().items())
     config = made(Config, sections=own)
     _refuse_idle(config, overrides)
+    _check_attack(config, sources)
     _check(config)
     return Resolved(config, types.MappingProxyType(sources))
 
@@ -347,6 +350,36 @@ def _check_data(config: Config) -> None:
         )
 
 
+def _check_attack(config: Config, sources: Mapping[str, str]) -> None:
+    """Refuse an attack that nobody makes, for a federation without one looks robust to it."""
+    share, clients = config.malicious_share, config.initial_clients
+    if config.attack == "none":
+        there = sources["attack"]  # a "none" that is said at least as late is meant
+        for name in ("malicious-share", "attack-strength") if share else ():
+            here = sources[name]
+            if here != "default" and (there == "default" or here == RUN_CONFIG != there):
+                raise ConfigError(
+                    f"{name} ({here}): without an attack nobody is malicious; set attack, too: "
+                    f"{', '.join(ATTACKS)}"
+                )
+        return
+    count = len(config.malicious_clients)
+    if clients == 1:
+        raise ConfigError(
+            f"attack = {config.attack}: wants an honest client beside a malicious one, and only 1 "
+            "is there from the start"
+        )
+    if count == clients:
+        raise ConfigError(
+            f"malicious-share = {share:g}: leaves no honest client of {clients} to evaluate"
+        )
+    if not count:
+        raise ConfigError(
+            f"attack = {config.attack}: malicious-share = {share:g} of {clients} clients is "
+            f"nobody; malicious-share={1 / clients:.2g} makes one of them malicious"
+        )
+
+
 def _check(config: Config) -> None:
     """Refuse what each value alone cannot show."""
     for name in config.method:
@@ -374,11 +407,6 @@ def _check(config: Config) -> None:
         )
     if config.dataset == NODES and config.dropout_share + config.straggler_share:
         raise ConfigError("dropout-share, straggler-share: are for simulations; real nodes fail so")
-    if len(config.malicious_clients) == config.initial_clients:
-        raise ConfigError(
-            f"malicious-share = {config.malicious_share:g}: leaves no honest client of "
-            f"{config.initial_clients} to evaluate"
-        )
     for name in config.method:
         METHODS[name].check(config)
     if config.fine_tune_grid_epochs and not config.validation_share:

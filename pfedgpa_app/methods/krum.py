@@ -9,14 +9,16 @@ mean of so many (Multi-Krum), weighted by training images · evaluated: the glob
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.multikrum import select_multikrum
 
-from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import ConfigError, MethodSettings, setting
 from pfedgpa_app.core.uploads import Upload, weighted_mean
-from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.averaging import Defence
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,43 @@ class KrumSettings(MethodSettings):
     select: int = setting(1, "so many uploads are averaged; above 1: Multi-Krum", low=1)
 
 
-class Krum(Averaging[Shared]):
+class Krum(Defence):
     """The most central uploads only."""
 
     title = "Krum"
     settings = KrumSettings
-    is_defence = True
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        own, clients = config.of(KrumSettings), config.round_clients
+        if own.malicious > clients - 3:
+            way = f"set it to at most {clients - 3}"
+            if clients < 3:
+                way = "Krum wants 3 or more: raise num-clients or fraction-train"
+            raise ConfigError(
+                f"krum.malicious = {own.malicious}: each upload is compared with all but "
+                f"{own.malicious} + 2 of a round's, and {clients} clients take part in one; {way}"
+            )
+        if own.select > clients:
+            raise ConfigError(
+                f"krum.select = {own.select}: {clients} clients take part in a round; set it to at "
+                f"most {clients}"
+            )
+
+    @classmethod
+    def doubts(cls, config: Config) -> Iterator[str]:
+        own, clients = config.of(KrumSettings), config.round_clients
+        if clients < 2 * own.malicious + 3:  # Blanchard et al., Proposition 4.2
+            yield (
+                f"krum.malicious = {own.malicious}: Krum is known to withstand so many where "
+                f"{2 * own.malicious + 3} clients or more take part in a round; of the {clients} "
+                f"here, {(clients - 3) // 2}"
+            )
+        if (beyond := own.select + own.malicious - clients) > 0:
+            yield (
+                f"krum.select = {own.select}: if {own.malicious} of the {clients} clients of a "
+                f"round are malicious, {beyond} or more of them are averaged, too"
+            )
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         own = self.config.of(KrumSettings)

@@ -8,14 +8,17 @@ of the uploads without a share β of the smallest and of the largest · evaluate
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 
+from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import MethodSettings, setting
 from pfedgpa_app.core.uploads import Upload
-from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.averaging import Defence
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,21 @@ class TrimmedMeanSettings(MethodSettings):
     beta: float = setting(0.2, "β, the share cut off at either end", low=0, high=0.49)
 
 
-class TrimmedMean(Averaging[Shared]):
+class TrimmedMean(Defence):
     """A mean that few uploads cannot move far."""
 
     title = "trimmed mean"
     settings = TrimmedMeanSettings
-    is_defence = True
+
+    @classmethod
+    def doubts(cls, config: Config) -> Iterator[str]:
+        beta, clients = config.of(TrimmedMeanSettings).beta, config.round_clients
+        if beta and int(beta * clients) < 1:
+            way = f"from {math.ceil(100 / clients) / 100:g} on it cuts"
+            yield (
+                f"trimmed-mean.beta = {beta:g}: cuts off none of the {clients} uploads of a round, "
+                f"which leaves the plain mean; {way if clients > 2 else 'it wants 3 or more'}"
+            )
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         beta = self.config.of(TrimmedMeanSettings).beta

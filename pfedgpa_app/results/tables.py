@@ -100,6 +100,8 @@ def summary_entry(
         "analysis_only": method.analysis_only,
         "num_clients": config.num_clients,
         "clients_evaluated": len(result.clients),
+        "malicious_clients": len(config.malicious_clients),
+        "join_clients": config.join_clients,
         "rounds": config.num_server_rounds,
         "seed": config.seed,
         "accuracy_before_ft": average(result.before),
@@ -170,15 +172,28 @@ def text_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*table, "", *LEGEND, "±: over clients.", *_without_result(rows)])
 
 
-def _without_result(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """A sentence a method some of whose clients were not evaluated."""
+def _without_result(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Who has no part in the figures: by design, and of each method, for want of an answer."""
+    by_design = dict.fromkeys((*_evaluated(row), row["num_clients"]) for row in rows)
+    for meant, who, clients in by_design:
+        if meant < clients:
+            yield f"Figures are of {meant} of {clients} clients: the {who}."
     for row in rows:
-        there = row.get("clients_evaluated", row["num_clients"])  # of earlier versions: all
-        if there < row["num_clients"]:
+        meant, who = _evaluated(row)
+        there = row.get("clients_evaluated", meant)  # of earlier versions: all
+        if there < meant:
             yield (
-                f"{row['title']}: of {there} of {row['num_clients']} clients; the others could not "
-                "be evaluated (events.jsonl says why)."
+                f"{row['title']}: of {there} of {meant} {who}; the others could not be evaluated "
+                "(events.jsonl says why)."
             )
+
+
+def _evaluated(row: Mapping[str, Any]) -> tuple[int, str]:
+    """How many clients are asked what they reach, and which."""
+    malicious, joining = row.get("malicious_clients", 0), row.get("join_clients", 0)
+    who = "honest clients" if malicious else "clients"
+    who += " that were there from the start" if joining else ""
+    return row["num_clients"] - malicious - joining, who
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from flwr.serverapp import Grid
 from pfedgpa_app.config.resolve import Resolved, values_of
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import user_path
-from pfedgpa_app.core.sections import NODES, Config
+from pfedgpa_app.core.sections import LABEL_FLIP, NODES, Config
+from pfedgpa_app.core.settings import listed
 from pfedgpa_app.data.client import (
     described,
     fingerprint,
@@ -28,6 +29,7 @@ from pfedgpa_app.diffusion import saved
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.engine.grid import LocalGrid, is_simulated, telling
 from pfedgpa_app.methods import METHODS, federations, name_of, rounds_of
+from pfedgpa_app.methods.averaging import Defence
 from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.fine_tuning import fine_tunings
 from pfedgpa_app.methods.generation import RememberingFedAvg
@@ -91,6 +93,8 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
         if config.dataset != NODES:
             log.event("data", described(config))
             keep_holdings(folder, config)
+        if bad := sorted(config.malicious_clients):
+            log.event("attack", _attack_in_words(config, bad), clients=bad)
         for text in _warnings(grid, config):
             log.event("warning", text)
         if isinstance(grid, LocalGrid):
@@ -123,6 +127,14 @@ def _evaluation_work(config: Config) -> float:
     return (1 + epochs / 2) / config.fraction_train
 
 
+def _attack_in_words(config: Config, malicious: Sequence[int]) -> str:
+    """Who is malicious, and how."""
+    strength = "" if config.attack == LABEL_FLIP else f" of strength {config.attack_strength:g}"
+    many = f"{len(malicious)} of {config.initial_clients} clients"
+    who = listed([str(client) for client in malicious])
+    return f"attack: {config.attack}{strength} by {many} ({who}); all figures are of honest ones"
+
+
 def _warnings(grid: Grid, config: Config) -> Iterator[str]:
     """What the user may not expect of such a run."""
     if config.engine not in ("auto", "ray") and not isinstance(grid, LocalGrid):
@@ -134,6 +146,9 @@ def _warnings(grid: Grid, config: Config) -> Iterator[str]:
             "share-label-counts: how many examples of each class clients have is sent as it is; "
             "local-dp-epsilon's noise is on weights alone"
         )
+    for method in (METHODS[name] for name in config.method):
+        if issubclass(method, Defence):
+            yield from method.doubts(config)
 
 
 class Experiment:

@@ -37,6 +37,7 @@ COLUMNS = {
     "worst client": "accuracy_worst_client_kept",
 }
 WORST = 5  # clients that are named
+_SAID_OF_A_RUN = ("data", "privacy", "attack")  # events
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def _about(runs: Sequence[Run]) -> list[str]:
     lines = []
     for run in runs:
         events = list(run.lines(EVENTS))
-        lines += [event["text"] for event in events if event["kind"] in ("data", "privacy")]
+        lines += [event["text"] for event in events if event["kind"] in _SAID_OF_A_RUN]
         if len(runs) == 1 and events:
             start, end = events[0]["time"], events[-1]["time"]
             day = time.strftime("%Y-%m-%d %H:%M", time.localtime(start))

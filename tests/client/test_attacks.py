@@ -17,6 +17,8 @@ from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.methods.averaging import Shared
 from pfedgpa_app.methods.krum import Krum
 from pfedgpa_app.methods.trimmed_mean import TrimmedMean
+from pfedgpa_app.results.tables import text_table
+from pfedgpa_app.runs import report
 from pfedgpa_app.server.screening import too_far
 from tests.support.federations import federate, records, summary, train_messages
 
@@ -84,6 +86,27 @@ class TestAttacks:
         trained = {m.content.config_records["config"]["client"] for m in train_messages(grid)}
         assert trained == set(range(4))
         assert set(summary(folder)) == {"fedavg", "fedper"}
+        [told] = [e for e in records(folder, "events.jsonl") if e["kind"] == "attack"]
+        assert told["clients"] == [bad]
+        assert attack in told["text"]
+        assert f"by 1 of 4 clients ({bad})" in told["text"]
+        assert ("strength 4" in told["text"]) == (attack != "label-flip")
+        assert told["text"] in report.write([folder]).read_text()
+
+    def test_who_is_left_out_by_design(self, tmp_path: Path) -> None:
+        """Malicious clients and those that join are not evaluated, and nothing went wrong."""
+        how: dict[str, Any] = {"method": "fedavg", "num_server_rounds": 1, "num_clients": 5}
+        folder, _ = federate(tmp_path / "joining", join_clients=1, **how)
+        table = (folder / "table.md").read_text()
+        assert "of 4 of 5 clients: the clients that were there from the start." in table
+        assert "could not be evaluated" not in table
+        how |= {"attack": "scale", "malicious_share": 0.25, "join_clients": 1}
+        folder, _ = federate(tmp_path / "attacked", **how)
+        table = (folder / "table.md").read_text()
+        assert "of 3 of 5 clients: the honest clients that were there from the start." in table
+        assert "could not be evaluated" not in table
+        row = summary(folder)["fedavg"] | {"clients_evaluated": 2}  # had one not answered
+        assert "FedAvg: of 2 of 3 honest clients that were there" in text_table([row])
 
 
 class TestDefences:
@@ -118,6 +141,23 @@ class TestDefences:
             krum = Krum(resolve(settings).config, Shared({"w": torch.zeros(2)}))
             krum.aggregate(1, uploads(0, 1, 3, 9, 10))
             assert krum.state.global_weights["w"].tolist() == [expected, 0.0]
+
+    def test_what_so_few_clients_cannot_withstand(self, tmp_path: Path) -> None:
+        """Krum wants 2f + 3 uploads, and a fifth of four is nobody."""
+        how: dict[str, Any] = {"method": "krum,trimmed-mean", "num_server_rounds": 1}
+        few, many = {"krum.malicious": 1, "krum.select": 4}, {"num_clients": 5, "krum.malicious": 1}
+
+        def warnings(name: str, more: dict[str, Any]) -> list[str]:
+            folder, _ = federate(tmp_path / name, **how, **more)
+            return [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
+
+        malicious, select, beta = warnings("few", few)
+        assert "krum.malicious = 1" in malicious
+        assert "where 5 clients or more take part in a round; of the 4 here, 0" in malicious
+        assert "krum.select = 4: if 1 of the 4 clients of a round are malicious, 1" in select
+        assert "trimmed-mean.beta = 0.2: cuts off none of the 4 uploads" in beta
+        assert "from 0.25 on" in beta
+        assert not warnings("many", many)
 
     def test_trimmed_mean_by_hand(self) -> None:
         """Of 0, 1, 3, 9, 100 a fifth falls off at either end: (1 + 3 + 9)/3."""

@@ -126,6 +126,30 @@ class TestRefusals:
             ({"uploads": "x", "method": "local"}, ["uploads", "local"]),
             ({"attack": "scale", "malicious-share": 1}, ["malicious-share = 1", "honest"]),
             ({"attack": "noise", "malicious-share": 0.96}, ["malicious-share = 0.96", "of 10"]),
+            ({"attack": "scale", "num-clients": 1}, ["attack = scale", "only 1"]),
+            (
+                {"attack": "sign-flip", "num-clients": 4},
+                ["attack = sign-flip", "0.1 of 4 clients is nobody", "malicious-share=0.25 makes"],
+            ),
+            (
+                {"attack": "scale", "num-clients": 10, "join-clients": 7},
+                ["attack = scale", "of 3 clients", "malicious-share=0.33"],
+            ),
+            (
+                {"attack": "label-flip", "malicious-share": 0},
+                ["attack = label-flip", "malicious-share = 0 of 10 clients"],
+            ),
+            ({"malicious-share": 0.5}, ["malicious-share (run-config)", "set attack", "scale"]),
+            ({"attack-strength": 9}, ["attack-strength (run-config)", "set attack", "scale"]),
+            ({"method": "krum", "num-clients": 4}, ["krum.malicious = 2", "4 clients", "most 1"]),
+            (
+                {"method": "krum", "fraction-train": 0.2, "krum.malicious": 0},
+                ["krum.malicious = 0", "2 clients", "raise num-clients or fraction-train"],
+            ),
+            (
+                {"method": "krum", "join-clients": 2, "krum.select": 9},
+                ["krum.select = 9", "8 clients take part", "at most 8"],
+            ),
             ({"min-uploads": 11}, ["min-uploads = 11", "10 of 10 clients"]),
             ({"min-uploads": 4, "fraction-train": 0.3}, ["min-uploads = 4", "3 of 10 clients"]),
             ({"min-uploads": 9, "join-clients": 2}, ["min-uploads = 9", "8 of 8 clients"]),
@@ -150,6 +174,20 @@ class TestRefusals:
         )
         assert words[0] in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
+
+    def test_attackers_without_an_attack_in_a_file(self, tmp_path: Path) -> None:
+        """An attack may come later; one that is said to be none is meant so."""
+        mine, calm = tmp_path / "mine.yaml", tmp_path / "calm.yaml"
+        mine.write_text("malicious-share: 0.3\n")
+        calm.write_text(f"conf: {mine}\nattack: none\n")
+        with pytest.raises(ConfigError, match=r"malicious-share \(mine.yaml\): without an attack"):
+            resolve({"conf": str(mine)})
+        with pytest.raises(ConfigError, match=r"malicious-share \(run-config\): without an attack"):
+            resolve({"conf": str(calm), "malicious-share": 0.2})
+        assert len(resolve({"conf": str(mine), "attack": "scale"}).config.malicious_clients) == 3
+        for settings in ({"conf": str(mine), "attack": "none"}, {"conf": str(calm)}):
+            assert not resolve(settings).config.malicious_clients
+        assert not resolve({"malicious-share": 0}).config.malicious_clients
 
     @pytest.mark.parametrize(
         ("content", "words"),

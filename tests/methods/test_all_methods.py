@@ -191,7 +191,8 @@ class TestServers:
     @pytest.mark.parametrize("name", OWN_ROUNDS)
     def test_the_initial_weights_are_left_alone(self, name: str) -> None:
         """The next method of a run starts from them, too."""
-        config, kind = configured(method=name, num_clients=2), cast(Any, METHODS[name])
+        more = {"krum.malicious": 0} if name == "krum" else {}  # of so few
+        config, kind = configured(method=name, num_clients=3, **more), cast(Any, METHODS[name])
         initial = weights_of(build("digits", 10, 0))
         before = {n: t.clone() for n, t in initial.items()}
         method = kind(config, kind.begin(config, initial))
@@ -204,12 +205,13 @@ class TestServers:
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """Every method with rounds of its own, half of the clients a round."""
+    """Every method with rounds of its own, three of four clients a round."""
     return federate(
         tmp_path_factory.mktemp("everything"),
         method=",".join(OWN_ROUNDS),
-        fraction_train=0.5,
+        fraction_train=0.75,
         learning_rate=0.05,
+        **{"krum.malicious": 0},  # of three uploads
         **{"cfl.first-round": 2, "cfl.eps1": 100.0, "cfl.eps2": 0.0, "pfedgpa.round-rate": 1.0},
     )
 
