@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pfedgpa_app.cli import options as shared
+from pfedgpa_app.core.paths import YAML
 from pfedgpa_app.core.settings import ConfigError
 
 EXAMPLE = "sweep --conf fashion-mnist-20 --over seed=0,1,2 --over learning-rate=0.01,0.02"
-YAML = (".yaml", ".yml")
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -6,6 +6,7 @@ values into the experiment's YAML file and the search's results beside it.
 
 from __future__ import annotations
 
+import shlex
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def handle(options: Namespace) -> int:
     from pfedgpa_app.config.resolve import method_named, resolve
     from pfedgpa_app.methods import federation_of
     from pfedgpa_app.methods.own import reference_of
+    from pfedgpa_app.study.places import argument
     from pfedgpa_app.study.tune import tunable, tune
 
     overrides = shared.parse_overrides(options.settings)
@@ -57,13 +59,10 @@ def handle(options: Namespace) -> int:
         )
     # what can be repeated elsewhere: no paths of this machine
     conf = Path(options.conf).name if Path(options.conf).is_absolute() else options.conf
-    words = [
-        f"--conf {conf}",
-        f"--methods {','.join(map(reference_of, methods))}",
-    ]
-    words += [f"--trials {options.trials}"] if options.trials else []
-    words += [f"{key}={value}" for key, value in overrides.items() if key != "data-dir"]
-    command = " ".join(["pfedgpa tune", *words])
+    words = ["--conf", conf, "--methods", ",".join(map(reference_of, methods))]
+    words += ["--trials", str(options.trials)] if options.trials else []
+    words += [f"{key}={argument(v)}" for key, v in overrides.items() if key != "data-dir"]
+    command = shlex.join(["pfedgpa", "tune", *words])
     app = options.app.absolute()
     chosen = tune(
         *(options.conf, methods, overrides, out, app, options.jobs, command),

@@ -18,7 +18,7 @@ from typing import Any
 from pfedgpa_app.config import yaml_file
 from pfedgpa_app.config.parse import Key, Scalar, fields_of, flat, flatten, parse
 from pfedgpa_app.core.own_code import is_reference
-from pfedgpa_app.core.paths import APP_DIR, user_path
+from pfedgpa_app.core.paths import APP_DIR, YAML, user_path
 from pfedgpa_app.core.sections import (
     ATTACKS,
     DATASET_HELP,
@@ -129,17 +129,23 @@ def require_method(name: str, source: str) -> None:
 
 def conf_path(conf: str) -> Path:
     """The YAML file that ``conf`` names: in the app's conf/ or a path of the user's."""
-    path = user_path(conf)
-    if path.suffix not in (".yaml", ".yml"):
-        path = APP_DIR / "conf" / f"{conf}.yaml"
-    elif not path.is_absolute() and not os.path.exists(path):
-        path = APP_DIR / path
-    if not os.path.isfile(path):  # a name that is too long is no file, either
-        names = sorted(p.stem for p in (APP_DIR / "conf").glob("*.yaml"))
-        raise ConfigError(
-            f"conf = {conf!r}: no file {path}{near(conf, names)} Experiments: {', '.join(names)}"
-        )
-    return path
+    given, own = user_path(conf), APP_DIR / "conf"
+    places = [given] if given.is_absolute() else [given, APP_DIR / given]
+    if given.suffix not in YAML:
+        places = [own / f"{conf}.yaml"]
+    for path in places:
+        if os.path.isfile(path):  # a name that is too long is no file, either
+            return path
+    if os.path.isdir(given):
+        why = "no file but a folder"
+    elif os.path.isfile(given):
+        why = f"no file whose name ends in {' or '.join(YAML)}"
+    elif given.suffix not in YAML:
+        why = f"no file of that name in {own}"
+    else:
+        why = "no file there" + ("" if given.is_absolute() else f", nor below {APP_DIR}")
+    names = sorted(p.stem for p in own.glob("*.yaml"))
+    raise ConfigError(f"conf = {conf!r}: {why}{near(conf, names)} Experiments: {', '.join(names)}")
 
 
 def _conf_layers(

@@ -18,9 +18,14 @@ from torch import Tensor
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to in the place of ``path``, which is replaced whole or not at all."""
     new = path.with_name(path.name + ".new")
-    yield new
-    sync(new)
-    new.replace(path)
+    try:
+        yield new
+        sync(new)
+        new.replace(path)
+    except OSError as error:
+        if error.filename == str(new):  # which nobody knows of
+            error.filename = str(path)
+        raise
 
 
 def sync(path: Path) -> None:

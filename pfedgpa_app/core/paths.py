@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 # the app's folder: the doors, conf/ and pyproject.toml, inside the package where it is installed
 INSTALLED = PACKAGE / "app"
 APP_DIR = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent
+YAML = (".yaml", ".yml")  # how a settings file's name may end
 
 
 def package_of(app: Path) -> Path:

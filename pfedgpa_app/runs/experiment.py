@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -207,7 +208,8 @@ class Experiment:
 
     def _lost_tracker(self, kind: str, why: str) -> None:
         text = f"track = {kind}: {why}; the run goes on without; "
-        text += f"afterwards: pfedgpa export-metrics {self.folder} --to {kind}"
+        words = ["pfedgpa", "export-metrics", str(self.folder), "--to", kind]
+        text += f"afterwards: {shlex.join(words)}"
         self.log.event("warning", text)
 
     def _run_all(self, federations: dict[str, list[str]]) -> None:

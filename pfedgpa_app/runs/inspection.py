@@ -108,5 +108,5 @@ def _distribution(path: Path) -> Iterator[str]:
     steps = learned.settings.diffusion_steps
     yield (
         f"  denoiser {learned.settings.denoiser}, strength {learned.strength} of {steps} steps, "
-        f"seed {learned.seed}; to start another run from it: start-from={path}"
+        f"seed {learned.seed}; to start another run from it: {shlex.quote(f'start-from={path}')}"
     )

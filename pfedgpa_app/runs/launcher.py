@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -197,7 +198,8 @@ def with_absolute_paths(run_config: Mapping[str, Any], config: Config) -> dict[s
 def advice(config: Config) -> str:
     """How to go on with a run that stands still."""
     if config.checkpoint_every:
-        again = f"go on from its last checkpoint by run-name={config.run_name} resume=true"
+        name = shlex.quote(f"run-name={config.run_name}")
+        again = f"go on from its last checkpoint by {name} resume=true"
     else:
         again = "start it again; with checkpoint-every=1 it could go on where it was"
     return f"if that does not change, stop it with Ctrl-C and {again}"

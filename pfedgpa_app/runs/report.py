@@ -105,15 +105,19 @@ def write(paths: Sequence[Path], out: Path | None = None) -> Path:
         out: the page; by default ``report.html`` in the first of the folders.
 
     Raises:
-        ConfigError: there are no runs.
+        ConfigError: there are no runs, or it cannot be written.
     """
     runs = runs_in(paths)
     out = out or paths[0] / REPORT
     header, entries = table_of(runs)
-    as_csv, as_latex = tables_beside(out)
-    write_text(as_csv, _csv(entries))
-    write_text(as_latex, _latex(entries))
-    write_text(out, rendered(runs, header, entries))
+    texts = (_csv(entries), _latex(entries), rendered(runs, header, entries))
+    try:
+        for path, text in zip((*tables_beside(out), out), texts, strict=True):
+            write_text(path, text)
+    except OSError as error:
+        raise ConfigError(
+            f"{out}: the report cannot be written there: {error.strerror}: {error.filename}"
+        ) from error
     return out
 
 

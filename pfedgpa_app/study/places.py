@@ -94,10 +94,10 @@ def command(settings: Settings, app: Path) -> list[str]:
     """How a run is started."""
     # -P: nothing is imported from the user's folder, whatever lies there
     words = [sys.executable, "-P", "-m", "pfedgpa_app", "run", "--app", str(app)]
-    return words + [f"{key}={_argument(value)}" for key, value in settings.items()]
+    return words + [f"{key}={argument(value)}" for key, value in settings.items()]
 
 
-def _argument(value: Any) -> str:
+def argument(value: Any) -> str:
     """As ``KEY=VALUE`` wants it."""
     if isinstance(value, list):
         return ",".join(map(str, value))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import subprocess
 import sys
 import tomllib
@@ -231,6 +232,25 @@ class TestRefusals:
         (tmp_path / "folder.yaml").mkdir()
         with pytest.raises(ConfigError, match=r"no file .*Experiments: .*demo"):
             resolve({"conf": conf})
+
+    def test_a_file_that_is_not_there(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is said by the path that was given, and why it is none."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "folder.yaml").mkdir()
+        (tmp_path / "mine.txt").write_text("seed: 1")
+        absolute = str(tmp_path / "nofile.yaml")
+        for conf, said in (
+            ("y/nofile.yaml", f"no file there, nor below {APP_DIR}"),
+            (absolute, "no file there"),
+            ("folder.yaml", "no file but a folder"),
+            ("mine.txt", "no file whose name ends in .yaml or .yml"),
+            ("nowhere", f"no file of that name in {APP_DIR / 'conf'}"),
+        ):
+            with pytest.raises(ConfigError) as refusal:
+                resolve({"conf": conf})
+            assert re.match(re.escape(f"conf = {conf!r}: {said}") + "[.;] ", str(refusal.value))
 
     def test_a_run_can_have_the_largest_seed(self) -> None:
         seed = resolve({"seed": 2**63 - 1}).config.seed

@@ -31,6 +31,8 @@ def test_a_run_that_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "12 uploads of 4 clients, rounds 1 to 3" in text
     alone = described(folder / "distribution.safetensors")
     assert alone[0].startswith("distribution: of 12 uploads")
+    spaced = folder.rename(folder.with_name("my run")) / "distribution.safetensors"
+    assert shlex.split(described(spaced)[1].partition("from it: ")[2]) == [f"start-from={spaced}"]
 
 
 def test_a_run_that_was_stopped_tells_where_and_how_to_go_on(tmp_path: Path) -> None:

@@ -21,6 +21,10 @@ from pfedgpa_app.runs.launcher import Patience, Watcher, watched
 from tests.support.federations import PLAIN, records
 
 
+def test_how_to_go_on_can_be_pasted() -> None:
+    assert "by 'run-name=my run' resume" in launcher.advice(resolve({"run-name": "my run"}).config)
+
+
 class TestPatience:
     def test_before_the_first_round_a_client_has_its_timeout_but_two_minutes_at_most(self) -> None:
         for timeout, limit in ((30.0, 30.0), (3600.0, 120.0)):

@@ -220,6 +220,15 @@ class TestRefusals:
         assert cli.main(["report", *words]) == 2
         assert said in capsys.readouterr().err
 
+    def test_a_place_that_cannot_be_written_to(
+        self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        page = tmp_path / f"{'x' * 249}.html"  # longer with what stands in for it meanwhile
+        assert cli.main(["report", str(folder), "--out", str(page)]) == 2
+        error = capsys.readouterr().err
+        assert f"{page}: the report cannot be written there: File name too long: " in error
+        assert ".new" not in error
+
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [500, 1200])

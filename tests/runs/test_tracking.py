@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from pfedgpa_app import cli
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.results import log, tracking
-from tests.support.federations import federate, summary
+from tests.support.federations import federate, records, summary
 
 HOW: dict[str, Any] = {"method": "fedavg,client-mean", "num_server_rounds": 3}
 
@@ -109,3 +110,8 @@ class TestWhatGoesWrong:
         broken.close()
         assert told == [("tensorboard", "OSError: no route to host")]
         assert closed == ["fedavg", "fedrep"]  # what it has of the others is kept
+        how = {"method": "fedrep", "num_server_rounds": 1, "track": "tensorboard"}
+        folder, _ = federate(tmp_path / "ünï cöde", **how)
+        [text] = [e["text"] for e in records(folder, "events.jsonl") if "track =" in e["text"]]
+        command = shlex.split(text.partition("afterwards: ")[2])
+        assert command == ["pfedgpa", "export-metrics", str(folder), "--to", "tensorboard"]

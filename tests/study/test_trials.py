@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.study import trials
+from pfedgpa_app.study import trials, tune
 from pfedgpa_app.study.sweep import Judge, Run
 from tests.support.federations import PLAIN
 
@@ -137,6 +138,29 @@ def test_a_run_whose_training_loss_is_among_the_worst_is_ended(tmp_path: Path) -
 def test_where_every_run_fails_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run of fedavg came to its end"):
         trials.search(BASE, RATES, tmp_path, lambda *_: None, lambda _: (), 3, 2)
+
+
+def test_the_command_that_tune_keeps_can_be_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ünï cöde").mkdir()
+    (tmp_path / "ünï cöde" / "e.yaml").write_text("method: fedavg")
+    kept: list[tuple[Any, ...]] = []
+
+    def keep(*given: Any, **more: Any) -> dict[str, Any]:
+        kept.append(given)
+        return {}
+
+    monkeypatch.setattr(tune, "tune", keep)
+    words = ["dataset=imagefolder:my data", "augment=true", "group-shares=[2, 1]", "momentum=0.5"]
+    assert cli.main(["tune", "--conf", "ünï cöde/e.yaml", "--trials", "2", *words]) == 0
+    program, *again = shlex.split(kept[0][-1])
+    assert program == "pfedgpa"
+    assert "ünï cöde/e.yaml" in again
+    assert cli.main(again) == 0
+    first, second = ((resolve(given[2]).config, given[-1]) for given in kept)
+    assert first == second
 
 
 @pytest.mark.slow
