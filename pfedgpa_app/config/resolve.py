@@ -288,8 +288,8 @@ def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
     own: tuple[Any, ...] = tuple(made(kind, name + ".") for name, kind in sections().items())
     config = made(Config, sections=own)
     _refuse_idle(config, overrides)
-    _check_attack(config, sources)
     _check(config)
+    _check_attack(config, sources)
     return Resolved(config, types.MappingProxyType(sources))
 
 
@@ -361,12 +361,13 @@ def _check_attack(config: Config, sources: Mapping[str, str]) -> None:
     share, clients = config.malicious_share, config.initial_clients
     if config.attack == "none":
         there = sources["attack"]  # a "none" that is said at least as late is meant
-        for name in ("malicious-share", "attack-strength") if share else ():
+        given = {"malicious-share": share, "attack-strength": config.attack_strength}
+        for name, value in given.items() if share else ():
             here = sources[name]
             if here != "default" and (there == "default" or here == RUN_CONFIG != there):
                 raise ConfigError(
-                    f"{name} ({here}): without an attack nobody is malicious; set attack, too: "
-                    f"{', '.join(ATTACKS)}"
+                    f"{name} = {value:g} ({here}): without an attack nobody is malicious; "
+                    f"set attack, too: {', '.join(ATTACKS)}"
                 )
         return
     count = len(config.malicious_clients)

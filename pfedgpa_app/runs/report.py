@@ -116,7 +116,8 @@ def write(paths: Sequence[Path], out: Path | None = None) -> Path:
             write_text(path, text)
     except OSError as error:
         raise ConfigError(
-            f"{out}: the report cannot be written there: {error.strerror}: {error.filename}"
+            f"{out}: the report and its tables cannot be written there: {error.strerror}: "
+            f"{error.filename}"
         ) from error
     return out
 

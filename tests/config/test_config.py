@@ -128,6 +128,7 @@ class TestRefusals:
             ({"attack": "scale", "malicious-share": 1}, ["malicious-share = 1", "honest"]),
             ({"attack": "noise", "malicious-share": 0.96}, ["malicious-share = 0.96", "of 10"]),
             ({"attack": "scale", "num-clients": 1}, ["attack = scale", "only 1"]),
+            ({"attack": "scale", "num-clients": 2, "join-clients": 3}, ["join-clients = 3"]),
             (
                 {"attack": "sign-flip", "num-clients": 4},
                 ["attack = sign-flip", "0.1 of 4 clients is nobody", "malicious-share=0.25 makes"],
@@ -140,8 +141,11 @@ class TestRefusals:
                 {"attack": "label-flip", "malicious-share": 0},
                 ["attack = label-flip", "malicious-share = 0 of 10 clients"],
             ),
-            ({"malicious-share": 0.5}, ["malicious-share (run-config)", "set attack", "scale"]),
-            ({"attack-strength": 9}, ["attack-strength (run-config)", "set attack", "scale"]),
+            (
+                {"malicious-share": 0.5},
+                ["malicious-share = 0.5 (run-config)", "set attack", "scale"],
+            ),
+            ({"attack-strength": 9}, ["attack-strength = 9 (run-config)", "set attack", "scale"]),
             ({"method": "krum", "num-clients": 4}, ["krum.malicious = 2", "4 clients", "most 1"]),
             (
                 {"method": "krum", "fraction-train": 0.2, "krum.malicious": 0},
@@ -181,9 +185,9 @@ class TestRefusals:
         mine, calm = tmp_path / "mine.yaml", tmp_path / "calm.yaml"
         mine.write_text("malicious-share: 0.3\n")
         calm.write_text(f"conf: {mine}\nattack: none\n")
-        with pytest.raises(ConfigError, match=r"malicious-share \(mine.yaml\): without an attack"):
+        with pytest.raises(ConfigError, match=r"malicious-share = 0.3 \(mine.yaml\): without"):
             resolve({"conf": str(mine)})
-        with pytest.raises(ConfigError, match=r"malicious-share \(run-config\): without an attack"):
+        with pytest.raises(ConfigError, match=r"malicious-share = 0.2 \(run-config\): without"):
             resolve({"conf": str(calm), "malicious-share": 0.2})
         assert len(resolve({"conf": str(mine), "attack": "scale"}).config.malicious_clients) == 3
         for settings in ({"conf": str(mine), "attack": "none"}, {"conf": str(calm)}):

@@ -226,7 +226,10 @@ class TestRefusals:
         page = tmp_path / f"{'x' * 249}.html"  # longer with what stands in for it meanwhile
         assert cli.main(["report", str(folder), "--out", str(page)]) == 2
         error = capsys.readouterr().err
-        assert f"{page}: the report cannot be written there: File name too long: " in error
+        assert (
+            f"{page}: the report and its tables cannot be written there: File name too long: "
+            in error
+        )
         assert ".new" not in error
 
 
