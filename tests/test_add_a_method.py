@@ -1,4 +1,4 @@
-"""docs/add-a-method.md: its example, as a reader would add it."""
+"""docs/add-a-method.md: its examples, as a reader would add them, and beginners' mistakes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+import torch
+
+from pfedgpa_app import cli
 from pfedgpa_app.core.paths import APP_DIR
-from tests.support.federations import SMALL
+from pfedgpa_app.core.randomness import torch_generator
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.methods import METHODS
+from pfedgpa_app.methods.contract import MethodError
+from pfedgpa_app.methods.halves import ServerHalf
+from pfedgpa_app.runs.checkpoint import Checkpoint
+from tests.support.federations import SMALL, federate, known_for_a_while, records
 
 
 def test_the_example_is_one_file_and_its_name(tmp_path: Path) -> None:
@@ -53,3 +65,241 @@ def test_the_example_is_one_file_and_its_name(tmp_path: Path) -> None:
     assert rows["fedsmooth"]["bytes_up"] < rows["fedavg"]["bytes_up"]  # biases stay at home
     assert "fedsmooth.step = 0.5" in done.stdout
     assert "fedsmooth.step" in done.stderr
+
+
+MINE = """
+import torch
+from pfedgpa_app.core.uploads import weighted_mean
+from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.base import Trained
+from pfedgpa_app.models.networks import weights_of
+
+
+class Mine(Averaging):
+    @classmethod
+    def end(cls, task):
+        task.load(task.weights)
+        loss = task.sgd(cls.recipes(task.config, list(task.weights), task.round))
+        return weights_of(task.model), loss
+
+"""
+AGGREGATE = (
+    "    def aggregate(self, server_round, uploads):\n        mean = weighted_mean(uploads)\n"
+)
+TRAIN = "    @classmethod\n    def train(cls, task):\n        weights, loss = cls.end(task)\n"
+SHARED = "    @classmethod\n    def shared(cls, config, names):\n"
+EVALUATED = "    @staticmethod\n    def evaluated(weights, state):\n"
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """Writes a method of the user's own with some hooks, and returns its import path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+
+    def write(hooks: str) -> str:
+        (tmp_path / "mine.py").write_text(MINE + hooks)
+        return "mine:Mine"
+
+    with known_for_a_while("mine"):
+        yield write
+
+
+class TestServerHalf:
+    @pytest.mark.parametrize(
+        ("does", "said"),
+        [
+            (
+                "mean['fc1.bias'] = mean['fc1.bias'] / (server_round - 2)",
+                "made weights that are not finite (fc1.bias) in round 2: clients' uploads were",
+            ),
+            ("{}['nothing']", "failed in round 1: KeyError: 'nothing' (mine.py, line 18)"),
+            ("mean = None", "left state.global_weights as None in round 1: a dict of tensors"),
+            ("del mean['fc2.bias']", "left state.global_weights without fc2.bias in round 1"),
+            ("mean['b'] = mean['fc2.bias']", "put 'b', a Tensor, into state.global_weights"),
+            ("mean['fc2.bias'] = 0.5", "put a float into state.global_weights['fc2.bias']"),
+            (
+                "mean = {n: t.mean() for n, t in mean.items()}",
+                "made state.global_weights['block1.conv.weight'] torch.float32 [] in round 1",
+            ),
+            (
+                "mean['fc2.bias'] = mean['fc2.bias'].double()",
+                "made state.global_weights['fc2.bias'] torch.float64 [10] in round 1",
+            ),
+        ],
+    )
+    def test_what_aggregate_does_wrong_ends_the_run_by_name(
+        self, mine: Callable[[str], str], tmp_path: Path, does: str, said: str
+    ) -> None:
+        method = mine(f"{AGGREGATE}        {does}\n        self.state.global_weights = mean\n")
+        with pytest.raises(MethodError) as caught:
+            federate(tmp_path, method=method, num_server_rounds=3)
+        assert f"method mine: its aggregate {said}" in str(caught.value)
+        failed = records(tmp_path / "run", "events.jsonl")[-1]
+        assert failed["text"] == str(caught.value)
+        kept = Checkpoint(tmp_path / "run" / "checkpoint").read()
+        assert kept.get("round") == (1 if "in round 2" in said else None)
+
+    @pytest.mark.parametrize("method", ["fedavg", "fedavgm", "scaffold", "cfl"])
+    def test_constants_that_never_were_finite_stay_so(self, method: str) -> None:
+        """A mask of -inf passes; where else a number is not finite, it does not."""
+        initial = {"mask": torch.tensor([0.0, -torch.inf]), "fc.weight": torch.ones(2, 2)}
+        kind, config = METHODS[method].rounds_class(), Config(num_clients=2)
+        half = ServerHalf(method, kind(config, kind.begin(config, initial)), initial)
+
+        def upload(**more: torch.Tensor) -> dict[int, Upload]:
+            expected = half.expected_upload(1) | more
+            return {client: Upload(expected, 1) for client in range(2)}
+
+        half.aggregate(1, upload())
+        with pytest.raises(MethodError, match=r"weights that are not finite \(mask\) in round 2"):
+            half.aggregate(2, upload(mask=torch.tensor([torch.inf, -torch.inf])))
+
+    @pytest.mark.parametrize(
+        ("hook", "said"),
+        [
+            ("download(self, client): return None", "its download returned None in round 1"),
+            (
+                "evaluation_download(self, client): return {'fc1.bias': self.state}",
+                "its evaluation_download returned a Shared as 'fc1.bias' in round 1",
+            ),
+            (
+                "download(self, client):\n        w = self.state.global_weights\n"
+                "        return {n: t.flatten() for n, t in w.items()}",
+                "its download returned block1.conv.weight of shape [144] in round 1: the network",
+            ),
+            ("expected_upload(self): return []", "its expected_upload returned a list"),
+            ("rate(self, server_round): return None", "its rate returned None in round 1"),
+            ("personalise(self): return {0: {}}", "its personalise returned nothing for client 1"),
+            (
+                "personalise(self):\n        w = self.state.global_weights\n"
+                "        return {c: {n: t / 0 for n, t in w.items()} for c in range(4)}",
+                "its personalise made weights that are not finite (block1.conv.weight,",
+            ),
+        ],
+    )
+    def test_what_other_hooks_return_is_looked_at(
+        self, mine: Callable[[str], str], tmp_path: Path, hook: str, said: str
+    ) -> None:
+        with pytest.raises(MethodError) as caught:
+            federate(tmp_path, method=mine(f"    def {hook}\n"), num_server_rounds=1)
+        assert said in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("hook", "said"),
+        [
+            (f"{SHARED}        return 'b'\n", "its shared returned a str: a list of names"),
+            (f"{SHARED}        return None\n", "its shared returned None: a list of names"),
+            (f"{SHARED}        return ['nope']\n", "returned 'nope', which no weight is called"),
+            (f"{SHARED}        return [3]\n", "its shared returned 3, which no weight is called"),
+            (f"{SHARED}        return {{}}['b']\n", "failed: KeyError: 'b' (mine.py, line 18)"),
+            (
+                "    @classmethod\n    def begin(cls, config, initial): return initial.nothing\n",
+                "its begin failed: AttributeError: 'dict' object has no attribute 'nothing'",
+            ),
+        ],
+    )
+    def test_what_cannot_begin_is_refused_before_anything_starts(
+        self,
+        mine: Callable[[str], str],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        hook: str,
+        said: str,
+    ) -> None:
+        assert cli.main(["run", f"method=fedavg,{mine(hook)}", "out-dir=out"]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("pfedgpa: method mine: its ")
+        assert said in err
+        assert not (tmp_path / "out").exists()
+
+    def test_a_state_in_the_place_of_another_is_checkpointed(
+        self, mine: Callable[[str], str], tmp_path: Path
+    ) -> None:
+        method = mine(
+            f"{AGGREGATE}        if server_round == 2: raise ValueError\n"
+            "        self.state = Shared({n: 0 * t for n, t in mean.items()})\n"
+        )
+        with pytest.raises(MethodError, match=r"failed in round 2: ValueError \(mine.py"):
+            federate(tmp_path, method=method, num_server_rounds=2)
+        kept = Checkpoint(tmp_path / "run" / "checkpoint")
+        state = kept.restore(kept.read()["state"])
+        assert not state.global_weights["fc1.weight"].any()
+
+    def test_with_debug_the_servers_own_traceback_is_shown(
+        self, mine: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["run", f"method={mine(AGGREGATE + '        1 / 0')}", "num-clients=2", "out-dir=o"]
+        assert cli.main([*words, "num-server-rounds=1", "--debug"]) == 1
+        said = capsys.readouterr().err
+        assert 'mine.py", line 18, in aggregate\n    1 / 0\n' in said
+        last = "pfedgpa: the run failed: method mine: its aggregate failed in round 1: "
+        assert f"{last}ZeroDivisionError: division by zero (mine.py, line 18)\n" in said
+
+
+class TestClientHalf:
+    @pytest.mark.parametrize(
+        ("returns", "said"),
+        [
+            ("None", "returned None in round 1: it must `return Trained(upload, state, loss)`"),
+            ("weights, {}, loss", "returned a tuple in round 1: it must `return Trained("),
+            ("Trained(weights, {'fc1.bias': 3}, loss)", "an int as state 'fc1.bias' in round 1"),
+            ("Trained(weights, {'fc1.bias': [3]}, loss)", "a list as state 'fc1.bias'"),
+            (
+                "Trained({n: t.numpy() for n, t in weights.items()}, {}, loss)",
+                "returned a ndarray as upload 'block1.conv.weight' in round 1: a dict of torch",
+            ),
+            ("Trained(weights, None, loss)", "returned None as state in round 1"),
+            ("Trained(weights, {}, None)", "returned None as loss in round 1: a number"),
+            ("Trained(weights, {}, torch.tensor(loss))", "returned a Tensor as loss in round 1"),
+            ("weights['nope']", "failed in round 1: KeyError: 'nope' (mine.py, line 19)"),
+            (
+                "Trained(weights, {'rounds': torch.ones(1)}, loss)",
+                "keeps rounds in its client's state, which is no weight of the network in round 1",
+            ),
+            (
+                "Trained(weights, {'fc1.bias': torch.ones(1)}, loss)",
+                "returned fc1.bias of shape [1] in round 1: the network has it of shape [20]",
+            ),
+        ],
+    )
+    def test_what_train_returns_is_looked_at_in_the_first_round(
+        self, mine: Callable[[str], str], tmp_path: Path, returns: str, said: str
+    ) -> None:
+        with pytest.raises(MethodError) as caught:
+            federate(tmp_path, method=mine(f"{TRAIN}        return {returns}\n"))
+        assert str(caught.value).startswith("method mine: its train ")
+        assert said in str(caught.value)
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+    @pytest.mark.parametrize(
+        ("returns", "said"),
+        [
+            ("{**weights, **state}", "returned rounds, which is no weight of the network in"),
+            ("None", "returned None in round 1: a dict of torch tensors"),
+            ("weights['nope']", "failed in round 1: KeyError: 'nope' (mine.py"),
+        ],
+    )
+    def test_the_first_evaluation_that_fails_ends_the_run(
+        self, mine: Callable[[str], str], tmp_path: Path, returns: str, said: str
+    ) -> None:
+        keeps = "        return Trained(weights, {'rounds': torch.ones(1)}, loss)\n"
+        method = mine(f"{TRAIN}{keeps}{EVALUATED}        return {returns}\n")
+        with pytest.raises(MethodError) as caught:
+            federate(tmp_path, method=method)
+        assert f"method mine: its evaluated {said}" in str(caught.value)
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+    def test_a_client_that_fails_alone_is_named(
+        self, mine: Callable[[str], str], tmp_path: Path
+    ) -> None:
+        upset = (
+            "        if len(task.data.train) and task.generator().initial_seed() == SEED: 1 / 0\n"
+        )
+        how = "        return Trained(weights, {}, loss)\n"
+        seed = torch_generator(0, "train", 1, 2).initial_seed()
+        method = mine(f"{TRAIN}{upset.replace('SEED', str(seed))}{how}")
+        folder, _ = federate(tmp_path, method=method, num_server_rounds=1)
+        warned = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
+        [said] = [text for text in warned if "client 2" in text]
+        assert said.startswith("mine round 1: client 2 failed: method mine: its train failed in")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import random
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +19,6 @@ from PIL import Image
 from torch import nn
 
 from pfedgpa_app import cli, load_client
-from pfedgpa_app.config import resolve as resolving
 from pfedgpa_app.config.resolve import method_named, resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.schema import Schema
@@ -46,7 +43,7 @@ from pfedgpa_app.runs.checkpoint import Checkpoint
 from pfedgpa_app.runs.prediction import evaluate, export
 from pfedgpa_app.server.screening import NoUploadsError
 from pfedgpa_app.study.compare import plan
-from tests.support.federations import federate, records, results, summary
+from tests.support.federations import federate, known_for_a_while, records, results, summary
 from tests.support.processes import in_a_new_process
 
 NETS = '''
@@ -197,17 +194,6 @@ DIGITS = Schema("digits", tuple("0123456789"), (1, 8, 8))
 
 def made(model: str, schema: Schema = DIGITS, **more: Any) -> nn.Module:
     return network_of(TrainingSettings(model=model, **more), schema)
-
-
-@contextlib.contextmanager
-def known_for_a_while(method: str) -> Iterator[None]:
-    """An own method, which other tests are not to find among the methods."""
-    try:
-        yield
-    finally:
-        METHODS.pop(method, None)
-        resolving.sections.cache_clear()
-        resolving.keys.cache_clear()
 
 
 class TestNetworks:

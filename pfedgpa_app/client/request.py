@@ -42,7 +42,8 @@ from pfedgpa_app.data.client import (
 from pfedgpa_app.messages import record_of
 from pfedgpa_app.methods import rounds_class
 from pfedgpa_app.methods.base import ClientTask, Trained
-from pfedgpa_app.models.build import classifier_bias, network_of
+from pfedgpa_app.methods.halves import ClientHalf
+from pfedgpa_app.models.build import classifier_bias, network_of, tensors_of
 from pfedgpa_app.models.layout import laid_out
 from pfedgpa_app.models.networks import load
 from pfedgpa_app.training.evaluation import FineTuning, Score, tempered_losses
@@ -87,7 +88,8 @@ class ClientRequest:
         self.fine_tunings = [
             FineTuning(**each) for each in json.loads(asked.get("fine-tunings", "[]"))
         ]
-        self.method = rounds_class(str(asked["method"]))
+        name = str(asked["method"])
+        self.method = ClientHalf(name, rounds_class(name), self.round)
         records = message.content.array_records
         self.weights: Weights = self._adjusted(dict(records["arrays"].to_torch_state_dict()))
         reference = records.get("reference")
@@ -144,7 +146,8 @@ class ClientRequest:
 
     def evaluated(self) -> Weights:
         """What it is evaluated with; weights not among them are as initialised."""
-        return self.method.evaluated(self.weights, self.state)
+        network = tensors_of(self.config, self.schema())
+        return self.method.evaluated(self.weights, self.state, network)
 
     def leave(self, evaluated: Weights) -> None:
         """Leave what it is ``evaluated`` with to whom the results are for, in a simulation."""
@@ -167,10 +170,11 @@ class ClientRequest:
         return Message(content, reply_to=self.message)
 
     def trained(self, trained: Trained) -> Message:
-        """The answer to a round.
+        """The answer to a round, if ``trained`` is what its method must make.
 
         A client whose training went to infinity keeps what it had before: it would never come back.
         """
+        trained = self.method.checked(trained, tensors_of(self.config, self.schema()))
         weights = trained.upload
         if all(all_finite(t) for t in (*weights.values(), *trained.state.values())):
             self.keep(trained.state)
@@ -180,7 +184,7 @@ class ClientRequest:
         weights = self._adjusted(weights, sign=-1)
         metrics: Metrics = {
             "num-examples": len(self.data().train),
-            "loss": trained.loss,
+            "loss": float(trained.loss),
             "round": self.round,
         }
         agrees = self.context.node_config.get("share-label-counts", True)
@@ -195,7 +199,7 @@ class ClientRequest:
     def _validation_losses(self) -> list[float]:
         """Tempered ones of what it was sent, then of what else it is to try; [] if nobody asks."""
         images = self.data().validation
-        if not len(images) or not self.method.asks_validation(self.config, self.round):
+        if not len(images) or not self.method.asks_validation(self.config):
             return []
         model, losses = self.model(), list[float]()
         for weights in (self.weights, self.reference):

@@ -29,7 +29,6 @@ from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.client import ClientData, load_schema
 from pfedgpa_app.data.images import Images, normalised
 from pfedgpa_app.engine.grid import LocalGrid, raised
-from pfedgpa_app.methods.base import Trained
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training.evaluation import Score
 from pfedgpa_app.training.sgd import Recipe, batches, clipped, crop_and_flip, sgd_step
@@ -320,12 +319,10 @@ class BatchedGrid(LocalGrid):
         cohort.load([r.method.start(r.weights, r.state) for r in requests])
         generators, losses = [r.generator("train") for r in requests], [0.0] * len(requests)
         first = requests[0]
-        for recipe in first.method.recipes(first.config, list(cohort.initial), first.round):
+        for recipe in first.method.recipes(first.config, list(cohort.initial)):
             losses = cohort.train(recipe.at(first.rate), generators)
         return [
-            request.trained(
-                Trained(*request.method.upload(weights, request.weights, request.state), loss)
-            )
+            request.trained(request.method.upload(weights, request.weights, request.state, loss))
             for request, weights, loss in zip(requests, cohort.trained(), losses, strict=True)
         ]
 

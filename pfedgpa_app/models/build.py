@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,15 @@ def network_of(settings: TrainingSettings, schema: Schema) -> nn.Module:
         ConfigError: ``model`` names none that fits, or one that cannot be used; why and what to do.
     """
     return copy.deepcopy(_template_of(settings, schema))
+
+
+def tensors_of(settings: TrainingSettings, schema: Schema) -> Mapping[str, Tensor]:
+    """What such a network has by name, to look at only.
+
+    Raises:
+        ConfigError: as ``network_of``.
+    """
+    return _template_of(settings, schema).state_dict()
 
 
 def forget_edited() -> None:

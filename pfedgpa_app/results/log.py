@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -208,10 +209,16 @@ class RunLog:
         (logger.warning if kind == "warning" else logger.info)(text)
 
     def failed(self, error: Exception) -> None:
-        """The run cannot go on; a disk that is full does not hide what went wrong."""
+        """The run cannot go on; a disk that is full does not hide what went wrong.
+
+        Errors of ours are sentences for the user; others are told by their type, too.
+        """
+        ours = type(error).__module__.startswith("pfedgpa_app.")
+        text = f"{error}" if ours else f"{type(error).__name__}: {error}".removesuffix(": ")
         with contextlib.suppress(OSError):
             end_whole(self.folder / EVENTS)  # it may have filled up in the middle of a line
-            self.event("failed", f"{error}")
+            trace = "".join(traceback.format_exception(error))
+            self.event("failed", text, traceback=trace)
 
     def advance(self, work: float) -> float:
         """``work`` more rounds are done; the seconds that are left at the recent pace."""

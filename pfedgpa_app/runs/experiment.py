@@ -34,6 +34,7 @@ from pfedgpa_app.methods.averaging import Defence
 from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.fine_tuning import fine_tunings
 from pfedgpa_app.methods.generation import RememberingFedAvg
+from pfedgpa_app.methods.halves import begun, personalised
 from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, say
 from pfedgpa_app.results.tracking import Tracking, check
@@ -250,7 +251,7 @@ class Experiment:
         if (config.save_uploads or config.uploads) and name == name_of(RememberingFedAvg):
             kinds.append(RememberingFedAvg)
         kind = rounds_of(kinds)
-        state = kind.begin(config, self.initial)
+        state = begun(name, kind, config, self.initial)
         if config.checkpoint_every:
             self.resuming.check(state)
         if going:
@@ -259,13 +260,15 @@ class Experiment:
         def keep(server_round: int) -> None:
             every = config.checkpoint_every
             if every and (server_round % every == 0 or server_round == rounds):
-                now = {"federation": name, "round": server_round, "state": state}
+                now = {"federation": name, "round": server_round, "state": method.state}
                 self.resuming.keep(now | {"costs": strategy.costs()})
 
         classes = len(self.dataset.classes)
         method = kind(config, state)
         ask = partial(self.ask, name)
-        strategy = Personalised(method, name, self.roster, config, self.log, classes, keep, ask)
+        strategy = Personalised(
+            method, name, self.roster, config, self.log, self.initial, classes, keep, ask
+        )
         if going:
             strategy.restore(going["costs"], going["round"])
         if config.uploads:
@@ -297,8 +300,7 @@ class Experiment:
         text = f"{method.title}: making clients' weights"
         method.progress = self.log.watch(strategy.name, text)
         started = time.perf_counter()
-        weights = method.personalise()
-        weights = {c: mine for c, mine in weights.items() if c in strategy.honest}
+        weights = personalised(name, method, self.initial, strategy.honest)
         seconds = time.perf_counter() - started
         if self.config.save_weights:
             path = self.folder / WEIGHTS / f"{name}.safetensors"

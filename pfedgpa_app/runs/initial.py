@@ -11,8 +11,9 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.methods import METHODS
+from pfedgpa_app.methods.halves import check_shared
 from pfedgpa_app.models.build import classifier_bias, network_of
-from pfedgpa_app.models.networks import weights_of
+from pfedgpa_app.models.networks import weight_names, weights_of
 
 
 def initial_weights(config: Config, schema: Schema) -> Weights:
@@ -21,10 +22,12 @@ def initial_weights(config: Config, schema: Schema) -> Weights:
     Raises:
         ConfigError: no network fits the data, or ``start-from`` cannot be read, or is of another
             network.
+        MethodError: a method shares what the network has not.
     """
     network = network_of(config, schema)
     for name in config.method:
         METHODS[name].check_network(config, network)
+        check_shared(name, METHODS[name].rounds_class(), config, weight_names(network))
     if config.logit_adjustment:
         classifier_bias(config, schema)
     if config.augment and (len(schema.shape) != 3 or schema.tokens):

@@ -14,12 +14,16 @@ from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR, user_path
 from pfedgpa_app.core.sections import PARTITION_FILE, Config
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.data.datasets import resolve_data_dir
 from pfedgpa_app.engine import LaunchError, Poll, StoppedError, engine_for, gpu_for, local, ray
 from pfedgpa_app.engine.ray import Simulation
+from pfedgpa_app.methods import METHODS, federations
+from pfedgpa_app.methods.contract import MethodError
+from pfedgpa_app.methods.halves import ServerHalf, begun
 from pfedgpa_app.results import tracking, uploads
-from pfedgpa_app.results.log import EVENTS, Records, clock, is_done, say
+from pfedgpa_app.results.log import EVENTS, Records, clock, is_done, last_event, say
 from pfedgpa_app.runs.folder import LOG, is_running, run_folder, running
 from pfedgpa_app.runs.initial import initial_weights
 from pfedgpa_app.server import privacy
@@ -122,14 +126,27 @@ def preflight(config: Config) -> None:
     try:
         tracking.check(config.track)
         privacy.check(config)
-        initial_weights(config, load_schema(config))
+        initial = initial_weights(config, load_schema(config))
+        _begin_own(config, initial)
         load_partition(config)
         if config.uploads and not user_path(config.uploads).is_file():
             raise ConfigError(f"uploads = {config.uploads!r}: no such file")
         if config.uploads:
             uploads.described(user_path(config.uploads))
-    except ValueError as error:
+    except (ValueError, MethodError) as error:
         raise ConfigError(str(error)) from error
+
+
+def _begin_own(config: Config, initial: Weights) -> None:
+    """Try how methods of the user's own begin, which nobody else has tried.
+
+    Raises:
+        MethodError: one cannot.
+    """
+    for name in federations(config.method):
+        kind = METHODS[name].rounds_class()
+        if kind.__module__.partition(".")[0] != __name__.partition(".")[0]:
+            ServerHalf(name, kind(config, begun(name, kind, config, initial)), initial)
 
 
 def launch(
@@ -170,8 +187,22 @@ def launch(
 
     reason = watched(folder, console, there, run_it)
     if reason:
-        raise LaunchError(f"{reason}\nResults so far and Flower's log are in {folder}")
+        text = f"{reason}\nResults so far and Flower's log are in {folder}"
+        raise LaunchError(text) from _raised_there(folder)
     return folder
+
+
+class RemoteError(Exception):
+    """An error of the run's server process, by its traceback there."""
+
+    def __str__(self) -> str:
+        return f"in the run's server process\n{self.args[0]}"
+
+
+def _raised_there(folder: Path) -> RemoteError | None:
+    """What ended the run in ``folder``, for whoever asks for its traceback."""
+    trace = last_event(folder).get("traceback")
+    return RemoteError(trace) if trace else None
 
 
 def with_absolute_paths(run_config: Mapping[str, Any], config: Config) -> dict[str, Any]:

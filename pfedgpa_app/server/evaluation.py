@@ -12,9 +12,10 @@ from flwr.app import Message, MessageType
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.messages import record_of
+from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.server.roster import Roster, array_bytes
-from pfedgpa_app.server.screening import NoUploadsError, check_counts, failure
+from pfedgpa_app.server.screening import NoUploadsError, check_counts, failure, method_fault
 from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 
 
@@ -102,8 +103,14 @@ class Evaluator:
         answers: dict[int, Message],
         fine_tunings: int | None = None,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(client, what it counted), of those whose evaluation can be used; others are named."""
+        """(client, what it counted), of those whose evaluation can be used; others are named.
+
+        Raises:
+            MethodError: the method's own code is what makes it fail at all of them.
+        """
+        wrong, asked = list[str](), 0
         for client in sent:
+            asked += 1
             counts: Any = {}
             if client not in answers:
                 here = self.roster.is_here(client)
@@ -115,5 +122,8 @@ class Evaluator:
                 reason = check_counts(counts, fine_tunings)
             if reason:
                 self.log.rejected(name, server_round, client, reason)
+                wrong.append(reason)
             else:
                 yield client, counts
+        if len(wrong) == asked and (fault := method_fault(wrong)):
+            raise MethodError(fault)

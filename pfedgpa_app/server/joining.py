@@ -7,7 +7,9 @@ from typing import Any
 from flwr.app import MessageType
 
 from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.methods import name_of
 from pfedgpa_app.methods.base import Personaliser
+from pfedgpa_app.methods.contract import Hook
 from pfedgpa_app.server.strategy import Personalised
 
 
@@ -19,7 +21,9 @@ def join(strategy: Personalised, method: Personaliser[Any]) -> list[dict[int, fl
     """
     config, roster = strategy.config, strategy.roster
     rounds = config.num_server_rounds
-    given = method.first_download(range(config.initial_clients, config.num_clients))
+    name = name_of(type(method))
+    with Hook(name, type(method), "first_download", rounds).told():
+        given = method.first_download(range(config.initial_clients, config.num_clients))
     curve = [_accuracies(strategy, given, rounds)]
     for server_round in range(rounds + 1, rounds + config.join_iterations + 1):
         settings = {"method": strategy.name, "round": server_round}
@@ -30,7 +34,9 @@ def join(strategy: Personalised, method: Personaliser[Any]) -> list[dict[int, fl
         strategy.ask(server_round, messages)
         answers = roster.exchange(messages)
         uploads, _ = strategy.screened(server_round, messages, answers)
-        given = given | (method.join(uploads) if uploads else {})
+        if uploads:
+            with Hook(name, type(method), "join", server_round).told():
+                given = given | method.join(uploads)
         curve.append(_accuracies(strategy, given, server_round))
     return curve
 
@@ -39,5 +45,6 @@ def _accuracies(
     strategy: Personalised, given: dict[int, Weights], server_round: int
 ) -> dict[int, float]:
     """Every client's accuracy in %, ``given`` being what they train from."""
-    sent = {client: strategy.method.evaluation_of(client, mine) for client, mine in given.items()}
+    half = strategy.half
+    sent = {c: half.evaluation_of(server_round, c, mine) for c, mine in given.items()}
     return strategy.evaluator.accuracies(sent, server_round)

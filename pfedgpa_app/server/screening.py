@@ -16,6 +16,7 @@ from pfedgpa_app.core.sections import FederationSettings
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.core.weights import Layout, Weights, all_finite, finite
 from pfedgpa_app.messages import bytes_of
+from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.training.evaluation import TEMPERATURES
 
 _WHAT: dict[int, str] = {  # what Flower's codes mean for whom reads the log
@@ -30,6 +31,7 @@ MOST_EXAMPLES = 2**53  # that a client may claim: further than float64 counts
 NOT_FINITE = "numbers that are not finite"
 _HEADER = 4096  # bytes; NumPy's format needs some 128
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_BY_METHOD = "failed: method "
 _RAISED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'(.*)'>", re.DOTALL)  # as Flower tells errors
 
 
@@ -39,8 +41,10 @@ class NoUploadsError(RuntimeError):
 
 def failure(reply: Message) -> str:
     """Why an error reply says that the client failed, in one short text."""
-    code = reply.error.code
-    return f"{_WHAT.get(code, 'failed')} (code {code}): {cause(reply)[-300:]}"
+    code, said = reply.error.code, cause(reply)
+    if said.startswith(f"{MethodError.__name__}: "):
+        return f"failed: {said.partition(': ')[2]}"[:600]
+    return f"{_WHAT.get(code, 'failed')} (code {code}): {said[-300:]}"
 
 
 def cause(reply: Message) -> str:
@@ -48,6 +52,13 @@ def cause(reply: Message) -> str:
     reason = _ANSI.sub("", reply.error.reason or "no reason given").strip()
     said = _LAST_WORDS.findall(reason)
     return said[-1] if said else _RAISED.sub(r"\1: \2", reason)
+
+
+def method_fault(reasons: Collection[str]) -> str:
+    """What a method's own code did wrong, where clients failed by that alone; else ""."""
+    if reasons and all(reason.startswith(_BY_METHOD) for reason in reasons):
+        return next(iter(reasons)).removeprefix("failed: ")
+    return ""
 
 
 def remedy(reasons: Collection[str]) -> str:

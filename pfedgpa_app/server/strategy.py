@@ -14,12 +14,15 @@ from flwr.serverapp.strategy import Strategy
 from pfedgpa_app.core.randomness import numpy_generator
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.messages import record_of
 from pfedgpa_app.methods.base import Rounds
+from pfedgpa_app.methods.contract import MethodError
+from pfedgpa_app.methods.halves import ServerHalf
 from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.server.evaluation import Evaluator
 from pfedgpa_app.server.roster import Roster, array_bytes, match
-from pfedgpa_app.server.screening import NoUploadsError, remedy, screened
+from pfedgpa_app.server.screening import NoUploadsError, method_fault, remedy, screened
 
 logger = logging.getLogger("pfedgpa")
 
@@ -38,15 +41,21 @@ class Personalised(Strategy):
         roster: Roster,
         config: Config,
         log: RunLog,
+        initial: Weights,
         classes: int = 0,
         keep: Callable[[int], None] = lambda _: None,
         ask: Callable[[int, Iterable[int]], None] = lambda _, __: None,
     ) -> None:
-        """``classes`` of the clients' data; ``keep`` is called after each round.
+        """The rounds of ``method``, called ``name``.
 
-        ``ask`` is told of each round, and of whom an upload is about to be asked.
+        Args:
+            initial: the network's weights.
+            classes: of the clients' data.
+            keep: is called after each round.
+            ask: is told of each round, and of whom an upload is about to be asked.
         """
         self.method, self.name, self.roster = method, name, roster
+        self.half = ServerHalf(name, method, initial)
         self.config, self.log, self._keep, self.ask = config, log, keep, ask
         self.evaluator = Evaluator(name, roster, config, log)
         self.honest = [
@@ -81,7 +90,7 @@ class Personalised(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         server_round += self.done
-        rate = self.method.rate(server_round)
+        rate = self.half.rate(server_round)
         settings = {"method": self.name, "round": server_round, "rate": rate}
         dropped, self._late = missing(self.config, server_round)
         chosen = [c for c in sampled(self.config, server_round) if c not in dropped]
@@ -89,13 +98,13 @@ class Personalised(Strategy):
         self._away = [client for client in chosen if not self.roster.is_here(client)]
         self._sent = {
             client: self.roster.message(
-                client, MessageType.TRAIN, self.method.download(client), settings
+                client, MessageType.TRAIN, self.half.download(server_round, client), settings
             )
             for client in chosen
             if client not in self._away
         }
         for client, message in self._sent.items():
-            if (rival := self.method.rival(client)) is not None:
+            if (rival := self.half.rival(server_round, client)) is not None:
                 message.content["reference"] = record_of(rival)
         self._round_down = sum(array_bytes(message) for message in self._sent.values())
         self.ask(server_round, self._sent)
@@ -112,6 +121,8 @@ class Personalised(Strategy):
         self.bytes_up += round_up
         self.bytes_down += self._round_down
         if len(uploads) < self.config.min_uploads:
+            if fault := method_fault(rejected.values()):
+                raise MethodError(fault)
             count = f"only {len(uploads)}" if uploads else "none"
             asked = len(self._sent) + len(self._away)
             raise NoUploadsError(
@@ -124,7 +135,7 @@ class Personalised(Strategy):
             client: {"train_loss": upload.loss} for client, upload in uploads.items()
         }
         started = time.perf_counter()
-        self.method.aggregate(server_round, uploads)
+        self.half.aggregate(server_round, uploads)
         self.server_seconds += time.perf_counter() - started
         loss = sum(p["train_loss"] for p in self._participants.values()) / len(uploads)
         metrics: dict[str, Any] = {
@@ -144,7 +155,7 @@ class Personalised(Strategy):
         away: Iterable[int] = (),
     ) -> tuple[dict[int, Upload], dict[int, str]]:
         """The usable uploads, and why the others are not, which the log is told, too."""
-        expected = self.method.expected_upload()
+        expected = self.half.expected_upload(server_round)
         uploads, wrong = screened(sent, answers, expected, server_round, self._classes, self.config)
         rejected = dict.fromkeys(away, "is not connected") | wrong
         for client, reason in sorted(rejected.items()):
@@ -166,7 +177,7 @@ class Personalised(Strategy):
             self.roster.poll()
         self._sent = {
             client: self.evaluator.message(
-                client, self.method.evaluation_download(client), server_round
+                client, self.half.evaluation_download(server_round, client), server_round
             )
             for client in clients
             if self.roster.is_here(client)

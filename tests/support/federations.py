@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
 from safetensors.torch import load_file
 
+from pfedgpa_app.config import resolve as resolving
 from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.methods import METHODS
 from pfedgpa_app.runs.experiment import run
 from tests.support.local_grid import InProcessGrid
 
@@ -41,6 +45,17 @@ def federate(
     resolved = resolve(run_config)
     grid = InProcessGrid(run_config, nodes or resolved.config.num_clients, tamper)
     return run(grid, resolved), grid
+
+
+@contextlib.contextmanager
+def known_for_a_while(method: str) -> Iterator[None]:
+    """An own method, which other tests are not to find among the methods."""
+    try:
+        yield
+    finally:
+        METHODS.pop(method, None)
+        resolving.sections.cache_clear()
+        resolving.keys.cache_clear()
 
 
 def summary(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,255 @@
+"""A method's two halves as server and client call them: every call and answer is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import listed
+from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.methods.averaging import Averaging
+from pfedgpa_app.methods.base import ClientTask, Personaliser, Rounds, Trained
+from pfedgpa_app.methods.contract import (
+    GUIDE,
+    Hook,
+    MethodError,
+    check_constant,
+    check_shapes,
+    check_tensors,
+    described,
+    not_finite,
+    odd_places,
+    refuse_not_finite,
+)
+from pfedgpa_app.training.sgd import Recipe
+
+
+def check_shared(name: str, kind: type[Rounds[Any]], config: Config, names: list[str]) -> None:
+    """Refuse a ``shared`` that returns anything but some of the network's weights' ``names``.
+
+    Raises:
+        MethodError: what it returned, or how it failed.
+    """
+    if not issubclass(kind, Averaging):
+        return
+    hook = Hook(name, kind, "shared")
+    with hook.told():
+        found: Any = kind.shared(config, list(names))
+    wanted = "a list of names of the network's weights is wanted, some of those that it is given"
+    if isinstance(found, str) or not isinstance(found, Collection):
+        raise hook.wrong(f"returned {described(found)}", wanted)
+    for each in found:
+        if each not in names:
+            raise hook.wrong(f"returned {each!r}, which no weight is called", wanted)
+
+
+def begun(name: str, kind: type[Rounds[Any]], config: Config, initial: Weights) -> Any:
+    """The state that the rounds of the method called ``name`` begin with.
+
+    Raises:
+        MethodError: there is none.
+    """
+    check_shared(name, kind, config, list(initial))
+    with Hook(name, kind, "begin").told():
+        return kind.begin(config, dict(initial))
+
+
+class ServerHalf:
+    """The server half of the method called ``name``.
+
+    What it is asked raises a MethodError where the method's code fails, or answers otherwise than
+    it must.
+    """
+
+    def __init__(self, name: str, method: Rounds[Any], initial: Weights) -> None:
+        """``initial``: the network's weights, in whose shapes a client is sent its own."""
+        self.name, self.method, self._initial = name, method, initial
+        self._begun: Weights = dict(getattr(method.state, "global_weights", None) or {})
+        self._odd = odd_places(self._begun | self.expected_upload(0))
+        self._begun = {name: torch.empty_like(t, device="meta") for name, t in self._begun.items()}
+
+    def _hook(self, hook: str, server_round: int) -> Hook:
+        return Hook(self.name, type(self.method), hook, server_round)
+
+    def _weights(self, hook: Hook, *given: Any) -> Weights:
+        """The weights that ``hook`` returns."""
+        with hook.told():
+            weights: Weights = getattr(self.method, hook.name)(*given)
+        check_tensors(hook, weights)
+        check_shapes(hook, weights, self._initial)
+        return weights
+
+    def rate(self, server_round: int) -> float:
+        """The learning rate of a round."""
+        hook = self._hook("rate", server_round)
+        with hook.told():
+            rate = self.method.rate(server_round)
+        if not isinstance(rate, (int, float)):
+            raise hook.wrong(f"returned {described(rate)}", "a number is wanted")
+        return rate
+
+    def download(self, server_round: int, client: int) -> Weights:
+        """What ``client`` is sent to train from."""
+        return self._weights(self._hook("download", server_round), client)
+
+    def evaluation_download(self, server_round: int, client: int) -> Weights:
+        """What ``client`` is sent to be evaluated."""
+        return self._weights(self._hook("evaluation_download", server_round), client)
+
+    def evaluation_of(self, server_round: int, client: int, given: Weights) -> Weights:
+        """What a client that joined, and trains from ``given``, is sent to be evaluated."""
+        return self._weights(self._hook("evaluation_of", server_round), client, given)
+
+    def rival(self, server_round: int, client: int) -> Weights | None:
+        """What else ``client`` tries."""
+        with self._hook("rival", server_round).told():
+            return self.method.rival(client)
+
+    def expected_upload(self, server_round: int) -> Weights:
+        """Tensors such as a client must upload."""
+        hook = self._hook("expected_upload", server_round)
+        with hook.told():
+            expected = self.method.expected_upload()
+        check_tensors(hook, expected)
+        return expected
+
+    def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
+        """Take in a round's uploads.
+
+        Raises:
+            MethodError: what comes of it is not finite where it was, or is not what it was by
+                name, shape or dtype.
+        """
+        hook = self._hook("aggregate", server_round)
+        with hook.told():
+            self.method.aggregate(server_round, uploads)
+        now: Weights = {}
+        if self._begun:
+            now = getattr(self.method.state, "global_weights", None)  # type: ignore[assignment]
+            check_constant(hook, now, self._begun)
+        refuse_not_finite(hook, not_finite(self.expected_upload(server_round) | now, self._odd))
+
+
+def personalised(
+    name: str, method: Personaliser[Any], initial: Weights, clients: Sequence[int]
+) -> dict[int, Weights]:
+    """The weights that ``method``, called ``name``, makes for each of ``clients``.
+
+    Raises:
+        MethodError: it fails, or some are missing, have other shapes or are not finite.
+    """
+    hook = Hook(name, type(method), "personalise")
+    with hook.told():
+        made: Any = method.personalise()
+    wanted = "every client's weights by its number are wanted"
+    if not isinstance(made, Mapping):
+        raise hook.wrong(f"returned {described(made)}", wanted)
+    if missing := [str(client) for client in clients if client not in made]:
+        raise hook.wrong(f"returned nothing for client {listed(missing)}", wanted)
+    odd = odd_places(initial)
+    looked_at = dict[int, Tensor]()  # by identity: what is sent to many is looked at once
+    for client in clients:
+        check_tensors(hook, made[client], f"client {client}'s weights")
+        check_shapes(hook, made[client], initial)
+        new = {n: t for n, t in made[client].items() if n in initial and id(t) not in looked_at}
+        looked_at |= {id(t): t for t in new.values()}
+        refuse_not_finite(hook, not_finite(new, odd))
+    return {client: made[client] for client in clients}
+
+
+class ClientHalf:
+    """The client half of the method called ``name``, in a round; it raises MethodErrors, too."""
+
+    def __init__(self, name: str, kind: type[Rounds[Any]], server_round: int) -> None:
+        self.name, self.kind, self.round = name, kind, server_round
+        self.title = kind.title
+
+    def _hook(self, hook: str) -> Hook:
+        return Hook(self.name, self.kind, hook, self.round)
+
+    def is_plain_sgd(self) -> bool:
+        """Whether a round is SGD by recipes."""
+        return self.kind.is_plain_sgd()
+
+    def asks_validation(self, config: Config) -> bool:
+        """Whether clients tell how what they were sent does on their validation images."""
+        with self._hook("asks_validation").told():
+            return self.kind.asks_validation(config, self.round)
+
+    def start(self, weights: Weights, state: Weights) -> Weights:
+        """What a client trains from."""
+        hook = self._hook("start")
+        with hook.told():
+            start = self.kind.start(weights, state)
+        check_tensors(hook, start)
+        return start
+
+    def recipes(self, config: Config, names: Sequence[str]) -> list[Recipe]:
+        """How the round's SGD goes."""
+        with self._hook("recipes").told():
+            return self.kind.recipes(config, names, self.round)
+
+    def train(self, task: ClientTask) -> Trained:
+        """A round; what it returned is to be ``checked``."""
+        with self._hook("train").told():
+            return self.kind.train(task)
+
+    def upload(self, trained: Weights, weights: Weights, state: Weights, loss: float) -> Trained:
+        """What a round by recipes comes to; it is to be ``checked``."""
+        hook = self._hook("upload")
+        with hook.told():
+            both = self.kind.upload(trained, weights, state)
+            return Trained(*both, loss)
+
+    def checked(self, trained: Any, network: Mapping[str, Tensor]) -> Trained:
+        """What a round came to, if it is what it must be.
+
+        Args:
+            network: tensors of the network's names and shapes.
+
+        Raises:
+            MethodError: it is something else, or holds what no client could be evaluated with.
+        """
+        hook = self._hook("upload" if self.is_plain_sgd() else "train")
+        must = "it must `return Trained(upload, state, loss)`, of pfedgpa_app.methods.base"
+        if not isinstance(trained, Trained):
+            raise hook.wrong(f"returned {described(trained)}", must)
+        check_tensors(hook, trained.upload, "upload")
+        check_tensors(hook, trained.state, "state")
+        if not isinstance(trained.loss, (int, float)):
+            loss = f"returned {described(trained.loss)} as loss"
+            raise hook.wrong(loss, f"a number is wanted, as float(loss) is; {must}")
+        if self.kind.evaluated is Rounds.evaluated:
+            odd = [name for name in trained.state if name not in network]
+            if odd:
+                raise self._no_weights(hook, f"keeps {listed(odd, 3)} in its client's state", odd)
+            check_shapes(hook, trained.state, network)
+        return trained
+
+    def evaluated(self, weights: Weights, state: Weights, network: Mapping[str, Tensor]) -> Weights:
+        """What a client is evaluated with, from its download and its own state.
+
+        Raises:
+            MethodError: that is not the network's weights.
+        """
+        hook = self._hook("evaluated")
+        with hook.told():
+            found = self.kind.evaluated(weights, state)
+        check_tensors(hook, found)
+        if odd := [name for name in found if name not in network]:
+            raise self._no_weights(hook, f"returned {listed(odd, 3)}", odd)
+        check_shapes(hook, found, network)
+        return found
+
+    def _no_weights(self, hook: Hook, did: str, names: list[str]) -> MethodError:
+        each = "which is no weight" if len(names) == 1 else "which are no weights"
+        return hook.wrong(
+            f"{did}, {each} of the network",
+            "let `evaluated` return the network's weights alone, by default it returns "
+            f"{{**download, **state}} ({GUIDE})",
+        )
