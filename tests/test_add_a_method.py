@@ -303,3 +303,77 @@ class TestClientHalf:
         warned = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
         [said] = [text for text in warned if "client 2" in text]
         assert said.startswith("mine round 1: client 2 failed: method mine: its train failed in")
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("declared", "said"),
+        [
+            (
+                "class S(MethodSettings):\n    step: float = setting(0.5, 's')\n",
+                "S declares step, and is no dataclass: write @dataclass(frozen=True) above it",
+            ),
+            (
+                "class S(MethodSettings):\n    step = setting(0.5, 's')\n",
+                "S declares step, and is no dataclass",
+            ),
+            ("class S: pass\n", "S, its `settings`, must extend MethodSettings"),
+            ("S = {'step': 0.5}\n", "its `settings` must be a class that extends"),
+            (
+                "@dataclass(frozen=True)\nclass S(MethodSettings):\n    mode: str = 'plain'\n",
+                'mode of S is no setting: write it as mode: str = setting(DEFAULT, "what it ',
+            ),
+            (
+                "@dataclass(frozen=True)\nclass S(MethodSettings):\n"
+                "    steps: list[float] = setting((), 's')\n",
+                "steps of S is a list",
+            ),
+            (
+                "@dataclass(frozen=True)\nclass S(MethodSettings):\n"
+                "    step: torch.Tensor = setting(None, 's')\n",
+                "step of S is a Tensor: a setting is a str, int,",
+            ),
+        ],
+    )
+    def test_those_that_would_not_be_there_are_refused(
+        self,
+        mine: Callable[[str], str],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        declared: str,
+        said: str,
+    ) -> None:
+        method = mine("    pass\n")
+        (tmp_path / "mine.py").write_text(
+            "from dataclasses import dataclass\n"
+            "import torch\n"
+            "from pfedgpa_app.core.settings import MethodSettings, setting\n"
+            "from pfedgpa_app.methods.averaging import Averaging\n"
+            f"{declared}class Mine(Averaging):\n    settings = S\n"
+        )
+        assert cli.main(["run", f"method={method}", "mine.step=0.3"]) == 2
+        assert f"pfedgpa: method = 'mine:Mine': {said}" in capsys.readouterr().err
+        assert "mine" not in METHODS
+
+    @pytest.mark.parametrize(
+        ("tuned", "said"),
+        [
+            (
+                "('momentun',)",
+                "names 'momentun', and there is no such setting in Config; did you mean mom",
+            ),
+            ("('local_epochs',)", "no such setting in Config; did you mean local-epochs?"),
+            ("'momentum'", "must be a tuple of settings' names"),
+        ],
+    )
+    def test_what_is_tuned_is_a_setting(
+        self,
+        mine: Callable[[str], str],
+        capsys: pytest.CaptureFixture[str],
+        tuned: str,
+        said: str,
+    ) -> None:
+        assert cli.main(["run", f"method={mine(f'    tuned = {tuned}')}"]) == 2
+        err = capsys.readouterr().err
+        assert "method = 'mine:Mine': its `tuned` " in err
+        assert said in err

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import inspect
 import logging
+import types
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pfedgpa_app.core.own_code import imported, is_reference
-from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import ConfigError, listed, near
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.base import Personaliser
 
@@ -57,6 +62,86 @@ def _register(name: str, kind: object, source: str) -> None:
         )
     if name in METHODS:
         raise ConfigError(f"{source}: there is a method {name} already: call the class otherwise")
+    _check_settings(kind, source)
     if "title" not in vars(kind):
         kind.title = kind.__name__
     METHODS[name] = kind
+
+
+def _check_settings(kind: type[Personaliser[Any]], source: str) -> None:
+    """Refuse settings that would not be there, and a ``tuned`` that names none.
+
+    Raises:
+        ConfigError: which, and what is missing.
+    """
+    own: Any = kind.settings
+    if not isinstance(own, type):
+        raise ConfigError(f"{source}: its `settings` must be a class that extends MethodSettings")
+    for each in own.__mro__[:-1]:
+        found = _declared(each)
+        if found and "__dataclass_fields__" not in vars(each):
+            raise ConfigError(
+                f"{source}: {each.__name__} declares {listed(found)}, and is no dataclass: write "
+                "@dataclass(frozen=True) above it"
+            )
+    if not dataclasses.is_dataclass(own):
+        raise ConfigError(
+            f"{source}: {own.__name__}, its `settings`, must extend MethodSettings, with "
+            "@dataclass(frozen=True) above it"
+        )
+    for field in dataclasses.fields(own):
+        if not field.metadata:
+            raise ConfigError(
+                f"{source}: {field.name} of {own.__name__} is no setting: write it as "
+                f'{field.name}: {_written(field.type)} = setting(DEFAULT, "what it means")'
+            )
+    _check_types(own, source)
+    if "tuned" in vars(kind):
+        _check_tuned(kind, own if "settings" in vars(kind) else Config, source)
+
+
+def _check_tuned(kind: type[Personaliser[Any]], settings: Any, source: str) -> None:
+    names = [field.name.replace("_", "-") for field in dataclasses.fields(settings)]
+    if isinstance(kind.tuned, str) or not all(isinstance(name, str) for name in kind.tuned):
+        raise ConfigError(
+            f'{source}: its `tuned` must be a tuple of settings\' names, as in ("{names[0]}",)'
+        )
+    for name in kind.tuned:
+        if name not in names:
+            raise ConfigError(
+                f"{source}: its `tuned` names {name!r}, and there is no such setting in "
+                f"{settings.__name__}{near(name, names)}"
+            )
+
+
+def _declared(kind: type) -> list[str]:
+    """The names of what a class of settings declares itself, as fields or meant so."""
+    hints = inspect.get_annotations(kind)
+    typed = [name for name, hint in hints.items() if "ClassVar" not in str(hint)]
+    untyped = [n for n, v in vars(kind).items() if isinstance(v, dataclasses.Field)]
+    return list(dict.fromkeys(typed + untyped))
+
+
+def _check_types(settings: type, source: str) -> None:
+    try:
+        hints = get_type_hints(settings)
+    except NameError as error:
+        raise ConfigError(f"{source}: a type in {settings.__name__}: {error}") from error
+    for field in dataclasses.fields(settings):
+        if not _is_plain(hints[field.name]):
+            raise ConfigError(
+                f"{source}: {field.name} of {settings.__name__} is a {_written(field.type)}: a "
+                "setting is a str, int, float, bool, tuple of these, or one of them | None"
+            )
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether a setting can be of a type."""
+    if get_origin(hint) in (tuple, types.UnionType):
+        return all(each in (None, type(None), ...) or _is_plain(each) for each in get_args(hint))
+    return hint in (str, int, float, bool)
+
+
+def _written(kind: Any) -> str:
+    """A field's type as its declaration has it."""
+    return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
