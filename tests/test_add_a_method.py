@@ -8,13 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from pfedgpa_app import cli
+from pfedgpa_app import cli, load_client
+from pfedgpa_app.config import resolve as resolving
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.core.sections import Config
@@ -22,13 +25,59 @@ from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.methods.halves import ServerHalf
+from pfedgpa_app.methods.own import register_installed
 from pfedgpa_app.runs.checkpoint import Checkpoint
-from tests.support.federations import SMALL, federate, known_for_a_while, records
+from pfedgpa_app.runs.prediction import evaluate
+from tests.support.federations import SMALL, federate, known_for_a_while, records, summary
+
+PAGE = APP_DIR / "docs" / "add-a-method.md"
+
+
+def block(file: str) -> str:
+    """What the page has a reader write into ``file``."""
+    [text] = re.findall(rf"^`{file}`:\n\n```\w+\n(.*?)```", PAGE.read_text(), re.M | re.S)
+    return str(text)
+
+
+def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FedSlow by its import path, and by its name where its package is installed."""
+    assert len(block("fedslow.py").splitlines()) < 60
+    (tmp_path / "fedslow.py").write_text(block("fedslow.py"))
+    project = tomllib.loads(block("pyproject.toml"))["project"]
+    [(name, where)] = project["entry-points"]["pfedgpa.methods"].items()
+    installed = tmp_path / f"{project['name']}-{project['version']}.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(f"Name: {project['name']}\n")
+    (installed / "entry_points.txt").write_text(f"[pfedgpa.methods]\n{name} = {where}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "fedslow", raising=False)
+    how: dict[str, Any] = {"num_server_rounds": 3, "learning_rate": 0.05, "fedslow.keep": 0.3}
+    with known_for_a_while("fedslow"):
+        folder, _ = federate(tmp_path / "path", method="fedavg,fedslow:FedSlow", **how)
+        rows = summary(folder)
+        assert rows["fedslow"]["accuracy_before_ft"] > 30
+        assert rows["fedslow"]["bytes_up"] == rows["fedavg"]["bytes_up"]
+        own = load_client(folder, 0, "fedslow").network.state_dict()
+        shared = load_client(folder, 0, "fedavg").network.state_dict()
+        assert not torch.equal(own["fc1.bias"], shared["fc1.bias"])
+        for line in records(folder, "clients.jsonl"):
+            again = evaluate(folder, line["client"], line["method"])
+            assert again["accuracy"] == pytest.approx(line["before_ft"], abs=1e-9), line
+    monkeypatch.syspath_prepend(tmp_path)
+    with known_for_a_while("fedslow"):
+        register_installed()
+        resolving.sections.cache_clear()
+        resolving.keys.cache_clear()
+        folder, _ = federate(tmp_path / "name", method="fedslow", **how)
+        assert (
+            summary(folder)["fedslow"]["accuracy_before_ft"]
+            == rows["fedslow"]["accuracy_before_ft"]
+        )
 
 
 def test_the_example_is_one_file_and_its_name(tmp_path: Path) -> None:
-    text = (APP_DIR / "docs" / "add-a-method.md").read_text()
-    file, lines = re.findall(r"```py(?:thon)?\n(.*?)```", text, re.DOTALL)
+    file = block("pfedgpa_app/methods/fedsmooth.py")
+    [lines] = re.findall(r"```py\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(file.splitlines()) < 60
     imported, line = lines.splitlines(keepends=True)
     app = tmp_path / "app"
