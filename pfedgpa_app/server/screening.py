@@ -61,14 +61,23 @@ def method_fault(reasons: Collection[str]) -> str:
     return ""
 
 
-def remedy(reasons: Collection[str]) -> str:
-    """What to do where a round failed for these ``reasons``; "" where nobody knows."""
-    if reasons and all(reason.endswith(NOT_FINITE) for reason in reasons):
+def remedy(reasons: Collection[str], is_noised: bool = False) -> str:
+    """What to do where a round failed for these ``reasons``; "" where nobody knows.
+
+    Args:
+        is_noised: whether uploads have noise for differential privacy.
+    """
+    if not reasons or not all(reason.endswith(NOT_FINITE) for reason in reasons):
+        return ""
+    if is_noised:
         return (
-            ": their training has diverged: lower learning-rate, or scale what the network is fed "
-            "(a table's columns to about -1 to 1)"
+            ": their training has diverged under the noise: raise local-dp-epsilon, or lower "
+            "local-dp-clip, to which the noise is in proportion"
         )
-    return ""
+    return (
+        ": their training has diverged: lower learning-rate, or scale what the network is fed "
+        "(a table's columns to about -1 to 1)"
+    )
 
 
 def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str]:

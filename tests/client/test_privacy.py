@@ -23,6 +23,7 @@ from pfedgpa_app.engine.grid import identify
 from pfedgpa_app.models.networks import build
 from pfedgpa_app.runs.folder import kept_config
 from pfedgpa_app.server import privacy
+from pfedgpa_app.server.screening import NoUploadsError
 from tests.support.federations import federate, records, summary
 
 
@@ -104,6 +105,11 @@ class TestLocalDP:
         assert summary(folder).keys() == {"local", "fedavg", "pfedgpa"}
         assert any("reference" in m.content.array_records for m in grid.sent)
         assert not any(" failed " in e["text"] for e in records(folder, "events.jsonl"))
+
+    def test_a_run_that_diverges_by_its_noise_says_so(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"local_dp_epsilon": 1e-3, "local_dp_clip": 1e30}
+        with pytest.raises(NoUploadsError, match="under the noise: raise local-dp-epsilon"):
+            federate(tmp_path, method="fedavg", max_upload_norm=0, **how)
 
     def test_class_counts_that_are_told_beside_it_are_warned_of(self, tmp_path: Path) -> None:
         how: dict[str, Any] = {"method": "fedavg", "local_dp_epsilon": 1e4}
