@@ -188,7 +188,8 @@ class Rounds(Generic[S]):
     @classmethod
     def is_plain_sgd(cls) -> bool:
         """Whether a round is SGD by recipes, so that clients can train as one batched model."""
-        return cls.train.__func__ is Rounds.train.__func__  # type: ignore[attr-defined]
+        replaced = getattr(cls.train, "__func__", cls.train)  # which may be a static method
+        return bool(replaced is Rounds.train.__func__)  # type: ignore[attr-defined]
 
 
 class Personaliser(Generic[S]):
