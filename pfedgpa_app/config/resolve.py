@@ -414,6 +414,8 @@ def _check(config: Config) -> None:
         )
     if config.dataset == NODES and config.dropout_share + config.straggler_share:
         raise ConfigError("dropout-share, straggler-share: are for simulations; real nodes fail so")
+    if config.dataset == NODES and config.attack != "none":
+        raise ConfigError(f"attack = {config.attack}: is for simulations; real nodes would attack")
     for name in config.method:
         METHODS[name].check(config)
     if config.fine_tune_grid_epochs and not config.validation_share:

@@ -725,3 +725,5 @@ class TestMissing:
     def test_real_nodes_fail_by_themselves(self) -> None:
         with pytest.raises(ConfigError, match="are for simulations"):
             resolve({"dataset": "nodes", "dropout-share": 0.2})
+        with pytest.raises(ConfigError, match="attack = scale: is for simulations"):
+            resolve({"dataset": "nodes", "attack": "scale"})
