@@ -71,7 +71,7 @@ class Uploads:
             finished: federations that are done.
             going: the one that is going on.
         """
-        self.config, self._file = config, file
+        self._file = file
         self.counts: Counter[int] = Counter()
         if file is not None and file.exists():
             for line in file.read_text(encoding="utf-8").splitlines():
