@@ -225,6 +225,19 @@ class TestServerHalf:
                 "        return {c: {n: t / 0 for n, t in w.items()} for c in range(4)}",
                 "its personalise made weights that are not finite (block1.conv.weight,",
             ),
+            (
+                "download(self, client): return {'fc1.bias': self.state.global_weights["
+                "'fc1.bias'].bfloat16()}",
+                "returned a tensor of torch.bfloat16 as 'fc1.bias' in round 1: Flower cannot send",
+            ),
+            ("learned(self): return self.state", "its learned returned a Shared: a Weight"),
+            ("learned(self): return {}[0]", "its learned failed: KeyError: 0 (mine.py, line "),
+            ("reference(self, client): return [1]", "its reference returned a list: a dict of"),
+            ("report(self): return None", "its report returned None: a dict that JSON can hold"),
+            (
+                "report(self): return {'mean': self.state.global_weights['fc1.bias']}",
+                "its report returned a Tensor as 'mean': a dict that JSON can hold is wanted",
+            ),
         ],
     )
     def test_what_other_hooks_return_is_looked_at(
@@ -262,6 +275,20 @@ class TestServerHalf:
         assert said in err
         assert not (tmp_path / "out").exists()
 
+    def test_what_begin_does_to_its_weights_is_its_own(
+        self, mine: Callable[[str], str], tmp_path: Path
+    ) -> None:
+        """FedAvg, after it, begins with what it would begin with alone."""
+        method = mine(
+            "    @classmethod\n    def begin(cls, config, initial):\n"
+            "        for tensor in initial.values(): tensor.zero_()\n"
+            "        return Shared(initial)\n"
+        )
+        alone, _ = federate(tmp_path / "alone", method="fedavg", num_server_rounds=1)
+        beside, _ = federate(tmp_path / "beside", method=f"{method},fedavg", num_server_rounds=1)
+        mean = "accuracy_before_ft"
+        assert summary(beside)["fedavg"][mean] == summary(alone)["fedavg"][mean]
+
     def test_a_state_in_the_place_of_another_is_checkpointed(
         self, mine: Callable[[str], str], tmp_path: Path
     ) -> None:
@@ -297,6 +324,10 @@ class TestClientHalf:
             (
                 "Trained({n: t.numpy() for n, t in weights.items()}, {}, loss)",
                 "returned a ndarray as upload 'block1.conv.weight' in round 1: a dict of torch",
+            ),
+            (
+                "Trained({n: t.to_sparse() for n, t in weights.items()}, {}, loss)",
+                "returned a tensor of torch.sparse_coo as upload 'block1.conv.weight' in round 1",
             ),
             ("Trained(weights, None, loss)", "returned None as state in round 1"),
             ("Trained(weights, {}, None)", "returned None as loss in round 1: a number"),

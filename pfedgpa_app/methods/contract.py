@@ -81,7 +81,7 @@ def described(value: Any) -> str:
 
 
 def check_tensors(hook: Hook, weights: Any, what: str = "") -> None:
-    """Refuse ``weights`` that are no tensors by name.
+    """Refuse ``weights`` that are no tensors by name, or none that can be sent.
 
     Args:
         what: they are of what ``hook`` returned; "" for all of it.
@@ -96,6 +96,24 @@ def check_tensors(hook: Hook, weights: Any, what: str = "") -> None:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             entry = f"{what} {name!r}".strip()
             raise hook.wrong(f"returned {described(tensor)} as {entry}", wanted)
+        if not _can_be_sent(tensor):
+            kind = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout)
+            entry = f"{what} {name!r}".strip()
+            raise hook.wrong(
+                f"returned a tensor of {kind} as {entry}",
+                "Flower cannot send such; .to_dense().float() makes one that it can",
+            )
+
+
+def _can_be_sent(tensor: Tensor) -> bool:
+    """Whether NumPy, by which tensors are sent, has such."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    try:
+        torch.empty(0, dtype=tensor.dtype).numpy()
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def check_shapes(hook: Hook, weights: Weights, like: Mapping[str, Tensor]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import listed
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.methods.averaging import Averaging
 from pfedgpa_app.methods.base import ClientTask, Personaliser, Rounds, Trained
 from pfedgpa_app.methods.contract import (
@@ -51,12 +53,14 @@ def check_shared(name: str, kind: type[Rounds[Any]], config: Config, names: list
 def begun(name: str, kind: type[Rounds[Any]], config: Config, initial: Weights) -> Any:
     """The state that the rounds of the method called ``name`` begin with.
 
+    It may change its copies of ``initial``, from which the run's other federations begin, too.
+
     Raises:
         MethodError: there is none.
     """
     check_shared(name, kind, config, list(initial))
     with Hook(name, kind, "begin").told():
-        return kind.begin(config, dict(initial))
+        return kind.begin(config, {name: tensor.clone() for name, tensor in initial.items()})
 
 
 class ServerHalf:
@@ -69,9 +73,9 @@ class ServerHalf:
     def __init__(self, name: str, method: Rounds[Any], initial: Weights) -> None:
         """``initial``: the network's weights, in whose shapes a client is sent its own."""
         self.name, self.method, self._initial = name, method, initial
-        self._begun: Weights = dict(getattr(method.state, "global_weights", None) or {})
-        self._odd = odd_places(self._begun | self.expected_upload(0))
-        self._begun = {name: torch.empty_like(t, device="meta") for name, t in self._begun.items()}
+        shared: Weights = getattr(method.state, "global_weights", None) or {}
+        self._begun = {name: torch.empty_like(t, device="meta") for name, t in shared.items()}
+        self._odd = odd_places(shared | self.expected_upload(0))
 
     def _hook(self, hook: str, server_round: int) -> Hook:
         return Hook(self.name, type(self.method), hook, server_round)
@@ -160,6 +164,56 @@ def personalised(
         looked_at |= {id(t): t for t in new.values()}
         refuse_not_finite(hook, not_finite(new, odd))
     return {client: made[client] for client in clients}
+
+
+def learned(name: str, method: Personaliser[Any]) -> WeightDistribution | None:
+    """The distribution that ``method``, called ``name``, has learned, if any.
+
+    Raises:
+        MethodError: it fails, or tells of something else.
+    """
+    hook = Hook(name, type(method), "learned")
+    with hook.told():
+        found: Any = method.learned()
+    if found is not None and not isinstance(found, WeightDistribution):
+        raise hook.wrong(f"returned {described(found)}", "a WeightDistribution or None is wanted")
+    return found
+
+
+def references(name: str, method: Personaliser[Any], clients: Iterable[int]) -> dict[int, Weights]:
+    """Those of ``clients``' own weights that their personalised ones must not merely copy.
+
+    Raises:
+        MethodError: ``method``, called ``name``, fails, or they are no weights.
+    """
+    hook, found = Hook(name, type(method), "reference"), dict[int, Weights]()
+    for client in clients:
+        with hook.told():
+            weights = method.reference(client)
+        if weights is not None:
+            check_tensors(hook, weights)
+            found[client] = weights
+    return found
+
+
+def reported(name: str, method: Personaliser[Any]) -> dict[str, Any]:
+    """What else the summary tells of ``method``, called ``name``.
+
+    Raises:
+        MethodError: it fails, or JSON has no words for it.
+    """
+    hook = Hook(name, type(method), "report")
+    wanted = "a dict that JSON can hold is wanted: of numbers, texts, lists and dicts"
+    with hook.told():
+        more: Any = method.report()
+    if not isinstance(more, Mapping):
+        raise hook.wrong(f"returned {described(more)}", wanted)
+    for key, value in more.items():
+        try:
+            json.dumps({key: value})
+        except (TypeError, ValueError) as error:
+            raise hook.wrong(f"returned {described(value)} as {key!r}", wanted) from error
+    return dict(more)
 
 
 class ClientHalf:

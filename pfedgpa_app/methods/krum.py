@@ -25,8 +25,22 @@ from pfedgpa_app.methods.averaging import Defence
 class KrumSettings(MethodSettings):
     """What it guards against."""
 
-    malicious: int = setting(2, "f: so many clients may be malicious", low=0)
+    malicious: int | None = setting(
+        None,
+        "f: so many clients may be malicious; auto: 2, or as many as Krum is known to withstand "
+        "with fewer than 7 clients a round",
+        low=0,
+    )
     select: int = setting(1, "so many uploads are averaged; above 1: Multi-Krum", low=1)
+
+
+def malicious(config: Config) -> int:
+    """How many clients may be malicious; by itself no more than it withstands.
+
+    n >= 2f + 3 clients withstand f (Blanchard et al., Proposition 4.2).
+    """
+    own = config.of(KrumSettings).malicious
+    return max(0, min(2, (config.round_clients - 3) // 2)) if own is None else own
 
 
 class Krum(Defence):
@@ -37,14 +51,14 @@ class Krum(Defence):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        own, clients = config.of(KrumSettings), config.round_clients
-        if own.malicious > clients - 3:
+        own, clients, most = config.of(KrumSettings), config.round_clients, malicious(config)
+        if most > clients - 3:
             way = f"set it to at most {clients - 3}"
             if clients < 3:
                 way = "Krum wants 3 or more: raise num-clients or fraction-train"
             raise ConfigError(
-                f"krum.malicious = {own.malicious}: each upload is compared with all but "
-                f"{own.malicious} + 2 of a round's, and {clients} clients take part in one; {way}"
+                f"krum.malicious = {most}: each upload is compared with all but "
+                f"{most} + 2 of a round's, and {clients} clients take part in one; {way}"
             )
         if own.select > clients:
             raise ConfigError(
@@ -54,16 +68,17 @@ class Krum(Defence):
 
     @classmethod
     def doubts(cls, config: Config) -> Iterator[str]:
-        own, clients = config.of(KrumSettings), config.round_clients
-        if clients < 2 * own.malicious + 3:  # Blanchard et al., Proposition 4.2
+        own, clients, most = config.of(KrumSettings), config.round_clients, malicious(config)
+        wanted = max(1, most)
+        if clients < 2 * wanted + 3:
             yield (
-                f"krum.malicious = {own.malicious}: Krum is known to withstand so many where "
-                f"{2 * own.malicious + 3} clients or more take part in a round; of the {clients} "
+                f"krum.malicious = {most}: Krum is known to withstand {wanted} where "
+                f"{2 * wanted + 3} clients or more take part in a round; of the {clients} "
                 f"here, {(clients - 3) // 2}"
             )
-        if (beyond := own.select + own.malicious - clients) > 0:
+        if (beyond := own.select + most - clients) > 0:
             yield (
-                f"krum.select = {own.select}: if {own.malicious} of the {clients} clients of a "
+                f"krum.select = {own.select}: if {most} of the {clients} clients of a "
                 f"round are malicious, {beyond} or more of them are averaged, too"
             )
 
@@ -75,6 +90,6 @@ class Krum(Defence):
             )
             for client, u in uploads.items()
         ]
-        chosen = select_multikrum(contents, own.malicious, own.select)
+        chosen = select_multikrum(contents, malicious(self.config), own.select)
         clients = sorted(int(c.metric_records["metrics"]["client"]) for c in chosen)  # type: ignore[arg-type]
         self.state.global_weights = weighted_mean({c: uploads[c] for c in clients})

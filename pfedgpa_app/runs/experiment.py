@@ -29,12 +29,11 @@ from pfedgpa_app.data.client import (
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.engine.grid import LocalGrid, is_simulated, telling
-from pfedgpa_app.methods import METHODS, federations, name_of, rounds_of
+from pfedgpa_app.methods import METHODS, federations, halves, name_of, rounds_of
 from pfedgpa_app.methods.averaging import Defence
 from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.fine_tuning import fine_tunings
 from pfedgpa_app.methods.generation import RememberingFedAvg
-from pfedgpa_app.methods.halves import begun, personalised
 from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, say
 from pfedgpa_app.results.tracking import Tracking, check
@@ -229,17 +228,17 @@ class Experiment:
         strategy = self._run_rounds(name, methods)
         state = strategy.method.state
         scores: dict[str, tuple[dict[int, FinalScore], int]] = {}
-        learned: WeightDistribution | None = None
+        found: WeightDistribution | None = None
         for method_name in methods:
             method = METHODS[method_name](self.config, state)
             self._make_and_evaluate(method_name, method, strategy, scores)
             if self.config.join_clients:
                 self.summary.add_joined(method_name, method, join(strategy, method))
-            learned = method.learned() or learned
-        if learned is not None:
+            found = halves.learned(method_name, method) or found
+        if found is not None:
             if self.config.save_weights:
-                saved.save(learned, self.folder / saved.FILE)
-            if self.config.report and (places := plots.latent_places(learned)):
+                saved.save(found, self.folder / saved.FILE)
+            if self.config.report and (places := plots.latent_places(found)):
                 write_text(self.folder / report.LATENTS, json.dumps(places) + "\n")
                 plots.latents(self.folder / "latents.png", places, self._groups())
 
@@ -251,7 +250,7 @@ class Experiment:
         if (config.save_uploads or config.uploads) and name == name_of(RememberingFedAvg):
             kinds.append(RememberingFedAvg)
         kind = rounds_of(kinds)
-        state = begun(name, kind, config, self.initial)
+        state = halves.begun(name, kind, config, self.initial)
         if config.checkpoint_every:
             self.resuming.check(state)
         if going:
@@ -300,7 +299,7 @@ class Experiment:
         text = f"{method.title}: making clients' weights"
         method.progress = self.log.watch(strategy.name, text)
         started = time.perf_counter()
-        weights = personalised(name, method, self.initial, strategy.honest)
+        weights = halves.personalised(name, method, self.initial, strategy.honest)
         seconds = time.perf_counter() - started
         if self.config.save_weights:
             path = self.folder / WEIGHTS / f"{name}.safetensors"
@@ -311,7 +310,7 @@ class Experiment:
             work = _evaluation_work(self.config)
             text = f"{method.title}: evaluating clients' weights"
             tell = self.log.watch(strategy.name, text, work)
-            references = {c: r for c in weights if (r := method.reference(c)) is not None}
+            references = halves.references(name, method, weights)
             with telling(self.grid, tell):
                 scores[source] = strategy.evaluator.final(
                     name, weights, references, self.fine_tunings

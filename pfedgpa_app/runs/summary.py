@@ -13,6 +13,7 @@ from pfedgpa_app.core.files import write_tensors, write_text
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.methods.base import Personaliser
+from pfedgpa_app.methods.halves import reported
 from pfedgpa_app.results import plots
 from pfedgpa_app.results.log import SUMMARY, TABLE, RunLog, mean
 from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
@@ -83,7 +84,7 @@ class Summary:
             **self._of_rounds(name, result, strategy),
             peak_memory_mib=round(peak_memory() / 2**20, 1),
             **more,
-            **method.report(),
+            **reported(name, method),
         )
         self.log.event(
             "method",

@@ -15,7 +15,7 @@ from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.sections import ATTACKS, Config
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.methods.averaging import Shared
-from pfedgpa_app.methods.krum import Krum
+from pfedgpa_app.methods.krum import Krum, malicious
 from pfedgpa_app.methods.trimmed_mean import TrimmedMean
 from pfedgpa_app.results.tables import text_table
 from pfedgpa_app.runs import report
@@ -142,6 +142,15 @@ class TestDefences:
             krum.aggregate(1, uploads(0, 1, 3, 9, 10))
             assert krum.state.global_weights["w"].tolist() == [expected, 0.0]
 
+    @pytest.mark.parametrize(
+        ("clients", "most"), [(3, 0), (4, 0), (5, 1), (6, 1), (7, 2), (8, 2), (100, 2)]
+    )
+    def test_krum_guards_by_itself_against_no_more_than_it_withstands(
+        self, clients: int, most: int
+    ) -> None:
+        """n >= 2f + 3."""
+        assert malicious(resolve({"method": "krum", "num-clients": clients}).config) == most
+
     def test_what_so_few_clients_cannot_withstand(self, tmp_path: Path) -> None:
         """Krum wants 2f + 3 uploads, and a fifth of four is nobody."""
         how: dict[str, Any] = {"method": "krum,trimmed-mean", "num_server_rounds": 1}
@@ -158,6 +167,8 @@ class TestDefences:
         assert "trimmed-mean.beta = 0.2: cuts off none of the 4 uploads" in beta
         assert "from 0.25 on" in beta
         assert not warnings("many", many)
+        by_itself, _ = warnings("default", {})
+        assert "krum.malicious = 0: Krum is known to withstand 1 where 5 clients" in by_itself
 
     def test_trimmed_mean_by_hand(self) -> None:
         """Of 0, 1, 3, 9, 100 a fifth falls off at either end: (1 + 3 + 9)/3."""

@@ -146,7 +146,10 @@ class TestRefusals:
                 ["malicious-share = 0.5 (run-config)", "set attack", "scale"],
             ),
             ({"attack-strength": 9}, ["attack-strength = 9 (run-config)", "set attack", "scale"]),
-            ({"method": "krum", "num-clients": 4}, ["krum.malicious = 2", "4 clients", "most 1"]),
+            (
+                {"method": "krum", "num-clients": 4, "krum.malicious": 2},
+                ["krum.malicious = 2", "4 clients", "most 1"],
+            ),
             (
                 {"method": "krum", "fraction-train": 0.2, "krum.malicious": 0},
                 ["krum.malicious = 0", "2 clients", "raise num-clients or fraction-train"],
