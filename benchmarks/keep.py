@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.config.resolve import keys, without_idle
+from pfedgpa_app.config.resolve import defaults, keys, without_idle
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import LAUNCH
@@ -59,13 +59,12 @@ def of_run(folder: Path) -> list[Row]:
         method = record.pop("method")
         for name, value in record.items():
             clients[method][name].append(value)
-    there = kept_settings(folder)
+    there, before = kept_settings(folder), defaults()
     settings = {}
     for name, key in keys().items():
         if name not in OF_A_ROW and key.rules["part"] != LAUNCH:
             # a setting that was not there yet was what is now its default
-            default = {"value": "auto" if key.default is None else key.default}
-            settings[name] = there.get(name, default)["value"]
+            settings[name] = there.get(name, {"value": before[name]})["value"]
     settings = json.loads(json.dumps(settings))  # as they will be read
     return [
         row

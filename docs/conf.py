@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 
 from pfedgpa_app import __version__
-from pfedgpa_app.config.parse import Key
+from pfedgpa_app.config.parse import Key, argument
 from pfedgpa_app.config.resolve import keys, keys_of
 from pfedgpa_app.core.sections import SECTIONS
 from pfedgpa_app.methods import METHODS
@@ -29,9 +29,7 @@ def of_settings(names: list[Key]) -> str:
     """A table of settings."""
     lines = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for key in names:
-        default = "auto" if key.default is None else key.default
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        shown = shown.lower() if isinstance(default, bool) else shown  # as the command line has it
+        shown = argument(key.default)
         choices = "; one of " + ", ".join(key.rules["choices"]) if key.rules["choices"] else ""
         meaning = f"{key.rules['help']}{choices}".replace("|", "\\|")
         lines.append(f"| `{key.name}` | {f'`{shown}`' if shown else 'empty'} | {meaning} |")

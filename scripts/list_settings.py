@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pfedgpa_app.config.parse import Key
+from pfedgpa_app.config.parse import Key, argument
 from pfedgpa_app.config.resolve import keys
 
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
@@ -18,9 +18,7 @@ BEGIN, END = "# begin: written by scripts/list_settings.py\n", "# end\n"
 
 def line(key: Key) -> str:
     """One setting: not set, with its default and meaning as a comment."""
-    default = "auto" if key.default is None else key.default
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-    return f'{key.name} = ""  # {shown if shown != "" else "empty"}: {key.rules["help"]}\n'
+    return f'{key.name} = ""  # {argument(key.default) or "empty"}: {key.rules["help"]}\n'
 
 
 def listed(text: str) -> str:

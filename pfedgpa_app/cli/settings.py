@@ -20,17 +20,15 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
+    from pfedgpa_app.config.parse import argument
     from pfedgpa_app.config.resolve import keys, keys_of, resolve
 
     names, conf = options.names, options.conf
     chosen = [key for name in names for key in keys_of(name)] if names else list(keys().values())
     here = resolve({"conf": conf}).as_dict() if conf else {}
     for key in {key.name: key for key in chosen}.values():
-        value = here[key.name]["value"] if conf else key.default
-        value = "auto" if value is None else value
-        if isinstance(value, tuple):
-            value = ",".join(map(str, value))
+        value = argument(here[key.name]["value"] if conf else key.default) or "''"
         source = f"  [{here[key.name]['from']}]" if conf else ""
         choices = f" ({', '.join(key.rules['choices'])})" if key.rules["choices"] else ""
-        print(f"{key.name} = {value!r}{source}\n    {key.rules['help']}{choices}")
+        print(f"{key.name} = {value}{source}\n    {key.rules['help']}{choices}")
     return 0

@@ -135,6 +135,15 @@ def flat(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     return found
 
 
+def argument(value: Any) -> str:
+    """A setting's value as ``KEY=VALUE`` has it."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(argument, value))
+    if value is None:
+        return "auto"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def in_toml(settings: Mapping[str, Any]) -> str:
     """Settings as Flower's command line takes them; JSON's scalars are TOML's."""
 

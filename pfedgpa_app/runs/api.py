@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pfedgpa_app.config.parse import argument
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.engine import LaunchError
@@ -152,8 +153,6 @@ def _words(settings: Mapping[str, Any], section: str = "") -> Iterator[str]:
 
 
 def _text(key: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
     if isinstance(value, (list, tuple)):
         return ",".join(_text(key, each) for each in value)
     if callable(value):
@@ -164,7 +163,7 @@ def _text(key: str, value: Any) -> str:
                 'put it in a file and name it, as in "my_file:' + value.__name__ + '"'
             )
         return f"{module}:{value.__qualname__}"
-    return str(value)
+    return argument(value)
 
 
 def _curves(folder: Path) -> list[Record]:

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pfedgpa_app.config.resolve import keys
+from pfedgpa_app.config.parse import argument
+from pfedgpa_app.config.resolve import defaults, keys
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
@@ -133,7 +134,9 @@ def rendered(runs: Sequence[Run], header: list[str], entries: list[Entry]) -> st
     one = runs[0] if len(runs) == 1 else None
     named = list(dict.fromkeys(row["title"] for run in runs for row in run.rows))
     title = ", ".join(named) if len(named) <= 3 else f"{len(named)} methods"
-    title += f" on {', '.join(dict.fromkeys(_said(r.settings['dataset']['value']) for r in runs))}"
+    title += (
+        f" on {', '.join(dict.fromkeys(argument(r.settings['dataset']['value']) for r in runs))}"
+    )
     curves, ends = curves_of(runs)
     bands = "; bands are one standard deviation over seeds." if not one else "."
     drawn = {
@@ -337,7 +340,7 @@ def _parts_of(run: Run) -> Iterator[Row]:
         "title": "Settings that are not the defaults",
         "said": True,
         "header": ["setting", "value", "from"],
-        "rows": [[name, _said(e["value"]), e["from"]] for name, e in _chosen(run)],
+        "rows": [[name, argument(e["value"]), e["from"]] for name, e in _chosen(run)],
     }
     yield {"title": "The command", "command": command_of(run)}
 
@@ -351,19 +354,12 @@ def _worst(name: str, clients: Mapping[int, Row], count: int) -> list[str]:
 
 def _chosen(run: Run) -> Iterator[tuple[str, Any]]:
     """The settings whose value is not the default, but for those of the launch."""
+    before = defaults()
     for name, entry in run.settings.items():
         key = keys().get(name)
-        default = None if key is None else json.loads(json.dumps(key.default))
-        default = "auto" if default is None else default
         launch = key is not None and key.rules["part"] == LAUNCH
-        if entry["value"] != default and not launch:
+        if entry["value"] != before.get(name) and not launch:
             yield name, entry
-
-
-def _said(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def command_of(run: Run) -> str:
@@ -375,7 +371,7 @@ def command_of(run: Run) -> str:
         if chosen and entry["value"] != "":
             given[name] = entry["value"]
     conf = str(run.settings["conf"]["value"])
-    words = [f"{name}={_said(value)}" for name, value in given.items()]
+    words = [f"{name}={argument(value)}" for name, value in given.items()]
     if run.settings["dataset"]["value"] == NODES:
         made = shlex.join(["pfedgpa", "app", "FOLDER", f"conf={conf}", *words])
         return f"{made} && flwr run FOLDER SUPERLINK --stream"
@@ -390,8 +386,8 @@ def _parts_of_several(runs: Sequence[Run]) -> Iterator[Row]:
         "rows": [
             [
                 run.folder.name,
-                _said(run.settings["seed"]["value"]),
-                _said([r["title"] for r in run.rows]),
+                argument(run.settings["seed"]["value"]),
+                argument([r["title"] for r in run.rows]),
             ]
             for run in runs
         ],

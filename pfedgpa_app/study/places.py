@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import os
 import shutil
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 
 from joblib import cpu_count
 
+from pfedgpa_app.config.parse import argument
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
@@ -95,13 +95,6 @@ def command(settings: Settings, app: Path) -> list[str]:
     # -P: nothing is imported from the user's folder, whatever lies there
     words = [sys.executable, "-P", "-m", "pfedgpa_app", "run", "--app", str(app)]
     return words + [f"{key}={argument(value)}" for key, value in settings.items()]
-
-
-def argument(value: Any) -> str:
-    """As ``KEY=VALUE`` wants it."""
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return json.dumps(value) if isinstance(value, bool) else str(value)
 
 
 class Here:
