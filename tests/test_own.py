@@ -17,6 +17,8 @@ import torch
 from flwr.app import Message
 from PIL import Image
 from torch import nn
+from torch.utils.data import Subset, TensorDataset
+from torchvision.datasets import ImageFolder
 
 from pfedgpa_app import cli, load_client
 from pfedgpa_app.config.resolve import method_named, resolve
@@ -30,9 +32,10 @@ from pfedgpa_app.data.client import (
     fingerprint,
     forget,
     load_dataset,
+    load_own,
     load_partition,
 )
-from pfedgpa_app.data.dataset import dataset_of
+from pfedgpa_app.data.dataset import dataset_of, unscaled
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.models import build
 from pfedgpa_app.models.build import network_of
@@ -495,6 +498,47 @@ class TestData:
         both = np.concatenate([found.train_images, found.test_images])
         assert len(np.unique(both, axis=0)) == 60
 
+    def test_torch_data_sets_to_train_and_to_test_on(self) -> None:
+        pairs = TensorDataset(torch.from_numpy(ROWS), torch.from_numpy(LABELS))
+        two = dataset_of("mine", (pairs, Subset(pairs, range(9))), 0.2)
+        arrays = dataset_of("mine", (ROWS, LABELS, ROWS[:9], LABELS[:9]), 0.2)
+        for name in ("train_images", "train_labels", "test_images", "test_labels"):
+            assert np.array_equal(getattr(two, name), getattr(arrays, name)), name
+        split = dataset_of("mine", pairs, 0.2)
+        assert np.array_equal(
+            split.test_images, dataset_of("mine", (ROWS, LABELS), 0.2).test_images
+        )
+
+    def test_a_torch_data_set_of_images_and_its_classes(self, tmp_path: Path) -> None:
+        for name in ("cat", "dog"):
+            (tmp_path / name).mkdir()
+            for i in range(3):
+                Image.new("RGB", (5, 4), (i, 0, 9)).save(tmp_path / name / f"{i}.png")
+        found = dataset_of("mine", ImageFolder(str(tmp_path)), 0.34)
+        assert found.classes == ("cat", "dog")
+        assert found.train_images.dtype == np.uint8
+        assert found.shape == (3, 4, 5)
+
+    @pytest.mark.parametrize(
+        ("items", "said"),
+        [
+            ([(ROWS[0], 0), (ROWS[0, :2], 1)], r"of shape \[5\], and item 1 is of \[2\]"),
+            ([ROWS[0], ROWS[1]], r"as item 0: wanted is \(example, label\)"),
+        ],
+    )
+    def test_torch_data_sets_that_are_refused(self, items: list[Any], said: str) -> None:
+        class Mine(torch.utils.data.Dataset[Any]):
+            def __len__(self) -> int:
+                return len(items)
+
+            def __getitem__(self, i: int) -> Any:
+                return items[i]
+
+        with pytest.raises(
+            DataError, match=f"^dataset mine: the torch Dataset to train on .*{said}"
+        ):
+            dataset_of("mine", (Mine(), Mine()), 0.2)
+
     @pytest.mark.parametrize(
         ("dtype", "shape", "kept", "taken"),
         [
@@ -599,7 +643,7 @@ class TestData:
             ({"x": ROWS.astype(object), "y": LABELS}, "x_train holds objects"),
             ({"x": ROWS.astype(complex), "y": LABELS}, "x_train holds complex128"),
             ((ROWS, LABELS, ROWS[:, :4], LABELS), r"of shape \[5\], x_test float32 of \[4\]"),
-            ((ROWS, LABELS, ROWS, LABELS + 1), "y_test has the label 3"),
+            ((ROWS, LABELS, ROWS, LABELS.astype(str)), "y_test has the label '0'"),
         ],
     )
     def test_what_is_no_data_set_is_refused(self, found: Any, said: str) -> None:
@@ -608,6 +652,32 @@ class TestData:
             pytest.raises(DataError, match=f"^dataset mine: .*{said}"),
         ):
             dataset_of("mine", found, 0.2)
+
+    def test_features_that_nobody_scaled_are_named(self, tmp_path: Path) -> None:
+        found = {"x": ROWS * [1, 1, 1e5, 1, 1], "y": LABELS}
+        said = unscaled(dataset_of("mine", found, 0.2))
+        assert re.search(r"mine: number 2 of an example is some 9.1e\+04 in size", said)
+        columns = {"columns": ["age", "sex", "income", "height", "weight"]}
+        assert "column 'income'" in unscaled(dataset_of("mine", found | columns, 0.2))
+        pixels = np.full((60, 5, 4), 200, np.uint8)
+        for fine in (ROWS, pixels, (ROWS * 1e5).astype(int)):
+            assert not unscaled(dataset_of("mine", {"x": fine, "y": LABELS}, 0.2))
+
+    def test_a_class_that_is_only_tested_is_some_nodes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of a federation's one data set it is a mistake."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        train = ROWS[:40], LABELS[:40] // 2 * 2
+        np.savez(
+            tmp_path / "mine.npz", x_train=train[0], y_train=train[1], x_test=ROWS, y_test=LABELS
+        )
+        config = Config(dataset=f"npz:{tmp_path}/mine.npz")
+        with pytest.raises(DataError, match="class '1' is there to test on, and has no training"):
+            load_dataset(config)
+        config = Config(dataset="nodes", classes=("0", "1", "2", "3"))
+        held = load_own(config, f"npz:{tmp_path}/mine.npz")
+        assert held.test_labels.tolist() == LABELS.tolist()
 
     def test_a_file_of_arrays(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -36,7 +36,7 @@ def handle(options: Namespace) -> int:
     from pfedgpa_app.config.resolve import method_named, resolve
     from pfedgpa_app.methods import federation_of
     from pfedgpa_app.methods.own import reference_of
-    from pfedgpa_app.study.tune import tunable, tune
+    from pfedgpa_app.study.tune import report_of, tunable, tune
 
     overrides = shared.parse_overrides(options.settings)
     out = options.out or Path("results") / f"tune-{Path(options.conf).stem}"
@@ -69,6 +69,7 @@ def handle(options: Namespace) -> int:
         on=options.on,
         number=options.trials,
     )
+    print(f"chosen on validation images, as {report_of(options.conf)} shows:")
     for key, value in chosen.items():
         print(f"{key} = {value}")
     return 0

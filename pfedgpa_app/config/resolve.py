@@ -77,11 +77,20 @@ def keys_of(name: str) -> list[Key]:
     return found
 
 
+SHORT = {  # what others call settings, too unlike to be guessed
+    "alpha": "dirichlet-alpha",
+    "bs": "batch-size",
+    "lr": "learning-rate",
+    "rounds": "num-server-rounds",
+}
+
+
 def known(name: str, source: str) -> Key:
     """The setting ``name``; refused, by where it stands, if there is none."""
     if name not in keys():
+        meant = near(SHORT.get(name.lower(), name), keys())
         raise ConfigError(
-            f"{name} ({source}): no such setting{near(name, keys())} All settings: pfedgpa settings"
+            f"{name} ({source}): no such setting{meant} All settings: pfedgpa settings"
         )
     return keys()[name]
 
@@ -119,12 +128,16 @@ def method_named(method: str, code_dir: str = "") -> str:
     return name
 
 
+def _by_title(title: str) -> str:
+    """The name of the method that tables call so; ``title`` itself if there is none."""
+    return next((name for name, kind in METHODS.items() if kind.title == title), title)
+
+
 def require_method(name: str, source: str) -> None:
     """Refuse a ``name`` that no method has."""
     if name not in METHODS:
-        raise ConfigError(
-            f"{source}: no method {name!r}{near(name, METHODS)} Methods: {', '.join(METHODS)}"
-        )
+        meant = near(_by_title(name), METHODS)
+        raise ConfigError(f"{source}: no method {name!r}{meant} Methods: {', '.join(METHODS)}")
 
 
 def conf_path(conf: str) -> Path:
@@ -323,6 +336,11 @@ def resolve_cached(run_config: Mapping[str, Any]) -> Resolved:
 def _refuse_idle(config: Config, overrides: Mapping[str, Any]) -> None:
     """Refuse settings, given for this run, that none of its methods or its partition goes by."""
     for name in overrides:
+        if name == "partition" and config.dataset == NODES:
+            raise ConfigError(
+                f"partition = {config.partition} (run-config): deals out one data set; with "
+                "dataset = nodes every node has its own"
+            )
         if not is_idle(keys()[name], config):
             continue
         if name in OF_PARTITION:

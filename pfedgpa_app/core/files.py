@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(new)
         new.replace(path)
     except OSError as error:
-        if error.filename == str(new):  # which nobody knows of
+        if error.filename in (None, str(new)):  # which nobody knows of
             error.filename = str(path)
         raise
 

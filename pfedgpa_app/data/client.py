@@ -53,7 +53,15 @@ def load_dataset(config: DataSettings) -> Dataset:
             "dataset = nodes: every SuperNode brings its own data; start such a run with "
             "`pfedgpa app` and `flwr run` on a deployment (docs/deploy.md)"
         )
-    return _load(config, config.dataset)
+    data = _load(config, config.dataset)
+    each = data.train_labels, data.test_labels
+    learned, tested = (np.bincount(labels, minlength=len(data.classes)) for labels in each)
+    if missing := np.flatnonzero((tested > 0) & (learned == 0)).tolist():  # a node may have it so
+        raise DataError(
+            f"dataset {data.name}: class {data.classes[missing[0]]!r} is there to test on, and has "
+            "no training examples: add some, or leave it out"
+        )
+    return data
 
 
 def _load(config: DataSettings, name: str) -> Dataset:

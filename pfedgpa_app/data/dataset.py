@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ ALONE = ("x", "y", "users")  # without a test split
 ALSO = {"train_images": "x_train", "train_labels": "y_train"}
 ALSO |= {"test_images": "x_test", "test_labels": "y_test"}
 SPLITS = ("train", "test")
+_LARGEST = 20.0  # root mean square of a feature that passes for scaled
 
 
 def no_names() -> np.ndarray:
@@ -64,6 +66,22 @@ class Dataset:
     def pixels(self) -> bool:
         """Whether examples are images of 0 to 255."""
         return self.train_images.dtype == np.uint8
+
+
+def unscaled(data: Dataset) -> str:
+    """What features networks will hardly learn from, and what to do; "" if there are none."""
+    if data.tokens or data.pixels:
+        return ""
+    rows = data.train_images.reshape(len(data.train_images), -1)
+    sizes = np.sqrt(np.square(rows, dtype=np.float64).mean(0))
+    most = int(sizes.argmax())
+    if sizes[most] <= _LARGEST:
+        return ""
+    which = f"column {data.columns[most]!r}" if data.columns else f"number {most} of an example"
+    return (
+        f"dataset {data.name}: {which} is some {sizes[most]:.2g} in size, and networks learn from "
+        "numbers of about 1: scale it"
+    )
 
 
 def split_off_test(
@@ -145,6 +163,17 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
 
 def _by_name(name: str, found: Any) -> dict[str, Any]:
     """The parts that there are, by their names."""
+    if _is_torch_dataset(found):
+        return _of_torch(name, "train", found)
+    if isinstance(found, (tuple, list)) and found and all(map(_is_torch_dataset, found)):
+        if len(found) > 2:
+            raise DataError(
+                f"dataset {name}: is {len(found)} torch Datasets: wanted is one, or two"
+            )
+        each = zip(SPLITS, found, strict=False)
+        return {
+            key: value for split, one in each for key, value in _of_torch(name, split, one).items()
+        }
     if isinstance(found, (tuple, list)):
         if len(found) not in (2, 4, 5):
             raise DataError(
@@ -155,7 +184,7 @@ def _by_name(name: str, found: Any) -> dict[str, Any]:
     if not isinstance(found, Mapping):
         raise DataError(
             f"dataset {name}: is a {type(found).__name__}: wanted is a dict of "
-            f"{', '.join(KEYS)}, or a tuple of these"
+            f"{', '.join(KEYS)}, or a tuple of these, or of torch Datasets"
         )
     parts = {ALSO.get(str(key), str(key)): value for key, value in found.items()}
     parts |= {f"{k}_train": parts.pop(k) for k in ALONE if k in parts}
@@ -169,6 +198,39 @@ def _by_name(name: str, found: Any) -> dict[str, Any]:
         if key not in parts:
             raise DataError(f"dataset {name}: has no {key}")
     return parts
+
+
+def _is_torch_dataset(value: Any) -> bool:
+    data = sys.modules.get("torch.utils.data")  # else there is none
+    return data is not None and isinstance(value, data.Dataset)
+
+
+def _of_torch(name: str, split: str, data: Any) -> dict[str, Any]:
+    """A split's parts of a torch Dataset of pairs: example, label.
+
+    Raises:
+        DataError: its items are none, or their examples differ in shape.
+    """
+    where = f"dataset {name}: the torch Dataset to {'train on' if split == 'train' else 'test on'}"
+    if not hasattr(data, "__len__"):
+        raise DataError(f"{where} has no length: wanted is one with __len__ and __getitem__")
+    inputs, labels = [], []
+    for i in range(len(data)):
+        item = data[i]
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise DataError(f"{where} has {shown(item)} as item {i}: wanted is (example, label)")
+        array = _array(name, f"x_{split}", item[0])
+        is_picture = hasattr(item[0], "getbands")  # Pillow's, whose channels are last
+        inputs.append(np.moveaxis(np.atleast_3d(array), -1, 0) if is_picture else array)
+        labels.append(item[1])
+    if shapes := list(dict.fromkeys(array.shape for array in inputs))[1:]:
+        i = next(i for i, array in enumerate(inputs) if array.shape == shapes[0])
+        raise DataError(
+            f"{where} has examples of shape {list(inputs[0].shape)}, and item {i} is of "
+            f"{list(shapes[0])}: all must be alike"
+        )
+    parts = {f"x_{split}": np.array(inputs), f"y_{split}": np.array(labels)}
+    return parts | ({"classes": data.classes} if getattr(data, "classes", None) else {})
 
 
 def _array(name: str, key: str, value: Any) -> np.ndarray:
@@ -268,7 +330,9 @@ def _labels(
         if f"y_{split}" in arrays:
             given[split] = _one_each(name, f"y_{split}", arrays[f"y_{split}"])
     if classes is None:
-        known = np.unique(given["train"])
+        named = [labels.dtype.kind == "U" for labels in given.values()]
+        several = given.values() if len(set(named)) == 1 else [given["train"]]
+        known = np.unique(np.concatenate(list(several)))  # few may train on none of some class
         names = tuple(str(each) for each in known)
     else:
         names = tuple(str(each) for each in np.asarray(classes).ravel())

@@ -22,8 +22,10 @@ from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import NODES, TrainingSettings
 from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data.client import schema_of
+from pfedgpa_app.data.dataset import Dataset, unscaled
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.models.build import network_of
+from pfedgpa_app.models.networks import weights_of
 
 DISTRIBUTION = "pfedgpa-app"
 _PATIENCE = 10.0  # seconds for a connection
@@ -76,20 +78,32 @@ def packages() -> str:
     return ", ".join(names[:3]) + f" and {len(names) - 3} more"
 
 
-def data(node: Node) -> str:
-    """The node's examples, and whether the run's network takes them."""
+def _examples(node: Node) -> Dataset:
     if node.dataset == NODES:
         raise NodeError("dataset nodes: name the data set that this node has of its own")
     try:
-        found = load(node.dataset, node.data_dir, image_size=node.image_size)
-        schema = schema_of(found)
-        network_of(TrainingSettings(model=node.model), schema)
+        return load(node.dataset, node.data_dir, image_size=node.image_size)
     except (DataError, ValueError) as error:
         raise NodeError(str(error)) from error
+
+
+def data(node: Node) -> str:
+    """The node's examples."""
+    found = _examples(node)
+    text = unscaled(found)
     return (
         f"{node.dataset}: {len(found.train_labels):,} training and {len(found.test_labels):,} test "
-        f"{schema.examples()}"
+        f"{schema_of(found).examples()}{text and f'; but {text}'}"
     )
+
+
+def network(node: Node) -> str:
+    """Whether the run's network takes the node's examples."""
+    try:
+        made = network_of(TrainingSettings(model=node.model), schema_of(_examples(node)))
+    except ValueError as error:
+        raise NodeError(str(error)) from error
+    return f"{node.model}: {sum(t.numel() for t in weights_of(made).values()):,} weights"
 
 
 def certificate(node: Node) -> str:
@@ -162,7 +176,7 @@ def examine(node: Node) -> Iterator[tuple[str, bool, str]]:
     """(check, whether it passes, what was found or what to do) one after the other."""
     checks: list[tuple[str, Callable[[], str]]] = [("python", python), ("packages", packages)]
     if node.dataset:
-        checks.append(("data", lambda: data(node)))
+        checks += [("data", lambda: data(node)), ("network", lambda: network(node))]
     if node.state_dir:
         checks.append(("state-dir", lambda: state_dir(node)))
     if node.certificates:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -175,13 +176,17 @@ class Flower:
             poll: called while the run goes on.
         """
         status, details = "", ""
+        written = log.stat().st_size if log.exists() else 0  # of a run that this one resumes
         while not status.startswith("finished"):
             follower = self.follow(run_id, log)  # a log stream may break off before the run ends
             while follower.poll() is None:
                 poll()
                 time.sleep(0.2)
             status, details = self._status_once_it_answers(run_id)
-        return "" if status.startswith("finished:completed") else details or status
+        if status.startswith("finished:completed"):
+            return ""
+        said = log.read_bytes()[written:].decode(errors="replace") if log.exists() else ""
+        return f"{details or status}{first_error(said)}"
 
     def _status_once_it_answers(self, run_id: str) -> tuple[str, str]:
         """The run's status; on a busy machine a SuperLink is deaf at times.
@@ -214,6 +219,12 @@ class Flower:
                 time.sleep(0.1)
         self.superlink.wait()
         shutil.rmtree(self.home, ignore_errors=True)
+
+
+def first_error(log: str) -> str:
+    """What Flower's log names first of what was raised, of which all else came: ``" (…)"``."""
+    found = re.search(r"^(?:\w+\.)*(\w*(?:Error|Exception): .+)$", log, re.MULTILINE)
+    return f" ({found[1][:300]})" if found else ""
 
 
 def _unstaged(folder: str, names: list[str]) -> list[str]:

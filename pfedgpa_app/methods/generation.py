@@ -206,7 +206,7 @@ class Generation(Personaliser[RememberedState]):
 
     def personalise(self) -> dict[int, Weights]:
         """Generated weights; a client never seen gets the global ones."""
-        common, made = self.state.global_weights, self.whole(self.made)
+        common, made = self.state.global_weights, self.whole(self.learned(), self.made)
         return {client: made.get(client, common) for client in range(self.config.num_clients)}
 
     @classmethod
@@ -263,8 +263,14 @@ class Generation(Personaliser[RememberedState]):
             buffer = buffer.last(last_layers(generated(self.state.global_weights), layers))
         return buffer
 
-    def whole(self, made: dict[int, Weights]) -> dict[int, Weights]:
-        """Generated tensors, and from the global mean what is not generated."""
+    def whole(self, fitted: WeightDistribution, made: dict[int, Weights]) -> dict[int, Weights]:
+        """What ``fitted`` made of clients' tensors, and from the global mean what is not generated.
+
+        Running statistics are a client's own, but where all share all: those of the mean belong
+        to its weights.
+        """
+        if not fitted.rank:
+            return {client: self.state.global_weights | mine for client, mine in made.items()}
         return {client: self.state.whole(client, mine) for client, mine in made.items()}
 
     def decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
@@ -286,7 +292,7 @@ class Generation(Personaliser[RememberedState]):
             made = fitted.guide(given, before, 1 + self.own.guidance)
         else:
             made = fitted.place(given, fitted.strength, self.own.draws, self._descriptors())
-        self.joined |= self.whole(made)
+        self.joined |= self.whole(fitted, made)
         return {client: self.joined[client] for client in uploads}
 
     def reference(self, client: int) -> Weights | None:

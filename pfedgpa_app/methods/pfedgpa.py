@@ -233,7 +233,8 @@ class PFedGPA(Generation, RememberingFedAvg):
         if self.state.chosen == MEAN:
             return {}
         layers = self.own.round_layers or self.own.layers
-        return self.whole(self.decoded(self.fit(layers, self.own.round_denoiser)))
+        fitted = self.fit(layers, self.own.round_denoiser)
+        return self.whole(fitted, self.decoded(fitted))
 
     def decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
         if self.state.chosen != MEAN:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -215,6 +216,11 @@ class RunLog:
         """
         ours = type(error).__module__.startswith("pfedgpa_app.")
         text = f"{error}" if ours else f"{type(error).__name__}: {error}".removesuffix(": ")
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text = (
+                f"{error.filename or self.folder}: {error.strerror}: make room there, and go on "
+                "from the last checkpoint by resume=true"
+            )
         with contextlib.suppress(OSError):
             end_whole(self.folder / EVENTS)  # it may have filled up in the middle of a line
             trace = "".join(traceback.format_exception(error))

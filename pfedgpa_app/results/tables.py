@@ -169,7 +169,31 @@ def text_table(rows: list[dict[str, Any]]) -> str:
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines
     ]
-    return "\n".join([*table, "", *LEGEND, "±: over clients.", *_without_result(rows)])
+    notes = *_without_result(rows), *without_generation(rows)
+    return "\n".join(
+        [*table, "", *LEGEND, "±: one standard deviation over clients, who count alike.", *notes]
+    )
+
+
+def without_generation(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Which methods that generate weights had no reason to, and what their clients were sent."""
+    for row in rows:
+        chosen = row.get("chosen_by_validation")
+        if chosen == "mean":
+            yield (
+                f"{row['title']}: clients' validation data favoured one network for all, which "
+                "they were sent; none was generated."
+            )
+        elif chosen == "own":
+            yield (
+                f"{row['title']}: clients' validation data favoured their own uploads; what was "
+                "generated stays near these."
+            )
+        elif row.get("rank") == 0:
+            yield (
+                f"{row['title']}: uploads did not tell clients apart (rank 0), who were sent the "
+                "same."
+            )
 
 
 def _without_result(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -23,9 +23,11 @@ from pfedgpa_app.core.settings import listed
 from pfedgpa_app.data.client import (
     described,
     fingerprint,
+    load_dataset,
     load_partition,
     load_schema,
 )
+from pfedgpa_app.data.dataset import unscaled
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.engine.grid import LocalGrid, is_simulated, telling
@@ -94,6 +96,8 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
         if config.dataset != NODES:
             log.event("data", described(config))
             keep_holdings(folder, config)
+            if text := unscaled(load_dataset(config)):
+                log.event("warning", text)
         if bad := sorted(config.malicious_clients):
             log.event("attack", _attack_in_words(config, bad), clients=bad)
         for text in _warnings(grid, config):

@@ -265,7 +265,11 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
     settings = values_of(kept_settings(folder))
     count = settings["num-clients"]
     if not 0 <= client < count or (clients and f"client-{client}" not in clients and not kept):
-        raise ConfigError(f"{folder}: has no client {client}; there are 0 to {count - 1}")
+        raise ConfigError(
+            f"{folder}: has no client {client}; there are 0 to {count - 1}. For who took no part, "
+            "take a method's that sends all the same (--method fedavg, if the run had it), or let "
+            "them join (docs/join.md)"
+        )
     if settings.get("logit-adjustment") and settings["dataset"] == NODES:
         raise ConfigError(
             f"{folder}: clients added their own class frequencies (logit-adjustment = true), which "

@@ -7,6 +7,7 @@ import io
 import json
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from pfedgpa_app.core.settings import LAUNCH, ConfigError
 from pfedgpa_app.results import figures
 from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, accuracies_of, clock, rows_of
 from pfedgpa_app.results.page import page
-from pfedgpa_app.results.tables import LEGEND, over_seeds, recipe_in_words
+from pfedgpa_app.results.tables import LEGEND, over_seeds, recipe_in_words, without_generation
 from pfedgpa_app.runs.folder import CONFIG, HOLDINGS, kept_methods, kept_settings
 
 REPORT, LATENTS = "report.html", "latents.json"
@@ -151,7 +152,7 @@ def rendered(runs: Sequence[Run], header: list[str], entries: list[Entry]) -> st
         table={
             "header": header,
             "rows": [entry.cells(entries) for entry in entries],
-            "legend": [*LEGEND, _over(runs)],
+            "legend": [*LEGEND, _over(runs), *_without_generation(runs)],
         },
         figures=[*figure, *(_figures_of(one) if one else ())],
         parts=list(_parts_of(one) if one else _parts_of_several(runs)),
@@ -233,6 +234,12 @@ def _over(runs: Sequence[Run]) -> str:
         f"Means over seeds ({', '.join(map(str, seeds))}), ± one standard deviation over them. "
         "Green is best, grey second; a click on a heading sorts."
     )
+
+
+def _without_generation(runs: Sequence[Run]) -> list[str]:
+    said = Counter(text for run in runs for text in without_generation(run.rows))
+    many = f" of {len(runs)} runs)"
+    return [text if len(runs) == 1 else f"{text} (In {n}{many}" for text, n in said.items()]
 
 
 def _about(runs: Sequence[Run]) -> list[str]:
@@ -367,7 +374,8 @@ def command_of(run: Run) -> str:
     given = {}
     for name, entry in run.settings.items():
         key = keys().get(name)
-        chosen = entry["from"] == "run-config" and key is not None and key.rules["part"] != LAUNCH
+        launch = key is not None and key.rules["part"] == LAUNCH and name not in ("data-dir",)
+        chosen = entry["from"] == "run-config" and key is not None and not launch
         if chosen and entry["value"] != "":
             given[name] = entry["value"]
     conf = str(run.settings["conf"]["value"])

@@ -31,7 +31,7 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import StoppedError, engine_for
 from pfedgpa_app.methods import federations
-from pfedgpa_app.results.log import clock, is_done, last_event, rows_of
+from pfedgpa_app.results.log import SUMMARY, clock, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.checkpoint import MANIFEST
@@ -398,7 +398,11 @@ def summarise(runs: Sequence[Run], out: Path) -> str:
         title = ", ".join(f"{key} = {value}" for key, value in varied.items()) or "all runs"
         seeds = ", ".join(str(run.config.seed) for run in alike)
         figures = table([rows[run.name] for run in alike])
-        parts.append(f"### {title}\n\nSeeds {seeds}.\n\n{figures}\n")
+        spread = ": means ± one standard deviation over them" if len(alike) > 1 else ""
+        parts.append(f"### {title}\n\nSeeds {seeds}{spread}.\n\n{figures}\n")
+    there = {path.parent.name for path in out.glob(f"*/{SUMMARY}") if is_done(path.parent)}
+    if left_out := there - {run.folder.name for run in finished}:
+        parts.append(f"Not in these tables: {len(left_out)} more finished runs in {out.name}/.\n")
     write_text(out / "sweep.md", "\n".join(parts))
     if finished and all(run.config.report for run in finished):
         report.write([run.folder for run in finished], out / report.REPORT)

@@ -96,10 +96,15 @@ def tune(
             chosen = search(base, grids, out, run_all)
         _keep(path, chosen, command)
         found |= chosen
-    beside = path.with_suffix(".search.md")
+    beside = report_of(conf)
     earlier = beside.read_text(encoding="utf-8") if beside.exists() else ""
     write_text(beside, merged(earlier, _report(out, conf, command)))
     return found
+
+
+def report_of(conf: str) -> Path:
+    """Where is told how the search went whose choice is in the experiment ``conf``."""
+    return conf_path(conf).with_suffix(".search.md")
 
 
 def _check(path: Path, conf: str, methods: Sequence[str]) -> None:
@@ -252,5 +257,5 @@ def _report(out: Path, conf: str, command: str) -> str:
     return (
         f"Made by `{command}`.\n\n"
         "Accuracy on the clients' pooled validation images in %; the largest of a method's three "
-        f"figures decides.\n\n{markdown(header, rows)}\n"
+        f"figures decides, among equals the next largest.\n\n{markdown(header, rows)}\n"
     )

@@ -463,7 +463,8 @@ class TestDoctor:
         )
         assert all(good for good, _ in found.values()), found
         assert list(found) == [
-            *("python", "packages", "data", "state-dir", "certificate", "key", "connection")
+            *("python", "packages", "data", "network", "state-dir", "certificate", "key"),
+            "connection",
         ]
         assert "1×8×8" in found["data"][1]
         assert "TLS" in found["connection"][1]

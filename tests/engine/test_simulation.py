@@ -224,6 +224,25 @@ def test_a_deaf_superlink_is_asked_again_while_it_lives(
         flower.wait("1", tmp_path / "log")
 
 
+def test_what_fails_before_the_server_begins_is_told_by_its_first_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's own words say that an error was encountered."""
+    flower, log = object.__new__(Flower), tmp_path / "log"
+    log.write_text("RuntimeError: of a run before, which this one resumes\n")
+
+    def follow(_: str, log: Path) -> subprocess.Popen[bytes]:
+        with log.open("a") as out:
+            out.write("  raise Exception(\nException: The current node timed out.\n")
+            out.write("RuntimeError: An error was encountered. Ending simulation.\n")
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(flower, "follow", follow)
+    monkeypatch.setattr(flower, "status", lambda _: ("finished:failed", "Simulation failed."))
+    said = flower.wait("1", log)
+    assert said == "Simulation failed. (Exception: The current node timed out.)"
+
+
 def started(folder: Path, engine: str, env: dict[str, str]) -> subprocess.Popen[str]:
     """An endless run that has come to its second round."""
     endless = [*PLAINLY, "--engine", engine, "num-server-rounds=100000", "method=fedavg"]

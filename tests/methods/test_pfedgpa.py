@@ -10,10 +10,12 @@ import torch
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.diffusion.distribution import likeness_of
 from pfedgpa_app.methods.pfedgpa import PFedGPA, _best
+from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training.evaluation import TEMPERATURES
 from tests.support.by_hand import (
     column,
     configured,
+    deep,
     server,
 )
 
@@ -109,7 +111,9 @@ class TestServers:
             "pfedgpa.rank-rule": "shrinkage",
             "pfedgpa.momentum": 0.5,
         }
-        method = server("pfedgpa", clients=4, num_server_rounds=6, **settings)
+        config = configured(method="pfedgpa", num_clients=4, num_server_rounds=6, **settings)
+        initial = weights_of(deep(0, 0, 0)) | {"norm.running_mean": torch.zeros(1)}
+        method = PFedGPA(config, PFedGPA.begin(config, initial))
         like = method.expected_upload()
         for number in range(1, 7):
             assert (method.rival(0) is not None) == (number == 4)
@@ -119,7 +123,8 @@ class TestServers:
                 uploads = {c: {n: t + theirs[c] for n, t in like.items()} for c in range(4)}
             else:
                 uploads = {c: {n: t + 0.01 for n, t in sent[c].items()} for c in range(4)}
-            every = {c: Upload(u, 1 + c, [], told) for c, u in uploads.items()}
+            seen = {c: {"norm.running_mean": torch.tensor([float(c)])} for c in range(4)}
+            every = {c: Upload(u | seen[c], 1 + c, [], told) for c, u in uploads.items()}
             method.aggregate(number, every)
         assert method.state.chosen == ("mean", "generated", "own")[best]
         made = [float(method.personalise()[c]["2.weight"][0, 0]) for c in range(4)]
@@ -132,10 +137,14 @@ class TestServers:
                 velocity = 0.5 * velocity + (0.01 if mean is None else mean - weights)
                 weights += velocity
             assert made == pytest.approx([weights] * 4)
+            # what the mean's normalisation layers have seen belongs to its weights: (0·1 … 3·4)/10
+            assert all(float(method.personalise()[c]["norm.running_mean"]) == 2 for c in range(4))
         else:
             shared = made[1] - made[0], made[3] - made[2]
             assert made[2] - made[1] > 3
             assert all(0.15 < gap < 0.25 for gap in shared) == (best == OWN)
+            own = [float(method.personalise()[c]["norm.running_mean"]) for c in range(4)]
+            assert own == [0, 1, 2, 3]
 
     @pytest.mark.parametrize(
         ("losses", "momentum"),

@@ -18,6 +18,7 @@ import pytest
 
 from pfedgpa_app import cli
 from pfedgpa_app.results import figures
+from pfedgpa_app.results.tables import text_table
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.report import command_of, runs_in
 from tests.support.federations import federate, summary
@@ -91,6 +92,32 @@ class TestOneRun:
         assert f"method={METHODS}" in command
         assert "num-server-rounds=3" in command
         assert "out-dir" not in command
+
+    def test_the_command_says_where_data_lie_that_were_named(self, folder: Path) -> None:
+        [run] = runs_in([folder])
+        assert "data-dir" not in command_of(run)
+        run.settings["data-dir"] |= {"value": "/my data", "from": "run-config"}
+        assert "'data-dir=/my data'" in command_of(run)
+
+    def test_says_where_nothing_was_generated(self, folder: Path, tmp_path: Path) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        row = summary(copy)["pfedgpa-once"]
+
+        def said(**more: Any) -> tuple[str, str]:
+            rows = [row | {"title": "pFedGPA", "rank": 2} | more]
+            (copy / "summary.json").write_text(json.dumps(rows))
+            return text_table(rows), report.write([copy]).read_text()
+
+        for choice, what in (
+            ({"chosen_by_validation": "mean", "rank": 0}, "one network for all, which they were"),
+            ({"chosen_by_validation": "own"}, "their own uploads; what was generated stays near"),
+            ({"chosen_by_validation": None, "rank": 0}, "did not tell clients apart (rank 0)"),
+        ):
+            assert all(what in " ".join(text.split()) for text in said(**choice)), choice
+        for text in said(chosen_by_validation="generated"):
+            assert "favoured one" not in text
+            assert "their own uploads" not in text
 
     def test_of_a_deployment(self, folder: Path, tmp_path: Path) -> None:
         """It is begun by Flower, and what clients hold is on their nodes."""

@@ -24,6 +24,7 @@ from rich.console import Console
 from pfedgpa_app import cli
 from pfedgpa_app.cli.options import parse_overrides
 from pfedgpa_app.config.resolve import Resolved, resolve
+from pfedgpa_app.core.files import replacing
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
@@ -35,6 +36,7 @@ from pfedgpa_app.methods.cfl import Cluster
 from pfedgpa_app.methods.pfedgpa import PFedGPAState
 from pfedgpa_app.results.log import Records, RunLog, is_done, last_event
 from pfedgpa_app.runs import checkpoint
+from pfedgpa_app.runs import summary as summary_module
 from pfedgpa_app.runs.checkpoint import MANIFEST, Checkpoint, CheckpointError
 from pfedgpa_app.runs.folder import is_running, locked, run_folder
 from pfedgpa_app.runs.launcher import watched
@@ -287,6 +289,27 @@ def test_a_full_disk_costs_the_checkpoint_only(
     folder, _ = federate(tmp_path / "full", method="fedavg", num_server_rounds=2)
     warnings = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
     assert any("No space left on device" in text for text in warnings)
+    assert results(folder) == results(reference)
+
+
+def test_a_disk_that_is_full_at_the_end_is_named_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, _: str) -> None:
+        with replacing(path):
+            raise OSError(28, "No space left on device")
+
+    how: dict[str, Any] = {"method": "fedavg", "num_server_rounds": 2}
+    reference, _ = federate(tmp_path / "reference", **how)
+    with monkeypatch.context() as patched:
+        patched.setattr(summary_module, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            federate(tmp_path / "full", **how)
+    folder = tmp_path / "full" / "run"
+    said = records(folder, "events.jsonl")[-1]["text"]
+    assert said.startswith(f"{folder}/summary.json: No space left on device: make room there")
+    assert said.endswith("resume=true")
+    federate(tmp_path / "full", **how, resume=True)
     assert results(folder) == results(reference)
 
 

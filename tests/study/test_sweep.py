@@ -192,7 +192,8 @@ def test_a_sweep_skips_what_is_done_and_repeats_what_was_broken_off(
     mean = sum(accuracies) / 2
     written = (tmp_path / "out" / "sweep.md").read_text()
     assert f"| FedAvg | {mean:.2f} ± " in written
-    assert "Seeds 0, 1." in written
+    assert "Seeds 0, 1: means ± one standard deviation over them." in written
+    assert "Not in these tables" not in written
     # one is broken off: its last event is gone, and half a line is left
     events = (second / "events.jsonl").read_text().splitlines(keepends=True)
     (second / "events.jsonl").write_text("".join(events[:-2]) + events[-2][:20])
@@ -206,6 +207,8 @@ def test_a_sweep_skips_what_is_done_and_repeats_what_was_broken_off(
     assert (first / "events.jsonl").stat().st_mtime_ns == old
     assert is_done(second)
     assert (second / "metrics.jsonl").read_text() == results  # from its start, not appended
+    assert cli.main(command("--over", "seed=1")[3:]) == 0
+    assert "Not in these tables: 1 more finished runs in out/." in capsys.readouterr().out
     assert cli.main(command("--over", "seed=0,1", learning_rate=0.5)[3:]) == 2
     assert "learning-rate = 0.02 there, 0.5 here" in capsys.readouterr().err
 
