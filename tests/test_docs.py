@@ -15,9 +15,11 @@ from nbclient import NotebookClient
 
 from pfedgpa_app import cli
 from pfedgpa_app.cli.options import parse_overrides
-from pfedgpa_app.config.resolve import keys
+from pfedgpa_app.config.resolve import keys, resolve
 from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.data.client import class_counts
 from pfedgpa_app.methods import METHODS
+from pfedgpa_app.study.sweep import read
 
 PAGES = [APP_DIR / "README.md", APP_DIR / "CONTRIBUTING.md", *sorted(APP_DIR.glob("docs/*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -83,6 +85,19 @@ def test_every_method_is_in_the_table() -> None:
     text = (APP_DIR / "docs" / "methods.md").read_text()
     assert sorted(re.findall(r"^\| `([\w-]+)`", text, re.MULTILINE)) == sorted(METHODS)
     assert all(f"| `{name}` | {kind.title} " in text for name, kind in METHODS.items())
+
+
+def test_the_tables_of_the_example_are_what_its_sweep_wants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = APP_DIR / "examples" / "tables"
+    settings, over = read(folder / "tables.yaml")
+    monkeypatch.chdir(folder)
+    for dataset in over["dataset"]:
+        config = resolve(settings | {"dataset": dataset}).config
+        held = [sum(counts) for counts in class_counts(config)]
+        assert len(held) == 12
+        assert min(held) >= 20
 
 
 @pytest.mark.slow

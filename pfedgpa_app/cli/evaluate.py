@@ -6,6 +6,7 @@ import json
 from argparse import ArgumentParser, Namespace
 
 from pfedgpa_app.cli.options import add_client
+from pfedgpa_app.core.settings import ConfigError
 
 EXAMPLE = "evaluate results/my-run --client 3 imagefolder:new-photos"
 
@@ -27,6 +28,8 @@ def handle(options: Namespace) -> int:
     from pfedgpa_app.runs.prediction import evaluate
 
     dataset = " ".join(options.dataset)
+    if dataset.startswith("data-dir="):
+        raise ConfigError(f"{dataset}: is an option here, --{dataset.replace('=', ' ', 1)}")
     if dataset:
         require_dataset(dataset, "dataset")
     found = evaluate(options.run, options.client, options.method, dataset, options.data_dir)

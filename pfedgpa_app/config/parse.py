@@ -68,7 +68,10 @@ def parse(key: Key, value: Any, source: str) -> Any:
         number = _number(value, wanted)
         if number is None:
             kind = "a whole number" if wanted is int else "a number"
-            raise refuse(f"wants {kind}" + (' or "auto"' if auto else ""))
+            several = value.split(",") if isinstance(value, str) else value
+            many = isinstance(several, (list, tuple)) and len(several) > 1
+            how = f"; for several, pfedgpa sweep --over {key.name}={argument(several)}"
+            raise refuse(f"wants {kind}" + (' or "auto"' if auto else "") + (how if many else ""))
         if bounds := _bounds_broken(number, key.rules):
             raise refuse(f"must be {bounds}")
         value = number
