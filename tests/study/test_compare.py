@@ -100,7 +100,10 @@ class TestPlan:
 OTHERWISE = {
     (conf, method): {"precision": "bfloat16"}
     for conf in ("compare-cifar10-100", "compare-fashion-mnist-100")
-    for method in ("local", "fedavg-ft", "fedper", "fedrep", "lg-fedavg", "pfedhn")
+    for method in ("local", "fedavg-ft", "fedper", "fedrep", "lg-fedavg")
+} | {
+    (conf, "pfedhn"): {"pfedhn.server-learning-rate": 0.005}
+    for conf in ("compare-cifar10-100", "compare-fashion-mnist-100")
 }
 
 
