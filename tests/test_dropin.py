@@ -31,12 +31,15 @@ from safetensors.torch import load_file
 
 from pfedgpa_app import PFedGPA
 from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.dropin.network import like_uploads
+from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.dropin.network import Network, like_uploads, whole_networks
 from pfedgpa_app.dropin.personal import Personal
 from pfedgpa_app.engine.grid import FIRST_NODE, NODE_STEP
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.methods.generation import PFedGPASettings
+from pfedgpa_app.methods.pfedgpa import PFedGPA as Server
 from pfedgpa_app.server.screening import NoUploadsError
 from tests.support.local_grid import InProcessGrid
 
@@ -576,6 +579,27 @@ class TestRefusals:
     @staticmethod
     def unasked(message: Message, reply: Message) -> Message:
         raise AssertionError("a node was asked before the refusal")
+
+
+def test_what_is_tied_to_a_generated_layer_goes_with_it() -> None:
+    tied = torch.tensor([[1.0, -1.0], [0.5, 0.0]])
+    initial = {"embed.weight": tied, "mid.weight": torch.randn(2, 2), "head.weight": tied.clone()}
+    network = Network(ArrayRecord(initial), "num-examples", "train_loss")
+    own = PFedGPASettings(layers=1, fit_steps=5, rank=1)
+    config = Config(num_server_rounds=2, num_clients=2, sections=(own,))
+    server = Server(config, Server.begin(config, network.generated))
+    for number in (1, 2):
+        uploads = {}
+        for client in range(2):
+            moved = server.download(client)["head.weight"] + client + 1
+            uploads[client] = Upload(
+                initial | {"embed.weight": moved, "head.weight": moved.clone()}, 10
+            )
+        server.aggregate(number, uploads)
+    made = whole_networks(server.personalise(), server, network, {7: 0, 8: 1})
+    for record in made.values():
+        whole = record.to_torch_state_dict()
+        assert torch.equal(whole["embed.weight"], whole["head.weight"])
 
 
 def test_generated_weights_keep_ties_and_signs() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +101,24 @@ class Layout:
 def is_statistic(name: str) -> bool:
     """Whether it is what a normalisation layer has seen, as BatchNorm's ``running_var``."""
     return name.rpartition(".")[2].startswith("running_")
+
+
+def own_statistics(names: Collection[str], made: Container[str]) -> list[str]:
+    """Those of a network's statistics that are a client's own where ``made`` weights are.
+
+    All of them where all weights are made for it; else those above the first that is, for what
+    lies below sees the mean's weights alone.
+
+    Args:
+        names: the network's, in the order of their use.
+    """
+    found: list[str] = []
+    above = all(name in made for name in names if not is_statistic(name))
+    for layer in layers(names):
+        if above:
+            found += [name for name in layer if is_statistic(name)]
+        above = above or any(name in made for name in layer if not is_statistic(name))
+    return found
 
 
 def layers(names: Iterable[str]) -> list[list[str]]:

@@ -29,8 +29,12 @@ FORMAT = "pfedgpa-distribution-1"
 Tensors = dict[str, Tensor]
 
 
-def save(fitted: Distribution, path: Path) -> None:
-    """Write what ``load`` needs: P·(k + 1) numbers and a little more, no upload."""
+def save(fitted: Distribution, path: Path, statistics: Tensors | None = None) -> None:
+    """Write what ``load`` needs: P·(k + 1) numbers and a little more, no upload.
+
+    Args:
+        statistics: what normalisation layers have seen under the mean, which is not generated.
+    """
     layout = fitted.layout
     tensors = {
         "anchor": fitted.anchor,
@@ -38,6 +42,7 @@ def save(fitted: Distribution, path: Path) -> None:
         "clients": fitted.clients,
         "rounds": fitted.rounds,
     }
+    tensors |= {f"statistics/{name}": tensor for name, tensor in (statistics or {}).items()}
     tensors |= _autoencoder_tensors(fitted.autoencoder)
     if isinstance(fitted.denoiser, NetworkDenoiser):
         state = fitted.denoiser.network.state_dict()
@@ -69,6 +74,15 @@ def load(path: Path) -> Distribution:
         return _from(tensors, json.loads(metadata["distribution"]))
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"is not whole: {' '.join(str(error).split())}") from error
+
+
+def statistics(path: Path) -> Tensors:
+    """Those that were saved beside the distribution in ``path``.
+
+    Raises:
+        ValueError: as ``load``.
+    """
+    return _below("statistics", read_tensors(path, FORMAT)[0])
 
 
 def _from(tensors: Tensors, description: dict[str, object]) -> Distribution:

@@ -124,6 +124,12 @@ def whole_networks(
     """Clients' ``generated`` weights as whole networks of their ``nodes``, {node id: client}."""
     newest = server.state.buffer.newest()
     made = like_uploads(generated, [newest[client].weights() for client in sorted(newest)])
+    common = server.state.global_weights
+    kept = server.state.buffer.layout.names if server.state.buffer.layout else ()
+    beside = [name for name in common if name not in kept]  # tied, perhaps, to what is generated
+    ties = {n: m for n in beside for m in kept if torch.equal(common[n], common[m])}
+    for mine in made.values():
+        mine |= {name: mine[other] for name, other in ties.items()}
     return {node: network.record(made[c]) for node, c in nodes.items() if c in made}
 
 

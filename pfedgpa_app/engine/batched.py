@@ -29,7 +29,7 @@ from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.client import ClientData, load_schema
 from pfedgpa_app.data.images import Images, normalised
 from pfedgpa_app.engine.grid import LocalGrid, raised
-from pfedgpa_app.models.networks import weights_of
+from pfedgpa_app.models.networks import weight_names, weights_of
 from pfedgpa_app.training.evaluation import Score
 from pfedgpa_app.training.sgd import Recipe, batches, clipped, crop_and_flip, sgd_step
 
@@ -80,28 +80,37 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _supported(layer: nn.Module) -> bool:
-    if isinstance(layer, nn.Conv2d):
+    """Whether it is such a layer itself: a subclass may do something else."""
+    if type(layer) is nn.Conv2d:
         plain = layer.stride == (1, 1) and layer.dilation == (1, 1) and layer.groups == 1
         return plain and isinstance(layer.padding, tuple) and layer.padding_mode == "zeros"
-    if isinstance(layer, nn.Flatten):
+    if type(layer) is nn.Flatten:
         return layer.start_dim == 1 and layer.end_dim == -1
-    return isinstance(layer, (nn.Linear, nn.MaxPool2d, nn.LeakyReLU, nn.ReLU))
+    return type(layer) in (nn.Linear, nn.MaxPool2d, nn.LeakyReLU, nn.ReLU)
 
 
 def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """A chain's layers in order, with their names' prefixes."""
-    for name, layer in model.named_children():
-        if isinstance(layer, nn.Sequential):
+    """A chain's layers in order, with their names' prefixes; one that is used twice, twice."""
+    for name, layer in model._modules.items():
+        assert layer is not None
+        if type(layer) is nn.Sequential:
             yield from _layers(layer, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}.", layer
 
 
 def can_batch(model: nn.Module) -> bool:
-    """Whether ``model`` is a chain of layers that have a batched form here."""
-    return isinstance(model, nn.Sequential) and all(
-        _supported(layer) for _, layer in _layers(model)
-    )
+    """Whether ``model`` is a chain of layers that have a batched form here.
+
+    Clients share all its weights: none is frozen, and none has two names.
+    """
+    if type(model) is not nn.Sequential:
+        return False
+    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+        return False
+    layers, shared = list(_layers(model)), set(weight_names(model))
+    used = {prefix + name for prefix, layer in layers for name, _ in layer.named_parameters()}
+    return used <= shared and all(_supported(layer) for _, layer in layers)
 
 
 def forward(model: nn.Module, weights: Weights, x: Tensor) -> Tensor:

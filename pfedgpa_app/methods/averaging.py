@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+from torch import Tensor
+
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.uploads import Upload, weighted_mean
 from pfedgpa_app.core.weights import Weights, is_statistic
@@ -28,6 +31,7 @@ def with_momentum(
     """The new weights w and velocity m: m ← β m + (mean − w) and w ← w + m.
 
     Running statistics have none: they are what was seen, and a variance must not fall below zero.
+    Of a network whose layers name theirs otherwise, what is nowhere negative does not become so.
 
     Args:
         velocity: m; {} before the first step.
@@ -37,8 +41,29 @@ def with_momentum(
         for name, after in mean.items()
         if not is_statistic(name)
     }
-    moved = {name: before[name] + step for name, step in velocity.items()}
+    moved = {name: _moved(before[name], step, mean[name]) for name, step in velocity.items()}
     return mean | moved, velocity
+
+
+def _moved(before: Tensor, step: Tensor, mean: Tensor) -> Tensor:
+    """A weight after a ``step``; the ``mean`` where that is negative, and neither tensor is."""
+    after = before + step
+    if after.numel() and after.min() < 0 <= before.min() and mean.min() >= 0:
+        return torch.where(after < 0, mean, after)
+    return after
+
+
+def toward(before: Weights, mean: Weights, step: float) -> Weights:
+    """``before`` after a ``step`` to the ``mean``, beyond it if that is more than 1.
+
+    Running statistics are the mean's where the step goes beyond it, as with momentum.
+    """
+    return {
+        name: mean[name]
+        if step == 1 or (step > 1 and is_statistic(name))
+        else weight.lerp(mean[name], step)
+        for name, weight in before.items()
+    }
 
 
 class Averaging(Method[S]):

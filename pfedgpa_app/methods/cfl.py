@@ -25,7 +25,7 @@ from torch import Tensor
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import MethodSettings, setting
 from pfedgpa_app.core.uploads import Upload, weighted_mean
-from pfedgpa_app.core.weights import Layout, Weights
+from pfedgpa_app.core.weights import Layout, Weights, is_statistic
 from pfedgpa_app.methods.base import Method
 
 
@@ -95,10 +95,13 @@ class ClusteredFL(Method[list[Cluster]]):
         for cluster in self.state:
             here = {i: upload for i, upload in uploads.items() if i in cluster.members}
             if here:
-                layout = Layout.of(cluster.weights)
-                before = layout.flatten(cluster.weights)
+                # what normalisation layers have seen is no step of an optimiser
+                trained = {n: w for n, w in cluster.weights.items() if not is_statistic(n)}
+                layout = Layout.of(trained)
+                before = layout.flatten(trained)
                 for i, upload in here.items():
-                    cluster.updates[i] = layout.flatten(upload.weights) - before
+                    after = {n: upload.weights[n] for n in trained}
+                    cluster.updates[i] = layout.flatten(after) - before
                     cluster.examples[i] = upload.examples
                 cluster.weights = weighted_mean(here)
             clusters += self._split(cluster, server_round)

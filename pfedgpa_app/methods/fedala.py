@@ -71,8 +71,9 @@ class FedALA(Averaging[Shared]):
     def learned_shares(cls, task: ClientTask, top: list[str]) -> Weights:
         """Adaptive local aggregation: W, improved from what the client has kept of it."""
         own = task.config.of(FedALASettings)
-        first = SHARE + top[0] not in task.state
         parameters = dict(task.model.named_parameters())
+        top = [name for name in top if name in parameters]  # the statistics stay what it has seen
+        first = SHARE + top[0] not in task.state
         device = next(iter(parameters.values())).device
         change = {n: (task.weights[n] - task.state[n]).to(device) for n in top}
         share = {

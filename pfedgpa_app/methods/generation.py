@@ -21,7 +21,7 @@ from torch import Tensor
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import RESULTS, ConfigError, setting
 from pfedgpa_app.core.uploads import Buffer, Upload
-from pfedgpa_app.core.weights import Weights, is_statistic, last_layers
+from pfedgpa_app.core.weights import Weights, is_statistic, last_layers, own_statistics
 from pfedgpa_app.diffusion.copies import novelty
 from pfedgpa_app.diffusion.directions import Likeness, newest_rows
 from pfedgpa_app.diffusion.distribution import WeightDistribution, likeness_of
@@ -116,7 +116,9 @@ class RememberedState(Shared):
 
     def whole(self, client: int, mine: Weights) -> Weights:
         """A client's network from those of its tensors that are made for it."""
-        return self.global_weights | self.statistics.get(client, {}) | mine
+        own = self.statistics.get(client, {})
+        kept = own_statistics(self.global_weights, mine) if own else ()
+        return self.global_weights | {name: own[name] for name in kept} | mine
 
     def newest(self, client: int) -> Weights | None:
         """A client's newest upload, as far as it is remembered; None if it never uploaded."""

@@ -242,6 +242,11 @@ class PFedGPA(Generation, RememberingFedAvg):
         common = {name: self.state.global_weights[name] for name in fitted.layout.names}
         return dict.fromkeys(fitted.newest, common)
 
+    def join(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
+        if self.state.chosen != MEAN:
+            return super().join(uploads)
+        return dict.fromkeys(uploads, self.state.global_weights)
+
     def known(self) -> Likeness | None:
         """By FedAvg's first rounds.
 

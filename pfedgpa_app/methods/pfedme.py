@@ -23,7 +23,7 @@ from torch import Tensor
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, MethodSettings, setting
 from pfedgpa_app.core.uploads import Upload, weighted_mean
-from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.averaging import Averaging, Shared, toward
 from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training.sgd import cross_entropy, pull_to, sgd_step, to_train, training_batches
@@ -60,10 +60,7 @@ class PFedMe(Averaging[Shared]):
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         beta, mean = self.config.of(PFedMeSettings).beta, weighted_mean(uploads, uniform=True)
-        self.state.global_weights = {
-            name: mean[name] if beta == 1 else w.lerp(mean[name], beta)
-            for name, w in self.state.global_weights.items()
-        }
+        self.state.global_weights = toward(self.state.global_weights, mean, beta)
 
     @classmethod
     def train(cls, task: ClientTask) -> Trained:

@@ -24,6 +24,7 @@ from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import MethodSettings, setting
 from pfedgpa_app.core.uploads import Upload, weighted_mean
 from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.methods.averaging import toward
 from pfedgpa_app.methods.base import OTHER, ClientTask, Method, Trained
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training.sgd import Recipe
@@ -82,12 +83,10 @@ class Scaffold(Method[ScaffoldState]):
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         mean = weighted_mean(uploads, uniform=True)
-        share = len(uploads) / self.config.num_clients
+        share = len(uploads) / self.config.initial_clients
         step = self.config.of(ScaffoldSettings).global_step
         x, c = self.state.global_weights, self.state.control
-        self.state.global_weights = {
-            n: mean[n] if step == 1 else x[n].lerp(mean[n], step) for n in x
-        }
+        self.state.global_weights = toward(x, mean, step)
         self.state.control = {n: c[n] + share * mean[CONTROL + n] for n in c}
 
     @classmethod

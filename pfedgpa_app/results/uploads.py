@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pfedgpa_app.config.resolve import Resolved, defaults, keys, values_of
 from pfedgpa_app.core.files import read_metadata, read_tensors, write_tensors
+from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
 from pfedgpa_app.core.weights import Layout, is_statistic
 from pfedgpa_app.diffusion.directions import Likeness
@@ -22,13 +23,18 @@ COSTS = ("bytes_up", "bytes_down", "server_seconds")  # what the rounds cost
 # settings that may differ between the run that kept the uploads and the one that takes them
 _FREE = {"method", "device", "evaluate-every", "uploads"}
 _FREE_PREFIXES = ("pfedgpa.", "fine-tune-")
+_KEPT_BY = {"pfedgpa.buffer-rounds", "pfedgpa.rank-rule"}  # which uploads, and who is like whom
 
 
 def _fixed(resolved: Resolved) -> dict[str, Any]:
     values = values_of(resolved.as_dict())
     launch = {name for name, key in keys().items() if key.rules["part"] == LAUNCH}
     free = _FREE | launch
-    fixed = {n: v for n, v in values.items() if n not in free and not n.startswith(_FREE_PREFIXES)}
+    fixed = {
+        n: v
+        for n, v in values.items()
+        if n in _KEPT_BY or (n not in free and not n.startswith(_FREE_PREFIXES))
+    }
     plain: dict[str, Any] = json.loads(json.dumps(fixed))
     return plain
 
@@ -37,6 +43,19 @@ def save(path: Path, state: RememberedState, resolved: Resolved, costs: dict[str
     """Write the buffer, with what the rounds cost and the settings that made it."""
     _, vectors, rounds, clients = state.buffer.stack()
     tensors = {"vectors": vectors, "rounds": rounds, "clients": clients}
+    there = set(zip(rounds.tolist(), clients.tolist(), strict=True))
+    older = [e for e in state.buffer.newest().values() if (e.server_round, e.client) not in there]
+    means = {e.client: e.round_mean for e in older if e.round_mean is not None}
+    if older:  # newest uploads of clients that were not there in the window
+        tensors |= {
+            "older-vectors": torch.stack([entry.vector for entry in older]),
+            "older-means": torch.stack([means[entry.client] for entry in older]),
+            "older-rounds": torch.tensor([entry.server_round for entry in older]),
+            "older-clients": torch.tensor([entry.client for entry in older]),
+        }
+    if state.labels:
+        tensors |= {"labels": torch.tensor(list(state.labels.values()))}
+        tensors |= {"labels-clients": torch.tensor(list(state.labels))}
     tensors |= {f"global/{name}": t for name, t in state.global_weights.items()}
     for client, own in state.statistics.items():
         tensors |= {f"client-{client}/{name}": t for name, t in own.items()}
@@ -91,7 +110,7 @@ def load(path: Path, state: RememberedState, resolved: Resolved) -> dict[str, fl
             there = f"made with {name} = {theirs[name]!r}"
             raise _refused(path, f"{there}, but this run has {value!r}")
     try:
-        _fill(state, read_tensors(path, FORMAT)[0], resolved.config.num_clients)
+        _fill(state, read_tensors(path, FORMAT)[0], resolved.config)
     except KeyError as error:
         raise _refused(path, f"is not whole: it lacks {error}") from error
     except (ValueError, TypeError, RuntimeError) as error:
@@ -99,18 +118,27 @@ def load(path: Path, state: RememberedState, resolved: Resolved) -> dict[str, fl
     return costs
 
 
-def _fill(state: RememberedState, tensors: dict[str, Tensor], num_clients: int) -> None:
+def _fill(state: RememberedState, tensors: dict[str, Tensor], config: Config) -> None:
     layout = Layout.of(state.global_weights)
     state.global_weights = {name: tensors[f"global/{name}"] for name in layout.names}
     if not layout.flatten(state.global_weights).isfinite().all():
         raise ValueError("the global weights are not finite")
-    clients = tensors["clients"].tolist()
-    if not set(clients) <= set(range(num_clients)):
-        raise ValueError("it has clients that the federation has not")
-    rows = zip(tensors["rounds"].tolist(), clients, tensors["vectors"], strict=True)
     kept = Layout.of({name: state.global_weights[name] for name in generated(layout.names)})
-    for server_round, client, vector in rows:
-        state.buffer.add(server_round, client, kept.unflatten(vector))
+    clients: list[int] = []
+    for part in ("older-", "") if "older-vectors" in tensors else ("",):
+        vectors, mine = tensors[f"{part}vectors"], tensors[f"{part}clients"].tolist()
+        if not set(mine) <= set(range(config.num_clients)):
+            raise ValueError("it has clients that the federation has not")
+        rounds = tensors[f"{part}rounds"].tolist()
+        for server_round, client, vector in zip(rounds, mine, vectors, strict=True):
+            state.buffer.add(server_round, client, kept.unflatten(vector))
+        if part:
+            state.buffer.means |= dict(zip(rounds, tensors["older-means"], strict=True))
+        clients += mine
+    state.buffer.drop_old(config.num_server_rounds)
+    if "labels" in tensors:
+        counts = zip(tensors["labels-clients"].tolist(), tensors["labels"].tolist(), strict=True)
+        state.labels |= dict(counts)
     if "likeness" in tensors:
         scores, rank = tensors["likeness"], int(tensors["likeness-rank"])
         whole = scores.ndim == 2 and scores.isfinite().all()

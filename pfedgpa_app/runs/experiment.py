@@ -20,6 +20,7 @@ from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import LABEL_FLIP, NODES, Config
 from pfedgpa_app.core.settings import listed
+from pfedgpa_app.core.weights import own_statistics
 from pfedgpa_app.data.client import (
     described,
     fingerprint,
@@ -241,7 +242,9 @@ class Experiment:
             found = halves.learned(method_name, method) or found
         if found is not None:
             if self.config.save_weights:
-                saved.save(found, self.folder / saved.FILE)
+                common = state.global_weights
+                beside = {n: common[n] for n in own_statistics(common, found.layout.names)}
+                saved.save(found, self.folder / saved.FILE, beside)
             if self.config.report and (places := plots.latent_places(found)):
                 write_text(self.folder / report.LATENTS, json.dumps(places) + "\n")
                 plots.latents(self.folder / "latents.png", places, self._groups())

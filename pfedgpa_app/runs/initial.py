@@ -7,8 +7,8 @@ from pathlib import Path
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.core.settings import ConfigError, listed
+from pfedgpa_app.core.weights import Weights, own_statistics
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.halves import check_shared
@@ -46,9 +46,15 @@ def warm_start(path: Path, initial: Weights) -> Weights:
     """
     try:
         start = saved.load(user_path(path).absolute())
+        seen = saved.statistics(user_path(path).absolute())
     except ValueError as error:
         raise ConfigError(f"start-from = {str(path)!r}: {error}") from error
-    mean = start.layout.unflatten(start.anchor)
+    if lacks := [n for n in own_statistics(initial, start.layout.names) if n not in seen]:
+        raise ConfigError(
+            f"start-from = {str(path)!r}: does not say what normalisation layers have seen "
+            f"({listed(lacks, 3)}), as files of earlier versions do not: learn it again"
+        )
+    mean = start.layout.unflatten(start.anchor) | seen
     for name, tensor in mean.items():
         if name not in initial or tensor.shape != initial[name].shape:
             raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable
@@ -367,6 +368,43 @@ class TestBatchedEngine:
         for layer in (nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, stride=2), nn.Flatten(0)):
             assert not batched.can_batch(nn.Sequential(layer))
         assert not batched.can_batch(nn.Linear(2, 2))
+
+    def test_a_layer_that_is_used_twice_is_used_twice(self) -> None:
+        act = nn.LeakyReLU(0.5)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), act, nn.Linear(5, 5), act)
+        assert batched.can_batch(model)
+        x = torch.randn(2, 3, 1, 2, 2)
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(-2)
+        every = model, other
+        weights = {
+            name: torch.stack([dict(each.named_parameters())[name] for each in every])
+            for name, _ in model.named_parameters()
+        }
+        expected = torch.stack([every[i](x[i]) for i in range(2)])
+        torch.testing.assert_close(batched.forward(model, weights, x), expected)
+
+    def test_what_only_looks_like_a_chain_is_no_chain(self) -> None:
+        class Scaled(nn.Sequential):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return torch.mul(super().forward(x), 3)
+
+        class Doubled(nn.Linear):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return 2 * super().forward(x)
+
+        frozen, tied, hooked = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(3))
+        assert batched.can_batch(tied)
+        frozen[0].bias.requires_grad_(False)
+        tied[1].weight = tied[0].weight
+        hooked[0].register_forward_hook(lambda *_: None)
+        scaled = Scaled(nn.Linear(2, 2))
+        for model in (scaled, nn.Sequential(scaled), nn.Sequential(Doubled(2, 2))):
+            assert not batched.can_batch(model)
+        for model in (frozen, tied, hooked):
+            assert not batched.can_batch(model)
 
     def test_unequal_clients_fall_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clients = random_clients((1, 8, 8), {"train": 8, "validation": 2, "test": 3}, 1)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.methods.base import Method
-from pfedgpa_app.methods.cfl import bipartition
+from pfedgpa_app.methods.cfl import ClusteredFL, bipartition
 from tests.support.by_hand import (
     by_hand,
     column,
+    configured,
     linear,
     near,
     server,
@@ -62,6 +63,18 @@ class TestClusters:
         self._round(method, 4, apart)
         assert near(method.download(0)["2.weight"] - method.download(2)["2.weight"], 0, 0)
         assert (method.download(0)["2.weight"] - method.download(1)["2.weight"])[0] > 3
+
+    def test_what_normalisation_layers_have_seen_is_no_step(self) -> None:
+        config = configured(method="cfl", num_clients=4, **{"cfl.first-round": 1})
+        initial = {"2.weight": column(0.0, 0.0), "norm.running_mean": torch.zeros(3)}
+        method = ClusteredFL(config, ClusteredFL.begin(config, initial))
+        uploads = {}
+        for client in range(4):
+            sign = (-1.0) ** client
+            moved = {"2.weight": column(2 * sign, 0.0), "norm.running_mean": torch.full((3,), 9.0)}
+            uploads[client] = Upload(moved, 1)
+        method.aggregate(1, uploads)
+        assert sorted(c.members for c in method.state) == [[0, 2], [1, 3]]
 
     def test_stays_while_all_agree(self) -> None:
         method = server("cfl", clients=4, **{"cfl.first-round": 1})

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.data.images import Images
+from pfedgpa_app.methods.averaging import toward, with_momentum
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training import sgd as training
 from pfedgpa_app.training.sgd import Recipe, pull_to
@@ -165,3 +166,19 @@ class TestServers:
             method.aggregate(number, {i: Upload(u, 10) for i, u in uploads.items()})
             for tensor in method.state.global_weights.values():
                 assert near(tensor, *[expected] * tensor.numel())
+
+    def test_momentum_makes_no_variance_negative(self) -> None:
+        """Whatever its name is; a weight that has both signs goes where it goes."""
+        before = {"moving_variance": torch.ones(2), "w": torch.tensor([1.0, -1.0])}
+        mean = {"moving_variance": torch.tensor([0.2, 0.9]), "w": torch.tensor([0.2, -1.0])}
+        after, _ = with_momentum(before, mean, {n: torch.full((2,), -0.6) for n in mean}, 0.9)
+        assert near(after["moving_variance"], 0.2, 0.36)  # 1 − 0.8 − 0.54 and 1 − 0.1 − 0.54
+        assert near(after["w"], -0.34, -1.54)
+
+    def test_a_step_beyond_the_mean_leaves_statistics_at_it(self) -> None:
+        before = {"norm.running_var": torch.ones(1), "w": torch.ones(1)}
+        mean = {name: torch.full((1,), 0.2) for name in before}
+        for step, statistic, weight in ((0.5, 0.6, 0.6), (1, 0.2, 0.2), (2, 0.2, -0.6)):
+            after = toward(before, mean, step)
+            assert near(after["norm.running_var"], statistic)
+            assert near(after["w"], weight)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.core.weights import own_statistics
 from pfedgpa_app.diffusion.distribution import likeness_of
 from pfedgpa_app.methods.pfedgpa import PFedGPA, _best
 from pfedgpa_app.models.networks import weights_of
@@ -20,6 +21,22 @@ from tests.support.by_hand import (
 )
 
 MEAN, GENERATED, OWN = range(3)
+
+
+@pytest.mark.parametrize(
+    ("made", "own"),
+    [
+        (["a.weight", "b.weight", "head.weight"], ["in", "a", "b"]),
+        (["head.weight"], []),
+        (["b.weight", "head.weight"], []),
+        (["a.weight", "head.weight"], ["b"]),
+    ],
+)
+def test_whose_statistics_are_a_clients_own(made: list[str], own: list[str]) -> None:
+    """A layer's see what is below it, not its own weights."""
+    names = ["in.running_mean", "a.weight", "a.running_mean", "b.weight", "b.running_mean"]
+    names += ["head.weight"]
+    assert [name.partition(".")[0] for name in own_statistics(names, made)] == own
 
 
 class TestServers:
@@ -139,6 +156,7 @@ class TestServers:
             assert made == pytest.approx([weights] * 4)
             # what the mean's normalisation layers have seen belongs to its weights: (0·1 … 3·4)/10
             assert all(float(method.personalise()[c]["norm.running_mean"]) == 2 for c in range(4))
+            assert method.join({2: every[2]}) == {2: method.state.global_weights}
         else:
             shared = made[1] - made[0], made[3] - made[2]
             assert made[2] - made[1] > 3

@@ -45,6 +45,12 @@ class TestServers:
         for name, tensor in method.download(0).items():
             assert near(tensor, *[1.0 if name.startswith(CONTROL) else 4.0] * tensor.numel())
 
+    def test_scaffold_counts_those_that_are_there_from_the_start(self) -> None:
+        method = server("scaffold", clients=6, join_clients=2)
+        upload = {n: torch.full_like(t, 4.0) for n, t in method.expected_upload().items()}
+        method.aggregate(1, {2: Upload(upload, 10)})
+        assert near(method.download(0)[CONTROL + "1.weight"], *[1.0] * 1)
+
     @given(st.integers(1, 30), st.floats(0, 0.95))
     def test_effective_steps(self, steps: int, momentum: float) -> None:
         velocity = moved = 0.0

@@ -27,11 +27,14 @@ from safetensors.torch import load_file, save_file
 
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.files import read_tensors, write_tensors
+from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.core.uploads import Upload, weighted_mean
+from pfedgpa_app.core.uploads import Buffer, Upload, weighted_mean
 from pfedgpa_app.data.client import load_schema
+from pfedgpa_app.diffusion import saved
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.diffusion.saved import load
+from pfedgpa_app.diffusion.settings import DiffusionSettings
 from pfedgpa_app.engine.grid import identify
 from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.results import uploads
@@ -166,6 +169,21 @@ class TestResults:
                 assert summary(one)[name][key] == summary(two)[name][key]
         with pytest.raises(ValueError, match="learning-rate"):
             federate(tmp_path / "3", method=methods, uploads=uploads, learning_rate=0.5, **long)
+        for other in ({"pfedgpa.rank-rule": "shrinkage"}, {"pfedgpa.buffer-rounds": 2}):
+            with pytest.raises(ValueError, match=next(iter(other))):
+                federate(tmp_path / "3", method=methods, uploads=uploads, **long | other)
+
+    def test_saved_uploads_of_clients_that_left_the_window(self, tmp_path: Path) -> None:
+        """Their newest ones count, and the class counts that clients share."""
+        how: dict[str, Any] = {"num_server_rounds": 6, "pfedgpa.buffer-rounds": 1}
+        how |= {"fraction_train": 0.5, "share_label_counts": True, "num_clients": 6}
+        how |= {"pfedgpa.descriptor": "labels", "method": "last-upload,pfedgpa-once"}
+        one, _ = federate(tmp_path / "1", save_uploads=True, **how)
+        took_part = {r["client"] for r in records(one) if r["participated"]}
+        newest = {r["client"] for r in records(one) if r["participated"] and r["round"] == 6}
+        assert took_part > newest
+        two, _ = federate(tmp_path / "2", uploads=str(one / "uploads.safetensors"), **how)
+        assert records(one, "clients.jsonl") == records(two, "clients.jsonl")
 
     def test_uploads_of_before_a_setting_was_there(self, tmp_path: Path) -> None:
         """They were made by what is now its default."""
@@ -353,6 +371,32 @@ class TestMethods:
         cold_rounds = [r["accuracy"] for r in records(cold) if r["federation"] == "fedavg"]
         assert sum(warm_rounds[:4]) > sum(cold_rounds[:4])  # all clients after the first round
         assert summary(two)["fedavg"]["rounds_to_95_percent_of_peak"] in (1, 2, 3, 4)
+
+    def test_a_saved_distribution_has_what_normalisation_layers_have_seen(
+        self, tmp_path: Path
+    ) -> None:
+        schema = Schema("numbers", ("a", "b"), (4,))
+        (tmp_path / "nets.py").write_text(
+            "from torch import nn\ndef build(classes, shape):\n    return nn.Sequential("
+            "nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, classes))\n"
+        )
+        own: dict[str, Any] = {"model": "nets:build", "code-dir": str(tmp_path)}
+        initial = initial_weights(resolve(own).config, schema)
+        trained = {n: t for n, t in initial.items() if not n.startswith("1.running")}
+        buffer = Buffer(2)
+        for client in range(3):
+            buffer.add(1, client, {n: t + client for n, t in trained.items()})
+        fitted = WeightDistribution(buffer, DiffusionSettings(fit_steps=2), 0, torch.device("cpu"))
+        seen = {"1.running_mean": torch.ones(3), "1.running_var": torch.full((3,), 2.0)}
+        saved.save(fitted, tmp_path / "new", seen)
+        saved.save(fitted, tmp_path / "old")
+        start = resolve(own | {"start-from": str(tmp_path / "new")}).config
+        begun = initial_weights(start, schema)
+        assert all(torch.equal(begun[name], tensor) for name, tensor in seen.items())
+        with pytest.raises(ConfigError, match=r"does not say .*1.running_mean"):
+            initial_weights(resolve(own | {"start-from": str(tmp_path / "old")}).config, schema)
+
+    def test_a_distribution_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="start-from"):
             federate(tmp_path / "4", start_from=str(tmp_path / "none"), method="fedavg")
 
