@@ -2,7 +2,8 @@
 
 ``kept_metrics.json`` is of the run below on the process engine, before the package was laid out in
 floors; pFedGPA's accuracy is newer, since clients that take no part in the last round keep what is
-theirs (it was 35.6). CPUs differ in floats' last digits, which may turn one image's prediction.
+theirs (it was 35.6), and so are SCAFFOLD's figures, since clients that join later are none of its N
+(it was 33.8). CPUs differ in floats' last digits, which may turn one image's prediction.
 """
 
 from __future__ import annotations
