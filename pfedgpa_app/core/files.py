@@ -86,11 +86,14 @@ def read_metadata(path: Path, file_format: str) -> dict[str, str]:
         return metadata
 
 
-def read_tensors(path: Path, file_format: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file of ours.
+def read_tensors(
+    path: Path, file_format: str, below: str = ""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, those whose names begin with ``below``, and the metadata of a file of ours.
 
     Raises:
         ValueError: no such file, another format, or one that has been cut.
     """
     with _opened(path, file_format) as (file, metadata):
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+        names = [name for name in file.keys() if name.startswith(below)]  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}, metadata

@@ -73,7 +73,8 @@ def unscaled(data: Dataset) -> str:
     if data.tokens or data.pixels:
         return ""
     rows = data.train_images.reshape(len(data.train_images), -1)
-    sizes = np.sqrt(np.square(rows, dtype=np.float64).mean(0))
+    # without a copy of all in float64
+    sizes = np.sqrt(np.einsum("nf,nf->f", rows, rows, dtype=np.float64) / len(rows))
     most = int(sizes.argmax())
     if sizes[most] <= _LARGEST:
         return ""
@@ -163,14 +164,13 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
 
 def _by_name(name: str, found: Any) -> dict[str, Any]:
     """The parts that there are, by their names."""
-    if _is_torch_dataset(found):
-        return _of_torch(name, "train", found)
-    if isinstance(found, (tuple, list)) and found and all(map(_is_torch_dataset, found)):
-        if len(found) > 2:
+    several = found if isinstance(found, (tuple, list)) else [found]
+    if several and all(map(_is_torch_dataset, several)):
+        if len(several) > 2:
             raise DataError(
-                f"dataset {name}: is {len(found)} torch Datasets: wanted is one, or two"
+                f"dataset {name}: is {len(several)} torch Datasets: wanted is one, or two"
             )
-        each = zip(SPLITS, found, strict=False)
+        each = zip(SPLITS, several, strict=False)
         return {
             key: value for split, one in each for key, value in _of_torch(name, split, one).items()
         }
@@ -223,12 +223,12 @@ def _of_torch(name: str, split: str, data: Any) -> dict[str, Any]:
         is_picture = hasattr(item[0], "getbands")  # Pillow's, whose channels are last
         inputs.append(np.moveaxis(np.atleast_3d(array), -1, 0) if is_picture else array)
         labels.append(item[1])
-    if shapes := list(dict.fromkeys(array.shape for array in inputs))[1:]:
-        i = next(i for i, array in enumerate(inputs) if array.shape == shapes[0])
-        raise DataError(
-            f"{where} has examples of shape {list(inputs[0].shape)}, and item {i} is of "
-            f"{list(shapes[0])}: all must be alike"
-        )
+    for i, array in enumerate(inputs):
+        if array.shape != inputs[0].shape:
+            raise DataError(
+                f"{where} has examples of shape {list(inputs[0].shape)}, and item {i} is of "
+                f"{list(array.shape)}: all must be alike"
+            )
     parts = {f"x_{split}": np.array(inputs), f"y_{split}": np.array(labels)}
     return parts | ({"classes": data.classes} if getattr(data, "classes", None) else {})
 

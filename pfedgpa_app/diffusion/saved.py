@@ -82,7 +82,7 @@ def statistics(path: Path) -> Tensors:
     Raises:
         ValueError: as ``load``.
     """
-    return _below("statistics", read_tensors(path, FORMAT)[0])
+    return _below("statistics", read_tensors(path, FORMAT, "statistics/")[0])
 
 
 def _from(tensors: Tensors, description: dict[str, object]) -> Distribution:

@@ -93,12 +93,11 @@ def check_tensors(hook: Hook, weights: Any, what: str = "") -> None:
     if not isinstance(weights, Mapping):
         raise hook.wrong(f"returned {described(weights)}{what and f' as {what}'}", wanted)
     for name, tensor in weights.items():
+        entry = f"{what} {name!r}".strip()
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            entry = f"{what} {name!r}".strip()
             raise hook.wrong(f"returned {described(tensor)} as {entry}", wanted)
         if not _can_be_sent(tensor):
             kind = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout)
-            entry = f"{what} {name!r}".strip()
             raise hook.wrong(
                 f"returned a tensor of {kind} as {entry}",
                 "Flower cannot send such; .to_dense().float() makes one that it can",

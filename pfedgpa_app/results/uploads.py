@@ -43,15 +43,15 @@ def save(path: Path, state: RememberedState, resolved: Resolved, costs: dict[str
     """Write the buffer, with what the rounds cost and the settings that made it."""
     _, vectors, rounds, clients = state.buffer.stack()
     tensors = {"vectors": vectors, "rounds": rounds, "clients": clients}
-    there = set(zip(rounds.tolist(), clients.tolist(), strict=True))
-    older = [e for e in state.buffer.newest().values() if (e.server_round, e.client) not in there]
-    means = {e.client: e.round_mean for e in older if e.round_mean is not None}
-    if older:  # newest uploads of clients that were not there in the window
+    newest = state.buffer.newest().values()
+    # of clients that were not there in the window: their rounds are kept as means alone
+    older = [(entry, entry.round_mean) for entry in newest if entry.round_mean is not None]
+    if older:
         tensors |= {
-            "older-vectors": torch.stack([entry.vector for entry in older]),
-            "older-means": torch.stack([means[entry.client] for entry in older]),
-            "older-rounds": torch.tensor([entry.server_round for entry in older]),
-            "older-clients": torch.tensor([entry.client for entry in older]),
+            "older-vectors": torch.stack([entry.vector for entry, _ in older]),
+            "older-means": torch.stack([mean for _, mean in older]),
+            "older-rounds": torch.tensor([entry.server_round for entry, _ in older]),
+            "older-clients": torch.tensor([entry.client for entry, _ in older]),
         }
     if state.labels:
         tensors |= {"labels": torch.tensor(list(state.labels.values()))}

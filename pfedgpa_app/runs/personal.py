@@ -144,9 +144,9 @@ def write_about(folder: Path, config: Config, schema: Schema) -> None:
     network = network_of(config, schema)
     tensors = network.state_dict()
     shared = {tensors[name].data_ptr() for name in weight_names(network)}  # by any of their names
-    rest = {name: t for name, t in tensors.items() if t.data_ptr() not in shared}
     if config.model_weights:  # the seed alone does not make what a client was never sent
-        rest = dict(tensors)
+        shared = set()
+    rest = {name: t for name, t in tensors.items() if t.data_ptr() not in shared}
     if rest and config.save_weights:
         (folder / WEIGHTS).mkdir(exist_ok=True)
         write_tensors(folder / WEIGHTS / REST, rest)

@@ -374,7 +374,7 @@ def command_of(run: Run) -> str:
     given = {}
     for name, entry in run.settings.items():
         key = keys().get(name)
-        launch = key is not None and key.rules["part"] == LAUNCH and name not in ("data-dir",)
+        launch = key is not None and key.rules["part"] == LAUNCH and name != "data-dir"
         chosen = entry["from"] == "run-config" and key is not None and not launch
         if chosen and entry["value"] != "":
             given[name] = entry["value"]

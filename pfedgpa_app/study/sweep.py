@@ -400,8 +400,9 @@ def summarise(runs: Sequence[Run], out: Path) -> str:
         figures = table([rows[run.name] for run in alike])
         spread = ": means ± one standard deviation over them" if len(alike) > 1 else ""
         parts.append(f"### {title}\n\nSeeds {seeds}{spread}.\n\n{figures}\n")
-    there = {path.parent.name for path in out.glob(f"*/{SUMMARY}") if is_done(path.parent)}
-    if left_out := there - {run.folder.name for run in finished}:
+    here = {run.folder.name for run in finished}
+    there = (path.parent for path in out.glob(f"*/{SUMMARY}"))
+    if left_out := [each for each in there if each.name not in here and is_done(each)]:
         parts.append(f"Not in these tables: {len(left_out)} more finished runs in {out.name}/.\n")
     write_text(out / "sweep.md", "\n".join(parts))
     if finished and all(run.config.report for run in finished):
