@@ -47,6 +47,25 @@ def test_an_error_is_one_line_and_with_debug_its_traceback(
     assert debug or said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("run --method fedavg", "settings have no dashes: method=VALUE"),
+        ("run --num_clients=20", "settings have no dashes: num-clients=VALUE"),
+        ("run --lr 0.1", "settings have no dashes: learning-rate=VALUE"),
+        ("run --out kept", "settings have no dashes: out-dir=VALUE"),
+        ("sweep own.yaml --jbos 2", "did you mean --jobs?"),
+        ("doctor --xyz", "all options: pfedgpa doctor --help"),
+    ],
+)
+def test_an_unknown_option_is_told_what_may_be_meant(
+    words: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.parse(words.split())
+    assert capsys.readouterr().err.rstrip().endswith(meant)
+
+
 def test_help_and_completion_wait_for_no_import_of_torch() -> None:
     """Which takes seconds, at each TAB."""
     code = """if True:

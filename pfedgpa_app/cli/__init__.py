@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -32,7 +33,7 @@ from pfedgpa_app.cli import (
     sweep,
     tune,
 )
-from pfedgpa_app.core.settings import ConfigError, DataError
+from pfedgpa_app.core.settings import ConfigError, DataError, closest
 from pfedgpa_app.engine import LaunchError, StoppedError
 
 
@@ -134,10 +135,26 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     into = getattr(options, "words", "")  # a command that takes any number of them
     if rest and (not into or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        commands.choices[options.command].error(_unknown(rest, commands.choices[options.command]))
     if rest:
         setattr(options, into, [*getattr(options, into), *rest])
     return options
+
+
+def _unknown(words: list[str], own: argparse.ArgumentParser) -> str:
+    """Why ``words`` are refused that a command does not know, and what may be meant."""
+    word = next((word for word in words if word.startswith("-")), words[0])
+    if not word.startswith("-"):
+        return f"{word}: nothing is known to do with it"
+    name = word.lstrip("-").partition("=")[0]
+    if meant := closest(name, re.findall(r"--([a-z-]+)", own.format_help())):
+        return f"{word}: no such option; did you mean --{meant}?"
+    if own.get_default("words") == "settings":
+        from pfedgpa_app.config.resolve import SHORT, keys
+
+        if meant := closest(SHORT.get(name, name), keys()):
+            return f"{word}: no such option; settings have no dashes: {meant}=VALUE"
+    return f"{word}: no such option; all options: {own.prog} --help"
 
 
 def _failed(why: str, status: int, debug: bool) -> int:

@@ -81,6 +81,7 @@ SHORT = {  # what others call settings, too unlike to be guessed
     "alpha": "dirichlet-alpha",
     "bs": "batch-size",
     "lr": "learning-rate",
+    "out": "out-dir",
     "rounds": "num-server-rounds",
 }
 

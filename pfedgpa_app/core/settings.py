@@ -23,8 +23,14 @@ class DataError(RuntimeError):
 
 def near(name: str, names: Iterable[str]) -> str:
     """The end of a sentence that refuses ``name``: the one of ``names`` that may be meant."""
+    found = closest(name, names)
+    return f"; did you mean {found}?" if found else "."
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """The one of ``names`` that a user may mean by ``name``; "" if it is like none."""
     found = difflib.get_close_matches(name.lower(), list(names), n=1)
-    return f"; did you mean {found[0]}?" if found else "."
+    return found[0] if found else ""
 
 
 def listed(names: Sequence[str], most: int = 9) -> str:
