@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -87,9 +88,8 @@ def _examples(node: Node) -> Dataset:
         raise NodeError(str(error)) from error
 
 
-def data(node: Node) -> str:
+def data(node: Node, found: Dataset) -> str:
     """The node's examples."""
-    found = _examples(node)
     text = unscaled(found)
     return (
         f"{node.dataset}: {len(found.train_labels):,} training and {len(found.test_labels):,} test "
@@ -97,10 +97,10 @@ def data(node: Node) -> str:
     )
 
 
-def network(node: Node) -> str:
+def network(node: Node, found: Dataset) -> str:
     """Whether the run's network takes the node's examples."""
     try:
-        made = network_of(TrainingSettings(model=node.model), schema_of(_examples(node)))
+        made = network_of(TrainingSettings(model=node.model), schema_of(found))
     except ValueError as error:
         raise NodeError(str(error)) from error
     return f"{node.model}: {sum(t.numel() for t in weights_of(made).values()):,} weights"
@@ -176,7 +176,11 @@ def examine(node: Node) -> Iterator[tuple[str, bool, str]]:
     """(check, whether it passes, what was found or what to do) one after the other."""
     checks: list[tuple[str, Callable[[], str]]] = [("python", python), ("packages", packages)]
     if node.dataset:
-        checks += [("data", lambda: data(node)), ("network", lambda: network(node))]
+        found = cache(lambda: _examples(node))
+        checks += [
+            ("data", lambda: data(node, found())),
+            ("network", lambda: network(node, found())),
+        ]
     if node.state_dir:
         checks.append(("state-dir", lambda: state_dir(node)))
     if node.certificates:
@@ -185,8 +189,12 @@ def examine(node: Node) -> Iterator[tuple[str, bool, str]]:
         checks.append(("key", lambda: key(node)))
     if node.superlink:
         checks.append(("connection", lambda: connection(node)))
+    failed = ""
     for name, check in checks:
+        if name == "network" and failed == "data":
+            continue  # there is nothing that it could take
         try:
             yield name, True, check()
         except NodeError as trouble:
+            failed = name
             yield name, False, str(trouble)
