@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -43,6 +44,18 @@ def with_momentum(
     }
     moved = {name: _moved(before[name], step, mean[name]) for name, step in velocity.items()}
     return mean | moved, velocity
+
+
+def heading(before: Weights, mean: Weights, velocity: Weights) -> float:
+    """Cosine of the angle between a step (mean − w) and the velocity m; 0 before the first one."""
+    dot = step_squared = velocity_squared = 0.0
+    for name, earlier in velocity.items():
+        step = (mean[name] - before[name]).double()
+        dot += float((step * earlier).sum())
+        step_squared += float(step.square().sum())
+        velocity_squared += float(earlier.double().square().sum())
+    length = math.sqrt(step_squared * velocity_squared)
+    return dot / length if length else 0.0
 
 
 def _moved(before: Tensor, step: Tensor, mean: Tensor) -> Tensor:

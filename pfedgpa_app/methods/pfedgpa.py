@@ -32,7 +32,7 @@ from pfedgpa_app.core.uploads import Buffer, Upload
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.diffusion.directions import Likeness
 from pfedgpa_app.diffusion.distribution import WeightDistribution
-from pfedgpa_app.methods.averaging import with_momentum
+from pfedgpa_app.methods.averaging import heading, with_momentum
 from pfedgpa_app.methods.generation import (
     ROUNDS,
     UPLOADS,
@@ -44,6 +44,8 @@ from pfedgpa_app.methods.generation import (
 
 MEAN, GENERATED, OWN = "mean", "generated", "own"
 _MOMENTUM = 0.7  # the server's at first
+_STRAIGHT_MOMENTUM = 0.9  # at most, where rounds all point the same way
+_TURNING, _STRAIGHT = 0.5, 0.75  # cosines between which momentum grows to that
 _OWN_WEIGHT = 0.9  # posterior weight that clients' own uploads keep where nobody is like anybody
 
 
@@ -146,9 +148,11 @@ class PFedGPA(Generation, RememberingFedAvg):
         if state.generated and state.chosen != OWN and (absent or state.buffer.means):
             self._keep_comparable(server_round, uploads, absent)
         if self.own.momentum != 0 and not self._is_gentle(server_round):
-            state.global_weights, state.velocity = with_momentum(
-                before, state.global_weights, state.velocity, self._momentum(uploads)
-            )
+            mean, velocity = state.global_weights, state.velocity
+            if (beta := self.own.momentum) is None:
+                rounds_left = 1 - server_round / self.first_generation(self.config)
+                beta = _momentum(self._left(uploads), rounds_left, heading(before, mean, velocity))
+            state.global_weights, state.velocity = with_momentum(before, mean, velocity, beta)
         generation = self.first_generation(self.config)
         if server_round >= generation:
             if self.own.rank is None and server_round == generation and state.losses:
@@ -189,22 +193,15 @@ class PFedGPA(Generation, RememberingFedAvg):
         for client in uploads:
             buffer.forget(generation, client)
 
-    def _momentum(self, uploads: dict[int, Upload]) -> float:
-        """Of this round, by how much of the first one's training loss is left.
-
-        What few images have to teach is learned without it, too; with it clients know theirs by
-        heart before generation begins, which then has nothing left to share.
-        """
-        if self.own.momentum is not None:
-            return self.own.momentum
+    def _left(self, uploads: dict[int, Upload]) -> float | None:
+        """How much of the first round's training loss is left; None where nobody tells theirs."""
         losses = [upload.loss for upload in uploads.values() if math.isfinite(upload.loss)]
         if not losses:
-            return 0.0
+            return None
         loss, state = statistics.median(losses), self.state
         if state.first_loss is None:
             state.first_loss = loss
-        left = loss / state.first_loss if state.first_loss > 0 else 0.0
-        return _MOMENTUM * min(1.0, max(0.0, left))
+        return min(1.0, max(0.0, loss / state.first_loss)) if state.first_loss > 0 else 0.0
 
     def _compare(self, uploads: dict[int, Upload]) -> str:
         """Take in clients' validation losses; after the first generation, choose by them.
@@ -265,6 +262,24 @@ class PFedGPA(Generation, RememberingFedAvg):
 
     def report(self) -> dict[str, Any]:
         return super().report() | {"chosen_by_validation": self.state.chosen or None}
+
+
+def _momentum(left: float | None, rounds_left: float, heading: float) -> float:
+    """Of a round, in which a share of the first training loss and of FedAvg's rounds is ``left``.
+
+    What few images have to teach is learned without it, too; with it clients know theirs by
+    heart before generation begins, which then has nothing left to share. It is more where this
+    round points where those before it did, but only in so far as the loss falls later than the
+    rounds pass.
+
+    Args:
+        heading: cosine of the angle between this round's step and those before it.
+    """
+    straight = min(1.0, max(0.0, (heading - _TURNING) / (_STRAIGHT - _TURNING)))
+    if left is None:
+        return _STRAIGHT_MOMENTUM * straight
+    late = 1.0 if left >= rounds_left else left / rounds_left
+    return max(_MOMENTUM * left, _STRAIGHT_MOMENTUM * straight * late)
 
 
 def _best(losses: Tensor) -> str:

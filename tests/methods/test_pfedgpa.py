@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.core.weights import own_statistics
@@ -37,6 +38,16 @@ def test_whose_statistics_are_a_clients_own(made: list[str], own: list[str]) -> 
     names = ["in.running_mean", "a.weight", "a.running_mean", "b.weight", "b.running_mean"]
     names += ["head.weight"]
     assert [name.partition(".")[0] for name in own_statistics(names, made)] == own
+
+
+def by_hand(momentum: list[float], steps: Tensor) -> list[float]:
+    """Where steps [rounds, 3], each with the momentum of its round, lead from 0."""
+    weights, velocity = torch.zeros(3), torch.zeros(3)
+    for beta, step in zip(momentum, steps, strict=True):
+        velocity = step + beta * velocity
+        weights += velocity
+    found: list[float] = weights.tolist()
+    return found
 
 
 class TestServers:
@@ -177,18 +188,41 @@ class TestServers:
     def test_momentum_goes_as_the_training_loss(
         self, losses: list[float], momentum: list[float]
     ) -> None:
+        steps = torch.eye(3)  # no round points where another one did
+        assert self.moved(losses, steps) == pytest.approx(by_hand(momentum, steps), abs=1e-6)
+
+    @pytest.mark.parametrize(
+        ("losses", "momentum"),
+        [
+            ([4.0, 4.0, 4.0], [0.7, 0.9, 0.9]),  # no loss falls: all that there is
+            # a share of 1/4 is left where 6/8 and 5/8 of FedAvg's rounds are
+            ([4.0, 1.0, 1.0], [0.7, 0.9 / 3, 0.9 / 2.5]),
+            ([math.nan, math.nan, math.nan], [0.0, 0.9, 0.9]),  # nobody tells
+        ],
+    )
+    def test_momentum_is_more_where_rounds_point_the_same_way(
+        self, losses: list[float], momentum: list[float]
+    ) -> None:
+        steps = torch.eye(3)[[0, 0, 0]]
+        assert self.moved(losses, steps) == pytest.approx(by_hand(momentum, steps), abs=1e-6)
+        turning = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.75**0.5, 0.0]])  # by 60°
+        left = [0.7, 0.7 * min(1.0, losses[1] / losses[0]) if losses[0] > 0 else 0.0]
+        found = self.moved(losses[:2], turning)
+        assert found == pytest.approx(by_hand(left, turning), abs=1e-6)
+
+    def moved(self, losses: list[float], steps: Tensor) -> list[float]:
+        """Where clients' steps [rounds, 3] and momentum take the three weights from 0."""
         method = server("pfedgpa", clients=5, num_server_rounds=9)
-        like, velocity, weights = method.expected_upload(), 0.0, 0.0
-        for number, (loss, beta) in enumerate(zip(losses, momentum, strict=True), start=1):
+        assert not any(t.any() for t in method.expected_upload().values())
+        for number, (loss, step) in enumerate(zip(losses, steps, strict=True), start=1):
             # a client or two may tell anything
             told = [loss, loss, loss, math.nan if math.isnan(loss) else 1e9, math.inf]
-            sent = {n: torch.full_like(t, float(number)) for n, t in like.items()}
-            uploads = {c: Upload(sent, 1, loss=told[c]) for c in range(5)}
-            method.aggregate(number, uploads)
-            velocity = number - weights + beta * velocity
-            weights += velocity
-            after = method.state.global_weights["2.weight"]
-            torch.testing.assert_close(after, torch.full_like(after, weights))
+            before = method.state.global_weights
+            parts = {"1.weight": column(*step[:1]), "2.weight": column(*step[1:])}
+            sent = {name: before[name] + part for name, part in parts.items()}
+            method.aggregate(number, {c: Upload(sent, 1, loss=told[c]) for c in range(5)})
+        after = method.state.global_weights
+        return [*after["1.weight"].flatten().tolist(), *after["2.weight"].flatten().tolist()]
 
     def test_a_network_that_is_too_sure_is_not_worse_for_that(self) -> None:
         worse = torch.tensor([1.0, 0.9, 0.8, 0.9, 1.0, 1.1])
