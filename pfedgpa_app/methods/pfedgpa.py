@@ -150,8 +150,7 @@ class PFedGPA(Generation, RememberingFedAvg):
         if self.own.momentum != 0 and not self._is_gentle(server_round):
             mean, velocity = state.global_weights, state.velocity
             if (beta := self.own.momentum) is None:
-                rounds_left = 1 - server_round / self.first_generation(self.config)
-                beta = _momentum(self._left(uploads), rounds_left, heading(before, mean, velocity))
+                beta = self._momentum(server_round, uploads, heading(before, mean, velocity))
             state.global_weights, state.velocity = with_momentum(before, mean, velocity, beta)
         generation = self.first_generation(self.config)
         if server_round >= generation:
@@ -193,15 +192,17 @@ class PFedGPA(Generation, RememberingFedAvg):
         for client in uploads:
             buffer.forget(generation, client)
 
-    def _left(self, uploads: dict[int, Upload]) -> float | None:
-        """How much of the first round's training loss is left; None where nobody tells theirs."""
+    def _momentum(self, server_round: int, uploads: dict[int, Upload], heading: float) -> float:
+        """Of this round, by its ``heading`` and the training losses; 0 where nobody tells those."""
         losses = [upload.loss for upload in uploads.values() if math.isfinite(upload.loss)]
         if not losses:
-            return None
+            return 0.0
         loss, state = statistics.median(losses), self.state
         if state.first_loss is None:
             state.first_loss = loss
-        return min(1.0, max(0.0, loss / state.first_loss)) if state.first_loss > 0 else 0.0
+        left = loss / state.first_loss if state.first_loss > 0 else 0.0
+        rounds_left = 1 - server_round / self.first_generation(self.config)
+        return _momentum_of(min(1.0, max(0.0, left)), rounds_left, heading)
 
     def _compare(self, uploads: dict[int, Upload]) -> str:
         """Take in clients' validation losses; after the first generation, choose by them.
@@ -264,8 +265,8 @@ class PFedGPA(Generation, RememberingFedAvg):
         return super().report() | {"chosen_by_validation": self.state.chosen or None}
 
 
-def _momentum(left: float | None, rounds_left: float, heading: float) -> float:
-    """Of a round, in which a share of the first training loss and of FedAvg's rounds is ``left``.
+def _momentum_of(left: float, rounds_left: float, heading: float) -> float:
+    """Of a round, after which these shares of the training loss and of FedAvg's rounds are left.
 
     What few images have to teach is learned without it, too; with it clients know theirs by
     heart before generation begins, which then has nothing left to share. It is more where this
@@ -276,8 +277,6 @@ def _momentum(left: float | None, rounds_left: float, heading: float) -> float:
         heading: cosine of the angle between this round's step and those before it.
     """
     straight = min(1.0, max(0.0, (heading - _TURNING) / (_STRAIGHT - _TURNING)))
-    if left is None:
-        return _STRAIGHT_MOMENTUM * straight
     late = 1.0 if left >= rounds_left else left / rounds_left
     return max(_MOMENTUM * left, _STRAIGHT_MOMENTUM * straight * late)
 

@@ -197,7 +197,7 @@ class TestServers:
             ([4.0, 4.0, 4.0], [0.7, 0.9, 0.9]),  # no loss falls: all that there is
             # a share of 1/4 is left where 6/8 and 5/8 of FedAvg's rounds are
             ([4.0, 1.0, 1.0], [0.7, 0.9 / 3, 0.9 / 2.5]),
-            ([math.nan, math.nan, math.nan], [0.0, 0.9, 0.9]),  # nobody tells
+            ([math.nan, math.nan, math.nan], [0.0, 0.0, 0.0]),  # nobody tells
         ],
     )
     def test_momentum_is_more_where_rounds_point_the_same_way(
