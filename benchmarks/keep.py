@@ -26,7 +26,7 @@ from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import LAUNCH
 from pfedgpa_app.methods import METHODS
-from pfedgpa_app.results.log import is_done, rows_of
+from pfedgpa_app.results.log import finished_in, rows_of
 from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study import reproduce, table1
 from pfedgpa_app.study.compare import EXPERIMENTS, Finished, report_of
@@ -102,9 +102,9 @@ def write(file: Path, rows: list[Row]) -> None:
 def add(folder: Path) -> None:
     """Keep every finished run in ``folder``, in the place of what is kept of the same seed."""
     new: dict[str, list[Row]] = defaultdict(list)
-    for run in sorted(path.parent for path in folder.glob("*/summary.json")):
+    for run in finished_in(folder):  # of a method and seed that were run twice, the newest
         experiment = Path(kept_settings(run)["conf"]["value"]).stem
-        if is_done(run) and experiment in EXPERIMENTS:
+        if experiment in EXPERIMENTS:
             new[experiment] += of_run(run)
     for experiment, rows in new.items():
         file = file_of(experiment)

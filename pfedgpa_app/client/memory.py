@@ -79,7 +79,8 @@ def keep(
     """Keep ``state`` under ``key``; a file is written whole or not at all.
 
     Args:
-        again: how many rounds a resumed run may repeat; what was kept before them stays.
+        again: how many rounds a resumed run may repeat; what was kept before them stays. What is
+            of later rounds than this one was kept by a process that was killed, and is no more.
     """
     if not state:
         return
@@ -91,5 +92,18 @@ def keep(
     path = folder / f"{key}@{server_round}.safetensors"
     with replacing(path) as new:
         write_tensors(new, state)
-    for old in _kept(folder, key)[: -1 - again]:
-        old.unlink(missing_ok=True)
+    files = _kept(folder, key)
+    here = files.index(path)
+    for other in (*files[: max(0, here - again)], *files[here + 1 :]):
+        other.unlink(missing_ok=True)
+
+
+def forget_after(folder: Path, method: str, server_round: int) -> None:
+    """Delete what clients kept for ``method`` in rounds that a resumed run has yet to repeat.
+
+    Args:
+        folder: a run's, in a ``state-dir``.
+    """
+    for file in _kept(folder, f"{method}.*"):
+        if _round(file) > server_round:
+            file.unlink()

@@ -85,6 +85,12 @@ def is_done(folder: Path) -> bool:
     return last_event(folder).get("kind") == "done"
 
 
+def finished_in(out: Path) -> list[Path]:
+    """The folders of the finished runs in ``out``, the one that ended last at the end."""
+    found = [path.parent for path in sorted(out.glob(f"*/{SUMMARY}")) if is_done(path.parent)]
+    return sorted(found, key=lambda folder: float(last_event(folder).get("time", 0)))
+
+
 def say(folder: Path, kind: str, text: str, progress: float) -> None:
     """Add to the events in a run's folder what somebody else says of it."""
     record = {"kind": kind, "text": text, "time": round(time.time(), 3), "progress": progress}

@@ -18,12 +18,20 @@ from typing import Any
 import numpy as np
 
 from pfedgpa_app.config.parse import argument
-from pfedgpa_app.config.resolve import defaults, keys
+from pfedgpa_app.config.resolve import defaults, keys, values_of, without_idle
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
 from pfedgpa_app.results import figures
-from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, accuracies_of, clock, rows_of
+from pfedgpa_app.results.log import (
+    EVENTS,
+    SUMMARY,
+    Records,
+    accuracies_of,
+    clock,
+    last_event,
+    rows_of,
+)
 from pfedgpa_app.results.page import page
 from pfedgpa_app.results.tables import LEGEND, over_seeds, recipe_in_words, without_generation
 from pfedgpa_app.runs.folder import CONFIG, HOLDINGS, kept_methods, kept_settings
@@ -67,6 +75,16 @@ class Run:
         """What it keeps in a JSON file; None without."""
         path = self.folder / file
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @cached_property
+    def ended(self) -> float:
+        """When its last event was."""
+        return float(last_event(self.folder).get("time", 0.0))
+
+    def choice(self, method: str, varied: Sequence[str]) -> dict[str, Any]:
+        """Of the settings that are ``varied`` what ``method`` goes by, as the run has it."""
+        here = {name: self.settings[name] for name in varied if name in self.settings}
+        return values_of(without_idle(here, [method]))
 
     @cached_property
     def curves(self) -> dict[str, dict[int, float]]:
@@ -199,13 +217,16 @@ def table_of(runs: Sequence[Run]) -> tuple[list[str], list[Entry]]:
         c for c, k in COLUMNS.items() if any(r.get(k) is not None for x in runs for r in x.rows)
     ]
     varied = _varied(runs)
-    alike: dict[tuple[str, str], list[Row]] = {}
+    alike: dict[tuple[str, str], dict[int, tuple[float, Row]]] = {}
     for run in runs:
-        choice = ", ".join(f"{k}={run.settings[k]['value']}" for k in varied if k in run.settings)
         for row in run.rows:
-            alike.setdefault((row["title"], choice), []).append(row)
+            choice = ", ".join(f"{k}={v}" for k, v in run.choice(row["method"], varied).items())
+            seeds = alike.setdefault((row["title"], choice), {})
+            if row["seed"] not in seeds or seeds[row["seed"]][0] < run.ended:
+                seeds[row["seed"]] = run.ended, row  # of two runs of a seed the newest
     entries = []
-    for (title, choice), rows in alike.items():
+    for (title, choice), seeds in alike.items():
+        rows = [row for _, row in seeds.values()]
         values = {c: [r[COLUMNS[c]] for r in rows if r.get(COLUMNS[c]) is not None] for c in shown}
         seconds = mean(row.get("server_seconds", 0.0) for row in rows)
         up = mean(row.get("bytes_up", 0) / max(1, row["rounds"]) for row in rows)
@@ -217,11 +238,12 @@ def table_of(runs: Sequence[Run]) -> tuple[list[str], list[Entry]]:
 
 
 def _varied(runs: Sequence[Run]) -> list[str]:
-    """The settings, the seed aside, that differ between runs and are not their methods'."""
+    """The settings, the seed aside, that differ between runs whose methods go by them."""
     found: dict[str, set[str]] = {}
     for run in runs:
-        for name, entry in run.settings.items():
-            if name in keys() and keys()[name].rules["part"] != LAUNCH and "." not in name:
+        methods = [row["method"] for row in run.rows]
+        for name, entry in without_idle(run.settings, methods).items():
+            if name in keys() and keys()[name].rules["part"] != LAUNCH:
                 found.setdefault(name, set()).add(json.dumps(entry["value"]))
     return [n for n, kinds in found.items() if len(kinds) > 1 and n not in ("seed", "method")]
 
@@ -261,23 +283,24 @@ def _about(runs: Sequence[Run]) -> list[str]:
 
 def curves_of(runs: Sequence[Run]) -> tuple[dict[str, figures.Curve], dict[str, float]]:
     """{federation: its mean curve over seeds}, and where methods without rounds came to."""
-    varied, gathered = _varied(runs), dict[str, dict[int, list[float]]]()
-    ends: dict[str, list[float]] = {}
-    for run in runs:
+    varied, gathered = _varied(runs), dict[str, dict[int, dict[int, float]]]()
+    ends: dict[str, dict[int, float]] = {}
+    for run in sorted(runs, key=lambda run: run.ended):  # of two runs of a seed the newest
         titles = {row["method"]: row["title"] for row in run.rows}
-        choice = ", ".join(f"{run.settings[k]['value']}" for k in varied if k in run.settings)
+        seed = run.settings["seed"]["value"]
         for federation, rounds in run.curves.items():
+            choice = ", ".join(map(str, run.choice(federation, varied).values()))
             name = titles.get(federation, federation) + (f" ({choice})" if choice else "")
             for r, accuracy in rounds.items():
-                gathered.setdefault(name, {}).setdefault(r, []).append(accuracy)
+                gathered.setdefault(name, {}).setdefault(r, {})[seed] = accuracy
         for row in run.rows:
-            if row["method"] not in run.curves and not choice:
-                ends.setdefault(row["title"], []).append(row["accuracy_before_ft"])
-    found: dict[str, figures.Curve] = {
-        name: [(r, mean(a), stdev(a) if len(a) > 1 else 0.0) for r, a in sorted(rounds.items())]
-        for name, rounds in gathered.items()
-    }
-    return found, {name: mean(values) for name, values in ends.items()}
+            if row["method"] not in run.curves and not run.choice(row["method"], varied):
+                ends.setdefault(row["title"], {})[seed] = row["accuracy_before_ft"]
+    found: dict[str, figures.Curve] = {}
+    for name, points in gathered.items():
+        by_round = [(r, list(seeds.values())) for r, seeds in sorted(points.items())]
+        found[name] = [(r, mean(a), stdev(a) if len(a) > 1 else 0.0) for r, a in by_round]
+    return found, {name: mean(seeds.values()) for name, seeds in ends.items()}
 
 
 _PIES = (

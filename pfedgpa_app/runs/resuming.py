@@ -37,15 +37,18 @@ class Resuming:
         self._checksums: dict[str, int] = {}  # of clients' files
         self._restored = False
 
-    def restore(self) -> dict[str, Any]:
+    def restore(self, every: int) -> dict[str, Any]:
         """Go on after the last checkpoint, if there is one.
+
+        Args:
+            every: rounds between two checkpoints from now on; 0: no more.
 
         Returns:
             of the federation that was going on: its name, how many rounds of it are done, what
             they cost, and a ``node`` of its state for ``state``; {} between two federations.
 
         Raises:
-            ConfigError: the checkpoint cannot be used.
+            ConfigError: the checkpoint cannot be used, or is to be the last.
         """
         try:
             kept = self._checkpoint.read()
@@ -54,6 +57,10 @@ class Resuming:
                     self.log.event("warning", "no checkpoint was kept: the run begins anew")
                 self.log.restore({"curves": {}, "rejections": 0, "done": 0.0, "sizes": {}})
                 return {}
+            if not every:  # nor would clients keep what they go on from
+                raise ConfigError(
+                    "checkpoint-every = 0: a run that goes on keeps checkpoints; give 1 or more"
+                )
             names = ("name", "finished", "rows", "outcomes", "log")
             values = {name: self._checkpoint.restore(kept[name]) for name in names}
             self.name, self.finished = values["name"], values["finished"]
@@ -66,6 +73,8 @@ class Resuming:
                 going["costs"] = self._checkpoint.restore(kept["costs"])
                 going["node"] = kept["state"]
                 self._check_clients(self._checkpoint.restore(kept["clients"]))
+                kept_here = self.clients / f"run-{self.name}"
+                memory.forget_after(kept_here, going["federation"], going["round"])
         except (CheckpointError, KeyError) as error:
             raise ConfigError(f"resume: {error}") from error
         self.summary.rows, self.summary.outcomes = values["rows"], values["outcomes"]

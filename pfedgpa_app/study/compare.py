@@ -9,10 +9,10 @@ from typing import Any
 from pfedgpa_app.config.resolve import require_method
 from pfedgpa_app.methods import METHODS, federations
 from pfedgpa_app.methods.own import reference_of
-from pfedgpa_app.results.log import is_done, rows_of
+from pfedgpa_app.results.log import finished_in, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.runs.folder import kept_settings
-from pfedgpa_app.study.sweep import Run, Settings, expand, settings_of
+from pfedgpa_app.study.sweep import Run, Settings, expand, require_alike, settings_of
 
 EXPERIMENTS = (
     *("compare-cifar10", "compare-fashion-mnist"),
@@ -87,7 +87,7 @@ def plan(
         seeds: which seeds; None for three of the main methods and one of the others.
 
     Raises:
-        ConfigError: a method that does not exist.
+        ConfigError: a method that does not exist, or whose runs in ``out`` have other settings.
     """
     every = [name for name in METHODS if not METHODS[name].is_defence]
     asked = every if methods is None else methods
@@ -104,6 +104,7 @@ def plan(
                 over: dict[str, list[Any]] = {"conf": [experiment], "method": [named]}
                 over["seed"] = [seed]
                 runs += expand(settings_of(settings, group, chosen), over, out)
+    require_alike(runs, out)
     return runs
 
 
@@ -116,15 +117,17 @@ def _published(row: Mapping[str, Any]) -> str:
 
 
 def finished(out: Path) -> Finished:
-    """All finished runs in ``out``."""
-    found: Finished = {}
-    for folder in sorted(path.parent for path in out.glob("*/summary.json")):
-        if is_done(folder):
-            experiment = kept_settings(folder)["conf"]["value"]
-            methods = found.setdefault(Path(experiment).stem, {})
-            for row in rows_of(folder):
-                methods.setdefault(row["method"], []).append(row)
-    return dict(sorted(found.items()))
+    """All finished runs in ``out``; of a method and seed that were run twice, the newest."""
+    found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for folder in finished_in(out):
+        experiment = kept_settings(folder)["conf"]["value"]
+        methods = found.setdefault(Path(experiment).stem, {})
+        for row in rows_of(folder):
+            methods.setdefault(row["method"], {})[row["seed"]] = row
+    return {
+        experiment: {name: [rows[seed] for seed in sorted(rows)] for name, rows in methods.items()}
+        for experiment, methods in sorted(found.items())
+    }
 
 
 def overview(found: Finished) -> str:

@@ -21,11 +21,11 @@ from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.methods import federations
-from pfedgpa_app.results.log import is_done, rows_of
+from pfedgpa_app.results.log import finished_in, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study import pictures
-from pfedgpa_app.study.sweep import Run, Settings, expand, images_trained
+from pfedgpa_app.study.sweep import Run, Settings, expand, images_trained, require_alike
 from pfedgpa_app.study.tune import DEFAULTS, main_settings, search
 
 OURS = "pfedgpa"
@@ -158,12 +158,11 @@ class Atlas:
         """What has been made of these cells, an entry a method and seed; no seed in part."""
         found = []
         for cell, seed in itertools.product(cells, seeds):
-            paths = sorted(self._at(cell, seed).glob("*/config.json"))
-            folders = [path.parent for path in paths if is_done(path.parent)]
-            rows = [row for folder in folders for row in self._rows_of(folder)]
+            folders = finished_in(self._at(cell, seed))  # a method may have been run twice
+            rows = {row["method"]: row for folder in folders for row in self._rows_of(folder)}
             wanted = self._methods(cell)
-            if wanted and {row["method"] for row in rows} >= set(wanted):
-                found += [asdict(cell) | row for row in rows if row["method"] in wanted]
+            if wanted and rows.keys() >= set(wanted):
+                found += [asdict(cell) | rows[method] for method in wanted]
         return found
 
     def write(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
@@ -209,6 +208,7 @@ class Atlas:
         for group, own in self._federations(cell, found):
             over: dict[str, list[Any]] = {"method": [group], "seed": [seed]}
             runs += expand(own, over, self._at(cell, seed))
+        require_alike(runs, self._at(cell, seed))
         if runs and not self.run_all(runs):
             raise LaunchError(f"a run failed; see {self._at(cell, seed)}")
 

@@ -31,7 +31,7 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import StoppedError, engine_for
 from pfedgpa_app.methods import federations
-from pfedgpa_app.results.log import SUMMARY, clock, is_done, last_event, rows_of
+from pfedgpa_app.results.log import clock, finished_in, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.checkpoint import MANIFEST
@@ -147,6 +147,30 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
     if twice := [name for name, n in Counter(run.name for run in runs).items() if n > 1]:
         raise ConfigError(f"over: the same run twice: {', '.join(sorted(twice))}")
     return runs
+
+
+def require_alike(runs: Sequence[Run], out: Path) -> None:
+    """Refuse an ``out`` whose tables would take runs by other settings for seeds of ``runs``.
+
+    In another group of methods a method's run has a folder of another name.
+
+    Raises:
+        ConfigError: a finished run of the same experiment and method has other settings.
+    """
+    for folder in finished_in(out):
+        there = kept_settings(folder)
+        experiment = Path(there["conf"]["value"]).stem
+        for run in runs:
+            both = [name for name in there["method"]["value"] if name in run.config.method]
+            if not both or Path(run.config.conf).stem != experiment:
+                continue
+            same = {"method": both, "seed": there["seed"]["value"]}
+            here = resolve(without_idle(run.settings, both) | same)
+            if found := differences(there | {"method": {"value": both}}, here):
+                raise ConfigError(
+                    f"{folder} holds {', '.join(both)} with other settings ({'; '.join(found)}): "
+                    "choose another --out, or delete it"
+                )
 
 
 def settings_of(settings: Settings, methods: Sequence[str], every: Sequence[str]) -> Settings:
@@ -401,8 +425,7 @@ def summarise(runs: Sequence[Run], out: Path) -> str:
         spread = ": means ± one standard deviation over them" if len(alike) > 1 else ""
         parts.append(f"### {title}\n\nSeeds {seeds}{spread}.\n\n{figures}\n")
     here = {run.folder.name for run in finished}
-    there = (path.parent for path in out.glob(f"*/{SUMMARY}"))
-    if left_out := [each for each in there if each.name not in here and is_done(each)]:
+    if left_out := [each for each in finished_in(out) if each.name not in here]:
         parts.append(f"Not in these tables: {len(left_out)} more finished runs in {out.name}/.\n")
     write_text(out / "sweep.md", "\n".join(parts))
     if finished and all(run.config.report for run in finished):

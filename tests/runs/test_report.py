@@ -215,6 +215,24 @@ class TestSeveralRuns:
         assert f"{statistics.mean(kept):.2f} ± {statistics.stdev(kept):.2f}" in page
         assert "Means over seeds (0, 1, 2)" in page
 
+    def test_what_a_method_goes_by_is_told_apart_and_a_seed_counts_once(
+        self, tmp_path: Path
+    ) -> None:
+        for mu in (0.01, 30.0):
+            how: dict[str, Any] = {"method": "fedavg,fedprox", "fedprox.mu": mu}
+            federate(tmp_path / str(mu), num_server_rounds=2, **how)
+        report.write([tmp_path])
+        with (tmp_path / "table.csv").open() as file:
+            rows = {row["method"]: row for row in csv.DictReader(file)}
+        apart = {f"FedProx (fedprox.mu={mu})": str(mu) for mu in (0.01, 30.0)}
+        assert set(rows) == {"FedAvg", *apart}
+        assert {row["seeds"] for row in rows.values()} == {"1"}
+        for name, place in apart.items():
+            kept = summary(tmp_path / place / "run")["fedprox"]["accuracy_kept"]
+            assert float(rows[name]["kept"]) == pytest.approx(kept, abs=1e-4)
+        curves, _ = report.curves_of(runs_in([tmp_path]))
+        assert set(curves) == {"FedAvg", "FedProx (0.01)", "FedProx (30.0)"}
+
     def test_best_and_second_are_marked(self, seeds: Path) -> None:
         page = report.write([seeds]).read_text()
         rows = re.findall(

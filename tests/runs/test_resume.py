@@ -112,6 +112,19 @@ def test_checkpoints_that_are_rounds_apart(tmp_path: Path) -> None:
     check_same(folder, reference)
 
 
+def test_checkpoints_may_come_more_often_after_a_kill(tmp_path: Path) -> None:
+    """What clients had kept in rounds that were to come does not push out what they kept since."""
+    how: dict[str, Any] = {"method": "scaffold", "num_server_rounds": 7, "evaluate_every": 0}
+    reference, _ = federate(tmp_path / "reference", **how)
+    out = tmp_path / "out"
+    with pytest.raises(KilledError):
+        federate(out, killer(26), checkpoint_every=4, **how)  # in round 7, after round 4's
+    with pytest.raises(KilledError):
+        federate(out, killer(6), resume=True, **how)  # in round 6, after round 5's
+    folder, _ = federate(out, resume=True, **how)
+    check_same(folder, reference)
+
+
 def test_between_federations_and_in_the_final_evaluation(tmp_path: Path) -> None:
     how: dict[str, Any] = {"method": "fedavg,client-mean,fedper,pfedgpa-once"}
     how |= {"num_server_rounds": 2, "join_clients": 1, "join_iterations": 1}
@@ -232,6 +245,11 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"learning-rate = 0\.\d+ there, 0\.5 here"):
             federate(tmp_path, method="fedavg", resume=True, learning_rate=0.5)
         federate(tmp_path, method="fedavg", resume=True, timeout=77.0)
+
+    def test_no_more_checkpoints(self, tmp_path: Path) -> None:
+        self.interrupted(tmp_path)
+        with pytest.raises(ConfigError, match="checkpoint-every = 0: a run that goes on"):
+            federate(tmp_path, resume=True, method="fedavg", checkpoint_every=0)
 
     def test_no_name(self, tmp_path: Path) -> None:
         words = ["run", f"out-dir={tmp_path}", "resume=true"]

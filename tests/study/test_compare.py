@@ -12,9 +12,10 @@ import yaml
 from benchmarks import keep
 from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import differences, resolve
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.fedprox import FedProxSettings
-from pfedgpa_app.results.log import EVENTS
+from pfedgpa_app.results.log import EVENTS, SUMMARY
 from pfedgpa_app.study import tune
 from pfedgpa_app.study.compare import (
     EXPERIMENTS,
@@ -60,14 +61,30 @@ class TestPlan:
             (("ditto",), 5),
         ]
 
+    def test_runs_by_other_settings_are_no_seeds(self, experiment: Path, tmp_path: Path) -> None:
+        [ran] = plan([str(experiment)], ["fedavg"], [0], {}, tmp_path)
+        ran.folder.mkdir()
+        (ran.folder / "config.json").write_text(json.dumps(ran.resolved.as_dict()))
+        (ran.folder / SUMMARY).write_text("[]")
+        (ran.folder / EVENTS).write_text(json.dumps({"kind": "done", "text": ""}) + "\n")
+        other: dict[str, Any] = {"num-server-rounds": 3}
+        with pytest.raises(ConfigError, match=r"fedavg with other settings .*= 2 there, 3 here"):
+            plan([str(experiment)], ["fedavg", "client-mean"], [1], other, tmp_path)
+        for more in (["fedavg", "client-mean"], ["ditto"], ["fedavg", "pfedgpa-once"]):
+            settings: dict[str, Any] = {"ditto.lam": 0.3} if "ditto" in more else {}
+            if "pfedgpa-once" in more:
+                settings |= {"pfedgpa.rank": 2}
+            assert plan([str(experiment)], more, [1], settings, tmp_path)
+
     def test_the_papers_methods_are_ours(self) -> None:
         for figures in PAPER.values():
             assert set(figures) <= set(METHODS)
             assert len(figures) == 9
 
     def test_table(self, tmp_path: Path) -> None:
-        for seed, value in ((0, 70.0), (1, 72.0), (2, 90.0)):
-            folder = tmp_path / str(seed)
+        ran = (("0", 0, 70.0), ("1", 1, 72.0), ("2", 2, 90.0), ("an older one", 1, 10.0))
+        for name, seed, value in ran:
+            folder = tmp_path / name
             folder.mkdir()
             (folder / "config.json").write_text('{"conf": {"value": "mine"}}')
             row: dict[str, Any] = dict.fromkeys(
@@ -80,10 +97,12 @@ class TestPlan:
                 "title": "FedPer",
                 "dataset": "imagefolder:cifar10",
             }
-            more |= {"num_clients": 20, "rounds": 3}
+            more |= {"num_clients": 20, "rounds": 3, "seed": seed}
             (folder / "summary.json").write_text(json.dumps([row | more]))
             kind = "done" if seed < 2 else "failed"
-            (folder / EVENTS).write_text(json.dumps({"kind": kind, "text": ""}) + "\n")
+            (folder / EVENTS).write_text(
+                json.dumps({"kind": kind, "text": "", "time": 0 if " " in name else 1}) + "\n"
+            )
         *_, line = table(finished(tmp_path)).strip().splitlines()
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         # √(((70 − 71)² + (72 − 71)²)/1) = 1.41; the paper's figure for 20 clients

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import keep
 from pfedgpa_app import cli
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.results import log
@@ -162,6 +163,20 @@ def test_some_of_the_methods_are_run_and_told_alone(tmp_path: Path) -> None:
     Atlas(tmp_path, {}, {}, machine).fill([CELL])  # the others join it
     assert ("pfedgpa",) not in {run.config.method for run in machine.done}
     assert "(+2.0 over FedAvgM)" in (tmp_path / "map.md").read_text()
+
+
+def test_a_method_that_ran_in_two_groups_is_told_once(tmp_path: Path) -> None:
+    Atlas(tmp_path, {}, {}, Machine(2.0), ("fedavg",)).fill([CELL])
+    machine = Machine(2.0)
+    machine.accuracy = lambda method, run: 77.0  # type: ignore[method-assign]
+    rows = Atlas(tmp_path, {}, {}, machine, ("fedavg", "client-mean"))
+    rows.fill([CELL])
+    found = [json.loads(line) for line in (tmp_path / "map.jsonl").read_text().splitlines()]
+    told = [(row["method"], row["seed"], row["accuracy_before_ft"]) for row in found]
+    assert sorted(told) == [("client-mean", 0, 77.0), ("fedavg", 0, 77.0)]  # the newest
+    again = Atlas(tmp_path, {"num-server-rounds": 9}, {}, machine, ("fedavg", "fedbabu"))
+    with pytest.raises(ConfigError, match="num-server-rounds = 100 there, 9 here"):
+        again.fill([CELL])
 
 
 def test_a_place_without_such_methods_is_left_out(tmp_path: Path) -> None:
