@@ -935,6 +935,15 @@ class TestHome:
             found = evaluate(folder, 0, dataset="npz:mine.npz")
             assert [of for _, of in found["classes"].values()] == counts
 
+    def test_a_client_that_took_no_part_is_told_so(self, here: Path) -> None:
+        how: dict[str, Any] = {"num_server_rounds": 1, "fraction_train": 0.25}
+        folder, _ = federate(here, method="client-mean", **how)
+        [here_was] = {r["client"] for r in records(folder) if r["participated"]}
+        evaluate(folder, here_was, dataset="digits")
+        absent = (here_was + 1) % 4
+        with pytest.raises(ConfigError, match=f"client {absent} took no part, so that client-mean"):
+            evaluate(folder, absent, dataset="digits")
+
     def test_what_cannot_be_predicted_is_refused(
         self, here: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

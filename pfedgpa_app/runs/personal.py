@@ -266,11 +266,13 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
     clients = {key.partition("/")[0] for key in made} - {"global"}
     settings = values_of(kept_settings(folder))
     count = settings["num-clients"]
-    if not 0 <= client < count or (clients and f"client-{client}" not in clients and not kept):
+    if not 0 <= client < count:
+        raise ConfigError(f"{folder}: has no client {client}; there are 0 to {count - 1}")
+    if clients and f"client-{client}" not in clients and not kept:
         raise ConfigError(
-            f"{folder}: has no client {client}; there are 0 to {count - 1}. For who took no part, "
-            "take a method's that sends all the same (--method fedavg, if the run had it), or let "
-            "them join (docs/join.md)"
+            f"{folder}: client {client} took no part, so that {method} made nothing for it: take a "
+            "method's that sends all the same (--method fedavg, if the run had it), or let it join "
+            "(docs/join.md)"
         )
     if settings.get("logit-adjustment") and settings["dataset"] == NODES:
         raise ConfigError(

@@ -17,7 +17,7 @@ from pfedgpa_app.methods.halves import reported
 from pfedgpa_app.results import plots
 from pfedgpa_app.results.log import SUMMARY, TABLE, RunLog, mean
 from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
-from pfedgpa_app.server.strategy import Personalised, sampled
+from pfedgpa_app.server.strategy import Personalised, missing, sampled
 from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 
 
@@ -108,7 +108,8 @@ class Summary:
 
     def _of_rounds(self, name: str, result: Outcome, strategy: Personalised) -> dict[str, Any]:
         """What the rounds tell of the method that the federation is named for."""
-        last_round = set(sampled(self.config, self.config.num_server_rounds))
+        last = self.config.num_server_rounds
+        last_round = set(sampled(self.config, last)).difference(*missing(self.config, last))
         took_part = [
             a for c, a in zip(result.clients, result.before, strict=True) if c in last_round
         ]
@@ -118,7 +119,7 @@ class Summary:
         soon = [r for r, a in accuracies.items() if a >= 0.95 * peak]
         last_five = [accuracy for _, accuracy, _ in curve][-5:]
         return {
-            "accuracy_before_ft_participants": round(mean(took_part), 4),
+            "accuracy_before_ft_participants": round(mean(took_part), 4) if took_part else None,
             "accuracy_mean_of_last_five_rounds": round(mean(last_five), 4) if last_five else None,
             "rounds_to_95_percent_of_peak": min(soon) if soon else None,
         }

@@ -754,6 +754,10 @@ class TestMissing:
                 if r["participated"] and r["round"] == server_round
             }
             assert here == set(range(8)) - dropped - late
+        accuracies = {r["client"]: r["before_ft"] for r in records(folder, "clients.jsonl")}
+        mean = sum(accuracies[client] for client in here) / len(here)
+        told = summary(folder)[method]["accuracy_before_ft_participants"]
+        assert told == pytest.approx(mean, abs=1e-3)
         # whoever is late has trained, whoever drops out was not even asked
         assert len(train_messages(grid, method)) == 4 * 6
         assert len({frozenset(missing(config, r)[0]) for r in range(1, 5)}) > 1
