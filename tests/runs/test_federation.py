@@ -50,7 +50,7 @@ from pfedgpa_app.server.screening import (
 )
 from pfedgpa_app.server.strategy import missing
 from pfedgpa_app.training import sgd
-from tests.support.federations import PLAIN, federate, records, summary, train_messages
+from tests.support.federations import PLAIN, federate, records, results, summary, train_messages
 from tests.support.local_grid import InProcessGrid
 
 
@@ -763,6 +763,14 @@ class TestMissing:
         assert len({frozenset(missing(config, r)[0]) for r in range(1, 5)}) > 1
         said = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
         assert not any("client" in text for text in said)
+
+    def test_who_is_late_is_to_the_server_as_who_drops_out(self, tmp_path: Path) -> None:
+        """Where clients keep nothing: a table by share is of both (docs/deploy.md)."""
+        how: dict[str, Any] = {"method": "fedavg,pfedgpa", "num_server_rounds": 4}
+        dropped, _ = federate(tmp_path / "dropped", dropout_share=0.5, **how)
+        late, _ = federate(tmp_path / "late", straggler_share=0.5, **how)
+        found, expected = (results(folder)["weights"] for folder in (late, dropped))
+        assert found == expected
 
     def test_as_many_as_a_round_needs_are_left(self, tmp_path: Path) -> None:
         how: dict[str, Any] = {"dropout_share": 0.8, "straggler_share": 0.8, "min_uploads": 2}

@@ -22,6 +22,8 @@ pytest.importorskip("optuna")
 def test_one_number_orders_scores_as_their_tuples_do() -> None:
     scores = [(80.1, 20.0, 20.0), (80.05, 80.05, 80.0), (80.05, 80.05, 0.0), (80.05, 0.0, 80.0)]
     assert sorted(scores, key=trials.ranked, reverse=True) == scores
+
+
 BASE = {"seed": 100, "validation-share": 0.2, "num-server-rounds": 2}
 RATES = {"fedavg": {"learning-rate": (0.005, 0.01, 0.02, 0.05)}}
 
