@@ -514,6 +514,20 @@ LABELS = np.arange(60) % 3
 
 
 class TestData:
+    def test_splits_by_other_names_are_no_classes(self, here: Path) -> None:
+        for split in ("Training", "Test"):
+            for kind in ("cat", "dog"):
+                Path("ph", split, kind).mkdir(parents=True)
+                Image.new("L", (8, 8)).save(Path("ph", split, kind, "0.png"))
+        with pytest.raises(DataError, match="has Training/ and Test/, which are no classes"):
+            load_dataset(Config(dataset="imagefolder:ph"))
+
+    def test_torch_datasets_of_other_classes(self) -> None:
+        splits = [TensorDataset(torch.from_numpy(ROWS), torch.from_numpy(LABELS)) for _ in "12"]
+        splits[0].classes, splits[1].classes = ["a", "b", "c"], ["c", "b", "a"]  # type: ignore[attr-defined]
+        with pytest.raises(DataError, match=r"have other classes: a, b, c to train on, c, b, a to"):
+            dataset_of("mine", tuple(splits), 0.2)
+
     def test_a_table_is_split_by_class(self) -> None:
         found = dataset_of("mine", {"x": ROWS, "y": LABELS, "classes": ["a", "b", "c"]}, 0.2)
         assert found.train_images.dtype == np.float32
@@ -934,6 +948,47 @@ class TestHome:
             np.savez("mine.npz", x=pixels, y=np.repeat(np.arange(10), counts))
             found = evaluate(folder, 0, dataset="npz:mine.npz")
             assert [of for _, of in found["classes"].values()] == counts
+
+    def test_columns_are_known_by_name(self, here: Path) -> None:
+        Path("named.py").write_text(
+            "import numpy as np\n"
+            "def of(*names):\n"
+            "    x = np.random.default_rng(0).normal(size=(200, 2)).astype(np.float32)\n"
+            "    where = [('a', 'b').index(n) if n in ('a', 'b') else 0 for n in names]\n"
+            "    return {'x': x[:, where], 'y': (x[:, 0] > 0).astype(int), 'columns': names}\n"
+            "def load(): return of('a', 'b')\n"
+            "def turned(): return of('b', 'a')\n"
+            "def other(): return of('a', 'c')\n"
+        )
+        how: dict[str, Any] = {"num_server_rounds": 3, "learning_rate": 0.5, "batch_size": 5}
+        how |= {"train_per_client": "auto", "test_per_client": "auto"}
+        folder, _ = federate(here, method="fedavg", dataset="named:load", **how)
+        right, turned = (evaluate(folder, 0, dataset=f"named:{n}") for n in ("load", "turned"))
+        assert right["accuracy"] > 90
+        assert turned == right
+        with pytest.raises(DataError, match="named:other: has no column 'b', which the run had"):
+            evaluate(folder, 0, dataset="named:other")
+
+    def test_examples_of_another_kind_are_refused(self, here: Path) -> None:
+        folder, _ = federate(here, method="fedavg", num_server_rounds=1)
+        model, pixels = load_client(folder, 0), np.full((8, 1, 8, 8), 200, np.uint8)
+        for other in (pixels.astype(np.int64), pixels.astype(np.float32), pixels / -255):
+            with pytest.raises(DataError, match="images are uint8 from 0 to 255, or floats from 0"):
+                model.probabilities(other)
+        np.savez("whole.npz", x=pixels.astype(np.int64), y=[0, 1] * 4)
+        np.savez("grey.npz", x=pixels, y=[0, 1] * 4)
+        assert evaluate(folder, 0, dataset="npz:grey.npz")["examples"] == 8
+        with pytest.raises(DataError, match=r"of another kind .*: whole numbers, .* takes images"):
+            evaluate(folder, 0, dataset="npz:whole.npz")
+        np.save("whole.npy", pixels.astype(np.int64))
+        words = ["predict", str(folder), "--client", "0", "whole.npy"]
+        assert cli.main(words) == 2
+
+    def test_a_client_that_joined_is_not_given_what_it_never_had(self, here: Path) -> None:
+        folder, _ = federate(here, method="fedavg", num_server_rounds=1, join_clients=1)
+        assert load_client(folder, 2)
+        with pytest.raises(ConfigError, match="client 3 joined after the last round"):
+            load_client(folder, 3)
 
     def test_a_client_that_took_no_part_is_told_so(self, here: Path) -> None:
         how: dict[str, Any] = {"num_server_rounds": 1, "fraction_train": 0.25}

@@ -12,7 +12,8 @@ import copy
 from collections.abc import Callable
 
 import numpy as np
-from flwr.app import Context, Message, RecordDict
+import torch
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp.mod import LocalDpMod
 
 from pfedgpa_app.config.resolve import resolve_cached
@@ -38,4 +39,18 @@ def with_local_dp(handler: Handler, message: Message, context: Context) -> Messa
     np.random.seed()  # noqa: NPY002
     clip = config.local_dp_clip
     mod = LocalDpMod(clip, 2 * clip, config.local_dp_epsilon, config.local_dp_delta)
-    return mod(weights, context, lambda _, __: reply)
+    private = mod(weights, context, lambda _, __: reply)
+    return _with_variances(private, sent)
+
+
+def _with_variances(private: Message, sent: ArrayRecord) -> Message:
+    """A normalisation layer's variance is as it was ``sent`` where noise made it none.
+
+    This goes by nothing that is private.
+    """
+    noisy = private.content.array_records["arrays"]
+    names = [name for name in noisy if name.rpartition(".")[2] == "running_var"]
+    for name in names:
+        was, now = (torch.from_numpy(record[name].numpy()) for record in (sent, noisy))
+        noisy[name] = Array(torch.where(now > 0, now, was).numpy())
+    return private

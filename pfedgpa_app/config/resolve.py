@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -334,6 +334,23 @@ def resolve_cached(run_config: Mapping[str, Any]) -> Resolved:
     return _resolve_items(tuple(sorted(run_config.items())))
 
 
+def without_effect(resolved: Resolved) -> Iterator[str]:
+    """What was given for this run, but nothing goes by, because of other settings; in words."""
+    config = resolved.config
+    why: dict[str, str] = {}
+    if config.partition == "natural" or config.partition.startswith(PARTITION_FILE):
+        own = f"with partition = {config.partition} clients have what is theirs, all of it"
+        why |= dict.fromkeys(("train-per-client", "test-per-client"), own)
+    if not config.local_dp_epsilon:
+        none = "without local-dp-epsilon nothing is clipped and no noise is added"
+        why |= dict.fromkeys(("local-dp-clip", "local-dp-delta"), none)
+    if not config.join_clients:
+        why |= dict.fromkeys(("join-rate", "join-iterations"), "join-clients = 0: nobody joins")
+    for name, reason in why.items():
+        if resolved.sources[name] == RUN_CONFIG:
+            yield f"{name} is without effect: {reason}"
+
+
 def _refuse_idle(config: Config, overrides: Mapping[str, Any]) -> None:
     """Refuse settings, given for this run, that none of its methods or its partition goes by."""
     for name in overrides:
@@ -442,5 +459,10 @@ def _check(config: Config) -> None:
             "fine-tune-grid-epochs > 0 chooses by validation: validation-share must be > 0"
         )
     size = config.train_per_client
+    if config.fine_tune_grid_epochs and size and not round(size * config.validation_share):
+        raise ConfigError(
+            "fine-tune-grid-epochs > 0 chooses by validation, and of train-per-client = "
+            f"{size} validation-share = {config.validation_share:g} puts nothing aside"
+        )
     if size is not None and size - round(size * config.validation_share) < 1:
         raise ConfigError("validation-share leaves no image to train on")

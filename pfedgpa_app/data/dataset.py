@@ -170,10 +170,14 @@ def _by_name(name: str, found: Any) -> dict[str, Any]:
             raise DataError(
                 f"dataset {name}: is {len(several)} torch Datasets: wanted is one, or two"
             )
-        each = zip(SPLITS, several, strict=False)
-        return {
-            key: value for split, one in each for key, value in _of_torch(name, split, one).items()
-        }
+        splits = [_of_torch(name, *each) for each in zip(SPLITS, several, strict=False)]
+        lists = [list(map(str, part["classes"])) for part in splits if "classes" in part]
+        if any(each != lists[0] for each in lists):
+            raise DataError(
+                f"dataset {name}: its torch Datasets have other classes: {listed(lists[0])} to "
+                f"train on, {listed(lists[1])} to test on; labels go by one list"
+            )
+        return {key: value for part in splits for key, value in part.items()}
     if isinstance(found, (tuple, list)):
         if len(found) not in (2, 4, 5):
             raise DataError(

@@ -98,8 +98,8 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
             f"{file}: has rows of shape {list(found.shape[1:])}, and the network takes "
             f"{list(schema.shape)}"
         )
-    if schema.pixels and found.dtype == np.uint8:
-        return found
+    if schema.pixels and found.dtype.kind in "iu":
+        return found  # what is not uint8 is refused where it is predicted
     if not np.isfinite(found).all():
         raise DataError(f"{file}: has a number that is not finite")
     return found.astype(np.int64 if schema.tokens else np.float32)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".webp", ".avif", ".gif"}
 SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".tif", ".tiff"}
 UNREAD = {".heic", ".heif", ".jxl", ".dcm"}  # images that Pillow cannot read
+_ALSO = {  # what folders of splits are called, too
+    "train": {"train", "training"},
+    "test": {"test", "testing", "val", "valid", "validation"},
+}
 File = tuple[str, str, int, int]  # relative path, class, bytes, mtime
 BILINEAR = 2  # Pillow's, which takes long to import
 Cached = Callable[[Any, Callable[[], Dataset]], Dataset]
@@ -85,6 +89,13 @@ def _listing(path: Path) -> dict[str, list[File]]:
         raise DataError(
             f"dataset imagefolder:{path}: has {alone[0]}/ and no {other}/: add it, or name "
             f"{path / alone[0]}, whose images are then split by test-share"
+        )
+    names = {entry.name for entry in os.scandir(path) if entry.is_dir()} if "" in splits else set()
+    alike = {split: [n for n in names if n.lower() in _ALSO[split]] for split in SPLITS}
+    if all(alike.values()):
+        raise DataError(
+            f"dataset imagefolder:{path}: has {alike['train'][0]}/ and {alike['test'][0]}/, which "
+            "are no classes: name them train and test"
         )
     listing = {split: _classes_in(path, split) for split in splits}
     for split, files in listing.items():

@@ -15,7 +15,7 @@ from typing import Any
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
-from pfedgpa_app.config.resolve import Resolved, values_of
+from pfedgpa_app.config.resolve import Resolved, values_of, without_effect
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import LABEL_FLIP, NODES, Config
@@ -101,7 +101,7 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
                 log.event("warning", text)
         if bad := sorted(config.malicious_clients):
             log.event("attack", _attack_in_words(config, bad), clients=bad)
-        for text in _warnings(grid, config):
+        for text in (*_warnings(grid, config), *without_effect(resolved)):
             log.event("warning", text)
         if isinstance(grid, LocalGrid):
             grid.listen(partial(log.event, "warning"))

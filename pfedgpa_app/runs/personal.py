@@ -35,6 +35,7 @@ MODEL, WEIGHTS = "model.json", "weights"
 REST = "network.safetensors"  # tensors of the network that clients do not share: frozen ones, …
 FORMAT = "pfedgpa-model-1"
 AT_ONCE = 500  # examples
+_ROUNDING = 1e-3  # by so much floats may leave 0 to 1
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,10 @@ class ClientModel(nn.Module):
         """Of every class, [N, classes], of so many examples ``[N, *shape]``.
 
         Raises:
-            DataError: examples of another shape, or with numbers that are not finite.
+            DataError: examples of another shape or kind, or with numbers that are not finite.
         """
         every = torch.as_tensor(np.ascontiguousarray(examples))
+        schema = self.about.schema
         if tuple(every.shape[1:]) != self.shape:
             raise DataError(
                 f"examples are of shape {list(every.shape)}, and the network takes "
@@ -125,6 +127,19 @@ class ClientModel(nn.Module):
             every = every.float()
             if not all_finite(every):
                 raise DataError("examples have a number that is not finite")
+        if schema.tokens:
+            if bool((every != every.long()).any()):
+                raise DataError("the network takes whole numbers, and some examples have others")
+            every = every.long()
+        elif not schema.pixels:
+            every = every.float()
+        elif every.dtype != torch.uint8 and len(every):
+            low, high = float(every.min()), float(every.max())
+            if not every.is_floating_point() or low < -_ROUNDING or high > 1 + _ROUNDING:
+                raise DataError(
+                    "images are uint8 from 0 to 255, or floats from 0 to 1; these are "
+                    f"{str(every.dtype).removeprefix('torch.')} from {low:g} to {high:g}"
+                )
         parts = [self(part).softmax(1) for part in every.split(AT_ONCE)]
         return np.asarray(torch.cat(parts))
 
@@ -268,6 +283,11 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
     count = settings["num-clients"]
     if not 0 <= client < count:
         raise ConfigError(f"{folder}: has no client {client}; there are 0 to {count - 1}")
+    if client >= count - settings.get("join-clients", 0):
+        raise ConfigError(
+            f"{folder}: client {client} joined after the last round, and what it was sent then is "
+            "not kept: its accuracy is in the run's table and joining.jsonl"
+        )
     if clients and f"client-{client}" not in clients and not kept:
         raise ConfigError(
             f"{folder}: client {client} took no part, so that {method} made nothing for it: take a "

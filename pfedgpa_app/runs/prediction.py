@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import ConfigError, DataError
-from pfedgpa_app.data.client import forget
+from pfedgpa_app.data.client import forget, schema_of
 from pfedgpa_app.data.client import load_client as load_data
 from pfedgpa_app.data.datasets import load as load_dataset
 from pfedgpa_app.runs.folder import check_data, kept_config
@@ -71,6 +72,12 @@ def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np
             f"dataset {dataset}: has examples of shape {list(found.shape)}, and the network takes "
             f"{list(about.schema.shape)}"
         )
+    kinds = schema_of(found)
+    if (kinds.tokens, kinds.pixels and not about.schema.pixels) != (about.schema.tokens, False):
+        raise DataError(
+            f"dataset {dataset}: has examples of another kind than the run's: "
+            f"{_kind(kinds)}, and the network takes {_kind(about.schema)}"
+        )
     if unknown := [name for name in found.classes if name not in about.schema.classes]:
         raise DataError(
             f"dataset {dataset}: has the class {unknown[0]!r}, which the run had not; it had "
@@ -78,7 +85,15 @@ def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np
         )
     place = np.array([about.schema.classes.index(name) for name in found.classes])
     inputs = np.concatenate([found.train_images, found.test_images])
+    if (columns := about.schema.columns) and found.columns:
+        if lacking := [name for name in columns if name not in found.columns]:
+            raise DataError(f"dataset {dataset}: has no column {lacking[0]!r}, which the run had")
+        inputs = inputs[:, [found.columns.index(name) for name in columns]]
     return inputs, place[np.concatenate([found.train_labels, found.test_labels])]
+
+
+def _kind(schema: Schema) -> str:
+    return "whole numbers" if schema.tokens else "images" if schema.pixels else "numbers"
 
 
 def _tested(about: About, folder: Path, client: int) -> tuple[np.ndarray, np.ndarray]:

@@ -28,21 +28,26 @@ from tests.support.federations import federate, records, summary
 
 
 def noisy(
-    epsilon: float, clip: float, sent: torch.Tensor, trained: torch.Tensor, name: str = "w"
+    epsilon: float,
+    clip: float,
+    sent: torch.Tensor,
+    trained: torch.Tensor,
+    name: str = "w",
+    uploaded: str = "",
 ) -> np.ndarray:
-    """What arrives of an upload, whose tensor has that ``name``."""
+    """What arrives of an upload of a tensor ``name``; ``uploaded``: under another one."""
     identify()
     run_config: dict[str, Any] = {"local-dp-epsilon": epsilon, "local-dp-clip": clip}
     context = Context(1, 1, {}, RecordDict(), run_config)
-    content = RecordDict({"arrays": ArrayRecord({"w": sent}), "config": ConfigRecord()})
+    content = RecordDict({"arrays": ArrayRecord({name: sent}), "config": ConfigRecord()})
     message = Message(content, dst_node_id=1, message_type="train")
 
     def handler(message: Message, context: Context) -> Message:
-        arrays = ArrayRecord({name: trained})
+        arrays = ArrayRecord({uploaded or name: trained})
         return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord()}), reply_to=message)
 
     reply = with_local_dp(handler, message, context)
-    return reply.content.array_records["arrays"]["w"].numpy()
+    return reply.content.array_records["arrays"][name].numpy()
 
 
 def trains(message: Message) -> bool:
@@ -72,6 +77,13 @@ class TestLocalDP:
         one, other = found
         assert not np.allclose(one, other)
 
+    def test_a_variance_stays_one(self) -> None:
+        sent, noise = torch.full((200,), 0.5), 1.0  # of either sign, by far
+        found = noisy(noise, 1.0, sent, sent + 0.01, name="norm.running_var")
+        assert (found > 0).all()
+        assert (found == 0.5).sum() > 50  # as it was sent where noise took it away
+        assert (noisy(noise, 1.0, sent, sent + 0.01, name="norm.running_mean") < 0).any()
+
     def test_off(self) -> None:
         sent = torch.zeros(10)
         assert np.array_equal(noisy(0.0, 1e-9, sent, sent + 1), np.ones(10))
@@ -96,7 +108,7 @@ class TestLocalDP:
 
     def test_an_upload_that_it_does_not_take_is_named(self) -> None:
         with pytest.raises(ValueError, match="uploads other tensors than it is sent"):
-            noisy(1.0, 1.0, torch.zeros(3), torch.ones(3), name="other")
+            noisy(1.0, 1.0, torch.zeros(3), torch.ones(3), uploaded="other")
 
     def test_all_else_goes_with_it(self, tmp_path: Path) -> None:
         """Who uploads nothing, and who tries a second network on validation images."""

@@ -18,7 +18,7 @@ import pytest
 import server_app
 from pfedgpa_app import cli
 from pfedgpa_app.cli import options
-from pfedgpa_app.config.resolve import keys, resolve
+from pfedgpa_app.config.resolve import keys, resolve, without_effect
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.randomness import numpy_generator, torch_generator
 from pfedgpa_app.core.settings import ConfigError
@@ -456,3 +456,28 @@ class TestPlainFlower:
         lines = self.lines(RuntimeError("no idea"))
         assert "RuntimeError: no idea" in lines
         assert "Exit Code: 700" in lines
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [
+        ({"partition": "natural", "train-per-client": 10, "test-per-client": 5}, 2),
+        ({"partition": "file:x.csv", "train-per-client": 10}, 1),
+        ({"local-dp-clip": 0.1, "local-dp-delta": 0.1}, 2),
+        ({"local-dp-clip": 0.1, "local-dp-epsilon": 1.0}, 0),
+        ({"join-rate": 0.5, "join-iterations": 3}, 2),
+        ({"join-rate": 0.5, "join-clients": 1}, 0),
+        ({"train-per-client": 10}, 0),
+    ],
+)
+def test_settings_without_effect_are_told(settings: dict[str, Any], idle: int) -> None:
+    said = list(without_effect(resolve(settings)))
+    names = [name for name in settings if any(text.startswith(name) for text in said)]
+    assert len(said) == len(names) == idle
+
+
+def test_nothing_is_tuned_by_no_image() -> None:
+    few = {"train-per-client": 4, "fine-tune-grid-epochs": 3, "validation-share": 0.1}
+    with pytest.raises(ConfigError, match=r"validation-share = 0\.1 puts nothing aside"):
+        resolve(few)
+    assert resolve(few | {"train-per-client": 5, "validation-share": 0.2})
