@@ -972,7 +972,8 @@ class TestHome:
     def test_examples_of_another_kind_are_refused(self, here: Path) -> None:
         folder, _ = federate(here, method="fedavg", num_server_rounds=1)
         model, pixels = load_client(folder, 0), np.full((8, 1, 8, 8), 200, np.uint8)
-        for other in (pixels.astype(np.int64), pixels.astype(np.float32), pixels / -255):
+        kinds = (np.int64, np.uint16, np.float32)
+        for other in (*map(pixels.astype, kinds), pixels / -255):
             with pytest.raises(DataError, match="images are uint8 from 0 to 255, or floats from 0"):
                 model.probabilities(other)
         np.savez("whole.npz", x=pixels.astype(np.int64), y=[0, 1] * 4)

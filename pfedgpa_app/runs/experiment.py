@@ -167,9 +167,8 @@ class Experiment:
         config = self.config
         self.summary = Summary(folder, config, log)
         self.resuming = Resuming(folder, log, self.summary)
-        self.going = self.resuming.restore(
-            config.checkpoint_every
-        )  # as long as its federation goes
+        # as long as its federation goes
+        self.going = self.resuming.restore(config.checkpoint_every)
         own, before = config.dataset == NODES, self.resuming.partitions
         self.roster = Roster(grid, config.num_clients, config.timeout, own, before, log.event)
         if own:

@@ -134,7 +134,7 @@ class ClientModel(nn.Module):
         elif not schema.pixels:
             every = every.float()
         elif every.dtype != torch.uint8 and len(every):
-            low, high = float(every.min()), float(every.max())
+            low, high = map(float, every.float().aminmax())
             if not every.is_floating_point() or low < -_ROUNDING or high > 1 + _ROUNDING:
                 raise DataError(
                     "images are uint8 from 0 to 255, or floats from 0 to 1; these are "
