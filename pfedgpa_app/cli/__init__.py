@@ -135,7 +135,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     into = getattr(options, "words", "")  # a command that takes any number of them
     if rest and (not into or any(word.startswith("-") for word in rest)):
-        commands.choices[options.command].error(_unknown(rest, commands.choices[options.command]))
+        own = commands.choices[options.command]
+        own.error(_unknown(rest, own))
     if rest:
         setattr(options, into, [*getattr(options, into), *rest])
     return options
@@ -150,9 +151,9 @@ def _unknown(words: list[str], own: argparse.ArgumentParser) -> str:
     if meant := closest(name, re.findall(r"--([a-z-]+)", own.format_help())):
         return f"{word}: no such option; did you mean --{meant}?"
     if own.get_default("words") == "settings":
-        from pfedgpa_app.config.resolve import SHORT, keys
+        from pfedgpa_app.config.resolve import in_full, keys
 
-        if meant := closest(SHORT.get(name, name), keys()):
+        if meant := closest(in_full(name), keys()):
             return f"{word}: no such option; settings have no dashes: {meant}=VALUE"
     return f"{word}: no such option; all options: {own.prog} --help"
 

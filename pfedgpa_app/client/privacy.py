@@ -12,7 +12,6 @@ import copy
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp.mod import LocalDpMod
 
@@ -51,6 +50,6 @@ def _with_variances(private: Message, sent: ArrayRecord) -> Message:
     noisy = private.content.array_records["arrays"]
     names = [name for name in noisy if name.rpartition(".")[2] == "running_var"]
     for name in names:
-        was, now = (torch.from_numpy(record[name].numpy()) for record in (sent, noisy))
-        noisy[name] = Array(torch.where(now > 0, now, was).numpy())
+        now = noisy[name].numpy()
+        noisy[name] = Array(np.where(now > 0, now, sent[name].numpy()))
     return private

@@ -77,7 +77,7 @@ def keys_of(name: str) -> list[Key]:
     return found
 
 
-SHORT = {  # what others call settings, too unlike to be guessed
+_SHORT = {  # what others call settings, too unlike to be guessed
     "alpha": "dirichlet-alpha",
     "bs": "batch-size",
     "lr": "learning-rate",
@@ -86,10 +86,15 @@ SHORT = {  # what others call settings, too unlike to be guessed
 }
 
 
+def in_full(name: str) -> str:
+    """A setting's name, if ``name`` is what others call it."""
+    return _SHORT.get(name.lower(), name)
+
+
 def known(name: str, source: str) -> Key:
     """The setting ``name``; refused, by where it stands, if there is none."""
     if name not in keys():
-        meant = near(SHORT.get(name.lower(), name), keys())
+        meant = near(in_full(name), keys())
         raise ConfigError(
             f"{name} ({source}): no such setting{meant} All settings: pfedgpa settings"
         )
@@ -458,11 +463,13 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "fine-tune-grid-epochs > 0 chooses by validation: validation-share must be > 0"
         )
-    size = config.train_per_client
-    if config.fine_tune_grid_epochs and size and not round(size * config.validation_share):
+    if (size := config.train_per_client) is None:
+        return
+    aside = round(size * config.validation_share)
+    if config.fine_tune_grid_epochs and not aside:
         raise ConfigError(
             "fine-tune-grid-epochs > 0 chooses by validation, and of train-per-client = "
             f"{size} validation-share = {config.validation_share:g} puts nothing aside"
         )
-    if size is not None and size - round(size * config.validation_share) < 1:
+    if size - aside < 1:
         raise ConfigError("validation-share leaves no image to train on")

@@ -192,7 +192,7 @@ class PFedGPA(Generation, RememberingFedAvg):
         for client in uploads:
             buffer.forget(generation, client)
 
-    def _momentum(self, server_round: int, uploads: dict[int, Upload], heading: float) -> float:
+    def _momentum(self, server_round: int, uploads: dict[int, Upload], cosine: float) -> float:
         """Of this round, by its ``heading`` and the training losses; 0 where nobody tells those."""
         losses = [upload.loss for upload in uploads.values() if math.isfinite(upload.loss)]
         if not losses:
@@ -202,7 +202,7 @@ class PFedGPA(Generation, RememberingFedAvg):
             state.first_loss = loss
         left = loss / state.first_loss if state.first_loss > 0 else 0.0
         rounds_left = 1 - server_round / self.first_generation(self.config)
-        return _momentum_of(min(1.0, max(0.0, left)), rounds_left, heading)
+        return _momentum_of(min(1.0, max(0.0, left)), rounds_left, cosine)
 
     def _compare(self, uploads: dict[int, Upload]) -> str:
         """Take in clients' validation losses; after the first generation, choose by them.
@@ -265,7 +265,7 @@ class PFedGPA(Generation, RememberingFedAvg):
         return super().report() | {"chosen_by_validation": self.state.chosen or None}
 
 
-def _momentum_of(left: float, rounds_left: float, heading: float) -> float:
+def _momentum_of(left: float, rounds_left: float, cosine: float) -> float:
     """Of a round, after which these shares of the training loss and of FedAvg's rounds are left.
 
     What few images have to teach is learned without it, too; with it clients know theirs by
@@ -274,9 +274,9 @@ def _momentum_of(left: float, rounds_left: float, heading: float) -> float:
     rounds pass.
 
     Args:
-        heading: cosine of the angle between this round's step and those before it.
+        cosine: of the angle between this round's step and those before it (``heading``).
     """
-    straight = min(1.0, max(0.0, (heading - _TURNING) / (_STRAIGHT - _TURNING)))
+    straight = min(1.0, max(0.0, (cosine - _TURNING) / (_STRAIGHT - _TURNING)))
     late = 1.0 if left >= rounds_left else left / rounds_left
     return max(_MOMENTUM * left, _STRAIGHT_MOMENTUM * straight * late)
 

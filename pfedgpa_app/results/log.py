@@ -87,8 +87,9 @@ def is_done(folder: Path) -> bool:
 
 def finished_in(out: Path) -> list[Path]:
     """The folders of the finished runs in ``out``, the one that ended last at the end."""
-    found = [path.parent for path in sorted(out.glob(f"*/{SUMMARY}")) if is_done(path.parent)]
-    return sorted(found, key=lambda folder: float(last_event(folder).get("time", 0)))
+    ends = {path.parent: last_event(path.parent) for path in sorted(out.glob(f"*/{SUMMARY}"))}
+    found = [folder for folder, event in ends.items() if event.get("kind") == "done"]
+    return sorted(found, key=lambda folder: float(ends[folder].get("time", 0)))
 
 
 def say(folder: Path, kind: str, text: str, progress: float) -> None:

@@ -117,7 +117,6 @@ class ClientModel(nn.Module):
             DataError: examples of another shape or kind, or with numbers that are not finite.
         """
         every = torch.as_tensor(np.ascontiguousarray(examples))
-        schema = self.about.schema
         if tuple(every.shape[1:]) != self.shape:
             raise DataError(
                 f"examples are of shape {list(every.shape)}, and the network takes "
@@ -127,21 +126,31 @@ class ClientModel(nn.Module):
             every = every.float()
             if not all_finite(every):
                 raise DataError("examples have a number that is not finite")
-        if schema.tokens:
-            if bool((every != every.long()).any()):
-                raise DataError("the network takes whole numbers, and some examples have others")
-            every = every.long()
-        elif not schema.pixels:
-            every = every.float()
-        elif every.dtype != torch.uint8 and len(every):
-            low, high = map(float, every.float().aminmax())
-            if not every.is_floating_point() or low < -_ROUNDING or high > 1 + _ROUNDING:
-                raise DataError(
-                    "images are uint8 from 0 to 255, or floats from 0 to 1; these are "
-                    f"{str(every.dtype).removeprefix('torch.')} from {low:g} to {high:g}"
-                )
+        every = _of_kind(self.about.schema, every)
         parts = [self(part).softmax(1) for part in every.split(AT_ONCE)]
         return np.asarray(torch.cat(parts))
+
+
+def _of_kind(schema: Schema, every: Tensor) -> Tensor:
+    """Examples as the network takes them.
+
+    Raises:
+        DataError: they are of another kind.
+    """
+    if schema.tokens:
+        if bool((every != every.long()).any()):
+            raise DataError("the network takes whole numbers, and some examples have others")
+        return every.long()
+    if not schema.pixels:
+        return every.float()
+    if every.dtype != torch.uint8 and len(every):
+        low, high = map(float, every.float().aminmax())
+        if not every.is_floating_point() or low < -_ROUNDING or high > 1 + _ROUNDING:
+            raise DataError(
+                "images are uint8 from 0 to 255, or floats from 0 to 1; these are "
+                f"{str(every.dtype).removeprefix('torch.')} from {low:g} to {high:g}"
+            )
+    return every
 
 
 def write_about(folder: Path, config: Config, schema: Schema) -> None:

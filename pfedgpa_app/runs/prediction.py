@@ -72,11 +72,12 @@ def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np
             f"dataset {dataset}: has examples of shape {list(found.shape)}, and the network takes "
             f"{list(about.schema.shape)}"
         )
-    kinds = schema_of(found)
-    if (kinds.tokens, kinds.pixels and not about.schema.pixels) != (about.schema.tokens, False):
+    theirs = schema_of(found)
+    # a network of pixels takes floats, too
+    if theirs.tokens != about.schema.tokens or (theirs.pixels and not about.schema.pixels):
         raise DataError(
             f"dataset {dataset}: has examples of another kind than the run's: "
-            f"{_kind(kinds)}, and the network takes {_kind(about.schema)}"
+            f"{_kind(theirs)}, and the network takes {_kind(about.schema)}"
         )
     if unknown := [name for name in found.classes if name not in about.schema.classes]:
         raise DataError(

@@ -73,8 +73,7 @@ class Resuming:
                 going["costs"] = self._checkpoint.restore(kept["costs"])
                 going["node"] = kept["state"]
                 self._check_clients(self._checkpoint.restore(kept["clients"]))
-                kept_here = self.clients / f"run-{self.name}"
-                memory.forget_after(kept_here, going["federation"], going["round"])
+                memory.forget_after(self._kept, going["federation"], going["round"])
         except (CheckpointError, KeyError) as error:
             raise ConfigError(f"resume: {error}") from error
         self.summary.rows, self.summary.outcomes = values["rows"], values["outcomes"]
@@ -134,9 +133,14 @@ class Resuming:
             text = f"no checkpoint could be written, the run goes on without: {error}"
             self.log.event("warning", text)
 
+    @property
+    def _kept(self) -> Path:
+        """Where clients keep what is theirs, if they are here."""
+        return self.clients / f"run-{self.name}"
+
     def _client_files(self, federation: str) -> dict[str, int]:
         """{file: its checksum} of what clients have kept last; a file is never changed."""
-        files = memory.newest(self.clients / f"run-{self.name}", federation)
+        files = memory.newest(self._kept, federation)
         known = self._checksums
         self._checksums = {f.name: known.get(f.name) or checksum(f) for f in files}
         return self._checksums
@@ -148,7 +152,7 @@ class Resuming:
             CheckpointError: it is not there, or not what it was.
         """
         for name, expected in files.items():
-            path = self.clients / f"run-{self.name}" / name
+            path = self._kept / name
             wrong = "damaged" if path.exists() else "missing"
             if wrong == "missing" or checksum(path) != expected:
                 raise CheckpointError(

@@ -31,7 +31,7 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import StoppedError, engine_for
 from pfedgpa_app.methods import federations
-from pfedgpa_app.results.log import clock, finished_in, is_done, last_event, rows_of
+from pfedgpa_app.results.log import SUMMARY, clock, finished_in, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.checkpoint import MANIFEST
@@ -425,7 +425,8 @@ def summarise(runs: Sequence[Run], out: Path) -> str:
         spread = ": means ± one standard deviation over them" if len(alike) > 1 else ""
         parts.append(f"### {title}\n\nSeeds {seeds}{spread}.\n\n{figures}\n")
     here = {run.folder.name for run in finished}
-    if left_out := [each for each in finished_in(out) if each.name not in here]:
+    there = (path.parent for path in out.glob(f"*/{SUMMARY}"))
+    if left_out := [each for each in there if each.name not in here and is_done(each)]:
         parts.append(f"Not in these tables: {len(left_out)} more finished runs in {out.name}/.\n")
     write_text(out / "sweep.md", "\n".join(parts))
     if finished and all(run.config.report for run in finished):

@@ -40,7 +40,7 @@ def test_whose_statistics_are_a_clients_own(made: list[str], own: list[str]) -> 
     assert [name.partition(".")[0] for name in own_statistics(names, made)] == own
 
 
-def by_hand(momentum: list[float], steps: Tensor) -> list[float]:
+def led_to(momentum: list[float], steps: Tensor) -> list[float]:
     """Where steps [rounds, 3], each with the momentum of its round, lead from 0."""
     weights, velocity = torch.zeros(3), torch.zeros(3)
     for beta, step in zip(momentum, steps, strict=True):
@@ -189,7 +189,7 @@ class TestServers:
         self, losses: list[float], momentum: list[float]
     ) -> None:
         steps = torch.eye(3)  # no round points where another one did
-        assert self.moved(losses, steps) == pytest.approx(by_hand(momentum, steps), abs=1e-6)
+        assert self.moved(losses, steps) == pytest.approx(led_to(momentum, steps), abs=1e-6)
 
     @pytest.mark.parametrize(
         ("losses", "momentum"),
@@ -204,11 +204,11 @@ class TestServers:
         self, losses: list[float], momentum: list[float]
     ) -> None:
         steps = torch.eye(3)[[0, 0, 0]]
-        assert self.moved(losses, steps) == pytest.approx(by_hand(momentum, steps), abs=1e-6)
+        assert self.moved(losses, steps) == pytest.approx(led_to(momentum, steps), abs=1e-6)
         turning = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.75**0.5, 0.0]])  # by 60°
         left = [0.7, 0.7 * min(1.0, losses[1] / losses[0]) if losses[0] > 0 else 0.0]
         found = self.moved(losses[:2], turning)
-        assert found == pytest.approx(by_hand(left, turning), abs=1e-6)
+        assert found == pytest.approx(led_to(left, turning), abs=1e-6)
 
     def moved(self, losses: list[float], steps: Tensor) -> list[float]:
         """Where clients' steps [rounds, 3] and momentum take the three weights from 0."""
