@@ -218,6 +218,8 @@ def _torchvision(name: str, root: Path, download: bool) -> Dataset:
         images = np.asarray(split.data)
         if kind != "SVHN":  # whose channels are first
             images = images.transpose(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
+        if kind == "EMNIST":  # whose files have rows for columns
+            images = images.swapaxes(-1, -2)
         labels = split.labels if kind == "SVHN" else split.targets
         return np.ascontiguousarray(images), np.asarray(labels, dtype=np.int64)
 
@@ -238,7 +240,7 @@ def _cached(identity: Any, read: Callable[[], Dataset]) -> Dataset:
     """
     text = json.dumps(identity, separators=(",", ":"))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pfedgpa"
-    cache = home / f"5-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    cache = home / f"6-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     if found := _stored(cache):
         return found
     data = read()

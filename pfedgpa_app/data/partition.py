@@ -45,6 +45,24 @@ def round_counts(shares: np.ndarray, total: int) -> np.ndarray:
     return rounded
 
 
+def draw_counts(share: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:
+    """Whole counts that sum to ``total``, in proportion to ``share`` in the mean of all draws.
+
+    Each is the exact count, rounded down or up; what rounding down leaves is dealt by systematic
+    sampling in a random order, so that no class is favoured.
+
+    Args:
+        share: non-negative, [C]; normalised here.
+    """
+    exact = np.round(share / share.sum() * total, 9)  # 2.9999999996 must count as 3
+    counts = np.floor(exact).astype(int)
+    order = rng.permutation(len(share))
+    passed = np.floor(np.cumsum((exact - counts)[order]).round(6) + rng.random()).astype(int)
+    passed[-1] = total - counts.sum()
+    counts[order] += np.diff(passed, prepend=0)
+    return counts
+
+
 def dominant_groups(num_classes: int) -> list[list[int]]:
     """The dominant classes of each hidden group (the split of pFedGPA's family).
 
@@ -106,16 +124,27 @@ def class_shares(
     return shares, groups
 
 
-def proportional_counts(shares: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many images of each class each client gets if all are dealt, none twice.
+def drawn_counts(
+    shares: np.ndarray, labels: np.ndarray, size: int | None, split: str, seed: int
+) -> np.ndarray:
+    """How many images of each class each client gets, [clients, C].
 
-    A class is divided in proportion to its column of ``shares`` [clients, C].
+    Args:
+        shares: each client's mix, [clients, C].
+        size: images a client. None: all are dealt, none twice, each class in proportion to its
+            column of ``shares``.
+        split: "train" or "test".
     """
+
+    def drawn(share: np.ndarray, total: int, row: int) -> np.ndarray:
+        if not share.any():
+            return np.zeros(len(share), dtype=int)
+        return draw_counts(share, total, numpy_generator(seed, f"counts-{split}", row))
+
+    if size is not None:
+        return np.stack([drawn(share, size, client) for client, share in enumerate(shares)])
     there = np.bincount(labels, minlength=shares.shape[1])
-    columns = [
-        round_counts(column, total) if column.any() else np.zeros(len(shares), dtype=int)
-        for column, total in zip(shares.T, there, strict=True)
-    ]
+    columns = [drawn(shares[:, c], total, c) for c, total in enumerate(there)]
     return np.stack(columns, axis=1)
 
 
@@ -207,7 +236,7 @@ def partition(
     )
 
     def dealt(labels: np.ndarray, size: int | None, split: str) -> list[np.ndarray]:
-        counts = proportional_counts(shares, labels) if size is None else round_counts(shares, size)
+        counts = drawn_counts(shares, labels, size, split, seed)
         return deal(labels, counts, classes, split, seed)
 
     train = dealt(train_labels, train_per_client, "train")

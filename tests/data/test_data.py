@@ -26,6 +26,7 @@ from pfedgpa_app.data.partition import (
     class_shares,
     deal,
     dominant_groups,
+    draw_counts,
     partition,
     round_counts,
 )
@@ -131,6 +132,46 @@ class TestPartition:
         rounded = round_counts(np.array(shares), total)
         assert rounded.sum() == total
         assert (np.abs(rounded - exact) < 1 + 1e-6).all()
+
+    @given(st.lists(st.floats(0.01, 5), min_size=2, max_size=12), st.integers(0, 500))
+    def test_a_draw_of_counts_is_each_exact_count_rounded_down_or_up(
+        self, share: list[float], total: int
+    ) -> None:
+        exact = np.array(share) / sum(share) * total
+        drawn = draw_counts(np.array(share), total, np.random.default_rng(total))
+        assert drawn.sum() == total
+        assert (np.abs(drawn - exact) < 1 + 1e-6).all()
+
+    def test_draws_of_counts_are_in_proportion_in_the_mean(self) -> None:
+        share = np.array([0.05, 0.3, 0.0, 0.15, 0.5])
+        rng = np.random.default_rng(0)
+        mean = np.mean([draw_counts(share, 7, rng) for _ in range(4000)], axis=0)
+        # the deviation of a mean of 4000 draws of 0 or 1 is at most 0.008
+        np.testing.assert_allclose(mean, 7 * share, atol=0.04)
+
+    @pytest.mark.parametrize("size", [5, 30, None])
+    def test_no_class_is_favoured_where_counts_are_rounded(self, size: int | None) -> None:
+        # with five images a client of ten classes, all clients once held the first five only
+        splits = partition(
+            LABELS, TEST_LABELS, CLASSES, 40, kind="iid", train_per_client=size, test_per_client=5
+        )
+        for labels, of in ((LABELS, "train"), (TEST_LABELS, "test")):
+            held = [np.r_[each.train, each.validation] for each in splits]
+            images = held if of == "train" else [each.test for each in splits]
+            counts = np.bincount(labels[np.concatenate(images)], minlength=len(CLASSES))
+            mean = counts.sum() / len(CLASSES)
+            assert (np.abs(counts - mean) <= 4 * np.sqrt(40) / 2 + 1).all(), of
+
+    def test_more_clients_change_nothing_for_the_first(self) -> None:
+        few, many = (
+            partition(
+                LABELS, TEST_LABELS, CLASSES, clients, train_per_client=30, test_per_client=20
+            )
+            for clients in (5, 8)
+        )
+        for one, other in zip(few, many, strict=False):
+            np.testing.assert_array_equal(one.train, other.train)
+            np.testing.assert_array_equal(one.test, other.test)
 
     @given(
         st.sampled_from(["dominant", "dirichlet", "shards", "iid"]),
@@ -688,6 +729,12 @@ class TestDatasets:
         assert data.shape == (1, 28, 28)
         assert len(data.classes) == classes
         assert set(np.unique(data.train_labels)) == set(range(classes))
+        # upright, as a photo is that a user would predict: a one is high, not wide
+        ones = data.train_images[data.train_labels == data.classes.index("1")]
+        ink = ones.mean(axis=(0, 1))
+        assert (ink.sum(axis=1) > ink.sum(axis=1).max() / 4).sum() > 1.5 * (
+            ink.sum(axis=0) > ink.sum(axis=0).max() / 4
+        ).sum()
 
 
 def test_cifar10_as_images(cifar10_folder: Path) -> None:

@@ -83,7 +83,7 @@ def test_what_is_chosen_on_validation_images_is_run(
     of = {method: run for run in final for method in run.config.method}
     assert sorted(of) == sorted(reproduce.METHODS_OF_MAP)
     assert of["fedavgm"].settings["fedavgm.momentum"] == 0.7
-    assert of["pfedgpa"].settings["pfedgpa.momentum"] == 0.0
+    assert not any(name.startswith("pfedgpa.") for name in of["pfedgpa"].settings)  # its defaults
     assert {run.config.dataset for run in machine.done} == {"mnist"}
     # a gain below a point is measured by more seeds
     assert sorted({run.config.seed for run in final}) == seeds
@@ -153,10 +153,9 @@ def test_some_of_the_methods_are_run_and_told_alone(tmp_path: Path) -> None:
     machine = Machine(2.0)
     text = Atlas(tmp_path, {}, {}, machine, ("pfedgpa",)).fill([CELL])
     searched = {run.config.method for run in machine.done if run.config.seed == 100}
-    assert searched == {("fedavg",), ("pfedgpa",)}  # all go by FedAvg's learning rate
+    assert searched == {("fedavg",)}  # by whose learning rate all go
     [final] = [run for run in machine.done if run.config.seed != 100]
     assert final.config.method == ("pfedgpa",)
-    assert final.settings["pfedgpa.momentum"] == 0.0
     assert "57.0" in text
     assert "over" not in text  # no contender
     machine.done.clear()
