@@ -16,6 +16,7 @@ import pytest
 import torch
 from flwr.app import Message
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import ImageFolder
@@ -985,20 +986,59 @@ class TestHome:
         words = ["predict", str(folder), "--client", "0", "whole.npy"]
         assert cli.main(words) == 2
 
-    def test_a_client_that_joined_is_not_given_what_it_never_had(self, here: Path) -> None:
+    @pytest.mark.parametrize("adjust", [False, True])
+    def test_a_client_that_joined_has_what_it_was_evaluated_with(
+        self, here: Path, adjust: bool
+    ) -> None:
+        methods = "local,fedavg,client-mean,fedper,fedala,ditto,scaffold,cfl,pfedhn,pfedgpa"
+        how: dict[str, Any] = {"num_server_rounds": 3, "join_clients": 2, "num_clients": 5}
+        how |= {"join_iterations": 2, "learning_rate": 0.05, "logit_adjustment": adjust}
+        folder, _ = federate(here, method=methods, **how)
+        for method in methods.split(","):
+            mine = [r for r in records(folder, "joining.jsonl") if r["method"] == method]
+            told = [r for r in mine if r["iteration"] == 2]
+            told += [
+                {"client": r["client"], "accuracy": r["before_ft"]}
+                for r in records(folder, "clients.jsonl")
+                if r["method"] == method
+            ]
+            assert {r["client"] for r in told} == set(range(5))
+            for record in told:
+                again = evaluate(folder, record["client"], method)["accuracy"]
+                assert again == pytest.approx(record["accuracy"], abs=1e-9), (method, record)
+
+    def test_what_a_client_that_joined_had_was_not_kept_once(self, here: Path) -> None:
         folder, _ = federate(here, method="fedavg", num_server_rounds=1, join_clients=1)
+        file = folder / "weights" / "fedavg.safetensors"
+        common = {name: t for name, t in load_file(file).items() if name.startswith("global/")}
+        save_file(common, file)  # as an earlier version did
         assert load_client(folder, 2)
         with pytest.raises(ConfigError, match="client 3 joined after the last round"):
             load_client(folder, 3)
 
-    def test_a_client_that_took_no_part_is_told_so(self, here: Path) -> None:
+    def test_a_client_that_took_no_part_is_told_so(
+        self, here: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         how: dict[str, Any] = {"num_server_rounds": 1, "fraction_train": 0.25}
-        folder, _ = federate(here, method="client-mean", **how)
-        [here_was] = {r["client"] for r in records(folder) if r["participated"]}
-        evaluate(folder, here_was, dataset="digits")
+        folder, _ = federate(here, method="client-mean,fedavg", **how)
+        [here_was] = {r["client"] for r in records(folder, "metrics.jsonl") if r["participated"]}
+        evaluate(folder, here_was, "client-mean")
         absent = (here_was + 1) % 4
+        evaluate(folder, absent, "fedavg")
+        assert "took no part" not in caplog.text
+        # it has what its accuracy in the table is of
+        [told] = [
+            r["before_ft"]
+            for r in records(folder, "clients.jsonl")
+            if (r["method"], r["client"]) == ("client-mean", absent)
+        ]
+        found = evaluate(folder, absent, "client-mean")
+        assert found["accuracy"] == pytest.approx(told, abs=1e-9)
+        assert f"client {absent} took no part: client-mean sent it what all start" in caplog.text
+        file = folder / "weights" / "client-mean.safetensors"
+        save_file(load_file(file), file)  # as an earlier version did, without the clients' numbers
         with pytest.raises(ConfigError, match=f"client {absent} took no part, so that client-mean"):
-            evaluate(folder, absent, dataset="digits")
+            evaluate(folder, absent, "client-mean")
 
     def test_what_cannot_be_predicted_is_refused(
         self, here: Path, capsys: pytest.CaptureFixture[str]

@@ -74,8 +74,6 @@ def compare_fine_tunings(cohort: Cohort, requests: Sequence[ClientRequest]) -> l
 
     weights = [request.evaluated() for request in requests]
     agreement = _agreement(cohort, weights, [request.reference for request in requests])
-    for request, mine in zip(requests, weights, strict=True):
-        request.leave(mine)
     cohort.load(weights)
     score(before)
     for kind in dict.fromkeys(replace(each, epochs=1) for each in asked):

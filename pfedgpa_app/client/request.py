@@ -147,9 +147,12 @@ class ClientRequest:
     def evaluated(self) -> Weights:
         """What it is evaluated with; weights not among them are as initialised."""
         network = tensors_of(self.config, self.schema())
-        return self.method.evaluated(self.weights, self.state, network)
+        evaluated = self.method.evaluated(self.weights, self.state, network)
+        if self._asked.get("leave"):
+            self._leave(evaluated)
+        return evaluated
 
-    def leave(self, evaluated: Weights) -> None:
+    def _leave(self, evaluated: Weights) -> None:
         """Leave what it is ``evaluated`` with to whom the results are for, in a simulation."""
         sent = {name for name, tensor in evaluated.items() if self.weights.get(name) is tensor}
         memory.leave(self._asked, {n: t for n, t in evaluated.items() if n not in sent})

@@ -55,7 +55,7 @@ def draw_counts(share: np.ndarray, total: int, rng: np.random.Generator) -> np.n
         share: non-negative, [C]; normalised here.
     """
     exact = np.round(share / share.sum() * total, 9)  # 2.9999999996 must count as 3
-    counts = np.floor(exact).astype(int)
+    counts: np.ndarray = np.floor(exact).astype(int)
     order = rng.permutation(len(share))
     passed = np.floor(np.cumsum((exact - counts)[order]).round(6) + rng.random()).astype(int)
     passed[-1] = total - counts.sum()

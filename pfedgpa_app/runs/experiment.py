@@ -20,7 +20,7 @@ from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import LABEL_FLIP, NODES, Config
 from pfedgpa_app.core.settings import listed
-from pfedgpa_app.core.weights import own_statistics
+from pfedgpa_app.core.weights import Weights, own_statistics
 from pfedgpa_app.data.client import (
     described,
     fingerprint,
@@ -237,9 +237,11 @@ class Experiment:
         found: WeightDistribution | None = None
         for method_name in methods:
             method = METHODS[method_name](self.config, state)
-            self._make_and_evaluate(method_name, method, strategy, scores)
+            weights = self._make_and_evaluate(method_name, method, strategy, scores)
             if self.config.join_clients:
-                self.summary.add_joined(method_name, method, join(strategy, method))
+                curve, sent = join(strategy, method)
+                self.summary.add_joined(method_name, method, curve)
+                self._save(method_name, method, weights | sent)
             found = halves.learned(method_name, method) or found
         if found is not None:
             if self.config.save_weights:
@@ -298,21 +300,21 @@ class Experiment:
         method: Personaliser[Any],
         strategy: Personalised,
         scores: dict[str, tuple[dict[int, FinalScore], int]],
-    ) -> None:
+    ) -> dict[int, Weights]:
         """Make one method's weights, and add to the summary what they are worth.
 
         Args:
             scores: {method whose clients' weights were evaluated: what they came to}.
+
+        Returns:
+            the weights, by client.
         """
         text = f"{method.title}: making clients' weights"
         method.progress = self.log.watch(strategy.name, text)
         started = time.perf_counter()
         weights = halves.personalised(name, method, self.initial, strategy.honest)
         seconds = time.perf_counter() - started
-        if self.config.save_weights:
-            path = self.folder / WEIGHTS / f"{name}.safetensors"
-            about = {"method": name, "model": (self.folder / MODEL).read_text(encoding="utf-8")}
-            save_weights(path, weights, getattr(method.state, "global_weights", {}), about)
+        self._save(name, method, weights)
         source = name_of(method.weights_from) if method.weights_from else name
         if source not in scores:
             work = _evaluation_work(self.config)
@@ -337,6 +339,14 @@ class Experiment:
             bytes_down=strategy.bytes_down + hand_over,
             **self._privacy,
         )
+        return weights
+
+    def _save(self, name: str, method: Personaliser[Any], weights: dict[int, Weights]) -> None:
+        """Keep clients' weights in the run's folder, where they are wanted."""
+        if self.config.save_weights:
+            path = self.folder / WEIGHTS / f"{name}.safetensors"
+            about = {"method": name, "model": (self.folder / MODEL).read_text(encoding="utf-8")}
+            save_weights(path, weights, getattr(method.state, "global_weights", {}), about)
 
     def _groups(self) -> list[int]:
         """Every client's hidden group; with data of their own, nobody knows any."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -266,6 +266,56 @@ def own_weights(tensors: Weights, client: int) -> Weights:
     }
 
 
+def _own_of(tensors: Weights) -> set[int]:
+    """The clients that have some among ``tensors`` that not all have."""
+    named = {name.partition("/")[0] for name in tensors} - {"global"}
+    return {int(name.removeprefix("client-")) for name in named}
+
+
+def _made_for(file: Path) -> set[int] | None:
+    """The clients that weights in ``file`` are of; None where that is not told."""
+    if not file.is_file():
+        return None
+    with safe_open(file, "pt") as opened:
+        numbers = (opened.metadata() or {}).get("clients")  # earlier versions did not keep them
+    return set(json.loads(numbers)) if numbers else None
+
+
+def _check_made(
+    folder: Path, client: int, method: str, founders: int, own: set[int], made_for: set[int] | None
+) -> None:
+    """Refuse a client for which ``method`` made nothing; warn where it made nothing of its own.
+
+    Args:
+        founders: how many clients there were in the rounds.
+        own: the clients that have weights of their own.
+        made_for: those that have any; None in a run of an earlier version.
+
+    Raises:
+        ConfigError: ``client`` has none.
+    """
+    some = {each for each in own if each < founders}
+    if made_for is None:
+        made_for = some or set(range(founders))
+    if client in made_for:
+        if some and client < founders and client not in some:
+            warn_once(
+                f"{folder}: client {client} took no part: {method} sent it what all start from, "
+                "and no weights of its own"
+            )
+    elif client >= founders:
+        raise ConfigError(
+            f"{folder}: client {client} joined after the last round, and what {method} sent it "
+            "then was not kept by the version that ran it: run it anew"
+        )
+    else:
+        raise ConfigError(
+            f"{folder}: client {client} took no part, so that {method} made nothing for it: take a "
+            "method's that sends all the same (--method fedavg, if the run had it), or let it join "
+            "(docs/join.md)"
+        )
+
+
 def client_weights(folder: Path, client: int, method: str = "") -> Weights:
     """The weights that ``client`` was evaluated with, before any fine-tuning.
 
@@ -276,6 +326,11 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
         ConfigError: the run has no such client or method, or its weights cannot be read.
     """
     method = the_method(folder, method)
+    settings = values_of(kept_settings(folder))
+    count = settings["num-clients"]
+    if not 0 <= client < count:
+        raise ConfigError(f"{folder}: has no client {client}; there are 0 to {count - 1}")
+    founders = count - settings.get("join-clients", 0)
     sent = folder / WEIGHTS / _file(method)
     federation = federation_of(method)
     own, by = (  # what it left itself
@@ -285,24 +340,11 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
         made, kept, adjustment = (
             load_file(file) if file.is_file() else {} for file in (sent, own, by)
         )
+        made_for = _made_for(sent)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{folder}: the weights of {method} cannot be read: {error}") from error
-    clients = {key.partition("/")[0] for key in made} - {"global"}
-    settings = values_of(kept_settings(folder))
-    count = settings["num-clients"]
-    if not 0 <= client < count:
-        raise ConfigError(f"{folder}: has no client {client}; there are 0 to {count - 1}")
-    if client >= count - settings.get("join-clients", 0):
-        raise ConfigError(
-            f"{folder}: client {client} joined after the last round, and what it was sent then is "
-            "not kept: its accuracy is in the run's table and joining.jsonl"
-        )
-    if clients and f"client-{client}" not in clients and not kept:
-        raise ConfigError(
-            f"{folder}: client {client} took no part, so that {method} made nothing for it: take a "
-            "method's that sends all the same (--method fedavg, if the run had it), or let it join "
-            "(docs/join.md)"
-        )
+    if not kept:
+        _check_made(folder, client, method, founders, _own_of(made), made_for)
     if settings.get("logit-adjustment") and settings["dataset"] == NODES:
         raise ConfigError(
             f"{folder}: clients added their own class frequencies (logit-adjustment = true), which "

@@ -27,7 +27,7 @@ def save_weights(
     """Clients' weights as ``client-3/NAME``; those that all share once, as ``global/NAME``.
 
     Args:
-        about: goes into the file's metadata.
+        about: goes into the file's metadata, beside the clients' numbers.
     """
     tensors: Weights = {}
     for client, mine in weights.items():
@@ -36,7 +36,8 @@ def save_weights(
             tensors[f"{prefix}/{name}"] = tensor
     if tensors:
         path.parent.mkdir(exist_ok=True)
-        write_tensors(path, tensors, {"format": "pt", **about})
+        numbers = json.dumps(sorted(c for c, mine in weights.items() if mine))
+        write_tensors(path, tensors, {"format": "pt", "clients": numbers, **about})
 
 
 def peak_memory() -> int:

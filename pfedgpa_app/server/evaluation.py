@@ -25,9 +25,15 @@ class Evaluator:
     def __init__(self, name: str, roster: Roster, config: Config, log: RunLog) -> None:
         self.name, self.roster, self.config, self.log = name, roster, config, log
 
-    def message(self, client: int, weights: Weights, server_round: int) -> Message:
-        """The question to ``client``."""
-        settings = {"method": self.name, "round": server_round}
+    def message(
+        self, client: int, weights: Weights, server_round: int, leave: bool = False
+    ) -> Message:
+        """The question to ``client``.
+
+        Args:
+            leave: whether it leaves what is its own beside a simulation's results.
+        """
+        settings = {"method": self.name, "round": server_round, "leave": leave}
         return self.roster.message(client, MessageType.EVALUATE, weights, settings)
 
     def scores(
@@ -42,9 +48,11 @@ class Evaluator:
             for client, counts in self._counted(self.name, server_round, sent, answers)
         }
 
-    def accuracies(self, weights: dict[int, Weights], server_round: int) -> dict[int, float]:
-        """Every answering client's accuracy in % with its ``weights``."""
-        messages = {c: self.message(c, mine, server_round) for c, mine in weights.items()}
+    def accuracies(
+        self, weights: dict[int, Weights], server_round: int, leave: bool = False
+    ) -> dict[int, float]:
+        """Every answering client's accuracy in % with its ``weights``; ``leave`` as above."""
+        messages = {c: self.message(c, mine, server_round, leave) for c, mine in weights.items()}
         scores = self.scores(server_round, messages, self.roster.exchange(messages))
         return {client: score["accuracy"] for client, score in scores.items()}
 
@@ -72,6 +80,7 @@ class Evaluator:
             "method": self.name,
             "round": rounds,
             "fine-tunings": json.dumps(asked),
+            "leave": True,
         }
         messages = {
             client: self.roster.message(client, "evaluate.final", mine, settings)

@@ -13,19 +13,23 @@ from pfedgpa_app.methods.contract import Hook
 from pfedgpa_app.server.strategy import Personalised
 
 
-def join(strategy: Personalised, method: Personaliser[Any]) -> list[dict[int, float]]:
+def join(
+    strategy: Personalised, method: Personaliser[Any]
+) -> tuple[list[dict[int, float]], dict[int, Weights]]:
     """Let the clients join that were held back; ``method`` makes their weights.
 
     Returns:
-        every client's accuracy in % as first sent weights and after each iteration.
+        every client's accuracy in % as first sent weights and after each iteration, and what each
+        was sent for the last of these evaluations.
     """
     config, roster = strategy.config, strategy.roster
-    rounds = config.num_server_rounds
+    rounds, last = config.num_server_rounds, config.num_server_rounds + config.join_iterations
     name = name_of(type(method))
     with Hook(name, type(method), "first_download", rounds).told():
         given = method.first_download(range(config.initial_clients, config.num_clients))
-    curve = [_accuracies(strategy, given, rounds)]
-    for server_round in range(rounds + 1, rounds + config.join_iterations + 1):
+    sent = _sent(strategy, given, rounds)
+    curve = [strategy.evaluator.accuracies(sent, rounds)]
+    for server_round in range(rounds + 1, last + 1):
         settings = {"method": strategy.name, "round": server_round}
         messages = {
             client: roster.message(client, MessageType.TRAIN, mine, settings)
@@ -37,14 +41,14 @@ def join(strategy: Personalised, method: Personaliser[Any]) -> list[dict[int, fl
         if uploads:
             with Hook(name, type(method), "join", server_round).told():
                 given = given | method.join(uploads)
-        curve.append(_accuracies(strategy, given, server_round))
-    return curve
+        sent = _sent(strategy, given, server_round)
+        curve.append(strategy.evaluator.accuracies(sent, server_round, server_round == last))
+    return curve, sent
 
 
-def _accuracies(
+def _sent(
     strategy: Personalised, given: dict[int, Weights], server_round: int
-) -> dict[int, float]:
-    """Every client's accuracy in %, ``given`` being what they train from."""
+) -> dict[int, Weights]:
+    """What every client is evaluated by, ``given`` being what they train from."""
     half = strategy.half
-    sent = {c: half.evaluation_of(server_round, c, mine) for c, mine in given.items()}
-    return strategy.evaluator.accuracies(sent, server_round)
+    return {c: half.evaluation_of(server_round, c, mine) for c, mine in given.items()}

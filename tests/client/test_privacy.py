@@ -233,7 +233,7 @@ class TestMembership:
     def test_a_model_that_learned_by_heart_gives_itself_away(self, tmp_path: Path) -> None:
         how: dict[str, Any] = {"method": "last-upload,fedavg", "learning_rate": 0.2}
         folder, _ = federate(
-            tmp_path, **how, local_epochs=30, num_server_rounds=3, train_per_client=40
+            tmp_path, **how, local_epochs=30, num_server_rounds=3, train_per_client=20
         )
         config = kept_config(folder)
         assert config.num_clients == 4

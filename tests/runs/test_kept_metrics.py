@@ -1,9 +1,9 @@
 """A change of the code's shape changes no figure: one method a family, as it was kept.
 
-``kept_metrics.json`` is of the run below on the process engine, before the package was laid out in
-floors; pFedGPA's accuracy is newer, since clients that take no part in the last round keep what is
-theirs (it was 35.6), and so are SCAFFOLD's figures, since clients that join later are none of its N
-(it was 33.8). CPUs differ in floats' last digits, which may turn one image's prediction.
+``kept_metrics.json`` is of the run below on the process engine. It was renewed when the images that
+rounding leaves of each class became a seeded draw, which deals other images; until then its figures
+went back to before the package was laid out in floors, but for SCAFFOLD's and pFedGPA's own. CPUs
+differ in floats' last digits, which may turn one image's prediction.
 """
 
 from __future__ import annotations
