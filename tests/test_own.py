@@ -559,6 +559,34 @@ class TestData:
         assert found.shape == (3, 4, 5)
 
     @pytest.mark.parametrize(
+        ("mode", "channels"), [("1", 1), ("L", 1), ("P", 3), ("RGBA", 3), ("I;16", 1), ("CMYK", 3)]
+    )
+    def test_a_torch_data_set_of_pictures_of_any_mode(self, mode: str, channels: int) -> None:
+        """As an image folder has them: a palette's numbers are no brightness."""
+        pixels = np.zeros((4, 4, 3), np.uint8)
+        pixels[:2] = 255
+        picture = Image.fromarray(pixels)
+        if mode == "I;16":
+            picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+        pairs = [(picture.convert(mode) if mode != "I;16" else picture, i % 2) for i in range(6)]
+
+        class Mine(torch.utils.data.Dataset[Any]):
+            def __len__(self) -> int:
+                return len(pairs)
+
+            def __getitem__(self, i: int) -> Any:
+                return pairs[i]
+
+        found = dataset_of("mine", Mine(), 0.34)
+        assert found.pixels
+        assert found.shape == (channels, 4, 4)
+        assert (found.train_images[:, :, :2] == 255).all()
+        assert not found.train_images[:, :, 2:].any()
+        pairs[3] = (Image.new("F", (4, 4)), 0)
+        with pytest.raises(DataError, match="item 3: its pixels have no defined range"):
+            dataset_of("mine", Mine(), 0.34)
+
+    @pytest.mark.parametrize(
         ("items", "said"),
         [
             ([(ROWS[0], 0), (ROWS[0, :2], 1)], r"of shape \[5\], and item 1 is of \[2\]"),
@@ -699,7 +727,9 @@ class TestData:
         columns = {"columns": ["age", "sex", "income", "height", "weight"]}
         assert "column 'income'" in unscaled(dataset_of("mine", found | columns, 0.2))
         pixels = np.full((60, 5, 4), 200, np.uint8)
-        for fine in (ROWS, pixels, (ROWS * 1e5).astype(int)):
+        last = dataset_of("mine", {"x": ROWS.repeat(6, 1).reshape(-1, 5, 2, 3), "y": LABELS}, 0.2)
+        assert re.search(r"mine: .* shape \[5, 2, 3\]; if it is an image", unscaled(last))
+        for fine in (ROWS, pixels, (ROWS * 1e5).astype(int), ROWS.reshape(-1, 1, 5, 1)):
             assert not unscaled(dataset_of("mine", {"x": fine, "y": LABELS}, 0.2))
 
     def test_a_class_that_is_only_tested_is_some_nodes(

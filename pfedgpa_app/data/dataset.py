@@ -19,6 +19,7 @@ ALONE = ("x", "y", "users")  # without a test split
 ALSO = {"train_images": "x_train", "train_labels": "y_train"}
 ALSO |= {"test_images": "x_test", "test_labels": "y_test"}
 SPLITS = ("train", "test")
+_CHANNELS = (1, 3, 4)
 _LARGEST = 20.0  # root mean square of a feature that passes for scaled
 
 
@@ -69,9 +70,14 @@ class Dataset:
 
 
 def unscaled(data: Dataset) -> str:
-    """What features networks will hardly learn from, and what to do; "" if there are none."""
+    """What in examples networks will hardly learn from, and what to do; "" if there is nothing."""
     if data.tokens or data.pixels:
         return ""
+    if len(data.shape) == 3 and data.shape[2] in _CHANNELS and data.shape[0] not in _CHANNELS:
+        return (
+            f"dataset {data.name}: an example is of shape {list(data.shape)}; if it is an image, "
+            "its channels are last, and PyTorch's layers want them first: np.moveaxis(x, -1, 1)"
+        )
     rows = data.train_images.reshape(len(data.train_images), -1)
     # without a copy of all in float64
     sizes = np.sqrt(np.einsum("nf,nf->f", rows, rows, dtype=np.float64) / len(rows))
@@ -223,9 +229,7 @@ def _of_torch(name: str, split: str, data: Any) -> dict[str, Any]:
         item = data[i]
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise DataError(f"{where} has {shown(item)} as item {i}: wanted is (example, label)")
-        array = _array(name, f"x_{split}", item[0])
-        is_picture = hasattr(item[0], "getbands")  # Pillow's, whose channels are last
-        inputs.append(np.moveaxis(np.atleast_3d(array), -1, 0) if is_picture else array)
+        inputs.append(_example(name, f"{where}: item {i}", f"x_{split}", item[0]))
         labels.append(item[1])
     for i, array in enumerate(inputs):
         if array.shape != inputs[0].shape:
@@ -235,6 +239,18 @@ def _of_torch(name: str, split: str, data: Any) -> dict[str, Any]:
             )
     parts = {f"x_{split}": np.array(inputs), f"y_{split}": np.array(labels)}
     return parts | ({"classes": data.classes} if getattr(data, "classes", None) else {})
+
+
+def _example(name: str, where: str, key: str, value: Any) -> np.ndarray:
+    """An item's example; a picture of Pillow's as [C, H, W] uint8, in grey or RGB."""
+    if not hasattr(value, "getbands"):
+        return _array(name, key, value)
+    from pfedgpa_app.data.imagefolder import eight_bits
+
+    try:
+        return np.moveaxis(np.atleast_3d(np.asarray(eight_bits(value))), -1, 0)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def _array(name: str, key: str, value: Any) -> np.ndarray:
@@ -387,7 +403,7 @@ def _inputs(name: str, key: str, array: np.ndarray, columns: Sequence[str]) -> n
     if array.dtype == np.uint8 and array.ndim in (3, 4):
         if array.ndim == 3:
             array = array[:, None]
-        elif array.shape[3] in (1, 3, 4) and array.shape[1] not in (1, 3, 4):
+        elif array.shape[3] in _CHANNELS and array.shape[1] not in _CHANNELS:
             array = array.transpose(0, 3, 1, 2)  # channels last, as images are stored
         return np.ascontiguousarray(array)
     if array.dtype.kind == "f":

@@ -102,6 +102,8 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
         return found  # what is not uint8 is refused where it is predicted
     if not np.isfinite(found).all():
         raise DataError(f"{file}: has a number that is not finite")
+    if schema.tokens and (odd := found[found % 1 != 0]).size:
+        raise DataError(f"{file}: has {odd[0]:g}, and the network takes whole numbers")
     return found.astype(np.int64 if schema.tokens else np.float32)
 
 

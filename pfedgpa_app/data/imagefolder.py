@@ -12,7 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from pfedgpa_app.core.settings import DataError
+from pfedgpa_app.core.settings import DataError, listed
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.data.dataset import SPLITS, Dataset, split_off_test
 
 if TYPE_CHECKING:
@@ -81,6 +82,12 @@ def has_splits(path: Path) -> bool:
     return all((path / split).is_dir() for split in SPLITS)
 
 
+def _beside_splits(path: Path) -> list[str]:
+    """What other folders there are beside train/ and test/."""
+    entries = filter(_is_there, os.scandir(path))
+    return sorted(f"{e.name}/" for e in entries if e.is_dir() and e.name not in SPLITS)
+
+
 def _listing(path: Path) -> dict[str, list[File]]:
     """{split: its files, sorted}, "" for those of a folder without; refuses what is none."""
     splits = SPLITS if has_splits(path) else ("",)
@@ -104,6 +111,12 @@ def _listing(path: Path) -> dict[str, list[File]]:
                 f"dataset imagefolder:{path}: no images in the folders of {path / split}; images "
                 "are expected as CLASS/IMAGE, or as train/CLASS/IMAGE and test/CLASS/IMAGE"
             )
+    if "" not in listing and (beside := _beside_splits(path)):
+        warn_once(
+            f"dataset imagefolder:{path}: {listed(beside)} beside train/ and test/ "
+            f"{'is' if len(beside) == 1 else 'are'} left out; validation-share takes each client's "
+            "validation images of its training images"
+        )
     first, *others = ({f[1] for f in files} for files in listing.values())
     if others and (unknown := others[0] - first):
         raise DataError(
@@ -135,7 +148,7 @@ def _classes_in(path: Path, split: str) -> list[File]:
     return found
 
 
-def _eight_bits(image: Image) -> Image:
+def eight_bits(image: Image) -> Image:
     """``image`` in grey or RGB, of 8 bits a channel; without its transparency.
 
     Raises:
@@ -169,7 +182,7 @@ def read_image(file: Path | IO[bytes], name: str = "") -> Image:
             opened.load()
             with suppress(Exception):  # garbled EXIF does not say how the image lies
                 ImageOps.exif_transpose(opened, in_place=True)
-            return _eight_bits(opened)
+            return eight_bits(opened)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
             f"{name}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, or "

@@ -17,11 +17,13 @@ from packaging.version import Version
 from PIL import ExifTags, Image, ImageCms
 
 from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.data import datasets
 from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.datasets import load
+from pfedgpa_app.data.examples import examples
 from pfedgpa_app.data.partition import (
     class_shares,
     deal,
@@ -685,6 +687,14 @@ class TestDatasets:
         with pytest.raises(DataError, match=r"cat/0.png: cannot be read"):
             load(f"imagefolder:{root}", "")
 
+    def test_a_folder_beside_train_and_test_is_said_to_be_left_out(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (make_images(tmp_path) / "val" / "cat").mkdir(parents=True)
+        (tmp_path / ".hidden").mkdir()
+        assert load(f"imagefolder:{tmp_path}", "").train_images.shape == (8, 3, 32, 32)
+        assert "val/ beside train/ and test/ is left out; validation-share" in caplog.text
+
     @pytest.mark.parametrize("name", ["fashion-mnist", "emnist-letters", "cifar10", "mnist"])
     def test_absent_data_say_what_to_do(self, name: str, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="download=true"):
@@ -735,6 +745,16 @@ class TestDatasets:
         assert (ink.sum(axis=1) > ink.sum(axis=1).max() / 4).sum() > 1.5 * (
             ink.sum(axis=0) > ink.sum(axis=0).max() / 4
         ).sum()
+
+
+def test_tokens_of_a_file_are_whole_numbers(tmp_path: Path) -> None:
+    schema = Schema("words", ("a", "b"), (3,), tokens=True)
+    file = tmp_path / "words.csv"
+    file.write_text("1,2,3\n4,5,6.0\n")
+    assert examples([file], schema, 0)[1].tolist() == [[1, 2, 3], [4, 5, 6]]
+    file.write_text("1,2,3\n4,1.7,6\n")
+    with pytest.raises(DataError, match=r"words.csv: has 1.7, and the network takes whole numbers"):
+        examples([file], schema, 0)
 
 
 def test_cifar10_as_images(cifar10_folder: Path) -> None:
