@@ -52,7 +52,7 @@ class DiffusionSettings:
     fit_steps: int = setting(1000, "optimiser steps of the denoiser", low=1)
     fit_batch_size: int = setting(256, "latents a step", low=1)
     fit_learning_rate: float = setting(1e-3, "peak learning rate of the denoiser", above=0)
-    width: int = setting(128, "hidden width of the denoiser", low=1)
+    width: int = setting(64, "hidden width of the denoiser", low=1)
     blocks: int = setting(3, "residual blocks of the denoiser", low=1)
     ema: float = setting(0.99, "decay of the averaged denoiser", low=0, high=0.999999)
     latent_noise: float = setting(0.1, "noise on the unit-variance latents in training", low=0)
