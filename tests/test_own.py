@@ -901,6 +901,11 @@ class TestPartitions:
         }
         said = described(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
         assert "3 clients train on 6 each (nobody holds 54)" in said
+        assert "has none of" not in said
+        few = {"train_per_client": 1, "partition": "iid"}
+        said = described(Config(dataset="imagefolder:photos", num_clients=3, **sizes | few))
+        # of three classes each has one test image, and one has a training image
+        assert "67 % are of classes that their client has none of to train" in said
         sizes["test_per_client"] = 8  # of 18 in all
         said = described(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
         assert "held more than once" in said

@@ -226,9 +226,10 @@ def described(config: DataSettings) -> str:
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
         f"{schema_of(data).examples(most=10)}"
     ]
+    trained, tested = [np.r_[s.train, s.validation] for s in splits], [s.test for s in splits]
     for verb, rows, labels in (
-        ("train", [np.concatenate([s.train, s.validation]) for s in splits], data.train_labels),
-        ("are tested", [s.test for s in splits], data.test_labels),
+        ("train", trained, data.train_labels),
+        ("are tested", tested, data.test_labels),
     ):
         sizes, held = [len(mine) for mine in rows], np.concatenate(rows)
         each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
@@ -238,6 +239,14 @@ def described(config: DataSettings) -> str:
             notes.append(f"nobody holds {len(labels) - different:,}")
         if different < len(held):
             notes.append(f"{len(held) - different:,} are held more than once")
+        if rows is tested:
+            pairs = zip(trained, tested, strict=True)
+            strange = sum(
+                (~np.isin(labels[test], data.train_labels[train])).sum() for train, test in pairs
+            )
+            if strange:
+                share = 100 * strange / len(held)
+                notes.append(f"{share:.2g} % are of classes that their client has none of to train")
         note = f" ({', '.join(notes)})" if notes else ""
         parts.append(f"{verb} on {each} each{note}")
     return f"{parts[0]}; {len(splits)} clients {parts[1]} and {parts[2]}"

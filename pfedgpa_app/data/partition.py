@@ -2,7 +2,8 @@
 
 A partition is dealt, natural or by a file (partition_file.py). One that is dealt is a matrix of
 class counts, one row a client, and one dealer that hands out that many images: disjoint while the
-data last, the test images in the same mix.
+data last. A client's training and its test images are two draws of one mix, so that one with few
+images may be tested on a class of which it has none to train on, as it would be in use.
 """
 
 from __future__ import annotations

@@ -155,6 +155,8 @@ def _autoencoder(settings: DiffusionSettings, layout: Layout, tensors: Tensors) 
         parts = _below(prefix, tensors)
         return LinearAutoencoder(parts["components"], parts["scale"])
 
+    if "linear/components" in tensors:  # of other kinds, too, where nothing is generated
+        return linear("linear")
     if settings.autoencoder == "layers":
         columns = layout.layers()
         layers = tuple(linear(f"layer-{i}") for i in range(len(columns)))

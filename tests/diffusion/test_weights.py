@@ -546,6 +546,7 @@ class TestSaved:
             {"denoiser": "gaussian"},
             {"autoencoder": "layers", "denoiser": "transformer", "fit_steps": 5, "width": 16},
             {"autoencoder": "conv", "autoencoder_steps": 5, "chunk_latents": 3},
+            *({"autoencoder": kind, "rank": 0} for kind in ("linear", "layers", "conv")),
         ],
     )
     def test_round_trip(self, tmp_path: Path, settings: dict[str, object]) -> None:
