@@ -22,6 +22,7 @@ from pfedgpa_app.config.resolve import defaults, keys, values_of, without_idle
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.results import figures
 from pfedgpa_app.results.log import (
     EVENTS,
@@ -106,15 +107,25 @@ class Run:
 def runs_in(paths: Sequence[Path]) -> list[Run]:
     """The runs that are done in these folders and those below, a sweep's or comparison's.
 
+    One that has runs, of which none is done, is left out with a warning.
+
     Raises:
-        ConfigError: one of them holds none.
+        ConfigError: one of them holds none, or none is done in any.
     """
     found: dict[Path, None] = {}
+    undone: list[Path] = []
     for path in paths:
         folders = sorted(f.parent for f in path.rglob(SUMMARY) if (f.parent / CONFIG).is_file())
-        if not folders:
+        if not folders and not next(path.rglob(CONFIG), None):
             raise ConfigError(f"{path}: holds no run that is done")
+        if not folders:
+            undone.append(path)
         found |= dict.fromkeys(folders)
+    for path in undone:
+        text = f"{path}: holds no run that is done"
+        if not found:
+            raise ConfigError(text)
+        warn_once(f"{text}: it is left out")
     return [Run(folder) for folder in found]
 
 

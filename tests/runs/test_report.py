@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from pfedgpa_app import cli
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.results import figures
 from pfedgpa_app.results.tables import text_table
 from pfedgpa_app.runs import report
@@ -264,6 +265,20 @@ class TestRefusals:
         monkeypatch.chdir(tmp_path)
         assert cli.main(["report", *words]) == 2
         assert said in capsys.readouterr().err
+
+    def test_runs_that_are_not_done_are_left_out(
+        self, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        begun = tmp_path / "begun"
+        begun.mkdir()
+        shutil.copy(folder / "config.json", begun)
+        [run] = runs_in([begun, folder])
+        assert run.folder == folder
+        assert f"{begun}: holds no run that is done: it is left out" in caplog.text
+        with pytest.raises(ConfigError, match=r"begun: holds no run that is done$"):
+            runs_in([begun])
+        with pytest.raises(ConfigError, match="typo: holds no run"):
+            runs_in([folder, tmp_path / "typo"])
 
     def test_a_place_that_cannot_be_written_to(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
