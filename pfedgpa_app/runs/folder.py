@@ -27,7 +27,7 @@ from pfedgpa_app.config.resolve import (
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.data.client import check_same, class_counts, fingerprint, load_schema
 from pfedgpa_app.results.log import EVENTS, METRICS, SUMMARY, Records, last_event
 
@@ -69,7 +69,7 @@ def check_data(folder: Path, config: Config) -> None:
     """Refuse data that are not those of the run in ``folder``, as far as it has kept which.
 
     Raises:
-        DataError: they are others now.
+        DataError: they are others now, or dealt otherwise.
     """
     try:
         held = json.loads((folder / HOLDINGS).read_text(encoding="utf-8"))
@@ -77,6 +77,12 @@ def check_data(folder: Path, config: Config) -> None:
         return
     if "data" in held:  # a run of an earlier version has not kept it
         check_same(config, held["data"])
+    if "train" in held and held["train"] != class_counts(config):
+        raise DataError(
+            f"{folder}: its clients held other examples than they would now: it is of a version "
+            "that dealt them otherwise, or its partition's file has changed since; run it anew, or "
+            "name data with labels (pfedgpa evaluate RUN DATASET)"
+        )
 
 
 def is_running(folder: Path) -> bool:

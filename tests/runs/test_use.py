@@ -14,9 +14,10 @@ import torch
 
 from pfedgpa_app import cli, load_client
 from pfedgpa_app.core.own_code import digest, imported, sources
-from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.models import build
 from pfedgpa_app.runs.api import Result, run
+from pfedgpa_app.runs.folder import keep_holdings, kept_config
 from tests.runs.test_resume import KilledError, killer
 from tests.support.federations import federate, records
 from tests.support.processes import in_a_new_process
@@ -144,6 +145,21 @@ class TestEditedCode:
         imported("own_table:load", "", "dataset")
         assert cli.main(["evaluate", str(folder), "--client", "0"]) == 0
         assert str(tmp_path / "own_table.py") in caplog.text
+
+    def test_examples_that_were_dealt_otherwise(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """As by an earlier version: a client would be tested on what it has trained on."""
+        folder, _ = federate(tmp_path, method="fedavg", num_server_rounds=1)
+        held = json.loads((folder / "holdings.json").read_text())
+        held["train"][0][0], held["train"][0][1] = held["train"][0][1] + 1, held["train"][0][0] - 1
+        (folder / "holdings.json").write_text(json.dumps(held))
+        assert cli.main(["evaluate", str(folder), "--client", "0"]) == 2
+        said = f"{folder}: its clients held other examples than they would now"
+        assert said in capsys.readouterr().err
+        assert cli.main(["evaluate", str(folder), "--client", "0", "digits"]) == 0
+        with pytest.raises(DataError, match="held other examples than they would now"):
+            keep_holdings(folder, kept_config(folder))  # as a run that goes on begins
 
     def test_a_run_that_goes_on(self, anew: Anew, tmp_path: Path) -> None:
         how = {"method": "fedavg", "model": "own_net:build", "resume": True}
