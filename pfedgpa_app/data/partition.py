@@ -125,7 +125,7 @@ def class_shares(
     return shares, groups
 
 
-def drawn_counts(
+def client_counts(
     shares: np.ndarray, labels: np.ndarray, size: int | None, split: str, seed: int
 ) -> np.ndarray:
     """How many images of each class each client gets, [clients, C].
@@ -237,7 +237,7 @@ def partition(
     )
 
     def dealt(labels: np.ndarray, size: int | None, split: str) -> list[np.ndarray]:
-        counts = drawn_counts(shares, labels, size, split, seed)
+        counts = client_counts(shares, labels, size, split, seed)
         return deal(labels, counts, classes, split, seed)
 
     train = dealt(train_labels, train_per_client, "train")

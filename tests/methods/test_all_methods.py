@@ -209,6 +209,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return federate(
         tmp_path_factory.mktemp("everything"),
         method=",".join(OWN_ROUNDS),
+        num_server_rounds=6,
         fraction_train=0.75,
         learning_rate=0.05,
         **{"krum.malicious": 0},  # of three uploads
