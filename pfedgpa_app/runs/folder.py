@@ -60,7 +60,7 @@ def keep_holdings(folder: Path, config: Config) -> None:
     Raises:
         DataError: they are others now.
     """
-    if (folder / METRICS).exists():  # else it has trained nobody, and its settings may be others
+    if config.resume:  # else whoever was here before has trained nobody, maybe by other settings
         check_data(folder, config)
     held = {"classes": load_schema(config).classes, "train": class_counts(config)}
     write_text(folder / HOLDINGS, json.dumps(held | {"data": fingerprint(config)}) + "\n")

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ class TestEditedCode:
         assert said in capsys.readouterr().err
         assert cli.main(["evaluate", str(folder), "--client", "0", "digits"]) == 0
         with pytest.raises(DataError, match="held other examples than they would now"):
-            keep_holdings(folder, kept_config(folder))  # as a run that goes on begins
+            keep_holdings(folder, replaced(kept_config(folder), resume=True))
 
     def test_a_run_that_goes_on(self, anew: Anew, tmp_path: Path) -> None:
         how = {"method": "fedavg", "model": "own_net:build", "resume": True}
