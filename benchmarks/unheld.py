@@ -33,7 +33,7 @@ IMAGES = 12_000
 def unheld(config: Config) -> list[Images]:
     """Each client's images."""
     data, splits = load_dataset(config), load_partition(config)
-    held = [np.r_[split.train, split.validation] for split in splits]
+    held = [split.held for split in splits]
     free = np.setdiff1d(np.arange(len(data.train_labels)), np.concatenate(held))
     pools = [free[data.train_labels[free] == c] for c in range(len(data.classes))]
     found = []

@@ -203,7 +203,7 @@ def load_partition(config: DataSettings) -> list[ClientSplit]:
 def class_counts(config: DataSettings) -> list[list[int]]:
     """How many training examples of each class each client holds, validation included."""
     data, classes = load_dataset(config), len(load_dataset(config).classes)
-    held = [np.concatenate([split.train, split.validation]) for split in load_partition(config)]
+    held = [split.held for split in load_partition(config)]
     return [np.bincount(data.train_labels[h], minlength=classes).tolist() for h in held]
 
 
@@ -226,7 +226,7 @@ def described(config: DataSettings) -> str:
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
         f"{schema_of(data).examples(most=10)}"
     ]
-    trained, tested = [np.r_[s.train, s.validation] for s in splits], [s.test for s in splits]
+    trained, tested = [split.held for split in splits], [split.test for split in splits]
     for verb, rows, labels in (
         ("train", trained, data.train_labels),
         ("are tested", tested, data.test_labels),

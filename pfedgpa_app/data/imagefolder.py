@@ -82,12 +82,6 @@ def has_splits(path: Path) -> bool:
     return all((path / split).is_dir() for split in SPLITS)
 
 
-def _beside_splits(path: Path) -> list[str]:
-    """What other folders there are beside train/ and test/."""
-    entries = filter(_is_there, os.scandir(path))
-    return sorted(f"{e.name}/" for e in entries if e.is_dir() and e.name not in SPLITS)
-
-
 def _listing(path: Path) -> dict[str, list[File]]:
     """{split: its files, sorted}, "" for those of a folder without; refuses what is none."""
     splits = SPLITS if has_splits(path) else ("",)
@@ -97,9 +91,9 @@ def _listing(path: Path) -> dict[str, list[File]]:
             f"dataset imagefolder:{path}: has {alone[0]}/ and no {other}/: add it, or name "
             f"{path / alone[0]}, whose images are then split by test-share"
         )
-    names = {entry.name for entry in os.scandir(path) if entry.is_dir()} if "" in splits else set()
+    names = sorted(e.name for e in filter(_is_there, os.scandir(path)) if e.is_dir())
     alike = {split: [n for n in names if n.lower() in _ALSO[split]] for split in SPLITS}
-    if all(alike.values()):
+    if "" in splits and all(alike.values()):
         raise DataError(
             f"dataset imagefolder:{path}: has {alike['train'][0]}/ and {alike['test'][0]}/, which "
             "are no classes: name them train and test"
@@ -111,7 +105,7 @@ def _listing(path: Path) -> dict[str, list[File]]:
                 f"dataset imagefolder:{path}: no images in the folders of {path / split}; images "
                 "are expected as CLASS/IMAGE, or as train/CLASS/IMAGE and test/CLASS/IMAGE"
             )
-    if "" not in listing and (beside := _beside_splits(path)):
+    if "" not in listing and (beside := [f"{name}/" for name in names if name not in SPLITS]):
         warn_once(
             f"dataset imagefolder:{path}: {listed(beside)} beside train/ and test/ "
             f"{'is' if len(beside) == 1 else 'are'} left out; validation-share takes each client's "

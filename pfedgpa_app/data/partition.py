@@ -29,6 +29,11 @@ class ClientSplit:
     test: np.ndarray
     group: int
 
+    @property
+    def held(self) -> np.ndarray:
+        """Of the training split, validation included."""
+        return np.concatenate([self.train, self.validation])
+
 
 def round_counts(shares: np.ndarray, total: int) -> np.ndarray:
     """Whole counts that sum to ``total`` in proportion to ``shares``, by largest remainder.
