@@ -36,7 +36,7 @@ from pfedgpa_app.data.client import (
     load_own,
     load_partition,
 )
-from pfedgpa_app.data.dataset import dataset_of, unscaled
+from pfedgpa_app.data.dataset import dataset_of, remarks, unscaled
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.models import build
 from pfedgpa_app.models.build import network_of
@@ -634,7 +634,10 @@ class TestData:
         column = torch.tensor(LABELS)[:, None]  # as MedMNIST has them
         medical = {"train_images": ROWS, "train_labels": column, "val_images": ROWS}
         medical |= {"test_images": ROWS, "test_labels": column}
-        assert dataset_of("mine", medical, 0.2).train_labels.tolist() == LABELS.tolist()
+        found = dataset_of("mine", medical, 0.2)
+        assert found.train_labels.tolist() == LABELS.tolist()
+        [said] = remarks(found)
+        assert said.startswith("dataset mine: val_images is left out; validation-share")
 
     def test_frames_of_pandas(self) -> None:
         pandas = pytest.importorskip("pandas")

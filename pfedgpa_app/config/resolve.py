@@ -339,8 +339,12 @@ def resolve_cached(run_config: Mapping[str, Any]) -> Resolved:
     return _resolve_items(tuple(sorted(run_config.items())))
 
 
-def without_effect(resolved: Resolved) -> Iterator[str]:
-    """What was given for this run, but nothing goes by, because of other settings; in words."""
+def without_effect(resolved: Resolved, own_test: bool) -> Iterator[str]:
+    """What was given for this run, but nothing goes by, because of others or the data; in words.
+
+    Args:
+        own_test: whether the run's data set has a test split.
+    """
     config = resolved.config
     why: dict[str, str] = {}
     if config.partition == "natural" or config.partition.startswith(PARTITION_FILE):
@@ -351,6 +355,8 @@ def without_effect(resolved: Resolved) -> Iterator[str]:
         why |= dict.fromkeys(("local-dp-clip", "local-dp-delta"), none)
     if not config.join_clients:
         why |= dict.fromkeys(("join-rate", "join-iterations"), "join-clients = 0: nobody joins")
+    if own_test:
+        why["test-share"] = f"{config.dataset} has a test split"
     for name, reason in why.items():
         if resolved.sources[name] == RUN_CONFIG:
             yield f"{name} is without effect: {reason}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ ALONE = ("x", "y", "users")  # without a test split
 # what others call them: MedMNIST's files
 ALSO = {"train_images": "x_train", "train_labels": "y_train"}
 ALSO |= {"test_images": "x_test", "test_labels": "y_test"}
+UNUSED = "val_"  # so they begin
 SPLITS = ("train", "test")
 _CHANNELS = (1, 3, 4)
 _LARGEST = 20.0  # root mean square of a feature that passes for scaled
@@ -39,6 +40,8 @@ class Dataset:
         train_samples: their names, for a partition by a file.
         train_users: to whom each belongs, for the natural partition; empty if nobody knows.
         columns: as ``Schema`` has them.
+        own_test: whether its source has a test split; else ``test-share`` took it of the others.
+        unused: what its source has beside that, by name.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Dataset:
     train_users: np.ndarray = field(default_factory=no_names)
     test_users: np.ndarray = field(default_factory=no_names)
     columns: tuple[str, ...] = ()
+    own_test: bool = True
+    unused: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,6 +72,18 @@ class Dataset:
     def pixels(self) -> bool:
         """Whether examples are images of 0 to 255."""
         return self.train_images.dtype == np.uint8
+
+
+def remarks(data: Dataset) -> Iterator[str]:
+    """What its owner should know of a data set, and what to do."""
+    if data.unused:
+        is_or_are = "is" if len(data.unused) == 1 else "are"
+        yield (
+            f"dataset {data.name}: {listed(data.unused)} {is_or_are} left out; validation-share "
+            "takes each client's validation examples of its training examples"
+        )
+    if text := unscaled(data):
+        yield text
 
 
 def unscaled(data: Dataset) -> str:
@@ -124,6 +141,7 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
             with "classes", "columns" (a table's, by name; a frame of pandas' names its own),
             "users_train" and "users_test"; or the first four in a tuple, perhaps with the
             classes; without a test split, that is taken of the training examples.
+            What is called "val_…" is left out.
 
     Raises:
         DataError: what is wrong with it, and what to do.
@@ -153,19 +171,11 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
             f"dataset {name}: x_train holds {train.dtype} of shape {list(train.shape[1:])}, x_test "
             f"{test.dtype} of {list(test.shape[1:])}: both must be alike"
         )
-    return Dataset(
-        name,
-        classes,
-        train,
-        labels["train"],
-        test,
-        labels["test"],
-        samples["train"],
-        samples["test"],
-        owners["train"],
-        owners["test"],
-        columns,
-    )
+    found_of = {"images": inputs, "labels": labels, "samples": samples, "users": owners}
+    of_splits = {f"{s}_{what}": of[s] for what, of in found_of.items() for s in SPLITS}
+    unused = tuple(key for key in parts if key.startswith(UNUSED))
+    own_test = "x_test" in arrays
+    return Dataset(name, classes, **of_splits, columns=columns, own_test=own_test, unused=unused)
 
 
 def _by_name(name: str, found: Any) -> dict[str, Any]:
@@ -199,7 +209,7 @@ def _by_name(name: str, found: Any) -> dict[str, Any]:
     parts = {ALSO.get(str(key), str(key)): value for key, value in found.items()}
     parts |= {f"{k}_train": parts.pop(k) for k in ALONE if k in parts}
     known = (*KEYS, *MORE, *ALONE)
-    odd = [key for key in parts if key not in known and not key.startswith("val_")]
+    odd = [key for key in parts if key not in known and not key.startswith(UNUSED)]
     if odd:
         raise DataError(
             f"dataset {name}: has {odd[0]!r}{near(odd[0], known)} Known are {', '.join(known)}"

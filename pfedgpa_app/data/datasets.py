@@ -27,6 +27,7 @@ from pfedgpa_app.data.imagefolder import files_below, has_splits, image_folder, 
 
 ARRAYS = tuple(f"{split}_{what}" for what in ("images", "labels") for split in SPLITS)
 NAMES = tuple(f"{split}_{what}" for what in ("samples", "users") for split in SPLITS)
+WORDS = ("name", "classes", "columns", "own_test", "unused")
 ABOUT, STAMPS = "about.json", "stamps.json"
 # {name: torchvision's class, and the folder below the data sets' in which it keeps its files}
 TORCHVISIONS = {
@@ -240,7 +241,7 @@ def _cached(identity: Any, read: Callable[[], Dataset]) -> Dataset:
     """
     text = json.dumps(identity, separators=(",", ":"))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pfedgpa"
-    cache = home / f"6-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    cache = home / f"7-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     if found := _stored(cache):
         return found
     data = read()
@@ -269,8 +270,10 @@ def _stored(cache: Path) -> Dataset | None:
         }
     except (OSError, ValueError, EOFError):  # gone or garbled
         return None
-    classes, columns = (tuple(about[key]) for key in ("classes", "columns"))
-    return Dataset(about["name"], classes, columns=columns, **arrays)
+    words: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in about.items()
+    }
+    return Dataset(**words, **arrays)
 
 
 def _store(data: Dataset, cache: Path) -> None:
@@ -284,7 +287,7 @@ def _store(data: Dataset, cache: Path) -> None:
         building.mkdir(mode=0o700)
         for name in (*ARRAYS, *NAMES):
             np.save(building / f"{name}.npy", getattr(data, name))
-        about = {"name": data.name, "classes": data.classes, "columns": data.columns}
+        about = {key: getattr(data, key) for key in WORDS}
         (building / ABOUT).write_text(json.dumps(about), encoding="utf-8")
         (building / STAMPS).write_text(_stamps(building), encoding="utf-8")
         with suppress(FileNotFoundError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -46,13 +47,15 @@ def read(name: str, root: Path, size: int, test_share: float, download: bool) ->
     """
     place, chosen = parsed(name)
     splits = _splits(name, root / place, place, chosen, download)
-    train = splits[chosen.get("train", "train")]
+    used = {"train": chosen.get("train", "train"), "test": chosen.get("test", "test")}
+    train = splits[used["train"]]
     label = chosen.get("label") or _label_of(name, train)
     source = chosen.get("input") or _image_of(train)
     user = chosen.get("user")
     inputs = [source] if source else _numbers_of(train, {label, user})
     found: dict[str, Any] = {"columns": inputs} if len(inputs) > 1 else {}
-    for ours, split in (("train", train), ("test", splits.get(chosen.get("test", "test")))):
+    for ours, theirs in used.items():
+        split = splits.get(theirs)
         if split is None:
             continue
         for column in (label, *inputs, *filter(None, [user])):
@@ -66,7 +69,8 @@ def read(name: str, root: Path, size: int, test_share: float, download: bool) ->
             found[f"users_{ours}"] = np.asarray(split[user]).astype(str)
     if names := getattr(train.features[label], "names", None):
         found["classes"] = names
-    return dataset_of(name, found, test_share)
+    unused = tuple(each for each in splits if each not in used.values())
+    return replace(dataset_of(name, found, test_share), unused=unused)
 
 
 def _splits(

@@ -7,13 +7,13 @@ import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from pfedgpa_app.core.settings import DataError, listed
-from pfedgpa_app.core.warning import warn_once
+from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data.dataset import SPLITS, Dataset, split_off_test
 
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ def has_splits(path: Path) -> bool:
     return all((path / split).is_dir() for split in SPLITS)
 
 
+def _folders(path: Path) -> list[str]:
+    """The names of those in it, sorted."""
+    return sorted(e.name for e in filter(_is_there, os.scandir(path)) if e.is_dir())
+
+
 def _listing(path: Path) -> dict[str, list[File]]:
     """{split: its files, sorted}, "" for those of a folder without; refuses what is none."""
     splits = SPLITS if has_splits(path) else ("",)
@@ -91,7 +96,7 @@ def _listing(path: Path) -> dict[str, list[File]]:
             f"dataset imagefolder:{path}: has {alone[0]}/ and no {other}/: add it, or name "
             f"{path / alone[0]}, whose images are then split by test-share"
         )
-    names = sorted(e.name for e in filter(_is_there, os.scandir(path)) if e.is_dir())
+    names = _folders(path)
     alike = {split: [n for n in names if n.lower() in _ALSO[split]] for split in SPLITS}
     if "" in splits and all(alike.values()):
         raise DataError(
@@ -105,12 +110,6 @@ def _listing(path: Path) -> dict[str, list[File]]:
                 f"dataset imagefolder:{path}: no images in the folders of {path / split}; images "
                 "are expected as CLASS/IMAGE, or as train/CLASS/IMAGE and test/CLASS/IMAGE"
             )
-    if "" not in listing and (beside := [f"{name}/" for name in names if name not in SPLITS]):
-        warn_once(
-            f"dataset imagefolder:{path}: {listed(beside)} beside train/ and test/ "
-            f"{'is' if len(beside) == 1 else 'are'} left out; validation-share takes each client's "
-            "validation images of its training images"
-        )
     first, *others = ({f[1] for f in files} for files in listing.values())
     if others and (unknown := others[0] - first):
         raise DataError(
@@ -245,6 +244,7 @@ def image_folder(
         DataError: there are none, or one of them cannot be read.
     """
     listing = _listing(path)
+    unused = () if "" in listing else tuple(f"{n}/" for n in _folders(path) if n not in SPLITS)
     classes = tuple(sorted({f[1] for files in listing.values() for f in files}))
 
     def read() -> Dataset:
@@ -258,7 +258,8 @@ def image_folder(
         samples = np.array([Path(f[0]).as_posix() for f in files])
         rows = (train, test)
         arrays = [part for r in rows for part in (images[r], labels[r])]
-        return Dataset(f"imagefolder:{path.name}", classes, *arrays, *(samples[r] for r in rows))
+        data = Dataset(f"imagefolder:{path.name}", classes, *arrays, *(samples[r] for r in rows))
+        return replace(data, own_test="" not in listing, unused=unused)
 
-    identity: list[Any] = [str(path), size, listing]
+    identity: list[Any] = [str(path), size, listing, unused]
     return cached(identity + ([test_share] if "" in listing else []), read)

@@ -23,7 +23,7 @@ from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import NODES, TrainingSettings
 from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data.client import schema_of
-from pfedgpa_app.data.dataset import Dataset, unscaled
+from pfedgpa_app.data.dataset import Dataset, remarks
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.networks import weights_of
@@ -90,7 +90,7 @@ def _examples(node: Node) -> Dataset:
 
 def data(node: Node, found: Dataset) -> str:
     """The node's examples."""
-    text = unscaled(found)
+    text = "; ".join(remarks(found))
     return (
         f"{node.dataset}: {len(found.train_labels):,} training and {len(found.test_labels):,} test "
         f"{schema_of(found).examples()}{text and f'; but {text}'}"

@@ -28,7 +28,7 @@ from pfedgpa_app.data.client import (
     load_partition,
     load_schema,
 )
-from pfedgpa_app.data.dataset import unscaled
+from pfedgpa_app.data.dataset import remarks
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.engine.grid import LocalGrid, is_simulated, telling
@@ -97,11 +97,9 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
         if config.dataset != NODES:
             log.event("data", described(config))
             keep_holdings(folder, config)
-            if text := unscaled(load_dataset(config)):
-                log.event("warning", text)
         if bad := sorted(config.malicious_clients):
             log.event("attack", _attack_in_words(config, bad), clients=bad)
-        for text in (*_warnings(grid, config), *without_effect(resolved)):
+        for text in (*_warnings(grid, config), *_remarks(resolved)):
             log.event("warning", text)
         if isinstance(grid, LocalGrid):
             grid.listen(partial(log.event, "warning"))
@@ -113,6 +111,16 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
         _report(folder, log)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     log.event("done", f"results are in {folder}")
+
+
+def _remarks(resolved: Resolved) -> Iterator[str]:
+    """What the user should know of the data, and of settings that nothing goes by."""
+    if resolved.config.dataset == NODES:
+        yield from without_effect(resolved, own_test=False)
+        return
+    data = load_dataset(resolved.config)
+    yield from remarks(data)
+    yield from without_effect(resolved, data.own_test)
 
 
 def _report(folder: Path, log: RunLog) -> None:

@@ -468,10 +468,11 @@ class TestPlainFlower:
         ({"join-rate": 0.5, "join-iterations": 3}, 2),
         ({"join-rate": 0.5, "join-clients": 1}, 0),
         ({"train-per-client": 10}, 0),
+        ({"test-share": 0.5}, 1),
     ],
 )
 def test_settings_without_effect_are_told(settings: dict[str, Any], idle: int) -> None:
-    said = list(without_effect(resolve(settings)))
+    said = list(without_effect(resolve(settings), own_test=True))
     names = [name for name in settings if any(text.startswith(name) for text in said)]
     assert len(said) == len(names) == idle
 

@@ -22,6 +22,7 @@ from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.data import datasets
 from pfedgpa_app.data.client import load_dataset, load_partition
+from pfedgpa_app.data.dataset import remarks
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.examples import examples
 from pfedgpa_app.data.partition import (
@@ -687,13 +688,17 @@ class TestDatasets:
         with pytest.raises(DataError, match=r"cat/0.png: cannot be read"):
             load(f"imagefolder:{root}", "")
 
-    def test_a_folder_beside_train_and_test_is_said_to_be_left_out(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        (make_images(tmp_path) / "val" / "cat").mkdir(parents=True)
-        (tmp_path / ".hidden").mkdir()
-        assert load(f"imagefolder:{tmp_path}", "").train_images.shape == (8, 3, 32, 32)
-        assert "val/ beside train/ and test/ is left out; validation-share" in caplog.text
+    def test_a_folder_beside_train_and_test_is_said_to_be_left_out(self, tmp_path: Path) -> None:
+        root = make_images(tmp_path / "own")
+        (root / "val" / "cat").mkdir(parents=True)
+        (root / ".hidden").mkdir()
+        for _ in ("read", "kept"):
+            data = load(f"imagefolder:{root}", "")
+            assert data.train_images.shape == (8, 3, 32, 32)
+            assert data.own_test
+            [said] = remarks(data)
+            assert "own: val/ is left out; validation-share" in said
+            load.cache_clear()
 
     @pytest.mark.parametrize("name", ["fashion-mnist", "emnist-letters", "cifar10", "mnist"])
     def test_absent_data_say_what_to_do(self, name: str, tmp_path: Path) -> None:
