@@ -55,13 +55,15 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
 
 
 def keep_holdings(folder: Path, config: Config) -> None:
-    """Write who holds what; a run that goes on must find the data that it had.
+    """Write who holds what; a run that goes on, or from uploads, must find the data of before.
 
     Raises:
         DataError: they are others now.
     """
     if config.resume:  # else whoever was here before has trained nobody, maybe by other settings
         check_data(folder, config)
+    if config.uploads:  # clients would be tested on what they, or others, trained on
+        check_data(user_path(config.uploads).parent, config)
     held = {"classes": load_schema(config).classes, "train": class_counts(config)}
     write_text(folder / HOLDINGS, json.dumps(held | {"data": fingerprint(config)}) + "\n")
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.files import read_tensors, write_tensors
 from pfedgpa_app.core.schema import Schema
-from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.core.uploads import Buffer, Upload, weighted_mean
 from pfedgpa_app.data.client import load_schema
 from pfedgpa_app.diffusion import saved
@@ -184,6 +184,15 @@ class TestResults:
         assert took_part > newest
         two, _ = federate(tmp_path / "2", uploads=str(one / "uploads.safetensors"), **how)
         assert records(one, "clients.jsonl") == records(two, "clients.jsonl")
+
+    def test_uploads_of_clients_that_held_other_examples(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"method": "last-upload", "num_server_rounds": 1}
+        one, _ = federate(tmp_path / "1", save_uploads=True, **how)
+        held = json.loads((one / "holdings.json").read_text())
+        held["train"] = held["train"][::-1]  # as an earlier version may have dealt them
+        (one / "holdings.json").write_text(json.dumps(held))
+        with pytest.raises(DataError, match="1/run: its clients held other examples than they"):
+            federate(tmp_path / "2", uploads=str(one / "uploads.safetensors"), **how)
 
     def test_uploads_of_before_a_setting_was_there(self, tmp_path: Path) -> None:
         """They were made by what is now its default."""
