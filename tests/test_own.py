@@ -36,7 +36,7 @@ from pfedgpa_app.data.client import (
     load_own,
     load_partition,
 )
-from pfedgpa_app.data.dataset import dataset_of, remarks, unscaled
+from pfedgpa_app.data.dataset import dataset_of, remarks
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.models import build
 from pfedgpa_app.models.build import network_of
@@ -725,15 +725,17 @@ class TestData:
 
     def test_features_that_nobody_scaled_are_named(self, tmp_path: Path) -> None:
         found = {"x": ROWS * [1, 1, 1e5, 1, 1], "y": LABELS}
-        said = unscaled(dataset_of("mine", found, 0.2))
+        [said] = remarks(dataset_of("mine", found, 0.2))
         assert re.search(r"mine: number 2 of an example is some 9.1e\+04 in size", said)
         columns = {"columns": ["age", "sex", "income", "height", "weight"]}
-        assert "column 'income'" in unscaled(dataset_of("mine", found | columns, 0.2))
+        [said] = remarks(dataset_of("mine", found | columns, 0.2))
+        assert "column 'income'" in said
         pixels = np.full((60, 5, 4), 200, np.uint8)
         last = dataset_of("mine", {"x": ROWS.repeat(6, 1).reshape(-1, 5, 2, 3), "y": LABELS}, 0.2)
-        assert re.search(r"mine: .* shape \[5, 2, 3\]; if it is an image", unscaled(last))
+        [said] = remarks(last)
+        assert re.search(r"mine: .* shape \[5, 2, 3\]; if it is an image", said)
         for fine in (ROWS, pixels, (ROWS * 1e5).astype(int), ROWS.reshape(-1, 1, 5, 1)):
-            assert not unscaled(dataset_of("mine", {"x": fine, "y": LABELS}, 0.2))
+            assert not list(remarks(dataset_of("mine", {"x": fine, "y": LABELS}, 0.2)))
 
     def test_a_class_that_is_only_tested_is_some_nodes(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -82,19 +82,19 @@ def remarks(data: Dataset) -> Iterator[str]:
             f"dataset {data.name}: {listed(data.unused)} {is_or_are} left out; validation-share "
             "takes each client's validation examples of its training examples"
         )
-    if text := unscaled(data):
-        yield text
-
-
-def unscaled(data: Dataset) -> str:
-    """What in examples networks will hardly learn from, and what to do; "" if there is nothing."""
     if data.tokens or data.pixels:
-        return ""
+        return
     if len(data.shape) == 3 and data.shape[2] in _CHANNELS and data.shape[0] not in _CHANNELS:
-        return (
+        yield (
             f"dataset {data.name}: an example is of shape {list(data.shape)}; if it is an image, "
             "its channels are last, and PyTorch's layers want them first: np.moveaxis(x, -1, 1)"
         )
+    if text := _unscaled(data):
+        yield text
+
+
+def _unscaled(data: Dataset) -> str:
+    """Which number of an example is too large for networks to learn from; "" if none is."""
     rows = data.train_images.reshape(len(data.train_images), -1)
     # without a copy of all in float64
     sizes = np.sqrt(np.einsum("nf,nf->f", rows, rows, dtype=np.float64) / len(rows))
