@@ -18,11 +18,16 @@ from pfedgpa_app.methods.generation import (
 
 
 class FromUploads(Personaliser[RememberedState]):
-    """Makes weights from the newest uploads, of which pFedGPA's settings say how many are kept."""
+    """Makes weights from the newest uploads; pFedGPA's settings say how many, and which layers."""
 
     of = RememberingFedAvg
     settings = PFedGPASettings
     parts = (UPLOADS,)
+
+    @property
+    def layers(self) -> int:
+        """So many last ones are a client's own; 0: all."""
+        return self.config.of(PFedGPASettings).layers
 
 
 class LastUpload(FromUploads):
@@ -31,12 +36,12 @@ class LastUpload(FromUploads):
     title = "last upload"
 
     def personalise(self) -> dict[int, Weights]:
-        clients = range(self.config.num_clients)
-        return {c: self.state.newest(c) or self.state.global_weights for c in clients}
+        newest, clients = self.state.newest(self.layers), range(self.config.num_clients)
+        return {client: newest.get(client, self.state.global_weights) for client in clients}
 
 
 class ClientMean(FromUploads):
-    """Each client gets the mean of its own buffered uploads; FedAvg's model where none are."""
+    """Each client gets the mean of its uploads in the newest rounds; FedAvg's model without any."""
 
     title = "client mean"
 
@@ -45,7 +50,7 @@ class ClientMean(FromUploads):
         return [[client] for client in range(self.config.num_clients)]
 
     def personalise(self) -> dict[int, Weights]:
-        layout, vectors, _, clients = self.state.buffer.stack()
+        layout, vectors, _, clients = self.state.last(self.layers).stack()
         weights = {}
         for client, members in enumerate(self.members()):
             rows = torch.isin(clients, torch.tensor(members))

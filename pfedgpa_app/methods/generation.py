@@ -64,7 +64,10 @@ class PFedGPASettings(DiffusionSettings):
         part=ROUNDS,
     )
     layers: int = setting(
-        0, "so many last layers are generated, the rest is the global mean; 0: everything", low=0
+        0,
+        "so many last layers are generated, the rest is the global mean; 0: everything",
+        low=0,
+        part=UPLOADS,
     )
     round_layers: int = setting(
         0, "the same, at the end of a round that others follow; 0: as many", low=0, part=ROUNDS
@@ -120,10 +123,16 @@ class RememberedState(Shared):
         kept = own_statistics(self.global_weights, mine) if own else ()
         return self.global_weights | {name: own[name] for name in kept} | mine
 
-    def newest(self, client: int) -> Weights | None:
-        """A client's newest upload, as far as it is remembered; None if it never uploaded."""
-        entry = self.buffer.newest().get(client)
-        return None if entry is None else self.whole(client, entry.weights())
+    def last(self, layers: int) -> Buffer:
+        """The buffered uploads, or only their last ``layers``, whatever more is kept of them."""
+        if not layers:
+            return self.buffer
+        return self.buffer.last(last_layers(generated(self.global_weights), layers))
+
+    def newest(self, layers: int) -> dict[int, Weights]:
+        """Each client's newest upload, or its last ``layers`` over the mean's others."""
+        newest = self.last(layers).newest()
+        return {client: self.whole(client, entry.weights()) for client, entry in newest.items()}
 
 
 class RememberingFedAvg(FedAvg):
@@ -141,7 +150,8 @@ class RememberingFedAvg(FedAvg):
 
     def remember(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Keep a round's uploads, and forget those that left the window."""
-        names = remembered(self.config, list(self.state.global_weights))
+        layout = self.state.buffer.layout
+        names = layout.names if layout else remembered(self.config, [*self.state.global_weights])
         for client, upload in uploads.items():
             if upload.labels:
                 self.state.labels[client] = upload.labels
@@ -232,7 +242,7 @@ class Generation(Personaliser[RememberedState]):
         values = asdict(self.own) | {"denoiser": denoiser} | self.sharing()
         names = {f.name for f in fields(DiffusionSettings)}
         return WeightDistribution(
-            self._uploads(layers),
+            self.state.last(layers),
             DiffusionSettings(**{k: v for k, v in values.items() if k in names}),
             self.config.seed,
             device_for(self.config.device),
@@ -257,13 +267,6 @@ class Generation(Personaliser[RememberedState]):
         if self.own.descriptor == "learned":
             return dict(enumerate(torch.eye(self.config.initial_clients)))
         return None
-
-    def _uploads(self, layers: int) -> Buffer:
-        """The buffered uploads, or only their last ``layers``."""
-        buffer = self.state.buffer
-        if layers:
-            buffer = buffer.last(last_layers(generated(self.state.global_weights), layers))
-        return buffer
 
     def whole(self, fitted: WeightDistribution, made: dict[int, Weights]) -> dict[int, Weights]:
         """What ``fitted`` made of clients' tensors, and from the global mean what is not generated.
@@ -298,10 +301,14 @@ class Generation(Personaliser[RememberedState]):
         return {client: self.joined[client] for client in uploads}
 
     def reference(self, client: int) -> Weights | None:
-        return self.state.newest(client)
+        return self._newest.get(client)
+
+    @functools.cached_property
+    def _newest(self) -> dict[int, Weights]:
+        return self.state.newest(self.own.layers)
 
     def report(self) -> dict[str, Any]:
-        fitted, entries = self.learned(), self._uploads(self.own.layers).entries()
+        fitted, entries = self.learned(), self.state.last(self.own.layers).entries()
         here = sorted({entry.client for entry in entries})  # with an upload in the window
         generated = [fitted.layout.flatten(self.made[client]) for client in here]
         newest = newest_rows(torch.tensor([entry.client for entry in entries]))

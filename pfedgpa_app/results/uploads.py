@@ -72,6 +72,20 @@ def save(path: Path, state: RememberedState, resolved: Resolved, costs: dict[str
     write_tensors(path, tensors, metadata)
 
 
+def check_whole(state: RememberedState) -> None:
+    """Refuse to keep uploads of which earlier rounds kept the last layers alone.
+
+    Raises:
+        ConfigError: they lack layers that a run by these uploads may learn from.
+    """
+    layout = state.buffer.layout
+    if layout and list(layout.names) != generated(Layout.of(state.global_weights).names):
+        raise ConfigError(
+            "save-uploads: the rounds before have kept the uploads' last layers alone "
+            "(pfedgpa.layers), and others could not learn from these: go on without save-uploads"
+        )
+
+
 def described(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """The settings that made the uploads in ``path``, and what the rounds cost.
 

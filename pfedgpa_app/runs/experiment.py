@@ -273,6 +273,8 @@ class Experiment:
             self.resuming.check(state)
         if going:
             state = self.resuming.state(going["node"], state)
+        if config.save_uploads and kind is RememberingFedAvg:
+            uploads.check_whole(state)
 
         def keep(server_round: int) -> None:
             every = config.checkpoint_every

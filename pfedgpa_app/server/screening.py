@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ArrayRecord, Message
 from flwr.common.constant import ErrorCode
@@ -204,15 +205,18 @@ def too_far(uploads: dict[int, Upload], limit: float) -> dict[int, str]:
 
     The median of each weight over the uploads, which a minority cannot move far.
     """
-    if not limit or len(uploads) < 3:
+    weights = {client: upload.weights for client, upload in uploads.items() if upload.weights}
+    if not limit or len(weights) < 3:
         return {}
-    layout = Layout.of(next(iter(uploads.values())).weights)
-    vectors = torch.stack([layout.flatten(upload.weights) for upload in uploads.values()])
-    distances = (vectors - vectors.median(0).values).norm(dim=1)
-    usual = float(distances.median())
+    layout = Layout.of(next(iter(weights.values())))
+    vectors = torch.stack([layout.flatten(own) for own in weights.values()])
+    # torch's median of an even number is the lower one of the middle two
+    middle = torch.from_numpy(np.median(vectors.numpy(), axis=0))
+    distances = (vectors - middle).norm(dim=1).tolist()
+    usual = statistics.median(distances)
     return {
         client: f"sent weights {distance / usual:.3g} times as far from the median as is usual"
-        for client, distance in zip(uploads, distances.tolist(), strict=True)
+        for client, distance in zip(weights, distances, strict=True)
         if distance > limit * usual > 0
     }
 

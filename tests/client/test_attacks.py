@@ -120,6 +120,19 @@ class TestDefences:
         assert not too_far(uploads(0, 100), 2.5)
         assert not too_far(uploads(5, 5, 5, 6), 2.5)  # most are alike: nothing is usual
 
+    def test_the_median_of_an_even_number_is_between_the_middle_two(self) -> None:
+        """Of 0, 0.1, 1, 1.1 it is 0.55, from which all are some 0.5; of 0, 1, 1, 4 it is 1.
+
+        The distances from that, 1, 0, 0, 3, have the median 0.5.
+        """
+        assert not too_far(uploads(0, 0.1, 1, 1.1), 2.5)
+        assert set(too_far(uploads(0, 1, 1, 4), 2.5)) == {3}
+        assert set(too_far(uploads(0, -1, -1, -4), 2.5)) == {3}
+
+    def test_clients_that_send_no_weights_are_not_far(self, tmp_path: Path) -> None:
+        folder, _ = federate(tmp_path, method="local", max_distance=2.5, num_server_rounds=1)
+        assert all(record["participated"] for record in records(folder))
+
     def test_refused_attackers_have_no_part(self, tmp_path: Path) -> None:
         how: dict[str, Any] = {"malicious_share": 0.2, "num_clients": 5, "attack_strength": 50.0}
         how |= {"method": "fedavg,pfedgpa", "attack": "sign-flip", "max_distance": 3.0}

@@ -185,6 +185,25 @@ class TestResults:
         two, _ = federate(tmp_path / "2", uploads=str(one / "uploads.safetensors"), **how)
         assert records(one, "clients.jsonl") == records(two, "clients.jsonl")
 
+    def test_keeping_uploads_changes_no_result(self, tmp_path: Path) -> None:
+        """More layers are kept than ``pfedgpa.layers``, and no more are generated or averaged."""
+        how: dict[str, Any] = {"method": "client-mean,last-upload,pfedgpa-once"}
+        how |= {"num_server_rounds": 2, "pfedgpa.layers": 1}
+        plain, _ = federate(tmp_path / "1", **how)
+        keeping, _ = federate(tmp_path / "2", save_uploads=True, **how)
+        file = str(keeping / "uploads.safetensors")
+        again, _ = federate(tmp_path / "3", uploads=file, **how)
+        for folder in (keeping, again):
+            assert records(folder, "clients.jsonl") == records(plain, "clients.jsonl")
+            told = [
+                {n: v for n, v in row.items() if n.startswith(("accuracy", "agreement", "dist"))}
+                for row in (summary(folder), summary(plain))
+                for row in row.values()
+            ]
+            assert told[: len(told) // 2] == told[len(told) // 2 :]
+        whole, _ = federate(tmp_path / "4", uploads=file, **how | {"pfedgpa.layers": 0})
+        assert records(whole, "clients.jsonl") != records(plain, "clients.jsonl")
+
     def test_uploads_of_clients_that_held_other_examples(self, tmp_path: Path) -> None:
         how: dict[str, Any] = {"method": "last-upload", "num_server_rounds": 1}
         one, _ = federate(tmp_path / "1", save_uploads=True, **how)

@@ -102,6 +102,25 @@ def test_every_method_ends_bit_for_bit_as_if_nothing_had_happened(
     assert [f"of {method}" in text for text in resumed] == [True, True]
 
 
+@pytest.mark.parametrize("saving", [True, False])
+def test_uploads_may_be_kept_no_longer_but_not_from_the_middle(
+    saving: bool, tmp_path: Path
+) -> None:
+    """Of ``pfedgpa.layers`` alone the rounds before have kept no others."""
+    how: dict[str, Any] = {"method": "client-mean,pfedgpa-once", "num_server_rounds": 3}
+    how |= {"pfedgpa.layers": 1, "save_uploads": saving}
+    reference, _ = federate(tmp_path / "reference", **how)
+    with pytest.raises(KilledError):
+        federate(tmp_path / "out", killer(10), **how)  # in round 3
+    how |= {"save_uploads": not saving, "resume": True}
+    if saving:
+        folder, _ = federate(tmp_path / "out", **how)
+        assert records(folder, "clients.jsonl") == records(reference, "clients.jsonl")
+        return
+    with pytest.raises(ConfigError, match=r"^save-uploads: the rounds before .*: go on without"):
+        federate(tmp_path / "out", **how)
+
+
 def test_checkpoints_that_are_rounds_apart(tmp_path: Path) -> None:
     how: dict[str, Any] = {"method": "scaffold", "num_server_rounds": 6, "checkpoint_every": 3}
     how |= {"evaluate_every": 0}
