@@ -36,8 +36,10 @@ class LastUpload(FromUploads):
     title = "last upload"
 
     def personalise(self) -> dict[int, Weights]:
-        newest, clients = self.state.newest(self.layers), range(self.config.num_clients)
-        return {client: newest.get(client, self.state.global_weights) for client in clients}
+        newest = self.state.last(self.layers).newest()
+        own = {client: self.state.whole(client, newest[client].weights()) for client in newest}
+        clients = range(self.config.num_clients)
+        return {client: own.get(client, self.state.global_weights) for client in clients}
 
 
 class ClientMean(FromUploads):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import RESULTS, ConfigError, setting
-from pfedgpa_app.core.uploads import Buffer, Upload
+from pfedgpa_app.core.uploads import Buffer, Entry, Upload
 from pfedgpa_app.core.weights import Weights, is_statistic, last_layers, own_statistics
 from pfedgpa_app.diffusion.copies import novelty
 from pfedgpa_app.diffusion.directions import Likeness, newest_rows
@@ -128,11 +128,6 @@ class RememberedState(Shared):
         if not layers:
             return self.buffer
         return self.buffer.last(last_layers(generated(self.global_weights), layers))
-
-    def newest(self, layers: int) -> dict[int, Weights]:
-        """Each client's newest upload, or its last ``layers`` over the mean's others."""
-        newest = self.last(layers).newest()
-        return {client: self.whole(client, entry.weights()) for client, entry in newest.items()}
 
 
 class RememberingFedAvg(FedAvg):
@@ -305,10 +300,16 @@ class Generation(Personaliser[RememberedState]):
 
     @functools.cached_property
     def _newest(self) -> dict[int, Weights]:
-        return self.state.newest(self.own.layers)
+        newest = self.state.last(self.own.layers).newest().items()
+        return {c: self.state.whole(c, e.weights()) for c, e in newest if self.is_upload(e)}
+
+    def is_upload(self, entry: Entry) -> bool:
+        """Whether a client has sent what is in the buffer."""
+        return True
 
     def report(self) -> dict[str, Any]:
-        fitted, entries = self.learned(), self.state.last(self.own.layers).entries()
+        fitted, buffered = self.learned(), self.state.last(self.own.layers).entries()
+        entries = [entry for entry in buffered if self.is_upload(entry)]
         here = sorted({entry.client for entry in entries})  # with an upload in the window
         generated = [fitted.layout.flatten(self.made[client]) for client in here]
         newest = newest_rows(torch.tensor([entry.client for entry in entries]))

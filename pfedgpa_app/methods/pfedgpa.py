@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import RESULTS, ConfigError
-from pfedgpa_app.core.uploads import Buffer, Upload
+from pfedgpa_app.core.uploads import Buffer, Entry, Upload
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.diffusion.directions import Likeness
 from pfedgpa_app.diffusion.distribution import WeightDistribution
@@ -191,6 +191,10 @@ class PFedGPA(Generation, RememberingFedAvg):
         buffer.means[server_round] = shared + learned
         for client in uploads:
             buffer.forget(generation, client)
+
+    def is_upload(self, entry: Entry) -> bool:
+        generation = self.first_generation(self.config)
+        return entry.server_round != generation or generation not in self.state.buffer.means
 
     def _momentum(self, server_round: int, uploads: dict[int, Upload], cosine: float) -> float:
         """Of this round, by its ``heading`` and the training losses; 0 where nobody tells those."""

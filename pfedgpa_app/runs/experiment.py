@@ -184,7 +184,8 @@ class Experiment:
         self.dataset = self.roster.schema or load_schema(config)
         self.initial = initial_weights(config, self.dataset)
         if config.start_from and not self.going:
-            log.event("status", f"rounds begin with the mean of what {config.start_from} learned")
+            text = f"rounds begin with the mean of what {config.start_from} learned"
+            log.event("status", f"{text}; what clients keep to themselves does not")
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
         settings = values_of(resolved.as_dict())
         self._privacy = self._spent() if config.local_dp_epsilon else {}  # on each row

@@ -126,6 +126,12 @@ class TestServers:
         held = [(e.server_round, e.client) for e in method.state.buffer.entries()]
         gentle = [(number, client) for number in (10, 11, 12) for client in present]
         assert held == [(9, c) for c in range(6) if c not in present] + gentle
+        # what stands in for those that are absent is no upload of theirs
+        sent = {client: method.reference(client) for client in range(6)}
+        assert {client for client, weights in sent.items() if weights} == set(present)
+        for client in present:
+            last = uploads[client].weights["head.weight"]
+            assert torch.equal((sent[client] or {})["head.weight"], last)
 
     @pytest.mark.parametrize("best", [MEAN, GENERATED, OWN])
     def test_clients_choose_by_their_validation_losses(self, best: int) -> None:
