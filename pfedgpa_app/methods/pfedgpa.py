@@ -111,7 +111,8 @@ class PFedGPA(Generation, RememberingFedAvg):
     def first_gentle(cls, config: Config) -> int:
         """The first round in which clients train on from what was generated for them."""
         rounds = config.num_server_rounds
-        return config.of(PFedGPASettings).generate_from or rounds - math.ceil(0.08 * rounds) + 1
+        last = max(2, rounds - math.ceil(0.08 * rounds) + 1)  # after one that learns something
+        return config.of(PFedGPASettings).generate_from or last
 
     @classmethod
     def first_generation(cls, config: Config) -> int:

@@ -58,6 +58,7 @@ class TestServers:
         assert kind.first_generation(config) == 92
         asked = PFedGPA(config, PFedGPA.begin(config, {}))
         assert [asked.rate(r) for r in (1, 92, 93, 100)] == [1, 1, 0.2, 0.2]
+        assert server("pfedgpa", num_server_rounds=1).rate(1) == 1  # nothing is learned yet
         method = server("pfedgpa", num_server_rounds=5, **{"pfedgpa.generate-from": 4})
         for number in range(1, 6):
             like = method.expected_upload()
