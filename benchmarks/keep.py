@@ -1,14 +1,14 @@
-"""Keep comparisons', the map's and Table 1's results in the repository, and quote them in the docs.
+"""Keep the results of comparisons and studies in the repository, and quote them in the docs.
 
-    python benchmarks/keep.py [results/compare …] [results/map …] [results/table1 …]
+    python benchmarks/keep.py [results/compare …] [results/map …] [results/table1 …] …
 
 A file an experiment, ``benchmarks/results/compare-*.jsonl``, takes in every finished run that
 `pfedgpa compare` left in the folders. Its first line has the settings that all its rows share; then
 comes a row a method and seed: its entry of ``summary.json``, its other settings, and its clients'
 accuracies. ``benchmarks/results/map.jsonl`` takes in the rows that `pfedgpa reproduce map` wrote,
-``table1.jsonl`` those of `pfedgpa reproduce table1`; Table 1 has the comparisons' federations, too.
-What is kept already stays where the folders have nothing newer; all tables and the map's figure
-are made of all that is kept.
+``table1.jsonl`` those of `pfedgpa reproduce table1`, and so on; Table 1 has the comparisons'
+federations, too. What is kept already stays where the folders have nothing newer; all tables and
+figures are made of all that is kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,12 @@ from pfedgpa_app.core.settings import LAUNCH
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.results.log import finished_in, rows_of
 from pfedgpa_app.runs.folder import kept_settings
-from pfedgpa_app.study import reproduce, table1
+from pfedgpa_app.study import join, reproduce, table1, table2, warm_start
 from pfedgpa_app.study.compare import EXPERIMENTS, Finished, report_of
 
 DOCS, RESULTS = APP_DIR / "docs", APP_DIR / "benchmarks" / "results"
-MAP, PICTURE = RESULTS / reproduce.KEPT, DOCS / "pictures" / reproduce.FIGURE
-TABLE1 = RESULTS / "table1.jsonl"
+PICTURES = DOCS / "pictures"
+STUDIES = (reproduce.Atlas, table1.Table1, table2.Table2, join.Join, warm_start.WarmStart)
 COMPARED = {  # whose rows are Table 1's, too: the data set and clients
     "compare-cifar10": ("cifar10", 20),
     "compare-cifar10-100": ("cifar10", 100),
@@ -123,12 +122,27 @@ def kept() -> Finished:
 
 def quotes() -> dict[tuple[Path, str], str]:
     """{(file, the mark before it): table}, of all that is kept."""
-    rows = rows_in(MAP)
+    on_map = rows_of_study(reproduce.Atlas)
     return {
         (DOCS / "results.md", "compare"): report_of(kept()),
         (DOCS / "results.md", "table1"): table1.table(all_of_table1()),
-        (DOCS / "map.md", "map"): reproduce.tables(rows),
-        (APP_DIR / "README.md", "map"): reproduce.overview(rows),
+        (DOCS / "results.md", "table2"): table2.tables(rows_of_study(table2.Table2)),
+        (DOCS / "join.md", "join"): join.tables(rows_of_study(join.Join)),
+        (DOCS / "algorithm.md", "warm-start"): warm_start.tables(
+            rows_of_study(warm_start.WarmStart)
+        ),
+        (DOCS / "map.md", "map"): reproduce.tables(on_map),
+        (APP_DIR / "README.md", "map"): reproduce.overview(on_map),
+    }
+
+
+def figures() -> dict[Path, str]:
+    """{file: SVG}, of all that is kept."""
+    on_map = rows_of_study(reproduce.Atlas)
+    return {
+        PICTURES / "map.svg": reproduce.figure(on_map),
+        PICTURES / "methods.svg": reproduce.methods_figure(on_map),
+        PICTURES / "figure4.svg": table2.figure(rows_of_study(table2.Table2)),
     }
 
 
@@ -140,35 +154,35 @@ def around(file: Path, mark: str) -> tuple[str, str, str]:
     return before + begin, table, END + after
 
 
-def place(row: Row) -> tuple[int, int, int]:
-    """Where a row of the map stands among others."""
-    cells = reproduce.cells_of()
-    cell = next(i for i, cell in enumerate(cells) if reproduce.rows_in([row], cell))
-    return cell, reproduce.METHODS_OF_MAP.index(row["method"]), row["seed"]
+def place(study: type[reproduce.Atlas], row: Row) -> tuple[int, int, int]:
+    """Where a row stands among others of its study."""
+    cell = next(i for i, cell in enumerate(study.cells()) if reproduce.rows_in([row], cell))
+    return cell, study.known.index(row["method"]), row["seed"]
 
 
-def place_in_table1(row: Row) -> tuple[int, int, int]:
-    """Where a row of Table 1 stands among others."""
-    data = list(reproduce.DATA).index(row["data"])
-    column = data * len(table1.SIZES) + [*table1.SIZES].index(row["clients"])
-    return column, table1.METHODS_OF_TABLE.index(row["method"]), row["seed"]
+def rows_of_study(study: type[reproduce.Atlas]) -> list[Row]:
+    """What is kept of it."""
+    return written(study, RESULTS)
 
 
-def rows_in(file: Path) -> list[Row]:
-    """Rows that `pfedgpa reproduce` wrote."""
+def written(study: type[reproduce.Atlas], folder: Path) -> list[Row]:
+    """Rows that `pfedgpa reproduce` wrote, in ``folder``."""
+    file = folder / f"{study.name}.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return [json.loads(line) for line in lines]
 
 
-def add_rows(kept: Path, folder: Path, order: Callable[[Row], tuple[int, int, int]]) -> None:
-    """Keep in ``kept`` what `pfedgpa reproduce` wrote to a file of that name in ``folder``."""
-    both = {order(row): row for row in rows_in(kept) + rows_in(folder / kept.name)}
-    write_text(kept, "".join(json.dumps(both[key]) + "\n" for key in sorted(both)))
+def add_rows(study: type[reproduce.Atlas], folder: Path) -> None:
+    """Keep what `pfedgpa reproduce` wrote to ``folder``."""
+    rows = rows_of_study(study) + written(study, folder)
+    both = {place(study, row): row for row in rows}
+    lines = "".join(json.dumps(both[key]) + "\n" for key in sorted(both))
+    write_text(RESULTS / f"{study.name}.jsonl", lines)
 
 
 def all_of_table1() -> list[Row]:
     """What `pfedgpa reproduce table1` and, of the same methods, the comparisons came to."""
-    found = rows_in(TABLE1)
+    found = rows_of_study(table1.Table1)
     for experiment, (data, clients) in COMPARED.items():
         rows = [r for r in read(file_of(experiment)) if r["method"] in table1.METHODS_OF_TABLE]
         found += [row | asdict(table1.column(data, clients)) for row in rows]
@@ -176,20 +190,19 @@ def all_of_table1() -> list[Row]:
 
 
 def main() -> None:
-    """Keep what is asked for and renew the tables and the figure."""
+    """Keep what is asked for and renew the tables and the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folders", type=Path, nargs="*", help="that the commands wrote to")
     for folder in parser.parse_args().folders:
         add(folder)
-        for kept_rows, order in ((MAP, place), (TABLE1, place_in_table1)):
-            if (folder / kept_rows.name).exists():
-                add_rows(kept_rows, folder, order)
+        for study in STUDIES:
+            if written(study, folder):
+                add_rows(study, folder)
     for (file, mark), text in quotes().items():
         before, _, after = around(file, mark)
         write_text(file, f"{before}\n{text.strip()}\n\n{after}")
-    rows = rows_in(MAP)
-    write_text(PICTURE, reproduce.figure(rows))
-    write_text(PICTURE.with_name("methods.svg"), reproduce.methods_figure(rows))
+    for file, drawn in figures().items():
+        write_text(file, drawn)
 
 
 if __name__ == "__main__":

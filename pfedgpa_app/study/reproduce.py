@@ -43,7 +43,6 @@ IMAGES = (60, 30, 150, 380)  # a client; the first is made first
 SEARCHED = (20, 60)  # clients and images of the cells in which settings are searched
 SEEDS = (0, 1, 2)
 CLOSE = 1.0  # points: where a gain is smaller, all seeds are run
-KEPT, FIGURE = "map.jsonl", "map.svg"
 MERIT = "accuracy_after_ft_tuned"  # after 0 to 5 epochs, by everyone's validation images
 COLUMNS = {
     "tuned FT": MERIT,

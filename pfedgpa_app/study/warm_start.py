@@ -22,7 +22,7 @@ from pfedgpa_app.study.sweep import Settings, expand
 METHODS_OF_START = ("local", "fedavg", OURS)
 STARTS = ("cold", "warm")
 SOURCE_SEED, SOURCE_ROUNDS = 100, 100
-TOLD = (1, 2, 3, 5, 10, 20)  # rounds
+TOLD = ("1", "2", "3", "5", "10", "20")  # rounds
 SOON = "rounds_to_95_percent_of_peak"
 
 
@@ -80,7 +80,7 @@ class WarmStart(Later):
         curves = accuracies_of(folder)
         return [
             {name: row[name] for name in ("method", "title", "seed", "rounds", SOON)}
-            | {"curve": {r: mean(values) for r, values in curves[row["method"]].items()}}
+            | {"curve": {str(r): mean(each) for r, each in curves[row["method"]].items()}}
             for row in rows_of(folder)
         ]
 

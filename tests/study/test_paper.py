@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks import keep
 from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.results import log
 from pfedgpa_app.study.join import Join, JoinCell
-from pfedgpa_app.study.reproduce import DATA
+from pfedgpa_app.study.reproduce import DATA, Atlas
 from pfedgpa_app.study.sweep import Run
 from pfedgpa_app.study.table2 import AblationCell, Table2
 from pfedgpa_app.study.warm_start import StartCell, WarmStart
@@ -100,6 +101,24 @@ def test_a_warm_federation_starts_from_another_ones_distribution(tmp_path: Path)
     assert "| pFedGPA | warm | 1 | 1.0 | 2.0 | 3.0 | 5.0 | 10.0 | 20.0 | 19.0 |" in text
     assert "| local-only | cold |" in text
     assert "| local-only | warm |" not in text
+
+
+@pytest.mark.parametrize("study", [Join, Table2, WarmStart])
+def test_what_is_kept_in_the_repository_makes_the_same_tables(
+    study: type[Atlas], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keep, "RESULTS", tmp_path / "kept")
+    (tmp_path / "kept").mkdir()
+    cells = study.cells()[:2]
+    for cell in cells[::-1]:
+        atlas = study(tmp_path / cell.name, {}, PLACES, Machine(), study.known)
+        atlas.fill([cell], [0])
+        keep.add_rows(study, atlas.out)
+        keep.add_rows(study, atlas.out)  # as often as one likes
+    rows = keep.rows_of_study(study)
+    assert len(rows) == sum(len(cell.methods) for cell in cells)
+    whole = study(tmp_path / "whole", {}, PLACES, Machine(), study.known)
+    assert whole.tables(rows) == whole.fill(cells, [0])
 
 
 def test_nothing_is_run_for_a_federation_without_methods(tmp_path: Path) -> None:

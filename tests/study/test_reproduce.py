@@ -207,7 +207,7 @@ def test_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_the_map_s_figure_has_all_that_is_kept() -> None:
-    rows = keep.rows_in(keep.MAP)
-    drawn = keep.PICTURE.read_text()
+    rows = keep.rows_of_study(Atlas)
+    drawn = (keep.PICTURES / "map.svg").read_text()
     assert all(f"{DATA[row['data']]}, {row['clients']} clients" in drawn for row in rows)
     assert all(row[MERIT] is not None for row in rows)
