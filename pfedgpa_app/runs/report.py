@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pfedgpa_app.config.parse import argument
-from pfedgpa_app.config.resolve import defaults, keys, values_of, without_idle
+from pfedgpa_app.config.resolve import RUN_CONFIG, defaults, keys, values_of, without_idle
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
@@ -49,6 +49,9 @@ COLUMNS = {
 }
 WORST = 5  # clients that are named
 _SAID_OF_A_RUN = ("data", "privacy", "attack")  # events
+# where a run went on and by what, which the launcher fills in: another may have its own
+OF_ITS_PLACE = ("code-dir", "engine", "workers")
+_NAMED_OTHERWISE = ("conf", "out-dir", "run-name", "resume")
 
 
 @dataclass(frozen=True)
@@ -404,14 +407,16 @@ def _chosen(run: Run) -> Iterator[tuple[str, Any]]:
 
 
 def command_of(run: Run) -> str:
-    """The command that makes such a run again, under a name of its own."""
-    given = {}
-    for name, entry in run.settings.items():
-        key = keys().get(name)
-        launch = key is not None and key.rules["part"] == LAUNCH and name != "data-dir"
-        chosen = entry["from"] == "run-config" and key is not None and not launch
-        if chosen and entry["value"] != "":
-            given[name] = entry["value"]
+    """The command that makes such a run again, under a name of its own.
+
+    It has all that was given for the run, but its place.
+    """
+    apart = {*OF_ITS_PLACE, *_NAMED_OTHERWISE}
+    given = {
+        name: entry["value"]
+        for name, entry in run.settings.items()
+        if entry["from"] == RUN_CONFIG and name in keys() and name not in apart
+    }
     conf = str(run.settings["conf"]["value"])
     words = [f"{name}={argument(value)}" for name, value in given.items()]
     if run.settings["dataset"]["value"] == NODES:
