@@ -189,6 +189,15 @@ def _conf_layers(
     return [*below, (path.name, values)]
 
 
+def inherited(conf: str, over: Mapping[str, Any]) -> dict[str, Any]:
+    """{setting: value} of the files that the one of ``conf`` builds on, without its own.
+
+    Args:
+        over: settings laid over the file's.
+    """
+    return {n: v for _, values in _conf_layers(conf, over)[:-1] for n, v in values.items()}
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A configuration and, for each key, where its value came from."""
