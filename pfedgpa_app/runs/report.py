@@ -34,7 +34,7 @@ from pfedgpa_app.results.log import (
     rows_of,
 )
 from pfedgpa_app.results.page import page
-from pfedgpa_app.results.tables import LEGEND, over_seeds, recipe_in_words, without_generation
+from pfedgpa_app.results.tables import LEGEND, over_seeds, recipes_in_words, without_generation
 from pfedgpa_app.runs.folder import CONFIG, HOLDINGS, kept_methods, kept_settings
 
 REPORT, LATENTS = "report.html", "latents.json"
@@ -196,7 +196,7 @@ class Entry:
     """A row of the table: a method under some settings, over seeds."""
 
     name: str
-    recipe: str
+    recipes: str
     values: dict[str, list[float]]
     costs: tuple[str, str]
     analysis_only: bool = False
@@ -217,7 +217,7 @@ class Entry:
             mine = round(mean(values), 6) if _counts(self, column) else None
             kind = {means[0]: "best"} | ({means[1]: "second"} if len(means) > 2 else {})
             cells.append({"text": self.text(column), "kind": kind.get(mine, "") if mine else ""})
-        return [*cells, *({"text": text, "kind": "text"} for text in (self.recipe, *self.costs))]
+        return [*cells, *({"text": text, "kind": "text"} for text in (self.recipes, *self.costs))]
 
 
 def _counts(entry: Entry, column: str) -> bool:
@@ -246,8 +246,8 @@ def table_of(runs: Sequence[Run]) -> tuple[list[str], list[Entry]]:
         up = mean(row.get("bytes_up", 0) / max(1, row["rounds"]) for row in rows)
         costs = (f"{seconds:.1f} s", f"{up / 1e6:.2f} MB")
         name = f"{title} ({choice})" if choice else title
-        recipe = recipe_in_words(rows[0]["fine_tuning"])
-        entries.append(Entry(name, recipe, values, costs, rows[0]["analysis_only"]))
+        recipes = recipes_in_words(rows)
+        entries.append(Entry(name, recipes, values, costs, rows[0]["analysis_only"]))
     return ["method", *shown, "FT", "server", "upload a round"], entries
 
 
