@@ -160,6 +160,12 @@ def _warnings(grid: Grid, config: Config) -> Iterator[str]:
             "local-dp-epsilon's noise is on weights alone"
         )
     for method in (METHODS[name] for name in config.method):
+        if method.fine_tuning == "tuned" and not config.fine_tune_grid_epochs:
+            yield (
+                f"fine-tune-grid-epochs = 0: {method.title} tunes nothing, and fine-tunes by "
+                "fine-tune-epochs and fine-tune-learning-rate; set fine-tune-grid-epochs=5, and "
+                "validation data choose"
+            )
         if issubclass(method, Defence):
             yield from method.doubts(config)
 

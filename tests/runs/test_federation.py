@@ -742,6 +742,20 @@ def test_warns_of_a_precision_that_the_machine_must_emulate(
     assert any(text.startswith("precision = bfloat16") for text in warned) == warns
 
 
+@pytest.mark.parametrize(
+    ("method", "epochs", "warns"),
+    [("fedavg-ft-tuned", 0, True), ("fedavg-ft-tuned", 1, False), ("fedavg,fedavg-ft", 0, False)],
+)
+def test_tuned_fine_tuning_without_a_grid_is_told(
+    tmp_path: Path, method: str, epochs: int, warns: bool
+) -> None:
+    how: dict[str, Any] = {"num_server_rounds": 1, "fine_tune_grid_epochs": epochs}
+    folder, _ = federate(tmp_path, method=method, **how)
+    warned = [r["text"] for r in records(folder, "events.jsonl") if r["kind"] == "warning"]
+    assert any("FedAvg-FT (tuned) tunes nothing" in text for text in warned) == warns
+    assert any("fine-tune-grid-epochs=" in text for text in warned) == warns
+
+
 def test_what_nobody_could_tell_is_null(tmp_path: Path) -> None:
     """JSON has no word for NaN, and other programs read it."""
 
