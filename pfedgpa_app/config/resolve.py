@@ -37,6 +37,7 @@ from pfedgpa_app.core.settings import LAUNCH, ConfigError, near
 from pfedgpa_app.data import DATASETS, HUGGING_FACE, IMAGEFOLDER, is_known_dataset
 from pfedgpa_app.methods import METHODS, federation_of, name_of
 from pfedgpa_app.methods.baselines import FromUploads
+from pfedgpa_app.methods.generation import PFedGPASettings
 from pfedgpa_app.methods.own import reference_of, register_installed, registered
 
 RUN_CONFIG = "run-config"  # what is given for this run alone
@@ -187,6 +188,15 @@ def _conf_layers(
         base = _default_conf(over)
     below = _conf_layers(str(base), over, (*above, path)) if base else []
     return [*below, (path.name, values)]
+
+
+def inherited(conf: str, over: Mapping[str, Any]) -> dict[str, Any]:
+    """{setting: value} of the files that the one of ``conf`` builds on, without its own.
+
+    Args:
+        over: settings laid over the file's.
+    """
+    return {n: v for _, values in _conf_layers(conf, over)[:-1] for n, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -354,12 +364,33 @@ def without_effect(resolved: Resolved, own_test: bool) -> Iterator[str]:
         none = "without local-dp-epsilon nothing is clipped and no noise is added"
         why |= dict.fromkeys(("local-dp-clip", "local-dp-delta"), none)
     if not config.join_clients:
-        why |= dict.fromkeys(("join-rate", "join-iterations"), "join-clients = 0: nobody joins")
+        joining = ("join-rate", "join-iterations", "pfedgpa.join-mode")
+        why |= dict.fromkeys(joining, "join-clients = 0: nobody joins")
+    if not config.fine_tune_grid_epochs:
+        why["fine-tune-grid-learning-rates"] = "fine-tune-grid-epochs = 0: no fine-tuning is tuned"
+    if config.share_label_counts and not _reads_label_counts(config):
+        why["share-label-counts"] = "pfedgpa.descriptor=labels alone goes by them"
+    left = f"min-uploads = {config.min_uploads} of a round's {config.round_clients} are left"
+    if config.dropout_share and not config.dropped_clients:
+        why["dropout-share"] = left
+    if config.straggler_share and not config.late_clients:
+        why["straggler-share"] = left
+    uploads = config.round_clients - config.dropped_clients - config.late_clients
+    if config.max_distance and uploads < 3:
+        why["max-distance"] = f"a round has {uploads} uploads, and it compares three or more"
     if own_test:
         why["test-share"] = f"{config.dataset} has a test split"
     for name, reason in why.items():
         if resolved.sources[name] == RUN_CONFIG:
             yield f"{name} is without effect: {reason}"
+
+
+def _reads_label_counts(config: Config) -> bool:
+    """Whether a method goes by what clients share of their classes; one's own may."""
+    if any(reference_of(name) != name for name in config.method):
+        return True
+    descriptor = keys()["pfedgpa.descriptor"]
+    return config.of(PFedGPASettings).descriptor == "labels" and not is_idle(descriptor, config)
 
 
 def _refuse_idle(config: Config, overrides: Mapping[str, Any]) -> None:
@@ -434,6 +465,19 @@ def _check_attack(config: Config, sources: Mapping[str, str]) -> None:
         )
 
 
+def _check_missing(config: Config) -> None:
+    """Refuse clients that drop out or are late where that cannot be, or is nobody."""
+    if config.dataset == NODES and config.dropout_share + config.straggler_share:
+        raise ConfigError("dropout-share, straggler-share: are for simulations; real nodes fail so")
+    shares = {"dropout-share": config.dropout_share, "straggler-share": config.straggler_share}
+    for name, share in shares.items():
+        if share and not round(share * config.round_clients):
+            raise ConfigError(
+                f"{name} = {share:g}: of a round's {config.round_clients} clients that is nobody; "
+                f"{name}={1 / config.round_clients:.2g} is one of them"
+            )
+
+
 def _check(config: Config) -> None:
     """Refuse what each value alone cannot show."""
     for name in config.method:
@@ -459,8 +503,7 @@ def _check(config: Config) -> None:
             f"min-uploads = {config.min_uploads}: no round has so many; by fraction-train, "
             f"{config.round_clients} of {config.initial_clients} clients take part in one"
         )
-    if config.dataset == NODES and config.dropout_share + config.straggler_share:
-        raise ConfigError("dropout-share, straggler-share: are for simulations; real nodes fail so")
+    _check_missing(config)
     if config.dataset == NODES and config.attack != "none":
         raise ConfigError(f"attack = {config.attack}: is for simulations; real nodes would attack")
     for name in config.method:

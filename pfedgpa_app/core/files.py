@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -38,6 +40,19 @@ def write_text(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``, whole or not at all."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8")
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """``value`` as a file's text; JSON has no word for NaN and infinity, which become null."""
+    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def checksum(path: Path) -> int:

@@ -211,6 +211,18 @@ class FederationSettings(Basics):
         """Clients sampled each round."""
         return max(1, round(self.fraction_train * self.initial_clients))
 
+    @property
+    def dropped_clients(self) -> int:
+        """Of a round's clients so many drop out; ``min_uploads`` are always left."""
+        most = max(0, self.round_clients - self.min_uploads)
+        return min(most, round(self.dropout_share * self.round_clients))
+
+    @property
+    def late_clients(self) -> int:
+        """Of the rest so many upload too late; ``min_uploads`` are always left."""
+        most = max(0, self.round_clients - self.min_uploads) - self.dropped_clients
+        return min(most, round(self.straggler_share * self.round_clients))
+
 
 @dataclass(frozen=True)
 class PrivacySettings(Basics):

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import logging
-import math
 import os
 import time
 import traceback
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.core.files import sync
+from pfedgpa_app.core.files import as_json, sync
 from pfedgpa_app.core.settings import ConfigError
 
 logger = logging.getLogger("pfedgpa")
@@ -101,7 +100,7 @@ def say(folder: Path, kind: str, text: str, progress: float) -> None:
 def append(path: Path, record: dict[str, Any]) -> None:
     """Add a line to a file of records."""
     with path.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(_plain(record)) + "\n")
+        out.write(as_json(record) + "\n")
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -143,13 +142,6 @@ def accuracies_of(folder: Path) -> dict[str, dict[int, list[float]]]:
 def mean(values: list[float]) -> float:
     """NaN for no values."""
     return sum(values) / len(values) if values else float("nan")
-
-
-def _plain(value: Any) -> Any:
-    """NaN becomes null: JSON has no word for it."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunLog:

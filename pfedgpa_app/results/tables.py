@@ -143,6 +143,11 @@ def recipe_in_words(fine_tuning: Mapping[str, Any]) -> str:
     return f"{epochs} {kind}{'s' * (epochs != 1)} at {fine_tuning['learning_rate']:g}{part}"
 
 
+def recipes_in_words(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Those of a method's rows, one a seed: tuning may choose another for each."""
+    return " or ".join(dict.fromkeys(recipe_in_words(row["fine_tuning"]) for row in rows))
+
+
 def text_table(rows: list[dict[str, Any]]) -> str:
     """The final table, in Markdown that also reads well in a terminal, and its legend."""
     header = ["method", "kept", "as sent", "after FT", "FT", "worst client, kept"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -16,7 +15,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
 from pfedgpa_app.config.resolve import Resolved, values_of, without_effect
-from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.files import as_json, write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import LABEL_FLIP, NODES, Config
 from pfedgpa_app.core.settings import listed
@@ -81,7 +80,7 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
     config = resolved.config
     check(config.track)
     privacy.check(config)
-    write_text(folder / CONFIG, json.dumps(resolved.as_dict(), indent=2) + "\n")
+    write_text(folder / CONFIG, as_json(resolved.as_dict(), indent=2) + "\n")
     shared = federations(config.method)
     evaluation = _evaluation_work(config)
     rounds = 0 if config.uploads else len(shared) * config.num_server_rounds
@@ -161,6 +160,12 @@ def _warnings(grid: Grid, config: Config) -> Iterator[str]:
             "local-dp-epsilon's noise is on weights alone"
         )
     for method in (METHODS[name] for name in config.method):
+        if method.fine_tuning == "tuned" and not config.fine_tune_grid_epochs:
+            yield (
+                f"fine-tune-grid-epochs = 0: {method.title} tunes nothing, and fine-tunes by "
+                "fine-tune-epochs and fine-tune-learning-rate; set fine-tune-grid-epochs=5, and "
+                "validation data choose"
+            )
         if issubclass(method, Defence):
             yield from method.doubts(config)
 
@@ -258,7 +263,7 @@ class Experiment:
                 beside = {n: common[n] for n in own_statistics(common, found.layout.names)}
                 saved.save(found, self.folder / saved.FILE, beside)
             if self.config.report and (places := plots.latent_places(found)):
-                write_text(self.folder / report.LATENTS, json.dumps(places) + "\n")
+                write_text(self.folder / report.LATENTS, as_json(places) + "\n")
                 plots.latents(self.folder / "latents.png", places, self._groups())
 
     def _run_rounds(self, name: str, methods: list[str]) -> Personalised:

@@ -24,7 +24,7 @@ from pfedgpa_app.config.resolve import (
     resolve,
     values_of,
 )
-from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.files import as_json, write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, DataError
@@ -65,7 +65,7 @@ def keep_holdings(folder: Path, config: Config) -> None:
     if config.uploads:  # clients would be tested on what they, or others, trained on
         check_data(user_path(config.uploads).parent, config)
     held = {"classes": load_schema(config).classes, "train": class_counts(config)}
-    write_text(folder / HOLDINGS, json.dumps(held | {"data": fingerprint(config)}) + "\n")
+    write_text(folder / HOLDINGS, as_json(held | {"data": fingerprint(config)}) + "\n")
 
 
 def check_data(folder: Path, config: Config) -> None:

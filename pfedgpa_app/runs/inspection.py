@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pfedgpa_app.config.resolve import values_of
+from pfedgpa_app.config.parse import argument
+from pfedgpa_app.config.resolve import RUN_CONFIG, values_of
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.diffusion import saved
@@ -15,7 +16,7 @@ from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, is_done, last_even
 from pfedgpa_app.results.tables import text_table
 from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError
 from pfedgpa_app.runs.folder import CONFIG, is_running, kept_settings
-from pfedgpa_app.runs.report import Run, command_of
+from pfedgpa_app.runs.report import OF_ITS_PLACE, Run, command_of
 from pfedgpa_app.runs.resuming import CHECKPOINT
 
 
@@ -85,12 +86,13 @@ def _checkpoint(folder: Path) -> Iterator[str]:
 
 def _resuming(folder: Path) -> str:
     """The command by which a run goes on."""
-    settings = values_of(kept_settings(folder))
-    if settings["dataset"] == NODES:
+    run = Run(folder)
+    if run.settings["dataset"]["value"] == NODES:
         return "flwr run FOLDER SUPERLINK --stream --run-config resume=true, as it was begun"
-    words = [f"{name}={settings[name]}" for name in ("data-dir", "code-dir") if settings[name]]
+    place = {name: run.settings[name] for name in OF_ITS_PLACE if name in run.settings}
+    words = [f"{n}={argument(e['value'])}" for n, e in place.items() if e["from"] == RUN_CONFIG]
     words += [f"out-dir={folder.absolute().parent}", f"run-name={folder.name}", "resume=true"]
-    return f"{command_of(Run(folder))} {shlex.join(words)}"
+    return f"{command_of(run)} {shlex.join(words)}"
 
 
 def _distribution(path: Path) -> Iterator[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pfedgpa_app.client.adjustment import LEFT, adjusted
 from pfedgpa_app.config.resolve import values_of
-from pfedgpa_app.core.files import write_tensors, write_text
+from pfedgpa_app.core.files import as_json, write_tensors, write_text
 from pfedgpa_app.core.own_code import sources
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
@@ -164,7 +164,7 @@ def write_about(folder: Path, config: Config, schema: Schema) -> None:
         config.image_size,
         _own_code(config),
     )
-    write_text(folder / MODEL, json.dumps(about.as_dict(), indent=2) + "\n")
+    write_text(folder / MODEL, as_json(about.as_dict(), indent=2) + "\n")
     network = network_of(config, schema)
     tensors = network.state_dict()
     shared = {tensors[name].data_ptr() for name in weight_names(network)}  # by any of their names

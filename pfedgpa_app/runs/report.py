@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pfedgpa_app.config.parse import argument
-from pfedgpa_app.config.resolve import defaults, keys, values_of, without_idle
+from pfedgpa_app.config.resolve import RUN_CONFIG, defaults, keys, values_of, without_idle
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
@@ -34,7 +34,7 @@ from pfedgpa_app.results.log import (
     rows_of,
 )
 from pfedgpa_app.results.page import page
-from pfedgpa_app.results.tables import LEGEND, over_seeds, recipe_in_words, without_generation
+from pfedgpa_app.results.tables import LEGEND, over_seeds, recipes_in_words, without_generation
 from pfedgpa_app.runs.folder import CONFIG, HOLDINGS, kept_methods, kept_settings
 
 REPORT, LATENTS = "report.html", "latents.json"
@@ -49,6 +49,9 @@ COLUMNS = {
 }
 WORST = 5  # clients that are named
 _SAID_OF_A_RUN = ("data", "privacy", "attack")  # events
+# where a run went on and by what, which the launcher fills in: another may have its own
+OF_ITS_PLACE = ("code-dir", "engine", "workers")
+_NAMED_OTHERWISE = ("conf", "out-dir", "run-name", "resume")
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ class Entry:
     """A row of the table: a method under some settings, over seeds."""
 
     name: str
-    recipe: str
+    recipes: str
     values: dict[str, list[float]]
     costs: tuple[str, str]
     analysis_only: bool = False
@@ -214,7 +217,7 @@ class Entry:
             mine = round(mean(values), 6) if _counts(self, column) else None
             kind = {means[0]: "best"} | ({means[1]: "second"} if len(means) > 2 else {})
             cells.append({"text": self.text(column), "kind": kind.get(mine, "") if mine else ""})
-        return [*cells, *({"text": text, "kind": "text"} for text in (self.recipe, *self.costs))]
+        return [*cells, *({"text": text, "kind": "text"} for text in (self.recipes, *self.costs))]
 
 
 def _counts(entry: Entry, column: str) -> bool:
@@ -243,8 +246,8 @@ def table_of(runs: Sequence[Run]) -> tuple[list[str], list[Entry]]:
         up = mean(row.get("bytes_up", 0) / max(1, row["rounds"]) for row in rows)
         costs = (f"{seconds:.1f} s", f"{up / 1e6:.2f} MB")
         name = f"{title} ({choice})" if choice else title
-        recipe = recipe_in_words(rows[0]["fine_tuning"])
-        entries.append(Entry(name, recipe, values, costs, rows[0]["analysis_only"]))
+        recipes = recipes_in_words(rows)
+        entries.append(Entry(name, recipes, values, costs, rows[0]["analysis_only"]))
     return ["method", *shown, "FT", "server", "upload a round"], entries
 
 
@@ -404,14 +407,16 @@ def _chosen(run: Run) -> Iterator[tuple[str, Any]]:
 
 
 def command_of(run: Run) -> str:
-    """The command that makes such a run again, under a name of its own."""
-    given = {}
-    for name, entry in run.settings.items():
-        key = keys().get(name)
-        launch = key is not None and key.rules["part"] == LAUNCH and name != "data-dir"
-        chosen = entry["from"] == "run-config" and key is not None and not launch
-        if chosen and entry["value"] != "":
-            given[name] = entry["value"]
+    """The command that makes such a run again, under a name of its own.
+
+    It has all that was given for the run, but its place.
+    """
+    apart = {*OF_ITS_PLACE, *_NAMED_OTHERWISE}
+    given = {
+        name: entry["value"]
+        for name, entry in run.settings.items()
+        if entry["from"] == RUN_CONFIG and name in keys() and name not in apart
+    }
     conf = str(run.settings["conf"]["value"])
     words = [f"{name}={argument(value)}" for name, value in given.items()]
     if run.settings["dataset"]["value"] == NODES:

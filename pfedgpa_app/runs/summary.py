@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.core.files import write_tensors, write_text
+from pfedgpa_app.core.files import as_json, write_tensors, write_text
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.methods.base import Personaliser
@@ -129,7 +129,8 @@ class Summary:
         self, name: str, method: Personaliser[Any], curve: list[dict[int, float]]
     ) -> None:
         """Add to a method's row how clients that joined did, {client: accuracy} an iteration."""
-        accuracies = [round(mean(list(scores.values())), 4) for scores in curve]
+        means = [mean(list(scores.values())) if scores else None for scores in curve]
+        accuracies = [None if each is None else round(each, 4) for each in means]
         self.rows[name]["accuracy_of_joining_clients"] = accuracies
         self._append(
             "joining.jsonl",
@@ -139,18 +140,18 @@ class Summary:
                 for client, accuracy in scores.items()
             ],
         )
-        shown = " → ".join(f"{accuracy:.1f}" for accuracy in accuracies)
+        shown = " → ".join("–" if each is None else f"{each:.1f}" for each in means)
         self.log.event("joined", f"{method.title}: clients that join: {shown} %")
         self.write()
 
     def _append(self, file: str, records: list[dict[str, Any]]) -> None:
         with (self.folder / file).open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps(record) + "\n" for record in records)
+            out.writelines(as_json(record) + "\n" for record in records)
 
     def write(self) -> None:
         """Write the rows of the methods that are done."""
         rows = [self.rows[name] for name in self.config.method if name in self.rows]
-        write_text(self.folder / SUMMARY, json.dumps(rows, indent=2) + "\n")
+        write_text(self.folder / SUMMARY, as_json(rows, indent=2) + "\n")
 
     def finish(self) -> None:
         """Write the pictures and the table of all methods."""

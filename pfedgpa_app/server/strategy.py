@@ -211,7 +211,5 @@ def missing(config: Config, server_round: int) -> tuple[set[int], set[int]]:
     """
     chosen = sampled(config, server_round)
     order = numpy_generator(config.seed, "missing", server_round).permutation(chosen).tolist()
-    most = max(0, len(chosen) - config.min_uploads)
-    dropped = min(most, round(config.dropout_share * len(chosen)))
-    late = min(most - dropped, round(config.straggler_share * len(chosen)))
+    dropped, late = config.dropped_clients, config.late_clients
     return set(order[:dropped]), set(order[dropped : dropped + late])

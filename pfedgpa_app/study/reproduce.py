@@ -10,14 +10,13 @@ fine-tuned by the same grid. ``table1.py`` makes the paper's table by the same m
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pfedgpa_app.config.resolve import resolve, values_of, without_idle
-from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.files import as_json, write_text
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.methods import federations
@@ -165,7 +164,7 @@ class Atlas:
         """Write the rows, the tables and the figure; returns the tables."""
         rows = self.rows(cells, seeds)
         text = self.tables(rows)
-        write_text(self.out / f"{self.name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self.out / f"{self.name}.jsonl", "".join(as_json(row) + "\n" for row in rows))
         write_text(self.out / f"{self.name}.md", text)
         if drawn := self.figure(rows):
             write_text(self.out / f"{self.picture}.svg", drawn)

@@ -25,7 +25,7 @@ from rich.table import Column
 from pfedgpa_app.config import yaml_file
 from pfedgpa_app.config.parse import flat
 from pfedgpa_app.config.resolve import Resolved, differences, known, resolve, without_idle
-from pfedgpa_app.core.files import write_text
+from pfedgpa_app.core.files import as_json, write_text
 from pfedgpa_app.core.sections import OF_PARTITION, Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
@@ -416,7 +416,7 @@ def summarise(runs: Sequence[Run], out: Path) -> str:
     finished = [run for run in runs if is_done(run.folder)]
     rows = {run.name: rows_of(run.folder) for run in finished}
     record = [{"run": r.name, "varied": r.varied, "summary": rows[r.name]} for r in finished]
-    write_text(out / "sweep.json", json.dumps(record, indent=1) + "\n")
+    write_text(out / "sweep.json", as_json(record, indent=1) + "\n")
     parts = []
     for varied, alike in _groups(finished):
         title = ", ".join(f"{key} = {value}" for key, value in varied.items()) or "all runs"

@@ -8,7 +8,8 @@ would be many. A best value at an end of its grid has the search go on beyond th
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from joblib import cpu_count
 from rich.console import Console
 
 from pfedgpa_app.config.parse import flat
-from pfedgpa_app.config.resolve import conf_path, keys, require_method, resolve, sections
+from pfedgpa_app.config.resolve import (
+    RUN_CONFIG,
+    conf_path,
+    defaults,
+    inherited,
+    keys,
+    require_method,
+    resolve,
+    sections,
+)
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import PACKAGE
 from pfedgpa_app.core.sections import Config
@@ -28,7 +38,7 @@ from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study import trials
-from pfedgpa_app.study.sweep import Judge, Run, Settings, expand, lenient, run_sweep
+from pfedgpa_app.study.sweep import Judge, Run, Settings, expand, lenient, run_sweep, settings_of
 
 MARK = "# Chosen on validation images by: "
 _BEYOND = 2  # values tried beyond an end of a grid
@@ -93,7 +103,8 @@ def tune(
             at_once = jobs or int(cpu_count())
             chosen = trials.search(base, grids, out, run_all, score, number, at_once)
         else:
-            chosen = search(base, grids, out, run_all)
+            shared = {} if group == first else _of_the_run(path, settings)
+            chosen = search(_starts(conf, grids, settings) | base, grids, out, run_all, shared)
         _keep(path, chosen, command)
         found |= chosen
     beside = report_of(conf)
@@ -127,11 +138,28 @@ def _check(path: Path, conf: str, methods: Sequence[str]) -> None:
     _refuse_in_sections(path, methods)
 
 
+def _starts(conf: str, grids: Mapping[str, Iterable[str]], settings: Settings) -> Settings:
+    """What the settings of ``grids`` are until it is their turn, whatever was chosen before.
+
+    Not what the experiment itself has, which is replaced: the same search would begin otherwise.
+    """
+    before = defaults() | inherited(conf, settings)
+    return {name: before[name] for grid in grids.values() for name in grid}
+
+
+def _of_the_run(path: Path, settings: Settings) -> Settings:
+    """Of the run's settings, by which all methods go, those that tune chose."""
+    _, _, below = path.read_text(encoding="utf-8").partition(MARK)
+    chosen = yaml.safe_load(f"#{below}") or {}
+    return {name: v for name, v in chosen.items() if "." not in name and name not in settings}
+
+
 def search(
     base: Settings,
     grids: Mapping[str, Mapping[str, Sequence[Any]]],
     out: Path,
     run_all: Callable[[list[Run]], object],
+    shared: Settings | None = None,
 ) -> dict[str, Any]:
     """{setting: its best value} of every method, one setting after the other.
 
@@ -139,28 +167,34 @@ def search(
         base: the settings of all runs, whose folders are in ``out``.
         grids: {method: {setting: values to try}}.
         run_all: carries runs out.
+        shared: settings that were chosen before; runs' folders are named by them, too.
 
     Raises:
         ConfigError: of some method no run succeeded.
     """
     chosen: dict[str, dict[str, Any]] = {method: {} for method in grids}
+
+    def runs_of(method: str, key: str, values: Sequence[Any]) -> list[Run]:
+        own = settings_of(base, [method], list(grids))
+        fixed = {name: [value] for name, value in ((shared or {}) | chosen[method]).items()}
+        return expand(own, {"method": [reference_of(method)], **fixed, key: values}, out)
+
     for step in range(max(map(len, grids.values()))):
         going: dict[str, tuple[str, list[Run]]] = {}
         for method, grid in grids.items():
             if step < len(grid):
                 key, values = list(grid.items())[step]
-                over = {**_fixed(method, chosen[method]), key: list(values)}
-                going[method] = key, expand(base, over, out)
+                going[method] = key, runs_of(method, key, values)
         run_all([run for _, runs in going.values() for run in runs])
         for _ in range(_BEYOND):
             more: list[Run] = []
             for method, (key, runs) in going.items():
                 beyond = next_beyond([(run.varied[key], score(run)) for run in runs])
                 if beyond is not None:
-                    over = {**_fixed(method, chosen[method]), key: [beyond]}
-                    found = _possible(base, over, out)
-                    runs += found
-                    more += found
+                    with suppress(ConfigError):  # a setting's range does not go so far
+                        found = runs_of(method, key, [beyond])
+                        runs += found
+                        more += found
             if more:
                 run_all(more)
         for method, (key, runs) in going.items():
@@ -187,18 +221,6 @@ def next_beyond(tried: Sequence[tuple[Any, Any]]) -> float | None:
     if best == values[-1]:
         return float(f"{values[-1] ** 2 / values[-2]:.1g}")
     return None
-
-
-def _fixed(method: str, chosen: Mapping[str, Any]) -> dict[str, list[Any]]:
-    return {"method": [reference_of(method)]} | {name: [value] for name, value in chosen.items()}
-
-
-def _possible(base: Settings, over: dict[str, list[Any]], out: Path) -> list[Run]:
-    """The run, or none where a setting's range does not go so far."""
-    try:
-        return expand(base, over, out)
-    except ConfigError:
-        return []
 
 
 def _without(text: str, names: Collection[str]) -> str:
@@ -235,7 +257,9 @@ def _rows(out: Path, conf: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
             continue
         config, row = kept_settings(folder), rows_of(folder)[0]
         if config["conf"]["value"] in (conf, str(path)):
-            names = main_settings(row["method"])
+            names = list(main_settings(row["method"]))
+            names += [n for n in main_settings("fedavg") if config[n]["from"] == RUN_CONFIG]
+            names = list(dict.fromkeys(names))
             yield row["title"], ", ".join(f"{n} = {config[n]['value']}" for n in names), row
 
 

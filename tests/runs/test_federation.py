@@ -38,6 +38,8 @@ from pfedgpa_app.diffusion.settings import DiffusionSettings
 from pfedgpa_app.engine.grid import identify
 from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.results import uploads
+from pfedgpa_app.results.log import rows_of
+from pfedgpa_app.runs import inspection, report
 from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.runs.folder import kept_config
 from pfedgpa_app.runs.initial import initial_weights
@@ -49,6 +51,7 @@ from pfedgpa_app.server.screening import (
     too_large,
 )
 from pfedgpa_app.server.strategy import missing
+from pfedgpa_app.study.sweep import table
 from pfedgpa_app.training import sgd
 from tests.support.federations import PLAIN, federate, records, results, summary, train_messages
 from tests.support.local_grid import InProcessGrid
@@ -756,6 +759,49 @@ def test_warns_of_a_precision_that_the_machine_must_emulate(
     folder, _ = federate(tmp_path, **settings)
     warned = [r["text"] for r in records(folder, "events.jsonl") if r["kind"] == "warning"]
     assert any(text.startswith("precision = bfloat16") for text in warned) == warns
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "warns"),
+    [("fedavg-ft-tuned", 0, True), ("fedavg-ft-tuned", 1, False), ("fedavg,fedavg-ft", 0, False)],
+)
+def test_tuned_fine_tuning_without_a_grid_is_told(
+    tmp_path: Path, method: str, epochs: int, warns: bool
+) -> None:
+    how: dict[str, Any] = {"num_server_rounds": 1, "fine_tune_grid_epochs": epochs}
+    folder, _ = federate(tmp_path, method=method, **how)
+    warned = [r["text"] for r in records(folder, "events.jsonl") if r["kind"] == "warning"]
+    assert any("FedAvg-FT (tuned) tunes nothing" in text for text in warned) == warns
+    assert any("fine-tune-grid-epochs=" in text for text in warned) == warns
+
+
+def test_what_nobody_could_tell_is_null(tmp_path: Path) -> None:
+    """JSON has no word for NaN, and other programs read it."""
+
+    def silent(message: Message, reply: Message) -> Message | None:
+        config = message.content.config_records["config"]
+        joins = message.metadata.message_type == "evaluate" and config["client"] == 3
+        return None if joins else reply
+
+    how: dict[str, Any] = {"join_clients": 1, "join_iterations": 1, "num_server_rounds": 1}
+    folder, _ = federate(tmp_path / "a", tamper=silent, method="fedavg", **how)
+    other, _ = federate(tmp_path / "b", method="fedavg", seed=1, **how)
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    for path in folder.glob("*.json*"):
+        text = path.read_text()
+        for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+            json.loads(part, parse_constant=refuse)
+    assert summary(folder)["fedavg"]["accuracy_of_joining_clients"] == [None, None]
+    said = [record["text"] for record in records(folder, "events.jsonl")]
+    assert "FedAvg: clients that join: – → – %" in said
+    known = summary(other)["fedavg"]["accuracy_of_joining_clients"]
+    means = table([rows_of(folder), rows_of(other)])
+    assert all(f" {accuracy:.2f} " in means for accuracy in known)
+    assert "fedavg" in "\n".join(inspection.described(folder))
+    assert "FedAvg" in report.write([folder, other], tmp_path / "report.html").read_text()
 
 
 def test_clients_join_where_what_is_trained_from_is_no_network(tmp_path: Path) -> None:

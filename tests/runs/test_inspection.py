@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pfedgpa_app import cli
 from pfedgpa_app.cli.options import overrides
-from pfedgpa_app.config.resolve import differences, resolve
-from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.config.resolve import differences, keys, resolve
+from pfedgpa_app.core.settings import LAUNCH, ConfigError
+from pfedgpa_app.runs.checkpoint import Checkpoint
 from pfedgpa_app.runs.folder import kept_settings, locked, run_folder
 from pfedgpa_app.runs.inspection import described
 from tests.support.federations import federate, summary
@@ -18,6 +21,11 @@ from tests.support.federations import federate, summary
 
 class Stopped(BaseException):
     """Somebody ends the run."""
+
+
+def to_go_on(folder: Path) -> str:
+    """The words that are to be given to pfedgpa."""
+    return "\n".join(described(folder)).partition("to go on: pfedgpa ")[2].splitlines()[0]
 
 
 def test_a_run_that_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,8 +56,7 @@ def test_a_run_that_was_stopped_tells_where_and_how_to_go_on(tmp_path: Path) -> 
     text = "\n".join(described(tmp_path / "run"))
     assert "stopped with" in text
     assert "checkpoint: after fedavg round 2" in text
-    command = text.partition("to go on: pfedgpa ")[2].splitlines()[0]
-    again = resolve(overrides(cli.parse(shlex.split(command))))
+    again = resolve(overrides(cli.parse(shlex.split(to_go_on(tmp_path / "run")))))
     assert again.config.resume
     assert run_folder(again) == tmp_path / "run"
     assert not differences(kept_settings(tmp_path / "run"), again)
@@ -57,6 +64,24 @@ def test_a_run_that_was_stopped_tells_where_and_how_to_go_on(tmp_path: Path) -> 
         assert "going on" in "\n".join(described(tmp_path / "run"))
     (tmp_path / "run" / "checkpoint" / "checkpoint.json").write_text("{")
     assert "checkpoint: cannot be used: " in "\n".join(described(tmp_path / "run"))
+
+
+def test_the_command_to_go_on_has_all_that_was_given(tmp_path: Path) -> None:
+    """Also what has a part in the launch alone: what is kept, what is spent, what serves."""
+    launch: dict[str, Any] = {
+        **{"conf": "own", "code-dir": str(tmp_path), "data-dir": str(tmp_path), "download": True},
+        **{"timeout": 60.0, "max-epsilon": 9.0, "checkpoint-every": 2, "track": "tensorboard"},
+        **{"save-weights": False, "save-uploads": True, "report": False},
+        **{"engine": "batched", "workers": 2},
+        **{"out-dir": str(tmp_path), "run-name": "run", "resume": True},
+    }
+    assert launch.keys() == {n for n, key in keys().items() if key.rules["part"] == LAUNCH}
+    begun = resolve({"method": "fedavg", "local-dp-epsilon": 1.0} | launch)
+    folder = tmp_path / "run"
+    Checkpoint(folder / "checkpoint").save({"federation": "fedavg", "round": 1, "state": {}})
+    (folder / "config.json").write_text(json.dumps(begun.as_dict()))
+    again = resolve(overrides(cli.parse(shlex.split(to_go_on(folder)))))
+    assert again.config == begun.config
 
 
 @pytest.mark.parametrize("content", [None, "a text", ""])

@@ -216,6 +216,17 @@ class TestSeveralRuns:
         assert f"{statistics.mean(kept):.2f} ± {statistics.stdev(kept):.2f}" in page
         assert "Means over seeds (0, 1, 2)" in page
 
+    def test_every_seeds_recipe_of_fine_tuning(self, seeds: Path, tmp_path: Path) -> None:
+        """Tuning chooses one for each."""
+        for seed, (epochs, rate) in enumerate([(2, 0.02), (1, 0.005), (2, 0.02)]):
+            copy = tmp_path / str(seed)
+            shutil.copytree(seeds / str(seed) / "run", copy)
+            row = summary(copy)["fedavg"]
+            row["fine_tuning"] |= {"epochs": epochs, "learning_rate": rate}
+            (copy / "summary.json").write_text(json.dumps([row]))
+        page = report.write([tmp_path]).read_text()
+        assert "2 epochs at 0.02 or 1 epoch at 0.005<" in page
+
     def test_what_a_method_goes_by_is_told_apart_and_a_seed_counts_once(
         self, tmp_path: Path
     ) -> None:

@@ -15,7 +15,7 @@ from pfedgpa_app.config.resolve import differences, resolve
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.fedprox import FedProxSettings
-from pfedgpa_app.results.log import EVENTS, SUMMARY
+from pfedgpa_app.results.log import EVENTS, SUMMARY, is_done
 from pfedgpa_app.study import tune
 from pfedgpa_app.study.compare import (
     EXPERIMENTS,
@@ -210,6 +210,17 @@ def test_compare_runs_resumes_and_writes(
     assert cli.main(["compare", "--methods", "fedsvg"]) == 2
 
 
+def finish(run: Run, validation: float) -> None:
+    """What a run leaves that came to this accuracy on validation images."""
+    run.folder.mkdir(parents=True)
+    (method,) = run.config.method
+    row = {"method": method, "title": METHODS[method].title, "rounds": 2}
+    row |= {"validation": {"before_ft": validation}}
+    (run.folder / "summary.json").write_text(json.dumps([row]))
+    (run.folder / EVENTS).write_text('{"kind": "done", "text": ""}\n')
+    (run.folder / "config.json").write_text(json.dumps(run.resolved.as_dict()))
+
+
 class TestTune:
     def test_every_main_setting_has_values_to_try_that_it_may_take(self) -> None:
         for method in tune.tunable(resolve({}).config):
@@ -264,6 +275,46 @@ class TestTune:
         assert config.of(FedProxSettings).mu == best
         search = experiment.with_suffix(".search.md").read_text()
         assert search.count("| FedProx |") == runs
+
+    @pytest.mark.parametrize(
+        "calls",
+        [
+            [["fedavgm", "pfedme", "per-fedavg", "cfl", "pfedhn"]] * 2,
+            [["cfl"], ["cfl"], ["cfl", "pfedhn"], ["cfl", "pfedhn"]],
+            [["fedavg"], ["fedavg", "cfl"], ["fedavg", "cfl"], ["cfl"]],
+            [["cfl"], ["fedavg", "cfl"], ["fedavg", "cfl"]],  # by another rate than before
+        ],
+    )
+    def test_given_again_it_finds_its_runs_done_and_chooses_the_same(
+        self,
+        experiment: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        calls: list[list[str]],
+    ) -> None:
+        """Runs are replaced by results, of which the grids' largest values have the best."""
+        ran: list[str] = []
+
+        def run_sweep(runs: list[Run], *_: Any) -> bool:
+            for run in runs:
+                if not is_done(run.folder):
+                    ran.append(run.name)
+                    finish(run, sum(v for v in run.varied.values() if isinstance(v, float)))
+            return True
+
+        monkeypatch.setattr(tune, "run_sweep", run_sweep)
+        experiment.write_text(f"{experiment.read_text()}cfl.eps1: 0.3  # a guess\n")
+        before, kept = list[str](), list[str]()
+        for methods in calls:
+            known = len(ran)
+            words = ["tune", "--conf", str(experiment), "--methods", ",".join(methods)]
+            assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+            chosen = [line for line in experiment.read_text().splitlines() if line[0] != "#"]
+            if set(methods) <= set(before):
+                assert len(ran) == known
+                assert chosen == kept
+            before, kept = [*before, *methods], chosen
+        assert len(set(ran)) == len(ran)
 
     def test_a_search_goes_on_beyond_its_ends(self) -> None:
         assert tune.next_beyond([(0.02, 70.0), (0.05, 60.0), (0.1, 65.0)]) == 0.008
