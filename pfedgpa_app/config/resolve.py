@@ -370,6 +370,9 @@ def without_effect(resolved: Resolved, own_test: bool) -> Iterator[str]:
         why["fine-tune-grid-learning-rates"] = "fine-tune-grid-epochs = 0: no fine-tuning is tuned"
     if config.share_label_counts and not _reads_label_counts(config):
         why["share-label-counts"] = "pfedgpa.descriptor=labels alone goes by them"
+    kept = name_of(FromUploads.of)
+    if not any(federation_of(method) == kept for method in config.method):
+        why["save-uploads"] = f"{METHODS[kept].title}'s are kept, and no method goes by its rounds"
     left = f"min-uploads = {config.min_uploads} of a round's {config.round_clients} are left"
     if config.dropout_share and not config.dropped_clients:
         why["dropout-share"] = left

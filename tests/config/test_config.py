@@ -477,6 +477,8 @@ class TestPlainFlower:
         ({"join-rate": 0.5, "join-clients": 1}, 0),
         ({"train-per-client": 10}, 0),
         ({"test-share": 0.5}, 1),
+        ({"save-uploads": True, "method": "pfedgpa,fedper"}, 1),
+        ({"save-uploads": True, "method": "pfedgpa,client-mean"}, 0),
         ({"fine-tune-grid-learning-rates": "0.1"}, 1),
         ({"fine-tune-grid-learning-rates": "0.1", "fine-tune-grid-epochs": 1}, 0),
         ({"pfedgpa.join-mode": "guided"}, 1),
