@@ -158,6 +158,14 @@ def least_batch(model: nn.Module) -> int:
     return 2 if by_batch(model) else 1
 
 
+def no_step_on_one(network: nn.Module) -> str:
+    """Why ``network``, all of which is trained, takes no step on one example; "" if it does."""
+    to_train(network)
+    if layers := by_batch(network):
+        return f"{layers[0]} takes no step on one example, of which there is no variance"
+    return ""
+
+
 def training_batches(
     model: nn.Module, data: Images, recipe: Recipe, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
