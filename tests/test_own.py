@@ -82,6 +82,11 @@ def viewed(classes, shape):
     """As many tutorials have it: what a convolution returns is flattened by view."""
     return Viewed(classes, shape[0])
 
+def normed_before(classes, shape):
+    """Its BatchNorm is frozen."""
+    norm = nn.BatchNorm2d(shape[0]).requires_grad_(False)
+    return nn.Sequential(norm, nn.Flatten(), nn.Linear(64, classes))
+
 class Viewed(nn.Module):
     def __init__(self, classes, channels):
         super().__init__()
@@ -326,6 +331,31 @@ class TestNetworks:
         made("nets:small")
         assert sys.path[0] != str(nets)
         __import__("xmlrpc.client")
+
+
+class TestNormalisingByTheBatch:
+    """BatchNorm takes no step on one example."""
+
+    def test_batches_of_one_are_refused(
+        self, nets: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        command = ["run", "method=fedavg", "batch-size=1", "model=nets:small"]
+        assert cli.main(command) == 2
+        said = "batch-size = 1: the network's layer norm (BatchNorm2d) takes no step on one"
+        assert f"pfedgpa: {said}" in capsys.readouterr().err
+        assert not list(nets.glob("results/*/*"))
+
+    @pytest.mark.parametrize(("model", "learns"), [("small", False), ("normed_before", True)])
+    def test_clients_of_one_example_are_named(self, nets: Path, model: str, learns: bool) -> None:
+        how: dict[str, Any] = {"method": "fedavg,scaffold,fedala", "num_server_rounds": 2}
+        how |= {"train_per_client": 1, "validation_share": 0.0, "partition": "iid"}
+        folder, _ = federate(nets, model=f"nets:{model}", **how)
+        told = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
+        said = (
+            "each: clients 0, 1, 2, 3; the network's layer norm (BatchNorm2d) takes no step on one"
+        )
+        assert [said in text for text in told] == ([] if learns else [True])
+        assert all((r["train_loss"] > 0) == learns for r in records(folder))
 
 
 class TestMethods:

@@ -27,6 +27,7 @@ from pfedgpa_app.core.randomness import seeded, torch_generator
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES, Config
 from pfedgpa_app.core.settings import ConfigError, DataError
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.core.weights import Weights, all_finite
 from pfedgpa_app.data.client import (
     ClientData,
@@ -47,7 +48,7 @@ from pfedgpa_app.models.build import classifier_bias, network_of, tensors_of
 from pfedgpa_app.models.layout import laid_out
 from pfedgpa_app.models.networks import load
 from pfedgpa_app.training.evaluation import FineTuning, Score, tempered_losses
-from pfedgpa_app.training.sgd import device_for
+from pfedgpa_app.training.sgd import device_for, no_step_on_one
 
 Metrics = dict[str, int | float | list[int] | list[float]]
 
@@ -258,10 +259,15 @@ def describe(context: Context) -> RecordDict:
     if config.dataset == NODES:
         source = str(context.node_config.get("dataset", ""))
         try:
-            load_own_client(config, source, partition)
+            data = load_own_client(config, source, partition)
             check_unchanged(config, source, context)
             schema = schema_of(load_own(config, source))
-            network_of(config, schema)  # which may be the user's own, and not be here
+            network = network_of(config, schema)  # which may be the user's own, and not be here
+            if len(data.train) == 1 and (why := no_step_on_one(network)):
+                warn_once(
+                    f"partition-id={partition} has one training example, and the network's {why}: "
+                    "nothing is learned here; give it more"
+                )
             content["data"] = ConfigRecord(schema.as_dict())
         except (ConfigError, DataError) as error:  # Flower tells nobody whose node it was
             raise type(error)(f"partition-id={partition}: {error}") from error

@@ -74,9 +74,11 @@ def _convolution(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[C, B, I] under [C, O, I]."""
-    out = x @ weight.mT
-    return out if bias is None else out + bias[:, None]
+    """[C, B, …, I] under [C, O, I]: whatever lies between is as rows of a client's batch."""
+    out = x.flatten(1, -2) @ weight.mT
+    if bias is not None:
+        out = out + bias[:, None]
+    return out.view(*x.shape[:-1], -1)
 
 
 def _supported(layer: nn.Module) -> bool:

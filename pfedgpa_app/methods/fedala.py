@@ -26,7 +26,7 @@ from pfedgpa_app.core.weights import Weights, last_layers
 from pfedgpa_app.methods.averaging import Averaging, Shared
 from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.models.networks import weights_of
-from pfedgpa_app.training.sgd import cross_entropy, training_batches
+from pfedgpa_app.training.sgd import cross_entropy, least_batch, to_train, training_batches
 
 SHARE = "share/"  # before the name of the weight that W is for
 STEADY, LOSSES, MOST_PASSES = 0.1, 10, 100  # the authors' threshold, over so many; our bound
@@ -71,7 +71,7 @@ class FedALA(Averaging[Shared]):
     def learned_shares(cls, task: ClientTask, top: list[str]) -> Weights:
         """Adaptive local aggregation: W, improved from what the client has kept of it."""
         own = task.config.of(FedALASettings)
-        parameters = dict(task.model.named_parameters())
+        parameters = to_train(task.model)
         top = [name for name in top if name in parameters]  # the statistics stay what it has seen
         first = SHARE + top[0] not in task.state
         device = next(iter(parameters.values())).device
@@ -83,9 +83,10 @@ class FedALA(Averaging[Shared]):
         [recipe, *_] = cls.recipes(task.config, list(task.weights), task.round)
         once, generator = replace(recipe, epochs=1, augment=False), task.generator()
         images = task.data.train
-        held = max(1, round(own.data_share * len(images)))
+        held = max(least_batch(task.model), round(own.data_share * len(images)))
         sample = images[torch.randperm(len(images), generator=generator)[:held]]
         losses: list[float] = []
+        loss = torch.zeros(())  # of a client of one example, which BatchNorm takes no step on
         while len(losses) < (MOST_PASSES if first else 1):
             for x, y in training_batches(task.model, sample, once, generator):
                 with recipe.computing(device):

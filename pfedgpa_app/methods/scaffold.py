@@ -27,7 +27,6 @@ from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.methods.averaging import toward
 from pfedgpa_app.methods.base import OTHER, ClientTask, Method, Trained
 from pfedgpa_app.models.networks import weights_of
-from pfedgpa_app.training.sgd import Recipe
 
 CONTROL = "control/"  # before the name of the weight that a control variate is for
 
@@ -50,11 +49,6 @@ class ScaffoldState:
 def effective_steps(steps: int, momentum: float) -> float:
     """By how many times η a constant gradient moves the weights in ``steps`` steps."""
     return sum((1 - momentum ** (steps - k)) / (1 - momentum) for k in range(steps))
-
-
-def steps_of(recipe: Recipe, images: int) -> int:
-    """How many steps a client takes."""
-    return recipe.epochs * -(-images // recipe.batch_size)
 
 
 class Scaffold(Method[ScaffoldState]):
@@ -96,16 +90,22 @@ class Scaffold(Method[ScaffoldState]):
         c_i = {n: task.state.get(CONTROL + n, torch.zeros_like(t)) for n, t in x.items()}
         device = next(task.model.parameters()).device
         shift = {n: (c[n] - c_i[n]).to(device) for n in x}
+        taken = 0  # steps: under BatchNorm a last batch of one is none
 
         def corrected(_: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Sequence[Tensor]:
+            nonlocal taken
+            taken += 1
             return [g + shift[n] for n, g in gradients.items()]
 
         task.load(x)
         [recipe] = cls.recipes(task.config, list(x), task.round)
         loss = task.sgd([recipe], gradient_hook=corrected)
         y = weights_of(task.model)
-        steps = effective_steps(steps_of(recipe, len(task.data.train)), recipe.momentum)
-        change = {n: -c[n] + (x[n] - y[n]) / (steps * recipe.learning_rate) for n in x}
+        if taken:
+            steps = effective_steps(taken, recipe.momentum)
+            change = {n: -c[n] + (x[n] - y[n]) / (steps * recipe.learning_rate) for n in x}
+        else:  # its gradients are as unknown as before
+            change = {n: torch.zeros_like(t) for n, t in x.items()}
         kept = {CONTROL + n: c_i[n] + change[n] for n in x}
         return Trained(y | {CONTROL + n: change[n] for n in x}, kept, loss)
 

@@ -41,7 +41,7 @@ from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, s
 from pfedgpa_app.results.tracking import Tracking, check
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import CONFIG, keep_holdings, locked, run_folder, running
-from pfedgpa_app.runs.initial import initial_weights
+from pfedgpa_app.runs.initial import initial_weights, learn_nothing
 from pfedgpa_app.runs.personal import MODEL, WEIGHTS, write_about
 from pfedgpa_app.runs.resuming import CHECKPOINT, Resuming
 from pfedgpa_app.runs.summary import Summary, save_weights
@@ -119,6 +119,7 @@ def _remarks(resolved: Resolved) -> Iterator[str]:
         return
     data = load_dataset(resolved.config)
     yield from remarks(data)
+    yield from learn_nothing(resolved.config)
     yield from without_effect(resolved, data.own_test)
 
 

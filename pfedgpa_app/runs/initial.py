@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from pfedgpa_app.core.paths import user_path
@@ -9,11 +10,13 @@ from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, listed
 from pfedgpa_app.core.weights import Weights, own_statistics
+from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.halves import check_shared
 from pfedgpa_app.models.build import classifier_bias, network_of
 from pfedgpa_app.models.networks import weight_names, weights_of
+from pfedgpa_app.training.sgd import no_step_on_one
 
 
 def initial_weights(config: Config, schema: Schema) -> Weights:
@@ -34,8 +37,22 @@ def initial_weights(config: Config, schema: Schema) -> Weights:
         raise ConfigError(
             f"augment = true: crops and flips images; these data are of shape {list(schema.shape)}"
         )
+    if config.batch_size == 1 and (why := no_step_on_one(network)):
+        raise ConfigError(
+            f"batch-size = 1: the network's {why}: take 2 or more, or nn.GroupNorm in its place"
+        )
     initial = weights_of(network)
     return warm_start(Path(config.start_from), initial) if config.start_from else initial
+
+
+def learn_nothing(config: Config) -> Iterator[str]:
+    """Which clients have too few examples for a step, and what to do."""
+    alone = [str(i) for i, split in enumerate(load_partition(config)) if len(split.train) == 1]
+    if alone and (why := no_step_on_one(network_of(config, load_schema(config)))):
+        yield (
+            f"one training example each: clients {listed(alone)}; the network's {why}, so that "
+            "they learn nothing: give them more, or it nn.GroupNorm in its place"
+        )
 
 
 def warm_start(path: Path, initial: Weights) -> Weights:

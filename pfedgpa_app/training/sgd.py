@@ -144,6 +144,28 @@ def sgd_step(
     )
 
 
+def by_batch(model: nn.Module) -> list[str]:
+    """The layers that want a batch's variance as ``model`` is now, so that no step is of one."""
+    return [
+        f"layer {name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+    ]
+
+
+def least_batch(model: nn.Module) -> int:
+    """How many examples a step takes at least."""
+    return 2 if by_batch(model) else 1
+
+
+def no_step_on_one(network: nn.Module) -> str:
+    """Why ``network``, all of which is trained, takes no step on one example; "" if it does."""
+    to_train(network)
+    if layers := by_batch(network):
+        return f"{layers[0]} takes no step on one example, of which there is no variance"
+    return ""
+
+
 def training_batches(
     model: nn.Module, data: Images, recipe: Recipe, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -153,7 +175,7 @@ def training_batches(
     """
     data = data.to(next(model.parameters()).device)
     images, labels = data.floats(), data.labels
-    least = 1 + any(isinstance(module, _BatchNorm) for module in model.modules())
+    least = least_batch(model)
     for batch, crops in batches(len(data), recipe, generator):
         if len(batch) < least:
             continue
@@ -211,13 +233,13 @@ def train(
         gradient_hook: each step's gradients anew, given the trained weights and gradients by name.
 
     Returns:
-        the mean loss over all images of all epochs (0 without a step).
+        the mean loss over what was trained on in all epochs (0 without a step).
     """
     trained = to_train(model, recipe.trainable)
     parameters: list[Tensor] = list(trained.values())
     device = next(model.parameters()).device
     velocity: list[Tensor | None] = [None for _ in parameters]
-    total = torch.zeros((), device=device)
+    total, images = torch.zeros((), device=device), 0
     for x, y in training_batches(model, data, recipe, generator):
         with recipe.computing(device):
             loss = loss_of(model, x, y)
@@ -229,7 +251,8 @@ def train(
             gradients = [g[0] for g in gradients]
         sgd_step(parameters, gradients, velocity, recipe)
         total += loss.detach() * len(y)
-    return float(total) / max(1, recipe.epochs * len(data))
+        images += len(y)
+    return float(total) / max(1, images)
 
 
 def pull_to(anchor: Weights, strength: float) -> GradientHook:

@@ -358,6 +358,26 @@ class TestOwnData:
         assert read_about(folder).schema.tokens
         assert summary(folder)["fedavg"]["accuracy_before_ft"] > 0
 
+    def test_a_site_that_learns_nothing_is_told(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """BatchNorm takes no step on one example."""
+        (tmp_path / "normed.py").write_text(
+            "from torch import nn\ndef build(classes, shape):\n    return nn.Sequential("
+            "nn.Linear(5, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, classes))\n"
+        )
+        rows, labels = np.random.default_rng(0).normal(size=(8, 5)), np.arange(8) % 2
+        for node, held in enumerate((8, 1)):
+            test = {"x_test": rows, "y_test": labels}
+            kept = {"x_train": rows[:held], "y_train": labels[:held]}
+            np.savez(tmp_path / f"{node}.npz", **kept, **test)
+        sources = [f"npz:{tmp_path / f'{node}.npz'}" for node in range(2)]
+        grid = self.grid(tmp_path, sources, model="normed:build", **{"code-dir": str(tmp_path)})
+        assert summary(self.start(grid))["fedavg"]["accuracy_before_ft"] >= 0
+        said = "partition-id=1 has one training example, and the network's layer 1 (BatchNorm1d)"
+        assert caplog.text.count(said) == 1
+        assert "partition-id=0 has" not in caplog.text
+
     @pytest.mark.parametrize("own_data", [True, False])
     def test_silence_is_told_from_failure(
         self, own_data: bool, monkeypatch: pytest.MonkeyPatch

@@ -386,6 +386,44 @@ class TestBatchedEngine:
         expected = torch.stack([every[i](x[i]) for i in range(2)])
         torch.testing.assert_close(batched.forward(model, weights, x), expected)
 
+    @pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 4, 6)])
+    @pytest.mark.parametrize("clients", [2, 3])  # as many as images, and more
+    def test_examples_of_any_shape(self, shape: tuple[int, ...], clients: int) -> None:
+        """A linear layer goes over the last axis, a pooling over the last two."""
+        pool = [nn.MaxPool2d(2)] if len(shape) > 1 else []
+        chain = [nn.Linear(6, 4), nn.LeakyReLU(), *pool, nn.Linear(4 // (1 + len(pool)), 3)]
+        model = nn.Sequential(*chain, nn.Flatten(), nn.LazyLinear(5, bias=False))
+        x = torch.randn(clients, 2, *shape)
+        model(x[0])
+        assert batched.can_batch(model)
+        every = [copy.deepcopy(model) for _ in range(clients)]
+        for each in every:
+            for parameter in each.parameters():
+                nn.init.normal_(parameter)
+        weights = {
+            name: torch.stack([each.state_dict()[name] for each in every])
+            for name in model.state_dict()
+        }
+        expected = torch.stack([each(mine) for each, mine in zip(every, x, strict=True)])
+        torch.testing.assert_close(batched.forward(model, weights, x), expected)
+
+    @pytest.mark.parametrize("batch", [4, 20])  # as many images a step as clients, and more
+    def test_a_run_on_rows_comes_to_the_same(self, tmp_path: Path, batch: int) -> None:
+        (tmp_path / "rows.py").write_text(
+            "from torch import nn\ndef build(classes, shape):\n    return nn.Sequential("
+            "nn.Linear(shape[-1], 8), nn.ReLU(), nn.Flatten(), nn.Linear(64, classes))\n"
+        )
+        own = {"model": "rows:build", "code-dir": str(tmp_path), "method": "fedavg"}
+        chosen = settings(tmp_path, **own, **{"batch-size": batch, "num-server-rounds": 2})
+        resolved = resolve(chosen)
+        folder = run(BatchedGrid(refusing(), chosen, resolved.config), resolved)
+        how = {name.replace("-", "_"): value for name, value in chosen.items()}
+        reference, _ = federate(tmp_path, **how | {"run_name": "in-turn"})
+        for mine, theirs in zip(records(folder), records(reference), strict=True):
+            assert mine["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-3)
+            assert mine["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-3)
+            assert mine["accuracy"] == pytest.approx(theirs["accuracy"], abs=2.6)
+
     def test_what_only_looks_like_a_chain_is_no_chain(self) -> None:
         class Scaled(nn.Sequential):
             def forward(self, x: torch.Tensor) -> torch.Tensor:

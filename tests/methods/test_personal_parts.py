@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from pfedgpa_app.core.weights import last_layers, layers
+from pfedgpa_app.data.client import ClientData
 from pfedgpa_app.data.images import Images
+from pfedgpa_app.methods.base import ClientTask
+from pfedgpa_app.methods.fedala import FedALA
 from pfedgpa_app.methods.fedbabu import FedBABU
 from pfedgpa_app.methods.fedrep import FedRep
 from pfedgpa_app.models.networks import build, weights_of
@@ -68,6 +72,21 @@ class TestOneStepByHand:
         # one step from there: p = 1/(1 + e^−0.238406) = 0.559321
         assert near(uploaded["1.weight"], 0.119203 - 0.559321, 0.559321 - 0.119203)
         assert near(kept["1.weight"], 0.119203 - 0.559321, 0.559321 - 0.119203)
+
+
+class TestUnderBatchNorm:
+    @pytest.mark.parametrize("images", [1, 20])
+    def test_fedala_learns_shares_on_two_images_at_least(self, images: int) -> None:
+        """A share of 0.05 is one of 20; a client of one learns nothing."""
+        model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(2), nn.Linear(2, 3))
+        weights = weights_of(model)
+        kept = {name: weights[name] + 1 for name in ("2.weight", "2.bias")}
+        pixels = torch.randint(0, 256, (images, 1, 1, 2), dtype=torch.uint8)
+        held = Images(pixels, torch.zeros(images, dtype=torch.long))
+        config = configured(method="fedala", batch_size=10, **{"fedala.data-share": 0.05})
+        data, draws = ClientData(held, held, held), torch.Generator
+        trained = FedALA.train(ClientTask(config, weights, model, data, 2, draws, kept))
+        assert bool((trained.state["share/2.bias"] < 1).any()) == (images > 1)
 
 
 class TestNothingFrozenMoves:

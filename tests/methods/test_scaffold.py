@@ -8,13 +8,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.data.client import ClientData
+from pfedgpa_app.data.images import Images
 from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.methods.scaffold import CONTROL, Scaffold, effective_steps
+from pfedgpa_app.models.networks import weights_of
 from tests.support.by_hand import (
     by_hand,
     column,
+    configured,
     linear,
     near,
     server,
@@ -34,6 +39,27 @@ class TestOneStepByHand:
         # c_i⁺ = c_i − c + (x − y)/(1·1) = (0.2 − 0.1 − 0.6, 0 + 0.1 + 0.4): the gradient itself
         assert near(kept[CONTROL + "1.weight"], -0.5, 0.5)
         assert near(uploaded[CONTROL + "1.weight"], -0.7, 0.5)
+
+
+class TestUnderBatchNorm:
+    @pytest.mark.parametrize(("images", "steps"), [(1, 0), (10, 1), (11, 1), (12, 2)])
+    def test_steps_are_those_that_are_made(self, images: int, steps: int) -> None:
+        """Of a last batch of one none is; a client that takes none keeps its control variate."""
+        model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(2), nn.Linear(2, 3))
+        x = weights_of(model)
+        c, c_i = ({CONTROL + n: torch.full_like(t, to) for n, t in x.items()} for to in (0.1, 0.3))
+        pixels = torch.randint(0, 256, (images, 1, 1, 2), dtype=torch.uint8)
+        held = Images(pixels, torch.zeros(images, dtype=torch.long))
+        config = configured(method="scaffold", batch_size=10, learning_rate=0.5)
+        data, draws = ClientData(held, held, held), torch.Generator
+        trained = Scaffold.train(ClientTask(config, x | c, model, data, 1, draws, c_i))
+        moved = x["2.bias"] - trained.upload["2.bias"]
+        change = trained.upload[CONTROL + "2.bias"]
+        assert near(trained.state[CONTROL + "2.bias"] - change, 0.3, 0.3, 0.3)
+        # (x − y)/(Kη) − c
+        expected = moved / (steps * 0.5) - 0.1 if steps else torch.zeros(3)
+        torch.testing.assert_close(change, expected)
+        assert moved.any() == bool(steps)
 
 
 class TestServers:

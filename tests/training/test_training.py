@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -88,6 +89,22 @@ class TestTraining:
         assert seen[:7] != seen[7:]
         score = evaluation.evaluate(model, data)
         assert loss == pytest.approx(score.loss / 7, rel=1e-4)
+
+    @pytest.mark.parametrize("images", [1, 3, 4, 5])
+    def test_the_mean_loss_is_of_what_was_trained_on(self, images: int) -> None:
+        """BatchNorm takes no step on a last batch of one, unless it is frozen."""
+        norm, head = nn.BatchNorm1d(2), nn.Linear(2, 4)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        model = nn.Sequential(norm, head)
+        data = Plain(torch.randn(images, 2), torch.zeros(images, dtype=torch.long))
+        recipe = training.Recipe(2, 1e-12, 2)
+        draws = torch.Generator()
+        assert training.train(model, data, recipe, draws) == pytest.approx(
+            math.log(4) if images > 1 else 0
+        )
+        norm.requires_grad_(False)
+        assert training.train(model, data, recipe, draws) == pytest.approx(math.log(4))
 
     def test_crop_and_flip_are_shifts_and_mirrors(self) -> None:
         image = torch.arange(1.0, 1 + 3 * 32 * 32).view(1, 3, 32, 32)
