@@ -368,9 +368,9 @@ class TestOwnData:
         )
         rows, labels = np.random.default_rng(0).normal(size=(8, 5)), np.arange(8) % 2
         for node, held in enumerate((8, 1)):
-            test = {"x_test": rows, "y_test": labels}
-            kept = {"x_train": rows[:held], "y_train": labels[:held]}
-            np.savez(tmp_path / f"{node}.npz", **kept, **test)
+            learned = {"x_train": rows[:held], "y_train": labels[:held]}
+            arrays: dict[str, Any] = learned | {"x_test": rows, "y_test": labels}
+            np.savez(tmp_path / f"{node}.npz", **arrays)
         sources = [f"npz:{tmp_path / f'{node}.npz'}" for node in range(2)]
         grid = self.grid(tmp_path, sources, model="normed:build", **{"code-dir": str(tmp_path)})
         assert summary(self.start(grid))["fedavg"]["accuracy_before_ft"] >= 0
