@@ -1049,7 +1049,10 @@ class TestHome:
                 model.probabilities(other)
         np.savez("whole.npz", x=pixels.astype(np.int64), y=[0, 1] * 4)
         np.savez("grey.npz", x=pixels, y=[0, 1] * 4)
-        assert evaluate(folder, 0, dataset="npz:grey.npz")["examples"] == 8
+        grey = evaluate(folder, 0, dataset="npz:grey.npz")
+        assert grey["examples"] == 8
+        np.savez("colour.npz", x=pixels.repeat(3, axis=1), y=[0, 1] * 4)  # as predict takes them
+        assert evaluate(folder, 0, dataset="npz:colour.npz") == grey
         with pytest.raises(DataError, match=r"of another kind .*: whole numbers, .* takes images"):
             evaluate(folder, 0, dataset="npz:whole.npz")
         np.save("whole.npy", pixels.astype(np.int64))

@@ -141,6 +141,18 @@ def _classes_in(path: Path, split: str) -> list[File]:
     return found
 
 
+def recoloured(images: np.ndarray, channels: int) -> np.ndarray:
+    """Images [N, C, H, W] in grey, of one channel, or in colour, of three, as Pillow makes them."""
+    from PIL import Image
+
+    if {images.shape[1], channels} != {1, 3}:
+        return images
+    if channels == 3:
+        return images.repeat(3, axis=1)
+    grey = [Image.fromarray(each.transpose(1, 2, 0)).convert("L") for each in images]
+    return np.stack([np.asarray(each)[None] for each in grey])
+
+
 def eight_bits(image: Image) -> Image:
     """``image`` in grey or RGB, of 8 bits a channel; without its transparency.
 

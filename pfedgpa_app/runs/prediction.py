@@ -16,6 +16,7 @@ from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.data.client import forget, schema_of
 from pfedgpa_app.data.client import load_client as load_data
 from pfedgpa_app.data.datasets import load as load_dataset
+from pfedgpa_app.data.imagefolder import recoloured
 from pfedgpa_app.runs.folder import check_data, kept_config
 from pfedgpa_app.runs.personal import About, ClientModel, load_client, warn_of_changes
 
@@ -67,10 +68,14 @@ def evaluate(
 def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np.ndarray]:
     """All examples of a data set, and their labels by the run's classes."""
     found = load_dataset(dataset, data_dir, image_size=about.image_size)
-    if found.shape != about.schema.shape:
+    shape = about.schema.shape
+    shown = np.concatenate([found.train_images, found.test_images])
+    inputs = recoloured(shown, shape[0]) if found.pixels else shown
+    if inputs.shape[1:] != shape:
+        what = "resize the images" if found.pixels else "it wants the run's"
         raise DataError(
             f"dataset {dataset}: has examples of shape {list(found.shape)}, and the network takes "
-            f"{list(about.schema.shape)}"
+            f"{list(shape)}: {what}"
         )
     theirs = schema_of(found)
     # a network of pixels takes floats, too
@@ -85,7 +90,6 @@ def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np
             f"{', '.join(about.schema.classes)}"
         )
     place = np.array([about.schema.classes.index(name) for name in found.classes])
-    inputs = np.concatenate([found.train_images, found.test_images])
     if (columns := about.schema.columns) and found.columns:
         if lacking := [name for name in columns if name not in found.columns]:
             raise DataError(f"dataset {dataset}: has no column {lacking[0]!r}, which the run had")

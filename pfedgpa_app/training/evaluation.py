@@ -91,4 +91,7 @@ def _logits(model: nn.Module, data: Images) -> Iterator[tuple[Tensor, Tensor]]:
     device = next(model.parameters()).device
     for start in range(0, len(data), EVALUATION_BATCH):
         batch = data[start : start + EVALUATION_BATCH].to(device)
-        yield model(batch.floats()), batch.labels
+        inputs = batch.floats()
+        if inputs is batch.pixels:  # which the network may change in place
+            inputs = inputs.clone()
+        yield model(inputs), batch.labels

@@ -25,6 +25,7 @@ from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.dataset import remarks
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.examples import examples
+from pfedgpa_app.data.imagefolder import recoloured
 from pfedgpa_app.data.partition import (
     class_shares,
     deal,
@@ -699,6 +700,14 @@ class TestDatasets:
             [said] = remarks(data)
             assert "own: val/ is left out; validation-share" in said
             load.cache_clear()
+
+    def test_grey_and_colour(self) -> None:
+        """Of colours what Pillow has for them, of grey three alike; others stay as they are."""
+        colour = np.array([[[[255, 0]], [[0, 255]], [[0, 0]]]], np.uint8)
+        assert recoloured(colour, 1).tolist() == [[[[76, 150]]]]  # ITU-R 601: 0.299 and 0.587
+        assert recoloured(colour[:, :1], 3).tolist() == [[[[255, 0]]] * 3]
+        assert recoloured(colour, 3) is colour
+        assert recoloured(colour, 4) is colour
 
     @pytest.mark.parametrize("name", ["fashion-mnist", "emnist-letters", "cifar10", "mnist"])
     def test_absent_data_say_what_to_do(self, name: str, tmp_path: Path) -> None:

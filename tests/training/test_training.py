@@ -128,6 +128,12 @@ class TestTraining:
         assert (score.correct, score.images) == (2, 3)
         assert score.accuracy == pytest.approx(200 / 3)
 
+    def test_a_network_may_change_what_it_is_given(self) -> None:
+        rows = torch.tensor([[-3.0, -2.0], [1.0, 2.0]])
+        network = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(2, 2))
+        evaluation.evaluate(network, Images(rows, torch.tensor([0, 1])))
+        assert rows.tolist() == [[-3.0, -2.0], [1.0, 2.0]]
+
     def test_a_temperature_undoes_how_sure_a_network_is(self) -> None:
         images = Images(torch.rand(20, 1, 8, 8), torch.arange(20) % 10)
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
