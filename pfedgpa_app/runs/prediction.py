@@ -69,8 +69,8 @@ def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np
     """All examples of a data set, and their labels by the run's classes."""
     found = load_dataset(dataset, data_dir, image_size=about.image_size)
     shape = about.schema.shape
-    shown = np.concatenate([found.train_images, found.test_images])
-    inputs = recoloured(shown, shape[0]) if found.pixels else shown
+    examples = np.concatenate([found.train_images, found.test_images])
+    inputs = recoloured(examples, shape[0]) if found.pixels else examples
     if inputs.shape[1:] != shape:
         what = "resize the images" if found.pixels else "it wants the run's"
         raise DataError(
