@@ -123,7 +123,7 @@ def kept() -> Finished:
 def quotes() -> dict[tuple[Path, str], str]:
     """{(file, the mark before it): table}, of all that is kept."""
     on_map = rows_of_study(reproduce.Atlas)
-    return {
+    every = {
         (DOCS / "results.md", "compare"): report_of(kept()),
         (DOCS / "results.md", "table1"): table1.table(all_of_table1()),
         (DOCS / "results.md", "table2"): table2.tables(rows_of_study(table2.Table2)),
@@ -134,16 +134,17 @@ def quotes() -> dict[tuple[Path, str], str]:
         (DOCS / "map.md", "map"): reproduce.tables(on_map),
         (APP_DIR / "README.md", "map"): reproduce.overview(on_map),
     }
+    return {where: table for where, table in every.items() if table}
 
 
 def figures() -> dict[Path, str]:
     """{file: SVG}, of all that is kept."""
-    on_map = rows_of_study(reproduce.Atlas)
-    return {
+    on_map, of_table2 = (rows_of_study(study) for study in (reproduce.Atlas, table2.Table2))
+    drawn = {
         PICTURES / "map.svg": reproduce.figure(on_map),
         PICTURES / "methods.svg": reproduce.methods_figure(on_map),
-        PICTURES / "figure4.svg": table2.figure(rows_of_study(table2.Table2)),
     }
+    return drawn | ({PICTURES / "figure4.svg": table2.figure(of_table2)} if of_table2 else {})
 
 
 def around(file: Path, mark: str) -> tuple[str, str, str]:
