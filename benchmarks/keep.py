@@ -174,9 +174,11 @@ def written(study: type[reproduce.Atlas], folder: Path) -> list[Row]:
 
 
 def add_rows(study: type[reproduce.Atlas], folder: Path) -> None:
-    """Keep what `pfedgpa reproduce` wrote to ``folder``."""
-    rows = rows_of_study(study) + written(study, folder)
-    both = {place(study, row): row for row in rows}
+    """Keep what `pfedgpa reproduce` wrote to ``folder``, if there is some of that study."""
+    new = written(study, folder)
+    if not new:
+        return
+    both = {place(study, row): row for row in rows_of_study(study) + new}
     lines = "".join(json.dumps(both[key]) + "\n" for key in sorted(both))
     write_text(RESULTS / f"{study.name}.jsonl", lines)
 
@@ -197,8 +199,7 @@ def main() -> None:
     for folder in parser.parse_args().folders:
         add(folder)
         for study in STUDIES:
-            if written(study, folder):
-                add_rows(study, folder)
+            add_rows(study, folder)
     for (file, mark), text in quotes().items():
         before, _, after = around(file, mark)
         write_text(file, f"{before}\n{text.strip()}\n\n{after}")

@@ -79,7 +79,7 @@ def check_whole(state: RememberedState) -> None:
         ConfigError: they lack layers that a run by these uploads may learn from.
     """
     layout = state.buffer.layout
-    if layout and list(layout.names) != generated(Layout.of(state.global_weights).names):
+    if layout and list(layout.names) != generated(state.global_weights):
         raise ConfigError(
             "save-uploads: the rounds before have kept the uploads' last layers alone "
             "(pfedgpa.layers), and others could not learn from these: go on without save-uploads"
