@@ -31,14 +31,16 @@ from pfedgpa_app.methods.contract import (
 from pfedgpa_app.training.sgd import Recipe
 
 
-def check_shared(name: str, kind: type[Rounds[Any]], config: Config, names: list[str]) -> None:
-    """Refuse a ``shared`` that returns anything but some of the network's weights' ``names``.
+def shared_names(
+    name: str, kind: type[Rounds[Any]], config: Config, names: list[str]
+) -> list[str] | None:
+    """Which of the network's weights' ``names`` clients share; None: the method names none.
 
     Raises:
-        MethodError: what it returned, or how it failed.
+        MethodError: its ``shared`` failed, or returned anything but some of ``names``.
     """
     if not issubclass(kind, Averaging):
-        return
+        return None
     hook = Hook(name, kind, "shared")
     with hook.told():
         found: Any = kind.shared(config, list(names))
@@ -48,6 +50,7 @@ def check_shared(name: str, kind: type[Rounds[Any]], config: Config, names: list
     for each in found:
         if each not in names:
             raise hook.wrong(f"returned {each!r}, which no weight is called", wanted)
+    return list(found)
 
 
 def begun(name: str, kind: type[Rounds[Any]], config: Config, initial: Weights) -> Any:
@@ -58,7 +61,7 @@ def begun(name: str, kind: type[Rounds[Any]], config: Config, initial: Weights) 
     Raises:
         MethodError: there is none.
     """
-    check_shared(name, kind, config, list(initial))
+    shared_names(name, kind, config, list(initial))
     with Hook(name, kind, "begin").told():
         return kind.begin(config, {name: tensor.clone() for name, tensor in initial.items()})
 

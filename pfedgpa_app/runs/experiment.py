@@ -41,7 +41,7 @@ from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, s
 from pfedgpa_app.results.tracking import Tracking, check
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import CONFIG, keep_holdings, locked, run_folder, running
-from pfedgpa_app.runs.initial import initial_weights, learn_nothing
+from pfedgpa_app.runs.initial import initial_weights, learn_nothing, share_little
 from pfedgpa_app.runs.personal import MODEL, WEIGHTS, write_about
 from pfedgpa_app.runs.resuming import CHECKPOINT, Resuming
 from pfedgpa_app.runs.summary import Summary, save_weights
@@ -189,6 +189,8 @@ class Experiment:
             self.resuming.partitions = self.roster.partitions
         self.dataset = self.roster.schema or load_schema(config)
         self.initial = initial_weights(config, self.dataset)
+        for text in share_little(config, self.dataset, self.initial):
+            log.event("warning", text)
         if config.start_from and not self.going:
             text = f"rounds begin with the mean of what {config.start_from} learned"
             log.event("status", f"{text}; what clients keep to themselves does not")

@@ -9,11 +9,12 @@ from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, listed
-from pfedgpa_app.core.weights import Weights, own_statistics
+from pfedgpa_app.core.weights import Weights, layers, own_statistics
 from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.diffusion import saved
-from pfedgpa_app.methods import METHODS
-from pfedgpa_app.methods.halves import check_shared
+from pfedgpa_app.methods import METHODS, federations
+from pfedgpa_app.methods.base import NOTHING
+from pfedgpa_app.methods.halves import shared_names
 from pfedgpa_app.models.build import classifier_bias, network_of
 from pfedgpa_app.models.networks import weight_names, weights_of
 from pfedgpa_app.training.sgd import no_step_on_one
@@ -30,7 +31,7 @@ def initial_weights(config: Config, schema: Schema) -> Weights:
     network = network_of(config, schema)
     for name in config.method:
         METHODS[name].check_network(config, network)
-        check_shared(name, METHODS[name].rounds_class(), config, weight_names(network))
+        shared_names(name, METHODS[name].rounds_class(), config, weight_names(network))
     if config.logit_adjustment:
         classifier_bias(config, schema)
     if config.augment and (len(schema.shape) != 3 or schema.tokens):
@@ -53,6 +54,20 @@ def learn_nothing(config: Config) -> Iterator[str]:
             f"one training example each: clients {listed(alone)}; the network's {why}, so that "
             "they learn nothing: give them more, or it nn.GroupNorm in its place"
         )
+
+
+def share_little(config: Config, schema: Schema, initial: Weights) -> Iterator[str]:
+    """Which federations share nothing, or no classifier that could be adjusted; in words."""
+    bias = classifier_bias(config, schema) if config.logit_adjustment else ""
+    for name in federations(config.method):
+        kind = METHODS[name].rounds_class()
+        shared = shared_names(name, kind, config, list(initial))
+        if shared == [] and kind.sends != NOTHING:
+            of = f"none of the network's {len(layers(initial))} layers"
+            yield f"{METHODS[name].title}: clients share {of}, so that each learns alone"
+        if bias and shared is not None and bias not in shared:
+            what = "its clients are sent no classifier to add their class frequencies to"
+            yield f"logit-adjustment is without effect on {METHODS[name].title}: {what}"
 
 
 def warm_start(path: Path, initial: Weights) -> Weights:

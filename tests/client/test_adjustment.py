@@ -77,12 +77,15 @@ def test_frequencies_stay_with_their_client(method: str, tmp_path: Path) -> None
         return reply
 
     on = ON | ({"krum.malicious": 1} if method == "krum" else {})  # of four clients
-    federate(tmp_path, watch, method=method, num_server_rounds=1, learning_rate=1e-9, **on)
+    how: dict[str, Any] = on | {"num_server_rounds": 1, "learning_rate": 1e-9}
+    folder, _ = federate(tmp_path, watch, method=method, **how)
     config = resolve({}).config
     by = log_frequencies(load_data(config, 0).train.labels, 10)
     assert float(by.abs().max()) > 1
     assert bool(moved) == (method not in PERSONAL_HEADS), method
     assert all(step < 0.2 for step in moved)
+    told = any("logit-adjustment is without" in e["text"] for e in records(folder, "events.jsonl"))
+    assert told == (method in PERSONAL_HEADS[:4]), method
 
 
 def test_a_federation_that_goes_by_frequencies_learns_otherwise(tmp_path: Path) -> None:

@@ -477,6 +477,15 @@ class TestMethods:
         assert losses == sorted(losses, reverse=True)
         assert all("local." in key for c in grid.contexts.values() for key in c.state.array_records)
 
+    @pytest.mark.parametrize(("head", "told"), [(1, 0), (99, 1)])
+    def test_a_method_that_shares_nothing_is_told(
+        self, head: int, told: int, tmp_path: Path
+    ) -> None:
+        how: dict[str, Any] = {"method": "fedper,local", "num_server_rounds": 1}
+        folder, _ = federate(tmp_path, **how, **{"fedper.head-layers": head})
+        alone = [e["text"] for e in records(folder, "events.jsonl") if "learns alone" in e["text"]]
+        assert [text.split(":")[0] for text in alone] == ["FedPer"] * told
+
     def test_controls(self, tmp_path: Path) -> None:
         methods = "fedavg,last-upload,client-mean,group-mean,pfedgpa-inverted,pfedgpa-sampled"
         folder, _ = federate(tmp_path, method=methods, save_uploads=True, num_clients=6)
