@@ -110,12 +110,11 @@ def _refused(path: Path, why: str) -> ConfigError:
     return ConfigError(f"uploads = {str(path)!r}: {why}")
 
 
-def load(path: Path, state: RememberedState, resolved: Resolved) -> dict[str, float]:
-    """Fill a fresh ``state`` from ``path``; returns what the rounds cost.
+def require_alike(path: Path, resolved: Resolved) -> dict[str, float]:
+    """Refuse uploads that are not of a federation like this run's; what its rounds cost.
 
     Raises:
-        ConfigError: no such file, another format, damaged, or uploads of a federation with
-            other settings than this run's.
+        ConfigError: as ``load``, for all that is found without reading the uploads themselves.
     """
     theirs, costs = described(path)
     theirs = defaults() | theirs
@@ -123,6 +122,17 @@ def load(path: Path, state: RememberedState, resolved: Resolved) -> dict[str, fl
         if theirs[name] != value:
             there = f"made with {name} = {theirs[name]!r}"
             raise _refused(path, f"{there}, but this run has {value!r}")
+    return costs
+
+
+def load(path: Path, state: RememberedState, resolved: Resolved) -> dict[str, float]:
+    """Fill a fresh ``state`` from ``path``; returns what the rounds cost.
+
+    Raises:
+        ConfigError: no such file, another format, damaged, or uploads of a federation with
+            other settings than this run's.
+    """
+    costs = require_alike(path, resolved)
     try:
         _fill(state, read_tensors(path, FORMAT)[0], resolved.config)
     except KeyError as error:

@@ -117,8 +117,11 @@ class Watcher:
             self.status.stop()
 
 
-def preflight(config: Config) -> None:
+def preflight(run_config: Mapping[str, Any], config: Config) -> None:
     """Everything that can be refused before Flower is started.
+
+    Args:
+        run_config: what ``config`` resolves.
 
     Raises:
         ConfigError, DataError: what is wrong and what to do.
@@ -132,7 +135,8 @@ def preflight(config: Config) -> None:
         if config.uploads and not user_path(config.uploads).is_file():
             raise ConfigError(f"uploads = {config.uploads!r}: no such file")
         if config.uploads:
-            uploads.described(user_path(config.uploads))
+            there = resolve(with_absolute_paths(run_config, config))
+            uploads.require_alike(user_path(config.uploads), there)
     except (ValueError, MethodError) as error:
         raise ConfigError(str(error)) from error
 
@@ -170,7 +174,7 @@ def launch(
     gpu_for(config.device)
     if not (app / "pyproject.toml").is_file():
         raise LaunchError(f"{app} is not the app's folder: it has no pyproject.toml")
-    preflight(config)
+    preflight(run_config, config)
     engine = engine_for(config.engine, config.device)
     settings = with_absolute_paths(run_config, config) | {"engine": engine}
     folder = run_folder(resolve(settings))

@@ -493,7 +493,7 @@ def run_sweep(
     for run in runs:
         if on != "here" and run.config.engine == "ray":
             raise ConfigError("engine = ray: on a cluster a run stays on one machine: process")
-        preflight(run.config)
+        preflight(run.settings, run.config)
         if on == "here" and not is_done(run.folder) and (text := slow_precision(run.config)):
             warn_once(text)
     try:

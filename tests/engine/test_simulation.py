@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,11 +21,12 @@ from rich.console import Console
 
 from pfedgpa_app import cli
 from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.engine import LaunchError, local
 from pfedgpa_app.engine.flower import Flower, processes_of
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.runs.launcher import launch
-from tests.support.federations import PLAIN, SMALL, federate, records, summary
+from tests.support.federations import PLAIN, SMALL, federate, records, small, summary
 from tests.support.processes import alive, until
 from tests.support.ray_cluster import Cluster, two_machines
 
@@ -107,24 +109,48 @@ def test_the_demo_runs_where_the_user_is_and_leaves_nothing_running(
     check_the_demo_runs(engine, tmp_path, in_process)
 
 
-def test_relative_paths_are_the_users(
-    tmp_path: Path, in_process: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copy(in_process / "distribution.safetensors", tmp_path / "learned")
-    shutil.copy(in_process / "uploads.safetensors", tmp_path / "kept")
-    monkeypatch.chdir(tmp_path)
-    given = {"start-from": "learned", "uploads": "kept", "method": "fedavg", "engine": "process"}
-    sent: dict[str, object] = {}
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The settings with which a run was started last, which is then broken off."""
+    sent: dict[str, Any] = {}
 
-    def carry(app: Path, settings: dict[str, object], *rest: object) -> str:
+    def carry(app: Path, settings: dict[str, Any], *rest: object) -> str:
         sent.update(settings)
         return "that will do"
 
     monkeypatch.setattr(local, "run", carry)
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("start-from", "distribution.safetensors"), ("uploads", "uploads.safetensors")],
+)
+def test_relative_paths_are_the_users(
+    name: str,
+    kept: str,
+    sent: dict[str, Any],
+    tmp_path: Path,
+    in_process: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copy(in_process / kept, tmp_path / "kept")
+    monkeypatch.chdir(tmp_path)
+    same = {"num-server-rounds": 2, "engine": "process", "method": "fedavg"}
     with pytest.raises(LaunchError, match="that will do"):
-        launch(given)
-    assert sent["start-from"] == str(tmp_path / "learned")
-    assert sent["uploads"] == str(tmp_path / "kept")
+        launch(small(same | {name: "kept"}))
+    assert sent[name] == str(tmp_path / "kept")
+
+
+def test_uploads_of_another_federation_are_refused_before_anything_starts(
+    sent: dict[str, Any], tmp_path: Path, in_process: Path
+) -> None:
+    settings: dict[str, Any] = {"method": "fedavg", "num-server-rounds": 2, "seed": 1}
+    settings |= {"uploads": str(in_process / "uploads.safetensors"), "out-dir": str(tmp_path)}
+    with pytest.raises(ConfigError, match="made with seed = 0, but this run has 1"):
+        launch(small(settings))
+    assert not sent
+    assert not list(tmp_path.iterdir())
 
 
 FAULTS = pytest.mark.parametrize(

@@ -551,7 +551,7 @@ class TestStopped:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr("pfedgpa_app.study.sweep.Sweep.run_all", self.stop)
-        monkeypatch.setattr("pfedgpa_app.study.sweep.preflight", lambda _: None)
+        monkeypatch.setattr("pfedgpa_app.study.sweep.preflight", lambda *_: None)
         words = {
             "sweep": ["sweep", "--over", "seed=0,1"],
             "compare": ["compare", "--conf", "demo", "--methods", "local"],
