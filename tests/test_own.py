@@ -1020,6 +1020,20 @@ class TestHome:
             found = evaluate(folder, 0, dataset="npz:mine.npz")
             assert [of for _, of in found["classes"].values()] == counts
 
+    @pytest.mark.parametrize("classes", [["3"], ["3", "5"]])
+    def test_few_examples_are_enough_to_test_on(self, classes: list[str], here: Path) -> None:
+        """One class, and one example of each: nothing is learned from them."""
+        folder, _ = federate(here, method="fedavg", num_server_rounds=1)
+        for name in classes:
+            (here / "new" / name).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(here / "new" / name / "1.png")
+        labels = np.array([int(name) for name in classes])
+        np.savez("new.npz", x=np.zeros((len(labels), 1, 8, 8), np.uint8), y=labels)
+        for dataset in ("imagefolder:new", "npz:new.npz"):
+            found = evaluate(folder, 0, dataset=dataset)
+            assert found["examples"] == len(classes)
+            assert list(found["classes"]) == classes
+
     def test_columns_are_known_by_name(self, here: Path) -> None:
         Path("named.py").write_text(
             "import numpy as np\n"

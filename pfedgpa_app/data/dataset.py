@@ -109,28 +109,40 @@ def _unscaled(data: Dataset) -> str:
 
 
 def split_off_test(
-    name: str, labels: np.ndarray, share: float, users: np.ndarray | None = None
+    name: str,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    share: float,
+    users: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices of training and of test examples: of each class, ``share`` of it tests.
 
     The same in every run, whatever its seed. Of each user, where there are ``users``.
 
     Raises:
-        DataError: a class, or a user, has one example only.
+        DataError: a class, or a user, has one example only, where any are to be split off.
     """
+    if not share:
+        return np.arange(len(labels)), np.arange(0)
     rng, test = np.random.default_rng(0), []
     kinds, of = (labels, "class") if users is None or not len(users) else (users, "user")
     for kind in np.unique(kinds):
         members = rng.permutation(np.flatnonzero(kinds == kind))
         if len(members) < 2:
+            called = classes[int(kind)] if of == "class" else kind
             raise DataError(
-                f"dataset {name}: {of} {kind} has one example, and needs one to train on and one "
-                "to test on: add some, or leave it out"
+                f"dataset {name}: {of} {called} has one example, and needs one to train on and "
+                "one to test on: add some, or leave it out"
             )
         test.append(members[: min(max(1, round(share * len(members))), len(members) - 1)])
     tests = np.zeros(len(labels), dtype=bool)
     tests[np.concatenate(test)] = True
     return np.flatnonzero(~tests), np.flatnonzero(tests)
+
+
+def fewest(test_share: float) -> int:
+    """The least number of classes that examples to learn from have, and those to test on alone."""
+    return 2 if test_share else 1
 
 
 def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
@@ -142,6 +154,8 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
             "users_train" and "users_test"; or the first four in a tuple, perhaps with the
             classes; without a test split, that is taken of the training examples.
             What is called "val_…" is left out.
+        test_share: of the training examples, where there is no test split; 0: none, and one class
+            will do, as for a network that is trained already.
 
     Raises:
         DataError: what is wrong with it, and what to do.
@@ -152,7 +166,7 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
     for split in SPLITS:
         if f"x_{split}" in arrays:
             _check_lengths(name, split, arrays, users)
-    labels, classes = _labels(name, arrays, parts.get("classes"))
+    labels, classes = _labels(name, arrays, parts.get("classes"), fewest(test_share))
     columns = _columns(name, parts, arrays["x_train"].shape[1:] or (1,))
     given = [key for key in KEYS[::2] if key in arrays]
     inputs = {key[2:]: _inputs(name, key, arrays[key], columns) for key in given}
@@ -160,7 +174,7 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
     samples = {s: np.char.add(f"{s}/", np.arange(len(y)).astype(str)) for s, y in labels.items()}
     if "test" not in inputs:
         everyone = [inputs["train"], labels["train"], owners["train"]]
-        rows = split_off_test(name, labels["train"], test_share, owners["train"])
+        rows = split_off_test(name, labels["train"], classes, test_share, owners["train"])
         for split, mine in zip(SPLITS, rows, strict=True):
             parted = [part[mine] if len(part) else part for part in everyone]
             inputs[split], labels[split], owners[split] = parted
@@ -352,7 +366,7 @@ def _check_lengths(
 
 
 def _labels(
-    name: str, arrays: Mapping[str, np.ndarray], classes: Any
+    name: str, arrays: Mapping[str, np.ndarray], classes: Any, least: int
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Each split's labels as indices, and the classes' names."""
     given = {}
@@ -367,7 +381,7 @@ def _labels(
     else:
         names = tuple(str(each) for each in np.asarray(classes).ravel())
         known = np.array(names) if given["train"].dtype.kind == "U" else np.arange(len(names))
-    if len(names) < 2 or len(set(names)) < len(names):
+    if len(names) < least or len(set(names)) < len(names):
         raise DataError(f"dataset {name}: wants two classes or more, of different names")
     indices = {}
     for split, labels in given.items():

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from pfedgpa_app.core.settings import DataError
-from pfedgpa_app.data.dataset import SPLITS, Dataset, split_off_test
+from pfedgpa_app.data.dataset import SPLITS, Dataset, fewest, split_off_test
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,8 +87,12 @@ def _folders(path: Path) -> list[str]:
     return sorted(e.name for e in filter(_is_there, os.scandir(path)) if e.is_dir())
 
 
-def _listing(path: Path) -> dict[str, list[File]]:
-    """{split: its files, sorted}, "" for those of a folder without; refuses what is none."""
+def _listing(path: Path, least: int) -> dict[str, list[File]]:
+    """{split: its files, sorted}, "" for those of a folder without; refuses what is none.
+
+    Args:
+        least: number of classes in a folder without splits.
+    """
     splits = SPLITS if has_splits(path) else ("",)
     if alone := [split for split in SPLITS if (path / split).is_dir() and "" in splits]:
         [other] = {*SPLITS} - {*alone}
@@ -116,7 +120,7 @@ def _listing(path: Path) -> dict[str, list[File]]:
             f"dataset imagefolder:{path}: test/ has classes that train/ lacks: "
             + ", ".join(sorted(unknown))
         )
-    if "" in listing and len(first) < 2:
+    if "" in listing and len(first) < least:
         raise DataError(
             f"dataset imagefolder:{path}: has one class, {next(iter(first))}: two are the least"
         )
@@ -249,13 +253,13 @@ def image_folder(
 
     Args:
         size: to whose square they are resized; 0: they stay as they are.
-        test_share: of each class, where they have no test split.
+        test_share: of each class, where they have no test split; 0: none.
         cached: makes a data set, given what identifies its files, or has it already.
 
     Raises:
         DataError: there are none, or one of them cannot be read.
     """
-    listing = _listing(path)
+    listing = _listing(path, fewest(test_share))
     unused = () if "" in listing else tuple(f"{n}/" for n in _folders(path) if n not in SPLITS)
     classes = tuple(sorted({f[1] for files in listing.values() for f in files}))
 
@@ -263,7 +267,7 @@ def image_folder(
         files = [f for split in listing.values() for f in split]
         labels = np.array([classes.index(f[1]) for f in files], dtype=np.int64)
         if "" in listing:
-            train, test = split_off_test(f"imagefolder:{path}", labels, test_share)
+            train, test = split_off_test(f"imagefolder:{path}", labels, classes, test_share)
         else:
             train, test = np.split(np.arange(len(files)), [len(listing["train"])])
         images = decoded(((path / f[0], str(path / f[0])) for f in files), len(files), size)

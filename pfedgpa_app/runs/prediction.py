@@ -67,7 +67,7 @@ def evaluate(
 
 def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np.ndarray]:
     """All examples of a data set, and their labels by the run's classes."""
-    found = load_dataset(dataset, data_dir, image_size=about.image_size)
+    found = load_dataset(dataset, data_dir, image_size=about.image_size, test_share=0.0)
     shape = about.schema.shape
     examples = np.concatenate([found.train_images, found.test_images])
     inputs = recoloured(examples, shape[0]) if found.pixels else examples

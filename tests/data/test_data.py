@@ -565,6 +565,14 @@ class TestDatasets:
         with pytest.raises(DataError, match=f"image.{kind}: cannot be read as an image"):
             load(f"imagefolder:{root}", "")
 
+    def test_a_class_of_one_image_is_named(self, tmp_path: Path) -> None:
+        for name, count in (("cat", 2), ("dog", 1)):
+            (tmp_path / name).mkdir()
+            for i in range(count):
+                Image.new("L", (4, 4)).save(tmp_path / name / f"{i}.png")
+        with pytest.raises(DataError, match="class dog has one example"):
+            load(f"imagefolder:{tmp_path}", "")
+
     @pytest.mark.parametrize("side", [10_000, 14_000])  # where Pillow warns, and where it refuses
     def test_images_too_large_are_named(self, side: int, tmp_path: Path) -> None:
         root = make_images(tmp_path / "own")
