@@ -62,7 +62,7 @@ def handle(options: Namespace) -> int:
     words = ["--conf", conf, "--methods", ",".join(map(reference_of, methods))]
     words += ["--trials", str(options.trials)] if options.trials else []
     words += [f"{key}={argument(v)}" for key, v in overrides.items() if key != "data-dir"]
-    command = shlex.join(["pfedgpa", "tune", *words])
+    command = shlex.join(["pfedgpa", "tune", *words]).replace("\n", " ")  # it becomes a comment
     app = options.app.absolute()
     chosen = tune(
         *(options.conf, methods, overrides, out, app, options.jobs, command),

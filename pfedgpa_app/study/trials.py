@@ -8,12 +8,14 @@ runs, so that a search that was stopped goes on.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.config.resolve import keys
+from pfedgpa_app.config.resolve import is_read, keys, values_of
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.study.sweep import Judge, Run, Settings, expand
@@ -44,19 +46,22 @@ def imported() -> Any:
 class Search:
     """One method's trials."""
 
-    def __init__(self, base: Settings, method: str, grid: Grid, out: Path, number: int) -> None:
-        """Begin, or go on with what is in ``out``.
+    def __init__(
+        self, base: Settings, method: str, grid: Grid, out: Path, number: int, shared: Settings
+    ) -> None:
+        """Begin, or go on with what is in ``out`` and was tried with the same settings.
 
         Args:
             base: the settings of all runs.
             grid: {setting: values that its range is made of}.
             number: of trials, in all.
+            shared: settings that were chosen before; runs' folders are named by them, too.
         """
         self.base, self.method, self.grid, self.out = base, method, grid, out
-        self.number, self.optuna = number, imported()
+        self.number, self.shared, self.optuna = number, shared, imported()
         journal = self.optuna.storages.journal.JournalFileBackend(str(out / f"{method}.trials"))
         self.study = self.optuna.create_study(
-            study_name=method,
+            study_name=f"{method} {self._settings_digest()}",
             storage=self.optuna.storages.JournalStorage(journal),
             direction="maximize",
             sampler=self.optuna.samplers.TPESampler(seed=base["seed"]),
@@ -89,9 +94,19 @@ class Search:
             self.going[run.name], self._trials[run.name] = (trial.number, run), trial
         return [run for _, run in self.going.values()]
 
+    def _settings_digest(self) -> str:
+        """By which trials of other settings than these are told apart."""
+        found = self._run({}).resolved
+        read = {
+            name: value
+            for name, value in values_of(found.as_dict()).items()
+            if name not in self.grid and is_read(keys()[name], found.config)
+        }
+        return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:12]
+
     def _run(self, values: Settings) -> Run:
-        over = {"method": [reference_of(self.method)]} | {k: [v] for k, v in values.items()}
-        return expand(self.base, over, self.out)[0]
+        each = {"method": reference_of(self.method)} | self.shared | values
+        return expand(self.base, {name: [value] for name, value in each.items()}, self.out)[0]
 
     def _suggested(self, trial: Any, name: str) -> Any:
         """A value in the range of its grid, which goes one step beyond where it is logarithmic."""
@@ -163,11 +178,12 @@ def search(
     score: Callable[[Run], tuple[float, ...]],
     trials: int,
     at_once: int,
+    shared: Settings | None = None,
 ) -> dict[str, Any]:
     """{setting: its best value} of every method, after so many trials of each.
 
     Args:
-        base, grids, out: as of ``tune.search``.
+        base, grids, out, shared: as of ``tune.search``.
         run_all: carries runs out, ending those early of which the judge says so.
         score: of a run, its best first; () if it failed.
         at_once: trials of a method that are proposed together.
@@ -177,7 +193,9 @@ def search(
     """
     imported()
     out.mkdir(parents=True, exist_ok=True)
-    searches = [Search(base, method, grid, out, trials) for method, grid in grids.items()]
+    searches = [
+        Search(base, method, grid, out, trials, shared or {}) for method, grid in grids.items()
+    ]
 
     def judge(run: Run, event: Mapping[str, Any]) -> str | None:
         (its,) = [each for each in searches if run.name in each.going]

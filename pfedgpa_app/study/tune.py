@@ -99,11 +99,11 @@ def tune(
 
     for group in filter(None, (first, [method for method in methods if method not in first])):
         grids = {method: main_settings(method) for method in group}
+        shared = {} if group == first else _of_the_run(path, settings)
         if number:
             at_once = jobs or int(cpu_count())
-            chosen = trials.search(base, grids, out, run_all, score, number, at_once)
+            chosen = trials.search(base, grids, out, run_all, score, number, at_once, shared)
         else:
-            shared = {} if group == first else _of_the_run(path, settings)
             chosen = search(_starts(conf, grids, settings) | base, grids, out, run_all, shared)
         _keep(path, chosen, command)
         found |= chosen

@@ -75,6 +75,23 @@ def test_a_search_that_was_stopped_goes_on(tmp_path: Path) -> None:
     assert not again.given
 
 
+def test_trials_of_other_settings_do_not_count(tmp_path: Path) -> None:
+    """A method is tuned again at another learning rate, which was chosen in between."""
+    grids: dict[str, Any] = {"fedavgm": {"fedavgm.momentum": (0.0, 0.5, 0.7)}}
+    names: list[str] = []
+
+    def run_all(runs: list[Run], _: Judge) -> None:
+        names.extend(run.name for run in runs)
+
+    for rate, new in ((0.01, 3), (0.02, 3), (0.01, 0)):
+        before, shared = len(names), {"learning-rate": rate}
+        trials.search(BASE, grids, tmp_path, run_all, lambda _: (1.0,), 3, 3, shared)
+        assert len(names) - before == new
+        assert all(f"learning-rate={rate}" in name for name in names[before:])
+    trials.search(BASE | {"seed": 101}, grids, tmp_path, run_all, lambda _: (1.0,), 3, 3)
+    assert len(names) == 9
+
+
 def test_settings_of_every_kind_have_a_range(tmp_path: Path) -> None:
     grids: dict[str, Any] = {
         "fedala": {"fedala.layers": (1, 2)},
@@ -136,7 +153,7 @@ def test_a_run_whose_training_loss_is_among_the_worst_is_ended(tmp_path: Path) -
     found = trials.search(BASE, grids, tmp_path, run_all, score, 10, 5)
     assert ended == [began[7]]
     assert f"fedprox.mu={found['fedprox.mu']}" not in " ".join(ended)
-    kept = trials.Search(BASE, "fedprox", grids["fedprox"], tmp_path, 10)
+    kept = trials.Search(BASE, "fedprox", grids["fedprox"], tmp_path, 10, {})
     states = [trial.state.name for trial in kept.study.get_trials()]
     assert states.count("PRUNED") == 1
     assert states.count("COMPLETE") == 9
@@ -160,8 +177,9 @@ def test_the_command_that_tune_keeps_can_be_given_again(
         return {}
 
     monkeypatch.setattr(tune, "tune", keep)
-    words = ["dataset=imagefolder:my data", "augment=true", "group-shares=[2, 1]", "momentum=0.5"]
+    words = ["dataset=imagefolder:my data", "augment=true", "group-shares=[2,\n1]", "momentum=0.5"]
     assert cli.main(["tune", "--conf", "ünï cöde/e.yaml", "--trials", "2", *words]) == 0
+    assert len(kept[0][-1].splitlines()) == 1
     program, *again = shlex.split(kept[0][-1])
     assert program == "pfedgpa"
     assert "ünï cöde/e.yaml" in again
