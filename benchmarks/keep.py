@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.config.resolve import defaults, keys, without_idle
+from pfedgpa_app.config.names import defaults, keys, without_idle
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import LAUNCH

@@ -6,8 +6,8 @@ import inspect
 from pathlib import Path
 
 from pfedgpa_app import __version__
+from pfedgpa_app.config.names import keys, keys_of
 from pfedgpa_app.config.parse import Key, argument
-from pfedgpa_app.config.resolve import keys, keys_of
 from pfedgpa_app.core.sections import SECTIONS
 from pfedgpa_app.methods import METHODS
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pfedgpa_app.config.names import keys
 from pfedgpa_app.config.parse import Key, argument
-from pfedgpa_app.config.resolve import keys
 
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 BEGIN, END = "# begin: written by scripts/list_settings.py\n", "# end\n"

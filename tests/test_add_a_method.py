@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pfedgpa_app import cli, load_client
-from pfedgpa_app.config import resolve as resolving
+from pfedgpa_app.config import names
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.core.sections import Config
@@ -66,8 +66,8 @@ def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.syspath_prepend(tmp_path)
     with known_for_a_while("fedslow"):
         register_installed()
-        resolving.sections.cache_clear()
-        resolving.keys.cache_clear()
+        names.sections.cache_clear()
+        names.keys.cache_clear()
         folder, _ = federate(tmp_path / "name", method="fedslow", **how)
         assert (
             summary(folder)["fedslow"]["accuracy_before_ft"]

@@ -15,7 +15,8 @@ from nbclient import NotebookClient
 
 from pfedgpa_app import cli
 from pfedgpa_app.cli.options import parse_overrides
-from pfedgpa_app.config.resolve import keys, resolve
+from pfedgpa_app.config.names import keys
+from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.data.client import class_counts
 from pfedgpa_app.methods import METHODS

@@ -22,7 +22,8 @@ from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from pfedgpa_app import cli, load_client
-from pfedgpa_app.config.resolve import method_named, resolve
+from pfedgpa_app.config.names import method_named
+from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import Config, TrainingSettings

@@ -21,7 +21,8 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.common.config import flatten_dict
 
 from pfedgpa_app import cli
-from pfedgpa_app.config.resolve import keys, resolve
+from pfedgpa_app.config.names import keys
+from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from tests.support.federations import SMALL, federate, records, summary
 

@@ -151,7 +151,7 @@ def _unknown(words: list[str], own: argparse.ArgumentParser) -> str:
     if meant := closest(name, re.findall(r"--([a-z-]+)", own.format_help())):
         return f"{word}: no such option; did you mean --{meant}?"
     if own.get_default("words") == "settings":
-        from pfedgpa_app.config.resolve import in_full, keys
+        from pfedgpa_app.config.names import in_full, keys
 
         if meant := closest(in_full(name), keys()):
             return f"{word}: no such option; settings have no dashes: {meant}=VALUE"

@@ -27,7 +27,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.config.resolve import method_named
+    from pfedgpa_app.config.names import method_named
     from pfedgpa_app.core.files import write_text
     from pfedgpa_app.study.compare import EXPERIMENTS, plan, report
     from pfedgpa_app.study.sweep import run_sweep

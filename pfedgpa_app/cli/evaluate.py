@@ -24,7 +24,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.config.resolve import require_dataset
+    from pfedgpa_app.config.names import require_dataset
     from pfedgpa_app.runs.prediction import evaluate
 
     dataset = " ".join(options.dataset)

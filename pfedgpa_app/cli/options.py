@@ -24,7 +24,7 @@ def add_settings(parser: ArgumentParser) -> None:
 
 def _settings_like(prefix: str, **more: Any) -> list[str]:
     """What a shell offers for the beginning of a setting."""
-    from pfedgpa_app.config.resolve import keys
+    from pfedgpa_app.config.names import keys
 
     key, _, value = prefix.partition("=")
     if key == prefix:
@@ -107,7 +107,7 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
 
 def value_of(key: str, text: str) -> Any:
     """What a setting's text means: a name like 7 or 2026-11-26 is text where text is wanted."""
-    from pfedgpa_app.config.resolve import keys
+    from pfedgpa_app.config.names import keys
 
     try:
         value = tomllib.loads(f"v = {text}")["v"]
@@ -119,7 +119,7 @@ def value_of(key: str, text: str) -> Any:
 
 def _split(text: str) -> list[str]:
     """At spaces before a KEY=, so that values may hold spaces."""
-    from pfedgpa_app.config.resolve import keys
+    from pfedgpa_app.config.names import keys
 
     parts: list[str] = []
     for word in text.split(" "):

@@ -20,8 +20,9 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
+    from pfedgpa_app.config.names import keys, keys_of
     from pfedgpa_app.config.parse import argument
-    from pfedgpa_app.config.resolve import keys, keys_of, resolve
+    from pfedgpa_app.config.resolve import resolve
 
     names, conf = options.names, options.conf
     chosen = [key for name in names for key in keys_of(name)] if names else list(keys().values())

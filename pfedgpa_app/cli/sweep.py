@@ -71,7 +71,7 @@ def handle(options: Namespace) -> int:
 
 def _varied(texts: list[str]) -> dict[str, list[Any]]:
     """What ``--over`` says: {setting: its values}."""
-    from pfedgpa_app.config.resolve import known
+    from pfedgpa_app.config.names import known
 
     over: dict[str, list[Any]] = {}
     for text in texts:

@@ -32,8 +32,9 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
+    from pfedgpa_app.config.names import method_named
     from pfedgpa_app.config.parse import argument
-    from pfedgpa_app.config.resolve import method_named, resolve
+    from pfedgpa_app.config.resolve import resolve
     from pfedgpa_app.methods import federation_of
     from pfedgpa_app.methods.own import reference_of
     from pfedgpa_app.study.tune import report_of, tunable, tune

@@ -9,7 +9,8 @@ from typing import Any
 from joblib import cpu_count
 from rich.console import Console
 
-from pfedgpa_app.config.resolve import resolve, without_idle
+from pfedgpa_app.config.names import without_idle
+from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.sections import NODES, Config
 from pfedgpa_app.core.settings import ConfigError

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfedgpa_app.config.resolve import Resolved, defaults, keys, values_of
+from pfedgpa_app.config.names import defaults, keys
+from pfedgpa_app.config.resolve import Resolved, values_of
 from pfedgpa_app.core.files import read_metadata, read_tensors, write_tensors
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import LAUNCH, ConfigError

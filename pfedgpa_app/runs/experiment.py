@@ -14,7 +14,8 @@ from typing import Any
 from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 
-from pfedgpa_app.config.resolve import Resolved, values_of, without_effect
+from pfedgpa_app.config.checks import without_effect
+from pfedgpa_app.config.resolve import Resolved, values_of
 from pfedgpa_app.core.files import as_json, write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import LABEL_FLIP, NODES, Config
@@ -114,13 +115,14 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
 
 def _remarks(resolved: Resolved) -> Iterator[str]:
     """What the user should know of the data, and of settings that nothing goes by."""
-    if resolved.config.dataset == NODES:
-        yield from without_effect(resolved, own_test=False)
+    config = resolved.config
+    if config.dataset == NODES:
+        yield from without_effect(config, resolved.sources, own_test=False)
         return
-    data = load_dataset(resolved.config)
+    data = load_dataset(config)
     yield from remarks(data)
-    yield from learn_nothing(resolved.config)
-    yield from without_effect(resolved, data.own_test)
+    yield from learn_nothing(config)
+    yield from without_effect(config, resolved.sources, data.own_test)
 
 
 def _report(folder: Path, log: RunLog) -> None:
@@ -169,6 +171,13 @@ def _warnings(grid: Grid, config: Config) -> Iterator[str]:
             )
         if issubclass(method, Defence):
             yield from method.doubts(config)
+
+
+def _groups(config: Config) -> list[int]:
+    """Every client's hidden group; with data of their own, nobody knows any."""
+    if config.dataset == NODES:
+        return [0] * config.num_clients
+    return [split.group for split in load_partition(config)]
 
 
 class Experiment:
@@ -267,7 +276,7 @@ class Experiment:
                 saved.save(found, self.folder / saved.FILE, beside)
             if self.config.report and (places := plots.latent_places(found)):
                 write_text(self.folder / report.LATENTS, as_json(places) + "\n")
-                plots.latents(self.folder / "latents.png", places, self._groups())
+                plots.latents(self.folder / "latents.png", places, _groups(self.config))
 
     def _run_rounds(self, name: str, methods: list[str]) -> Personalised:
         """The federation's strategy, whose rounds are over."""
@@ -366,9 +375,3 @@ class Experiment:
             path = self.folder / WEIGHTS / f"{name}.safetensors"
             about = {"method": name, "model": (self.folder / MODEL).read_text(encoding="utf-8")}
             save_weights(path, weights, getattr(method.state, "global_weights", {}), about)
-
-    def _groups(self) -> list[int]:
-        """Every client's hidden group; with data of their own, nobody knows any."""
-        if self.config.dataset == NODES:
-            return [0] * self.config.num_clients
-        return [split.group for split in load_partition(self.config)]

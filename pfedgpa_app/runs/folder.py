@@ -15,15 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pfedgpa_app.config.resolve import (
-    Resolved,
-    differences,
-    is_idle,
-    keys,
-    method_named,
-    resolve,
-    values_of,
-)
+from pfedgpa_app.config.names import is_idle, keys, method_named
+from pfedgpa_app.config.resolve import Resolved, differences, resolve, values_of
 from pfedgpa_app.core.files import as_json, write_text
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config

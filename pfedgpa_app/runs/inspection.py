@@ -7,8 +7,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pfedgpa_app.config.checks import RUN_CONFIG
 from pfedgpa_app.config.parse import argument
-from pfedgpa_app.config.resolve import RUN_CONFIG, values_of
+from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.diffusion import saved

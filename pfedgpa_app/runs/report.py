@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from pfedgpa_app.config.checks import RUN_CONFIG
+from pfedgpa_app.config.names import defaults, keys, without_idle
 from pfedgpa_app.config.parse import argument
-from pfedgpa_app.config.resolve import RUN_CONFIG, defaults, keys, values_of, without_idle
+from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import LAUNCH, ConfigError

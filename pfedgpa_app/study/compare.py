@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.config.resolve import require_method
+from pfedgpa_app.config.names import require_method
 from pfedgpa_app.methods import METHODS, federations
 from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.results.log import finished_in, rows_of

@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pfedgpa_app.config.resolve import resolve, values_of, without_idle
+from pfedgpa_app.config.names import without_idle
+from pfedgpa_app.config.resolve import resolve, values_of
 from pfedgpa_app.core.files import as_json, write_text
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.engine import LaunchError

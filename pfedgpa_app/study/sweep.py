@@ -23,8 +23,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from pfedgpa_app.config import yaml_file
+from pfedgpa_app.config.names import known, without_idle
 from pfedgpa_app.config.parse import flat
-from pfedgpa_app.config.resolve import Resolved, differences, known, resolve, without_idle
+from pfedgpa_app.config.resolve import Resolved, differences, resolve
 from pfedgpa_app.core.files import as_json, write_text
 from pfedgpa_app.core.sections import OF_PARTITION, Config
 from pfedgpa_app.core.settings import ConfigError

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.config.resolve import is_read, keys, values_of
+from pfedgpa_app.config.names import is_read, keys
+from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.study.sweep import Judge, Run, Settings, expand

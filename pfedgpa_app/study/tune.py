@@ -17,17 +17,10 @@ import yaml
 from joblib import cpu_count
 from rich.console import Console
 
+from pfedgpa_app.config.checks import RUN_CONFIG
+from pfedgpa_app.config.names import defaults, keys, require_method, sections
 from pfedgpa_app.config.parse import flat
-from pfedgpa_app.config.resolve import (
-    RUN_CONFIG,
-    conf_path,
-    defaults,
-    inherited,
-    keys,
-    require_method,
-    resolve,
-    sections,
-)
+from pfedgpa_app.config.resolve import conf_path, inherited, resolve
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import PACKAGE
 from pfedgpa_app.core.sections import Config

@@ -18,7 +18,9 @@ import pytest
 import server_app
 from pfedgpa_app import cli
 from pfedgpa_app.cli import options
-from pfedgpa_app.config.resolve import keys, resolve, without_effect
+from pfedgpa_app.config.checks import without_effect
+from pfedgpa_app.config.names import keys
+from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.randomness import numpy_generator, torch_generator
 from pfedgpa_app.core.settings import ConfigError
@@ -495,7 +497,8 @@ class TestPlainFlower:
     ],
 )
 def test_settings_without_effect_are_told(settings: dict[str, Any], idle: int) -> None:
-    said = list(without_effect(resolve(settings), own_test=True))
+    resolved = resolve(settings)
+    said = list(without_effect(resolved.config, resolved.sources, own_test=True))
     names = [name for name in settings if any(text.startswith(f"{name} is ") for text in said)]
     assert len(said) == len(names) == idle
 

@@ -11,7 +11,8 @@ import pytest
 
 from pfedgpa_app import cli
 from pfedgpa_app.cli.options import overrides
-from pfedgpa_app.config.resolve import differences, keys, resolve
+from pfedgpa_app.config.names import keys
+from pfedgpa_app.config.resolve import differences, resolve
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
 from pfedgpa_app.runs.checkpoint import Checkpoint
 from pfedgpa_app.runs.folder import kept_settings, locked, run_folder

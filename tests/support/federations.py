@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import Message
 from safetensors.torch import load_file
 
-from pfedgpa_app.config import resolve as resolving
+from pfedgpa_app.config import names
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.runs.experiment import run
@@ -54,8 +54,8 @@ def known_for_a_while(method: str) -> Iterator[None]:
         yield
     finally:
         METHODS.pop(method, None)
-        resolving.sections.cache_clear()
-        resolving.keys.cache_clear()
+        names.sections.cache_clear()
+        names.keys.cache_clear()
 
 
 def summary(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,221 @@
+"""What no value alone can show: settings that contradict each other, or that nothing goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from pfedgpa_app.config.names import (
+    is_idle,
+    keys,
+    require_dataset,
+    require_method,
+    require_model,
+    require_partition,
+)
+from pfedgpa_app.core.sections import ATTACKS, NODES, OF_PARTITION, PARTITION_FILE, Config
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.data import HUGGING_FACE, IMAGEFOLDER
+from pfedgpa_app.methods import METHODS, federation_of, name_of
+from pfedgpa_app.methods.baselines import FromUploads
+from pfedgpa_app.methods.generation import PFedGPASettings
+from pfedgpa_app.methods.own import reference_of
+
+RUN_CONFIG = "run-config"  # what is given for this run alone
+
+
+def check(config: Config, sources: Mapping[str, str]) -> None:
+    """Refuse a configuration of which every value alone is right.
+
+    Args:
+        sources: {setting: where its value came from}.
+
+    Raises:
+        ConfigError: what is wrong with it, and what to do.
+    """
+    _refuse_idle(config, sources)
+    _check(config)
+    _check_attack(config, sources)
+
+
+def _given(sources: Mapping[str, str]) -> list[str]:
+    """The settings that are given for this run alone."""
+    return [name for name, source in sources.items() if source == RUN_CONFIG]
+
+
+def _refuse_idle(config: Config, sources: Mapping[str, str]) -> None:
+    """Refuse settings, given for this run, that none of its methods or its partition goes by."""
+    for name in _given(sources):
+        if name == "partition" and config.dataset == NODES:
+            raise ConfigError(
+                f"partition = {config.partition} (run-config): deals out one data set; with "
+                "dataset = nodes every node has its own"
+            )
+        if not is_idle(keys()[name], config):
+            continue
+        if name in OF_PARTITION:
+            raise ConfigError(
+                f"{name} (run-config): partition = {config.partition} does not go by it, but "
+                f"partition={OF_PARTITION[name]} does"
+            )
+        raise ConfigError(
+            f"{name} (run-config): none of this run's methods ({', '.join(config.method)}) "
+            "goes by it"
+        )
+
+
+def _check(config: Config) -> None:
+    """Refuse what each value alone cannot show."""
+    for name in config.method:
+        require_method(name, "method")
+    if len(set(config.method)) < len(config.method):
+        raise ConfigError(f"method = {','.join(config.method)}: names a method twice")
+    require_model(config.model)
+    _check_data(config)
+    kept = name_of(FromUploads.of)  # whose uploads are kept
+    others = [method for method in config.method if federation_of(method) != kept]
+    if config.uploads and others:
+        raise ConfigError(
+            f"uploads: holds {METHODS[kept].title}'s rounds, but {', '.join(others)} has rounds of "
+            "its own"
+        )
+    if config.join_clients >= config.num_clients:
+        raise ConfigError(
+            f"join-clients = {config.join_clients}: must be less than num-clients = "
+            f"{config.num_clients}"
+        )
+    if config.min_uploads > config.round_clients:
+        raise ConfigError(
+            f"min-uploads = {config.min_uploads}: no round has so many; by fraction-train, "
+            f"{config.round_clients} of {config.initial_clients} clients take part in one"
+        )
+    _check_missing(config)
+    if config.dataset == NODES and config.attack != "none":
+        raise ConfigError(f"attack = {config.attack}: is for simulations; real nodes would attack")
+    for name in config.method:
+        METHODS[name].check(config)
+    if config.fine_tune_grid_epochs and not config.validation_share:
+        raise ConfigError(
+            "fine-tune-grid-epochs > 0 chooses by validation: validation-share must be > 0"
+        )
+    if (size := config.train_per_client) is None:
+        return
+    aside = round(size * config.validation_share)
+    if config.fine_tune_grid_epochs and not aside:
+        raise ConfigError(
+            "fine-tune-grid-epochs > 0 chooses by validation, and of train-per-client = "
+            f"{size} validation-share = {config.validation_share:g} puts nothing aside"
+        )
+    if size - aside < 1:
+        raise ConfigError("validation-share leaves no image to train on")
+
+
+def _check_data(config: Config) -> None:
+    """Refuse what a run's data cannot be."""
+    require_dataset(config.dataset, "dataset")
+    require_partition(config.partition)
+    resized = config.dataset.startswith((IMAGEFOLDER, HUGGING_FACE)) or config.dataset == NODES
+    if config.image_size and not resized:
+        raise ConfigError(
+            f"image-size = {config.image_size}: resizes the images of imagefolder: and hf:, and "
+            f"dataset = {config.dataset} is none of them"
+        )
+    if config.classes and config.dataset != NODES:
+        raise ConfigError(
+            f"classes: are named for dataset = nodes; those of {config.dataset} are its own"
+        )
+    if len(config.classes) == 1 or len(set(config.classes)) < len(config.classes):
+        raise ConfigError(
+            f"classes = {','.join(config.classes)}: wants two or more, of different names"
+        )
+
+
+def _check_missing(config: Config) -> None:
+    """Refuse clients that drop out or are late where that cannot be, or is nobody."""
+    if config.dataset == NODES and config.dropout_share + config.straggler_share:
+        raise ConfigError("dropout-share, straggler-share: are for simulations; real nodes fail so")
+    shares = {"dropout-share": config.dropout_share, "straggler-share": config.straggler_share}
+    for name, share in shares.items():
+        if share and not round(share * config.round_clients):
+            raise ConfigError(
+                f"{name} = {share:g}: of a round's {config.round_clients} clients that is nobody; "
+                f"{name}={1 / config.round_clients:.2g} is one of them"
+            )
+
+
+def _check_attack(config: Config, sources: Mapping[str, str]) -> None:
+    """Refuse an attack that nobody makes, for a federation without one looks robust to it."""
+    share, clients = config.malicious_share, config.initial_clients
+    if config.attack == "none":
+        there = sources["attack"]  # a "none" that is said at least as late is meant
+        given = {"malicious-share": share, "attack-strength": config.attack_strength}
+        for name, value in given.items() if share else ():
+            here = sources[name]
+            if here != "default" and (there == "default" or here == RUN_CONFIG != there):
+                raise ConfigError(
+                    f"{name} = {value:g} ({here}): without an attack nobody is malicious; "
+                    f"set attack, too: {', '.join(ATTACKS)}"
+                )
+        return
+    count = len(config.malicious_clients)
+    if clients == 1:
+        raise ConfigError(
+            f"attack = {config.attack}: wants an honest client beside a malicious one, and only 1 "
+            "is there from the start"
+        )
+    if count == clients:
+        raise ConfigError(
+            f"malicious-share = {share:g}: leaves no honest client of {clients} to evaluate"
+        )
+    if not count:
+        raise ConfigError(
+            f"attack = {config.attack}: malicious-share = {share:g} of {clients} clients is "
+            f"nobody; malicious-share={1 / clients:.2g} makes one of them malicious"
+        )
+
+
+def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -> Iterator[str]:
+    """What was given for this run, but nothing goes by, because of others or the data; in words.
+
+    Args:
+        sources: {setting: where its value came from}.
+        own_test: whether the run's data set has a test split.
+    """
+    why: dict[str, str] = {}
+    if config.partition == "natural" or config.partition.startswith(PARTITION_FILE):
+        own = f"with partition = {config.partition} clients have what is theirs, all of it"
+        why |= dict.fromkeys(("train-per-client", "test-per-client"), own)
+    if not config.local_dp_epsilon:
+        none = "without local-dp-epsilon nothing is clipped and no noise is added"
+        why |= dict.fromkeys(("local-dp-clip", "local-dp-delta"), none)
+    if not config.join_clients:
+        joining = ("join-rate", "join-iterations", "pfedgpa.join-mode")
+        why |= dict.fromkeys(joining, "join-clients = 0: nobody joins")
+    if not config.fine_tune_grid_epochs:
+        why["fine-tune-grid-learning-rates"] = "fine-tune-grid-epochs = 0: no fine-tuning is tuned"
+    if config.share_label_counts and not _reads_label_counts(config):
+        why["share-label-counts"] = "pfedgpa.descriptor=labels alone goes by them"
+    kept = name_of(FromUploads.of)
+    if not any(federation_of(method) == kept for method in config.method):
+        why["save-uploads"] = f"{METHODS[kept].title}'s are kept, and no method goes by its rounds"
+    left = f"min-uploads = {config.min_uploads} of a round's {config.round_clients} are left"
+    if config.dropout_share and not config.dropped_clients:
+        why["dropout-share"] = left
+    if config.straggler_share and not config.late_clients:
+        why["straggler-share"] = left
+    uploads = config.round_clients - config.dropped_clients - config.late_clients
+    if config.max_distance and uploads < 3:
+        why["max-distance"] = f"a round has {uploads} uploads, and it compares three or more"
+    if own_test:
+        why["test-share"] = f"{config.dataset} has a test split"
+    given = _given(sources)
+    for name, reason in why.items():
+        if name in given:
+            yield f"{name} is without effect: {reason}"
+
+
+def _reads_label_counts(config: Config) -> bool:
+    """Whether a method goes by what clients share of their classes; one's own may."""
+    if any(reference_of(name) != name for name in config.method):
+        return True
+    descriptor = keys()["pfedgpa.descriptor"]
+    return config.of(PFedGPASettings).descriptor == "labels" and not is_idle(descriptor, config)

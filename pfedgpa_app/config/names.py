@@ -1,0 +1,172 @@
+"""What users name: settings, methods, data sets, networks and partitions.
+
+Every setting is there once: its type, default, range and meaning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from pfedgpa_app.config.parse import Key, fields_of
+from pfedgpa_app.core.own_code import is_reference
+from pfedgpa_app.core.sections import (
+    DATASET_HELP,
+    MODEL_HELP,
+    MODELS,
+    NODES,
+    OF_PARTITION,
+    PARTITION_FILE,
+    PARTITIONS,
+    SECTIONS,
+    TORCHVISION,
+    Config,
+)
+from pfedgpa_app.core.settings import LAUNCH, ConfigError, near
+from pfedgpa_app.data import DATASETS, is_known_dataset
+from pfedgpa_app.methods import METHODS
+from pfedgpa_app.methods.baselines import FromUploads
+from pfedgpa_app.methods.own import register_installed, registered
+
+register_installed()
+
+
+@lru_cache(maxsize=1)
+def sections() -> dict[str, type]:
+    """{method: the class of its own settings}, for every method that has some."""
+    return {name: vars(c)["settings"] for name, c in METHODS.items() if "settings" in vars(c)}
+
+
+@lru_cache(maxsize=1)
+def keys() -> dict[str, Key]:
+    """Every setting by the name that users write; methods' own are ``METHOD.SETTING``."""
+    found = list(fields_of(Config))
+    for section, kind in sections().items():
+        found += fields_of(kind, section + ".")
+    return {key.name: key for key in found}
+
+
+def keys_of(name: str) -> list[Key]:
+    """The settings of a method or of a section of the run's, or the one of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    section = SECTIONS.get(name)
+    own = {field.replace("_", "-") for field in vars(section)["__annotations__"]} if section else {}
+    found = [
+        k for k in keys().values() if k.name in own or name in (k.name, k.name.rpartition(".")[0])
+    ]
+    if not found:
+        raise ConfigError(
+            f"{name}: no setting, no section ({', '.join(SECTIONS)}), and no method with settings "
+            f"of its own{near(name, (*SECTIONS, *sections(), *keys()))}"
+        )
+    return found
+
+
+_SHORT = {  # what others call settings, too unlike to be guessed
+    "alpha": "dirichlet-alpha",
+    "bs": "batch-size",
+    "lr": "learning-rate",
+    "out": "out-dir",
+    "rounds": "num-server-rounds",
+}
+
+
+def in_full(name: str) -> str:
+    """A setting's name, if ``name`` is what others call it."""
+    return _SHORT.get(name.lower(), name)
+
+
+def known(name: str, source: str) -> Key:
+    """The setting ``name``; refused, by where it stands, if there is none."""
+    if name not in keys():
+        meant = near(in_full(name), keys())
+        raise ConfigError(
+            f"{name} ({source}): no such setting{meant} All settings: pfedgpa settings"
+        )
+    return keys()[name]
+
+
+def require_dataset(name: str, source: str) -> None:
+    """Refuse a ``name`` that no data set has."""
+    if not is_known_dataset(name):
+        raise ConfigError(
+            f"{source}: no data set {name!r}{near(name, (*DATASETS, NODES))} "
+            f"There are {DATASET_HELP}"
+        )
+
+
+def require_model(name: str) -> None:
+    """Refuse a ``name`` that no network has."""
+    if name not in MODELS and not name.startswith(TORCHVISION) and not is_reference(name):
+        raise ConfigError(f"model = {name!r}: no network{near(name, MODELS)} There is {MODEL_HELP}")
+
+
+def require_partition(name: str) -> None:
+    """Refuse a ``name`` that no partition has."""
+    if name not in PARTITIONS and not name.startswith(PARTITION_FILE):
+        raise ConfigError(
+            f"partition = {name!r}: must be one of {', '.join(PARTITIONS)}, or "
+            f"{PARTITION_FILE}PATH{near(name, PARTITIONS)}"
+        )
+
+
+def method_named(method: str, code_dir: str = "") -> str:
+    """A method's name; of an import path, after its class has been made known under it."""
+    name, is_new = registered(method, code_dir)
+    if is_new:
+        sections.cache_clear()
+        keys.cache_clear()
+    return name
+
+
+def _by_title(title: str) -> str:
+    """The name of the method that tables call so; ``title`` itself if there is none."""
+    return next((name for name, kind in METHODS.items() if kind.title == title), title)
+
+
+def require_method(name: str, source: str) -> None:
+    """Refuse a ``name`` that no method has."""
+    if name not in METHODS:
+        meant = near(_by_title(name), METHODS)
+        raise ConfigError(f"{source}: no method {name!r}{meant} Methods: {', '.join(METHODS)}")
+
+
+def is_read(key: Key, config: Config) -> bool:
+    """Whether the results of a run go by a setting."""
+    return bool(key.rules["part"] != LAUNCH) and not is_idle(key, config)
+
+
+def is_idle(key: Key, config: Config) -> bool:
+    """Whether a setting is of another partition, or of other methods, than a run has."""
+    if key.name in OF_PARTITION:
+        return config.partition != OF_PARTITION[key.name]
+    section, part = key.name.rpartition(".")[0], key.rules["part"]
+    if not section:
+        return False
+    readers: list[Any] = [METHODS[name] for name in config.method if name in METHODS]
+    if config.save_uploads or config.uploads:
+        readers.append(FromUploads)  # goes by which of them are kept, too
+    kind = sections()[section]
+    return not any(reader.settings is kind and part in reader.parts for reader in readers)
+
+
+def without_idle(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[str, Any]:
+    """``settings`` without methods' own that none of ``methods`` goes by."""
+    config, every = Config(method=tuple(methods)), keys()
+    return {
+        name: value
+        for name, value in settings.items()
+        if "." not in name or name not in every or not is_idle(every[name], config)
+    }
+
+
+def defaults() -> dict[str, Any]:
+    """{setting: value}, JSON-ready: what a run of a version that had no such setting went by."""
+    values = {name: "auto" if k.default is None else k.default for name, k in keys().items()}
+    plain: dict[str, Any] = json.loads(json.dumps(values))
+    return plain
