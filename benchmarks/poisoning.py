@@ -19,7 +19,8 @@ from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.sections import ATTACKS
 from pfedgpa_app.results.log import is_done, last_event, rows_of
 from pfedgpa_app.results.tables import markdown
-from pfedgpa_app.study.sweep import Run, expand, run_sweep
+from pfedgpa_app.study.plan import Run, expand
+from pfedgpa_app.study.sweep import run_sweep
 
 BASE: dict[str, Any] = {
     "conf": "compare-fashion-mnist",

@@ -36,7 +36,8 @@ from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.results import uploads
 from pfedgpa_app.results.tables import markdown
-from pfedgpa_app.study.sweep import Run, expand, run_sweep
+from pfedgpa_app.study.plan import Run, expand
+from pfedgpa_app.study.sweep import run_sweep
 
 BASE: dict[str, Any] = {
     "method": "fedavg",

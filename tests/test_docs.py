@@ -20,7 +20,7 @@ from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.data.client import class_counts
 from pfedgpa_app.methods import METHODS
-from pfedgpa_app.study.sweep import read
+from pfedgpa_app.study.plan import read
 
 PAGES = [APP_DIR / "README.md", APP_DIR / "CONTRIBUTING.md", *sorted(APP_DIR.glob("docs/*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -57,8 +57,9 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
+    from pfedgpa_app.study.plan import Run
     from pfedgpa_app.study.reproduce import DATA, SEEDS
-    from pfedgpa_app.study.sweep import Run, run_sweep
+    from pfedgpa_app.study.sweep import run_sweep
 
     kind = _study(options.what)
     overrides = shared.parse_overrides(options.settings)

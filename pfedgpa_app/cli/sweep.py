@@ -40,7 +40,8 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.study.sweep import read, sweep
+    from pfedgpa_app.study.plan import read
+    from pfedgpa_app.study.sweep import sweep
 
     files = [word for word in options.settings if "=" not in word and word.endswith(YAML)]
     words = [word for word in options.settings if word not in files]

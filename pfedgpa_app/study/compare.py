@@ -12,7 +12,7 @@ from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.results.log import finished_in, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.runs.folder import kept_settings
-from pfedgpa_app.study.sweep import Run, Settings, expand, require_alike, settings_of
+from pfedgpa_app.study.plan import Run, Settings, expand, require_alike, settings_of
 
 EXPERIMENTS = (
     *("compare-cifar10", "compare-fashion-mnist"),

@@ -14,8 +14,8 @@ from typing import ClassVar
 from pfedgpa_app.results.log import rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.study.later import Later, LaterCell
+from pfedgpa_app.study.plan import Settings
 from pfedgpa_app.study.reproduce import DATA, OURS, Cell, Row
-from pfedgpa_app.study.sweep import Settings
 
 METHODS_OF_JOIN = ("local", "fedavg", "pfedhn", OURS)
 MODES = {"tweedie": "", "guided": ", guided"}

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pfedgpa_app.study.plan import Settings
 from pfedgpa_app.study.reproduce import DATA, Atlas, Cell, Row
-from pfedgpa_app.study.sweep import Settings
 
 EXPERIMENT = {
     "cifar10": "compare-cifar10",

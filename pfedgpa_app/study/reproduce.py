@@ -25,7 +25,7 @@ from pfedgpa_app.results.log import finished_in, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study import pictures
-from pfedgpa_app.study.sweep import Run, Settings, expand, images_trained, require_alike
+from pfedgpa_app.study.plan import Run, Settings, expand, images_trained, require_alike
 from pfedgpa_app.study.tune import DEFAULTS, main_settings, search
 
 OURS = "pfedgpa"

@@ -7,39 +7,28 @@ runs that are done are skipped, one that was broken off goes on from its checkpo
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Column
 
-from pfedgpa_app.config import yaml_file
-from pfedgpa_app.config.names import known, without_idle
-from pfedgpa_app.config.parse import flat
-from pfedgpa_app.config.resolve import Resolved, differences, resolve
 from pfedgpa_app.core.files import as_json, write_text
-from pfedgpa_app.core.sections import OF_PARTITION, Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import StoppedError, engine_for
-from pfedgpa_app.methods import federations
-from pfedgpa_app.results.log import SUMMARY, clock, finished_in, is_done, last_event, rows_of
+from pfedgpa_app.results.log import SUMMARY, clock, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.runs import report
-from pfedgpa_app.runs.checkpoint import MANIFEST
-from pfedgpa_app.runs.folder import is_foreign, is_running, kept_settings, locked
+from pfedgpa_app.runs.folder import is_running, locked
 from pfedgpa_app.runs.launcher import preflight
-from pfedgpa_app.runs.resuming import CHECKPOINT
 from pfedgpa_app.study.places import Going, Here, Lost, Place, place_of
+from pfedgpa_app.study.plan import Run, Settings, expand
+from pfedgpa_app.study.progress import Bars, Lines, Show
 from pfedgpa_app.training.sgd import slow_precision
 
 LOOK = 0.5  # seconds between looks at the runs
@@ -55,150 +44,7 @@ COLUMNS = {
 }
 JOINED = "accuracy_of_joining_clients"  # as welcomed and after each upload
 
-Settings = dict[str, Any]
-
-
-def read(path: Path) -> tuple[Settings, dict[str, list[Any]]]:
-    """A sweep's file: ``settings:`` that all runs share and ``over:`` with lists to combine.
-
-    Raises:
-        ConfigError: no such file, or another form.
-    """
-    loaded = yaml_file.read(path)
-    settings, over = loaded.get("settings") or {}, loaded.get("over") or {}
-    if loaded.keys() - {"settings", "over"}:
-        raise ConfigError(f"{path}: wants settings: and over:, and nothing else")
-    if not isinstance(settings, dict) or not isinstance(over, dict):
-        raise ConfigError(f"{path}: settings: and over: must map settings to values")
-    settings, over = flat(settings, f"{path}: settings"), flat(over, f"{path}: over")
-    for key, values in over.items():
-        known(key, f"{path}: over")
-        if not isinstance(values, list) or not values:
-            raise ConfigError(f"{path}: over: {key}: wants a list of values")
-    return settings, over
-
-
-def images_trained(config: Config) -> float:
-    """How many images the clients of a run train on in all, about."""
-    took_part = max(1, round(config.fraction_train * config.num_clients))
-    a_round = took_part * (config.train_per_client or 600) * config.local_epochs
-    return len(federations(config.method)) * config.num_server_rounds * a_round
-
-
-@dataclass
-class Run:
-    """One run of a sweep."""
-
-    name: str
-    settings: Settings
-    varied: Settings
-    resolved: Resolved
-    folder: Path
-
-    @property
-    def config(self) -> Config:
-        return self.resolved.config
-
-    @property
-    def work(self) -> float:
-        """About how long it takes, in images trained on."""
-        return images_trained(self.config)
-
-    def differences(self) -> list[str]:
-        """Settings in which the run in its folder differs from this one."""
-        return differences(kept_settings(self.folder), self.resolved)
-
-    def can_go_on(self) -> bool:
-        """Whether its folder holds a checkpoint of this run, which was killed, but had not failed.
-
-        What made a run fail may lie in its checkpoint.
-        """
-        kept = (self.folder / CHECKPOINT / MANIFEST).exists()
-        failed = last_event(self.folder).get("kind") == "failed"
-        return kept and not failed and not self.differences()
-
-
-def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> list[Run]:
-    """Every combination of ``over`` on top of ``settings``, the last key varying fastest.
-
-    Where methods or partitions vary, each run has those of ``settings`` that it goes by.
-
-    Raises:
-        ConfigError: a combination that cannot run, or a folder with another run's results.
-    """
-    runs = []
-    every = [name for value in over.get("method", ()) for name in _names(value)]
-    for values in itertools.product(*over.values()):
-        varied = dict(zip(over, values, strict=True))
-        own = settings_of(settings, _names(varied.get("method", ())), every)
-        own = _dealt(own, varied.get("partition"), over.get("partition", ()))
-        chosen = own | varied
-        name = _name(resolve(chosen).config.conf, varied)
-        folder = (out / name).absolute()
-        chosen |= {"out-dir": str(folder.parent), "run-name": name}
-        run = Run(name, chosen, varied, resolve(chosen), folder)
-        if is_done(folder) and (differences := run.differences()):
-            raise ConfigError(
-                f"{folder} holds a run with other settings ({'; '.join(differences)}): "
-                "choose another --out, or delete it"
-            )
-        if is_foreign(folder):
-            raise ConfigError(f"{folder} exists, and is not a run's folder: choose another --out")
-        runs.append(run)
-    if twice := [name for name, n in Counter(run.name for run in runs).items() if n > 1]:
-        raise ConfigError(f"over: the same run twice: {', '.join(sorted(twice))}")
-    return runs
-
-
-def require_alike(runs: Sequence[Run], out: Path) -> None:
-    """Refuse an ``out`` whose tables would take runs by other settings for seeds of ``runs``.
-
-    In another group of methods a method's run has a folder of another name.
-
-    Raises:
-        ConfigError: a finished run of the same experiment and method has other settings.
-    """
-    for folder in finished_in(out):
-        there = kept_settings(folder)
-        experiment = Path(there["conf"]["value"]).stem
-        for run in runs:
-            both = [name for name in there["method"]["value"] if name in run.config.method]
-            if not both or Path(run.config.conf).stem != experiment:
-                continue
-            same = {"method": both, "seed": there["seed"]["value"]}
-            here = resolve(without_idle(run.settings, both) | same)
-            if found := differences(there | {"method": {"value": both}}, here):
-                raise ConfigError(
-                    f"{folder} holds {', '.join(both)} with other settings ({'; '.join(found)}): "
-                    "choose another --out, or delete it"
-                )
-
-
-def settings_of(settings: Settings, methods: Sequence[str], every: Sequence[str]) -> Settings:
-    """``settings`` without those that others of ``every`` method go by, but none of ``methods``."""
-    others = without_idle(settings, every).keys() - without_idle(settings, methods).keys()
-    return {name: value for name, value in settings.items() if name not in others}
-
-
-def _dealt(settings: Settings, partition: str | None, every: Sequence[str]) -> Settings:
-    """``settings`` without those that others of ``every`` partition go by, but not this one."""
-    others = set(every) - {partition}
-    return {name: v for name, v in settings.items() if OF_PARTITION.get(name) not in others}
-
-
-def _names(value: Any) -> list[str]:
-    """A setting of methods, as it is given."""
-    return value.split(",") if isinstance(value, str) else list(value)
-
-
-def _name(conf: str, varied: Settings) -> str:
-    def text(value: Any) -> str:
-        whole = "+".join(map(str, value)) if isinstance(value, list) else str(value)
-        return "".join(c if c.isalnum() or c in "-.+" else "-" for c in whole)
-
-    parts = [text(Path(conf).stem)]
-    parts += [f"{key}={text(value)}" for key, value in varied.items() if key != "conf"]
-    return "_".join(parts)
+Judge = Callable[[Run, Mapping[str, Any]], str | None]  # of what a run said: why to end it early
 
 
 def shares(
@@ -222,75 +68,6 @@ def shares(
         return jobs or max(1, cores // most), None
     at_once = jobs or max(1, min(cores, len(runs)))
     return at_once, max(1, min(cores // at_once, *machines))
-
-
-class Show(Protocol):
-    """Tells the user how the sweep goes."""
-
-    def begin(self, run: Run, text: str) -> None: ...
-    def update(self, run: Run, event: Mapping[str, Any], text: str) -> None: ...
-    def end(self, run: Run, outcome: str, text: str) -> None: ...
-
-
-class Lines:
-    """One line when a run starts, one when it ends, and one when it stands still."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.stalled: dict[str, str] = {}  # {run: what was said of its standing still}
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def begin(self, run: Run, text: str) -> None:
-        self._say(f"{text}  {run.name}: started")
-
-    def update(self, run: Run, event: Mapping[str, Any], text: str) -> None:
-        if event.get("kind") == "stalled" and self.stalled.get(run.name) != event["text"]:
-            self.stalled[run.name] = event["text"]
-            self._say(f"{text}  {run.name}: {event['text']}")
-
-    def end(self, run: Run, outcome: str, text: str) -> None:
-        self._say(f"{text}  {run.name}: {outcome}")
-
-
-class Bars(Lines):
-    """A live bar for each run that goes, and one line for the sweep, below the lines."""
-
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
-        self.progress = Progress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=24)),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[now]}", table_column=Column(no_wrap=True)),
-            console=console,
-            transient=True,
-        )
-        self.sweep = self.progress.add_task("sweep", total=None, now="")
-        self.tasks: dict[str, TaskID] = {}
-        self.progress.start()
-
-    def begin(self, run: Run, text: str) -> None:
-        self.tasks[run.name] = self.progress.add_task(escape(run.name), total=1, now="starting")
-        self.progress.update(self.sweep, now=text)
-
-    def update(self, run: Run, event: Mapping[str, Any], text: str) -> None:
-        super().update(run, event, text)
-        now = escape(event["text"].splitlines()[0]) if event else "starting"
-        completed = event.get("progress", 0)
-        self.progress.update(self.tasks[run.name], completed=completed, now=now)
-        self.progress.update(self.sweep, now=text)
-
-    def end(self, run: Run, outcome: str, text: str) -> None:
-        self.progress.remove_task(self.tasks.pop(run.name))
-        super().end(run, outcome, text)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        self.progress.stop()
-
-
-Judge = Callable[[Run, Mapping[str, Any]], str | None]  # of what a run said: why to end it early
 
 
 def lenient(_: Run, __: Mapping[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from pfedgpa_app.methods import federation_of
 from pfedgpa_app.methods.fine_tuning import FedAvgFTTuned
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.study.compare import PAPER
+from pfedgpa_app.study.plan import Settings
 from pfedgpa_app.study.reproduce import (
     CLOSE,
     COLUMNS,
@@ -28,7 +29,6 @@ from pfedgpa_app.study.reproduce import (
     means_of,
     rows_in,
 )
-from pfedgpa_app.study.sweep import Settings
 from pfedgpa_app.study.tune import main_settings
 
 # clients, in the order of PAPER's figures: images of each; CIFAR-10 has no more for 100 of them

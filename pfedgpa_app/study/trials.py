@@ -19,7 +19,8 @@ from pfedgpa_app.config.names import is_read, keys
 from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods.own import reference_of
-from pfedgpa_app.study.sweep import Judge, Run, Settings, expand
+from pfedgpa_app.study.plan import Run, Settings, expand
+from pfedgpa_app.study.sweep import Judge
 
 RunAll = Callable[[list[Run], Judge], object]
 Grid = Mapping[str, Sequence[Any]]

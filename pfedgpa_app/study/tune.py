@@ -31,7 +31,8 @@ from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study import trials
-from pfedgpa_app.study.sweep import Judge, Run, Settings, expand, lenient, run_sweep, settings_of
+from pfedgpa_app.study.plan import Run, Settings, expand, settings_of
+from pfedgpa_app.study.sweep import Judge, lenient, run_sweep
 
 MARK = "# Chosen on validation images by: "
 _BEYOND = 2  # values tried beyond an end of a grid

@@ -16,8 +16,8 @@ from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.results.log import accuracies_of, mean, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.study.later import Later, LaterCell
+from pfedgpa_app.study.plan import Settings, expand
 from pfedgpa_app.study.reproduce import DATA, OURS, Cell, Row
-from pfedgpa_app.study.sweep import Settings, expand
 
 METHODS_OF_START = ("local", "fedavg", OURS)
 STARTS = ("cold", "warm")

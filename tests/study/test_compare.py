@@ -26,7 +26,7 @@ from pfedgpa_app.study.compare import (
     plan,
     table,
 )
-from pfedgpa_app.study.sweep import Run
+from pfedgpa_app.study.plan import Run
 from tests.support.federations import SMALL
 
 

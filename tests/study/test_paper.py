@@ -13,8 +13,8 @@ from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.results import log
 from pfedgpa_app.study.join import Join, JoinCell
+from pfedgpa_app.study.plan import Run
 from pfedgpa_app.study.reproduce import DATA, Atlas
-from pfedgpa_app.study.sweep import Run
 from pfedgpa_app.study.table2 import AblationCell, Table2
 from pfedgpa_app.study.warm_start import StartCell, WarmStart
 from tests.study.test_reproduce import Machine as AnyMachine

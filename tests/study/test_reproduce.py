@@ -15,8 +15,8 @@ from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.results import log
 from pfedgpa_app.study import reproduce
+from pfedgpa_app.study.plan import Run
 from pfedgpa_app.study.reproduce import COLUMNS, DATA, MERIT, Atlas, Cell
-from pfedgpa_app.study.sweep import Run
 
 CELL = Cell("fashion-mnist", 100, "dominant", 30)
 

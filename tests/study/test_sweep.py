@@ -28,7 +28,9 @@ from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.runs.folder import locked
 from pfedgpa_app.study import sweep
 from pfedgpa_app.study.places import Here
-from pfedgpa_app.study.sweep import Lines, Run, Sweep, expand, read, shares, table
+from pfedgpa_app.study.plan import Run, expand, read
+from pfedgpa_app.study.progress import Lines
+from pfedgpa_app.study.sweep import Sweep, shares, table
 from pfedgpa_app.training import sgd
 from tests.support.federations import PLAIN
 from tests.support.processes import alive, until

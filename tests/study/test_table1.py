@@ -13,7 +13,7 @@ from pfedgpa_app.cli.reproduce import _cells
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.study import table1
 from pfedgpa_app.study.compare import PAPER
-from pfedgpa_app.study.sweep import Run
+from pfedgpa_app.study.plan import Run
 from pfedgpa_app.study.table1 import METHODS_OF_TABLE, PaperCell, Table1, column
 from tests.study.test_reproduce import Machine as AnyMachine
 

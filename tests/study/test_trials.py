@@ -13,7 +13,8 @@ from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.study import trials, tune
-from pfedgpa_app.study.sweep import Judge, Run
+from pfedgpa_app.study.plan import Run
+from pfedgpa_app.study.sweep import Judge
 from tests.support.federations import PLAIN
 
 pytest.importorskip("optuna")
