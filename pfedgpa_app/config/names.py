@@ -155,14 +155,22 @@ def is_idle(key: Key, config: Config) -> bool:
     return not any(reader.settings is kind and part in reader.parts for reader in readers)
 
 
-def without_idle(settings: Mapping[str, Any], methods: Iterable[str]) -> dict[str, Any]:
-    """``settings`` without methods' own that none of ``methods`` goes by."""
+def without_idle(
+    settings: Mapping[str, Any], methods: Iterable[str], partition: str = ""
+) -> dict[str, Any]:
+    """``settings`` without methods' own that none of ``methods`` goes by.
+
+    Args:
+        partition: those of others are left out, too; "" for none.
+    """
     config, every = Config(method=tuple(methods)), keys()
-    return {
-        name: value
-        for name, value in settings.items()
-        if "." not in name or name not in every or not is_idle(every[name], config)
-    }
+
+    def idle(name: str) -> bool:
+        if name in OF_PARTITION:
+            return OF_PARTITION[name] != (partition or OF_PARTITION[name])
+        return "." in name and name in every and is_idle(every[name], config)
+
+    return {name: value for name, value in settings.items() if not idle(name)}
 
 
 def defaults() -> dict[str, Any]:

@@ -17,11 +17,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
+from filelock import FileLock
+
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.results.log import mean, rounds_of, rows_of
 
 PROJECT = "pfedgpa"  # the project or experiment that runs are put in, unless the user names one
 Figures = Mapping[str, float]
+
+
+def _identity(folder: Path, name: str) -> str:
+    """Of a run's federation or method: what it is known by when it is told anew."""
+    return hashlib.sha256(f"{folder.absolute()}/{name}".encode()).hexdigest()[:16]
 
 
 class Tracker(Protocol):
@@ -64,7 +71,7 @@ class WandB:
         known = os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
-            id=hashlib.sha256(f"{folder.absolute()}/{name}".encode()).hexdigest()[:16],
+            id=_identity(folder, name),
             resume="allow",
             name=f"{folder.name}/{name}",
             group=folder.name,
@@ -92,17 +99,20 @@ class MLflow:
 
         self.metric = Metric
         here = f"sqlite:///{folder.parent.absolute() / 'mlflow.db'}"
-        self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or here)
         called = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        found = self.client.get_experiment_by_name(called)
-        experiment = found.experiment_id if found else self.client.create_experiment(called)
-        before = f"tags.folder = '{folder.absolute()}' and tags.method = '{name}'"
+        with FileLock(folder.parent / ".mlflow.lock"):  # a sweep's first runs all make the file
+            self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or here)
+            found = self.client.get_experiment_by_name(called)
+            experiment = found.experiment_id if found else self.client.create_experiment(called)
+        identity = _identity(folder, name)
+        before = f"tags.identity = '{identity}'"
         for old in self.client.search_runs([experiment], before):  # told anew when a run goes on
             self.client.delete_run(old.info.run_id)
         run = self.client.create_run(experiment, run_name=f"{folder.name}/{name}")
         self.id = run.info.run_id
         params = [Param(key, str(value)) for key, value in settings.items()]
-        tags = [RunTag("folder", str(folder.absolute())), RunTag("method", name)]
+        about = {"folder": str(folder.absolute()), "method": name, "identity": identity}
+        tags = [RunTag(key, value) for key, value in about.items()]
         self.client.log_batch(self.id, params=params[:100], tags=tags)
         for start in range(100, len(params), 100):  # as many as it takes at once
             self.client.log_batch(self.id, params=params[start : start + 100])

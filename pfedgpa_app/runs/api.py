@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from pfedgpa_app.config.parse import argument
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.results.log import SUMMARY, Records, accuracies_of, mean, rows_of
+from pfedgpa_app.runs.folder import unfinished
 from pfedgpa_app.runs.personal import ClientModel, load_client
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Result:
 
     @classmethod
     def of(cls, folder: str | Path) -> Result:
-        """Of a run that is done.
+        """Of a run that is done; of another what it has so far, with a warning.
 
         Raises:
             ConfigError: there is none in ``folder``.
@@ -52,6 +54,8 @@ class Result:
         place = user_path(folder)
         if not (place / SUMMARY).is_file():
             raise ConfigError(f"{place}: holds no results of a run")
+        if text := unfinished(place):
+            warn_once(text)
         return cls(
             place, rows_of(place), list(Records(place / "clients.jsonl").new()), _curves(place)
         )

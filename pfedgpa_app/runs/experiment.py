@@ -128,7 +128,7 @@ def _remarks(resolved: Resolved) -> Iterator[str]:
 def _report(folder: Path, log: RunLog) -> None:
     """Write the run's page; what goes wrong there does not undo the run."""
     try:
-        log.event("report", f"report: {report.write([folder])}")
+        log.event("report", f"report: {report.write_own(folder)}")
     except Exception as error:
         log.event("warning", f"no report could be written: {type(error).__name__}: {error}")
 

@@ -92,6 +92,19 @@ def is_running(folder: Path) -> bool:
         return True
 
 
+def unfinished(folder: Path) -> str:
+    """What has become of the run in ``folder`` that is not done, as a sentence; "" if it is."""
+    end = last_event(folder)
+    if end.get("kind") == "done":
+        return ""
+    how = "was broken off"
+    if is_running(folder):
+        how = "goes on"
+    elif end.get("kind") == "failed":
+        how = f"failed ({end['text']})"
+    return f"{folder} {how}: its results are those of the methods that were done by then"
+
+
 def running(folder: Path) -> str:
     """What its log tells of the run that is going on in ``folder``, and what to do."""
     starts = [event for event in Records(folder / EVENTS).new() if event.get("kind") == "start"]

@@ -37,7 +37,7 @@ from pfedgpa_app.results.log import (
 )
 from pfedgpa_app.results.page import page
 from pfedgpa_app.results.tables import LEGEND, over_seeds, recipes_in_words, without_generation
-from pfedgpa_app.runs.folder import CONFIG, HOLDINGS, kept_methods, kept_settings
+from pfedgpa_app.runs.folder import CONFIG, HOLDINGS, kept_methods, kept_settings, unfinished
 
 REPORT, LATENTS = "report.html", "latents.json"
 Row = dict[str, Any]
@@ -58,7 +58,7 @@ _NAMED_OTHERWISE = ("conf", "out-dir", "run-name", "resume")
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is done, by what its folder holds."""
+    """A run, by what its folder holds."""
 
     folder: Path
 
@@ -89,8 +89,12 @@ class Run:
 
     def choice(self, method: str, varied: Sequence[str]) -> dict[str, Any]:
         """Of the settings that are ``varied`` what ``method`` goes by, as the run has it."""
-        here = {name: self.settings[name] for name in varied if name in self.settings}
-        return values_of(without_idle(here, [method]))
+        here = self.goes_by([method])
+        return values_of({name: here[name] for name in varied if name in here})
+
+    def goes_by(self, methods: Sequence[str]) -> dict[str, Any]:
+        """Of its settings those that some of ``methods`` go by."""
+        return without_idle(self.settings, methods, self.settings["partition"]["value"])
 
     @cached_property
     def curves(self) -> dict[str, dict[int, float]]:
@@ -110,9 +114,9 @@ class Run:
 
 
 def runs_in(paths: Sequence[Path]) -> list[Run]:
-    """The runs that are done in these folders and those below, a sweep's or comparison's.
+    """The runs with results in these folders and those below, a sweep's or comparison's.
 
-    One that has runs, of which none is done, is left out with a warning.
+    A folder that has runs, of which none has any, is left out with a warning.
 
     Raises:
         ConfigError: one of them holds none, or none is done in any.
@@ -144,9 +148,25 @@ def write(paths: Sequence[Path], out: Path | None = None) -> Path:
         ConfigError: there are no runs, or it cannot be written.
     """
     runs = runs_in(paths)
-    out = out or paths[0] / REPORT
+    so_far = list(filter(None, (unfinished(run.folder) for run in runs)))
+    for text in so_far:
+        warn_once(text)
+    return _written(runs, out or paths[0] / REPORT, so_far)
+
+
+def write_own(folder: Path) -> Path:
+    """Write the report of a run that is about to end, in its folder.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    return _written([Run(folder)], folder / REPORT)
+
+
+def _written(runs: Sequence[Run], out: Path, so_far: Sequence[str] = ()) -> Path:
+    """``so_far``: what to say of runs that are not done."""
     header, entries = table_of(runs)
-    texts = (_csv(entries), _latex(entries), rendered(runs, header, entries))
+    texts = (_csv(entries), _latex(entries), rendered(runs, header, entries, so_far))
     try:
         for path, text in zip((*tables_beside(out), out), texts, strict=True):
             write_text(path, text)
@@ -164,7 +184,9 @@ def tables_beside(page: Path) -> tuple[Path, Path]:
     return page.with_name(f"{stem}.csv"), page.with_name(f"{stem}.tex")
 
 
-def rendered(runs: Sequence[Run], header: list[str], entries: list[Entry]) -> str:
+def rendered(
+    runs: Sequence[Run], header: list[str], entries: list[Entry], so_far: Sequence[str] = ()
+) -> str:
     """The page."""
     one = runs[0] if len(runs) == 1 else None
     named = list(dict.fromkeys(row["title"] for run in runs for row in run.rows))
@@ -182,7 +204,7 @@ def rendered(runs: Sequence[Run], header: list[str], entries: list[Entry]) -> st
     figure = [drawn] if curves else []  # none was evaluated before its end: evaluate-every = 0
     return page(
         title=title,
-        about=_about(runs),
+        about=[*so_far, *_about(runs)],
         table={
             "header": header,
             "rows": [entry.cells(entries) for entry in entries],
@@ -202,6 +224,7 @@ class Entry:
     values: dict[str, list[float]]
     costs: tuple[str, str]
     analysis_only: bool = False
+    only: str = ""  # of which seeds, where others are of more
 
     def text(self, column: str) -> str:
         """Mean ± standard deviation over seeds."""
@@ -210,15 +233,16 @@ class Entry:
 
     def cells(self, every: Sequence[Entry]) -> list[dict[str, str]]:
         """As the page has it: the best and the second best of each column are marked."""
-        cells = [{"text": self.name, "kind": ""}]
+        cells = [{"text": self.name + self.only, "kind": ""}]
         for column, values in self.values.items():
             means = sorted(
                 {round(mean(e.values[column]), 6) for e in every if _counts(e, column)},
                 reverse=True,
             )
-            mine = round(mean(values), 6) if _counts(self, column) else None
-            kind = {means[0]: "best"} | ({means[1]: "second"} if len(means) > 2 else {})
-            cells.append({"text": self.text(column), "kind": kind.get(mine, "") if mine else ""})
+            marks = ("best", "second") if len(means) > 2 else ("best",)
+            kinds = dict(zip(means, marks, strict=False))
+            mine = kinds.get(round(mean(values), 6), "") if _counts(self, column) else ""
+            cells.append({"text": self.text(column), "kind": mine})
         return [*cells, *({"text": text, "kind": "text"} for text in (self.recipes, *self.costs))]
 
 
@@ -240,7 +264,7 @@ def table_of(runs: Sequence[Run]) -> tuple[list[str], list[Entry]]:
             seeds = alike.setdefault((row["title"], choice), {})
             if row["seed"] not in seeds or seeds[row["seed"]][0] < run.ended:
                 seeds[row["seed"]] = run.ended, row  # of two runs of a seed the newest
-    entries = []
+    every, entries = sorted({seed for seeds in alike.values() for seed in seeds}), []
     for (title, choice), seeds in alike.items():
         rows = [row for _, row in seeds.values()]
         values = {c: [r[COLUMNS[c]] for r in rows if r.get(COLUMNS[c]) is not None] for c in shown}
@@ -248,8 +272,11 @@ def table_of(runs: Sequence[Run]) -> tuple[list[str], list[Entry]]:
         up = mean(row.get("bytes_up", 0) / max(1, row["rounds"]) for row in rows)
         costs = (f"{seconds:.1f} s", f"{up / 1e6:.2f} MB")
         name = f"{title} ({choice})" if choice else title
+        only = (
+            "" if sorted(seeds) == every else f" [seed {', '.join(map(str, sorted(seeds)))} only]"
+        )
         recipes = recipes_in_words(rows)
-        entries.append(Entry(name, recipes, values, costs, rows[0]["analysis_only"]))
+        entries.append(Entry(name, recipes, values, costs, rows[0]["analysis_only"], only))
     return ["method", *shown, "FT", "server", "upload a round"], entries
 
 
@@ -257,8 +284,7 @@ def _varied(runs: Sequence[Run]) -> list[str]:
     """The settings, the seed aside, that differ between runs whose methods go by them."""
     found: dict[str, set[str]] = {}
     for run in runs:
-        methods = [row["method"] for row in run.rows]
-        for name, entry in without_idle(run.settings, methods).items():
+        for name, entry in run.goes_by([row["method"] for row in run.rows]).items():
             if name in keys() and keys()[name].rules["part"] != LAUNCH:
                 found.setdefault(name, set()).add(json.dumps(entry["value"]))
     return [n for n, kinds in found.items() if len(kinds) > 1 and n not in ("seed", "method")]
@@ -464,7 +490,7 @@ def _latex(entries: Sequence[Entry]) -> str:
     lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
     lines += [" & ".join(["method", *columns]) + r" \\", r"\midrule"]
     for entry in entries:
-        cells = [_escaped(entry.name)]
+        cells = [_escaped(entry.name + entry.only)]
         marks = [cell["kind"] for cell in entry.cells(entries)[1 : 1 + len(columns)]]
         for column, mark in zip(columns, marks, strict=True):
             text = entry.text(column).replace("±", r"$\pm$").replace("–", "--")

@@ -17,9 +17,10 @@ from typing import Any
 
 from pfedgpa_app.config.names import is_read, keys
 from pfedgpa_app.config.resolve import values_of
+from pfedgpa_app.core.randomness import numpy_generator
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods.own import reference_of
-from pfedgpa_app.study.plan import Run, Settings, expand
+from pfedgpa_app.study.plan import Run, Settings, expand, settings_of
 from pfedgpa_app.study.sweep import Judge
 
 RunAll = Callable[[list[Run], Judge], object]
@@ -66,12 +67,14 @@ class Search:
             study_name=f"{method} {self._settings_digest()}",
             storage=self.optuna.storages.JournalStorage(journal),
             direction="maximize",
-            sampler=self.optuna.samplers.TPESampler(seed=base["seed"]),
             pruner=self.optuna.pruners.PercentilePruner(
                 _KEPT, n_startup_trials=_FIRST, n_warmup_steps=_WARM
             ),
             load_if_exists=True,
         )
+        # a search that goes on must not propose again what it began with
+        draws = numpy_generator(base["seed"], "trials", len(self.study.get_trials()))
+        self.study.sampler = self.optuna.samplers.TPESampler(seed=int(draws.integers(2**31)))
         self.going: dict[str, tuple[int, Run]] = {}
         self._trials: dict[str, Any] = {}  # of going runs, those that may be ended early
         self._ended: set[str] = set()
@@ -196,7 +199,8 @@ def search(
     imported()
     out.mkdir(parents=True, exist_ok=True)
     searches = [
-        Search(base, method, grid, out, trials, shared or {}) for method, grid in grids.items()
+        Search(settings_of(base, [method], list(grids)), method, grid, out, trials, shared or {})
+        for method, grid in grids.items()
     ]
 
     def judge(run: Run, event: Mapping[str, Any]) -> str | None:

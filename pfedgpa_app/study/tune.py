@@ -87,6 +87,9 @@ def tune(
     # those without a section choose the run's settings, which are the others' defaults
     first = [method for method in methods if method not in sections()]
     base = DEFAULTS | settings | {"conf": conf}
+    there = resolve({"conf": conf})
+    if "validation-share" not in settings and there.sources["validation-share"] != "default":
+        base["validation-share"] = there.config.validation_share or base["validation-share"]
 
     def run_all(runs: list[Run], judge: Judge = lenient) -> bool:
         return run_sweep(runs, out, app, jobs, console, on, judge)

@@ -178,6 +178,11 @@ class TestOneRun:
         assert "<b>" not in page
         assert "alert(1)</script>" not in page
 
+    def test_of_what_no_server_knows_alone(self, tmp_path: Path) -> None:
+        """Nothing is best."""
+        folder, _ = federate(tmp_path, method="group-mean", num_server_rounds=1, report=True)
+        assert "group mean" in (folder / "report.html").read_text()
+
     def test_may_be_left_out(self, tmp_path: Path) -> None:
         folder, _ = federate(tmp_path, method="fedavg", num_server_rounds=1)
         assert not [*folder.glob("*.png"), *folder.glob("*.html")]
@@ -215,6 +220,9 @@ class TestSeveralRuns:
         page = out.read_text()
         assert f"{statistics.mean(kept):.2f} ± {statistics.stdev(kept):.2f}" in page
         assert "Means over seeds (0, 1, 2)" in page
+        assert "FedAvg (learning-rate=0.1) [seed 0 only]</td>" in page
+        assert page.count("only]</td>") == 1
+        assert "(learning-rate=0.1) [seed 0 only] &" in (seeds / "table.tex").read_text()
 
     def test_every_seeds_recipe_of_fine_tuning(self, seeds: Path, tmp_path: Path) -> None:
         """Tuning chooses one for each."""
@@ -244,6 +252,34 @@ class TestSeveralRuns:
             assert float(rows[name]["kept"]) == pytest.approx(kept, abs=1e-4)
         curves, _ = report.curves_of(runs_in([tmp_path]))
         assert set(curves) == {"FedAvg", "FedProx (0.01)", "FedProx (30.0)"}
+
+    def test_settings_of_another_partition_name_no_run(self, tmp_path: Path) -> None:
+        for partition in ("iid", "dirichlet"):
+            more = {"dirichlet_alpha": 0.1} if partition == "dirichlet" else {}
+            how: dict[str, Any] = {"method": "fedavg", "partition": partition, **more}
+            federate(tmp_path / partition, num_server_rounds=1, **how)
+        _, entries = report.table_of(runs_in([tmp_path]))
+        assert {entry.name for entry in entries} == {
+            "FedAvg (partition=iid)",
+            "FedAvg (partition=dirichlet)",
+        }
+
+    @pytest.mark.parametrize(
+        ("end", "said"),
+        [
+            ({"kind": "failed", "text": "too hot"}, "failed (too hot): its results are those of"),
+            ({"kind": "round", "text": "round 3"}, "was broken off: its results are those of"),
+        ],
+    )
+    def test_what_a_run_that_is_not_done_has_is_said(
+        self, end: dict[str, str], said: str, folder: Path, tmp_path: Path
+    ) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        assert "its results are those of" not in report.write([copy]).read_text()
+        with (copy / "events.jsonl").open("a") as file:
+            file.write(json.dumps(end | {"time": 0.0, "progress": 0.5}) + "\n")
+        assert said in report.write([copy]).read_text()
 
     def test_best_and_second_are_marked(self, seeds: Path) -> None:
         page = report.write([seeds]).read_text()

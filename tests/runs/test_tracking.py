@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +68,25 @@ class TestOtherDashboards:
         told = kept.get_metric_history(runs["fedavg"].info.run_id, "loss/train")
         wanted = curve(folder, "fedavg", "loss/train")
         assert {point.step: pytest.approx(point.value) for point in told} == wanted
+
+    def test_the_first_runs_of_a_sweep_make_mlflows_file_together(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        client = pytest.importorskip("mlflow.tracking").MlflowClient
+        environment = {n: v for n, v in os.environ.items() if n != "MLFLOW_TRACKING_URI"}
+        program = [sys.executable, "-m", "pfedgpa_app", "export-metrics"]
+        names = ["o'brien", "second"]
+        for name in names:
+            shutil.copytree(folder, tmp_path / name)
+        told = [
+            subprocess.Popen([*program, str(tmp_path / name), "--to", "mlflow"], env=environment)
+            for name in names
+        ]
+        assert [each.wait() for each in told] == [0, 0]
+        kept = client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+        experiment = kept.get_experiment_by_name("pfedgpa").experiment_id
+        runs = [Path(run.data.tags["folder"]).name for run in kept.search_runs([experiment])]
+        assert sorted(runs) == sorted(2 * names)
 
     def test_wandb_without_an_account(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip("wandb", reason="needs pip install 'pfedgpa-app[wandb]'")

@@ -16,7 +16,7 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.fedprox import FedProxSettings
 from pfedgpa_app.results.log import EVENTS, SUMMARY, is_done
-from pfedgpa_app.study import tune
+from pfedgpa_app.study import compare, tune
 from pfedgpa_app.study.compare import (
     EXPERIMENTS,
     MAIN,
@@ -221,6 +221,26 @@ def finish(run: Run, validation: float) -> None:
     (run.folder / "config.json").write_text(json.dumps(run.resolved.as_dict()))
 
 
+@pytest.mark.parametrize(
+    ("dataset", "figure"),
+    [
+        ("cifar10", "68.51"),
+        ("imagefolder:cifar10", "68.51"),
+        ("npz:/data/cifar10.npz", "68.51"),
+        ("emnist-byclass", "72.89"),
+        ("cifar100", "–"),
+        ("imagefolder:cifar100", "–"),
+        ("npz:/data/notcifar10.npz", "–"),
+        ("emnist-letters", "–"),
+    ],
+)
+def test_the_papers_figures_stand_beside_its_data_sets_alone(dataset: str, figure: str) -> None:
+    row = {"dataset": dataset, "method": "fedavg", "num_clients": 20}
+    assert compare.published(row) == figure
+    assert compare.published(row | {"num_clients": 21}) == "–"
+    assert compare.published(row | {"method": "krum"}) == "–"
+
+
 class TestTune:
     def test_every_main_setting_has_values_to_try_that_it_may_take(self) -> None:
         for method in tune.tunable(resolve({}).config):
@@ -357,6 +377,33 @@ class TestTune:
             second + "\n" + "Made by `a`.\n\n| 3 |\n"
         )
         assert tune.merged("", first) == first
+
+    @pytest.mark.parametrize(
+        ("file", "given", "share"),
+        [("", {}, 0.2), ("validation-share: 0.5", {}, 0.5), ("", {"validation-share": 0.4}, 0.4)],
+    )
+    def test_clients_train_on_what_the_experiment_leaves_them(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        file: str,
+        given: dict[str, float],
+        share: float,
+    ) -> None:
+        """Its share of validation images, which choose; the seed is tune's own."""
+        found: list[Any] = []
+
+        def instead(runs: list[Run], *_: Any) -> bool:
+            found.extend(runs)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(tune, "run_sweep", instead)
+        mine = tmp_path / "mine.yaml"
+        mine.write_text(f"method: [fedprox]\nseed: 7\nconf: cifar10-20\n{file}\n")
+        with pytest.raises(KeyboardInterrupt):
+            tune.tune(str(mine), ["fedprox"], given, tmp_path / "out", tmp_path, 1, "tune")
+        assert {run.config.validation_share for run in found} == {share}
+        assert {run.config.seed for run in found} == {100}
 
     @pytest.mark.parametrize(
         ("named", "given", "tuned"),

@@ -76,6 +76,28 @@ def test_a_search_that_was_stopped_goes_on(tmp_path: Path) -> None:
     assert not again.given
 
 
+def test_a_search_that_goes_on_proposes_something_new(tmp_path: Path) -> None:
+    runner = Runner()
+    for trials_in_all in (2, 4):
+        search(tmp_path, runner, trials_in_all)
+    assert len(set(runner.given)) == 4
+
+
+def test_a_setting_of_one_method_stands_beside_others(tmp_path: Path) -> None:
+    names: list[str] = []
+
+    def run_all(runs: list[Run], _: Judge) -> None:
+        names.extend(run.config.method[0] for run in runs)
+
+    grids: dict[str, Any] = {
+        "fedprox": {"fedprox.mu": (0.01, 0.1)},
+        "fedavgm": {"fedavgm.momentum": (0.0, 0.5)},
+    }
+    base = BASE | {"fedavgm.learning-rate": 0.05}
+    trials.search(base, grids, tmp_path, run_all, lambda _: (1.0,), 1, 1)
+    assert sorted(names) == ["fedavgm", "fedprox"]
+
+
 def test_trials_of_other_settings_do_not_count(tmp_path: Path) -> None:
     """A method is tuned again at another learning rate, which was chosen in between."""
     grids: dict[str, Any] = {"fedavgm": {"fedavgm.momentum": (0.0, 0.5, 0.7)}}
