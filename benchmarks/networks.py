@@ -13,6 +13,7 @@ Wants Linux, root and iproute2.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import fcntl
@@ -42,6 +43,7 @@ from tests.support.federations import PLAIN, records
 from tests.support.local_grid import InProcessGrid
 
 SERVER, CABLE = "server", "cable"
+INSIDE = "--inside"  # given to what runs in the server's namespace
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
 PACKET = 1500  # bytes at most, TUN's default
 
@@ -228,7 +230,7 @@ def over_networks(
     inside = ["ip", "netns", "exec", prefix + SERVER, sys.executable, "-m", "benchmarks.networks"]
     with namespaces(prefix, settings["num-clients"], cable):
         done = subprocess.run(
-            [*inside, str(folder), prefix, str(cut), json.dumps(settings)],
+            [*inside, INSIDE, str(folder), prefix, str(cut), json.dumps(settings)],
             cwd=APP_DIR,
             env=os.environ | {"PYTHONPATH": str(APP_DIR)},
             stdout=subprocess.PIPE,
@@ -241,6 +243,7 @@ def over_networks(
 
 def main() -> None:
     """Measure."""
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     if why := missing():
         raise SystemExit(why)
     settings = PLAIN | {"num-clients": 2, "num-server-rounds": 3, "evaluate-every": 0}
@@ -262,8 +265,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:  # in the server's namespace
-        where, named, seconds, chosen = sys.argv[1:]
+    if sys.argv[1:2] == [INSIDE]:
+        where, named, seconds, chosen = sys.argv[2:]
         print(json.dumps(federate(Path(where), named, float(seconds), json.loads(chosen))))
     else:
         main()

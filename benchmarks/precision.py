@@ -10,6 +10,7 @@ measured in turn, five times, with the range. What it does to accuracies is a sw
 
 from __future__ import annotations
 
+import argparse
 import time
 from dataclasses import replace
 
@@ -31,6 +32,7 @@ def seconds(network: str, data: Images, recipe: Recipe) -> float:
 
 def main() -> None:
     """Print a line a network."""
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     torch.set_num_threads(1)
     draws = torch.Generator().manual_seed(0)
     for shape, network in SHAPES.items():

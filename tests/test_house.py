@@ -69,6 +69,14 @@ def test_pyproject_lists_every_setting() -> None:
     assert listed(text) == text
 
 
+def test_every_benchmark_says_what_it_is_when_asked() -> None:
+    """Instead of beginning to measure."""
+    for file in (APP_DIR / "benchmarks").glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        if "__main__" in text:
+            assert "ArgumentParser(" in text, file.name
+
+
 def test_nothing_is_too_long_to_read() -> None:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -18,9 +18,11 @@ import pytest
 
 from pfedgpa_app import cli
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.results import figures
 from pfedgpa_app.results.tables import text_table
 from pfedgpa_app.runs import report
+from pfedgpa_app.runs.api import Result
 from pfedgpa_app.runs.report import command_of, runs_in
 from tests.support.federations import federate, summary
 
@@ -272,7 +274,12 @@ class TestSeveralRuns:
         ],
     )
     def test_what_a_run_that_is_not_done_has_is_said(
-        self, end: dict[str, str], said: str, folder: Path, tmp_path: Path
+        self,
+        end: dict[str, str],
+        said: str,
+        folder: Path,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
     ) -> None:
         copy = tmp_path / "copy"
         shutil.copytree(folder, copy)
@@ -280,6 +287,10 @@ class TestSeveralRuns:
         with (copy / "events.jsonl").open("a") as file:
             file.write(json.dumps(end | {"time": 0.0, "progress": 0.5}) + "\n")
         assert said in report.write([copy]).read_text()
+        caplog.clear()
+        warn_once.cache_clear()
+        assert Result.of(copy).table == Result.of(folder).table
+        assert f"{copy} {said}" in caplog.text
 
     def test_best_and_second_are_marked(self, seeds: Path) -> None:
         page = report.write([seeds]).read_text()
