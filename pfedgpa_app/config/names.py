@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -163,14 +164,15 @@ def without_idle(
     Args:
         partition: those of others are left out, too; "" for none.
     """
-    config, every = Config(method=tuple(methods)), keys()
-
-    def idle(name: str) -> bool:
-        if name in OF_PARTITION:
-            return OF_PARTITION[name] != (partition or OF_PARTITION[name])
-        return "." in name and name in every and is_idle(every[name], config)
-
-    return {name: value for name, value in settings.items() if not idle(name)}
+    every, config = keys(), Config(method=tuple(methods))
+    if partition:
+        config = replace(config, partition=partition)
+    kept = () if partition else OF_PARTITION
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in every or name in kept or not is_idle(every[name], config)
+    }
 
 
 def defaults() -> dict[str, Any]:
