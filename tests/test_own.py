@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import random
 import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from pfedgpa_app import cli, load_client
+from pfedgpa_app.cli.options import parse_overrides
 from pfedgpa_app.config.names import method_named
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
@@ -45,6 +47,7 @@ from pfedgpa_app.models.layout import laid_out
 from pfedgpa_app.models.networks import weight_names, weights_of
 from pfedgpa_app.runs import api
 from pfedgpa_app.runs.checkpoint import Checkpoint
+from pfedgpa_app.runs.personal import client_weights
 from pfedgpa_app.runs.prediction import evaluate, export
 from pfedgpa_app.server.screening import NoUploadsError
 from pfedgpa_app.study.compare import plan
@@ -1176,6 +1179,49 @@ def test_words_of_settings_from_python() -> None:
         "augment=true",
         f"model={__name__}:photos",
     ]
+    numbers = {"report": np.bool_(False), "seed": np.int64(3), "method": np.array(["a", "b"])}
+    assert list(api._words(numbers)) == ["report=false", "seed=3", "method=a,b"]
+    assert list(api._words({"method": (name for name in "ab")})) == ["method=a,b"]
+
+
+@pytest.mark.parametrize("name", ["x seed=5", 'a "b" seed=5 c', "plain", "two words", '"'])
+def test_a_text_from_python_is_one_setting(name: str) -> None:
+    given = {"run_name": name, "data_dir": "d", "seed": 3}
+    there = {"run-name": name, "data-dir": "d", "seed": 3}
+    assert parse_overrides(list(api._words(given))) == there
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": functools.partial(print)}, "model: partial is defined here"),
+        ({"model": lambda: 0}, r"model: .*<lambda> is defined here"),
+        ({"dataset": (np.zeros(3), np.zeros(3))}, "dataset: is no tuple; what is in memory"),
+        ({"dataset": np.zeros(3)}, "dataset: is no ndarray; what is in memory"),
+    ],
+)
+def test_what_has_no_name_is_refused_from_python(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        list(api._words(settings))
+
+
+@pytest.mark.parametrize("client", ["1", None, 1.0])
+def test_clients_are_numbers(client: Any, here: Path) -> None:
+    folder, _ = federate(here, method="fedavg", num_server_rounds=1)
+    with pytest.raises(ConfigError, match=r"has no client .*; there are 0 to 3"):
+        client_weights(folder, client)
+    assert client_weights(folder, cast(Any, np.int64(1))).keys() == client_weights(folder, 1).keys()
+
+
+def test_another_methods_weights_are_not_taken_without_a_word(
+    here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, _ = federate(here, method="fedavg,client-mean", num_server_rounds=1)
+    client_weights(folder, 0)
+    assert "taken are those of" not in caplog.text
+    (folder / "weights" / "client-mean.safetensors").unlink()
+    client_weights(folder, 0)
+    assert "the weights of client-mean are not there any more; taken are those of" in caplog.text
 
 
 @pytest.mark.slow

@@ -84,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         status = COMMANDS[options.command].handle(options)
-        sys.stdout.flush()
+        if sys.stdout:  # or it was closed before we began
+            sys.stdout.flush()
         return status
     except (ConfigError, DataError) as error:
         return _failed(str(error), 2, options.debug)

@@ -123,11 +123,23 @@ def _split(text: str) -> list[str]:
 
     parts: list[str] = []
     for word in text.split(" "):
-        if parts and word.partition("=")[0] not in keys():
+        if parts and (word.partition("=")[0] not in keys() or _goes_on(parts[-1])):
             parts[-1] += " " + word
         else:
             parts.append(word)
     return [part.strip() for part in parts if part.strip()]
+
+
+def _goes_on(part: str) -> bool:
+    """Whether a value in double quotes is not closed yet."""
+    value = part.partition("=")[2]
+    if not value.startswith('"'):
+        return False
+    try:
+        tomllib.loads(f"v = {value}")
+    except ValueError:
+        return True
+    return False
 
 
 def items(option: str, text: str) -> list[str]:

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 import traceback
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -73,6 +74,14 @@ def last_event(folder: Path) -> dict[str, Any]:
         window *= 8
 
 
+def _summed(path: Path, size: int = 0, checksum: int = 0) -> tuple[int, int]:
+    """The size and the CRC-32 of a file whose first ``size`` bytes have ``checksum``."""
+    with path.open("rb") as file:
+        file.seek(size)
+        more = file.read()
+    return size + len(more), zlib.crc32(more, checksum)
+
+
 def end_whole(path: Path) -> None:
     """Cut a last line that was not written to its end, so that the next one is by itself."""
     if path.exists():
@@ -112,6 +121,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     path = folder / SUMMARY
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
+            raise ValueError("it has no entry a method")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path} cannot be read: {error}; delete {folder}, and run it again"
@@ -165,6 +176,7 @@ class RunLog:
         self._started = self._last = time.monotonic()
         self._begun = 0.0  # where this process began
         self._pace = 0.0  # seconds a round, smoothed
+        self._sums: dict[str, tuple[int, int]] = {}  # {file of records: its size and CRC-32}
         end_whole(folder / EVENTS)
 
     def state(self) -> dict[str, Any]:
@@ -172,12 +184,14 @@ class RunLog:
         paths = [self.folder / file for file in RECORDS if (self.folder / file).exists()]
         for path in paths:
             sync(path)
-        sizes = {path.name: path.stat().st_size for path in paths}
+        for path in paths:
+            self._sums[path.name] = _summed(path, *self._sums.get(path.name, (0, 0)))
         return {
             "curves": self.curves,
             "rejections": self.rejections,
             "done": self._done,
-            "sizes": sizes,
+            "sizes": {name: size for name, (size, _) in self._sums.items()},
+            "checksums": {name: checksum for name, (_, checksum) in self._sums.items()},
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -199,6 +213,13 @@ class RunLog:
         for path, size in sizes.items():
             if path.exists():
                 os.truncate(path, size)
+        for file, known in state.get("checksums", {}).items():  # older ones have none
+            self._sums[file] = _summed(self.folder / file)
+            if self._sums[file][1] != known:
+                raise ConfigError(
+                    f"resume: {self.folder / file} is damaged: it is not what the checkpoint "
+                    "counts; put it back, or run anew under another run-name"
+                )
 
     def event(self, kind: str, text: str, **more: Any) -> None:
         """Say something to whoever watches."""

@@ -130,7 +130,8 @@ def summary_entry(
 
 
 LEGEND = (
-    "kept: what a client would use, as sent or after FT, whichever its own validation data favour.",
+    "kept: what a client would use, as sent or after FT, whichever its own validation data favour; "
+    "as sent, if it has none.",
     "FT: each client fine-tunes what it was sent on its training data, by the recipe beside it; "
     "tuned FT: by one that pooled validation data chose.",
 )

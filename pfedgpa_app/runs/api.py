@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,20 +154,28 @@ def _words(settings: Mapping[str, Any], section: str = "") -> Iterator[str]:
         if isinstance(value, Mapping):
             yield from _words(value, f"{key}.")
         else:
-            yield f"{key}={_text(key, value)}"
+            text = _text(key, value)
+            yield f"{key}={json.dumps(text, ensure_ascii=False) if ' ' in text else text}"
 
 
 def _text(key: str, value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(_text(key, each) for each in value)
+    if key == "dataset" and not callable(value) and not isinstance(value, (str, Path)):
+        raise ConfigError(
+            f"dataset: is no {type(value).__name__}; what is in memory comes from a function in a "
+            'file, as in dataset="my_file:load"'
+        )
     if callable(value):
-        module = getattr(value, "__module__", "__main__")
-        if module == "__main__":
+        name, module = (getattr(value, of, "") for of in ("__qualname__", "__module__"))
+        if module == "__main__" or not name.replace(".", "_").isidentifier():
             raise ConfigError(
-                f"{key}: {value.__name__} is defined here, where other processes cannot import it: "
-                'put it in a file and name it, as in "my_file:' + value.__name__ + '"'
+                f"{key}: {name or type(value).__name__} is defined here, where other processes "
+                'cannot import it: put it in a file and name it, as in "my_file:build"'
             )
-        return f"{module}:{value.__qualname__}"
+        return f"{module}:{name}"
+    if hasattr(value, "tolist"):  # of NumPy or torch
+        value = value.tolist()
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return ",".join(_text(key, each) for each in value)
     return argument(value)
 
 

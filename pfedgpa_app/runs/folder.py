@@ -125,7 +125,7 @@ def kept_settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(kept, dict) or not all(isinstance(e, dict) for e in kept.values()):
@@ -134,8 +134,14 @@ def kept_settings(folder: Path) -> dict[str, Any]:
 
 
 def kept_methods(folder: Path) -> list[str]:
-    """The names of the methods of the run in ``folder``; own ones are known from now on."""
+    """The names of the methods of the run in ``folder``; own ones are known from now on.
+
+    Raises:
+        ConfigError: as ``kept_settings``, or it does not say.
+    """
     kept = kept_settings(folder)
+    if "value" not in kept.get("method", {}):
+        raise ConfigError(f"{folder / CONFIG} names no method: it is no run's, or damaged")
     code_dir = str(kept.get("code-dir", {}).get("value", ""))
     return [method_named(str(name), code_dir) for name in kept["method"]["value"]]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pfedgpa_app.config.parse import argument
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR, user_path
 from pfedgpa_app.core.sections import PARTITION_FILE, Config
@@ -211,7 +212,10 @@ def _raised_there(folder: Path) -> RemoteError | None:
 
 def with_absolute_paths(run_config: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """``run_config``, which ``config`` resolves, for a run that works in another folder."""
-    settings = dict(run_config)
+    settings = {  # as messages carry them: TOML's lists are texts there
+        name: argument(value) if isinstance(value, (list, tuple)) else value
+        for name, value in run_config.items()
+    }
     settings["data-dir"] = str(resolve_data_dir(config.data_dir, config.dataset))
     if (conf := user_path(str(settings.get("conf", "")))).is_file():
         settings["conf"] = str(conf.absolute())

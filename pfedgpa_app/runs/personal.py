@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pfedgpa_app.client.adjustment import LEFT, adjusted
 from pfedgpa_app.config.resolve import values_of
-from pfedgpa_app.core.files import as_json, write_tensors, write_text
+from pfedgpa_app.core.files import as_json, replacing, write_tensors, write_text
 from pfedgpa_app.core.own_code import sources
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
@@ -29,7 +29,7 @@ from pfedgpa_app.methods import federation_of
 from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.models.build import forget_edited, network_of
 from pfedgpa_app.models.networks import load, weight_names
-from pfedgpa_app.runs.folder import kept_methods, kept_settings
+from pfedgpa_app.runs.folder import kept_methods, kept_settings, unfinished
 
 MODEL, WEIGHTS = "model.json", "weights"
 REST = "network.safetensors"  # tensors of the network that clients do not share: frozen ones, …
@@ -173,7 +173,8 @@ def write_about(folder: Path, config: Config, schema: Schema) -> None:
     rest = {name: t for name, t in tensors.items() if t.data_ptr() not in shared}
     if rest and config.save_weights:
         (folder / WEIGHTS).mkdir(exist_ok=True)
-        write_tensors(folder / WEIGHTS / REST, rest)
+        with replacing(folder / WEIGHTS / REST) as new:
+            write_tensors(new, rest)
 
 
 def _own_code(config: Config) -> dict[str, dict[str, str]]:
@@ -249,6 +250,9 @@ def the_method(folder: Path, method: str) -> str:
             f"{folder}: has no weights of {method!r}{near(method, there)} It has those of "
             f"{', '.join(there)}"
         )
+    if not method and there[-1] != (last := kept_methods(folder)[-1]):
+        why = unfinished(folder) or f"{folder}: the weights of {last} are not there any more"
+        warn_once(f"{why}; taken are those of {there[-1]}")
     return method or there[-1]
 
 
@@ -328,8 +332,8 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
     method = the_method(folder, method)
     settings = values_of(kept_settings(folder))
     count = settings["num-clients"]
-    if not 0 <= client < count:
-        raise ConfigError(f"{folder}: has no client {client}; there are 0 to {count - 1}")
+    if not hasattr(client, "__index__") or not 0 <= client < count:
+        raise ConfigError(f"{folder}: has no client {client!r}; there are 0 to {count - 1}")
     founders = count - settings.get("join-clients", 0)
     sent = folder / WEIGHTS / _file(method)
     federation = federation_of(method)

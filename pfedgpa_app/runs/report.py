@@ -78,9 +78,18 @@ class Run:
         return Records(self.folder / file).new()
 
     def read(self, file: str) -> Any:
-        """What it keeps in a JSON file; None without."""
+        """What it keeps in a JSON file; None without.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
         path = self.folder / file
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} cannot be read: {error}: put it back, or remove it"
+            ) from error
 
     @cached_property
     def ended(self) -> float:
@@ -364,14 +373,13 @@ def latent_map_of(run: Run) -> str:
 
 def _figures_of(run: Run) -> Iterator[dict[str, str]]:
     """A single run's."""
+    each = {
+        name: {c: (r["before_ft"], r["after_ft"]) for c, r in clients.items()}
+        for name, clients in run.clients.items()
+    }
     yield {
         "title": "Each client, before and after fine-tuning",
-        "svg": figures.before_and_after(
-            {
-                name: {c: (r["before_ft"], r["after_ft"]) for c, r in clients.items()}
-                for name, clients in run.clients.items()
-            }
-        ),
+        "svg": figures.before_and_after(each) if each else "",
         "caption": "A dot is what the client is sent, a bar what it has after fine-tuning it: a "
         "bar to the right of its dot gained.",
     }
@@ -395,7 +403,7 @@ def _figures_of(run: Run) -> Iterator[dict[str, str]]:
 
 def _parts_of(run: Run) -> Iterator[Row]:
     """A single run's tables and lists."""
-    count = min(WORST, max(map(len, run.clients.values())))
+    count = min(WORST, max(map(len, run.clients.values()), default=0))
     yield {
         "title": "Clients worst off",
         "header": ["method", *(f"{i}." for i in range(1, count + 1)), "spread over clients"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pfedgpa_app.core.files import checksum
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.results.log import METRICS, RunLog
 from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError, encode
-from pfedgpa_app.runs.personal import changed_code, read_about
+from pfedgpa_app.runs.personal import WEIGHTS, changed_code, read_about
 from pfedgpa_app.runs.summary import Summary
 
 CHECKPOINT = "checkpoint"
@@ -35,6 +36,7 @@ class Resuming:
         self.clients = folder / CHECKPOINT / "clients"  # what they keep, if they are here
         self._checkpoint = Checkpoint(folder / CHECKPOINT)
         self._checksums: dict[str, int] = {}  # of clients' files
+        self._weights: dict[str, int] = {}  # checksums of the files of weights that are done
         self._restored = False
 
     def restore(self, every: int) -> dict[str, Any]:
@@ -61,7 +63,8 @@ class Resuming:
                 raise ConfigError(
                     "checkpoint-every = 0: a run that goes on keeps checkpoints; give 1 or more"
                 )
-            names = ("name", "finished", "rows", "outcomes", "log")
+            kept = {"weights": encode({}, lambda _: [])} | kept  # older ones have none
+            names = ("name", "finished", "rows", "outcomes", "log", "weights")
             values = {name: self._checkpoint.restore(kept[name]) for name in names}
             self.name, self.finished = values["name"], values["finished"]
             self.partitions = self._checkpoint.restore(
@@ -75,11 +78,15 @@ class Resuming:
                 self._check_clients(self._checkpoint.restore(kept["clients"]))
                 memory.forget_after(self._kept, going["federation"], going["round"])
         except (CheckpointError, KeyError) as error:
-            raise ConfigError(f"resume: {error}") from error
+            advice = "; put it back, or run anew under another run-name"
+            known = "run anew" in str(error)
+            raise ConfigError(f"resume: {error}{'' if known else advice}") from error
         self.summary.rows, self.summary.outcomes = values["rows"], values["outcomes"]
         self.log.restore(values["log"])
         after = "round {round} of {federation}".format_map(going) if going else ""
         self.log.event("resumed", f"the run goes on after {after or ', '.join(self.finished)}")
+        for text in self._lost(values["weights"]):
+            self.log.event("warning", text)
         self._restored = True
         return going
 
@@ -127,6 +134,7 @@ class Resuming:
                 "outcomes": self.summary.outcomes,
                 "log": self.log.state(),
                 "clients": self._client_files(going.get("federation", "")),
+                "weights": self._weight_files(),
             }
             self._checkpoint.save(every | going)
         except OSError as error:
@@ -145,6 +153,26 @@ class Resuming:
         self._checksums = {f.name: known.get(f.name) or checksum(f) for f in files}
         return self._checksums
 
+    def _weight_files(self) -> dict[str, int]:
+        """{file: its checksum} of clients' weights that are made; they change no more."""
+        folder = self.log.folder / WEIGHTS
+        made = [folder / f"{method}.safetensors" for method in self.summary.rows]
+        made += [file for name in self.finished for file in folder.glob(f"{name}.*-*.safetensors")]
+        for file in made:
+            if file.name not in self._weights and file.is_file():
+                self._weights[file.name] = checksum(file)
+        return self._weights
+
+    def _lost(self, weights: dict[str, int]) -> Iterator[str]:
+        """Which of ``weights`` are no more what they were; nothing makes them again."""
+        for name, expected in weights.items():
+            path = self.log.folder / WEIGHTS / name
+            if wrong := _harm(path, expected):
+                yield (
+                    f"{path}, weights of a method that is done, is {wrong}: put it back; the "
+                    "figures are whole, but these weights are not made again"
+                )
+
     def _check_clients(self, files: dict[str, int]) -> None:
         """Refuse to go on without what clients had kept: their results would be others.
 
@@ -153,9 +181,15 @@ class Resuming:
         """
         for name, expected in files.items():
             path = self._kept / name
-            wrong = "damaged" if path.exists() else "missing"
-            if wrong == "missing" or checksum(path) != expected:
+            if wrong := _harm(path, expected):
                 raise CheckpointError(
                     f"{path}, what a client kept for its next round, is {wrong}: put it back, "
                     "or run anew under another run-name"
                 )
+
+
+def _harm(path: Path, expected: int) -> str:
+    """What has become of a file whose checksum was ``expected``; "" if it is as it was."""
+    if not path.exists():
+        return "missing"
+    return "" if checksum(path) == expected else "damaged"

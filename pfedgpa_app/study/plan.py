@@ -16,7 +16,7 @@ from pfedgpa_app.config.resolve import Resolved, differences, resolve
 from pfedgpa_app.core.sections import OF_PARTITION, Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import federations
-from pfedgpa_app.results.log import finished_in, is_done, last_event
+from pfedgpa_app.results.log import SUMMARY, finished_in, is_done, last_event
 from pfedgpa_app.runs.checkpoint import MANIFEST
 from pfedgpa_app.runs.folder import is_foreign, kept_settings
 from pfedgpa_app.runs.resuming import CHECKPOINT
@@ -74,14 +74,20 @@ class Run:
         """Settings in which the run in its folder differs from this one."""
         return differences(kept_settings(self.folder), self.resolved)
 
+    def has_results(self) -> bool:
+        """Whether its folder holds something of a run that another would be sorry to lose."""
+        return is_done(self.folder) or (self.folder / SUMMARY).exists() or self._is_resumable()
+
+    def _is_resumable(self) -> bool:
+        kept = (self.folder / CHECKPOINT / MANIFEST).exists()
+        return kept and last_event(self.folder).get("kind") != "failed"
+
     def can_go_on(self) -> bool:
         """Whether its folder holds a checkpoint of this run, which was killed, but had not failed.
 
         What made a run fail may lie in its checkpoint.
         """
-        kept = (self.folder / CHECKPOINT / MANIFEST).exists()
-        failed = last_event(self.folder).get("kind") == "failed"
-        return kept and not failed and not self.differences()
+        return self._is_resumable() and not self.differences()
 
 
 def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> list[Run]:
@@ -103,7 +109,7 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
         folder = (out / name).absolute()
         chosen |= {"out-dir": str(folder.parent), "run-name": name}
         run = Run(name, chosen, varied, resolve(chosen), folder)
-        if is_done(folder) and (differences := run.differences()):
+        if run.has_results() and (differences := run.differences()):
             raise ConfigError(
                 f"{folder} holds a run with other settings ({'; '.join(differences)}): "
                 "choose another --out, or delete it"

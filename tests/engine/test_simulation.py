@@ -142,6 +142,13 @@ def test_relative_paths_are_the_users(
     assert sent[name] == str(tmp_path / "kept")
 
 
+def test_a_list_of_methods_is_a_text_in_messages(sent: dict[str, Any], tmp_path: Path) -> None:
+    methods = ["fedavg", "local"]
+    with pytest.raises(LaunchError, match="that will do"):
+        launch(small({"method": methods, "out-dir": str(tmp_path), "engine": "process"}))
+    assert sent["method"] == "fedavg,local"
+
+
 def test_uploads_of_another_federation_are_refused_before_anything_starts(
     sent: dict[str, Any], tmp_path: Path, in_process: Path
 ) -> None:

@@ -338,6 +338,39 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="typo: holds no run"):
             runs_in([folder, tmp_path / "typo"])
 
+    @pytest.mark.parametrize(
+        ("file", "content"),
+        [
+            ("summary.json", "[]"),
+            ("summary.json", "{}"),
+            ("summary.json", "[1, 2]"),
+            ("config.json", "{}"),
+            ("holdings.json", '{"train'),
+            ("latents.json", "["),
+        ],
+    )
+    def test_a_damaged_file_is_named(
+        self,
+        file: str,
+        content: str,
+        folder: Path,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        (copy / file).write_text(content)
+        assert cli.main(["report", str(copy)]) == 2
+        assert file in capsys.readouterr().err
+
+    def test_without_clients_records_their_figures_are_left_out(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        (copy / "clients.jsonl").write_text("")
+        assert "FedAvg" in report.write([copy]).read_text()
+
     def test_a_place_that_cannot_be_written_to(
         self, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -239,6 +239,33 @@ class TestRefused:
             federate(tmp_path, resume=True, **how)
         assert not path.exists() or path.stat().st_size == left
 
+    @pytest.mark.parametrize("file", ["metrics.jsonl", "clients.jsonl"])
+    def test_records_that_are_not_what_they_were(self, file: str, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"method": "fedavg,local", "num_server_rounds": 1}
+        with pytest.raises(KilledError):
+            federate(tmp_path, killer(13), **how)
+        path = tmp_path / "run" / file
+        content = bytearray(path.read_bytes())
+        content[20:40] = bytes(20)  # as a power cut leaves them
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{file} is damaged: .* run anew under another"):
+            federate(tmp_path, resume=True, **how)
+
+    @pytest.mark.parametrize("damage", ["missing", "damaged"])
+    def test_weights_that_were_made_and_are_lost(self, damage: str, tmp_path: Path) -> None:
+        """No reason to train again: the figures are there."""
+        how: dict[str, Any] = {"method": "fedavg,local", "num_server_rounds": 1}
+        with pytest.raises(KilledError):
+            federate(tmp_path, killer(13), **how)
+        path = tmp_path / "run" / "weights" / "fedavg.safetensors"
+        if damage == "missing":
+            path.unlink()
+        else:
+            flip(path)
+        folder, _ = federate(tmp_path, resume=True, **how)
+        [text] = [e["text"] for e in records(folder, "events.jsonl") if "put it back" in e["text"]]
+        assert text.startswith(f"{path}, weights of a method that is done, is {damage}")
+
     @pytest.mark.parametrize("damage", ["missing", "damaged"])
     def test_clients_without_what_they_kept(self, damage: str, tmp_path: Path) -> None:
         how: dict[str, Any] = {"method": "scaffold", "evaluate_every": 0}
@@ -297,7 +324,7 @@ class TestRefused:
     def test_a_manifest_that_is_none(self, tmp_path: Path, content: bytes) -> None:
         folder = self.interrupted(tmp_path)
         (folder / MANIFEST).write_bytes(content)
-        with pytest.raises(ConfigError, match=r"resume: .*checkpoint\.json: "):
+        with pytest.raises(ConfigError, match=r"resume: .*checkpoint\.json: .* run anew under"):
             federate(tmp_path, method="fedavg", resume=True)
 
     def test_tensors_that_are_not_whole(self, tmp_path: Path) -> None:

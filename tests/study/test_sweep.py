@@ -23,9 +23,11 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import PARENT
 from pfedgpa_app.methods.generation import PFedGPASettings
-from pfedgpa_app.results.log import is_done
+from pfedgpa_app.results.log import SUMMARY, is_done, say
 from pfedgpa_app.results.tables import seeds_table
-from pfedgpa_app.runs.folder import locked
+from pfedgpa_app.runs.checkpoint import MANIFEST
+from pfedgpa_app.runs.folder import CONFIG, locked
+from pfedgpa_app.runs.resuming import CHECKPOINT
 from pfedgpa_app.study import sweep
 from pfedgpa_app.study.places import Here
 from pfedgpa_app.study.plan import Run, expand, read
@@ -104,6 +106,22 @@ class TestPlan:
             pass
         with locked(tmp_path, "another sweep"):
             pass
+
+    def test_an_unfinished_run_of_other_settings_is_not_thrown_away(self, tmp_path: Path) -> None:
+        [run] = runs(tmp_path, {"seed": [0]})
+        folder = run.folder
+        (folder / CHECKPOINT).mkdir(parents=True)
+        (folder / CONFIG).write_text(json.dumps(run.resolved.as_dict()))
+        (folder / CHECKPOINT / MANIFEST).write_text("{}")
+        runs(tmp_path, {"seed": [0]})
+        other = {"learning-rate": 0.002}
+        with pytest.raises(ConfigError, match=r"other settings \(learning-rate = .* there"):
+            runs(tmp_path, {"seed": [0]}, **other)
+        say(folder, "failed", "too hot", 0.5)
+        runs(tmp_path, {"seed": [0]}, **other)  # nothing is lost
+        (folder / SUMMARY).write_text("[]")
+        with pytest.raises(ConfigError, match="other settings"):
+            runs(tmp_path, {"seed": [0]}, **other)
 
     def test_the_machine_is_shared_out_and_never_oversubscribed(self, tmp_path: Path) -> None:
         over = {"seed": list(range(10))}
