@@ -210,15 +210,16 @@ class RunLog:
                     f"resume: {path} has {there} bytes, and the checkpoint counts {size}: it was "
                     "cut since; put it back, or run anew under another run-name"
                 )
+        checksums = state.get("checksums", {})  # older ones have none
         for path, size in sizes.items():
-            if path.exists():
-                os.truncate(path, size)
-        for file, known in state.get("checksums", {}).items():  # older ones have none
-            self._sums[file] = _summed(self.folder / file)
-            if self._sums[file][1] != known:
+            if not path.exists():
+                continue
+            os.truncate(path, size)
+            found = self._sums[path.name] = _summed(path)
+            if found[1] != checksums.get(path.name, found[1]):
                 raise ConfigError(
-                    f"resume: {self.folder / file} is damaged: it is not what the checkpoint "
-                    "counts; put it back, or run anew under another run-name"
+                    f"resume: {path} is damaged: it is not what the checkpoint counts; put it "
+                    "back, or run anew under another run-name"
                 )
 
     def event(self, kind: str, text: str, **more: Any) -> None:
