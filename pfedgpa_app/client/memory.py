@@ -15,7 +15,7 @@ from typing import Any
 from flwr.app import Context
 from safetensors.torch import load_file
 
-from pfedgpa_app.core.files import replacing, write_tensors
+from pfedgpa_app.core.files import write_tensors
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.messages import record_of
@@ -51,8 +51,7 @@ def leave(asked: Mapping[str, Any], own: Weights, kind: str = "client") -> None:
     if own and folder:
         path = Path(folder) / f"{asked['method']}.{kind}-{asked['client']}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as new:
-            write_tensors(new, own)
+        write_tensors(path, own)
 
 
 def recall(context: Context, asked: Mapping[str, Any], key: str, before: int) -> Weights:
@@ -90,8 +89,7 @@ def keep(
         return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{key}@{server_round}.safetensors"
-    with replacing(path) as new:
-        write_tensors(new, state)
+    write_tensors(path, state)
     files = _kept(folder, key)
     here = files.index(path)
     for other in (*files[: max(0, here - again)], *files[here + 1 :]):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -63,10 +65,10 @@ def checksum(path: Path) -> int:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, also of tensors that are strided or share their memory.
+    """Replace ``path``, whole or not at all, by tensors as safetensors, strided ones too.
 
     Raises:
-        SafetensorError: it cannot be written.
+        OSError: it cannot be written.
         KeyError: safetensors knows no tensors of that type.
     """
     apart: dict[str, Tensor] = {}
@@ -76,7 +78,13 @@ def write_tensors(
         storage = data.untyped_storage().data_ptr()
         apart[name] = data.clone() if storage in storages else data  # no two may share one
         storages.add(storage)
-    save_file(apart, path, metadata)
+    with replacing(path) as new:
+        try:
+            save_file(apart, new, metadata)
+        except SafetensorError as error:  # has the system's number in its text alone
+            found = re.search(r"os error (\d+)", str(error))
+            number = int(found[1]) if found else errno.EIO
+            raise OSError(number, os.strerror(number) if found else str(error)) from error
 
 
 @contextmanager

@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
-from safetensors import SafetensorError
 
-from pfedgpa_app.core.files import replacing, write_tensors
+from pfedgpa_app.core.files import write_tensors
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.dropin.replies import screened
@@ -95,14 +94,12 @@ class Personal:
         for file in self._files - files.keys():  # a node's that has told its partition since
             (folder / file).unlink(missing_ok=True)
         self._files = {*files}
-        with replacing(folder / MEAN) as new:
-            write(mean.to_torch_state_dict(), new, {"rounds": rounds})
+        write(mean.to_torch_state_dict(), folder / MEAN, {"rounds": rounds})
         for file, name in files.items():
             node = names[name]
             about = {"node-id": node, "rounds": rounds}
             about |= {"partition-id": name} if name != node else {}
-            with replacing(folder / file) as new:
-                write(self.weights[node].to_torch_state_dict(), new, about)
+            write(self.weights[node].to_torch_state_dict(), folder / file, about)
 
 
 def new_folder(save_dir: Path, grid: Grid, model: Weights) -> Path:
@@ -123,7 +120,7 @@ def new_folder(save_dir: Path, grid: Grid, model: Weights) -> Path:
                 return folder
     except KeyError as error:  # a type that safetensors does not know
         raise ConfigError(f"save_dir: safetensors cannot hold {error.args[0]}") from error
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise ConfigError(f"save_dir = '{save_dir}': cannot be written to: {error}") from error
     raise AssertionError("there is always another number")
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pfedgpa_app.core.files import checksum, replacing, write_tensors, write_text
+from pfedgpa_app.core.files import checksum, write_tensors, write_text
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS
 
@@ -162,12 +162,8 @@ class Checkpoint:
         described = {name: encode(part, put) for name, part in parts.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         if new:
-            with replacing(self.folder / file) as path:
-                try:
-                    write_tensors(path, new)
-                except SafetensorError as error:
-                    raise OSError(str(error)) from error
-                self._checksums[file] = checksum(path)
+            write_tensors(self.folder / file, new)
+            self._checksums[file] = checksum(self.folder / file)
         used = {where[0] for _, _, where in kept.values()}
         checksums = {name: self._checksums[name] for name in sorted(used)}
         content = {"files": checksums, "parts": described}

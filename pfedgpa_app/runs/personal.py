@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pfedgpa_app.client.adjustment import LEFT, adjusted
 from pfedgpa_app.config.resolve import values_of
-from pfedgpa_app.core.files import as_json, replacing, write_tensors, write_text
+from pfedgpa_app.core.files import as_json, write_tensors, write_text
 from pfedgpa_app.core.own_code import sources
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
@@ -173,8 +173,7 @@ def write_about(folder: Path, config: Config, schema: Schema) -> None:
     rest = {name: t for name, t in tensors.items() if t.data_ptr() not in shared}
     if rest and config.save_weights:
         (folder / WEIGHTS).mkdir(exist_ok=True)
-        with replacing(folder / WEIGHTS / REST) as new:
-            write_tensors(new, rest)
+        write_tensors(folder / WEIGHTS / REST, rest)
 
 
 def _own_code(config: Config) -> dict[str, dict[str, str]]:

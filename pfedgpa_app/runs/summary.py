@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.core.files import as_json, replacing, write_tensors, write_text
+from pfedgpa_app.core.files import as_json, write_tensors, write_text
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.methods.base import Personaliser
@@ -37,8 +37,7 @@ def save_weights(
     if tensors:
         path.parent.mkdir(exist_ok=True)
         numbers = json.dumps(sorted(c for c, mine in weights.items() if mine))
-        with replacing(path) as new:  # a checkpoint is to say that they are there
-            write_tensors(new, tensors, {"format": "pt", "clients": numbers, **about})
+        write_tensors(path, tensors, {"format": "pt", "clients": numbers, **about})
 
 
 def peak_memory() -> int:
