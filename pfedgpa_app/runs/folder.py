@@ -130,6 +130,8 @@ def kept_settings(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(kept, dict) or not all(isinstance(e, dict) for e in kept.values()):
         raise ConfigError(f"{path} holds no run's settings: choose another folder")
+    if "value" not in kept.get("method", {}):
+        raise ConfigError(f"{path} names no method: it is no run's, or damaged")
     return kept
 
 
@@ -137,11 +139,9 @@ def kept_methods(folder: Path) -> list[str]:
     """The names of the methods of the run in ``folder``; own ones are known from now on.
 
     Raises:
-        ConfigError: as ``kept_settings``, or it does not say.
+        ConfigError: as ``kept_settings``.
     """
     kept = kept_settings(folder)
-    if "value" not in kept.get("method", {}):
-        raise ConfigError(f"{folder / CONFIG} names no method: it is no run's, or damaged")
     code_dir = str(kept.get("code-dir", {}).get("value", ""))
     return [method_named(str(name), code_dir) for name in kept["method"]["value"]]
 
@@ -202,7 +202,7 @@ def run_folder(resolved: Resolved) -> Path:
 
 def _named(out: Path, name: str) -> Path:
     """The run's folder by the name that it was given."""
-    if not name.strip(". ") or not name.isprintable() or set(name) & set("/\\"):
+    if not name.strip() or name.startswith(".") or not name.isprintable() or set(name) & set("/\\"):
         raise ConfigError(
             f"run-name = {name!r}: wants a plain name, that of a folder in out-dir; set out-dir "
             "for another place"
@@ -239,11 +239,10 @@ def _refuse(folder: Path, resolved: Resolved) -> None:
         (folder / CONFIG).unlink()
         (folder / EVENTS).unlink(missing_ok=True)
         return
-    kept = kept_settings(folder)
     if not resolved.config.resume:
         raise ConfigError(
             f"run-name = {name!r}: {folder} holds another run's results; choose another name, or "
             "go on with it by resume=true"
         )
-    if other := differences(kept, resolved):
+    if other := differences(kept_settings(folder), resolved):
         raise ConfigError(f"resume: {folder} has other settings: {'; '.join(other)}")

@@ -94,3 +94,9 @@ def test_what_is_none_of_ours(content: str | None, tmp_path: Path) -> None:
         described(path)
     with pytest.raises(ConfigError, match="a folder without a run"):
         described(tmp_path)
+
+
+def test_settings_that_are_no_runs(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"config\.json names no method"):
+        described(tmp_path)

@@ -619,7 +619,7 @@ class TestFolder:
         assert {folder.parent for folder in folders} == {tmp_path}
 
     @pytest.mark.parametrize(
-        "name", ["..", ".", "../up", "/abs", "a/b", "a//b", "a\\b", " ", "a\nb"]
+        "name", ["..", ".", ".lock", "../up", "/abs", "a/b", "a//b", "a\\b", " ", "a\nb"]
     )
     def test_names_that_leave_their_place(self, name: str, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"run-name = .* wants a plain name"):
@@ -647,7 +647,7 @@ class TestFolder:
         for resume in (False, True):
             with pytest.raises(ConfigError, match="not a run's folder"):
                 run_folder(self.resolved(tmp_path, run_name="mine", resume=resume))
-        for config in ("[]", "{", '{"name": "a web page"}'):
+        for config in ("[]", "{", "{}", '{"name": "a web page"}'):
             (mine / "config.json").write_text(config)
             with pytest.raises(ConfigError, match=r"mine/config\.json"):
                 run_folder(self.resolved(tmp_path, run_name="mine", resume=True))

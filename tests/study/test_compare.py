@@ -86,7 +86,8 @@ class TestPlan:
         for name, seed, value in ran:
             folder = tmp_path / name
             folder.mkdir()
-            (folder / "config.json").write_text('{"conf": {"value": "mine"}}')
+            settings = {"conf": {"value": "mine"}, "method": {"value": ["fedper"]}}
+            (folder / "config.json").write_text(json.dumps(settings))
             row: dict[str, Any] = dict.fromkeys(
                 ("accuracy_as_its_paper", "accuracy_before_ft"), value
             )
