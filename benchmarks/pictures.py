@@ -13,7 +13,9 @@ from pathlib import Path
 
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.results import figures
-from pfedgpa_app.runs.report import curves_of, latent_map_of, runs_in
+from pfedgpa_app.runs.reading import runs_in
+from pfedgpa_app.runs.report import latent_map_of
+from pfedgpa_app.runs.table import curves_of
 from pfedgpa_app.study.pictures import on_white
 
 PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"

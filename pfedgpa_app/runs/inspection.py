@@ -17,7 +17,7 @@ from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, is_done, last_even
 from pfedgpa_app.results.tables import text_table
 from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError
 from pfedgpa_app.runs.folder import CONFIG, is_running, kept_settings
-from pfedgpa_app.runs.report import OF_ITS_PLACE, Run, command_of
+from pfedgpa_app.runs.reading import OF_ITS_PLACE, Run, command_of
 from pfedgpa_app.runs.resuming import CHECKPOINT
 
 

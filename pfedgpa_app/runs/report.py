@@ -2,149 +2,29 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from statistics import mean, pstdev, stdev
-from typing import Any
+from statistics import pstdev
 
 import numpy as np
 
-from pfedgpa_app.config.checks import RUN_CONFIG
-from pfedgpa_app.config.names import defaults, keys, without_idle
 from pfedgpa_app.config.parse import argument
-from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.files import write_text
-from pfedgpa_app.core.sections import NODES
-from pfedgpa_app.core.settings import LAUNCH, ConfigError
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.results import figures
-from pfedgpa_app.results.log import (
-    EVENTS,
-    SUMMARY,
-    Records,
-    accuracies_of,
-    clock,
-    last_event,
-    rows_of,
-)
+from pfedgpa_app.results.log import EVENTS, clock
 from pfedgpa_app.results.page import page
-from pfedgpa_app.results.tables import LEGEND, over_seeds, recipes_in_words, without_generation
-from pfedgpa_app.runs.folder import CONFIG, HOLDINGS, kept_methods, kept_settings, unfinished
+from pfedgpa_app.results.tables import LEGEND, without_generation
+from pfedgpa_app.runs.folder import HOLDINGS, unfinished
+from pfedgpa_app.runs.reading import Row, Run, chosen, command_of, runs_in
+from pfedgpa_app.runs.table import Entry, as_csv, as_latex, curves_of, table_of
 
 REPORT, LATENTS = "report.html", "latents.json"
-Row = dict[str, Any]
-# {heading: key of an entry of summary.json}
-COLUMNS = {
-    "kept": "accuracy_kept",
-    "as sent": "accuracy_before_ft",
-    "after FT": "accuracy_after_ft",
-    "tuned FT": "accuracy_after_ft_tuned",
-    "worst client": "accuracy_worst_client_kept",
-}
 WORST = 5  # clients that are named
 _SAID_OF_A_RUN = ("data", "privacy", "attack")  # events
-# where a run went on and by what, which the launcher fills in: another may have its own
-OF_ITS_PLACE = ("code-dir", "engine", "workers")
-_NAMED_OTHERWISE = ("conf", "out-dir", "run-name", "resume")
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run, by what its folder holds."""
-
-    folder: Path
-
-    @cached_property
-    def settings(self) -> dict[str, Any]:
-        """{setting: {"value": …, "from": …}}."""
-        return kept_settings(self.folder)
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        """An entry a method."""
-        kept_methods(self.folder)  # makes own ones known
-        return rows_of(self.folder)
-
-    def lines(self, file: str) -> Iterator[Row]:
-        """The records of one of its files."""
-        return Records(self.folder / file).new()
-
-    def read(self, file: str) -> Any:
-        """What it keeps in a JSON file; None without.
-
-        Raises:
-            ConfigError: it is damaged.
-        """
-        path = self.folder / file
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except ValueError as error:
-            raise ConfigError(
-                f"{path} cannot be read: {error}: put it back, or remove it"
-            ) from error
-
-    @cached_property
-    def ended(self) -> float:
-        """When its last event was."""
-        return float(last_event(self.folder).get("time", 0.0))
-
-    def choice(self, method: str, varied: Sequence[str]) -> dict[str, Any]:
-        """Of the settings that are ``varied`` what ``method`` goes by, as the run has it."""
-        here = self.goes_by([method])
-        return values_of({name: here[name] for name in varied if name in here})
-
-    def goes_by(self, methods: Sequence[str]) -> dict[str, Any]:
-        """Of its settings those that some of ``methods`` go by."""
-        return without_idle(self.settings, methods, self.settings["partition"]["value"])
-
-    @cached_property
-    def curves(self) -> dict[str, dict[int, float]]:
-        """{federation: {round: mean accuracy of its clients}}."""
-        found = accuracies_of(self.folder)
-        return {name: {r: mean(a) for r, a in rounds.items()} for name, rounds in found.items()}
-
-    @cached_property
-    def clients(self) -> dict[str, dict[int, Row]]:
-        """{method's title: {client: its accuracies}}."""
-        titles = {row["method"]: row["title"] for row in self.rows}
-        found: dict[str, dict[int, Row]] = {}
-        for record in self.lines("clients.jsonl"):
-            if record["method"] in titles:
-                found.setdefault(titles[record["method"]], {})[record["client"]] = record
-        return found
-
-
-def runs_in(paths: Sequence[Path]) -> list[Run]:
-    """The runs with results in these folders and those below, a sweep's or comparison's.
-
-    A folder that has runs, of which none has any, is left out with a warning.
-
-    Raises:
-        ConfigError: one of them holds none, or none is done in any.
-    """
-    found: dict[Path, None] = {}
-    undone: list[Path] = []
-    for path in paths:
-        folders = sorted(f.parent for f in path.rglob(SUMMARY) if (f.parent / CONFIG).is_file())
-        if not folders and not next(path.rglob(CONFIG), None):
-            raise ConfigError(f"{path}: holds no run that is done")
-        if not folders:
-            undone.append(path)
-        found |= dict.fromkeys(folders)
-    for path in undone:
-        text = f"{path}: holds no run that is done"
-        if not found:
-            raise ConfigError(text)
-        warn_once(f"{text}: it is left out")
-    return [Run(folder) for folder in found]
 
 
 def write(paths: Sequence[Path], out: Path | None = None) -> Path:
@@ -175,7 +55,7 @@ def write_own(folder: Path) -> Path:
 def _written(runs: Sequence[Run], out: Path, so_far: Sequence[str] = ()) -> Path:
     """``so_far``: what to say of runs that are not done."""
     header, entries = table_of(runs)
-    texts = (_csv(entries), _latex(entries), rendered(runs, header, entries, so_far))
+    texts = (as_csv(entries), as_latex(entries), rendered(runs, header, entries, so_far))
     try:
         for path, text in zip((*tables_beside(out), out), texts, strict=True):
             write_text(path, text)
@@ -224,81 +104,6 @@ def rendered(
     )
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A row of the table: a method under some settings, over seeds."""
-
-    name: str
-    recipes: str
-    values: dict[str, list[float]]
-    costs: tuple[str, str]
-    analysis_only: bool = False
-    only: str = ""  # of which seeds, where others are of more
-
-    def text(self, column: str) -> str:
-        """Mean ± standard deviation over seeds."""
-        known = [value for value in self.values[column] if value == value]
-        return over_seeds(known, 1 if len(known) < 2 else 2)
-
-    def cells(self, every: Sequence[Entry]) -> list[dict[str, str]]:
-        """As the page has it: the best and the second best of each column are marked."""
-        cells = [{"text": self.name + self.only, "kind": ""}]
-        for column, values in self.values.items():
-            means = sorted(
-                {round(mean(e.values[column]), 6) for e in every if _counts(e, column)},
-                reverse=True,
-            )
-            marks = ("best", "second") if len(means) > 2 else ("best",)
-            kinds = dict(zip(means, marks, strict=False))
-            mine = kinds.get(round(mean(values), 6), "") if _counts(self, column) else ""
-            cells.append({"text": self.text(column), "kind": mine})
-        return [*cells, *({"text": text, "kind": "text"} for text in (self.recipes, *self.costs))]
-
-
-def _counts(entry: Entry, column: str) -> bool:
-    """Whether it can be the best: group means know what no server does."""
-    return bool(entry.values[column]) and not entry.analysis_only
-
-
-def table_of(runs: Sequence[Run]) -> tuple[list[str], list[Entry]]:
-    """The headings, and an entry for each method under each choice of what the runs vary."""
-    shown = [
-        c for c, k in COLUMNS.items() if any(r.get(k) is not None for x in runs for r in x.rows)
-    ]
-    varied = _varied(runs)
-    alike: dict[tuple[str, str], dict[int, tuple[float, Row]]] = {}
-    for run in runs:
-        for row in run.rows:
-            choice = ", ".join(f"{k}={v}" for k, v in run.choice(row["method"], varied).items())
-            seeds = alike.setdefault((row["title"], choice), {})
-            if row["seed"] not in seeds or seeds[row["seed"]][0] < run.ended:
-                seeds[row["seed"]] = run.ended, row  # of two runs of a seed the newest
-    every, entries = sorted({seed for seeds in alike.values() for seed in seeds}), []
-    for (title, choice), seeds in alike.items():
-        rows = [row for _, row in seeds.values()]
-        values = {c: [r[COLUMNS[c]] for r in rows if r.get(COLUMNS[c]) is not None] for c in shown}
-        seconds = mean(row.get("server_seconds", 0.0) for row in rows)
-        up = mean(row.get("bytes_up", 0) / max(1, row["rounds"]) for row in rows)
-        costs = (f"{seconds:.1f} s", f"{up / 1e6:.2f} MB")
-        name = f"{title} ({choice})" if choice else title
-        only = (
-            "" if sorted(seeds) == every else f" [seed {', '.join(map(str, sorted(seeds)))} only]"
-        )
-        recipes = recipes_in_words(rows)
-        entries.append(Entry(name, recipes, values, costs, rows[0]["analysis_only"], only))
-    return ["method", *shown, "FT", "server", "upload a round"], entries
-
-
-def _varied(runs: Sequence[Run]) -> list[str]:
-    """The settings, the seed aside, that differ between runs whose methods go by them."""
-    found: dict[str, set[str]] = {}
-    for run in runs:
-        for name, entry in run.goes_by([row["method"] for row in run.rows]).items():
-            if name in keys() and keys()[name].rules["part"] != LAUNCH:
-                found.setdefault(name, set()).add(json.dumps(entry["value"]))
-    return [n for n, kinds in found.items() if len(kinds) > 1 and n not in ("seed", "method")]
-
-
 def _over(runs: Sequence[Run]) -> str:
     seeds = sorted({run.settings["seed"]["value"] for run in runs})
     if len(runs) == 1:
@@ -330,28 +135,6 @@ def _about(runs: Sequence[Run]) -> list[str]:
             took = f"run {run.folder.name}, started {day}, took {clock(end - start)}"
             lines.append(f"{rounds} rounds, {part} clients in each; {took}.")
     return list(dict.fromkeys(lines))[:6]
-
-
-def curves_of(runs: Sequence[Run]) -> tuple[dict[str, figures.Curve], dict[str, float]]:
-    """{federation: its mean curve over seeds}, and where methods without rounds came to."""
-    varied, gathered = _varied(runs), dict[str, dict[int, dict[int, float]]]()
-    ends: dict[str, dict[int, float]] = {}
-    for run in sorted(runs, key=lambda run: run.ended):  # of two runs of a seed the newest
-        titles = {row["method"]: row["title"] for row in run.rows}
-        seed = run.settings["seed"]["value"]
-        for federation, rounds in run.curves.items():
-            choice = ", ".join(map(str, run.choice(federation, varied).values()))
-            name = titles.get(federation, federation) + (f" ({choice})" if choice else "")
-            for r, accuracy in rounds.items():
-                gathered.setdefault(name, {}).setdefault(r, {})[seed] = accuracy
-        for row in run.rows:
-            if row["method"] not in run.curves and not run.choice(row["method"], varied):
-                ends.setdefault(row["title"], {})[seed] = row["accuracy_before_ft"]
-    found: dict[str, figures.Curve] = {}
-    for name, points in gathered.items():
-        by_round = [(r, list(seeds.values())) for r, seeds in sorted(points.items())]
-        found[name] = [(r, mean(a), stdev(a) if len(a) > 1 else 0.0) for r, a in by_round]
-    return found, {name: mean(seeds.values()) for name, seeds in ends.items()}
 
 
 _PIES = (
@@ -420,7 +203,7 @@ def _parts_of(run: Run) -> Iterator[Row]:
         "title": "Settings that are not the defaults",
         "said": True,
         "header": ["setting", "value", "from"],
-        "rows": [[name, argument(e["value"]), e["from"]] for name, e in _chosen(run)],
+        "rows": [[name, argument(e["value"]), e["from"]] for name, e in chosen(run)],
     }
     yield {"title": "The command", "command": command_of(run)}
 
@@ -430,35 +213,6 @@ def _worst(name: str, clients: Mapping[int, Row], count: int) -> list[str]:
     cells = [f"{clients[c]['kept']:.1f} ({c})" for c in order]
     spread = pstdev(row["kept"] for row in clients.values())
     return [name, *cells, *[""] * (count - len(cells)), f"{spread:.1f}"]
-
-
-def _chosen(run: Run) -> Iterator[tuple[str, Any]]:
-    """The settings whose value is not the default, but for those of the launch."""
-    before = defaults()
-    for name, entry in run.settings.items():
-        key = keys().get(name)
-        launch = key is not None and key.rules["part"] == LAUNCH
-        if entry["value"] != before.get(name) and not launch:
-            yield name, entry
-
-
-def command_of(run: Run) -> str:
-    """The command that makes such a run again, under a name of its own.
-
-    It has all that was given for the run, but its place.
-    """
-    apart = {*OF_ITS_PLACE, *_NAMED_OTHERWISE}
-    given = {
-        name: entry["value"]
-        for name, entry in run.settings.items()
-        if entry["from"] == RUN_CONFIG and name in keys() and name not in apart
-    }
-    conf = str(run.settings["conf"]["value"])
-    words = [f"{name}={argument(value)}" for name, value in given.items()]
-    if run.settings["dataset"]["value"] == NODES:
-        made = shlex.join(["pfedgpa", "app", "FOLDER", f"conf={conf}", *words])
-        return f"{made} && flwr run FOLDER SUPERLINK --stream"
-    return shlex.join(["pfedgpa", "run", "--conf", conf, *words])
 
 
 def _parts_of_several(runs: Sequence[Run]) -> Iterator[Row]:
@@ -475,39 +229,3 @@ def _parts_of_several(runs: Sequence[Run]) -> Iterator[Row]:
             for run in runs
         ],
     }
-
-
-def _csv(entries: Sequence[Entry]) -> str:
-    """Means and standard deviations over seeds as numbers."""
-    file = io.StringIO()
-    columns = list(entries[0].values)
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["method", *(f"{c}{of}" for c in columns for of in ("", " sd")), "seeds"])
-    for entry in entries:
-        cells: list[Any] = [entry.name]
-        for values in entry.values.values():
-            cells += [round(mean(values), 4) if values else ""]
-            cells += [round(stdev(values), 4) if len(values) > 1 else ""]
-        writer.writerow([*cells, max(len(v) for v in entry.values.values())])
-    return file.getvalue()
-
-
-def _latex(entries: Sequence[Entry]) -> str:
-    """A tabular, the best of each column bold."""
-    columns = list(entries[0].values)
-    lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
-    lines += [" & ".join(["method", *columns]) + r" \\", r"\midrule"]
-    for entry in entries:
-        cells = [_escaped(entry.name + entry.only)]
-        marks = [cell["kind"] for cell in entry.cells(entries)[1 : 1 + len(columns)]]
-        for column, mark in zip(columns, marks, strict=True):
-            text = entry.text(column).replace("±", r"$\pm$").replace("–", "--")
-            cells.append(rf"\textbf{{{text}}}" if mark == "best" else text)
-        lines.append(" & ".join(cells) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def _escaped(text: str) -> str:
-    for letter in "&%$#_{}":
-        text = text.replace(letter, f"\\{letter}")
-    return text

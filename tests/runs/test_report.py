@@ -23,7 +23,8 @@ from pfedgpa_app.results import figures
 from pfedgpa_app.results.tables import text_table
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.api import Result
-from pfedgpa_app.runs.report import command_of, runs_in
+from pfedgpa_app.runs.reading import command_of, runs_in
+from pfedgpa_app.runs.table import curves_of, table_of
 from tests.support.federations import federate, summary
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -252,7 +253,7 @@ class TestSeveralRuns:
         for name, place in apart.items():
             kept = summary(tmp_path / place / "run")["fedprox"]["accuracy_kept"]
             assert float(rows[name]["kept"]) == pytest.approx(kept, abs=1e-4)
-        curves, _ = report.curves_of(runs_in([tmp_path]))
+        curves, _ = curves_of(runs_in([tmp_path]))
         assert set(curves) == {"FedAvg", "FedProx (0.01)", "FedProx (30.0)"}
 
     def test_settings_of_another_partition_name_no_run(self, tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ class TestSeveralRuns:
             more = {"dirichlet_alpha": 0.1} if partition == "dirichlet" else {}
             how: dict[str, Any] = {"method": "fedavg", "partition": partition, **more}
             federate(tmp_path / partition, num_server_rounds=1, **how)
-        _, entries = report.table_of(runs_in([tmp_path]))
+        _, entries = table_of(runs_in([tmp_path]))
         assert {entry.name for entry in entries} == {
             "FedAvg (partition=iid)",
             "FedAvg (partition=dirichlet)",

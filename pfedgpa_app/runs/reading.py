@@ -1,0 +1,146 @@
+"""A run, by what its folder holds."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pfedgpa_app.config.checks import RUN_CONFIG
+from pfedgpa_app.config.names import defaults, keys, without_idle
+from pfedgpa_app.config.parse import argument
+from pfedgpa_app.config.resolve import values_of
+from pfedgpa_app.core.sections import NODES
+from pfedgpa_app.core.settings import LAUNCH, ConfigError
+from pfedgpa_app.core.warning import warn_once
+from pfedgpa_app.results.log import SUMMARY, Records, accuracies_of, last_event, mean, rows_of
+from pfedgpa_app.runs.folder import CONFIG, kept_methods, kept_settings
+
+Row = dict[str, Any]
+# where a run went on and by what, which the launcher fills in: another may have its own
+OF_ITS_PLACE = ("code-dir", "engine", "workers")
+_NAMED_OTHERWISE = ("conf", "out-dir", "run-name", "resume")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, by what its folder holds."""
+
+    folder: Path
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """{setting: {"value": …, "from": …}}."""
+        return kept_settings(self.folder)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """An entry a method."""
+        kept_methods(self.folder)  # makes own ones known
+        return rows_of(self.folder)
+
+    def lines(self, file: str) -> Iterator[Row]:
+        """The records of one of its files."""
+        return Records(self.folder / file).new()
+
+    def read(self, file: str) -> Any:
+        """What it keeps in a JSON file; None without.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        path = self.folder / file
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} cannot be read: {error}: put it back, or remove it"
+            ) from error
+
+    @cached_property
+    def ended(self) -> float:
+        """When its last event was."""
+        return float(last_event(self.folder).get("time", 0.0))
+
+    def choice(self, method: str, varied: Sequence[str]) -> dict[str, Any]:
+        """Of the settings that are ``varied`` what ``method`` goes by, as the run has it."""
+        here = self.goes_by([method])
+        return values_of({name: here[name] for name in varied if name in here})
+
+    def goes_by(self, methods: Sequence[str]) -> dict[str, Any]:
+        """Of its settings those that some of ``methods`` go by."""
+        return without_idle(self.settings, methods, self.settings["partition"]["value"])
+
+    @cached_property
+    def curves(self) -> dict[str, dict[int, float]]:
+        """{federation: {round: mean accuracy of its clients}}."""
+        found = accuracies_of(self.folder)
+        return {name: {r: mean(a) for r, a in rounds.items()} for name, rounds in found.items()}
+
+    @cached_property
+    def clients(self) -> dict[str, dict[int, Row]]:
+        """{method's title: {client: its accuracies}}."""
+        titles = {row["method"]: row["title"] for row in self.rows}
+        found: dict[str, dict[int, Row]] = {}
+        for record in self.lines("clients.jsonl"):
+            if record["method"] in titles:
+                found.setdefault(titles[record["method"]], {})[record["client"]] = record
+        return found
+
+
+def runs_in(paths: Sequence[Path]) -> list[Run]:
+    """The runs with results in these folders and those below, a sweep's or comparison's.
+
+    A folder that has runs, of which none has any, is left out with a warning.
+
+    Raises:
+        ConfigError: one of them holds none, or none is done in any.
+    """
+    found: dict[Path, None] = {}
+    undone: list[Path] = []
+    for path in paths:
+        folders = sorted(f.parent for f in path.rglob(SUMMARY) if (f.parent / CONFIG).is_file())
+        if not folders and not next(path.rglob(CONFIG), None):
+            raise ConfigError(f"{path}: holds no run that is done")
+        if not folders:
+            undone.append(path)
+        found |= dict.fromkeys(folders)
+    for path in undone:
+        text = f"{path}: holds no run that is done"
+        if not found:
+            raise ConfigError(text)
+        warn_once(f"{text}: it is left out")
+    return [Run(folder) for folder in found]
+
+
+def chosen(run: Run) -> Iterator[tuple[str, Any]]:
+    """The settings whose value is not the default, but for those of the launch."""
+    before = defaults()
+    for name, entry in run.settings.items():
+        key = keys().get(name)
+        launch = key is not None and key.rules["part"] == LAUNCH
+        if entry["value"] != before.get(name) and not launch:
+            yield name, entry
+
+
+def command_of(run: Run) -> str:
+    """The command that makes such a run again, under a name of its own.
+
+    It has all that was given for the run, but its place.
+    """
+    apart = {*OF_ITS_PLACE, *_NAMED_OTHERWISE}
+    given = {
+        name: entry["value"]
+        for name, entry in run.settings.items()
+        if entry["from"] == RUN_CONFIG and name in keys() and name not in apart
+    }
+    conf = str(run.settings["conf"]["value"])
+    words = [f"{name}={argument(value)}" for name, value in given.items()]
+    if run.settings["dataset"]["value"] == NODES:
+        made = shlex.join(["pfedgpa", "app", "FOLDER", f"conf={conf}", *words])
+        return f"{made} && flwr run FOLDER SUPERLINK --stream"
+    return shlex.join(["pfedgpa", "run", "--conf", conf, *words])
