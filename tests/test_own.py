@@ -47,6 +47,7 @@ from pfedgpa_app.models.layout import laid_out
 from pfedgpa_app.models.networks import weight_names, weights_of
 from pfedgpa_app.runs import api
 from pfedgpa_app.runs.checkpoint import Checkpoint
+from pfedgpa_app.runs.folder import locked
 from pfedgpa_app.runs.personal import client_weights
 from pfedgpa_app.runs.prediction import evaluate, export
 from pfedgpa_app.server.screening import NoUploadsError
@@ -1150,6 +1151,13 @@ class TestHome:
         words = ["predict", str(folder), "--client", "0", "--method", "fedper", "other.png"]
         assert cli.main(words) == 2
         assert "has no weights of 'fedper'" in capsys.readouterr().err
+        (folder / "weights").rename("put away")
+        assert cli.main(["predict", str(folder), "--client", "0", "other.png"]) == 2
+        assert "its run had save-weights=false, or failed" in capsys.readouterr().err
+        with locked(folder, "taken"):  # as a run does that goes on
+            assert cli.main(["predict", str(folder), "--client", "0", "other.png"]) == 2
+        assert "its run goes on, and none of its methods is done" in capsys.readouterr().err
+        Path("put away").rename(folder / "weights")
         assert cli.main(["predict", "photos", "--client", "0", "other.png"]) == 2
         assert "is no run's folder" in capsys.readouterr().err
         assert cli.main(["evaluate", str(folder), "--client", "0", "imagefolder:photos"]) == 2

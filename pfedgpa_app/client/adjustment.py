@@ -29,15 +29,6 @@ def log_frequencies(labels: Tensor, classes: int) -> Tensor:
     return logarithms - logarithms.mean()
 
 
-def adjusted(weights: Mapping[str, Tensor], bias: str, by: Tensor) -> Weights:
-    """``weights`` with ``by`` added to what is called ``bias``, in each of several models, too.
-
-    Args:
-        weights: by name; a download of several models has names of their numbers, "0/…".
-    """
-
-    def is_bias(name: str) -> bool:
-        number, _, own = name.rpartition("/")
-        return own == bias and (not number or number.isdigit())
-
-    return {name: t + by.to(t) if is_bias(name) else t for name, t in weights.items()}
+def adjusted(weights: Mapping[str, Tensor], by: Mapping[str, Tensor]) -> Weights:
+    """``weights`` with what ``by`` has of a name added to those of that name."""
+    return {name: t + by[name].to(t) if name in by else t for name, t in weights.items()}

@@ -22,17 +22,20 @@ def flipped(images: Images, classes: int) -> Images:
 
 
 def malicious_upload(
-    config: AttackSettings, trained: Weights, sent: Weights, generator: torch.Generator
+    config: AttackSettings, trained: Weights, before: Weights, generator: torch.Generator
 ) -> Weights:
     """What a malicious client uploads in the place of its ``trained`` weights.
 
-    With s the attack's strength and Δ = trained − sent: ``sign-flip`` sends sent − sΔ, ``scale``
-    sent + sΔ, and ``noise`` trained + s‖Δ‖ε/√P with ε normal. What was not sent to it stays.
+    With s the attack's strength and Δ = trained − before: ``sign-flip`` sends before − sΔ,
+    ``scale`` before + sΔ, and ``noise`` trained + s‖Δ‖ε/√P with ε normal.
+
+    Args:
+        before: what it trained from; what it uploads beside that stays.
     """
     strength, kind = config.attack_strength, config.attack
     if kind in ("none", LABEL_FLIP):
         return trained
-    updates = {name: trained[name] - sent[name] for name in trained if name in sent}
+    updates = {name: trained[name] - before[name] for name in trained if name in before}
     if kind == "noise":
         square = sum(float(u.double().square().sum()) for u in updates.values())
         size = sum(u.numel() for u in updates.values())
@@ -42,4 +45,4 @@ def malicious_upload(
             for name, u in updates.items()
         }
     factor = strength if kind == "scale" else -strength
-    return trained | {name: sent[name] + factor * u for name, u in updates.items()}
+    return trained | {name: before[name] + factor * u for name, u in updates.items()}

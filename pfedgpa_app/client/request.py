@@ -17,7 +17,7 @@ from flwr.app import (
     MetricRecord,
     RecordDict,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from pfedgpa_app.client import memory
 from pfedgpa_app.client.adjustment import LEFT, adjusted, log_frequencies
@@ -102,18 +102,18 @@ class ClientRequest:
         before = self.round if trains else self.round + 1
         self.state: Weights = memory.recall(context, asked, self._state_key, before)
 
-    def _adjustment(self) -> tuple[str, Tensor]:
-        """To the classifier's bias, by name: what it is [classes]."""
+    def _adjustment(self, sent: Weights) -> Weights:
+        """To the bias of the classifier, by name, that it was ``sent``; {} if it was sent none."""
+        if not (self.config.logit_adjustment and self.method.adjustable):
+            return {}
         schema = self.schema()
+        bias = classifier_bias(self.config, schema)
         by = log_frequencies(self.data().train.labels, len(schema.classes))
-        return classifier_bias(self.config, schema), by
+        return {bias: by} if bias in sent else {}
 
-    def _adjusted(self, weights: Weights, sign: int = 1) -> Weights:
-        """As this client goes by them; with ``sign`` -1 as the others do."""
-        if not self.config.logit_adjustment:
-            return weights
-        bias, by = self._adjustment()
-        return adjusted(weights, bias, sign * by)
+    def _adjusted(self, sent: Weights) -> Weights:
+        """What it was ``sent`` as this client goes by it."""
+        return adjusted(sent, self._adjustment(sent))
 
     def schema(self) -> Schema:
         """What its network must know of its images."""
@@ -157,9 +157,13 @@ class ClientRequest:
         """Leave what it is ``evaluated`` with to whom the results are for, in a simulation."""
         sent = {name for name, tensor in evaluated.items() if self.weights.get(name) is tensor}
         memory.leave(self._asked, {n: t for n, t in evaluated.items() if n not in sent})
-        if self.config.logit_adjustment:
-            bias, by = self._adjustment()
-            memory.leave(self._asked, {bias: by} if bias in sent else {}, LEFT)
+        memory.leave(self._asked, self._adjustment({name: evaluated[name] for name in sent}), LEFT)
+
+    def _before(self) -> Weights:
+        """What it trained from: what it was sent, else what it kept, else as the seed made it."""
+        own = tensors_of(self.config, self.schema())
+        kept = {name: tensor for name, tensor in self.state.items() if name in own}
+        return {**own, **kept, **self.weights}
 
     def keep(self, state: Weights) -> None:
         """Keep ``state`` for its next round."""
@@ -184,8 +188,9 @@ class ClientRequest:
             self.keep(trained.state)
         if self.client in self.config.malicious_clients:
             generator = self.generator("attack")
-            weights = malicious_upload(self.config, weights, self.weights, generator)
-        weights = self._adjusted(weights, sign=-1)
+            weights = malicious_upload(self.config, weights, self._before(), generator)
+        added = self._adjustment(self.weights)  # nobody else goes by it
+        weights = adjusted(weights, {bias: -by for bias, by in added.items()})
         metrics: Metrics = {
             "num-examples": len(self.data().train),
             "loss": float(trained.loss),

@@ -15,7 +15,7 @@ from pfedgpa_app.config.names import (
 from pfedgpa_app.core.sections import ATTACKS, NODES, OF_PARTITION, PARTITION_FILE, Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.data import HUGGING_FACE, IMAGEFOLDER
-from pfedgpa_app.methods import METHODS, federation_of, name_of
+from pfedgpa_app.methods import METHODS, federation_of, federations, name_of
 from pfedgpa_app.methods.baselines import FromUploads
 from pfedgpa_app.methods.generation import PFedGPASettings
 from pfedgpa_app.methods.own import reference_of
@@ -97,9 +97,9 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "fine-tune-grid-epochs > 0 chooses by validation: validation-share must be > 0"
         )
-    if (size := config.train_per_client) is None:
+    size, aside = config.train_per_client, config.set_aside
+    if size is None or aside is None:
         return
-    aside = round(size * config.validation_share)
     if config.fine_tune_grid_epochs and not aside:
         raise ConfigError(
             "fine-tune-grid-epochs > 0 chooses by validation, and of train-per-client = "
@@ -211,6 +211,20 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
     for name, reason in why.items():
         if name in given:
             yield f"{name} is without effect: {reason}"
+    if "learning-rate" in given:
+        yield from _other_rates(config, sources)
+
+
+def _other_rates(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
+    """Which federations' rounds go by learning rates that nobody gave; in words."""
+    for name in federations(config.method):
+        method = METHODS[name]
+        rates = method.rounds_class().rate_settings(name, config)
+        if "learning-rate" not in rates and all(sources.get(r) == "default" for r in rates):
+            yield (
+                f"learning-rate is without effect on {method.title}'s rounds, which go by "
+                f"{' and '.join(rates)}; its fine-tuning goes by it"
+            )
 
 
 def _reads_label_counts(config: Config) -> bool:

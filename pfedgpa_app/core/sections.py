@@ -117,6 +117,12 @@ class DataSettings(Basics):
         0.1, "share of a client's training images that it keeps for validation", low=0, high=0.9
     )
 
+    @property
+    def set_aside(self) -> int | None:
+        """Of ``train_per_client`` images so many are for validation; None: it says no number."""
+        size = self.train_per_client
+        return None if size is None else round(size * self.validation_share)
+
 
 @dataclass(frozen=True)
 class TrainingSettings(Basics):

@@ -77,11 +77,14 @@ class Rounds(Generic[S]):
         settings: the class of the method's own settings, if it has some.
         sends: what clients upload: what they downloaded, trained on; nothing; or something other,
             on which no noise for differential privacy can be.
+        adjustable: whether logit-adjustment is made to the classifier that clients are sent, if
+            they are sent one.
     """
 
     title = ""
     settings: ClassVar[type[Any]] = MethodSettings
     sends: ClassVar[str] = TRAINED
+    adjustable: ClassVar[bool] = True
 
     def __init__(self, config: Config, state: S) -> None:
         self.config, self.state = config, state
@@ -158,6 +161,13 @@ class Rounds(Generic[S]):
         """Of a round: its own, or the run's. Rounds after the last are those of joining."""
         own: float | None = getattr(config.of(cls.settings), "learning_rate", None)
         return own or config.learning_rate
+
+    @classmethod
+    def rate_settings(cls, name: str, config: Config) -> list[str]:
+        """Which settings' learning rates its rounds go by, ``name`` being the method's."""
+        own = {key.replace("_", "-"): value for key, value in vars(config.of(cls.settings)).items()}
+        rates = [f"{name}.{key}" for key, v in own.items() if v and key.endswith("learning-rate")]
+        return rates if own.get("learning-rate") else ["learning-rate", *rates]
 
     @classmethod
     def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:

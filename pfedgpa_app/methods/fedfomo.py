@@ -56,11 +56,18 @@ class FedFomo(Method[FomoState]):
     title = "FedFomo"
     settings = FedFomoSettings
     sends = OTHER  # how others' models do on its validation images, too
+    adjustable = False  # whose classifiers know their own clients' classes
 
     @classmethod
     def check(cls, config: Config) -> None:
         if not config.validation_share:
             raise ConfigError("fedfomo weighs models by validation: validation-share must be > 0")
+        if config.set_aside == 0:
+            raise ConfigError(
+                "fedfomo weighs models by validation, and of train-per-client = "
+                f"{config.train_per_client} validation-share = {config.validation_share:g} puts "
+                "nothing aside"
+            )
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> FomoState:

@@ -57,6 +57,12 @@ class PFedMe(Averaging[Shared]):
                 f"pfedme.lam = {own.lam:g} and pfedme.learning-rate = {own.learning_rate:g}: their "
                 "product must be at most 1, or w_i oversteps θ"
             )
+        if own.lam * own.personal_learning_rate >= 2:
+            raise ConfigError(
+                f"pfedme.lam = {own.lam:g} and pfedme.personal-learning-rate = "
+                f"{own.personal_learning_rate:g}: their product must be less than 2, or inner "
+                "steps overstep w_i by ever more"
+            )
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         beta, mean = self.config.of(PFedMeSettings).beta, weighted_mean(uploads, uniform=True)

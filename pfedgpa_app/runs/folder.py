@@ -228,6 +228,12 @@ def _refuse(folder: Path, resolved: Resolved) -> None:
     name = resolved.config.run_name
     if is_running(folder):
         raise ConfigError(running(folder))
+    written = all((folder / name).exists() for name in (EVENTS, METRICS, HOLDINGS))
+    if resolved.config.resume and written and not (folder / CONFIG).exists():
+        raise ConfigError(
+            f"resume: {folder} has no {CONFIG}, which says how it went on so far: put it back, or "
+            "run anew under another run-name"
+        )
     if is_foreign(folder):
         raise ConfigError(
             f"run-name = {name!r}: {folder} is not empty, and not a run's folder: choose another "

@@ -65,7 +65,7 @@ def share_little(config: Config, schema: Schema, initial: Weights) -> Iterator[s
         if shared == [] and kind.sends != NOTHING:
             of = f"none of the network's {len(layers(initial))} layers"
             yield f"{METHODS[name].title}: clients share {of}, so that each learns alone"
-        if bias and shared is not None and bias not in shared:
+        if bias and not (kind.adjustable and (shared is None or bias in shared)):
             what = "its clients are sent no classifier to add their class frequencies to"
             yield f"logit-adjustment is without effect on {METHODS[name].title}: {what}"
 

@@ -29,7 +29,7 @@ from pfedgpa_app.methods import federation_of
 from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.models.build import forget_edited, network_of
 from pfedgpa_app.models.networks import load, weight_names
-from pfedgpa_app.runs.folder import kept_methods, kept_settings, unfinished
+from pfedgpa_app.runs.folder import is_running, kept_methods, kept_settings, unfinished
 
 MODEL, WEIGHTS = "model.json", "weights"
 REST = "network.safetensors"  # tensors of the network that clients do not share: frozen ones, …
@@ -243,7 +243,10 @@ def the_method(folder: Path, method: str) -> str:
         if (folder / WEIGHTS / _file(name)).is_file() or federation_of(name) in alone
     ]
     if not there:
-        raise ConfigError(f"{folder}: has no weights: its run had save-weights=false, or failed")
+        why = "its run had save-weights=false, or failed"
+        if is_running(folder):
+            why = "its run goes on, and none of its methods is done"
+        raise ConfigError(f"{folder}: has no weights: {why}")
     if method and method not in there:
         raise ConfigError(
             f"{folder}: has no weights of {method!r}{near(method, there)} It has those of "
@@ -353,10 +356,7 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
             f"{folder}: clients added their own class frequencies (logit-adjustment = true), which "
             "are on their nodes: these weights alone are not what they use"
         )
-    weights = own_weights(made, client) | kept
-    for bias, more in adjustment.items():
-        weights = adjusted(weights, bias, more)
-    return weights
+    return adjusted(own_weights(made, client) | kept, adjustment)
 
 
 def load_client(run: str | Path, client: int, method: str = "") -> ClientModel:

@@ -78,9 +78,7 @@ class Resuming:
                 self._check_clients(self._checkpoint.restore(kept["clients"]))
                 memory.forget_after(self._kept, going["federation"], going["round"])
         except (CheckpointError, KeyError) as error:
-            advice = "; put it back, or run anew under another run-name"
-            known = "run anew" in str(error)
-            raise ConfigError(f"resume: {error}{'' if known else advice}") from error
+            raise _refused(error) from error
         self.summary.rows, self.summary.outcomes = values["rows"], values["outcomes"]
         self.log.restore(values["log"])
         after = "round {round} of {federation}".format_map(going) if going else ""
@@ -108,7 +106,7 @@ class Resuming:
         try:
             return self._checkpoint.restore(node, begun)
         except CheckpointError as error:
-            raise ConfigError(f"resume: {error}") from error
+            raise _refused(error) from error
 
     @staticmethod
     def check(state: Any) -> None:
@@ -186,6 +184,12 @@ class Resuming:
                     f"{path}, what a client kept for its next round, is {wrong}: put it back, "
                     "or run anew under another run-name"
                 )
+
+
+def _refused(error: Exception) -> ConfigError:
+    """What the user reads where a checkpoint cannot be used."""
+    advice = "" if "run anew" in str(error) else "; put it back, or run anew under another run-name"
+    return ConfigError(f"resume: {error}{advice}")
 
 
 def _harm(path: Path, expected: int) -> str:

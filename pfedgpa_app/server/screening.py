@@ -62,10 +62,11 @@ def method_fault(reasons: Collection[str]) -> str:
     return ""
 
 
-def remedy(reasons: Collection[str], is_noised: bool = False) -> str:
+def remedy(reasons: Collection[str], rates: Collection[str], is_noised: bool = False) -> str:
     """What to do where a round failed for these ``reasons``; "" where nobody knows.
 
     Args:
+        rates: the settings of learning rates that its clients go by.
         is_noised: whether uploads have noise for differential privacy.
     """
     if not reasons or not all(reason.endswith(NOT_FINITE) for reason in reasons):
@@ -76,8 +77,8 @@ def remedy(reasons: Collection[str], is_noised: bool = False) -> str:
             "local-dp-clip, to which the noise is in proportion"
         )
     return (
-        ": their training has diverged: lower learning-rate, or scale what the network is fed "
-        "(a table's columns to about -1 to 1)"
+        f": their training has diverged: lower {' or '.join(rates)}, or scale what the network is "
+        "fed (a table's columns to about -1 to 1)"
     )
 
 

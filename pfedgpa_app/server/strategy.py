@@ -129,7 +129,11 @@ class Personalised(Strategy):
                 f"round {server_round} of {self.name}: {count} of {asked} clients sent a "
                 f"usable upload, min-uploads is {self.config.min_uploads}; the first: "
                 + "; ".join(f"client {c} {reason}" for c, reason in list(rejected.items())[:3])
-                + remedy(rejected.values(), self.config.local_dp_epsilon > 0)
+                + remedy(
+                    rejected.values(),
+                    self.method.rate_settings(self.name, self.config),
+                    self.config.local_dp_epsilon > 0,
+                )
             )
         self._participants = {
             client: {"train_loss": upload.loss} for client, upload in uploads.items()

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import Message
+from torch import Tensor
 
 from pfedgpa_app.client.attacks import malicious_upload
 from pfedgpa_app.client.request import held_by
@@ -92,6 +94,29 @@ class TestAttacks:
         assert f"by 1 of 4 clients ({bad})" in told["text"]
         assert ("strength 4" in told["text"]) == (attack != "label-flip")
         assert told["text"] in report.write([folder]).read_text()
+
+    @pytest.mark.parametrize("method", ["fedper", "fedfomo", "fedproto", "scaffold", "pfedhn"])
+    def test_every_methods_uploads_are_attacked(self, method: str, tmp_path: Path) -> None:
+        """Also those of weights that clients were never sent."""
+        sent: dict[str, dict[int, dict[str, Tensor]]] = {"none": {}, "scale": {}}
+        for attack, by_client in sent.items():
+
+            def watch(
+                message: Message, reply: Message, by_client: dict[int, Any] = by_client
+            ) -> Message:
+                if message.metadata.message_type == "train":
+                    client: Any = message.content.config_records["config"]["client"]
+                    arrays = reply.content.array_records["arrays"]
+                    by_client[client] = arrays.to_torch_state_dict()
+                return reply
+
+            how = {"attack": attack} | ({"malicious_share": 0.25} if attack != "none" else {})
+            how |= {"num_server_rounds": 1, "method": method, "max_upload_norm": 0.0}
+            federate(tmp_path / attack, watch, **how)
+        [bad] = config(num_clients=4, attack="scale", malicious_share=0.25).malicious_clients
+        for client, honest in sent["none"].items():
+            same = all(torch.equal(t, sent["scale"][client][name]) for name, t in honest.items())
+            assert same == (client != bad)
 
     def test_who_is_left_out_by_design(self, tmp_path: Path) -> None:
         """Malicious clients and those that join are not evaluated, and nothing went wrong."""

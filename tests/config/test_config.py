@@ -494,6 +494,9 @@ class TestPlainFlower:
         ({"share-label-counts": True}, 1),
         ({"share-label-counts": True, "pfedgpa.descriptor": "labels"}, 0),
         ({"share-label-counts": False}, 0),
+        ({"learning-rate": 0.5, "method": "pfedme,fedavg"}, 1),
+        ({"learning-rate": 0.5, "method": "pfedme", "pfedme.learning-rate": 0.02}, 0),
+        ({"learning-rate": 0.5, "method": "pfedhn,fedavg"}, 0),
     ],
 )
 def test_settings_without_effect_are_told(settings: dict[str, Any], idle: int) -> None:

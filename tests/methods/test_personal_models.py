@@ -122,4 +122,14 @@ class TestRefusals:
 
         with pytest.raises(ConfigError, match="validation-share"):
             configured(method="fedfomo", validation_share=0.0)
+        with pytest.raises(ConfigError, match=r"train-per-client = 30 .* puts nothing aside"):
+            configured(method="fedfomo", validation_share=0.01, train_per_client=30)
         assert FedFomo.title
+
+    def test_pfedmes_inner_steps_must_come_to_rest(self) -> None:
+        """Each goes from θ − w to (1 − ηλ)(θ − w)."""
+        from pfedgpa_app.core.settings import ConfigError
+
+        with pytest.raises(ConfigError, match=r"personal-learning-rate = 0\.09: .* less than 2"):
+            configured(method="pfedme", **{"pfedme.lam": 23.0})
+        configured(method="pfedme", **{"pfedme.lam": 22.0})

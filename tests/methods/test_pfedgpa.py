@@ -185,14 +185,17 @@ class TestServers:
     @pytest.mark.parametrize(
         ("losses", "momentum"),
         [
-            ([4.0, 2.0, 1.0], [0.7, 0.35, 0.175]),  # 0.7 of what is left of the first
+            # of the rounds 6/8 and 5/8 are left: 0.7 of what is of the loss, where that is 0.1 more
+            ([4.0, 3.5, 3.0], [0.7, 0.7 * 0.875, 0.7 * 0.75]),
+            ([4.0, 3.2, 2.7], [0.7, 0.7 * 0.8 / 2, 0.7 * 0.675 / 2]),  # half where 0.05
+            ([4.0, 3.0, 1.0], [0.7, 0.0, 0.0]),
             ([1.0, 9.0, math.nan], [0.7, 0.7, 0.0]),  # never more, and none where nobody tells
-            ([math.nan, 2.0, 1.0], [0.0, 0.7, 0.35]),
+            ([math.nan, 2.0, 1.8], [0.0, 0.7, 0.7 * 0.9]),
             ([0.0, 0.0, 1.0], [0.0, 0.0, 0.0]),
-            ([2.0, -1.0, 1.0], [0.7, 0.0, 0.35]),  # a loss of somebody's own
+            ([2.0, -1.0, 1.8], [0.7, 0.0, 0.7 * 0.9]),  # a loss of somebody's own
         ],
     )
-    def test_momentum_goes_as_the_training_loss(
+    def test_momentum_is_for_a_loss_that_falls_later_than_the_rounds_pass(
         self, losses: list[float], momentum: list[float]
     ) -> None:
         steps = torch.eye(3)  # no round points where another one did
@@ -213,7 +216,7 @@ class TestServers:
         steps = torch.eye(3)[[0, 0, 0]]
         assert self.moved(losses, steps) == pytest.approx(led_to(momentum, steps), abs=1e-6)
         turning = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.75**0.5, 0.0]])  # by 60°
-        left = [0.7, 0.7 * min(1.0, losses[1] / losses[0]) if losses[0] > 0 else 0.0]
+        left = [momentum[0], 0.7 if losses[1] == losses[0] else 0.0]
         found = self.moved(losses[:2], turning)
         assert found == pytest.approx(led_to(left, turning), abs=1e-6)
 

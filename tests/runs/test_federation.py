@@ -621,6 +621,9 @@ class TestBadUploads:
         said = r"none of 4 clients .* not finite: their training has diverged: lower learning-rate"
         with pytest.raises(NoUploadsError, match=said):
             federate(tmp_path, method="fedavg", learning_rate=1e20)
+        own: dict[str, Any] = {"pfedme.personal_learning_rate": 1e20, "pfedme.lam": 0.0}
+        with pytest.raises(NoUploadsError, match=r"lower pfedme.learning-rate or pfedme.personal"):
+            federate(tmp_path / "own", method="pfedme", **own)
 
     def test_no_uploads_at_all_ends_the_run_with_results_on_disk(self, tmp_path: Path) -> None:
         def fail(message: Message, reply: Message) -> Message | None:

@@ -283,8 +283,14 @@ class TestRefused:
     def test_a_flipped_bit(self, pattern: str, tmp_path: Path) -> None:
         for file in self.interrupted(tmp_path).glob(pattern):
             flip(file)
-        with pytest.raises(ConfigError, match="is damaged"):
+        with pytest.raises(ConfigError, match=r"is damaged: .*; put it back, or run anew"):
             federate(tmp_path, method="fedavg", resume=True)
+
+    def test_without_its_settings(self, tmp_path: Path) -> None:
+        config = self.interrupted(tmp_path).parent / "config.json"
+        config.unlink()
+        with pytest.raises(ConfigError, match=r"has no config\.json, .* put it back, or run anew"):
+            run_folder(resolve({"out-dir": str(tmp_path), "run-name": "run", "resume": True}))
 
     def test_other_settings(self, tmp_path: Path) -> None:
         self.interrupted(tmp_path)
