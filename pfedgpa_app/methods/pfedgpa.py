@@ -46,7 +46,7 @@ MEAN, GENERATED, OWN = "mean", "generated", "own"
 _MOMENTUM = 0.7  # the server's at most, where the loss falls later than the rounds pass
 _BEHIND = 0.1  # share of FedAvg's rounds by which it does so where it has all of that
 _STRAIGHT_MOMENTUM = 0.9  # at most, where rounds all point the same way
-_TURNING, _STRAIGHT = 0.5, 0.75  # cosines between which momentum grows to that
+_TURNING, _STRAIGHT = 0.8, 0.88  # cosines between which momentum grows to that
 _OWN_WEIGHT = 0.9  # posterior weight that clients' own uploads keep where nobody is like anybody
 
 

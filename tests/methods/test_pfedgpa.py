@@ -220,6 +220,12 @@ class TestServers:
         found = self.moved(losses[:2], turning)
         assert found == pytest.approx(led_to(left, turning), abs=1e-6)
 
+    def test_half_of_that_momentum_where_rounds_turn_a_little(self) -> None:
+        """Cosines of 0.8 and 0.88 are none and all; the loss falls as the rounds pass."""
+        steps = torch.tensor([[1.0, 0.0, 0.0], [0.84, (1 - 0.84**2) ** 0.5, 0.0]])
+        found = self.moved([4.0, 3.0], steps)
+        assert found == pytest.approx(led_to([0.7, 0.45], steps), abs=1e-6)
+
     def moved(self, losses: list[float], steps: Tensor) -> list[float]:
         """Where clients' steps [rounds, 3] and momentum take the three weights from 0."""
         method = server("pfedgpa", clients=5, num_server_rounds=9)
