@@ -43,10 +43,10 @@ from pfedgpa_app.methods.generation import (
 )
 
 MEAN, GENERATED, OWN = "mean", "generated", "own"
-_MOMENTUM = 0.7  # the server's at most, where the loss falls later than the rounds pass
-_BEHIND = 0.1  # share of FedAvg's rounds by which it does so where it has all of that
-_STRAIGHT_MOMENTUM = 0.9  # at most, where rounds all point the same way
-_TURNING, _STRAIGHT = 0.8, 0.88  # cosines between which momentum grows to that
+_MOMENTUM = 0.7  # the server's, of the part of the loss that is left
+_STRAIGHT_MOMENTUM = 0.9  # where rounds all point the same way
+_TURNING, _STRAIGHT = 0.5, 0.75  # cosines between which momentum grows to that
+_BEHIND = 0.1  # part of the loss that is left too much, where momentum is all of these
 _OWN_WEIGHT = 0.9  # posterior weight that clients' own uploads keep where nobody is like anybody
 
 
@@ -274,18 +274,16 @@ class PFedGPA(Generation, RememberingFedAvg):
 def _momentum_of(left: float, rounds_left: float, cosine: float) -> float:
     """Of a round, after which these shares of the training loss and of FedAvg's rounds are left.
 
-    What few images have to teach is learned without it, too; with it clients know theirs by
-    heart before generation begins, which then has nothing left to share. So it is for a loss that
-    falls later than the rounds pass, and for rounds that point where those before them did, in so
-    far as the loss does not fall sooner.
+    It is for a loss that falls later than the rounds pass. What few images have to teach is
+    learned without it, too; with it clients know theirs by heart before generation begins, which
+    then has nothing left to share. It is more where rounds point where those before them did.
 
     Args:
         cosine: of the angle between this round's step and those before it (``heading``).
     """
     straight = min(1.0, max(0.0, (cosine - _TURNING) / (_STRAIGHT - _TURNING)))
-    late = 1.0 if left >= rounds_left else left / rounds_left
     behind = min(1.0, max(0.0, (left - rounds_left) / _BEHIND))
-    return max(_MOMENTUM * left * behind, _STRAIGHT_MOMENTUM * straight * late)
+    return max(_MOMENTUM * left, _STRAIGHT_MOMENTUM * straight) * behind
 
 
 def _best(losses: Tensor) -> str:

@@ -205,8 +205,8 @@ class TestServers:
         ("losses", "momentum"),
         [
             ([4.0, 4.0, 4.0], [0.7, 0.9, 0.9]),  # no loss falls: all that there is
-            # a share of 1/4 is left where 6/8 and 5/8 of FedAvg's rounds are
-            ([4.0, 1.0, 1.0], [0.7, 0.9 / 3, 0.9 / 2.5]),
+            ([4.0, 3.2, 2.7], [0.7, 0.9 / 2, 0.9 / 2]),  # half of it where the loss is 0.05 behind
+            ([4.0, 3.0, 1.0], [0.7, 0.0, 0.0]),  # none where it is not
             ([math.nan, math.nan, math.nan], [0.0, 0.0, 0.0]),  # nobody tells
         ],
     )
@@ -216,15 +216,16 @@ class TestServers:
         steps = torch.eye(3)[[0, 0, 0]]
         assert self.moved(losses, steps) == pytest.approx(led_to(momentum, steps), abs=1e-6)
         turning = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.75**0.5, 0.0]])  # by 60°
-        left = [momentum[0], 0.7 if losses[1] == losses[0] else 0.0]
+        by_loss = {4.0: 0.7, 3.2: 0.7 * 0.8 / 2}  # of the second
+        left = [momentum[0], by_loss.get(losses[1], 0.0)]
         found = self.moved(losses[:2], turning)
         assert found == pytest.approx(led_to(left, turning), abs=1e-6)
 
-    def test_half_of_that_momentum_where_rounds_turn_a_little(self) -> None:
-        """Cosines of 0.8 and 0.88 are none and all; the loss falls as the rounds pass."""
-        steps = torch.tensor([[1.0, 0.0, 0.0], [0.84, (1 - 0.84**2) ** 0.5, 0.0]])
-        found = self.moved([4.0, 3.0], steps)
-        assert found == pytest.approx(led_to([0.7, 0.45], steps), abs=1e-6)
+    def test_momentum_is_less_where_rounds_turn_a_little(self) -> None:
+        """Cosines of 0.5 and 0.75 are none and all of 0.9; 0.85 of the loss is left, 0.1 behind."""
+        steps = torch.tensor([[1.0, 0.0, 0.0], [0.7, (1 - 0.7**2) ** 0.5, 0.0]])
+        found = self.moved([4.0, 3.4], steps)
+        assert found == pytest.approx(led_to([0.7, 0.9 * 0.8], steps), abs=1e-6)
 
     def moved(self, losses: list[float], steps: Tensor) -> list[float]:
         """Where clients' steps [rounds, 3] and momentum take the three weights from 0."""
