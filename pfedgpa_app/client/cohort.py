@@ -80,9 +80,8 @@ def compare_fine_tunings(cohort: Cohort, requests: Sequence[ClientRequest]) -> l
         trainable = last_layers(names, 1) if kind.part == "head" else ()
         epoch = sgd.recipe(config, 1, kind.learning_rate, trainable)
         if kind.full_batch:
-            epoch = replace(
-                epoch, batch_size=max(len(request.data().train) for request in requests)
-            )
+            every = max(len(request.data().train) for request in requests)
+            epoch = replace(epoch, batch_size=every, weight_decay=0.0, augment=False)
         cohort.load(weights)
         generators = [request.generator("fine-tune") for request in requests]
         wanted = {each.epochs for each in asked if replace(each, epochs=1) == kind}

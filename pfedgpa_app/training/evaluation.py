@@ -33,7 +33,7 @@ class FineTuning:
     epochs: int
     learning_rate: float
     part: str = "all"  # what is trained: "all", or "head", the last layer
-    full_batch: bool = False  # one step an epoch, on all training images
+    full_batch: bool = False  # an epoch is one step against the gradient on all training images
 
 
 EVALUATION_BATCH = 500  # of 1,000 the activations are so large that a CPU takes a fifth longer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from flwr.app import Message, RecordDict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pfedgpa_app.client.cohort import SequentialCohort
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.uploads import Upload, weighted_mean
@@ -317,6 +319,23 @@ class TestFederations:
             "per-fedavg": (1, 1.0, "all", True),
             "fedavg-ft": (1, 1.0, "all", False),
         }
+
+    def test_per_fedavg_adapts_by_the_images_that_it_has(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One step against the gradient of the loss on all of them: no decay, no crops."""
+        seen: list[Recipe] = []
+
+        def spy(cohort: Any, recipe: Recipe, generators: Any, original: Any) -> Any:
+            seen.append(recipe)
+            return original(cohort, recipe, generators)
+
+        original = SequentialCohort.train
+        monkeypatch.setattr(SequentialCohort, "train", partialmethod(spy, original=original))
+        how = {"weight_decay": 0.01, "augment": True, "fine_tune_epochs": 0}
+        federate(tmp_path, method="per-fedavg", num_server_rounds=1, **how)
+        [step] = {recipe for recipe in seen if recipe.batch_size == 48}  # 60, 12 put aside
+        assert (step.weight_decay, step.augment, step.epochs) == (0.0, False, 1)
 
 
 class Forgetful(InProcessGrid):
