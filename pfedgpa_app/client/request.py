@@ -108,8 +108,9 @@ class ClientRequest:
             return {}
         schema = self.schema()
         bias = classifier_bias(self.config, schema)
-        by = log_frequencies(self.data().train.labels, len(schema.classes))
-        return {bias: by} if bias in sent else {}
+        if bias not in sent:
+            return {}
+        return {bias: log_frequencies(self.data().train.labels, len(schema.classes))}
 
     def _adjusted(self, sent: Weights) -> Weights:
         """What it was ``sent`` as this client goes by it."""

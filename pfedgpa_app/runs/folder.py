@@ -228,7 +228,7 @@ def _refuse(folder: Path, resolved: Resolved) -> None:
     name = resolved.config.run_name
     if is_running(folder):
         raise ConfigError(running(folder))
-    written = all((folder / name).exists() for name in (EVENTS, METRICS, HOLDINGS))
+    written = all((folder / file).exists() for file in (EVENTS, METRICS, HOLDINGS))
     if resolved.config.resume and written and not (folder / CONFIG).exists():
         raise ConfigError(
             f"resume: {folder} has no {CONFIG}, which says how it went on so far: put it back, or "
