@@ -56,8 +56,8 @@ class PFedGPASettings(DiffusionSettings):
     )
     momentum: float | None = setting(
         None,
-        "the server's momentum in the rounds before; auto: 0.7 at first, and less as clients' "
-        "training loss falls; up to 0.9 where rounds point the same way and it falls slowly",
+        "the server's momentum in the rounds before; auto: where clients' training loss falls "
+        "later than the rounds pass, up to 0.7, and up to 0.9 where rounds point the same way",
         low=0,
         high=0.999,
         grid=("auto", 0.0, 0.5, 0.7),
