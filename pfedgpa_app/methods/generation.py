@@ -60,7 +60,7 @@ class PFedGPASettings(DiffusionSettings):
         "later than the rounds pass, up to 0.7, and up to 0.9 where rounds point the same way",
         low=0,
         high=0.999,
-        grid=("auto", 0.0, 0.5, 0.7),
+        grid=("auto", 0.0, 0.5, 0.7, 0.9),
         part=ROUNDS,
     )
     layers: int = setting(
