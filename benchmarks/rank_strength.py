@@ -22,7 +22,7 @@ import torch
 from unheld import mean_accuracy, unheld
 
 from pfedgpa_app.config.resolve import resolve
-from pfedgpa_app.core.files import replacing
+from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.weights import Weights
@@ -164,8 +164,7 @@ def main() -> None:
             kept = runs[conf, name].folder / file
             if not kept.exists():
                 found = Bench(runs[conf, name], options.unheld).everything()
-                with replacing(kept) as new:
-                    new.write_text(json.dumps(found, indent=1), encoding="utf-8")
+                write_text(kept, json.dumps(found, indent=1))
             rows.append(cells_of(name, json.loads(kept.read_text(encoding="utf-8"))))
         print(f"\n{conf}: accuracy in % (rank, strength)\n\n{markdown(HEADER, rows)}", flush=True)
 

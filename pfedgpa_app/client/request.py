@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -102,8 +103,8 @@ class ClientRequest:
         before = self.round if trains else self.round + 1
         self.state: Weights = memory.recall(context, asked, self._state_key, before)
 
-    def _adjustment(self, sent: Weights) -> Weights:
-        """To the bias of the classifier, by name, that it was ``sent``; {} if it was sent none."""
+    def _adjustment(self, sent: Collection[str]) -> Weights:
+        """To the classifier's bias, by name; {} if that is not among what it was ``sent``."""
         if not (self.config.logit_adjustment and self.method.adjustable):
             return {}
         schema = self.schema()
@@ -158,7 +159,7 @@ class ClientRequest:
         """Leave what it is ``evaluated`` with to whom the results are for, in a simulation."""
         sent = {name for name, tensor in evaluated.items() if self.weights.get(name) is tensor}
         memory.leave(self._asked, {n: t for n, t in evaluated.items() if n not in sent})
-        memory.leave(self._asked, self._adjustment({name: evaluated[name] for name in sent}), LEFT)
+        memory.leave(self._asked, self._adjustment(sent), LEFT)
 
     def _before(self) -> Weights:
         """What it trained from: what it was sent, else what it kept, else as the seed made it."""
