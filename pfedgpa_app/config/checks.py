@@ -93,19 +93,10 @@ def _check(config: Config) -> None:
         raise ConfigError(f"attack = {config.attack}: is for simulations; real nodes would attack")
     for name in config.method:
         METHODS[name].check(config)
-    if config.fine_tune_grid_epochs and not config.validation_share:
-        raise ConfigError(
-            "fine-tune-grid-epochs > 0 chooses by validation: validation-share must be > 0"
-        )
+    if config.fine_tune_grid_epochs and (why := config.why_no_validation):
+        raise ConfigError(f"fine-tune-grid-epochs > 0 chooses by validation: {why}")
     size, aside = config.train_per_client, config.set_aside
-    if size is None or aside is None:
-        return
-    if config.fine_tune_grid_epochs and not aside:
-        raise ConfigError(
-            "fine-tune-grid-epochs > 0 chooses by validation, and of train-per-client = "
-            f"{size} validation-share = {config.validation_share:g} puts nothing aside"
-        )
-    if size - aside < 1:
+    if size is not None and aside is not None and size - aside < 1:
         raise ConfigError("validation-share leaves no image to train on")
 
 

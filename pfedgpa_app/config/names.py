@@ -104,7 +104,9 @@ def require_dataset(name: str, source: str) -> None:
 def require_model(name: str) -> None:
     """Refuse a ``name`` that no network has."""
     if name not in MODELS and not name.startswith(TORCHVISION) and not is_reference(name):
-        raise ConfigError(f"model = {name!r}: no network{near(name, MODELS)} There is {MODEL_HELP}")
+        raise ConfigError(
+            f"model = {name!r}: no network{near(name, MODELS)} There are {MODEL_HELP}"
+        )
 
 
 def require_partition(name: str) -> None:

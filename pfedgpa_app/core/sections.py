@@ -19,7 +19,7 @@ DATASET_HELP = (
     "else below data-dir; or nodes: each node's own, which its --node-config names as dataset"
 )
 MODEL_HELP = (
-    "network; auto: by the shape of the data; the paper's digits, fashion and cifar; conv, for "
+    "auto: by the shape of the data; the paper's digits, fashion and cifar; conv, for "
     "images of any size; mlp, for tables; torchvision:NAME; or MODULE:CALLABLE of your own, which "
     "makes one of (classes, shape) (docs/own.md)"
 )
@@ -123,12 +123,24 @@ class DataSettings(Basics):
         size = self.train_per_client
         return None if size is None else round(size * self.validation_share)
 
+    @property
+    def why_no_validation(self) -> str:
+        """Why clients have no validation images, in words; empty where they may have some."""
+        if not self.validation_share:
+            return "validation-share must be > 0"
+        if self.set_aside != 0:
+            return ""
+        return (
+            f"of train-per-client = {self.train_per_client} validation-share = "
+            f"{self.validation_share:g} puts nothing aside"
+        )
+
 
 @dataclass(frozen=True)
 class TrainingSettings(Basics):
     """The network, a client's training and its fine-tuning."""
 
-    model: str = setting("auto", MODEL_HELP)
+    model: str = setting("auto", f"network; {MODEL_HELP}")
     model_weights: str = setting(
         "", "file of weights that the network starts from: safetensors, or torch's of tensors alone"
     )

@@ -60,14 +60,8 @@ class FedFomo(Method[FomoState]):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        if not config.validation_share:
-            raise ConfigError("fedfomo weighs models by validation: validation-share must be > 0")
-        if config.set_aside == 0:
-            raise ConfigError(
-                "fedfomo weighs models by validation, and of train-per-client = "
-                f"{config.train_per_client} validation-share = {config.validation_share:g} puts "
-                "nothing aside"
-            )
+        if why := config.why_no_validation:
+            raise ConfigError(f"fedfomo weighs models by validation: {why}")
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> FomoState:

@@ -26,8 +26,12 @@ from pfedgpa_app.training.sgd import Recipe
 class FedRepSettings(MethodSettings):
     """How a round is divided."""
 
-    head_epochs: int = setting(10, "τ: epochs on the head, the body standing still", low=0)
-    body_epochs: int = setting(1, "epochs on the body, the head standing still", low=1)
+    head_epochs: int = setting(
+        10, "τ: epochs on the head, the body standing still; not local-epochs", low=0
+    )
+    body_epochs: int = setting(
+        1, "then on the body, the head standing still; not local-epochs", low=1
+    )
     fine_tune_epochs: int = setting(10, "epochs on the head after the last round", low=0)
 
 

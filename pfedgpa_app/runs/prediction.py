@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from pfedgpa_app.core.files import replacing
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES
@@ -119,31 +121,34 @@ def export(model: ClientModel, to: str, path: Path) -> Path:
 
     Raises:
         ConfigError: what ONNX needs is not installed, or the network cannot be exported.
+        OSError: the file cannot be written.
     """
     kind = torch.int64 if model.about.schema.tokens else torch.float32
     example = torch.zeros(2, *model.shape, dtype=kind)
     batch = {0: torch.export.Dim("batch")}
     try:
         if to == "onnx":
-            torch.onnx.export(
+            program = torch.onnx.export(
                 model,
                 (example,),
-                str(path),
                 input_names=["examples"],
                 output_names=["logits"],
                 dynamic_shapes=(batch,),
                 dynamo=True,
-                external_data=False,
                 verbose=False,
             )
+            assert program is not None
+            written = program.model_proto.SerializeToString()
         else:
-            torch.export.save(torch.export.export(model, (example,), dynamic_shapes=(batch,)), path)
+            traced = torch.export.export(model, (example,), dynamic_shapes=(batch,))
+            torch.export.save(traced, file := BytesIO())
+            written = file.getvalue()
     except ImportError as error:
         raise ConfigError(f"--to onnx: {error}: pip install 'pfedgpa-app[onnx]'") from error
-    except OSError:
-        raise
     except Exception as error:  # torch raises all kinds on networks that it cannot trace
         raise ConfigError(
             f"--to {to}: the network {model.about.model!r} cannot be exported: {error}"
         ) from error
+    with replacing(path) as new:
+        new.write_bytes(written)
     return path
