@@ -277,6 +277,28 @@ class TestNetworks:
         network = made("auto", Schema("table", ("a", "b"), (7,)))
         assert network(torch.zeros(3, 7)).shape == (3, 2)
 
+    def test_the_last_layer_is_the_last_that_is_used(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "headfirst.py").write_text(
+            "from torch import nn\n\n"
+            "class Net(nn.Module):\n"
+            "    def __init__(self, classes, shape):\n"
+            "        super().__init__()\n"
+            "        self.head, self.body = nn.Linear(4, classes), nn.Linear(7, 4)\n\n"
+            "    def forward(self, x):\n"
+            "        return self.head(self.body(x).relu())\n"
+        )
+        how: dict[str, Any] = {"code_dir": str(tmp_path)}
+        five, two = (Schema("table", tuple("abcde"[:n]), (7,)) for n in (5, 2))
+        theirs = made("headfirst:Net", five, **how).state_dict()
+        torch.save(theirs, tmp_path / "w.pt")
+        mine = made("headfirst:Net", two, model_weights=str(tmp_path / "w.pt"), seed=9, **how)
+        assert torch.equal(mine.state_dict()["body.weight"], theirs["body.weight"])
+        torch.save({n: t for n, t in theirs.items() if "head" in n}, tmp_path / "w.pt")
+        with pytest.raises(ConfigError, match=r"another network: has no body\.weight"):
+            made("headfirst:Net", five, model_weights=str(tmp_path / "w.pt"), seed=8, **how)
+
     @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
     def test_weights_on_disk(self, tmp_path: Path, suffix: str) -> None:
         from safetensors.torch import save_file

@@ -27,7 +27,6 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.config.names import method_named
     from pfedgpa_app.core.files import write_text
     from pfedgpa_app.study.compare import EXPERIMENTS, plan, report
     from pfedgpa_app.study.sweep import run_sweep
@@ -39,7 +38,7 @@ def handle(options: Namespace) -> int:
     experiments = EXPERIMENTS if options.conf is None else shared.items("--conf", options.conf)
     methods = None
     if options.methods is not None:
-        methods = [method_named(name) for name in shared.items("--methods", options.methods)]
+        methods = shared.methods_named(options.methods, overrides)
     seeds = None if options.seeds is None else _seeds(options.seeds)
     runs = plan(experiments, methods, seeds, overrides, options.out)
     try:

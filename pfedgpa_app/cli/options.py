@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,14 @@ def items(option: str, text: str) -> list[str]:
     if "" in found:
         raise ConfigError(f"{option} {text!r}: wants at least one value, separated by commas")
     return found
+
+
+def methods_named(text: str, overrides: Mapping[str, Any]) -> list[str]:
+    """The methods that ``--methods`` names; one's own is looked for in ``code-dir``."""
+    from pfedgpa_app.config.names import method_named
+
+    code_dir = str(overrides.get("code-dir", ""))
+    return [method_named(name, code_dir) for name in items("--methods", text)]
 
 
 def check_number(option: str, value: int, most: int) -> None:

@@ -37,9 +37,9 @@ def handle(options: Namespace) -> int:
 
     model = load_client(options.run, options.client, options.method)
     about = model.about
-    size = about.image_size or int(options.resize)
+    resize = options.resize or about.image_size > 0
     places = [user_path(place) for place in options.examples]  # Paths, or words after options
-    names, inputs = examples(places, about.schema, size)
+    names, inputs = examples(places, about.schema, resize)
     rows = described(model.probabilities(inputs), model.classes)
     named = [{"example": name, **row} for name, row in zip(names, rows, strict=True)]
     if options.to == "json":

@@ -68,7 +68,7 @@ def handle(options: Namespace) -> int:
     )
     shared.check_runs(overrides, options, out)
     shared.refuse_as_settings(overrides, {"dataset": "--data", "seed": "--seeds"})
-    if taken := overrides.keys() & {"conf", "method", "num-clients", "train-per-client"}:
+    if taken := overrides.keys() & kind.own:
         raise ConfigError(f"{', '.join(sorted(taken))}: is the {kind.thing}'s own to say")
     places = dict(_place(text, DATA) for text in options.data)
     cells = _cells(options, kind)

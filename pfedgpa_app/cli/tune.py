@@ -32,7 +32,6 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.config.names import method_named
     from pfedgpa_app.config.parse import argument
     from pfedgpa_app.config.resolve import resolve
     from pfedgpa_app.methods import federation_of
@@ -52,7 +51,7 @@ def handle(options: Namespace) -> int:
     elif options.methods is None:
         methods = [m for m in every if m in {federation_of(name) for name in config.method}]
     else:
-        methods = [method_named(name) for name in shared.items("--methods", options.methods)]
+        methods = shared.methods_named(options.methods, overrides)
     if not methods:
         raise ConfigError(
             f"--conf {options.conf}: none of its methods ({', '.join(config.method)}) has settings "

@@ -20,8 +20,8 @@ import numpy as np
 from pfedgpa_app.core.own_code import imported, is_reference
 from pfedgpa_app.core.paths import remembered, user_path
 from pfedgpa_app.core.randomness import seeded
-from pfedgpa_app.core.settings import ConfigError, DataError
-from pfedgpa_app.data import EMNIST_SPLITS, HUGGING_FACE, IMAGEFOLDER, NPZ, hugging_face
+from pfedgpa_app.core.settings import ConfigError, DataError, near
+from pfedgpa_app.data import DATASETS, EMNIST_SPLITS, HUGGING_FACE, IMAGEFOLDER, NPZ, hugging_face
 from pfedgpa_app.data.dataset import SPLITS, Dataset, dataset_of
 from pfedgpa_app.data.imagefolder import files_below, has_splits, image_folder, stamped
 
@@ -90,6 +90,8 @@ def load(
             return _hugging_face(name, root, image_size, test_share, download)
         if is_reference(name):
             return _own(name, code_dir, test_share)
+        if name not in TORCHVISIONS:
+            raise DataError(f"dataset {name}: there is none of that name{near(name, DATASETS)}")
         folder = root / TORCHVISIONS[name][1]
         if not folder.is_dir():
             return _torchvision(name, root, download)  # downloads, or says what to do

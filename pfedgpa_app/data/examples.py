@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
@@ -16,12 +17,12 @@ from pfedgpa_app.data.imagefolder import files_below, is_image, read_image
 ARRAYS = (".npy", ".npz", ".csv")
 
 
-def examples(places: Sequence[Path], schema: Schema, size: int) -> tuple[list[str], np.ndarray]:
+def examples(places: Sequence[Path], schema: Schema, resize: bool) -> tuple[list[str], np.ndarray]:
     """The names of examples, and they themselves, [N, *shape].
 
     Args:
         places: images, folders of images, or files of arrays (.npy, .npz with x, .csv).
-        size: to whose square images are resized; 0: they are not.
+        resize: whether images of another size than the network's are made as large as its own.
 
     Raises:
         DataError: a file is absent, cannot be read, or does not fit.
@@ -35,7 +36,7 @@ def examples(places: Sequence[Path], schema: Schema, size: int) -> tuple[list[st
             rows.append(found)
         elif schema.pixels:
             names.append(str(place))
-            rows.append(_image(place, schema, size)[None])
+            rows.append(_image(place, schema, resize)[None])
         else:
             raise DataError(
                 f"{place}: the run's examples are no images: give a file of arrays, "
@@ -58,13 +59,13 @@ def _files(places: Sequence[Path], pixels: bool) -> Iterator[Path]:
             yield place
 
 
-def _image(file: Path, schema: Schema, size: int) -> np.ndarray:
+def _image(file: Path, schema: Schema, resize: bool) -> np.ndarray:
     """One image [C, H, W] uint8, in grey or colour as the network wants it."""
     channels, height, width = schema.shape
     image = read_image(file)
     if channels in (1, 3):
         image = image.convert("L" if channels == 1 else "RGB")
-    if size and image.size != (width, height):
+    if resize and image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     array = np.asarray(image)
     array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
@@ -89,8 +90,10 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
             found = loaded if isinstance(loaded, np.ndarray) else loaded["x"]
     except KeyError as error:
         raise DataError(f"{file}: has no array called x") from error
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DataError(f"{file}: cannot be read as an array of numbers: {error}") from error
+    if found.dtype.kind not in "biuf":
+        raise DataError(f"{file}: holds {found.dtype}, and the network takes numbers")
     if found.shape == schema.shape:
         found = found[None]
     if found.shape[1:] != schema.shape:

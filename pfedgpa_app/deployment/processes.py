@@ -86,7 +86,7 @@ class Deployment(Flower):
         """Where a node's SuperNode and clients write."""
         return self.home / f"node-{number}.log"
 
-    def kill_node(self, number: int, sign: int = signal.SIGKILL) -> None:
+    def kill_node(self, number: int) -> None:
         """End a node's SuperNode and what it started."""
-        os.killpg(self.nodes[number].pid, sign)
+        os.killpg(self.nodes[number].pid, signal.SIGKILL)
         self.nodes.pop(number).wait()

@@ -74,9 +74,7 @@ def prepared(nodes: int, overrides: dict[str, Any]) -> tuple[dict[str, Any], Pat
     return settings | {"out-dir": str(folder.parent), "run-name": folder.name}, folder
 
 
-def rehearse(
-    nodes: int, overrides: dict[str, Any], app: Path = APP_DIR, console: Console | None = None
-) -> Path:
+def rehearse(nodes: int, overrides: dict[str, Any], app: Path = APP_DIR) -> Path:
     """Bring everything up, run the app, take everything down; the folder of the results.
 
     Args:
@@ -86,7 +84,7 @@ def rehearse(
         ConfigError: refused before anything started.
         LaunchError: the rehearsal failed.
     """
-    console = console or Console()
+    console = Console()
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,8 +1,8 @@
 """The paper's autoencoder: 1-D convolutions over the weights, trained with noise (p-diff).
 
 Wang et al. 2024 (arXiv 2402.13144) train it on the weights and add noise to its input and its
-latent. Here weights are scaled tensor by tensor and cut into chunks, each with latents of its
-own, so that cost grows linearly with a network's size.
+latent. Here it is added to the latent alone; weights are scaled tensor by tensor and cut into
+chunks, each with latents of its own, so that cost grows linearly with a network's size.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ _ROWS = 32  # uploads a training step, and encoded or decoded at a time
 
 @dataclass(frozen=True)
 class ConvolutionalSettings:
-    """How it is trained; noise in units of the scaled weights and of the latents, in (−1, 1)."""
+    """How it is trained; noise in units of the latents, which lie in (−1, 1)."""
 
     latents: int = 16  # a chunk
     steps: int = 1500
     learning_rate: float = 1e-2
-    input_noise: float = 0.001
     latent_noise: float = 0.1
     chunk: int = 16_384  # weights
 
@@ -110,8 +109,7 @@ class ConvolutionalAutoencoder:
         for _ in range(settings.steps):
             rows = order[torch.randint(len(deltas), (_ROWS,), generator=generator)]
             x = coder._chunked(deltas.rows(rows)).to(device)
-            jitter = torch.randn(x.shape, generator=generator).to(device)
-            z = network.encode(x + settings.input_noise * jitter)
+            z = network.encode(x)
             noise = torch.randn(z.shape, generator=generator).to(device)
             loss = F.mse_loss(network.decode(z + settings.latent_noise * noise), x)
             optimiser.zero_grad()

@@ -85,13 +85,12 @@ def shared_directions(
     own_weight: float,
     blur: float,
     seed: int,
-    refinements: int = 1,
 ) -> Tensor:
     """Whole-network directions that clients with like classifiers share.
 
     The principal scores of the clients' mean heads say who is like whom; regressing the whole
     networks' client means on these scores keeps what goes with them and averages out what each
-    client memorised. Once refined: scores are replaced by the clients' latents, denoised by
+    client memorised. Then scores are replaced by the clients' latents, denoised by
     the exact finite-set denoiser, which gathers like clients further.
 
     Args:
@@ -105,21 +104,20 @@ def shared_directions(
     means = client_means(clients)
     newest = newest_rows(clients)
     scores = scores_of(classifiers)[:, :rank]
-    for _ in range(refinements):
-        span = deltas.span(means.T @ scores)
-        mixing, deviations = span.axes()
-        if not len(deviations):
-            break
-        latents = span.products @ mixing / deviations
-        strength = calibrate_strength(latents, clients, newest, schedule, own_weight, seed)
-        denoised = regenerate(
-            latents[newest],
-            FiniteSetDenoiser(latents, schedule, blur),
-            schedule,
-            torch_generator(seed, "directions"),
-            mode="tweedie",
-            strength=strength,
-            draws=64,
-        )
-        scores = torch.linalg.qr(denoised - denoised.mean(0)).Q
-    return means.T @ scores
+    span = deltas.span(means.T @ scores)
+    mixing, deviations = span.axes()
+    if not len(deviations):
+        return means.T @ scores
+    latents = span.products @ mixing / deviations
+    strength = calibrate_strength(latents, clients, newest, schedule, own_weight, seed)
+    denoised = regenerate(
+        latents[newest],
+        FiniteSetDenoiser(latents, schedule, blur),
+        schedule,
+        torch_generator(seed, "directions"),
+        mode="tweedie",
+        strength=strength,
+        draws=64,
+    )
+    gathered: Tensor = torch.linalg.qr(denoised - denoised.mean(0)).Q
+    return means.T @ gathered

@@ -229,9 +229,7 @@ class WeightDistribution(Distribution):
         """The autoencoder and the uploads' latents [N, k]."""
         settings, seed = self.settings, self.seed
         if settings.autoencoder == "conv" and rank:
-            training = ConvolutionalSettings(
-                settings.chunk_latents, settings.autoencoder_steps, input_noise=0.0
-            )
+            training = ConvolutionalSettings(settings.chunk_latents, settings.autoencoder_steps)
             return ConvolutionalAutoencoder.fit(deltas, self.layout, training, seed, device)
         if not rank:
             return LinearAutoencoder.fit(deltas, torch.zeros(len(deltas), 1).double())

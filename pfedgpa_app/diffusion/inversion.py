@@ -20,6 +20,7 @@ from pfedgpa_app.diffusion.denoiser import Denoiser, FiniteSetDenoiser
 from pfedgpa_app.diffusion.schedule import Schedule
 
 Noise = Callable[[int], Tensor]  # rows wanted -> standard normal [rows, k]
+_DRAWS = 20  # of noise, by which strength is calibrated
 _CODE_NUMBERS = 2**24  # numbers of stored noise held at a time
 
 
@@ -271,7 +272,6 @@ def calibrate_strength(
     own_weight: float,
     seed: int,
     most_noise: float = math.inf,
-    draws: int = 20,
 ) -> int:
     """The smallest t0 at which noise hides each newest latent among others' enough.
 
@@ -284,13 +284,13 @@ def calibrate_strength(
         latents: [N, k]; clients: [N]; newest: rows [M] of each client's newest upload.
     """
     generator = torch_generator(seed, "strength")
-    noise = torch.randn(draws, latents.shape[1], generator=generator, dtype=latents.dtype)
+    noise = torch.randn(_DRAWS, latents.shape[1], generator=generator, dtype=latents.dtype)
     points = FiniteSetDenoiser(latents, schedule)
     own = (clients[newest][:, None] == clients).to(latents.dtype)
 
     def weight(t: int) -> float:
         noisy = schedule.add_noise(latents[newest], noise[:, None], t)
-        weights = points.weights(noisy.view(-1, latents.shape[1]), t).view(draws, *own.shape)
+        weights = points.weights(noisy.view(-1, latents.shape[1]), t).view(_DRAWS, *own.shape)
         return float((weights * own).sum(2).mean())
 
     low, high = 1, schedule.last_below(most_noise)  # the weight falls as t rises

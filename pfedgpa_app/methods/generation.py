@@ -23,6 +23,7 @@ from pfedgpa_app.core.settings import RESULTS, ConfigError, setting
 from pfedgpa_app.core.uploads import Buffer, Entry, Upload
 from pfedgpa_app.core.weights import Weights, is_statistic, last_layers, own_statistics
 from pfedgpa_app.diffusion.copies import novelty
+from pfedgpa_app.diffusion.denoiser import TokenTransformer
 from pfedgpa_app.diffusion.directions import Likeness, newest_rows
 from pfedgpa_app.diffusion.distribution import WeightDistribution, likeness_of
 from pfedgpa_app.diffusion.network import STEP_SECONDS
@@ -204,6 +205,12 @@ class Generation(Personaliser[RememberedState]):
             raise ConfigError(
                 f"pfedgpa.strength = {own.strength}: must be at most pfedgpa.diffusion-steps = "
                 f"{own.diffusion_steps}"
+            )
+        heads = TokenTransformer.HEADS
+        if "transformer" in (own.denoiser, own.round_denoiser) and own.width % heads:
+            raise ConfigError(
+                f"pfedgpa.width = {own.width}: the transformer has {heads} heads of one width: "
+                f"a multiple of {heads}, please"
             )
         if own.descriptor == "labels" and not config.share_label_counts:
             raise ConfigError(

@@ -97,9 +97,9 @@ def _template(
     made = _made_by(seed, model, code_dir, schema)
     if is_reference(model):
         _check_alike(made, _made_by(seed, model, code_dir, schema), model)
+    order_weights(made, _used_in_order(made, model, schema), head)
     if weights:
         _load_from(made, weights)
-    order_weights(made, _used_in_order(made, model, schema), head)
     choose_layout(made, schema.shape)
     return made
 
@@ -219,8 +219,8 @@ def _load_from(network: nn.Module, path: str) -> None:
         ) from error
     own = network.state_dict()
     fitting = {n: t for n, t in found.items() if n in own and own[n].shape == t.shape}
-    last = {name.rpartition(".")[0] for name in list(own)[-1:]}
-    missing = [n for n in own if n not in fitting and n.rpartition(".")[0] not in last]
+    last = weight_names(network)[-1].rpartition(".")[0]
+    missing = [n for n in own if n not in fitting and n.rpartition(".")[0] != last]
     if missing:
         why = "has no" if missing[0] not in found else "has another shape of"
         raise ConfigError(

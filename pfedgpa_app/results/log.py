@@ -171,7 +171,6 @@ class RunLog:
         self.folder, self.rounds, self.making = folder, rounds, dict(making or {})
         self.curves: dict[str, list[tuple[int, float, float]]] = {}
         self.listeners: list[Callable[[str, int, list[dict[str, Any]]], None]] = []
-        self.rejections = 0
         self._work, self._done = work, 0.0
         self._started = self._last = time.monotonic()
         self._begun = 0.0  # where this process began
@@ -188,7 +187,6 @@ class RunLog:
             self._sums[path.name] = _summed(path, *self._sums.get(path.name, (0, 0)))
         return {
             "curves": self.curves,
-            "rejections": self.rejections,
             "done": self._done,
             "sizes": {name: size for name, (size, _) in self._sums.items()},
             "checksums": {name: checksum for name, (_, checksum) in self._sums.items()},
@@ -200,7 +198,7 @@ class RunLog:
         Raises:
             ConfigError: some that the checkpoint counts are not there any more.
         """
-        self.curves, self.rejections = state["curves"], state["rejections"]
+        self.curves = state["curves"]
         self._done = self._begun = state["done"]
         sizes = {self.folder / file: state["sizes"].get(file, 0) for file in RECORDS}
         for path, size in sizes.items():
@@ -288,7 +286,6 @@ class RunLog:
 
     def rejected(self, name: str, server_round: int, client: int, reason: str) -> None:
         """A client's reply cannot be used."""
-        self.rejections += 1
         text = f"{name} round {server_round}: client {client} {reason}"
         self.event("warning", text)
 

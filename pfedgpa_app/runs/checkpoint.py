@@ -1,10 +1,10 @@
 """A run's state on disk, from which a killed run goes on.
 
 A checkpoint is a tree of numbers, texts, containers, tensors and dataclasses of this package or of
-a method's: a manifest in JSON and tensors in safetensors files, nothing that runs. A tensor that
-an earlier checkpoint holds already is not written again, so that a buffer of uploads costs one
-round's. The manifest is replaced last and whole: whenever a run is killed, the newest or the one
-before it is there. All of it has checksums, so that a damaged one is refused.
+a method's: a manifest in JSON and tensors in safetensors files, nothing that runs. A tensor of a
+frozen dataclass that an earlier checkpoint holds already is not written again, so that a buffer of
+uploads costs one round's. The manifest is replaced last and whole: whenever a run is killed, the
+newest or the one before it is there. All of it has checksums, so that a damaged one is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DTYPES = {dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dt
 _DAMAGED: tuple[type[Exception], ...] = (OSError, SafetensorError, RuntimeError, ValueError)
 _DAMAGED += (AttributeError, LookupError, TypeError)
 
-Put = Callable[[Tensor], list[str]]
+Put = Callable[[Tensor, bool], list[str]]  # the latter: whether it is frozen
 Get = Callable[[list[str]], Tensor]
 
 
@@ -41,8 +41,11 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be used; the text says why."""
 
 
-def encode(value: Any, put: Put) -> Any:
-    """``value`` as JSON; ``put`` says where it keeps a tensor.
+def encode(value: Any, put: Put, frozen: bool = False) -> Any:
+    """``value`` as JSON; ``put`` says where it keeps a tensor, by whether that may still change.
+
+    Args:
+        frozen: whether it is of a frozen dataclass, whose tensors are those of before.
 
     Raises:
         ConfigError: something that is neither data nor a module.
@@ -50,9 +53,9 @@ def encode(value: Any, put: Put) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        return ["tensor", put(value)]
+        return ["tensor", put(value, frozen)]
     if isinstance(value, np.ndarray):
-        return ["array", put(torch.from_numpy(value))]
+        return ["array", put(torch.from_numpy(value), frozen)]
     if isinstance(value, torch.dtype):
         return ["dtype", str(value).removeprefix("torch.")]
     if isinstance(value, nn.Module):
@@ -63,7 +66,10 @@ def encode(value: Any, put: Put) -> Any:
         if isinstance(value, kind):
             return [kind.__name__, [encode(item, put) for item in value]]
     if dataclasses.is_dataclass(value) and _is_ours(type(value).__module__):
-        parts = {f.name: encode(getattr(value, f.name), put) for f in dataclasses.fields(value)}
+        frozen = vars(type(value))["__dataclass_params__"].frozen
+        parts = {
+            f.name: encode(getattr(value, f.name), put, frozen) for f in dataclasses.fields(value)
+        }
         return ["data", f"{type(value).__module__}:{type(value).__qualname__}", parts]
     raise ConfigError(
         f"a checkpoint cannot hold a {type(value).__name__}, only numbers, texts, lists, dicts, "
@@ -91,14 +97,24 @@ def decode(node: Any, get: Get, like: Any = None) -> Any:
     if kind == "dtype":
         return {str(dtype): dtype for dtype in _DTYPES}[f"torch.{content}"]
     if kind == "module":
+        if not isinstance(like, nn.Module):
+            raise CheckpointError(
+                "holds a module that the state of before the first round has not: let begin() make "
+                "all of them, or keep their state_dict()"
+            )
         like.load_state_dict(decode(content, get))
         return like
     if kind == "dict":
-        return {decode(k, get): decode(v, get) for k, v in content}
+        known = like if isinstance(like, dict) else {}
+        pairs = [(decode(k, get), v) for k, v in content]
+        return {k: decode(v, get, known.get(k)) for k, v in pairs}
     if kind == "data":
         fields = {f: decode(v, get, getattr(like, f, None)) for f, v in node[2].items()}
         return _dataclass(content)(**fields)
-    items = [decode(item, get) for item in content]
+    before = like if isinstance(like, (list, tuple)) else ()
+    items = [
+        decode(item, get, before[i] if i < len(before) else None) for i, item in enumerate(content)
+    ]
     return {"Size": torch.Size, "list": list, "tuple": tuple}[kind](items)
 
 
@@ -148,8 +164,10 @@ class Checkpoint:
         new: dict[str, Tensor] = {}
         kept: dict[int, tuple[Tensor, int, list[str]]] = {}
 
-        def put(tensor: Tensor) -> list[str]:
-            for known in (kept, self._kept):
+        def put(tensor: Tensor, frozen: bool) -> list[str]:
+            # its version tells nothing of writing through .data or .numpy(): kept files have
+            # only what nobody writes to
+            for known in (kept, self._kept) if frozen else (kept,):
                 found = known.get(id(tensor))
                 if found is not None and found[1] == tensor._version:
                     kept[id(tensor)] = found

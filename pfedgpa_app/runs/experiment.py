@@ -7,6 +7,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from pfedgpa_app.server import privacy
 from pfedgpa_app.server.joining import join
 from pfedgpa_app.server.roster import Roster
 from pfedgpa_app.server.strategy import Personalised
-from pfedgpa_app.training.evaluation import FinalScore
+from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 from pfedgpa_app.training.sgd import slow_precision
 
 
@@ -138,8 +139,11 @@ def _evaluation_work(config: Config) -> float:
 
     All clients take part in it; fine-tunings that differ in their epochs only share them.
     """
-    tried = fine_tunings(config, [METHODS[name] for name in config.method])
-    epochs = sum(each.epochs for each in tried) / config.local_epochs
+    most: dict[FineTuning, int] = {}
+    for each in fine_tunings(config, [METHODS[name] for name in config.method]):
+        way = replace(each, epochs=0)
+        most[way] = max(each.epochs, most.get(way, 0))
+    epochs = sum(most.values()) / config.local_epochs
     return (1 + epochs / 2) / config.fraction_train
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pfedgpa_app.config.parse import argument
 from pfedgpa_app.config.resolve import resolve
-from pfedgpa_app.core.paths import APP_DIR, user_path
+from pfedgpa_app.core.paths import APP_DIR, YAML, user_path
 from pfedgpa_app.core.sections import PARTITION_FILE, Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.weights import Weights
@@ -217,7 +217,8 @@ def with_absolute_paths(run_config: Mapping[str, Any], config: Config) -> dict[s
         for name, value in run_config.items()
     }
     settings["data-dir"] = str(resolve_data_dir(config.data_dir, config.dataset))
-    if (conf := user_path(str(settings.get("conf", "")))).is_file():
+    conf = user_path(str(settings.get("conf", "")))
+    if conf.suffix in YAML and conf.is_file():  # else one of the app's, by its name
         settings["conf"] = str(conf.absolute())
     settings["code-dir"] = str(user_path(config.code_dir or ".").absolute())
     files = {

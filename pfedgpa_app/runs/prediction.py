@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.files import replacing
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
@@ -19,7 +20,7 @@ from pfedgpa_app.data.client import forget, schema_of
 from pfedgpa_app.data.client import load_client as load_data
 from pfedgpa_app.data.datasets import load as load_dataset
 from pfedgpa_app.data.imagefolder import recoloured
-from pfedgpa_app.runs.folder import check_data, kept_config
+from pfedgpa_app.runs.folder import check_data, kept_config, kept_settings
 from pfedgpa_app.runs.personal import About, ClientModel, load_client, warn_of_changes
 
 
@@ -105,9 +106,9 @@ def _kind(schema: Schema) -> str:
 
 def _tested(about: About, folder: Path, client: int) -> tuple[np.ndarray, np.ndarray]:
     """What ``client`` was tested on in the run."""
-    config = kept_config(folder)
-    if config.dataset == NODES:
+    if values_of(kept_settings(folder))["dataset"] == NODES:
         raise ConfigError(f"{folder}: its clients' data are on their nodes: name a data set")
+    config = kept_config(folder)
     check_data(folder, config)
     data = load_data(config, client).test
     warn_of_changes(folder, about, config.dataset)

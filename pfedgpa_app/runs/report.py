@@ -194,7 +194,7 @@ def _parts_of(run: Run) -> Iterator[Row]:
         "note": "Accuracy of what the client would keep, in percent; in brackets which client.",
     }
     events = list(run.lines(EVENTS))
-    told = [e["text"] for e in events if e["kind"] in ("warning", "rejected", "stalled", "resumed")]
+    told = [e["text"] for e in events if e["kind"] in ("warning", "stalled", "resumed")]
     if told:
         shown = list(dict.fromkeys(told))
         more = [f"… and {len(shown) - 20} more, in events.jsonl"] if len(shown) > 20 else []

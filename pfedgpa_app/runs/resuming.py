@@ -57,13 +57,13 @@ class Resuming:
             if not kept:
                 if (self.log.folder / METRICS).exists():
                     self.log.event("warning", "no checkpoint was kept: the run begins anew")
-                self.log.restore({"curves": {}, "rejections": 0, "done": 0.0, "sizes": {}})
+                self.log.restore({"curves": {}, "done": 0.0, "sizes": {}})
                 return {}
             if not every:  # nor would clients keep what they go on from
                 raise ConfigError(
                     "checkpoint-every = 0: a run that goes on keeps checkpoints; give 1 or more"
                 )
-            kept = {"weights": encode({}, lambda _: [])} | kept  # older ones have none
+            kept = {"weights": encode({}, lambda _, frozen: [])} | kept  # older ones have none
             names = ("name", "finished", "rows", "outcomes", "log", "weights")
             values = {name: self._checkpoint.restore(kept[name]) for name in names}
             self.name, self.finished = values["name"], values["finished"]
@@ -115,7 +115,7 @@ class Resuming:
         Raises:
             ConfigError: why not.
         """
-        encode(state, lambda _: [])
+        encode(state, lambda _, frozen: [])
 
     def keep(self, going: dict[str, Any]) -> None:
         """Replace the checkpoint; a disk that is full does not end the run.

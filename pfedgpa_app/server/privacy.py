@@ -31,6 +31,8 @@ def epsilon_of(config: Config, uploads: int) -> float:
     Corollary 3.3), whose δ(ε) = Φ(μ/2 − ε/μ) − exp(ε) Φ(−μ/2 − ε/μ), μ = √uploads/σ (Balle and
     Wang 2018, Theorem 8). Whose turn it is, the server sees: sampling amplifies nothing.
     """
+    if not uploads:
+        return 0.0
     mu = math.sqrt(uploads) / noise_multiplier(config)
 
     def delta(epsilon: float) -> float:

@@ -49,6 +49,7 @@ class Join(Later):
 
     name: ClassVar[str] = "join"
     known: ClassVar[tuple[str, ...]] = METHODS_OF_JOIN
+    own: ClassVar[frozenset[str]] = Later.own | {"join-clients", "join-iterations"}
     only: tuple[str, ...] = METHODS_OF_JOIN
 
     @classmethod

@@ -179,14 +179,14 @@ class RayCluster:
         return [number for number in cores if number]
 
     def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
-        gpus = 1 if settings.get("device") == "cuda" else 0
+        config = resolve(settings).config
         task = self.ray.remote(carry_out).options(
-            num_cpus=cores or settings.get("workers") or 1,
-            num_gpus=gpus,
+            num_cpus=cores or config.workers or 1,
+            num_gpus=1 if config.device == "cuda" else 0,
             num_returns="streaming",
             max_retries=0,
         )
-        there = with_absolute_paths(settings, resolve(settings).config)
+        there = with_absolute_paths(settings, config)
         if "data-dir" not in settings:  # each machine has its own
             del there["data-dir"]
         # and our app lies somewhere else there
@@ -337,14 +337,15 @@ class SlurmCluster:
 
     def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
         executor = self.submitit.SlurmExecutor(self.home)
-        gpus = {"gpus_per_node": 1} if settings.get("device") == "cuda" else {}
+        config = resolve(settings).config
+        gpus = {"gpus_per_node": 1} if config.device == "cuda" else {}
         executor.update_parameters(
             job_name=folder.name,
-            cpus_per_task=cores or settings.get("workers") or 1,
+            cpus_per_task=cores or config.workers or 1,
             time=_DAY,
             **gpus,
         )
-        there = with_absolute_paths(settings, resolve(settings).config)
+        there = with_absolute_paths(settings, config)
         try:
             job = executor.submit(on_slurm, there, app, cores)
         except self.submitit.core.utils.FailedJobError as error:
@@ -371,10 +372,10 @@ class _Job:
             return None
         try:
             status, self._said = self.job.result()
+        except self.submitit.core.utils.FailedJobError as error:  # an UncompletedJobError, too
+            status, self._said = 1, str(error)
         except self.submitit.core.utils.UncompletedJobError as error:
             raise Lost(str(error)) from error
-        except self.submitit.core.utils.FailedJobError as error:
-            status, self._said = 1, str(error)
         return int(status)
 
     def stop(self) -> None:

@@ -46,8 +46,7 @@ def read(path: Path) -> tuple[Settings, dict[str, list[Any]]]:
 
 def images_trained(config: Config) -> float:
     """How many images the clients of a run train on in all, about."""
-    took_part = max(1, round(config.fraction_train * config.num_clients))
-    a_round = took_part * (config.train_per_client or 600) * config.local_epochs
+    a_round = config.round_clients * (config.train_per_client or 600) * config.local_epochs
     return len(federations(config.method)) * config.num_server_rounds * a_round
 
 

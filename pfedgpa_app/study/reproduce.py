@@ -110,6 +110,10 @@ class Atlas:
     picture: ClassVar[str] = "map"
     thing: ClassVar[str] = "map"
     known: ClassVar[tuple[str, ...]] = METHODS_OF_MAP
+    # settings by which its tables are laid out
+    own: ClassVar[frozenset[str]] = frozenset(
+        ("conf", "method", "num-clients", "train-per-client", "partition", "fine-tune-grid-epochs")
+    )
     figures: ClassVar[tuple[str, ...]] = tuple(COLUMNS.values())
     out: Path
     settings: Settings

@@ -238,7 +238,6 @@ def sweep(
     out: Path,
     app: Path,
     jobs: int | None = None,
-    console: Console | None = None,
     on: str = "here",
 ) -> bool:
     """Run every combination that is not done yet; whether all of them are done now.
@@ -246,7 +245,7 @@ def sweep(
     Raises:
         ConfigError, DataError: refused before any run started.
     """
-    return run_sweep(expand(settings, over, out), out, app, jobs, console, on)
+    return run_sweep(expand(settings, over, out), out, app, jobs, on)
 
 
 def run_sweep(
@@ -254,7 +253,6 @@ def run_sweep(
     out: Path,
     app: Path,
     jobs: int | None,
-    console: Console | None = None,
     on: str = "here",
     judge: Judge = lenient,
 ) -> bool:
@@ -267,7 +265,6 @@ def run_sweep(
     Raises:
         ConfigError, DataError: refused before any run started.
     """
-    console = console or Console()
     for run in runs:
         if on != "here" and run.config.engine == "ray":
             raise ConfigError("engine = ray: on a cluster a run stays on one machine: process")
@@ -281,7 +278,7 @@ def run_sweep(
     with locked(out, f"{out}: another sweep is running there"):
         place = place_of(on, out)
         try:
-            return _run_all(runs, out, app, jobs, place, console, judge)
+            return _run_all(runs, out, app, jobs, place, judge)
         finally:
             place.close()
 
@@ -292,9 +289,9 @@ def _run_all(
     app: Path,
     jobs: int | None,
     place: Place,
-    console: Console,
     judge: Judge,
 ) -> bool:
+    console = Console()
     jobs, workers = shares(runs, jobs, place.machines())
     show = Bars(console) if console.is_terminal else Lines(console)
     going = Sweep(runs, app, jobs, workers, show, place, judge)

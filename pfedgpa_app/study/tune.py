@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 from joblib import cpu_count
-from rich.console import Console
 
 from pfedgpa_app.config.checks import RUN_CONFIG
 from pfedgpa_app.config.names import defaults, keys, require_method, sections
@@ -69,7 +68,6 @@ def tune(
     app: Path,
     jobs: int | None,
     command: str,
-    console: Console | None = None,
     on: str = "here",
     number: int | None = None,
 ) -> dict[str, Any]:
@@ -81,7 +79,7 @@ def tune(
     Raises:
         ConfigError: a method without main settings, or settings that cannot run.
     """
-    path, console = conf_path(conf), console or Console()
+    path = conf_path(conf)
     _check(path, conf, methods)
     found: dict[str, Any] = {}
     # those without a section choose the run's settings, which are the others' defaults
@@ -92,7 +90,7 @@ def tune(
         base["validation-share"] = there.config.validation_share or base["validation-share"]
 
     def run_all(runs: list[Run], judge: Judge = lenient) -> bool:
-        return run_sweep(runs, out, app, jobs, console, on, judge)
+        return run_sweep(runs, out, app, jobs, on, judge)
 
     for group in filter(None, (first, [method for method in methods if method not in first])):
         grids = {method: main_settings(method) for method in group}

@@ -53,6 +53,7 @@ class WarmStart(Later):
 
     name: ClassVar[str] = "warm-start"
     known: ClassVar[tuple[str, ...]] = METHODS_OF_START
+    own: ClassVar[frozenset[str]] = Later.own | {"evaluate-every", "start-from"}
     only: tuple[str, ...] = METHODS_OF_START
 
     @classmethod

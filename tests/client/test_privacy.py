@@ -118,6 +118,10 @@ class TestLocalDP:
         assert any("reference" in m.content.array_records for m in grid.sent)
         assert not any(" failed " in e["text"] for e in records(folder, "events.jsonl"))
 
+    def test_who_alone_uploads_nothing_spends_nothing(self, tmp_path: Path) -> None:
+        folder, _ = federate(tmp_path, method="local", local_dp_epsilon=1.0, max_epsilon=1.0)
+        assert summary(folder).keys() == {"local"}
+
     def test_a_run_that_diverges_by_its_noise_says_so(self, tmp_path: Path) -> None:
         how: dict[str, Any] = {"local_dp_epsilon": 1e-3, "local_dp_clip": 1e30}
         with pytest.raises(NoUploadsError, match="under the noise: raise local-dp-epsilon"):

@@ -97,6 +97,10 @@ class TestRefusals:
         ("settings", "words"),
         [
             ({"method": "fedsvg"}, ["method", "fedsvg", "did you mean fedavg?"]),
+            (
+                {"method": "pfedgpa", "pfedgpa.denoiser": "transformer", "pfedgpa.width": 30},
+                ["pfedgpa.width = 30", "a multiple of 4"],
+            ),
             ({"method": "fedavg,fedavg"}, ["method", "twice"]),
             ({"dataset": "imagenet"}, ["dataset", "imagenet", "fashion-mnist"]),
             ({"classes": "cat,dog"}, ["classes", "dataset = nodes", "digits"]),

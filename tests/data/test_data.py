@@ -769,14 +769,20 @@ class TestDatasets:
         ).sum()
 
 
+def test_a_data_set_of_no_name_is_refused() -> None:
+    """As a node may name one."""
+    with pytest.raises(DataError, match=r"dataset cifar11: .* did you mean cifar10\?"):
+        load("cifar11", "")
+
+
 def test_tokens_of_a_file_are_whole_numbers(tmp_path: Path) -> None:
     schema = Schema("words", ("a", "b"), (3,), tokens=True)
     file = tmp_path / "words.csv"
     file.write_text("1,2,3\n4,5,6.0\n")
-    assert examples([file], schema, 0)[1].tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert examples([file], schema, resize=False)[1].tolist() == [[1, 2, 3], [4, 5, 6]]
     file.write_text("1,2,3\n4,1.7,6\n")
     with pytest.raises(DataError, match=r"words.csv: has 1.7, and the network takes whole numbers"):
-        examples([file], schema, 0)
+        examples([file], schema, resize=False)
 
 
 def test_cifar10_as_images(cifar10_folder: Path) -> None:

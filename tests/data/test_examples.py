@@ -19,7 +19,7 @@ def test_rows_of_a_table_with_names_or_without(tmp_path: Path) -> None:
     for head in ("", "age,height,weight\n"):
         rows = tmp_path / "rows.csv"
         rows.write_text(f"{head}1,2,3\n4,5,6.5\n")
-        names, found = examples([rows], THREE, size=0)
+        names, found = examples([rows], THREE, resize=False)
         assert found.tolist() == [[1, 2, 3], [4, 5, 6.5]]
         assert len(names) == 2
 
@@ -29,7 +29,17 @@ def test_a_cell_that_is_no_number_is_named(tmp_path: Path, cell: str, said: str)
     rows = tmp_path / "rows.csv"
     rows.write_text(f"age,height,weight\n1,2,3\n4,{cell},6\n")
     with pytest.raises(DataError, match=f"rows.csv: {said}: wanted are numbers"):
-        examples([rows], THREE, size=0)
+        examples([rows], THREE, resize=False)
+
+
+def test_a_file_of_no_numbers_is_refused(tmp_path: Path) -> None:
+    garbled, words = tmp_path / "garbled.npz", tmp_path / "words.npy"
+    garbled.write_bytes(b"PK\3\4 and so on")
+    np.save(words, np.array([["a", "b", "c"]]))
+    with pytest.raises(DataError, match=r"garbled\.npz: cannot be read"):
+        examples([garbled], THREE, resize=False)
+    with pytest.raises(DataError, match=r"words\.npy: holds <U1, and the network takes numbers"):
+        examples([words], THREE, resize=False)
 
 
 class TestColumnsByName:
@@ -40,7 +50,7 @@ class TestColumnsByName:
     def read(self, folder: Path, text: str) -> np.ndarray:
         rows = folder / "rows.csv"
         rows.write_text(text)
-        return examples([rows], self.NAMED, size=0)[1]
+        return examples([rows], self.NAMED, resize=False)[1]
 
     def test_in_any_order_and_with_others(self, tmp_path: Path) -> None:
         text = "2020, label,height,age\n3,yes,2,1\n6,no,5,4\n"

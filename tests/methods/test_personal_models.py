@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pfedgpa_app.core.uploads import Upload
-from pfedgpa_app.methods.fedfomo import AFFINITY, FedFomo
+from pfedgpa_app.methods.fedfomo import AFFINITY
 from pfedgpa_app.methods.fedproto import NEVER, FedProto
 from tests.support.by_hand import (
     by_hand,
@@ -124,7 +124,6 @@ class TestRefusals:
             configured(method="fedfomo", validation_share=0.0)
         with pytest.raises(ConfigError, match=r"train-per-client = 30 .* puts nothing aside"):
             configured(method="fedfomo", validation_share=0.01, train_per_client=30)
-        assert FedFomo.title
 
     def test_pfedmes_inner_steps_must_come_to_rest(self) -> None:
         """Each goes from θ − w to (1 − ηλ)(θ − w)."""

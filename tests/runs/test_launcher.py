@@ -25,6 +25,16 @@ def test_how_to_go_on_can_be_pasted() -> None:
     assert "by 'run-name=my run' resume" in launcher.advice(resolve({"run-name": "my run"}).config)
 
 
+def test_an_experiment_s_name_is_not_taken_for_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").write_text("notes")
+    monkeypatch.chdir(tmp_path)
+    settings = {"conf": "demo"}
+    there = launcher.with_absolute_paths(settings, resolve(settings).config)
+    assert resolve(there).config.conf == "demo"
+
+
 class TestPatience:
     def test_before_the_first_round_a_client_has_its_timeout_but_two_minutes_at_most(self) -> None:
         for timeout, limit in ((30.0, 30.0), (3600.0, 120.0)):

@@ -20,6 +20,7 @@ import pytest
 import torch
 from flwr.app import Message
 from rich.console import Console
+from torch import nn
 
 from pfedgpa_app import cli
 from pfedgpa_app.cli.options import parse_overrides
@@ -28,7 +29,8 @@ from pfedgpa_app.core.files import replacing
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.core.uploads import Buffer
+from pfedgpa_app.core.uploads import Buffer, Entry
+from pfedgpa_app.core.weights import Layout
 from pfedgpa_app.diffusion.network import fit_network
 from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.diffusion.settings import DiffusionSettings
@@ -413,23 +415,52 @@ class TestCheckpoint:
         assert back["plain"] == parts["plain"]
 
     def test_what_is_there_is_not_written_again(self, tmp_path: Path) -> None:
+        layout = Layout(("x",), (torch.Size([10_000]),), (torch.float32,))
+
+        def upload(client: int, size: int = 10_000) -> Entry:
+            return Entry(1, client, torch.randn(size), layout)
+
         kept, size = Checkpoint(tmp_path), lambda: sum(p.stat().st_size for p in tmp_path.iterdir())
-        big = {k: torch.randn(10_000) for k in range(5)}
-        kept.save({"weights": big})
+        big = {client: upload(client) for client in range(5)}
+        kept.save({"uploads": big})
         once = size()
         assert once > 200_000
-        kept.save({"weights": big | {9: torch.randn(100)}})
+        kept.save({"uploads": big | {9: upload(9, 100)}})
         assert size() < once + 5000
         kept = Checkpoint(tmp_path)
-        big = kept.restore(kept.read()["weights"])
-        kept.save({"weights": big | {10: torch.randn(100)}})  # nor after a resumption
+        big = kept.restore(kept.read()["uploads"])
+        kept.save({"uploads": big | {10: upload(10, 100)}})  # nor after a resumption
         assert size() < once + 10_000
-        big[0].add_(1)  # it is another tensor now
-        kept.save({"weights": big})
+        big[0].vector.add_(1)  # it is another tensor now
+        kept.save({"uploads": big})
         again = Checkpoint(tmp_path)
-        assert torch.equal(again.restore(again.read()["weights"])[0], big[0])
-        kept.save({"weights": {}})
+        assert torch.equal(again.restore(again.read()["uploads"])[0].vector, big[0].vector)
+        kept.save({"uploads": {}})
         assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+
+    def test_what_was_written_past_its_version_is_kept(self, tmp_path: Path) -> None:
+        kept, sums = Checkpoint(tmp_path), torch.zeros(3)
+        for _ in range(2):
+            kept.save({"sums": sums})
+            sums.data.add_(1)
+            sums.numpy()[0] = 7
+        kept.save({"sums": sums})
+        again = Checkpoint(tmp_path)
+        assert again.restore(again.read()["sums"]).tolist() == [7, 2, 2]
+
+    def test_modules_in_containers_are_loaded(self, tmp_path: Path) -> None:
+        def made() -> dict[str, Any]:
+            return {"by client": {3: nn.Linear(2, 1)}, "in a row": [nn.Linear(2, 1), 5]}
+
+        kept, old, new = Checkpoint(tmp_path), made(), made()
+        kept.save({"state": old})
+        back = kept.restore(kept.read()["state"], new)
+        assert back["by client"][3] is new["by client"][3]
+        assert torch.equal(back["by client"][3].weight, old["by client"][3].weight)
+        assert torch.equal(back["in a row"][0].weight, old["in a row"][0].weight)
+        assert back["in a row"][1] == 5
+        with pytest.raises(CheckpointError, match="holds a module that the state of before"):
+            kept.restore(kept.read()["state"], {"by client": {}, "in a row": []})
 
     def test_a_kill_between_two_files(self, tmp_path: Path) -> None:
         kept = Checkpoint(tmp_path)
@@ -449,9 +480,11 @@ class TestCheckpoint:
         for name in ("evil:x", "pfedgpa_app.evil:x", "pfedgpa_app.strategy:asdict", "x", ""):
             with pytest.raises(CheckpointError, match="no data of this package"):
                 kept.restore(["data", name, {}])
-        for node in ([], ["dtype", "hub"], ["module", ["dict", []]], ["tensor", ["../1", "0"]]):
+        for node in ([], ["dtype", "hub"], ["tensor", ["../1", "0"]]):
             with pytest.raises(CheckpointError, match="is not whole"):
                 kept.restore(node)
+        with pytest.raises(CheckpointError, match="holds a module that"):
+            kept.restore(["module", ["dict", []]])
         for name in ("subprocess:Popen", "pfedgpa_app.cli:main", "os:system"):
             with pytest.raises(CheckpointError):
                 kept.restore(["data", name, {}])
@@ -502,7 +535,7 @@ class TestLog:
         clock = iter([0.0, 10.0, 20.0])
         monkeypatch.setattr("pfedgpa_app.results.log.time.monotonic", lambda: next(clock))
         log = RunLog(tmp_path, 100, 100.0)
-        log.restore({"curves": {}, "rejections": 0, "done": 90.0, "sizes": {}})
+        log.restore({"curves": {}, "done": 90.0, "sizes": {}})
         assert log.advance(1) == 90.0
         assert log.advance(1) == 80.0
 

@@ -14,11 +14,14 @@ import pytest
 import torch
 
 from pfedgpa_app import cli, load_client
+from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.own_code import digest, imported, sources
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.models import build
 from pfedgpa_app.runs.api import Result, run
+from pfedgpa_app.runs.experiment import _evaluation_work
 from pfedgpa_app.runs.folder import keep_holdings, kept_config
+from pfedgpa_app.runs.prediction import evaluate
 from tests.runs.test_resume import KilledError, killer
 from tests.support.federations import federate, records
 from tests.support.processes import in_a_new_process
@@ -204,3 +207,18 @@ def test_a_frame_needs_pandas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ConfigError, match="frame: needs pandas: pip install pandas"):
         result.frame()
+
+
+def test_a_run_of_nodes_data_is_evaluated_on_a_named_data_set(tmp_path: Path) -> None:
+    folder, _ = federate(tmp_path, method="fedavg", num_server_rounds=1)
+    kept = json.loads((folder / "config.json").read_text())
+    kept["dataset"]["value"] = "nodes"
+    (folder / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(ConfigError, match="are on their nodes: name a data set"):
+        evaluate(folder, 0)
+
+
+def test_fine_tunings_that_share_their_epochs_count_once() -> None:
+    """Three rates, up to five epochs each, of which an epoch is half a round's."""
+    config = resolve({"conf": "map-cifar10", "method": "fedavg"}).config
+    assert _evaluation_work(config) == pytest.approx(1 + 15 / config.local_epochs / 2)

@@ -70,6 +70,21 @@ def test_without_slurm_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         places.place_of("slurm", tmp_path)
 
 
+def test_a_job_that_raised_is_not_taken_for_a_lost_machine(tmp_path: Path) -> None:
+    import submitit
+
+    class Job:
+        def done(self) -> bool:
+            return True
+
+        def result(self) -> None:
+            raise submitit.core.utils.FailedJobError("no GPU there")
+
+    job = places._Job(submitit, Job(), tmp_path)
+    assert job.status() == 1
+    assert "no GPU there" in job.said()
+
+
 def test_a_folder_comes_back_in_the_place_of_what_was_there(tmp_path: Path) -> None:
     made, there = tmp_path / "made", tmp_path / "there"
     (made / "weights").mkdir(parents=True)

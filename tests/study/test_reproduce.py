@@ -206,6 +206,17 @@ def test_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("study", "setting"),
+    [("join", "join-iterations=2"), ("warm-start", "evaluate-every=0"), ("map", "partition=iid")],
+)
+def test_what_a_table_is_laid_out_by_is_its_own(
+    study: str, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["reproduce", study, setting]) == 2
+    assert f"{setting.partition('=')[0]}: is the " in capsys.readouterr().err
+
+
 def test_the_map_s_figure_has_all_that_is_kept() -> None:
     rows = keep.rows_of_study(Atlas)
     drawn = (keep.PICTURES / "map.svg").read_text()
