@@ -151,8 +151,13 @@ def before_and_after(found: Mapping[str, Mapping[int, tuple[float, float]]]) -> 
 
 
 def holdings(counts: np.ndarray, classes: Sequence[str]) -> str:
-    """Who holds how many of each class: [clients, classes] as stacked bars."""
-    figure, axes = one_plot(8, 3.4)
+    """Who holds how many of each class, [clients, classes], as SVG."""
+    return svg(stacked_bars(counts, classes, 8, 3.4), "who holds how many of each class")
+
+
+def stacked_bars(counts: np.ndarray, classes: Sequence[str], width: float, height: float) -> Figure:
+    """A bar a client, of how many examples it has of each class [clients, classes]."""
+    figure, axes = one_plot(width, height)
     bottom = np.zeros(len(counts))
     for c, name in enumerate(classes):
         kind = {"color": class_colour(c, len(classes)), "width": 0.9}
@@ -161,7 +166,7 @@ def holdings(counts: np.ndarray, classes: Sequence[str]) -> str:
     axes.set(xlabel="client", ylabel="training examples")
     if len(classes) <= 20:
         figure.legend(loc="outside right upper", fontsize="x-small", frameon=False)
-    return svg(figure, "who holds how many of each class")
+    return figure
 
 
 def class_colour(c: int, classes: int) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from pfedgpa_app.diffusion.distribution import WeightDistribution
-from pfedgpa_app.results.figures import canvas, one_plot
+from pfedgpa_app.results.figures import canvas, one_plot, stacked_bars
 from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.results.tables import Outcome
 
@@ -106,12 +106,5 @@ def latents(path: Path, places: Mapping[str, Any], groups: list[int]) -> None:
 
 def partition(path: Path, counts: np.ndarray, classes: tuple[str, ...]) -> None:
     """Class counts [clients, classes] as stacked bars."""
-    figure, axes = one_plot(max(6, 0.25 * len(counts)), 4)
-    bottom = np.zeros(len(counts))
-    for c, name in enumerate(classes):
-        axes.bar(np.arange(len(counts)), counts[:, c], bottom=bottom, label=name, width=0.9)
-        bottom += counts[:, c]
-    axes.set(xlabel="client", ylabel="training images")
-    if len(classes) <= 20:
-        figure.legend(loc="outside right upper", fontsize="x-small", frameon=False)
+    figure = stacked_bars(counts, classes, max(6, 0.25 * len(counts)), 4)
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""Local SGD and evaluation: the only training loop of the clients."""
+"""Local SGD: the only training loop of the clients."""
 
 from __future__ import annotations
 
