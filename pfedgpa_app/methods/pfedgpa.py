@@ -43,7 +43,7 @@ from pfedgpa_app.methods.generation import (
 )
 
 MEAN, GENERATED, OWN = "mean", "generated", "own"
-_MOMENTUM = 0.7  # the server's, of the part of the loss that is left
+_MOMENTUM = 0.7  # the server's, where the loss is late
 _STRAIGHT_MOMENTUM = 0.9  # where rounds all point the same way
 _TURNING, _STRAIGHT = 0.5, 0.75  # cosines between which momentum grows to that
 _BEHIND = 0.1  # part of the loss that is left too much, where momentum is all of these
@@ -276,14 +276,14 @@ def _momentum_of(left: float, rounds_left: float, cosine: float) -> float:
 
     It is for a loss that falls later than the rounds pass. What few images have to teach is
     learned without it, too; with it clients know theirs by heart before generation begins, which
-    then has nothing left to share. It is more where rounds point where those before them did.
+    then has nothing left to share. It may be more where rounds point where those before them did.
 
     Args:
         cosine: of the angle between this round's step and those before it (``heading``).
     """
     straight = min(1.0, max(0.0, (cosine - _TURNING) / (_STRAIGHT - _TURNING)))
     behind = min(1.0, max(0.0, (left - rounds_left) / _BEHIND))
-    return max(_MOMENTUM * left, _STRAIGHT_MOMENTUM * straight) * behind
+    return max(_MOMENTUM, _STRAIGHT_MOMENTUM * straight) * behind
 
 
 def _best(losses: Tensor) -> str:
