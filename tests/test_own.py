@@ -32,7 +32,7 @@ from pfedgpa_app.core.sections import Config, TrainingSettings
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.data.client import (
     check_same,
-    described,
+    data_in_words,
     fingerprint,
     forget,
     load_dataset,
@@ -950,7 +950,7 @@ class TestPartitions:
         for part, labels in (("train", data.train_labels), ("test", data.test_labels)):
             held = np.concatenate([getattr(split, part) for split in splits])
             assert sorted(held) == list(range(len(labels)))
-        said = described(config)
+        said = data_in_words(config)
         assert "72 training and 18 test images of 3×16×16 in 3 classes (cat, dog, owl)" in said
         assert "nobody" not in said
         assert "more than once" not in said
@@ -961,15 +961,15 @@ class TestPartitions:
             "test_per_client": 3,
             "validation_share": 0.0,
         }
-        said = described(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
+        said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
         assert "3 clients train on 6 each (nobody holds 54)" in said
         assert "has none of" not in said
         few = {"train_per_client": 1, "partition": "iid"}
-        said = described(Config(dataset="imagefolder:photos", num_clients=3, **sizes | few))
+        said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes | few))
         # of three classes each has one test image, and one has a training image
         assert "67 % are of classes that their client has none of to train" in said
         sizes["test_per_client"] = 8  # of 18 in all
-        said = described(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
+        said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
         assert "held more than once" in said
 
     def test_its_counts_are_printed_and_kept(

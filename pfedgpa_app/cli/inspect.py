@@ -14,7 +14,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.runs.inspection import described
+    from pfedgpa_app.runs.inspection import lines_about
 
-    print("\n".join(described(options.path)))
+    print("\n".join(lines_about(options.path)))
     return 0

@@ -26,7 +26,7 @@ def handle(options: Namespace) -> int:
     import numpy as np
 
     from pfedgpa_app.config.resolve import resolve
-    from pfedgpa_app.data.client import class_counts, described, load_dataset
+    from pfedgpa_app.data.client import class_counts, data_in_words, load_dataset
     from pfedgpa_app.results.plots import partition
     from pfedgpa_app.results.tables import markdown
 
@@ -43,7 +43,7 @@ def handle(options: Namespace) -> int:
             csv.writer(file).writerows([header, *rows])
     else:
         partition(out, np.array(counts), data.classes)
-    print(described(config))
+    print(data_in_words(config))
     if len(header) <= WIDEST:
         print(markdown(header, rows))
     else:

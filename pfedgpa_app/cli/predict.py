@@ -33,14 +33,14 @@ def handle(options: Namespace) -> int:
     from pfedgpa_app.core.paths import user_path
     from pfedgpa_app.data.examples import examples
     from pfedgpa_app.runs.personal import load_client
-    from pfedgpa_app.runs.prediction import described
+    from pfedgpa_app.runs.prediction import as_records
 
     model = load_client(options.run, options.client, options.method)
     about = model.about
     resize = options.resize or about.image_size > 0
     places = [user_path(place) for place in options.examples]  # Paths, or words after options
     names, inputs = examples(places, about.schema, resize)
-    rows = described(model.probabilities(inputs), model.classes)
+    rows = as_records(model.probabilities(inputs), model.classes)
     named = [{"example": name, **row} for name, row in zip(names, rows, strict=True)]
     if options.to == "json":
         print(json.dumps(named, indent=2, ensure_ascii=False))

@@ -219,7 +219,7 @@ def _split(config: DataSettings, parts: list[list[np.ndarray]]) -> list[ClientSp
     return with_validation(train, test, groups, config.validation_share, config.seed)
 
 
-def described(config: DataSettings) -> str:
+def data_in_words(config: DataSettings) -> str:
     """What the run's data are, who holds how many, and what nobody holds."""
     data, splits = load_dataset(config), load_partition(config)
     parts = [

@@ -37,10 +37,10 @@ from pfedgpa_app.diffusion.inversion import calibrate_strength, guided, own_weig
 from pfedgpa_app.diffusion.network import (
     Progress,
     closed_form,
-    described,
     fit_network,
     one_thread,
     silent,
+    stacked_descriptors,
 )
 from pfedgpa_app.diffusion.rank import choose_rank
 from pfedgpa_app.diffusion.schedule import Schedule
@@ -128,7 +128,7 @@ class Distribution:
         """The denoiser for clients' latents in this order."""
         if not isinstance(self.denoiser, NetworkDenoiser):
             return self.denoiser
-        return self.denoiser.of(described(clients, descriptors), self.settings.guidance)
+        return self.denoiser.of(stacked_descriptors(clients, descriptors), self.settings.guidance)
 
     def guide(
         self, weights: dict[int, Weights], before: dict[int, Weights], weight: float
@@ -272,10 +272,10 @@ class WeightDistribution(Distribution):
                 self.seed,
                 device,
                 self.autoencoder.tokens,
-                described(self.clients.tolist(), descriptors),
+                stacked_descriptors(self.clients.tolist(), descriptors),
                 progress,
             )
-        return fitted.of(described(self.newest, descriptors), settings.guidance)
+        return fitted.of(stacked_descriptors(self.newest, descriptors), settings.guidance)
 
     def generate(
         self,

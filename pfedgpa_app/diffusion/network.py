@@ -67,7 +67,9 @@ def new_network(
     return ResidualMLP(dimensions, *shape)
 
 
-def described(clients: Sequence[int], descriptors: dict[int, Tensor] | None) -> Tensor | None:
+def stacked_descriptors(
+    clients: Sequence[int], descriptors: dict[int, Tensor] | None
+) -> Tensor | None:
     """Clients' descriptors [M, d], NaN for one of whom nothing is known; None without any."""
     if not descriptors:
         return None

@@ -72,7 +72,7 @@ class Hook:
         return ""
 
 
-def described(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What kind of thing ``value`` is, as a sentence says it."""
     if value is None:
         return "None"
@@ -91,11 +91,11 @@ def check_tensors(hook: Hook, weights: Any, what: str = "") -> None:
     """
     wanted = "a dict of torch tensors by name is wanted, as weights_of(task.model) makes one"
     if not isinstance(weights, Mapping):
-        raise hook.wrong(f"returned {described(weights)}{what and f' as {what}'}", wanted)
+        raise hook.wrong(f"returned {kind_of(weights)}{what and f' as {what}'}", wanted)
     for name, tensor in weights.items():
         entry = f"{what} {name!r}".strip()
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise hook.wrong(f"returned {described(tensor)} as {entry}", wanted)
+            raise hook.wrong(f"returned {kind_of(tensor)} as {entry}", wanted)
         if not _can_be_sent(tensor):
             kind = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout)
             raise hook.wrong(
@@ -174,13 +174,13 @@ def check_constant(hook: Hook, weights: Any, begun: Weights) -> None:
     always = "what clients share has the same names, shapes and dtypes in every round"
     place = "state.global_weights"
     if not isinstance(weights, Mapping):
-        raise hook.wrong(f"left {place} as {described(weights)}", f"a dict of tensors; {always}")
+        raise hook.wrong(f"left {place} as {kind_of(weights)}", f"a dict of tensors; {always}")
     if missing := [name for name in begun if name not in weights]:
         raise hook.wrong(f"left {place} without {listed(missing, 3)}", always)
     for name, tensor in weights.items():
         like = begun.get(name)
         if like is None or not isinstance(tensor, Tensor):
-            what = f"{name!r}, {described(tensor)}," if like is None else described(tensor)
+            what = f"{name!r}, {kind_of(tensor)}," if like is None else kind_of(tensor)
             where = place if like is None else f"{place}[{name!r}]"
             raise hook.wrong(f"put {what} into {where}", f"a dict of tensors; {always}")
         if tensor.shape != like.shape or tensor.dtype != like.dtype:

@@ -23,7 +23,7 @@ from pfedgpa_app.methods.contract import (
     check_constant,
     check_shapes,
     check_tensors,
-    described,
+    kind_of,
     not_finite,
     odd_places,
     refuse_not_finite,
@@ -46,7 +46,7 @@ def shared_names(
         found: Any = kind.shared(config, list(names))
     wanted = "a list of names of the network's weights is wanted, some of those that it is given"
     if isinstance(found, str) or not isinstance(found, Collection):
-        raise hook.wrong(f"returned {described(found)}", wanted)
+        raise hook.wrong(f"returned {kind_of(found)}", wanted)
     for each in found:
         if each not in names:
             raise hook.wrong(f"returned {each!r}, which no weight is called", wanted)
@@ -97,7 +97,7 @@ class ServerHalf:
         with hook.told():
             rate = self.method.rate(server_round)
         if not isinstance(rate, (int, float)):
-            raise hook.wrong(f"returned {described(rate)}", "a number is wanted")
+            raise hook.wrong(f"returned {kind_of(rate)}", "a number is wanted")
         return rate
 
     def download(self, server_round: int, client: int) -> Weights:
@@ -155,7 +155,7 @@ def personalised(
         made: Any = method.personalise()
     wanted = "every client's weights by its number are wanted"
     if not isinstance(made, Mapping):
-        raise hook.wrong(f"returned {described(made)}", wanted)
+        raise hook.wrong(f"returned {kind_of(made)}", wanted)
     if missing := [str(client) for client in clients if client not in made]:
         raise hook.wrong(f"returned nothing for client {listed(missing)}", wanted)
     odd = odd_places(initial)
@@ -179,7 +179,7 @@ def learned(name: str, method: Personaliser[Any]) -> WeightDistribution | None:
     with hook.told():
         found: Any = method.learned()
     if found is not None and not isinstance(found, WeightDistribution):
-        raise hook.wrong(f"returned {described(found)}", "a WeightDistribution or None is wanted")
+        raise hook.wrong(f"returned {kind_of(found)}", "a WeightDistribution or None is wanted")
     return found
 
 
@@ -210,12 +210,12 @@ def reported(name: str, method: Personaliser[Any]) -> dict[str, Any]:
     with hook.told():
         more: Any = method.report()
     if not isinstance(more, Mapping):
-        raise hook.wrong(f"returned {described(more)}", wanted)
+        raise hook.wrong(f"returned {kind_of(more)}", wanted)
     for key, value in more.items():
         try:
             json.dumps({key: value})
         except (TypeError, ValueError) as error:
-            raise hook.wrong(f"returned {described(value)} as {key!r}", wanted) from error
+            raise hook.wrong(f"returned {kind_of(value)} as {key!r}", wanted) from error
     return dict(more)
 
 
@@ -275,11 +275,11 @@ class ClientHalf:
         hook = self._hook("upload" if self.is_plain_sgd() else "train")
         must = "it must `return Trained(upload, state, loss)`, of pfedgpa_app.methods.base"
         if not isinstance(trained, Trained):
-            raise hook.wrong(f"returned {described(trained)}", must)
+            raise hook.wrong(f"returned {kind_of(trained)}", must)
         check_tensors(hook, trained.upload, "upload")
         check_tensors(hook, trained.state, "state")
         if not isinstance(trained.loss, (int, float)):
-            loss = f"returned {described(trained.loss)} as loss"
+            loss = f"returned {kind_of(trained.loss)} as loss"
             raise hook.wrong(loss, f"a number is wanted, as float(loss) is; {must}")
         if self.kind.evaluated is Rounds.evaluated:
             odd = [name for name in trained.state if name not in network]

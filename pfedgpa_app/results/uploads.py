@@ -87,7 +87,7 @@ def check_whole(state: RememberedState) -> None:
         )
 
 
-def described(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
+def settings_and_costs(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
     """The settings that made the uploads in ``path``, and what the rounds cost.
 
     Raises:
@@ -117,7 +117,7 @@ def require_alike(path: Path, resolved: Resolved) -> dict[str, float]:
     Raises:
         ConfigError: as ``load``, for all that is found without reading the uploads themselves.
     """
-    theirs, costs = described(path)
+    theirs, costs = settings_and_costs(path)
     theirs = defaults() | theirs
     for name, value in _fixed(resolved).items():
         if theirs[name] != value:

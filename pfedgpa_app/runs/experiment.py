@@ -23,7 +23,7 @@ from pfedgpa_app.core.sections import LABEL_FLIP, NODES, Config
 from pfedgpa_app.core.settings import listed
 from pfedgpa_app.core.weights import Weights, own_statistics
 from pfedgpa_app.data.client import (
-    described,
+    data_in_words,
     fingerprint,
     load_dataset,
     load_partition,
@@ -96,7 +96,7 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
     try:
         log.event("start", f"results: {folder}", process=os.getpid())
         if config.dataset != NODES:
-            log.event("data", described(config))
+            log.event("data", data_in_words(config))
             keep_holdings(folder, config)
         if bad := sorted(config.malicious_clients):
             log.event("attack", _attack_in_words(config, bad), clients=bad)

@@ -21,7 +21,7 @@ from pfedgpa_app.runs.reading import OF_ITS_PLACE, Run, command_of
 from pfedgpa_app.runs.resuming import CHECKPOINT
 
 
-def described(path: Path) -> list[str]:
+def lines_about(path: Path) -> list[str]:
     """A line for each thing there is to say.
 
     Raises:

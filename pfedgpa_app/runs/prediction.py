@@ -24,7 +24,7 @@ from pfedgpa_app.runs.folder import check_data, kept_config, kept_settings
 from pfedgpa_app.runs.personal import About, ClientModel, load_client, warn_of_changes
 
 
-def described(probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
+def as_records(probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Of each row [classes] the class of the highest, and all of them by name."""
     return [
         {

@@ -812,7 +812,7 @@ def test_what_nobody_could_tell_is_null(tmp_path: Path) -> None:
     known = summary(other)["fedavg"]["accuracy_of_joining_clients"]
     means = table([rows_of(folder), rows_of(other)])
     assert all(f" {accuracy:.2f} " in means for accuracy in known)
-    assert "fedavg" in "\n".join(inspection.described(folder))
+    assert "fedavg" in "\n".join(inspection.lines_about(folder))
     assert "FedAvg" in report.write([folder, other], tmp_path / "report.html").read_text()
 
 

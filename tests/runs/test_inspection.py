@@ -16,7 +16,7 @@ from pfedgpa_app.config.resolve import differences, resolve
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
 from pfedgpa_app.runs.checkpoint import Checkpoint
 from pfedgpa_app.runs.folder import kept_settings, locked, run_folder
-from pfedgpa_app.runs.inspection import described
+from pfedgpa_app.runs.inspection import lines_about
 from tests.support.federations import federate, summary
 
 
@@ -26,7 +26,7 @@ class Stopped(BaseException):
 
 def to_go_on(folder: Path) -> str:
     """The words that are to be given to pfedgpa."""
-    return "\n".join(described(folder)).partition("to go on: pfedgpa ")[2].splitlines()[0]
+    return "\n".join(lines_about(folder)).partition("to go on: pfedgpa ")[2].splitlines()[0]
 
 
 def test_a_run_that_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,10 +38,10 @@ def test_a_run_that_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "; done" in text
     assert f"{summary(folder)['pfedgpa-once']['accuracy_kept']:.1f}" in text
     assert "12 uploads of 4 clients, rounds 1 to 3" in text
-    alone = described(folder / "distribution.safetensors")
+    alone = lines_about(folder / "distribution.safetensors")
     assert alone[0].startswith("distribution: of 12 uploads")
     spaced = folder.rename(folder.with_name("my run")) / "distribution.safetensors"
-    assert shlex.split(described(spaced)[1].partition("from it: ")[2]) == [f"start-from={spaced}"]
+    assert shlex.split(lines_about(spaced)[1].partition("from it: ")[2]) == [f"start-from={spaced}"]
 
 
 def test_a_run_that_was_stopped_tells_where_and_how_to_go_on(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_run_that_was_stopped_tells_where_and_how_to_go_on(tmp_path: Path) -> 
     how = {"method": "fedavg", "num_server_rounds": 4, "checkpoint_every": 2}
     with pytest.raises(Stopped):
         federate(tmp_path, tamper=stop, **how)
-    text = "\n".join(described(tmp_path / "run"))
+    text = "\n".join(lines_about(tmp_path / "run"))
     assert "stopped with" in text
     assert "checkpoint: after fedavg round 2" in text
     again = resolve(overrides(cli.parse(shlex.split(to_go_on(tmp_path / "run")))))
@@ -62,9 +62,9 @@ def test_a_run_that_was_stopped_tells_where_and_how_to_go_on(tmp_path: Path) -> 
     assert run_folder(again) == tmp_path / "run"
     assert not differences(kept_settings(tmp_path / "run"), again)
     with locked(tmp_path / "run", ""):
-        assert "going on" in "\n".join(described(tmp_path / "run"))
+        assert "going on" in "\n".join(lines_about(tmp_path / "run"))
     (tmp_path / "run" / "checkpoint" / "checkpoint.json").write_text("{")
-    assert "checkpoint: cannot be used: " in "\n".join(described(tmp_path / "run"))
+    assert "checkpoint: cannot be used: " in "\n".join(lines_about(tmp_path / "run"))
 
 
 def test_the_command_to_go_on_has_all_that_was_given(tmp_path: Path) -> None:
@@ -91,12 +91,12 @@ def test_what_is_none_of_ours(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError, match=r"no file and no folder|is no distribution of a run"):
-        described(path)
+        lines_about(path)
     with pytest.raises(ConfigError, match="a folder without a run"):
-        described(tmp_path)
+        lines_about(tmp_path)
 
 
 def test_settings_that_are_no_runs(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"config\.json names no method"):
-        described(tmp_path)
+        lines_about(tmp_path)
