@@ -742,6 +742,16 @@ class TestData:
         expected = dataset_of("mine", {"x": ROWS, "y": LABELS}, 0.2)
         assert np.array_equal(found.train_labels, expected.train_labels)
 
+    def test_numbers_of_several_kinds_are_numbers(self) -> None:
+        pandas = pytest.importorskip("pandas")
+        frame = pandas.DataFrame({"a": ROWS[:, 0], "kind": np.where(LABELS > 0, "x", "y")})
+        mixed = pandas.get_dummies(frame)  # true and false beside floats
+        for x in (mixed, mixed.convert_dtypes()):  # and kinds of which some may be absent
+            data = dataset_of("mine", {"x": x, "y": LABELS}, 0.2)
+            every = np.concatenate([data.train_images, data.test_images])
+            assert every.dtype == np.float32
+            assert set(np.unique(every[:, 1])) == {0.0, 1.0}
+
     def test_columns_of_arrays_are_named(self) -> None:
         found = {"x": ROWS[:, :2], "y": LABELS}
         named = dataset_of("mine", found | {"columns": np.array(["age", "height"])}, 0.2)
@@ -1168,6 +1178,10 @@ class TestHome:
             assert cli.main(["predict", str(folder), "--client", "0", place]) == 2
             assert said in capsys.readouterr().err
         assert cli.main(["predict", str(folder), "--client", "0", "--resize", "other.png"]) == 0
+        model = load_client(folder, 0)
+        model.network.register_forward_pre_hook(lambda *_: [][0])  # as an embedding of few words
+        with pytest.raises(DataError, match="cannot take these examples: IndexError: list index"):
+            model.probabilities(np.zeros((1, 1, 8, 8), np.uint8))
         assert cli.main(["predict", str(folder), "--client", "4", "other.png"]) == 2
         assert "has no client 4; there are 0 to 3" in capsys.readouterr().err
         words = ["predict", str(folder), "--client", "0", "--method", "fedper", "other.png"]

@@ -17,7 +17,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "dataset",
         nargs="*",
-        help="labelled data, as in dataset=…; without: the client's own test data of the run",
+        help="labelled data, as in dataset=NAME; without: the client's own test data of the run",
     )
     parser.add_argument("--data-dir", default="", help="where other data sets lie")
     parser.add_argument("--to", choices=("table", "json"), default="table", help="how to print")
@@ -27,7 +27,7 @@ def handle(options: Namespace) -> int:
     from pfedgpa_app.config.names import require_dataset
     from pfedgpa_app.runs.prediction import evaluate
 
-    dataset = " ".join(options.dataset)
+    dataset = " ".join(options.dataset).removeprefix("dataset=")
     if dataset.startswith("data-dir="):
         raise ConfigError(f"{dataset}: is an option here, --{dataset.replace('=', ' ', 1)}")
     if dataset:

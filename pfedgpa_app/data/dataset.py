@@ -283,6 +283,8 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
         value = value.detach().cpu().numpy()
     try:
         array = np.asarray(value)
+        if array.dtype == object and _is_of_numbers(value):  # of several kinds, or some absent
+            array = value.to_numpy(dtype=float, na_value=np.nan)
     except ValueError as error:
         raise DataError(f"dataset {name}: {key} is no array: {error}") from error
     if array.ndim == 1 and array.dtype.kind in "UO":
@@ -328,6 +330,13 @@ def _named(frame: Any) -> tuple[str, ...]:
     columns = tuple(getattr(frame, "columns", ()))
     named = len(set(columns)) == len(columns) and all(isinstance(each, str) for each in columns)
     return columns if named else ()
+
+
+def _is_of_numbers(frame: Any) -> bool:
+    """Whether it is a ``frame`` of pandas' whose columns are numbers, or true and false."""
+    return hasattr(frame, "columns") and all(
+        getattr(dtype, "kind", "O") in "biuf" for dtype in frame.dtypes
+    )
 
 
 def _in_columns(frame: Any) -> str:

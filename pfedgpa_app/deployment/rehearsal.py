@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from joblib import cpu_count
-from rich.console import Console
 
 from pfedgpa_app.config.names import without_idle
 from pfedgpa_app.config.resolve import resolve
@@ -21,7 +20,7 @@ from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError, Poll
 from pfedgpa_app.engine.flower import stage
 from pfedgpa_app.runs.folder import LOG, run_folder
-from pfedgpa_app.runs.launcher import watched, with_absolute_paths
+from pfedgpa_app.runs.launcher import plain_console, watched, with_absolute_paths
 
 SETTINGS: dict[str, Any] = {
     "method": "pfedgpa",
@@ -64,12 +63,21 @@ def node_config(folder: Path, number: int, sites: int, config: Config) -> dict[s
 
 
 def prepared(nodes: int, overrides: dict[str, Any]) -> tuple[dict[str, Any], Path]:
-    """The run's settings and its folder, which is made."""
+    """The run's settings and its folder, which is made.
+
+    Raises:
+        ConfigError: settings that cannot be, or as many clients as there are no nodes.
+    """
     usual = {k: v for k, v in SETTINGS.items() if k != "method" or "conf" not in overrides}
     methods = resolve({k: v for k, v in usual.items() if "." not in k} | overrides).config.method
     usual = without_idle(usual, methods)
     settings = usual | {"num-clients": nodes} | overrides
-    settings = with_absolute_paths(settings, resolve(settings).config)
+    config = resolve(settings).config
+    if config.num_clients != nodes:
+        raise ConfigError(
+            f"num-clients = {config.num_clients}: the rehearsal has --nodes {nodes}, one a client"
+        )
+    settings = with_absolute_paths(settings, config)
     folder = run_folder(resolve(settings))
     return settings | {"out-dir": str(folder.parent), "run-name": folder.name}, folder
 
@@ -84,11 +92,8 @@ def rehearse(nodes: int, overrides: dict[str, Any], app: Path = APP_DIR) -> Path
         ConfigError: refused before anything started.
         LaunchError: the rehearsal failed.
     """
-    console = Console()
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+    console = plain_console()
+    say = console.print
     if nodes > (most := NODES_A_CORE * cpu_count()):
         raise ConfigError(
             f"--nodes {nodes}: at most {most} on this machine's {cpu_count()} cores: Flower starts "

@@ -71,6 +71,10 @@ class GroupMean(ClientMean):
     def check(cls, config: Config) -> None:
         if config.dataset == NODES:
             raise ConfigError("group-mean: nobody knows the groups of nodes' own data")
+        if config.partition != "dominant":
+            raise ConfigError(
+                f"group-mean: partition = {config.partition} has no hidden groups, dominant has"
+            )
 
     def members(self) -> list[list[int]]:
         groups = [split.group for split in load_partition(self.config)]

@@ -144,8 +144,9 @@ def _made(model: str, code_dir: str, schema: Schema) -> nn.Module:
     if model == "auto":
         if schema.tokens or len(shape) not in (1, 3):
             what = "whole numbers" if schema.tokens else f"examples of shape {list(shape)}"
+            floats = "make floats of what is measured or counted, or " if schema.tokens else ""
             raise ConfigError(
-                f"model = auto: no network of ours takes {what}: give your own, "
+                f"model = auto: no network of ours takes {what}: {floats}give your own, "
                 "model=MODULE:CALLABLE (docs/own.md)"
             )
         model = SHAPES.get(shape) or ("mlp" if len(shape) == 1 else "conv")

@@ -284,9 +284,9 @@ class RunLog:
 
         return tell
 
-    def rejected(self, name: str, server_round: int, client: int, reason: str) -> None:
+    def rejected(self, name: str, when: str, client: int, reason: str) -> None:
         """A client's reply cannot be used."""
-        text = f"{name} round {server_round}: client {client} {reason}"
+        text = f"{name} {when}: client {client} {reason}"
         self.event("warning", text)
 
     def round(

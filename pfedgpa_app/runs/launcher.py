@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from pfedgpa_app.config.parse import argument
 from pfedgpa_app.config.resolve import resolve
@@ -65,6 +66,11 @@ class Patience:
         return "; ".join(part for part in parts if part)
 
 
+def plain_console() -> Console:
+    """One that prints text as it is: no markup, no emoji, no line broken."""
+    return Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 class Watcher:
     """Shows a run's events: one live line on a terminal, plain lines elsewhere."""
 
@@ -108,9 +114,9 @@ class Watcher:
             self.failure = event["text"]
             return  # said at the end, once
         if kind in ("round", "status", "progress") and self.status:
-            self.status.update(event["text"], spinner="dots")
+            self.status.update(Text(event["text"]), spinner="dots")
         elif kind != "progress":  # that is for a live line only
-            self.console.print(event["text"], markup=False, highlight=False, soft_wrap=True)
+            self.console.print(event["text"])
 
     def close(self) -> None:
         self.poll()
@@ -170,7 +176,7 @@ def launch(
         LaunchError: the run failed.
         StoppedError: the user stopped it.
     """
-    console = console or Console()
+    console = console or plain_console()
     config = resolve(run_config).config
     gpu_for(config.device)
     if not (app / "pyproject.toml").is_file():
@@ -180,7 +186,7 @@ def launch(
     settings = with_absolute_paths(run_config, config) | {"engine": engine}
     folder = run_folder(resolve(settings))
     if is_done(folder):
-        console.print(f"nothing is left to do: results are in {folder}", soft_wrap=True)
+        console.print(f"nothing is left to do: results are in {folder}")
         return folder
     settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
     there = resolve(settings).config

@@ -114,7 +114,8 @@ class ClientModel(nn.Module):
         """Of every class, [N, classes], of so many examples ``[N, *shape]``.
 
         Raises:
-            DataError: examples of another shape or kind, or with numbers that are not finite.
+            DataError: examples of another shape or kind, with numbers that are not finite, or that
+                the network cannot take.
         """
         every = torch.as_tensor(np.ascontiguousarray(examples))
         if tuple(every.shape[1:]) != self.shape:
@@ -127,7 +128,11 @@ class ClientModel(nn.Module):
             if not all_finite(every):
                 raise DataError("examples have a number that is not finite")
         every = _of_kind(self.about.schema, every)
-        parts = [self(part).softmax(1) for part in every.split(AT_ONCE)]
+        try:
+            parts = [self(part).softmax(1) for part in every.split(AT_ONCE)]
+        except Exception as error:  # a network of one's own raises anything
+            kind = type(error).__name__
+            raise DataError(f"the network cannot take these examples: {kind}: {error}") from error
         return np.asarray(torch.cat(parts))
 
 

@@ -132,8 +132,8 @@ def as_csv(entries: Sequence[Entry]) -> str:
     for entry in entries:
         cells: list[Any] = [entry.name]
         for values in entry.values.values():
-            cells += [round(mean(values), 4) if values else ""]
-            cells += [round(stdev(values), 4) if len(values) > 1 else ""]
+            cells += [round(mean(values), 5) if values else ""]
+            cells += [round(stdev(values), 5) if len(values) > 1 else ""]
         writer.writerow([*cells, max(len(v) for v in entry.values.values())])
     return file.getvalue()
 

@@ -118,6 +118,7 @@ class Evaluator:
             MethodError: the method's own code is what makes it fail at all of them.
         """
         wrong, asked = list[str](), 0
+        when = f"round {server_round}" if fine_tunings is None else "last evaluation"
         for client in sent:
             asked += 1
             counts: Any = {}
@@ -130,7 +131,7 @@ class Evaluator:
                 counts = answers[client].content.metric_records.get("metrics", {})
                 reason = check_counts(counts, fine_tunings)
             if reason:
-                self.log.rejected(name, server_round, client, reason)
+                self.log.rejected(name, when, client, reason)
                 wrong.append(reason)
             else:
                 yield client, counts

@@ -163,7 +163,7 @@ class Personalised(Strategy):
         uploads, wrong = screened(sent, answers, expected, server_round, self._classes, self.config)
         rejected = dict.fromkeys(away, "is not connected") | wrong
         for client, reason in sorted(rejected.items()):
-            self.log.rejected(self.name, server_round, client, reason)
+            self.log.rejected(self.name, f"round {server_round}", client, reason)
         return uploads, rejected
 
     def _evaluated(self, server_round: int) -> bool:

@@ -137,6 +137,8 @@ def overview(found: Finished) -> str:
     """
     firsts = [next(iter(methods.values()))[0] for methods in found.values()]
     heads = [f"{row['dataset']}, {row['num_clients']} clients" for row in firsts]
+    if len(set(heads)) < len(heads):
+        heads = [f"{head} ({name})" for head, name in zip(heads, found, strict=True)]
     rows = []
     for name in METHODS:
         columns = [methods.get(name, []) for methods in found.values()]

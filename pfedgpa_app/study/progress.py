@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
@@ -29,7 +28,7 @@ class Lines:
         self.stalled: dict[str, str] = {}  # {run: what was said of its standing still}
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text)
 
     def begin(self, run: Run, text: str) -> None:
         self._say(f"{text}  {run.name}: started")
@@ -49,9 +48,11 @@ class Bars(Lines):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self.progress = Progress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=24)),
+            TextColumn(
+                "{task.description}", markup=False, table_column=Column(no_wrap=True, min_width=24)
+            ),
             BarColumn(bar_width=16),
-            TextColumn("{task.fields[now]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[now]}", markup=False, table_column=Column(no_wrap=True)),
             console=console,
             transient=True,
         )
@@ -60,12 +61,12 @@ class Bars(Lines):
         self.progress.start()
 
     def begin(self, run: Run, text: str) -> None:
-        self.tasks[run.name] = self.progress.add_task(escape(run.name), total=1, now="starting")
+        self.tasks[run.name] = self.progress.add_task(run.name, total=1, now="starting")
         self.progress.update(self.sweep, now=text)
 
     def update(self, run: Run, event: Mapping[str, Any], text: str) -> None:
         super().update(run, event, text)
-        now = escape(event["text"].splitlines()[0]) if event else "starting"
+        now = event["text"].splitlines()[0] if event else "starting"
         completed = event.get("progress", 0)
         self.progress.update(self.tasks[run.name], completed=completed, now=now)
         self.progress.update(self.sweep, now=text)

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from pfedgpa_app.core.files import as_json, write_text
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
@@ -25,7 +23,7 @@ from pfedgpa_app.results.log import SUMMARY, clock, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import is_running, locked
-from pfedgpa_app.runs.launcher import preflight
+from pfedgpa_app.runs.launcher import plain_console, preflight
 from pfedgpa_app.study.places import Going, Here, Lost, Place, place_of
 from pfedgpa_app.study.plan import Run, Settings, expand
 from pfedgpa_app.study.progress import Bars, Lines, Show
@@ -291,12 +289,12 @@ def _run_all(
     place: Place,
     judge: Judge,
 ) -> bool:
-    console = Console()
+    console = plain_console()
     jobs, workers = shares(runs, jobs, place.machines())
     show = Bars(console) if console.is_terminal else Lines(console)
     going = Sweep(runs, app, jobs, workers, show, place, judge)
     if skipped := going.done:
-        console.print(f"{skipped} of {len(runs)} runs are done already", highlight=False)
+        console.print(f"{skipped} of {len(runs)} runs are done already")
     try:
         going.run_all()
     except KeyboardInterrupt as stop:
@@ -305,8 +303,8 @@ def _run_all(
         if isinstance(show, Bars):
             show.close()
         table = summarise(runs, out)
-    console.print(table, markup=False, highlight=False, soft_wrap=True)
+    console.print(table)
     for name, outcome in going.failed.items():
-        console.print(f"{name}: {outcome}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"results are in {out.absolute()}", highlight=False, soft_wrap=True)
+        console.print(f"{name}: {outcome}")
+    console.print(f"results are in {out.absolute()}")
     return not going.failed

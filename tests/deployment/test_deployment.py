@@ -543,12 +543,14 @@ class TestDoctor:
             doctor.packages()
 
 
-def test_no_more_sites_are_rehearsed_than_begin_in_time(
+def test_no_more_sites_are_rehearsed_than_begin_or_are_clients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"--nodes 1000: at most \d+ on this machine's \d+ cores"):
         rehearse(1000, {})
+    with pytest.raises(ConfigError, match=r"num-clients = 5: .* --nodes 3, one a client"):
+        rehearse(3, {"num-clients": 5})
     assert not list(tmp_path.iterdir())
 
 

@@ -117,6 +117,13 @@ class TestServers:
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("partition", ["iid", "natural", "shards", "dirichlet"])
+    def test_groups_that_a_partition_has_not(self, partition: str) -> None:
+        from pfedgpa_app.core.settings import ConfigError
+
+        with pytest.raises(ConfigError, match="has no hidden groups"):
+            configured(method="group-mean", partition=partition)
+
     def test_fedfomo_needs_validation_images(self) -> None:
         from pfedgpa_app.core.settings import ConfigError
 

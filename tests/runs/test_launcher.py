@@ -35,6 +35,12 @@ def test_an_experiment_s_name_is_not_taken_for_a_file(
     assert resolve(there).config.conf == "demo"
 
 
+def test_what_is_printed_is_what_was_said(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "imagefolder:brain in results/sw[a]: 3 of 4, [bold]all[/bold] " + 90 * "x"
+    launcher.plain_console().print(text)
+    assert capsys.readouterr().out == text + "\n"
+
+
 class TestPatience:
     def test_before_the_first_round_a_client_has_its_timeout_but_two_minutes_at_most(self) -> None:
         for timeout, limit in ((30.0, 30.0), (3600.0, 120.0)):

@@ -114,6 +114,9 @@ class TestPlan:
             "| --- | --- |",
             "| FedPer | 71.0 ± 1.4 / – |",
         ]
+        [methods] = finished(tmp_path).values()
+        first = overview({"mine": methods, "yours": methods}).splitlines()[0]
+        assert "20 clients (mine) | imagefolder:cifar10, 20 clients (yours)" in first
 
 
 # whose rows were computed by other words than the experiment's, as docs/results.md says
