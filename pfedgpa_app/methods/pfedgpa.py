@@ -208,7 +208,7 @@ class PFedGPA(Generation, RememberingFedAvg):
             state.first_loss = loss
         left = loss / state.first_loss if state.first_loss > 0 else 0.0
         rounds_left = 1 - server_round / self.first_generation(self.config)
-        return _momentum_of(min(1.0, max(0.0, left)), rounds_left, cosine)
+        return _momentum_of(min(1.0, max(0.0, left)), max(0.0, rounds_left), cosine)
 
     def _compare(self, uploads: dict[int, Upload]) -> str:
         """Take in clients' validation losses; after the first generation, choose by them.

@@ -221,6 +221,12 @@ class TestServers:
         found = self.moved(losses[:2], turning)
         assert found == pytest.approx(led_to(left, turning), abs=1e-6)
 
+    def test_where_all_train_from_the_mean_to_the_end_it_ends_with_the_loss(self) -> None:
+        method = server("pfedgpa", clients=5, num_server_rounds=9)
+        for number, loss, momentum in ((1, 4.0, 0.7), (9, 0.0, 0.0), (9, 0.2, 0.35), (9, 3.0, 0.7)):
+            told = {0: Upload({}, 1, loss=loss)}
+            assert method._momentum(number, told, cosine=0.0) == pytest.approx(momentum)
+
     def test_momentum_is_less_where_rounds_turn_a_little(self) -> None:
         """Cosines of 0.5 and 0.75 are none and all of 0.9; 0.85 of the loss is left, 0.1 behind."""
         steps = torch.tensor([[1.0, 0.0, 0.0], [0.72, (1 - 0.72**2) ** 0.5, 0.0]])
