@@ -222,7 +222,7 @@ class TestServers:
         assert found == pytest.approx(led_to(left, turning), abs=1e-6)
 
     def test_where_all_train_from_the_mean_to_the_end_it_ends_with_the_loss(self) -> None:
-        method = server("pfedgpa", clients=5, num_server_rounds=9)
+        method: Any = server("pfedgpa", clients=5, num_server_rounds=9)
         for number, loss, momentum in ((1, 4.0, 0.7), (9, 0.0, 0.0), (9, 0.2, 0.35), (9, 3.0, 0.7)):
             told = {0: Upload({}, 1, loss=loss)}
             assert method._momentum(number, told, cosine=0.0) == pytest.approx(momentum)
