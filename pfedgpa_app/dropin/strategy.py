@@ -135,7 +135,12 @@ class PFedGPA(FedAvg):
         if num_rounds < 1:
             raise ConfigError(f"num_rounds = {num_rounds}: must be >= 1")
         self._network = Network(initial_arrays, self.weighted_by_key, self.loss_key)
-        config = Config(num_server_rounds=num_rounds, seed=self.seed, sections=(self.settings,))
+        config = Config(
+            num_server_rounds=num_rounds,
+            seed=self.seed,
+            fraction_train=self.fraction_train or 1.0,  # 0: as many as min_train_nodes says
+            sections=(self.settings,),
+        )
         Server.check(config)
         if self.save_dir is not None:
             self.folder = new_folder(self.save_dir, grid, self._network.expected)

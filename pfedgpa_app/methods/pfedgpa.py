@@ -43,8 +43,9 @@ from pfedgpa_app.methods.generation import (
 )
 
 MEAN, GENERATED, OWN = "mean", "generated", "own"
-_MOMENTUM = 0.7  # the server's, where the loss is late
+_MOMENTUM = 0.7  # the server's, of the part of the loss that is left
 _STRAIGHT_MOMENTUM = 0.9  # where rounds all point the same way
+_SHARE_MOMENTUM = 0.7  # the most where few clients take part in a round
 _TURNING, _STRAIGHT = 0.5, 0.75  # cosines between which momentum grows to that
 _BEHIND = 0.1  # part of the loss that is left too much, where momentum is all of these
 _OWN_WEIGHT = 0.9  # posterior weight that clients' own uploads keep where nobody is like anybody
@@ -199,16 +200,22 @@ class PFedGPA(Generation, RememberingFedAvg):
         return entry.server_round != generation or generation not in self.state.buffer.means
 
     def _momentum(self, server_round: int, uploads: dict[int, Upload], cosine: float) -> float:
-        """Of this round, by its ``heading`` and the training losses; 0 where nobody tells those."""
+        """Of this round, by its ``heading``, the training losses and who takes part in one.
+
+        Where only a share of the clients does, the velocity goes by as many rounds as it takes to
+        hear all of them: 1 / (1 − momentum) of them count. Nobody then learns its own by heart.
+        """
+        everyone = min(_SHARE_MOMENTUM, 1 - self.config.fraction_train)
         losses = [upload.loss for upload in uploads.values() if math.isfinite(upload.loss)]
         if not losses:
-            return 0.0
+            return everyone
         loss, state = statistics.median(losses), self.state
         if state.first_loss is None:
             state.first_loss = loss
         left = loss / state.first_loss if state.first_loss > 0 else 0.0
         rounds_left = 1 - server_round / self.first_generation(self.config)
-        return _momentum_of(min(1.0, max(0.0, left)), max(0.0, rounds_left), cosine)
+        late = _momentum_of(min(1.0, max(0.0, left)), max(0.0, rounds_left), cosine)
+        return max(everyone, late)
 
     def _compare(self, uploads: dict[int, Upload]) -> str:
         """Take in clients' validation losses; after the first generation, choose by them.
@@ -276,14 +283,14 @@ def _momentum_of(left: float, rounds_left: float, cosine: float) -> float:
 
     It is for a loss that falls later than the rounds pass. What few images have to teach is
     learned without it, too; with it clients know theirs by heart before generation begins, which
-    then has nothing left to share. It may be more where rounds point where those before them did.
+    then has nothing left to share. It is more where rounds point where those before them did.
 
     Args:
         cosine: of the angle between this round's step and those before it (``heading``).
     """
     straight = min(1.0, max(0.0, (cosine - _TURNING) / (_STRAIGHT - _TURNING)))
     behind = min(1.0, max(0.0, (left - rounds_left) / _BEHIND))
-    return max(_MOMENTUM, _STRAIGHT_MOMENTUM * straight) * behind
+    return max(_MOMENTUM * left, _STRAIGHT_MOMENTUM * straight) * behind
 
 
 def _best(losses: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -185,14 +186,14 @@ class TestServers:
     @pytest.mark.parametrize(
         ("losses", "momentum"),
         [
-            # of the rounds 6/8 and 5/8 are left: 0.7 where of the loss 0.1 more is
-            ([4.0, 3.5, 3.0], [0.7, 0.7, 0.7]),
-            ([4.0, 3.2, 2.7], [0.7, 0.7 / 2, 0.7 / 2]),  # half where 0.05
+            # of the rounds 6/8 and 5/8 are left: 0.7 of what is of the loss, where that is 0.1 more
+            ([4.0, 3.5, 3.0], [0.7, 0.7 * 0.875, 0.7 * 0.75]),
+            ([4.0, 3.2, 2.7], [0.7, 0.7 * 0.8 / 2, 0.7 * 0.675 / 2]),  # half where 0.05
             ([4.0, 3.0, 1.0], [0.7, 0.0, 0.0]),
             ([1.0, 9.0, math.nan], [0.7, 0.7, 0.0]),  # never more, and none where nobody tells
-            ([math.nan, 2.0, 1.8], [0.0, 0.7, 0.7]),
+            ([math.nan, 2.0, 1.8], [0.0, 0.7, 0.7 * 0.9]),
             ([0.0, 0.0, 1.0], [0.0, 0.0, 0.0]),
-            ([2.0, -1.0, 1.8], [0.7, 0.0, 0.7]),  # a loss of somebody's own
+            ([2.0, -1.0, 1.8], [0.7, 0.0, 0.7 * 0.9]),  # a loss of somebody's own
         ],
     )
     def test_momentum_is_for_a_loss_that_falls_later_than_the_rounds_pass(
@@ -216,22 +217,32 @@ class TestServers:
         steps = torch.eye(3)[[0, 0, 0]]
         assert self.moved(losses, steps) == pytest.approx(led_to(momentum, steps), abs=1e-6)
         turning = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.75**0.5, 0.0]])  # by 60°
-        by_loss = {4.0: 0.7, 3.2: 0.7 / 2}  # of the second
+        by_loss = {4.0: 0.7, 3.2: 0.7 * 0.8 / 2}  # of the second
         left = [momentum[0], by_loss.get(losses[1], 0.0)]
         found = self.moved(losses[:2], turning)
         assert found == pytest.approx(led_to(left, turning), abs=1e-6)
 
     def test_where_all_train_from_the_mean_to_the_end_it_ends_with_the_loss(self) -> None:
-        method: Any = server("pfedgpa", clients=5, num_server_rounds=9)
-        for number, loss, momentum in ((1, 4.0, 0.7), (9, 0.0, 0.0), (9, 0.2, 0.35), (9, 3.0, 0.7)):
-            told = {0: Upload({}, 1, loss=loss)}
-            assert method._momentum(number, told, cosine=0.0) == pytest.approx(momentum)
+        assert self.momentum(9, [4.0, 0.0, 2.0, 4.0]) == pytest.approx([0.7, 0, 0.35, 0.7])
+
+    def test_where_few_take_part_momentum_is_of_as_many_rounds_as_hear_everyone(self) -> None:
+        for share, momentum in ((0.5, 0.5), (0.4, 0.6), (0.1, 0.7)):  # never more than 0.7
+            losses = [1.0, 0.0, math.nan]  # whatever is left, and whoever tells
+            found = self.momentum(1, losses, fraction_train=share)
+            assert found[1:] == pytest.approx([momentum, momentum])
+            assert found[0] == pytest.approx(0.7)  # and more where the loss is late
+
+    def momentum(self, number: int, losses: list[float], **settings: Any) -> list[float]:
+        """Of round ``number``, of 9, by each of these losses in turn."""
+        method: Any = server("pfedgpa", clients=10, num_server_rounds=9, **settings)
+        told = [{0: Upload({}, 1, loss=loss)} for loss in losses]
+        return [method._momentum(number, each, cosine=0.0) for each in told]
 
     def test_momentum_is_less_where_rounds_turn_a_little(self) -> None:
         """Cosines of 0.5 and 0.75 are none and all of 0.9; 0.85 of the loss is left, 0.1 behind."""
-        steps = torch.tensor([[1.0, 0.0, 0.0], [0.72, (1 - 0.72**2) ** 0.5, 0.0]])
+        steps = torch.tensor([[1.0, 0.0, 0.0], [0.7, (1 - 0.7**2) ** 0.5, 0.0]])
         found = self.moved([4.0, 3.4], steps)
-        assert found == pytest.approx(led_to([0.7, 0.9 * 0.88], steps), abs=1e-6)
+        assert found == pytest.approx(led_to([0.7, 0.9 * 0.8], steps), abs=1e-6)
 
     def moved(self, losses: list[float], steps: Tensor) -> list[float]:
         """Where clients' steps [rounds, 3] and momentum take the three weights from 0."""
