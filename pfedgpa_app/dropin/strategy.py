@@ -277,8 +277,8 @@ def warn_of_losses(uploads: Mapping[int, Upload], key: str) -> None:
     """Say so where nobody tells the training loss by which the server's momentum goes."""
     if not any(math.isfinite(upload.loss) for upload in uploads.values()):
         logger.warning(
-            "PFedGPA: no reply's metrics have a number %r, the training loss: the server has no "
-            "momentum",
+            "PFedGPA: no reply's metrics have a number %r, the training loss: the server's "
+            "momentum cannot go by it",
             key,
         )
 

@@ -57,8 +57,8 @@ class PFedGPASettings(DiffusionSettings):
     )
     momentum: float | None = setting(
         None,
-        "the server's momentum in the rounds before; auto: where clients' training loss falls "
-        "later than the rounds pass, up to 0.7, and up to 0.9 where rounds point the same way",
+        "the server's momentum in the rounds before; auto: 1 - fraction-train, 0.7 at most, and "
+        "where clients' training loss falls later than the rounds pass up to 0.7, or 0.9",
         low=0,
         high=0.999,
         grid=("auto", 0.0, 0.5, 0.7, 0.9),
