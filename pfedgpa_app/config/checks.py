@@ -175,6 +175,9 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
     if config.partition == "natural" or config.partition.startswith(PARTITION_FILE):
         own = f"with partition = {config.partition} clients have what is theirs, all of it"
         why |= dict.fromkeys(("train-per-client", "test-per-client"), own)
+    if config.dataset == NODES:
+        own = "with dataset = nodes each node has its own data, all of it"
+        why |= dict.fromkeys(("train-per-client", "test-per-client"), own)
     if not config.local_dp_epsilon:
         none = "without local-dp-epsilon nothing is clipped and no noise is added"
         why |= dict.fromkeys(("local-dp-clip", "local-dp-delta"), none)

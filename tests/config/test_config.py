@@ -501,6 +501,7 @@ class TestPlainFlower:
         ({"learning-rate": 0.5, "method": "pfedme,fedavg"}, 1),
         ({"learning-rate": 0.5, "method": "pfedme", "pfedme.learning-rate": 0.02}, 0),
         ({"learning-rate": 0.5, "method": "pfedhn,fedavg"}, 0),
+        ({"dataset": "nodes", "train-per-client": 40, "test-per-client": 30}, 2),
     ],
 )
 def test_settings_without_effect_are_told(settings: dict[str, Any], idle: int) -> None:
