@@ -172,12 +172,8 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
         own_test: whether the run's data set has a test split.
     """
     why: dict[str, str] = {}
-    if config.partition == "natural" or config.partition.startswith(PARTITION_FILE):
-        own = f"with partition = {config.partition} clients have what is theirs, all of it"
-        why |= dict.fromkeys(("train-per-client", "test-per-client"), own)
-    if config.dataset == NODES:
-        own = "with dataset = nodes each node has its own data, all of it"
-        why |= dict.fromkeys(("train-per-client", "test-per-client"), own)
+    if all_of_it := _all_of_it(config):
+        why |= dict.fromkeys(("train-per-client", "test-per-client"), all_of_it)
     if not config.local_dp_epsilon:
         none = "without local-dp-epsilon nothing is clipped and no noise is added"
         why |= dict.fromkeys(("local-dp-clip", "local-dp-delta"), none)
@@ -207,6 +203,15 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
             yield f"{name} is without effect: {reason}"
     if "learning-rate" in given:
         yield from _other_rates(config, sources)
+
+
+def _all_of_it(config: Config) -> str:
+    """Why clients' data have no numbers to be given, in words; empty where they have some."""
+    if config.dataset == NODES:
+        return "with dataset = nodes each node has its own data, all of it"
+    if config.partition == "natural" or config.partition.startswith(PARTITION_FILE):
+        return f"with partition = {config.partition} clients have what is theirs, all of it"
+    return ""
 
 
 def _other_rates(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
