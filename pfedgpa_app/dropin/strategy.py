@@ -135,12 +135,7 @@ class PFedGPA(FedAvg):
         if num_rounds < 1:
             raise ConfigError(f"num_rounds = {num_rounds}: must be >= 1")
         self._network = Network(initial_arrays, self.weighted_by_key, self.loss_key)
-        config = Config(
-            num_server_rounds=num_rounds,
-            seed=self.seed,
-            fraction_train=self.fraction_train or 1.0,  # 0: as many as min_train_nodes says
-            sections=(self.settings,),
-        )
+        config = _config(self.settings, num_rounds, self.seed, self.fraction_train)
         Server.check(config)
         if self.save_dir is not None:
             self.folder = new_folder(self.save_dir, grid, self._network.expected)
@@ -271,6 +266,12 @@ def warn_of_rate(train_config: ConfigRecord | None, key: str) -> None:
             "in the last rounds, too",
             key,
         )
+
+
+def _config(settings: PFedGPASettings, rounds: int, seed: int, share: float) -> Config:
+    """By what the server goes; a ``share`` of 0 is as many nodes as Flower's ``min_train_nodes``."""
+    sections = (settings,)
+    return Config(num_server_rounds=rounds, seed=seed, fraction_train=share or 1, sections=sections)
 
 
 def warn_of_losses(uploads: Mapping[int, Upload], key: str) -> None:
