@@ -269,7 +269,7 @@ def warn_of_rate(train_config: ConfigRecord | None, key: str) -> None:
 
 
 def _config(settings: PFedGPASettings, rounds: int, seed: int, share: float) -> Config:
-    """By what the server goes; a ``share`` of 0 is as many nodes as Flower's ``min_train_nodes``."""
+    """What the server goes by; a ``share`` of 0 is as many nodes as ``min_train_nodes`` says."""
     sections = (settings,)
     return Config(num_server_rounds=rounds, seed=seed, fraction_train=share or 1, sections=sections)
 

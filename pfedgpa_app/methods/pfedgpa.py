@@ -200,22 +200,16 @@ class PFedGPA(Generation, RememberingFedAvg):
         return entry.server_round != generation or generation not in self.state.buffer.means
 
     def _momentum(self, server_round: int, uploads: dict[int, Upload], cosine: float) -> float:
-        """Of this round, by its ``heading``, the training losses and who takes part in one.
-
-        Where only a share of the clients does, the velocity goes by as many rounds as it takes to
-        hear all of them: 1 / (1 − momentum) of them count. Nobody then learns its own by heart.
-        """
-        everyone = min(_SHARE_MOMENTUM, 1 - self.config.fraction_train)
-        losses = [upload.loss for upload in uploads.values() if math.isfinite(upload.loss)]
-        if not losses:
-            return everyone
+        """Of this round, by its ``heading``, the training losses, and how many take part in one."""
+        by_share = _momentum_by_share(self.config.fraction_train)
+        if not (losses := [u.loss for u in uploads.values() if math.isfinite(u.loss)]):
+            return by_share
         loss, state = statistics.median(losses), self.state
         if state.first_loss is None:
             state.first_loss = loss
         left = loss / state.first_loss if state.first_loss > 0 else 0.0
         rounds_left = 1 - server_round / self.first_generation(self.config)
-        late = _momentum_of(min(1.0, max(0.0, left)), max(0.0, rounds_left), cosine)
-        return max(everyone, late)
+        return max(by_share, _momentum_by_loss(left, max(0.0, rounds_left), cosine))
 
     def _compare(self, uploads: dict[int, Upload]) -> str:
         """Take in clients' validation losses; after the first generation, choose by them.
@@ -278,7 +272,16 @@ class PFedGPA(Generation, RememberingFedAvg):
         return super().report() | {"chosen_by_validation": self.state.chosen or None}
 
 
-def _momentum_of(left: float, rounds_left: float, cosine: float) -> float:
+def _momentum_by_share(share: float) -> float:
+    """Where only a ``share`` of the clients takes part in a round.
+
+    1 / (1 − momentum) rounds count, as many as it takes to hear everyone. Who is heard in few of
+    them does not learn its own images by heart.
+    """
+    return min(_SHARE_MOMENTUM, 1 - share)
+
+
+def _momentum_by_loss(left: float, rounds_left: float, cosine: float) -> float:
     """Of a round, after which these shares of the training loss and of FedAvg's rounds are left.
 
     It is for a loss that falls later than the rounds pass. What few images have to teach is
@@ -288,6 +291,7 @@ def _momentum_of(left: float, rounds_left: float, cosine: float) -> float:
     Args:
         cosine: of the angle between this round's step and those before it (``heading``).
     """
+    left = min(1.0, max(0.0, left))
     straight = min(1.0, max(0.0, (cosine - _TURNING) / (_STRAIGHT - _TURNING)))
     behind = min(1.0, max(0.0, (left - rounds_left) / _BEHIND))
     return max(_MOMENTUM * left, _STRAIGHT_MOMENTUM * straight) * behind
