@@ -11,11 +11,11 @@ run: $(STAMP)
 	$(BIN)/pfedgpa run $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 4 --dist loadgroup $(ARGS)
 
 # the lowest versions that pyproject.toml allows: several GB and minutes more
 lowest: $(LOWEST)/.installed
-	$(LOWEST)/bin/python -m pytest -n 3 --dist loadgroup $(ARGS)
+	$(LOWEST)/bin/python -m pytest -n 4 --dist loadgroup $(ARGS)
 
 $(LOWEST)/.installed: pyproject.toml scripts/lowest.py
 	$(PYTHON) -m venv $(LOWEST)

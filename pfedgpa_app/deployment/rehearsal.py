@@ -66,7 +66,7 @@ def prepared(nodes: int, overrides: dict[str, Any]) -> tuple[dict[str, Any], Pat
     """The run's settings and its folder, which is made.
 
     Raises:
-        ConfigError: settings that cannot be, or as many clients as there are no nodes.
+        ConfigError: settings that cannot be, or more or fewer clients than nodes.
     """
     usual = {k: v for k, v in SETTINGS.items() if k != "method" or "conf" not in overrides}
     methods = resolve({k: v for k, v in usual.items() if "." not in k} | overrides).config.method
