@@ -340,6 +340,13 @@ class TestHostileNodes:
         said = f"no reply's metrics have a number '{key}', the training loss"
         assert caplog.text.count(said) == int(warns)
 
+    @pytest.mark.parametrize(("share", "momentum"), [(1.0, 0.0), (0.5, 0.5), (0.1, 0.7)])
+    def test_momentum_goes_by_who_takes_part(self, share: float, momentum: float) -> None:
+        settings = dataclasses.replace(QUICK, momentum=None)
+        strategy, _ = start({"w": torch.zeros(1)}, settings=settings, fraction_train=share)
+        server: Any = strategy._server
+        assert server._momentum(1, {}, cosine=0.0) == momentum  # where nobody tells a loss
+
     @pytest.mark.parametrize("nodes", [2, 4])
     @pytest.mark.parametrize("limit", [100.0, 0.0])
     def test_a_huge_upload_in_the_last_round(

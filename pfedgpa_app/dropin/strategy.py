@@ -269,9 +269,9 @@ def warn_of_rate(train_config: ConfigRecord | None, key: str) -> None:
 
 
 def _config(settings: PFedGPASettings, rounds: int, seed: int, share: float) -> Config:
-    """What the server goes by; a ``share`` of 0 is as many nodes as ``min_train_nodes`` says."""
+    """What the server goes by; a ``share`` of the nodes takes part in a round."""
     sections = (settings,)
-    return Config(num_server_rounds=rounds, seed=seed, fraction_train=share or 1, sections=sections)
+    return Config(num_server_rounds=rounds, seed=seed, fraction_train=share, sections=sections)
 
 
 def warn_of_losses(uploads: Mapping[int, Upload], key: str) -> None:
