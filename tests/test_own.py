@@ -277,9 +277,7 @@ class TestNetworks:
         network = made("auto", Schema("table", ("a", "b"), (7,)))
         assert network(torch.zeros(3, 7)).shape == (3, 2)
 
-    def test_the_last_layer_is_the_last_that_is_used(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_the_last_layer_is_the_last_that_is_used(self, tmp_path: Path) -> None:
         (tmp_path / "headfirst.py").write_text(
             "from torch import nn\n\n"
             "class Net(nn.Module):\n"

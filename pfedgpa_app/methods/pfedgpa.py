@@ -209,7 +209,7 @@ class PFedGPA(Generation, RememberingFedAvg):
             state.first_loss = loss
         left = loss / state.first_loss if state.first_loss > 0 else 0.0
         rounds_left = 1 - server_round / self.first_generation(self.config)
-        return max(by_share, _momentum_by_loss(left, max(0.0, rounds_left), cosine))
+        return max(by_share, _momentum_by_loss(left, rounds_left, cosine))
 
     def _compare(self, uploads: dict[int, Upload]) -> str:
         """Take in clients' validation losses; after the first generation, choose by them.
@@ -291,7 +291,7 @@ def _momentum_by_loss(left: float, rounds_left: float, cosine: float) -> float:
     Args:
         cosine: of the angle between this round's step and those before it (``heading``).
     """
-    left = min(1.0, max(0.0, left))
+    left, rounds_left = min(1.0, max(0.0, left)), max(0.0, rounds_left)
     straight = min(1.0, max(0.0, (cosine - _TURNING) / (_STRAIGHT - _TURNING)))
     behind = min(1.0, max(0.0, (left - rounds_left) / _BEHIND))
     return max(_MOMENTUM * left, _STRAIGHT_MOMENTUM * straight) * behind
