@@ -8,12 +8,14 @@ it and start it again whenever you like.
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pfedgpa_app.cli import options as shared
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.warning import warn_once
 
 if TYPE_CHECKING:
     from pfedgpa_app.study.reproduce import Atlas, Cell
@@ -71,8 +73,10 @@ def handle(options: Namespace) -> int:
     if taken := overrides.keys() & kind.own:
         raise ConfigError(f"{', '.join(sorted(taken))}: is the {kind.thing}'s own to say")
     places = dict(_place(text, DATA) for text in options.data)
-    cells = _cells(options, kind)
     methods = _methods(options, kind)
+    cells = [cell for cell in _cells(options, kind) if set(methods) & set(cell.methods)]
+    if unused := places.keys() - {cell.data for cell in cells}:
+        warn_once(f"--data {', '.join(sorted(unused))} is without effect: nothing here is of it")
     seeds = list(SEEDS[:1] if options.quick else SEEDS)
     if options.seeds:
         seeds = _seeds(options.seeds)
@@ -86,9 +90,12 @@ def handle(options: Namespace) -> int:
     atlas = kind(out, overrides, places, run_all, methods, options.quick)
     done = len(atlas.done(cells, seeds[0]))
     print(f"{len(cells)} places with {len(methods)} methods each, {done} of them done, in {out}")
-    hours = atlas.seconds(cells, seeds[0]) / 3600
+    seconds = atlas.seconds(cells, seeds[0])
+    long = (
+        f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{math.ceil(seconds / 60)} minutes"
+    )
     print(
-        f"about {hours:.1f} hours of one core for seed {seeds[0]}; searches and others come to that"
+        f"about {long} of one core for seed {seeds[0]}; searches, others, the server come to that"
     )
     print(atlas.fill(cells, seeds))
     return 0
@@ -115,8 +122,9 @@ def _cells(options: Namespace, kind: type[Atlas]) -> list[Cell]:
         # a whole name is that place alone: cifar10-10 is no part of cifar10-100
         found = {part} & {*names} or {name for name in names if part in name}
         if not found:
+            small = ", as it is with --quick," if options.quick else ""
             raise ConfigError(
-                f"--only {part}: no place of the {kind.thing} has it: {', '.join(names)}"
+                f"--only {part}: no place of the {kind.thing}{small} has it: {', '.join(names)}"
             )
         meant |= found
     return [cell for cell in every if cell.name in meant]

@@ -10,6 +10,8 @@ from pfedgpa_app.core.sections import LABEL_FLIP, AttackSettings
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.images import Images
 
+_HONEST = ("none", LABEL_FLIP)  # in what is uploaded
+
 
 def flips_labels(config: AttackSettings, client: int) -> bool:
     """Whether the client takes class y for class K − 1 − y."""
@@ -19,6 +21,11 @@ def flips_labels(config: AttackSettings, client: int) -> bool:
 def flipped(images: Images, classes: int) -> Images:
     """The same images, class y called K − 1 − y, K being the number of ``classes``."""
     return replace(images, labels=classes - 1 - images.labels)
+
+
+def attacks_updates(config: AttackSettings, client: int) -> bool:
+    """Whether the client uploads anything but what it has trained."""
+    return config.attack not in _HONEST and client in config.malicious_clients
 
 
 def malicious_upload(
@@ -33,7 +40,7 @@ def malicious_upload(
         before: what it trained from; what it uploads beside that stays.
     """
     strength, kind = config.attack_strength, config.attack
-    if kind in ("none", LABEL_FLIP):
+    if kind in _HONEST:
         return trained
     updates = {name: trained[name] - before[name] for name in trained if name in before}
     if kind == "noise":

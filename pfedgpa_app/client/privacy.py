@@ -10,36 +10,53 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp.mod import LocalDpMod
 
+from pfedgpa_app.client.attacks import attacks_updates
 from pfedgpa_app.config.resolve import resolve_cached
+from pfedgpa_app.core.weights import NOT_FINITE
 
 Handler = Callable[[Message, Context], Message]
 
 
 def with_local_dp(handler: Handler, message: Message, context: Context) -> Message:
-    """What ``handler`` replies, made private where the run is to be."""
-    config = resolve_cached(context.run_config).config
-    if not config.local_dp_epsilon:
-        return handler(message, context)
+    """What ``handler`` replies, made private where the run is to be.
 
+    A malicious client sends its attack as it is, neither clipped nor with noise.
+    """
+    config = resolve_cached(context.run_config).config
     reply = handler(message, context)
+    asked: Any = message.content.config_records["config"]["client"]
+    if not config.local_dp_epsilon or attacks_updates(config, asked):
+        return reply
+
     sent, made = (m.content.array_records["arrays"] for m in (message, reply))
     if list(sent) != list(made):
         raise ValueError("local-dp-epsilon: this method uploads other tensors than it is sent")
     if not made:  # nothing is uploaded
         return reply
+    trained = [name for name, array in sent.items() if _finite(array)]  # all but masks
+    if odd := [name for name in trained if not _finite(made[name])]:
+        raise ValueError(f"trained {odd[0]} to {NOT_FINITE}")  # whose norm clips nothing
     weights = copy.copy(message)  # alone: the mod takes no message with two records of them
-    weights.content = RecordDict({"arrays": sent})
+    weights.content = RecordDict({"arrays": ArrayRecord({name: sent[name] for name in trained})})
+    reply.content["arrays"] = ArrayRecord({name: made[name] for name in trained})
     # from the system: forked processes would all draw the same from NumPy's own stream
     np.random.seed()  # noqa: NPY002
     clip = config.local_dp_clip
     mod = LocalDpMod(clip, 2 * clip, config.local_dp_epsilon, config.local_dp_delta)
     private = mod(weights, context, lambda _, __: reply)
+    noisy = private.content.array_records["arrays"]
+    private.content["arrays"] = ArrayRecord({n: noisy.get(n, array) for n, array in sent.items()})
     return _with_variances(private, sent)
+
+
+def _finite(array: Array) -> bool:
+    return bool(np.isfinite(array.numpy()).all())
 
 
 def _with_variances(private: Message, sent: ArrayRecord) -> Message:

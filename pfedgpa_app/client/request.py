@@ -22,7 +22,7 @@ from torch import nn
 
 from pfedgpa_app.client import memory
 from pfedgpa_app.client.adjustment import LEFT, adjusted, log_frequencies
-from pfedgpa_app.client.attacks import flipped, flips_labels, malicious_upload
+from pfedgpa_app.client.attacks import attacks_updates, flipped, flips_labels, malicious_upload
 from pfedgpa_app.config.resolve import resolve_cached
 from pfedgpa_app.core.randomness import seeded, torch_generator
 from pfedgpa_app.core.schema import Schema
@@ -165,7 +165,8 @@ class ClientRequest:
         """What it trained from: what it was sent, else what it kept, else as the seed made it."""
         own = tensors_of(self.config, self.schema())
         kept = {name: tensor for name, tensor in self.state.items() if name in own}
-        return {**own, **kept, **self.weights}
+        sent = {n: t for n, t in self.weights.items() if not n.startswith(self.method.beside)}
+        return {**own, **kept, **sent}
 
     def keep(self, state: Weights) -> None:
         """Keep ``state`` for its next round."""
@@ -188,7 +189,7 @@ class ClientRequest:
         weights = trained.upload
         if all(all_finite(t) for t in (*weights.values(), *trained.state.values())):
             self.keep(trained.state)
-        if self.client in self.config.malicious_clients:
+        if attacks_updates(self.config, self.client):
             generator = self.generator("attack")
             weights = malicious_upload(self.config, weights, self._before(), generator)
         added = self._adjustment(self.weights)  # nobody else goes by it

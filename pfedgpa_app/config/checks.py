@@ -12,7 +12,14 @@ from pfedgpa_app.config.names import (
     require_model,
     require_partition,
 )
-from pfedgpa_app.core.sections import ATTACKS, NODES, OF_PARTITION, PARTITION_FILE, Config
+from pfedgpa_app.core.sections import (
+    ATTACKS,
+    LABEL_FLIP,
+    NODES,
+    OF_PARTITION,
+    PARTITION_FILE,
+    Config,
+)
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.data import HUGGING_FACE, IMAGEFOLDER
 from pfedgpa_app.methods import METHODS, federation_of, federations, name_of
@@ -187,14 +194,7 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
     kept = name_of(FromUploads.of)
     if not any(federation_of(method) == kept for method in config.method):
         why["save-uploads"] = f"{METHODS[kept].title}'s are kept, and no method goes by its rounds"
-    left = f"min-uploads = {config.min_uploads} of a round's {config.round_clients} are left"
-    if config.dropout_share and not config.dropped_clients:
-        why["dropout-share"] = left
-    if config.straggler_share and not config.late_clients:
-        why["straggler-share"] = left
-    uploads = config.round_clients - config.dropped_clients - config.late_clients
-    if config.max_distance and uploads < 3:
-        why["max-distance"] = f"a round has {uploads} uploads, and it compares three or more"
+    why |= _idle_in_rounds(config)
     if own_test:
         why["test-share"] = f"{config.dataset} has a test split"
     given = _given(sources)
@@ -203,6 +203,22 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
             yield f"{name} is without effect: {reason}"
     if "learning-rate" in given:
         yield from _other_rates(config, sources)
+
+
+def _idle_in_rounds(config: Config) -> dict[str, str]:
+    """Settings that rounds of so few clients, or of this attack, do not go by, and why."""
+    why: dict[str, str] = {}
+    left = f"min-uploads = {config.min_uploads} of a round's {config.round_clients} are left"
+    if config.dropout_share and not config.dropped_clients:
+        why["dropout-share"] = left
+    if config.straggler_share and not config.late_clients:
+        why["straggler-share"] = left
+    if config.max_distance and config.round_uploads < 3:
+        many = f"a round has {config.round_uploads} uploads"
+        why["max-distance"] = f"{many}, and it compares three or more"
+    if config.attack == LABEL_FLIP:
+        why["attack-strength"] = f"attack = {LABEL_FLIP} has none"
+    return why
 
 
 def _all_of_it(config: Config) -> str:

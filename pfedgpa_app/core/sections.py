@@ -241,6 +241,11 @@ class FederationSettings(Basics):
         most = max(0, self.round_clients - self.min_uploads) - self.dropped_clients
         return min(most, round(self.straggler_share * self.round_clients))
 
+    @property
+    def round_uploads(self) -> int:
+        """Uploads that a round has in time, if no client fails by itself."""
+        return self.round_clients - self.dropped_clients - self.late_clients
+
 
 @dataclass(frozen=True)
 class PrivacySettings(Basics):

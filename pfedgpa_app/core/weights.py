@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+NOT_FINITE = "numbers that are not finite"  # in messages
 _LARGEST = torch.finfo(torch.float32).max
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,8 @@ from pfedgpa_app.diffusion.network import (
 from pfedgpa_app.diffusion.rank import choose_rank
 from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.diffusion.settings import DiffusionSettings
+
+_FURTHER = 4.0  # times as far as a first round led
 
 
 def likeness_of(buffer: Buffer, rule: str, seed: int) -> Likeness:
@@ -93,13 +95,21 @@ class Distribution:
         """Latent dimensions: less than asked for where uploads span less."""
         return self.latents.shape[1]
 
-    def _latents_of(self, weights: dict[int, Weights]) -> Tensor:
-        """Where weights that are no upload of the buffer lie [M, k]."""
-        vectors = torch.stack([self.layout.flatten(mine) for mine in weights.values()])
-        return self.autoencoder.encode(vectors - self.anchor)
+    def _seen(self, weights: dict[int, Weights]) -> tuple[Tensor, Tensor]:
+        """Latents [M, k] of weights that are no upload of the buffer, and what these leave [M, P].
 
-    def _decoded(self, clients: Iterable[int], latents: Tensor) -> dict[int, Weights]:
-        vectors = self.autoencoder.decode(latents) + self.anchor
+        What the directions do not tell of clients is their own; nothing is where all share all.
+        """
+        vectors = torch.stack([self.layout.flatten(mine) for mine in weights.values()])
+        deltas = vectors - self.anchor
+        latents = self.autoencoder.encode(deltas)
+        left = deltas - self.autoencoder.decode(latents)
+        return latents, left if self.rank else torch.zeros_like(left)
+
+    def _decoded(
+        self, clients: Iterable[int], latents: Tensor, left: Tensor | float = 0.0
+    ) -> dict[int, Weights]:
+        vectors = self.autoencoder.decode(latents) + self.anchor + left
         return {c: self.layout.unflatten(v) for c, v in zip(clients, vectors, strict=True)}
 
     def place(
@@ -108,19 +118,29 @@ class Distribution:
         strength: int,
         draws: int,
         descriptors: dict[int, Tensor] | None = None,
+        *,
+        begun: Collection[int] = (),
     ) -> dict[int, Weights]:
         """What the distribution makes of clients' weights that it has never seen.
 
         Their latents' posterior mean after noise of ``strength``, over ``draws``.
+
+        Args:
+            begun: clients that have trained on from the mean for one round only. They are on their
+                way, and taken as far along it as those are that were learned from, but at most
+                four times as far as they came: who is like none of these goes another way.
         """
-        latents = self._latents_of(weights)
+        latents, left = self._seen(weights)
         if self.rank:
+            far = self.latents.norm(dim=1).mean() / latents.norm(dim=1, keepdim=True)
+            new = torch.tensor([client in begun for client in weights])[:, None]
+            latents = torch.where(new, latents * far.clamp(1, _FURTHER), latents)
             rng = torch_generator(self.seed, "place")
             denoiser = self._denoiser_of(list(weights), descriptors)
             latents = regenerate(
                 latents, denoiser, self.schedule, rng, strength=strength, draws=draws
             )
-        return self._decoded(weights, latents)
+        return self._decoded(weights, latents, left)
 
     def _denoiser_of(
         self, clients: Sequence[int], descriptors: dict[int, Tensor] | None
@@ -137,12 +157,12 @@ class Distribution:
 
         So many steps as the calibrated strength; ``weight`` is the 1 + ω of eq. 10.
         """
-        latents = self._latents_of(weights)
+        latents, left = self._seen(weights)
         if self.rank:
-            progress = latents - self._latents_of(before)
+            progress = latents - self._seen(before)[0]
             denoiser = self._denoiser_of(list(weights), None)
             latents = guided(latents, progress, denoiser, self.schedule, self.strength, weight)
-        return self._decoded(weights, latents)
+        return self._decoded(weights, latents, left)
 
 
 class WeightDistribution(Distribution):

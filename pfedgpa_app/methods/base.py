@@ -77,6 +77,8 @@ class Rounds(Generic[S]):
         settings: the class of the method's own settings, if it has some.
         sends: what clients upload: what they downloaded, trained on; nothing; or something other,
             on which no noise for differential privacy can be.
+        beside: beginnings of the names of uploaded tensors that are no trained ones of those
+            downloaded under these names. An attack on updates leaves them as they are.
         adjustable: whether logit-adjustment is made to the classifier that clients are sent, if
             they are sent one.
     """
@@ -84,6 +86,7 @@ class Rounds(Generic[S]):
     title = ""
     settings: ClassVar[type[Any]] = MethodSettings
     sends: ClassVar[str] = TRAINED
+    beside: ClassVar[tuple[str, ...]] = ()
     adjustable: ClassVar[bool] = True
 
     def __init__(self, config: Config, state: S) -> None:

@@ -72,6 +72,7 @@ class FedProto(Method[Prototypes]):
     title = "FedProto"
     settings = FedProtoSettings
     sends = OTHER  # means of classes, and how many examples
+    beside = ("counts",)
     adjustable = False  # the nearest prototype is, however frequent its class
     tuned = ("lam",)
 

@@ -298,7 +298,8 @@ class Generation(Personaliser[RememberedState]):
             before = {c: {n: self.joined.get(c, common)[n] for n in names} for c in uploads}
             made = fitted.guide(given, before, 1 + self.own.guidance)
         else:
-            made = fitted.place(given, fitted.strength, self.own.draws, self._descriptors())
+            how = fitted.strength, self.own.draws, self._descriptors()
+            made = fitted.place(given, *how, begun=given.keys() - self.joined.keys())
         self.joined |= self.whole(fitted, made)
         return {client: self.joined[client] for client in uploads}
 

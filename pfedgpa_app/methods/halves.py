@@ -224,7 +224,7 @@ class ClientHalf:
 
     def __init__(self, name: str, kind: type[Rounds[Any]], server_round: int) -> None:
         self.name, self.kind, self.round = name, kind, server_round
-        self.title, self.adjustable = kind.title, kind.adjustable
+        self.title, self.adjustable, self.beside = kind.title, kind.adjustable, kind.beside
 
     def _hook(self, hook: str) -> Hook:
         return Hook(self.name, self.kind, hook, self.round)

@@ -28,7 +28,7 @@ class KrumSettings(MethodSettings):
     malicious: int | None = setting(
         None,
         "f: so many clients may be malicious; auto: 2, or as many as Krum is known to withstand "
-        "with fewer than 7 clients a round",
+        "with fewer than 7 uploads a round",
         low=0,
     )
     select: int = setting(1, "so many uploads are averaged; above 1: Multi-Krum", low=1)
@@ -40,7 +40,7 @@ def malicious(config: Config) -> int:
     n >= 2f + 3 clients withstand f (Blanchard et al., Proposition 4.2).
     """
     own = config.of(KrumSettings).malicious
-    return max(0, min(2, (config.round_clients - 3) // 2)) if own is None else own
+    return max(0, min(2, (config.round_uploads - 3) // 2)) if own is None else own
 
 
 class Krum(Defence):
@@ -51,45 +51,54 @@ class Krum(Defence):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        own, clients, most = config.of(KrumSettings), config.round_clients, malicious(config)
-        if most > clients - 3:
-            way = f"set it to at most {clients - 3}"
-            if clients < 3:
+        own, uploads, most = config.of(KrumSettings), config.round_uploads, malicious(config)
+        if most > uploads - 3:
+            way = f"set it to at most {uploads - 3}"
+            if uploads < 3:
                 way = "Krum wants 3 or more: raise num-clients or fraction-train"
+                way += ", or let fewer drop out" if uploads < config.round_clients else ""
             raise ConfigError(
                 f"krum.malicious = {most}: each upload is compared with all but "
-                f"{most} + 2 of a round's, and {clients} clients take part in one; {way}"
+                f"{most} + 2 of a round's, and a round has {_many(uploads)}; {way}"
             )
-        if own.select > clients:
+        if own.select > uploads:
             raise ConfigError(
-                f"krum.select = {own.select}: {clients} clients take part in a round; set it to at "
-                f"most {clients}"
+                f"krum.select = {own.select}: a round has {_many(uploads)}; set it to at "
+                f"most {uploads}"
             )
 
     @classmethod
     def doubts(cls, config: Config) -> Iterator[str]:
-        own, clients, most = config.of(KrumSettings), config.round_clients, malicious(config)
+        own, uploads, most = config.of(KrumSettings), config.round_uploads, malicious(config)
         wanted = max(1, most)
-        if clients < 2 * wanted + 3:
+        if uploads < 2 * wanted + 3:
             yield (
-                f"krum.malicious = {most}: Krum is known to withstand {wanted} where "
-                f"{2 * wanted + 3} clients or more take part in a round; of the {clients} "
-                f"here, {(clients - 3) // 2}"
+                f"krum.malicious = {most}: Krum is known to withstand {wanted} of "
+                f"{2 * wanted + 3} or more uploads a round; of the {uploads} here, "
+                f"{max(0, (uploads - 3) // 2)}"
             )
-        if (beyond := own.select + most - clients) > 0:
+        if (beyond := own.select + most - uploads) > 0:
             yield (
-                f"krum.select = {own.select}: if {most} of the {clients} clients of a "
+                f"krum.select = {own.select}: if {most} of the {uploads} uploads of a "
                 f"round are malicious, {beyond} or more of them are averaged, too"
             )
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
-        own = self.config.of(KrumSettings)
+        own, before = self.config.of(KrumSettings), self.state.global_weights
+        # the same distances as the weights', of which float32 leaves little where they are long
         contents = [
             RecordDict(
-                {"arrays": ArrayRecord(u.weights), "metrics": MetricRecord({"client": client})}
+                {
+                    "arrays": ArrayRecord({n: w - before[n] for n, w in u.weights.items()}),
+                    "metrics": MetricRecord({"client": client}),
+                }
             )
             for client, u in uploads.items()
         ]
         chosen = select_multikrum(contents, malicious(self.config), own.select)
         clients = sorted(int(c.metric_records["metrics"]["client"]) for c in chosen)  # type: ignore[arg-type]
         self.state.global_weights = weighted_mean({c: uploads[c] for c in clients})
+
+
+def _many(uploads: int) -> str:
+    return f"{uploads} upload" + ("s" if uploads != 1 else "")

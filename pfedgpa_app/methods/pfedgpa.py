@@ -29,7 +29,7 @@ from torch import Tensor
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import RESULTS, ConfigError
 from pfedgpa_app.core.uploads import Buffer, Entry, Upload
-from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.core.weights import Layout, Weights
 from pfedgpa_app.diffusion.directions import Likeness
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.methods.averaging import heading, with_momentum
@@ -176,14 +176,9 @@ class PFedGPA(Generation, RememberingFedAvg):
         buffer, generated = self.state.buffer, self.state.generated
         layout, generation = buffer.layout, self.first_generation(self.config)
         assert layout is not None
-
-        def mean(several: Collection[Weights]) -> Tensor:
-            vectors = (layout.flatten({n: w[n] for n in layout.names}) for w in several)
-            return sum(vectors, torch.zeros(())) / len(several)
-
-        shared = mean(generated.values())
-        learned = mean([upload.weights for upload in uploads.values()])
-        learned -= mean([self.download(client) for client in uploads])
+        shared = _mean(generated.values(), layout)
+        learned = _mean([upload.weights for upload in uploads.values()], layout)
+        learned -= _mean([self.download(client) for client in uploads], layout)
         if generation not in buffer.means:
             newest = buffer.newest()
             for client in absent:
@@ -248,9 +243,11 @@ class PFedGPA(Generation, RememberingFedAvg):
         return dict.fromkeys(fitted.newest, common)
 
     def join(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
-        if self.state.chosen != MEAN:
-            return super().join(uploads)
-        return dict.fromkeys(uploads, self.state.global_weights)
+        if self.state.chosen == OWN:
+            return RememberingFedAvg.join(self, uploads)
+        if self.state.chosen == MEAN:
+            return dict.fromkeys(uploads, self.state.global_weights)
+        return super().join(uploads)
 
     def known(self) -> Likeness | None:
         """By FedAvg's first rounds.
@@ -270,6 +267,12 @@ class PFedGPA(Generation, RememberingFedAvg):
 
     def report(self) -> dict[str, Any]:
         return super().report() | {"chosen_by_validation": self.state.chosen or None}
+
+
+def _mean(several: Collection[Weights], layout: Layout) -> Tensor:
+    """Of those of their tensors that are in the ``layout``, as one vector [P]."""
+    vectors = (layout.flatten({n: w[n] for n in layout.names}) for w in several)
+    return sum(vectors, torch.zeros(())) / len(several)
 
 
 def _momentum_by_share(share: float) -> float:

@@ -57,6 +57,7 @@ class Scaffold(Method[ScaffoldState]):
     title = "SCAFFOLD"
     settings = ScaffoldSettings
     sends = OTHER  # changes of control variates, too
+    beside = (CONTROL,)
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> ScaffoldState:

@@ -36,12 +36,12 @@ class TrimmedMean(Defence):
 
     @classmethod
     def doubts(cls, config: Config) -> Iterator[str]:
-        beta, clients = config.of(TrimmedMeanSettings).beta, config.round_clients
-        if beta and int(beta * clients) < 1:
-            way = f"from {math.ceil(100 / clients) / 100:g} on it cuts"
+        beta, uploads = config.of(TrimmedMeanSettings).beta, config.round_uploads
+        if beta and int(beta * uploads) < 1:
+            way = f"from {math.ceil(100 / uploads) / 100:g} on it cuts"
             yield (
-                f"trimmed-mean.beta = {beta:g}: cuts off none of the {clients} uploads of a round, "
-                f"which leaves the plain mean; {way if clients > 2 else 'it wants 3 or more'}"
+                f"trimmed-mean.beta = {beta:g}: cuts off none of the {uploads} uploads of a round, "
+                f"which leaves the plain mean; {way if uploads > 2 else 'it wants 3 or more'}"
             )
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:

@@ -129,7 +129,7 @@ def before_and_after(found: Mapping[str, Mapping[int, tuple[float, float]]]) -> 
     rows = -(-len(found) // columns)
     height = max(2.0, min(9.0, 1.0 + 0.16 * clients))
     figure = canvas(9.3, height * rows)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
     for axes, (name, scores) in zip(grid.flat, found.items(), strict=False):
         order = sorted(scores, key=lambda c: scores[c][0])
         for place, client in enumerate(order):
@@ -139,7 +139,6 @@ def before_and_after(found: Mapping[str, Mapping[int, tuple[float, float]]]) -> 
         axes.plot([scores[c][1] for c in order], range(len(order)), "|", color=COLOURS[1], ms=8)
         if len(order) <= 40:
             axes.set_yticks(range(len(order)), [str(c) for c in order], fontsize="x-small")
-            axes.tick_params(labelleft=True)
         axes.set_title(name, fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(grid.flat)[len(found) :]:

@@ -50,12 +50,12 @@ class Records:
             file.seek(self.place)
             while (line := file.readline()).endswith(b"\n"):
                 self.place = file.tell()
-                if record := _record(line):
+                if record := record_in(line):
                     yield record
 
 
-def _record(line: bytes) -> dict[str, Any]:
-    """{} for a line that is no record."""
+def record_in(line: bytes) -> dict[str, Any]:
+    """The record that a line is; {} if it is none."""
     try:
         found = json.loads(line.decode())
     except (ValueError, RecursionError):
@@ -72,6 +72,19 @@ def last_event(folder: Path) -> dict[str, Any]:
         if newest or window >= size:
             return newest[0] if newest else {}
         window *= 8
+
+
+def participants(folder: Path, name: str, server_round: int, clients: int) -> set[int]:
+    """Whose uploads counted in the newest round of a run of so many ``clients``, if it is this."""
+    path, most = folder / METRICS, clients * 2**9  # bytes of a round's records
+    if not path.exists():
+        return set()
+    return {
+        record["client"]
+        for record in Records(path, max(0, path.stat().st_size - most)).new()
+        if (record["federation"], record["round"]) == (name, server_round)
+        and record["participated"]
+    }
 
 
 def _summed(path: Path, size: int = 0, checksum: int = 0) -> tuple[int, int]:
@@ -295,8 +308,9 @@ class RunLog:
         server_round: int,
         participants: dict[int, dict[str, float]],
         scores: dict[int, dict[str, float]],
+        loss: float,
     ) -> None:
-        """One record for every client that trained or was evaluated."""
+        """One record for every client that trained or was evaluated; ``loss`` is the round's."""
         records = []
         for client in sorted(participants.keys() | scores.keys()):
             record: dict[str, Any] = {
@@ -313,7 +327,6 @@ class RunLog:
             records.append(record)
         for tell in self.listeners:
             tell(name, server_round, records)
-        loss = mean([p["train_loss"] for p in participants.values()])
         seconds_left = self.advance(1)
         text = f"{name} round {server_round}/{self.rounds}  loss {loss:.3f}"
         if scores:

@@ -36,10 +36,11 @@ def before_and_after(path: Path, results: dict[str, Outcome]) -> None:
     figure = canvas(3.6 * columns, 2.6 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes, (name, result) in zip(grid.flat, results.items(), strict=False):
-        x = np.arange(len(result.clients))
+        x = np.array(result.clients)
         axes.bar(x - 0.2, result.before, 0.4, label="before fine-tuning")
         axes.bar(x + 0.2, result.after, 0.4, label="after")
         axes.set_title(name, fontsize="medium")
+        axes.locator_params(axis="x", integer=True)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in list(grid.flat)[len(results) :]:
         axes.set_visible(False)

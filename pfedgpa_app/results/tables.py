@@ -175,7 +175,7 @@ def text_table(rows: list[dict[str, Any]]) -> str:
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines
     ]
-    notes = *_without_result(rows), *without_generation(rows)
+    notes = *without_result(rows), *without_generation(rows)
     return "\n".join(
         [*table, "", *LEGEND, "±: one standard deviation over clients, who count alike.", *notes]
     )
@@ -202,7 +202,7 @@ def without_generation(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             )
 
 
-def _without_result(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def without_result(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Who has no part in the figures: by design, and of each method, for want of an answer."""
     by_design = dict.fromkeys((*_evaluated(row), row["num_clients"]) for row in rows)
     for meant, who, clients in by_design:

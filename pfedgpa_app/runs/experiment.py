@@ -231,7 +231,10 @@ class Experiment:
         privacy.check(self.config, uploads)
         self.log.event("privacy", privacy.in_words(self.config, uploads.most))
         self.ask = uploads.ask
-        return {"epsilon_spent": round(privacy.epsilon_of(self.config, uploads.most), 4)}
+        spent = {"epsilon_spent": round(privacy.epsilon_of(self.config, uploads.most), 4)}
+        for row in self.summary.rows.values():  # of methods that were done before
+            row |= spent
+        return spent
 
     def run_all(self, federations: dict[str, list[str]]) -> None:
         """Run ``federations``, {name: its methods}, and write what they came to."""

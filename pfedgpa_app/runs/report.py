@@ -17,7 +17,7 @@ from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.results import figures
 from pfedgpa_app.results.log import EVENTS, clock
 from pfedgpa_app.results.page import page
-from pfedgpa_app.results.tables import LEGEND, without_generation
+from pfedgpa_app.results.tables import LEGEND, without_generation, without_result
 from pfedgpa_app.runs.folder import HOLDINGS, unfinished
 from pfedgpa_app.runs.reading import Row, Run, chosen, command_of, runs_in
 from pfedgpa_app.runs.table import Entry, as_csv, as_latex, curves_of, table_of
@@ -97,7 +97,7 @@ def rendered(
         table={
             "header": header,
             "rows": [entry.cells(entries) for entry in entries],
-            "legend": [*LEGEND, _over(runs), *_without_generation(runs)],
+            "legend": [*LEGEND, _over(runs), *_notes(runs)],
         },
         figures=[*figure, *(_figures_of(one) if one else ())],
         parts=list(_parts_of(one) if one else _parts_of_several(runs)),
@@ -114,8 +114,10 @@ def _over(runs: Sequence[Run]) -> str:
     )
 
 
-def _without_generation(runs: Sequence[Run]) -> list[str]:
-    said = Counter(text for run in runs for text in without_generation(run.rows))
+def _notes(runs: Sequence[Run]) -> list[str]:
+    """Whom the figures are not of, and which methods had no reason to generate weights."""
+    tell = without_result, without_generation
+    said = Counter(text for run in runs for of in tell for text in of(run.rows))
     many = f" of {len(runs)} runs)"
     return [text if len(runs) == 1 else f"{text} (In {n}{many}" for text, n in said.items()]
 
@@ -125,16 +127,28 @@ def _about(runs: Sequence[Run]) -> list[str]:
     lines = []
     for run in runs:
         events = list(run.lines(EVENTS))
-        lines += [event["text"] for event in events if event["kind"] in _SAID_OF_A_RUN]
+        said = {event["kind"]: event["text"] for event in events}  # a resumed run's, as it ended
+        lines += [said[kind] for kind in _SAID_OF_A_RUN if kind in said]
         if len(runs) == 1 and events:
             start, end = events[0]["time"], events[-1]["time"]
             day = time.strftime("%Y-%m-%d %H:%M", time.localtime(start))
             rounds = run.settings["num-server-rounds"]["value"]
-            share = run.settings["fraction-train"]["value"]
-            part = f"{100 * share:g} % of the" if share < 1 else "all"
             took = f"run {run.folder.name}, started {day}, took {clock(end - start)}"
-            lines.append(f"{rounds} rounds, {part} clients in each; {took}.")
+            lines.append(f"{rounds} rounds, {_in_each(run)}; {took}.")
     return list(dict.fromkeys(lines))[:6]
+
+
+def _in_each(run: Run) -> str:
+    """Who takes part in each of its rounds."""
+
+    def value(name: str) -> float:
+        return float(run.settings[name]["value"]) if name in run.settings else 0.0
+
+    part = f"{100 * value('fraction-train'):g} % of the" if value("fraction-train") < 1 else "all"
+    who = "clients that were there from the start" if value("join-clients") else "clients"
+    shares = {"drop out": value("dropout-share"), "are late": value("straggler-share")}
+    lost = [f"{100 * share:g} % {what}" for what, share in shares.items() if share]
+    return f"{part} {who} in each" + (f" (of whom {' and '.join(lost)})" if lost else "")
 
 
 _PIES = (
@@ -193,6 +207,17 @@ def _parts_of(run: Run) -> Iterator[Row]:
         "rows": [_worst(name, clients, count) for name, clients in run.clients.items()],
         "note": "Accuracy of what the client would keep, in percent; in brackets which client.",
     }
+    if joined := [r for r in run.rows if r.get("accuracy_of_joining_clients")]:
+        iterations = max(len(row["accuracy_of_joining_clients"]) for row in joined)
+        yield {
+            "title": "Clients that joined",
+            "header": ["method", "welcomed", *map(str, range(1, iterations))],
+            "rows": [
+                [r["title"], *map(_accuracy, r["accuracy_of_joining_clients"])] for r in joined
+            ],
+            "note": "Mean accuracy in percent of those that joined after the last round: by what "
+            "they were sent first, and after each upload of theirs.",
+        }
     events = list(run.lines(EVENTS))
     told = [e["text"] for e in events if e["kind"] in ("warning", "stalled", "resumed")]
     if told:
@@ -206,6 +231,10 @@ def _parts_of(run: Run) -> Iterator[Row]:
         "rows": [[name, argument(e["value"]), e["from"]] for name, e in chosen(run)],
     }
     yield {"title": "The command", "command": command_of(run)}
+
+
+def _accuracy(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
 
 
 def _worst(name: str, clients: Mapping[int, Row], count: int) -> list[str]:

@@ -15,7 +15,7 @@ from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.halves import reported
 from pfedgpa_app.results import plots
-from pfedgpa_app.results.log import SUMMARY, TABLE, RunLog, mean
+from pfedgpa_app.results.log import SUMMARY, TABLE, RunLog, mean, participants
 from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
 from pfedgpa_app.server.strategy import Personalised, missing, sampled
 from pfedgpa_app.training.evaluation import FinalScore, FineTuning
@@ -110,10 +110,10 @@ class Summary:
     def _of_rounds(self, name: str, result: Outcome, strategy: Personalised) -> dict[str, Any]:
         """What the rounds tell of the method that the federation is named for."""
         last = self.config.num_server_rounds
-        last_round = set(sampled(self.config, last)).difference(*missing(self.config, last))
-        took_part = [
-            a for c, a in zip(result.clients, result.before, strict=True) if c in last_round
-        ]
+        in_it = participants(self.folder, strategy.name, last, self.config.num_clients)
+        if not in_it:  # its uploads are another run's
+            in_it = set(sampled(self.config, last)).difference(*missing(self.config, last))
+        took_part = [a for c, a in zip(result.clients, result.before, strict=True) if c in in_it]
         curve = self.log.curves.get(strategy.name, []) if name == strategy.name else []
         accuracies = {server_round: accuracy for server_round, accuracy, _ in curve}
         peak = max(accuracies.values(), default=0.0)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from pfedgpa_app.core.files import sync
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import federations, rounds_class
 from pfedgpa_app.methods.base import NOTHING, OTHER
-from pfedgpa_app.server.strategy import sampled
+from pfedgpa_app.results.log import append, end_whole, record_in
+from pfedgpa_app.server.strategy import missing, sampled
 
 
 def noise_multiplier(config: Config) -> float:
@@ -76,15 +77,16 @@ class Uploads:
         self._file = file
         self.counts: Counter[int] = Counter()
         if file is not None and file.exists():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                self.counts.update(json.loads(line)["clients"])
+            for clients in _asked(file, config.num_clients):
+                self.counts.update(clients)
         else:  # none of it is on record, if an earlier version began it
             finished, going = (), ("", 0)
         for name, methods in federations(config.method).items():
             if name not in finished and rounds_class(name).sends != NOTHING:
                 done = going[1] if name == going[0] else 0
                 for server_round in range(done + 1, config.num_server_rounds + 1):
-                    self.counts.update(sampled(config, server_round))
+                    asked = set(sampled(config, server_round))
+                    self.counts.update(asked - missing(config, server_round)[0])
                 for _ in range(config.join_iterations * len(methods)):
                     self.counts.update(range(config.initial_clients, config.num_clients))
 
@@ -98,8 +100,32 @@ class Uploads:
         if self._file is None or rounds_class(federation).sends == NOTHING:
             return
         line = {"federation": federation, "round": server_round, "clients": sorted(clients)}
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self._file, line)
+        sync(self._file)
+
+
+def _asked(file: Path, clients: int) -> Iterator[list[int]]:
+    """Whom each round asked, by ``file``.
+
+    A last line that was not written to its end may have asked any of all ``clients``, and is made
+    one that did.
+
+    Raises:
+        ConfigError: it is damaged elsewhere.
+    """
+    *whole, torn = file.read_bytes().split(b"\n")
+    if torn:
+        end_whole(file)
+        append(file, {"clients": list(range(clients))})
+        yield list(range(clients))
+    for number, line in enumerate(whole, start=1):
+        found = record_in(line).get("clients")
+        if not isinstance(found, list) or not all(isinstance(client, int) for client in found):
+            raise ConfigError(
+                f"{file}: line {number} is damaged; nobody can say what the run has spent; "
+                "start it anew under another run-name"
+            )
+        yield found
 
 
 def in_words(config: Config, uploads: int) -> str:

@@ -15,7 +15,7 @@ from flwr.common.constant import ErrorCode
 
 from pfedgpa_app.core.sections import FederationSettings
 from pfedgpa_app.core.uploads import Upload
-from pfedgpa_app.core.weights import Layout, Weights, all_finite, finite
+from pfedgpa_app.core.weights import NOT_FINITE, Layout, Weights, all_finite, finite
 from pfedgpa_app.messages import bytes_of
 from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.training.evaluation import TEMPERATURES
@@ -29,7 +29,6 @@ _WHAT: dict[int, str] = {  # what Flower's codes mean for whom reads the log
 }
 _LAST_WORDS = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception)\b.*)", re.MULTILINE)  # of a traceback
 MOST_EXAMPLES = 2**53  # that a client may claim: further than float64 counts
-NOT_FINITE = "numbers that are not finite"
 _HEADER = 4096  # bytes; NumPy's format needs some 128
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _BY_METHOD = "failed: method "

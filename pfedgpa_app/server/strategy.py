@@ -19,7 +19,7 @@ from pfedgpa_app.messages import record_of
 from pfedgpa_app.methods.base import Rounds
 from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.methods.halves import ServerHalf
-from pfedgpa_app.results.log import RunLog
+from pfedgpa_app.results.log import RunLog, mean
 from pfedgpa_app.server.evaluation import Evaluator
 from pfedgpa_app.server.roster import Roster, array_bytes, match
 from pfedgpa_app.server.screening import NoUploadsError, method_fault, remedy, screened
@@ -141,15 +141,19 @@ class Personalised(Strategy):
         started = time.perf_counter()
         self.half.aggregate(server_round, uploads)
         self.server_seconds += time.perf_counter() - started
-        loss = sum(p["train_loss"] for p in self._participants.values()) / len(uploads)
         metrics: dict[str, Any] = {
-            "train-loss": loss,
+            "train-loss": self._loss(),
             "uploads": len(uploads),
             "rejected": len(rejected),
             "bytes-up": round_up,
             "bytes-down": self._round_down,
         }
         return None, MetricRecord(metrics)
+
+    def _loss(self) -> float:
+        """The mean training loss of a round's honest clients."""
+        told = self._participants.items()
+        return mean([p["train_loss"] for client, p in told if client in self.honest])
 
     def screened(
         self,
@@ -194,7 +198,7 @@ class Personalised(Strategy):
         server_round += self.done
         answers = match(self._sent, replies)
         scores = self.evaluator.scores(server_round, self._sent, answers)
-        self.log.round(self.name, server_round, self._participants, scores)
+        self.log.round(self.name, server_round, self._participants, scores, self._loss())
         self._keep(server_round)
         if not scores:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pfedgpa_app.client.attacks import malicious_upload
 from pfedgpa_app.client.request import held_by
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.sections import ATTACKS, Config
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.methods.averaging import Shared
 from pfedgpa_app.methods.krum import Krum, malicious
@@ -133,6 +135,66 @@ class TestAttacks:
         row = summary(folder)["fedavg"] | {"clients_evaluated": 2}  # had one not answered
         assert "FedAvg: of 2 of 3 honest clients that were there" in text_table([row])
 
+    @pytest.mark.parametrize(
+        ("method", "stays", "changes"),
+        [("scaffold", "control/", "0."), ("fedproto", "counts", "means")],
+    )
+    @pytest.mark.parametrize("attack", ["sign-flip", "scale"])
+    def test_what_is_no_trained_weight_is_left(
+        self, method: str, stays: str, changes: str, attack: str, tmp_path: Path
+    ) -> None:
+        """A control variate's change or a number of images, taken for weights, is another attack.
+
+        In round 2, when what clients are sent of them is not nought.
+        """
+        sent: dict[str, dict[str, Tensor]] = {}
+        [bad] = config(attack=attack, malicious_share=0.25, num_clients=4).malicious_clients
+
+        def watch(message: Message, reply: Message, run: str) -> Message:
+            asked: Any = message.content.config_records["config"]
+            training = message.metadata.message_type == "train"
+            if training and (asked["client"], asked["round"]) == (bad, 2):
+                sent[run] = reply.content.array_records["arrays"].to_torch_state_dict()
+            elif training and asked["round"] == 1 and asked["client"] == bad:
+                reply.content.metric_records["metrics"][
+                    "num-examples"
+                ] = -1  # which is refused: alike in both
+            return reply
+
+        how = {"num_server_rounds": 2, "method": method, "max_upload_norm": 0.0}
+        for run, more in {"honest": {}, "attacked": {"attack": attack}}.items():
+            given = how | more | ({"malicious_share": 0.25} if more else {})
+            federate(tmp_path / run, partial(watch, run=run), **given)
+        left, changed = (
+            [name for name in sent["honest"] if name.startswith(start)]
+            for start in (stays, changes)
+        )
+        same = {n: torch.equal(sent["honest"][n], sent["attacked"][n]) for n in left + changed}
+        assert left
+        assert all(same[name] for name in left)
+        assert not any(same[name] for name in changed)
+
+    def test_losses_that_are_told_are_of_honest_clients(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"malicious_share": 0.25, "attack": "label-flip"}
+        folder, _ = federate(tmp_path, method="fedavg", num_server_rounds=3, **how)
+        [bad] = config(num_clients=4, **how).malicious_clients
+        told = [e["loss"] for e in records(folder, "events.jsonl") if e["kind"] == "round"]
+        for number, loss in enumerate(told, start=1):
+            of = [r for r in records(folder) if r["round"] == number and r["client"] != bad]
+            assert loss == pytest.approx(sum(r["train_loss"] for r in of) / 3)
+
+    def test_flipped_labels_have_no_strength(self, tmp_path: Path) -> None:
+        folder, _ = federate(
+            tmp_path,
+            method="fedavg",
+            num_server_rounds=1,
+            attack="label-flip",
+            malicious_share=0.25,
+            attack_strength=8.0,
+        )
+        said = [e["text"] for e in records(folder, "events.jsonl")]
+        assert "attack-strength is without effect: attack = label-flip has none" in said
+
 
 class TestDefences:
     def test_distance_to_the_median(self) -> None:
@@ -200,13 +262,36 @@ class TestDefences:
 
         malicious, select, beta = warnings("few", few)
         assert "krum.malicious = 1" in malicious
-        assert "where 5 clients or more take part in a round; of the 4 here, 0" in malicious
-        assert "krum.select = 4: if 1 of the 4 clients of a round are malicious, 1" in select
+        assert "withstand 1 of 5 or more uploads a round; of the 4 here, 0" in malicious
+        assert "krum.select = 4: if 1 of the 4 uploads of a round are malicious, 1" in select
         assert "trimmed-mean.beta = 0.2: cuts off none of the 4 uploads" in beta
         assert "from 0.25 on" in beta
         assert not warnings("many", many)
         by_itself, _ = warnings("default", {})
-        assert "krum.malicious = 0: Krum is known to withstand 1 where 5 clients" in by_itself
+        assert "krum.malicious = 0: Krum is known to withstand 1 of 5 or more" in by_itself
+
+    def test_who_drops_out_or_is_late_guards_nobody(self, tmp_path: Path) -> None:
+        """Of seven uploads three are left, of which a fifth is nobody."""
+        how: dict[str, Any] = {"method": "krum,trimmed-mean", "num_server_rounds": 1}
+        how |= {"num_clients": 7, "dropout_share": 0.3, "straggler_share": 0.3}
+        folder, _ = federate(tmp_path, **how)
+        said = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
+        assert any("krum.malicious = 0: " in text and "of the 3 here, 0" in text for text in said)
+        assert any("cuts off none of the 3 uploads" in text for text in said)
+        fewer = {"method": "krum", "num-clients": 7, "dropout-share": 0.7, "krum.malicious": 0}
+        with pytest.raises(
+            ConfigError, match=r"a round has 2 uploads; Krum wants 3 or more: .* or let"
+        ):
+            resolve(fewer)
+
+    def test_krum_tells_clients_of_long_weights_apart(self) -> None:
+        """Updates 0, 1, 3, 9, 10 times 0.01 on weights of length 10,000."""
+        before = torch.full((10_000,), 100.0)
+        settings = {"method": "krum", "krum.malicious": 1}
+        krum = Krum(resolve(settings).config, Shared({"w": before}))
+        near = [before + 0.01 * x for x in (0, 1, 3, 9, 10)]
+        krum.aggregate(1, {i: Upload({"w": w}, 10) for i, w in enumerate(near)})
+        assert torch.equal(krum.state.global_weights["w"], near[1])
 
     def test_trimmed_mean_by_hand(self) -> None:
         """Of 0, 1, 3, 9, 100 a fifth falls off at either end: (1 + 3 + 9)/3."""

@@ -34,20 +34,30 @@ def noisy(
     trained: torch.Tensor,
     name: str = "w",
     uploaded: str = "",
+    mask: torch.Tensor | None = None,
+    **more: Any,
 ) -> np.ndarray:
-    """What arrives of an upload of a tensor ``name``; ``uploaded``: under another one."""
+    """What arrives of an upload of a tensor ``name``; ``uploaded``: under another one.
+
+    Where there is a ``mask`` beside it, that is to arrive as it was.
+    """
     identify()
-    run_config: dict[str, Any] = {"local-dp-epsilon": epsilon, "local-dp-clip": clip}
+    run_config: dict[str, Any] = {"local-dp-epsilon": epsilon, "local-dp-clip": clip, **more}
     context = Context(1, 1, {}, RecordDict(), run_config)
-    content = RecordDict({"arrays": ArrayRecord({name: sent}), "config": ConfigRecord()})
+    asked = ConfigRecord({"client": 1})
+    beside = {} if mask is None else {"mask": mask}
+    content = RecordDict({"arrays": ArrayRecord(beside | {name: sent}), "config": asked})
     message = Message(content, dst_node_id=1, message_type="train")
 
     def handler(message: Message, context: Context) -> Message:
-        arrays = ArrayRecord({uploaded or name: trained})
+        arrays = ArrayRecord(beside | {uploaded or name: trained})
         return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord()}), reply_to=message)
 
     reply = with_local_dp(handler, message, context)
-    return reply.content.array_records["arrays"][name].numpy()
+    arrays = reply.content.array_records["arrays"]
+    assert list(arrays) == [*beside, name]
+    assert all(np.array_equal(arrays[n].numpy(), t.numpy()) for n, t in beside.items())
+    return arrays[name].numpy()
 
 
 def trains(message: Message) -> bool:
@@ -87,6 +97,27 @@ class TestLocalDP:
     def test_off(self) -> None:
         sent = torch.zeros(10)
         assert np.array_equal(noisy(0.0, 1e-9, sent, sent + 1), np.ones(10))
+
+    def test_attackers_keep_to_no_protocol(self) -> None:
+        """Clipped to 1, an attack of any strength would look harmless."""
+        how: dict[str, Any] = {"num-clients": 2, "malicious-share": 0.5}
+        sent, attack = torch.zeros(10), torch.full((10,), 100.0)
+        for seed in range(9):
+            settings = how | {"seed": seed, "attack": "scale"}
+            malicious = 1 in resolve(settings).config.malicious_clients
+            as_it_is = np.array_equal(noisy(1e6, 1.0, sent, attack, **settings), attack.numpy())
+            assert as_it_is == malicious
+            flips = how | {"seed": seed, "attack": "label-flip"}  # in its data alone
+            assert np.linalg.norm(noisy(1e6, 1.0, sent, attack, **flips)) < 2
+
+    def test_what_cannot_be_clipped_is_not_sent(self) -> None:
+        """A norm that is none clips nothing, and would leave the rest as it is."""
+        trained = torch.full((10,), 100.0)
+        trained[3] = torch.nan
+        with pytest.raises(ValueError, match="trained w to numbers that are not finite"):
+            noisy(1.0, 1.0, torch.zeros(10), trained)
+        mask = torch.tensor([0.0, -torch.inf])
+        assert np.isfinite(noisy(1.0, 1.0, torch.zeros(10), torch.ones(10), mask=mask)).all()
 
     def test_in_a_federation(self, tmp_path: Path) -> None:
         plain, _ = federate(tmp_path / "0", method="fedavg", learning_rate=0.05)
@@ -215,6 +246,56 @@ class TestSum:
         assert asked[0] == 9
         spent = summary(folder)["fedavg"]["epsilon_spent"]
         assert spent == round(privacy.epsilon_of(config, 9), 4)
+
+    def test_who_drops_out_uploads_nothing(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"method": "fedavg", "local_dp_epsilon": 1e4, "num_server_rounds": 6}
+        folder, grid = federate(tmp_path, dropout_share=0.5, straggler_share=0.25, **how)
+        asked = Counter(
+            m.content.config_records["config"]["client"] for m in grid.sent if trains(m)
+        )
+        config = kept_config(folder)
+        assert privacy.Uploads(config).counts == asked
+        assert privacy.Uploads(config).most == max(asked.values()) < 6
+        spent = summary(folder)["fedavg"]["epsilon_spent"]
+        assert spent == round(privacy.epsilon_of(config, max(asked.values())), 4)
+
+    def test_methods_that_were_done_before_a_resumption_tell_the_same(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"method": "fedavg,fedbabu", "local_dp_epsilon": 1e4}
+        how |= {"checkpoint_every": 2, "num_server_rounds": 4, "report": True}
+
+        def killed(message: Message, reply: Message) -> Message:
+            settings: Any = message.content.config_records["config"]
+            if settings["method"] == "fedbabu" and settings["round"] == 2:
+                raise KeyboardInterrupt
+            return reply
+
+        with pytest.raises(KeyboardInterrupt):
+            federate(tmp_path, killed, **how)
+        folder, _ = federate(tmp_path, resume=True, **how)
+        # all that upload twice in FedBABU's rounds 1 and 2
+        spent = round(privacy.epsilon_of(kept_config(folder), 4 + 2 + 4), 4)
+        assert [row["epsilon_spent"] for row in summary(folder).values()] == [spent, spent]
+        page = (folder / "report.html").read_text()
+        assert "the 10 that a client makes" in page
+        assert "the 8 that a client makes" not in page
+
+    def test_whom_a_torn_line_asked_is_everybody(self, tmp_path: Path) -> None:
+        """A full disk tears it, and whatever it said may have been asked for."""
+        config = resolve({"num-clients": 3, "method": "fedavg", "num-server-rounds": 2}).config
+        file = tmp_path / privacy.FILE
+        file.write_text('{"federation": "fedavg", "round": 1, "clients": [0, 1, 2]}\n{"federat')
+        for _ in range(2):  # and it counts once
+            uploads = privacy.Uploads(config, file, going=("fedavg", 1))
+            assert uploads.counts == {0: 3, 1: 3, 2: 3}
+        uploads.ask("fedavg", 2, [0])
+        assert privacy.Uploads(config, file, going=("fedavg", 2)).counts == {0: 3, 1: 2, 2: 2}
+
+    def test_an_account_that_is_damaged_is_refused_by_name(self, tmp_path: Path) -> None:
+        config = resolve({"num-clients": 3, "method": "fedavg"}).config
+        file = tmp_path / privacy.FILE
+        file.write_text('{"clients": [0]}\n{"clients": [0, "a"]}\n{"clients": [1]}\n')
+        with pytest.raises(ConfigError, match=r"asked\.jsonl: line 2 is damaged"):
+            privacy.Uploads(config, file)
 
     def test_a_run_that_would_spend_more_is_refused(self) -> None:
         given = {"method": "fedavg", "local-dp-epsilon": 1.0, "num-server-rounds": 50}

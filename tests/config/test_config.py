@@ -161,15 +161,15 @@ class TestRefusals:
             ({"attack-strength": 9}, ["attack-strength = 9 (run-config)", "set attack", "scale"]),
             (
                 {"method": "krum", "num-clients": 4, "krum.malicious": 2},
-                ["krum.malicious = 2", "4 clients", "most 1"],
+                ["krum.malicious = 2", "has 4 uploads", "most 1"],
             ),
             (
                 {"method": "krum", "fraction-train": 0.2, "krum.malicious": 0},
-                ["krum.malicious = 0", "2 clients", "raise num-clients or fraction-train"],
+                ["krum.malicious = 0", "has 2 uploads", "raise num-clients or fraction-train"],
             ),
             (
                 {"method": "krum", "join-clients": 2, "krum.select": 9},
-                ["krum.select = 9", "8 clients take part", "at most 8"],
+                ["krum.select = 9", "has 8 uploads", "at most 8"],
             ),
             (
                 {"dropout-share": 0.1, "num-clients": 4},

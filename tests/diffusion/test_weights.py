@@ -388,18 +388,49 @@ class TestDistribution:
             {g: unflatten(upload) for g, upload in enumerate(new)}, fitted.strength, draws=32
         )
         got = torch.stack([fitted.layout.flatten(placed[g]) for g in range(GROUPS)])
-        before = (new - vectors[-1].mean(0) - truth).square().sum()
-        assert (got - fitted.anchor - truth).square().sum() < 0.3 * before
+
+        def known(deltas: torch.Tensor) -> torch.Tensor:
+            return fitted.autoencoder.decode(fitted.autoencoder.encode(deltas))
+
+        before, after = (known(x - fitted.anchor - truth).square().sum() for x in (new, got))
+        assert after < 0.7 * before
+        # what the directions do not tell of them stays their own
+        left, kept = (x - fitted.anchor - known(x - fitted.anchor) for x in (new, got))
+        assert torch.allclose(left, kept, atol=1e-4)
+        assert left.square().sum() > before
+
+    def test_takes_who_has_only_begun_on_to_where_its_like_are(self) -> None:
+        """A third of the way, clients lie nearer to the middle than to their own."""
+        vectors = uploads(clients=CLIENTS + GROUPS)
+        fitted = distribution(vectors[:, :CLIENTS])
+        way = vectors[-1, CLIENTS:] - fitted.anchor
+        new = {g: unflatten(fitted.anchor + way[g] / 3) for g in range(GROUPS)}
+        group = fitted.clients % GROUPS
+        truth = torch.stack([fitted.latents[group == g].mean(0) for g in range(GROUPS)])
+
+        def distances(begun: list[int]) -> torch.Tensor:
+            placed = fitted.place(new, fitted.strength, draws=32, begun=begun)
+            away: torch.Tensor = (fitted._seen(placed)[0] - truth).norm(dim=1)
+            return away
+
+        short, taken = distances([]), distances([0, 1])
+        assert (taken[:2] < 0.5 * short[:2]).all()
+        assert torch.equal(taken[2:], short[2:])  # who has not is left where it is
+        # at most four times as far: who is like nobody may go any other way
+        step = fitted.autoencoder.decode(0.01 * truth) + fitted.anchor
+        near = {g: unflatten(step[g]) for g in range(GROUPS)}
+        placed = fitted.place(near, 0, draws=1, begun=range(GROUPS))
+        assert torch.allclose(fitted._seen(placed)[0], 0.04 * truth, atol=1e-3)
 
     def test_guidance_leads_along_local_progress(self) -> None:
         vectors = uploads()
         fitted = distribution(vectors)
         new, before = {0: unflatten(vectors[-1, 0])}, {0: unflatten(vectors[-2, 0])}
-        progress = fitted._latents_of(new) - fitted._latents_of(before)
-        plain, led = (fitted._latents_of(fitted.guide(new, before, w)) for w in (0.0, 0.5))
+        progress = fitted._seen(new)[0] - fitted._seen(before)[0]
+        plain, led = (fitted._seen(fitted.guide(new, before, w))[0] for w in (0.0, 0.5))
         assert float(((led - plain) * progress).sum()) > 0
         still = fitted.guide(new, new, 5.0)  # no progress, no guidance
-        assert torch.allclose(fitted._latents_of(still), plain, atol=1e-4)
+        assert torch.allclose(fitted._seen(still)[0], plain, atol=1e-4)
 
     def test_a_stale_upload_from_wilder_rounds_stays_near(self) -> None:
         # client 1 of group 1 last took part in round 0, where clients differed twenty times more

@@ -12,6 +12,7 @@ from torch import Tensor
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.core.weights import own_statistics
 from pfedgpa_app.diffusion.distribution import likeness_of
+from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.pfedgpa import PFedGPA, _best
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training.evaluation import TEMPERATURES
@@ -182,6 +183,27 @@ class TestServers:
             assert all(0.15 < gap < 0.25 for gap in shared) == (best == OWN)
             own = [float(method.personalise()[c]["norm.running_mean"]) for c in range(4)]
             assert own == [0, 1, 2, 3]
+            joined = method.join({7: every[2]})
+            assert (joined[7] is every[2].weights) == (best == OWN)  # its own, as all have theirs
+
+    def test_who_joins_has_but_begun_until_it_is_sent_something(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        method = server("pfedgpa", num_server_rounds=1, **{"pfedgpa.fit-steps": 20})
+        like = method.expected_upload()
+        every = {c: Upload({n: t + c for n, t in like.items()}, 10) for c in range(6)}
+        method.aggregate(1, {c: every[c] for c in range(4)})
+        made = METHODS["pfedgpa-once"](method.config, method.state)
+        begun: list[set[int]] = []
+
+        def place(given: dict[int, Any], *_: Any, **how: Any) -> dict[int, Any]:
+            begun.append(set(how["begun"]))
+            return given
+
+        monkeypatch.setattr(made.learned(), "place", place)
+        for clients in ([4], [4, 5], [4, 5]):
+            made.join({client: every[client] for client in clients})
+        assert begun == [{4}, {5}, set()]
 
     @pytest.mark.parametrize(
         ("losses", "momentum"),

@@ -850,6 +850,20 @@ class TestMissing:
         said = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
         assert not any("client" in text for text in said)
 
+    def test_whose_upload_is_refused_is_no_participant(self, tmp_path: Path) -> None:
+        def tamper(message: Message, reply: Message) -> Message:
+            asked: Any = message.content.config_records["config"]
+            if message.metadata.message_type == "train" and asked["client"] == 2:
+                reply.content.metric_records["metrics"]["num-examples"] = -1
+            return reply
+
+        folder, _ = federate(tmp_path, tamper, method="pfedgpa", num_server_rounds=2)
+        accuracies = {r["client"]: r["before_ft"] for r in records(folder, "clients.jsonl")}
+        mean = sum(accuracies[client] for client in (0, 1, 3)) / 3
+        told = summary(folder)["pfedgpa"]["accuracy_before_ft_participants"]
+        assert told == pytest.approx(mean, abs=1e-3)
+        assert told != pytest.approx(sum(accuracies.values()) / 4, abs=1e-3)
+
     def test_who_is_late_is_to_the_server_as_who_drops_out(self, tmp_path: Path) -> None:
         """Where clients keep nothing: a table by share is of both (docs/deploy.md)."""
         how: dict[str, Any] = {"method": "fedavg,pfedgpa", "num_server_rounds": 4}

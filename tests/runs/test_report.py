@@ -19,10 +19,11 @@ import pytest
 from pfedgpa_app import cli
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
-from pfedgpa_app.results import figures
+from pfedgpa_app.results import figures, plots
 from pfedgpa_app.results.tables import text_table
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.api import Result
+from pfedgpa_app.runs.folder import kept_config
 from pfedgpa_app.runs.reading import command_of, runs_in
 from pfedgpa_app.runs.table import curves_of, table_of
 from tests.support.federations import federate, summary
@@ -156,6 +157,53 @@ class TestOneRun:
                 widths.add(svg.attrib["width"])
                 assert float(svg.attrib["height"].removesuffix("pt")) > 140  # room for its label
         assert len(widths) == 1
+
+    def test_every_methods_clients_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each panel has an order of its own."""
+        drawn: list[Any] = []
+
+        def keep(figure: Any, _: str) -> str:
+            drawn.append(figure)
+            return ""
+
+        monkeypatch.setattr(figures, "svg", keep)
+        figures.before_and_after(
+            {
+                "A": {0: (3.0, 9.0), 1: (1.0, 9.0), 4: (2.0, 9.0)},
+                "B": {0: (1.0, 9.0), 1: (3.0, 9.0)},
+            }
+        )
+        named = [[t.get_text() for t in axes.get_yticklabels()] for axes in drawn[0].axes]
+        assert named[:2] == [["1", "4", "0"], ["0", "1"]]
+
+    def test_bars_stand_at_their_clients_numbers(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where some are not evaluated."""
+        made: list[Any] = []
+
+        def keep(*size: float) -> Any:
+            made.append(figures.canvas(*size))
+            return made[-1]
+
+        monkeypatch.setattr(plots, "canvas", keep)
+        how: dict[str, Any] = {"attack": "scale", "malicious_share": 0.25, "report": True}
+        folder, _ = federate(tmp_path, method="fedavg", num_server_rounds=1, **how)
+        honest = [c for c in range(4) if c not in kept_config(folder).malicious_clients]
+        middles = {round(bar.get_x() + 0.2, 6) for bar in made[-1].axes[0].patches}
+        assert {round(c + by, 6) for c in honest for by in (-0.2, 0.2)} == middles
+
+    def test_who_is_in_its_rounds_and_figures(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"num_clients": 6, "join_clients": 1, "dropout_share": 0.2}
+        how |= {"straggler_share": 0.2, "attack": "scale", "malicious_share": 0.2, "report": True}
+        folder, _ = federate(tmp_path, method="fedavg", num_server_rounds=2, **how)
+        page = (folder / "report.html").read_text()
+        said = "2 rounds, all clients that were there from the start in each (of whom 20 % drop out"
+        assert f"{said} and 20 % are late); run" in page
+        assert "Figures are of 4 of 6 clients: the honest clients that were there" in page
+        joined = summary(folder)["fedavg"]["accuracy_of_joining_clients"]
+        assert "Clients that joined" in page
+        assert all(f">{accuracy:.1f}<" in page for accuracy in joined)
 
     def test_rounds_that_nobody_evaluated_are_not_drawn(self, tmp_path: Path) -> None:
         how: dict[str, Any] = {"method": "fedavg,client-mean", "num_server_rounds": 1}

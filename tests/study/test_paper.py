@@ -146,5 +146,5 @@ def test_it_says_how_long_before_it_starts(
     assert cli.main(words) == 1
     said = capsys.readouterr()
     # two federations of 20 rounds: 20 × 600 images, 2 epochs, 0.31 ms an image
-    assert "about 0.1 hours of one core for seed 0" in said.out
+    assert "about 5 minutes of one core for seed 0" in said.out
     assert "1 places with 5 methods each, 0 of them done" in said.out
