@@ -148,3 +148,17 @@ def test_it_says_how_long_before_it_starts(
     # two federations of 20 rounds: 20 × 600 images, 2 epochs, 0.31 ms an image
     assert "about 5 minutes of one core for seed 0" in said.out
     assert "1 places with 5 methods each, 0 of them done" in said.out
+
+
+def test_what_it_says_is_of_what_is_to_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("pfedgpa_app.study.sweep.run_sweep", lambda *_, **__: False)
+    words = ["reproduce", "join", "--quick", "--methods", "fedavg", "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--data", "cifar10=digits"]) == 1
+    said = capsys.readouterr().out
+    assert "1 places with 1 methods each, 0 of them done" in said  # none is guided
+    assert "--data cifar10 is without effect: nothing here is of it" in caplog.text

@@ -197,7 +197,8 @@ def test_hidden_groups_are_where_the_partition_has_some() -> None:
         (["--seeds", "0,x"], "wants whole numbers by commas"),
         (["dataset=mnist"], "use --data"),
         (["--data", "mnist=here"], "NAME one of cifar10"),
-        (["--only", "cifar100"], "no place of the map"),
+        (["--only", "cifar100"], "no place of the map has it"),
+        (["--quick", "--only", "cifar10"], "no place of the map, as it is with --quick, has it"),
         (["--methods", "fedavg,fedx"], "--methods: fedx: the map has fedavg, "),
     ],
 )
