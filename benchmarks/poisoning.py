@@ -19,7 +19,7 @@ from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.sections import ATTACKS
 from pfedgpa_app.results.log import is_done, last_event, rows_of
 from pfedgpa_app.results.tables import markdown
-from pfedgpa_app.study.plan import Run, expand
+from pfedgpa_app.study.plan import PlannedRun, expand
 from pfedgpa_app.study.sweep import run_sweep
 
 BASE: dict[str, Any] = {
@@ -42,7 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
 CONDITIONS = [("none", 0.0)] + [(a, s) for a in ATTACKS if a != "none" for s in (0.1, 0.2)]
 
 
-def planned(out: Path) -> dict[tuple[str, str, float], Run]:
+def planned(out: Path) -> dict[tuple[str, str, float], PlannedRun]:
     """{(row, attack, share of malicious clients): its run}."""
     runs = {}
     for row, settings in ROWS.items():
@@ -54,7 +54,7 @@ def planned(out: Path) -> dict[tuple[str, str, float], Run]:
     return runs
 
 
-def accuracy(run: Run) -> str:
+def accuracy(run: PlannedRun) -> str:
     """Mean of the honest clients, before fine-tuning; or that there were no usable uploads."""
     if not is_done(run.folder):
         last = last_event(run.folder)

@@ -36,7 +36,7 @@ from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.results import uploads
 from pfedgpa_app.results.tables import markdown
-from pfedgpa_app.study.plan import Run, expand
+from pfedgpa_app.study.plan import PlannedRun, expand
 from pfedgpa_app.study.sweep import run_sweep
 
 BASE: dict[str, Any] = {
@@ -71,7 +71,7 @@ HEADER = (
 MOST = 40  # clients of a federation that are evaluated
 
 
-def planned(out: Path, sets: Mapping[str, str]) -> dict[tuple[str, str], Run]:
+def planned(out: Path, sets: Mapping[str, str]) -> dict[tuple[str, str], PlannedRun]:
     """{(experiment, federation): its run}."""
     runs = {}
     for name, over in FEDERATIONS.items():
@@ -84,7 +84,7 @@ def planned(out: Path, sets: Mapping[str, str]) -> dict[tuple[str, str], Run]:
 class Bench:
     """One federation's uploads, and how accurate weights made from them are."""
 
-    def __init__(self, run: Run, on_unheld: bool) -> None:
+    def __init__(self, run: PlannedRun, on_unheld: bool) -> None:
         self.config: Config = run.config
         schema = load_schema(self.config)
         self.model = network_of(self.config, schema)

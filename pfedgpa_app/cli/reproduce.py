@@ -59,7 +59,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.study.plan import Run
+    from pfedgpa_app.study.plan import PlannedRun
     from pfedgpa_app.study.reproduce import DATA, SEEDS
     from pfedgpa_app.study.sweep import run_sweep
 
@@ -84,7 +84,7 @@ def handle(options: Namespace) -> int:
         overrides = {"num-server-rounds": 20} | overrides
     app = options.app.absolute()
 
-    def run_all(runs: list[Run]) -> bool:
+    def run_all(runs: list[PlannedRun]) -> bool:
         return run_sweep(runs, runs[0].folder.parent, app, options.jobs, on=options.on)
 
     atlas = kind(out, overrides, places, run_all, methods, options.quick)

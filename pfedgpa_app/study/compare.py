@@ -12,7 +12,7 @@ from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.results.log import finished_in, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.runs.folder import kept_settings
-from pfedgpa_app.study.plan import Run, Settings, expand, require_alike, settings_of
+from pfedgpa_app.study.plan import PlannedRun, Settings, expand, require_alike, settings_of
 
 EXPERIMENTS = (
     *("compare-cifar10", "compare-fashion-mnist"),
@@ -79,7 +79,7 @@ def plan(
     seeds: Sequence[int] | None,
     settings: Settings,
     out: Path,
-) -> list[Run]:
+) -> list[PlannedRun]:
     """The comparison's runs, one a federation, the first seed of everything first.
 
     Args:

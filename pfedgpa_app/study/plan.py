@@ -51,7 +51,7 @@ def images_trained(config: Config) -> float:
 
 
 @dataclass
-class Run:
+class PlannedRun:
     """One run of a sweep."""
 
     name: str
@@ -89,7 +89,7 @@ class Run:
         return self._is_resumable() and not self.differences()
 
 
-def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> list[Run]:
+def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> list[PlannedRun]:
     """Every combination of ``over`` on top of ``settings``, the last key varying fastest.
 
     Where methods or partitions vary, each run has those of ``settings`` that it goes by.
@@ -107,7 +107,7 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
         name = _name(resolve(chosen).config.conf, varied)
         folder = (out / name).absolute()
         chosen |= {"out-dir": str(folder.parent), "run-name": name}
-        run = Run(name, chosen, varied, resolve(chosen), folder)
+        run = PlannedRun(name, chosen, varied, resolve(chosen), folder)
         if run.has_results() and (differences := run.differences()):
             raise ConfigError(
                 f"{folder} holds a run with other settings ({'; '.join(differences)}): "
@@ -121,7 +121,7 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
     return runs
 
 
-def require_alike(runs: Sequence[Run], out: Path) -> None:
+def require_alike(runs: Sequence[PlannedRun], out: Path) -> None:
     """Refuse an ``out`` whose tables would take runs by other settings for seeds of ``runs``.
 
     In another group of methods a method's run has a folder of another name.

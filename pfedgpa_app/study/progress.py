@@ -9,15 +9,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from pfedgpa_app.study.plan import Run
+from pfedgpa_app.study.plan import PlannedRun
 
 
 class Show(Protocol):
     """Tells the user how the sweep goes."""
 
-    def begin(self, run: Run, text: str) -> None: ...
-    def update(self, run: Run, event: Mapping[str, Any], text: str) -> None: ...
-    def end(self, run: Run, outcome: str, text: str) -> None: ...
+    def begin(self, run: PlannedRun, text: str) -> None: ...
+    def update(self, run: PlannedRun, event: Mapping[str, Any], text: str) -> None: ...
+    def end(self, run: PlannedRun, outcome: str, text: str) -> None: ...
 
 
 class Lines:
@@ -30,15 +30,15 @@ class Lines:
     def _say(self, text: str) -> None:
         self.console.print(text)
 
-    def begin(self, run: Run, text: str) -> None:
+    def begin(self, run: PlannedRun, text: str) -> None:
         self._say(f"{text}  {run.name}: started")
 
-    def update(self, run: Run, event: Mapping[str, Any], text: str) -> None:
+    def update(self, run: PlannedRun, event: Mapping[str, Any], text: str) -> None:
         if event.get("kind") == "stalled" and self.stalled.get(run.name) != event["text"]:
             self.stalled[run.name] = event["text"]
             self._say(f"{text}  {run.name}: {event['text']}")
 
-    def end(self, run: Run, outcome: str, text: str) -> None:
+    def end(self, run: PlannedRun, outcome: str, text: str) -> None:
         self._say(f"{text}  {run.name}: {outcome}")
 
 
@@ -60,18 +60,18 @@ class Bars(Lines):
         self.tasks: dict[str, TaskID] = {}
         self.progress.start()
 
-    def begin(self, run: Run, text: str) -> None:
+    def begin(self, run: PlannedRun, text: str) -> None:
         self.tasks[run.name] = self.progress.add_task(run.name, total=1, now="starting")
         self.progress.update(self.sweep, now=text)
 
-    def update(self, run: Run, event: Mapping[str, Any], text: str) -> None:
+    def update(self, run: PlannedRun, event: Mapping[str, Any], text: str) -> None:
         super().update(run, event, text)
         now = event["text"].splitlines()[0] if event else "starting"
         completed = event.get("progress", 0)
         self.progress.update(self.tasks[run.name], completed=completed, now=now)
         self.progress.update(self.sweep, now=text)
 
-    def end(self, run: Run, outcome: str, text: str) -> None:
+    def end(self, run: PlannedRun, outcome: str, text: str) -> None:
         self.progress.remove_task(self.tasks.pop(run.name))
         super().end(run, outcome, text)
 

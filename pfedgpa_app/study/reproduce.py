@@ -25,7 +25,7 @@ from pfedgpa_app.results.log import finished_in, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study import pictures
-from pfedgpa_app.study.plan import Run, Settings, expand, images_trained, require_alike
+from pfedgpa_app.study.plan import PlannedRun, Settings, expand, images_trained, require_alike
 from pfedgpa_app.study.tune import DEFAULTS, main_settings, search
 
 OURS = "pfedgpa"
@@ -52,7 +52,7 @@ COLUMNS = {
     "worst client kept": "accuracy_worst_client_kept",
 }
 _TOLD = ("method", "title", "seed", "rounds", "fine_tuning_tuned", "server_seconds")
-RunAll = Callable[[list[Run]], bool]  # whether none failed
+RunAll = Callable[[list[PlannedRun]], bool]  # whether none failed
 Row = dict[str, Any]
 
 
@@ -204,7 +204,7 @@ class Atlas:
 
     def _run(self, cell: Cell, seed: int, found: Settings) -> None:
         """All methods of ``cell``, a run a federation, by the settings that were ``found``."""
-        runs: list[Run] = []
+        runs: list[PlannedRun] = []
         for group, own in self._federations(cell, found):
             over: dict[str, list[Any]] = {"method": [group], "seed": [seed]}
             runs += expand(own, over, self._at(cell, seed))

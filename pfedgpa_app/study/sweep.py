@@ -25,7 +25,7 @@ from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import is_running, locked
 from pfedgpa_app.runs.launcher import plain_console, preflight
 from pfedgpa_app.study.places import Going, Here, Lost, Place, place_of
-from pfedgpa_app.study.plan import Run, Settings, expand
+from pfedgpa_app.study.plan import PlannedRun, Settings, expand
 from pfedgpa_app.study.progress import Bars, Lines, Show
 from pfedgpa_app.training.sgd import slow_precision
 
@@ -42,11 +42,13 @@ COLUMNS = {
 }
 JOINED = "accuracy_of_joining_clients"  # as welcomed and after each upload
 
-Judge = Callable[[Run, Mapping[str, Any]], str | None]  # of what a run said: why to end it early
+Judge = Callable[
+    [PlannedRun, Mapping[str, Any]], str | None
+]  # of what a run said: why to end it early
 
 
 def shares(
-    runs: Sequence[Run], jobs: int | None, machines: Sequence[int]
+    runs: Sequence[PlannedRun], jobs: int | None, machines: Sequence[int]
 ) -> tuple[int, int | None]:
     """How many runs go at once, and how many workers each has (None: as its settings say).
 
@@ -68,7 +70,7 @@ def shares(
     return at_once, max(1, min(cores // at_once, *machines))
 
 
-def lenient(_: Run, __: Mapping[str, Any]) -> str | None:
+def lenient(_: PlannedRun, __: Mapping[str, Any]) -> str | None:
     """Ends none."""
     return None
 
@@ -80,7 +82,7 @@ class Sweep:
 
     def __init__(
         self,
-        runs: Sequence[Run],
+        runs: Sequence[PlannedRun],
         app: Path,
         jobs: int,
         workers: int | None,
@@ -93,7 +95,7 @@ class Sweep:
         self.place, self.judge = place or Here(), judge
         self.waiting = [run for run in runs if not is_done(run.folder)]
         self.done = len(runs) - len(self.waiting)
-        self.going: list[tuple[Run, Going]] = []
+        self.going: list[tuple[PlannedRun, Going]] = []
         self._earlier: dict[str, dict[str, Any]] = {}  # the last event before a run went on
         self._lost = Counter[str]()
         self.failed: dict[str, str] = {}
@@ -115,7 +117,7 @@ class Sweep:
             for _, going in self.going:
                 going.wait()
 
-    def _begin(self, run: Run) -> None:
+    def _begin(self, run: PlannedRun) -> None:
         resume = self.place.shared and run.can_go_on()
         self._earlier[run.name] = last_event(run.folder) if resume else {}
         if run.folder.exists() and not resume and not is_running(run.folder):
@@ -125,7 +127,7 @@ class Sweep:
         self.going.append((run, going))
         self.show.begin(run, self.state())
 
-    def _look(self, run: Run, going: Going) -> None:
+    def _look(self, run: PlannedRun, going: Going) -> None:
         try:
             status = going.status()
         except Lost as loss:
@@ -149,7 +151,7 @@ class Sweep:
             self.going.remove((run, going))
             self.show.end(run, why, self.state())
 
-    def _end(self, run: Run, going: Going, status: int) -> None:
+    def _end(self, run: PlannedRun, going: Going, status: int) -> None:
         said = going.said().strip()
         said = said[max(0, said.rfind("pfedgpa: ")) :]  # before it the user's own code spoke
         self.going.remove((run, going))
@@ -160,7 +162,7 @@ class Sweep:
             self.done += 1
             self.show.end(run, _headline(run.folder), self.state())
 
-    def _fail(self, run: Run, why: str) -> None:
+    def _fail(self, run: PlannedRun, why: str) -> None:
         self.failed[run.name] = f"failed: {why}"
         self.show.end(run, self.failed[run.name], self.state())
 
@@ -177,7 +179,7 @@ class Sweep:
             text += f", {clock(left / worked * elapsed)} left"
         return text
 
-    def _worked(self, run: Run, progress: float) -> float:
+    def _worked(self, run: PlannedRun, progress: float) -> float:
         """Of its work, what was done since it began or went on here."""
         before: float = self._earlier[run.name].get("progress", 0.0)
         return run.work * max(0.0, progress - before)
@@ -187,7 +189,7 @@ def _headline(folder: Path) -> str:
     return ", ".join(f"{r['method']} {r['accuracy_before_ft']:.1f}" for r in rows_of(folder))
 
 
-def summarise(runs: Sequence[Run], out: Path) -> str:
+def summarise(runs: Sequence[PlannedRun], out: Path) -> str:
     """Write ``sweep.json`` (all finished rows), ``sweep.md`` (means over seeds), a report."""
     finished = [run for run in runs if is_done(run.folder)]
     rows = {run.name: rows_of(run.folder) for run in finished}
@@ -221,9 +223,9 @@ def table(seeds: Sequence[Sequence[dict[str, Any]]]) -> str:
     return seeds_table(flat, COLUMNS | joined)
 
 
-def _groups(runs: Sequence[Run]) -> Iterator[tuple[Settings, list[Run]]]:
+def _groups(runs: Sequence[PlannedRun]) -> Iterator[tuple[Settings, list[PlannedRun]]]:
     """Runs that differ in nothing but the seed."""
-    groups: dict[str, tuple[Settings, list[Run]]] = {}
+    groups: dict[str, tuple[Settings, list[PlannedRun]]] = {}
     for run in runs:
         varied = {key: value for key, value in run.varied.items() if key != "seed"}
         groups.setdefault(json.dumps(varied), (varied, []))[1].append(run)
@@ -247,7 +249,7 @@ def sweep(
 
 
 def run_sweep(
-    runs: list[Run],
+    runs: list[PlannedRun],
     out: Path,
     app: Path,
     jobs: int | None,
@@ -282,7 +284,7 @@ def run_sweep(
 
 
 def _run_all(
-    runs: list[Run],
+    runs: list[PlannedRun],
     out: Path,
     app: Path,
     jobs: int | None,

@@ -20,10 +20,10 @@ from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.randomness import numpy_generator
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods.own import reference_of
-from pfedgpa_app.study.plan import Run, Settings, expand, settings_of
+from pfedgpa_app.study.plan import PlannedRun, Settings, expand, settings_of
 from pfedgpa_app.study.sweep import Judge
 
-RunAll = Callable[[list[Run], Judge], object]
+RunAll = Callable[[list[PlannedRun], Judge], object]
 Grid = Mapping[str, Sequence[Any]]
 _FIRST = 4  # trials that are not ended early
 _KEPT = 75.0  # % of the runs, those of the smallest losses, go on
@@ -75,7 +75,7 @@ class Search:
         # a search that goes on must not propose again what it began with
         draws = numpy_generator(base["seed"], "trials", len(self.study.get_trials()))
         self.study.sampler = self.optuna.samplers.TPESampler(seed=int(draws.integers(2**31)))
-        self.going: dict[str, tuple[int, Run]] = {}
+        self.going: dict[str, tuple[int, PlannedRun]] = {}
         self._trials: dict[str, Any] = {}  # of going runs, those that may be ended early
         self._ended: set[str] = set()
         self._told: set[tuple[str, int]] = set()
@@ -83,7 +83,7 @@ class Search:
     def _states(self, *names: str) -> tuple[Any, ...]:
         return tuple(self.optuna.trial.TrialState[name] for name in names)
 
-    def ask(self, most: int) -> list[Run]:
+    def ask(self, most: int) -> list[PlannedRun]:
         """The next runs, those first that were broken off; none once there were enough."""
         self.going, self._trials = {}, {}
         for frozen in self.study.get_trials(states=self._states("RUNNING")):
@@ -109,7 +109,7 @@ class Search:
         }
         return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:12]
 
-    def _run(self, values: Settings) -> Run:
+    def _run(self, values: Settings) -> PlannedRun:
         each = {"method": reference_of(self.method)} | self.shared | values
         return expand(self.base, {name: [value] for name, value in each.items()}, self.out)[0]
 
@@ -128,7 +128,7 @@ class Search:
             high = min(high, rules["high"] or high)
         return trial.suggest_float(name, low, high, log=wide)
 
-    def judge(self, run: Run, event: Mapping[str, Any]) -> str | None:
+    def judge(self, run: PlannedRun, event: Mapping[str, Any]) -> str | None:
         """Why to end a run that has said ``event``; None: it may go on."""
         trial = self._trials.get(run.name)
         if trial is None or "loss" not in event:
@@ -142,7 +142,7 @@ class Search:
         self._ended.add(run.name)
         return "ended: its training loss is among the worst"
 
-    def tell(self, score: Callable[[Run], tuple[float, ...]]) -> None:
+    def tell(self, score: Callable[[PlannedRun], tuple[float, ...]]) -> None:
         """Keep how the runs that were asked for have ended."""
         pruned, failed = self._states("PRUNED", "FAIL")
         for name, (number, run) in self.going.items():
@@ -180,7 +180,7 @@ def search(
     grids: Mapping[str, Grid],
     out: Path,
     run_all: RunAll,
-    score: Callable[[Run], tuple[float, ...]],
+    score: Callable[[PlannedRun], tuple[float, ...]],
     trials: int,
     at_once: int,
     shared: Settings | None = None,
@@ -203,7 +203,7 @@ def search(
         for method, grid in grids.items()
     ]
 
-    def judge(run: Run, event: Mapping[str, Any]) -> str | None:
+    def judge(run: PlannedRun, event: Mapping[str, Any]) -> str | None:
         (its,) = [each for each in searches if run.name in each.going]
         return its.judge(run, event)
 

@@ -30,7 +30,7 @@ from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study import trials
-from pfedgpa_app.study.plan import Run, Settings, expand, settings_of
+from pfedgpa_app.study.plan import PlannedRun, Settings, expand, settings_of
 from pfedgpa_app.study.sweep import Judge, lenient, run_sweep
 
 MARK = "# Chosen on validation images by: "
@@ -50,7 +50,7 @@ def tunable(config: Config) -> list[str]:
     return [m for m in METHODS if federation_of(m) == m and main_settings(m)]
 
 
-def score(run: Run) -> tuple[float, ...]:
+def score(run: PlannedRun) -> tuple[float, ...]:
     """Accuracies on validation images in %, before and after fine-tunings, the best one first.
 
     Of runs whose best are equal, the next best decide; () if it failed.
@@ -89,7 +89,7 @@ def tune(
     if "validation-share" not in settings and there.sources["validation-share"] != "default":
         base["validation-share"] = there.config.validation_share or base["validation-share"]
 
-    def run_all(runs: list[Run], judge: Judge = lenient) -> bool:
+    def run_all(runs: list[PlannedRun], judge: Judge = lenient) -> bool:
         return run_sweep(runs, out, app, jobs, on, judge)
 
     for group in filter(None, (first, [method for method in methods if method not in first])):
@@ -153,7 +153,7 @@ def search(
     base: Settings,
     grids: Mapping[str, Mapping[str, Sequence[Any]]],
     out: Path,
-    run_all: Callable[[list[Run]], object],
+    run_all: Callable[[list[PlannedRun]], object],
     shared: Settings | None = None,
 ) -> dict[str, Any]:
     """{setting: its best value} of every method, one setting after the other.
@@ -169,20 +169,20 @@ def search(
     """
     chosen: dict[str, dict[str, Any]] = {method: {} for method in grids}
 
-    def runs_of(method: str, key: str, values: Sequence[Any]) -> list[Run]:
+    def runs_of(method: str, key: str, values: Sequence[Any]) -> list[PlannedRun]:
         own = settings_of(base, [method], list(grids))
         fixed = {name: [value] for name, value in ((shared or {}) | chosen[method]).items()}
         return expand(own, {"method": [reference_of(method)], **fixed, key: values}, out)
 
     for step in range(max(map(len, grids.values()))):
-        going: dict[str, tuple[str, list[Run]]] = {}
+        going: dict[str, tuple[str, list[PlannedRun]]] = {}
         for method, grid in grids.items():
             if step < len(grid):
                 key, values = list(grid.items())[step]
                 going[method] = key, runs_of(method, key, values)
         run_all([run for _, runs in going.values() for run in runs])
         for _ in range(_BEYOND):
-            more: list[Run] = []
+            more: list[PlannedRun] = []
             for method, (key, runs) in going.items():
                 beyond = next_beyond([(run.varied[key], score(run)) for run in runs])
                 if beyond is not None:

@@ -26,7 +26,7 @@ from pfedgpa_app.study.compare import (
     plan,
     table,
 )
-from pfedgpa_app.study.plan import Run
+from pfedgpa_app.study.plan import PlannedRun
 from tests.support.federations import SMALL
 
 
@@ -214,7 +214,7 @@ def test_compare_runs_resumes_and_writes(
     assert cli.main(["compare", "--methods", "fedsvg"]) == 2
 
 
-def finish(run: Run, validation: float) -> None:
+def finish(run: PlannedRun, validation: float) -> None:
     """What a run leaves that came to this accuracy on validation images."""
     run.folder.mkdir(parents=True)
     (method,) = run.config.method
@@ -274,7 +274,7 @@ class TestTune:
     ) -> None:
         """Runs are replaced by their results: a test accuracy that misleads, and failures."""
 
-        def run_sweep(runs: list[Run], *_: Any) -> bool:
+        def run_sweep(runs: list[PlannedRun], *_: Any) -> bool:
             for run in runs:
                 mu = run.varied["fedprox.mu"]
                 if mu in validation:
@@ -319,7 +319,7 @@ class TestTune:
         """Runs are replaced by results, of which the grids' largest values have the best."""
         ran: list[str] = []
 
-        def run_sweep(runs: list[Run], *_: Any) -> bool:
+        def run_sweep(runs: list[PlannedRun], *_: Any) -> bool:
             for run in runs:
                 if not is_done(run.folder):
                     ran.append(run.name)
@@ -397,7 +397,7 @@ class TestTune:
         """Its share of validation images, which choose; the seed is tune's own."""
         found: list[Any] = []
 
-        def instead(runs: list[Run], *_: Any) -> bool:
+        def instead(runs: list[PlannedRun], *_: Any) -> bool:
             found.extend(runs)
             raise KeyboardInterrupt
 

@@ -13,7 +13,7 @@ from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.results import log
 from pfedgpa_app.study.join import Join, JoinCell
-from pfedgpa_app.study.plan import Run
+from pfedgpa_app.study.plan import PlannedRun
 from pfedgpa_app.study.reproduce import DATA, Atlas
 from pfedgpa_app.study.table2 import AblationCell, Table2
 from pfedgpa_app.study.warm_start import StartCell, WarmStart
@@ -28,7 +28,7 @@ class Machine(AnyMachine):
     def __init__(self) -> None:
         super().__init__(0.0)
 
-    def __call__(self, runs: list[Run]) -> bool:
+    def __call__(self, runs: list[PlannedRun]) -> bool:
         new = [run for run in runs if not log.is_done(run.folder)]
         done = super().__call__(runs)
         for run in new:
@@ -42,11 +42,11 @@ class Machine(AnyMachine):
                         log.append(run.folder / log.METRICS, record | {"accuracy": float(number)})
         return done
 
-    def accuracy(self, method: str, run: Run) -> float:
+    def accuracy(self, method: str, run: PlannedRun) -> float:
         guided = run.settings.get("pfedgpa.join-mode") == "guided"
         return 70.0 + run.config.seed + 5 * guided
 
-    def row(self, run: Run) -> Any:
+    def row(self, run: PlannedRun) -> Any:
         def of(method: str) -> dict[str, Any]:
             row: dict[str, Any] = super(Machine, self).row(run)(method)
             accuracy = row["accuracy_before_ft"]

@@ -15,7 +15,7 @@ from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.results import log
 from pfedgpa_app.study import reproduce
-from pfedgpa_app.study.plan import Run
+from pfedgpa_app.study.plan import PlannedRun
 from pfedgpa_app.study.reproduce import COLUMNS, DATA, MERIT, Atlas, Cell
 
 CELL = Cell("fashion-mnist", 100, "dominant", 30)
@@ -25,9 +25,9 @@ class Machine:
     """Stands for the runs: what each method comes to, which may go by its settings."""
 
     def __init__(self, ahead: float) -> None:
-        self.ahead, self.done = ahead, list[Run]()
+        self.ahead, self.done = ahead, list[PlannedRun]()
 
-    def accuracy(self, method: str, run: Run) -> float:
+    def accuracy(self, method: str, run: PlannedRun) -> float:
         config = run.config
         rate = {0.02: 1.0, 0.05: 3.0, 0.1: 2.0}[config.learning_rate]
         momentum = run.settings.get(f"{method}.momentum", 0.0)
@@ -36,15 +36,15 @@ class Machine:
         known = {"group-mean": 30.0, "pfedgpa": 1.5 + self.ahead}.get(method, 0.0)
         return 50 + rate + more + known
 
-    def __call__(self, runs: list[Run]) -> bool:
+    def __call__(self, runs: list[PlannedRun]) -> bool:
         failed = [run for run in runs if not self._do(run)]
         return not failed
 
-    def fails(self, run: Run) -> bool:
+    def fails(self, run: PlannedRun) -> bool:
         """Whether its weights go to infinity."""
         return run.config.learning_rate > 0.1
 
-    def _do(self, run: Run) -> bool:
+    def _do(self, run: PlannedRun) -> bool:
         if not log.is_done(run.folder) and not self.fails(run):
             self.done.append(run)
             run.folder.mkdir(parents=True)
@@ -56,7 +56,7 @@ class Machine:
             log.say(run.folder, "done", "", 1.0)
         return log.is_done(run.folder)
 
-    def row(self, run: Run) -> Any:
+    def row(self, run: PlannedRun) -> Any:
         def of(method: str) -> dict[str, Any]:
             accuracy = self.accuracy(method, run)
             row: dict[str, Any] = dict.fromkeys(COLUMNS.values(), accuracy)
@@ -101,7 +101,7 @@ def test_what_is_chosen_on_validation_images_is_run(
 
 def test_a_rate_too_high_is_not_chosen_and_ends_no_search(tmp_path: Path) -> None:
     class Fast(Machine):
-        def accuracy(self, method: str, run: Run) -> float:
+        def accuracy(self, method: str, run: PlannedRun) -> float:
             return 100 * run.config.learning_rate  # the largest is best, and 0.2 is tried
 
     machine = Fast(2.0)
@@ -128,7 +128,7 @@ def test_a_setting_that_is_given_is_not_searched_and_goes_to_who_reads_it(tmp_pa
 
 def test_a_method_that_fails_is_told(tmp_path: Path) -> None:
     class Broken(Machine):
-        def fails(self, run: Run) -> bool:
+        def fails(self, run: PlannedRun) -> bool:
             return "fedala" in run.config.method
 
     with pytest.raises(LaunchError, match="a run failed; see"):

@@ -30,7 +30,7 @@ from pfedgpa_app.runs.folder import CONFIG, locked
 from pfedgpa_app.runs.resuming import CHECKPOINT
 from pfedgpa_app.study import sweep
 from pfedgpa_app.study.places import Here
-from pfedgpa_app.study.plan import Run, expand, read
+from pfedgpa_app.study.plan import PlannedRun, expand, read
 from pfedgpa_app.study.progress import Lines
 from pfedgpa_app.study.sweep import Sweep, shares, table
 from pfedgpa_app.training import sgd
@@ -40,7 +40,7 @@ from tests.support.processes import alive, until
 QUICK = PLAIN | {"method": "fedavg", "num-server-rounds": 2, "device": "cpu"}
 
 
-def runs(tmp_path: Path, over: dict[str, list[Any]], **more: Any) -> list[Run]:
+def runs(tmp_path: Path, over: dict[str, list[Any]], **more: Any) -> list[PlannedRun]:
     return expand(QUICK | {k.replace("_", "-"): v for k, v in more.items()}, over, tmp_path)
 
 
@@ -151,7 +151,7 @@ class TestPlan:
 
         (run,) = planned = runs(tmp_path, {"seed": [0]})
         run.folder.mkdir()
-        monkeypatch.setattr(Run, "can_go_on", lambda _: True)
+        monkeypatch.setattr(PlannedRun, "can_go_on", lambda _: True)
         monkeypatch.setattr("pfedgpa_app.study.places.subprocess.Popen", lambda *_, **__: None)
         now = iter([100.0, 110.0])
         monkeypatch.setattr("pfedgpa_app.study.sweep.time.monotonic", lambda: next(now))

@@ -13,7 +13,7 @@ from pfedgpa_app.cli.reproduce import _cells
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.study import table1
 from pfedgpa_app.study.compare import PAPER
-from pfedgpa_app.study.plan import Run
+from pfedgpa_app.study.plan import PlannedRun
 from pfedgpa_app.study.table1 import METHODS_OF_TABLE, PaperCell, Table1, column
 from tests.study.test_reproduce import Machine as AnyMachine
 
@@ -28,7 +28,7 @@ class Machine(AnyMachine):
         super().__init__(0.0)
         self.behind = behind
 
-    def accuracy(self, method: str, run: Run) -> float:
+    def accuracy(self, method: str, run: PlannedRun) -> float:
         if run.config.seed != 100:
             return 70.0 if method == "pfedgpa" else 70.0 - self.behind
         rate = float(run.settings.get("fedper.learning-rate", run.config.learning_rate))

@@ -13,7 +13,7 @@ from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.study import trials, tune
-from pfedgpa_app.study.plan import Run
+from pfedgpa_app.study.plan import PlannedRun
 from pfedgpa_app.study.sweep import Judge
 from tests.support.federations import PLAIN
 
@@ -29,7 +29,7 @@ BASE = {"seed": 100, "validation-share": 0.2, "num-server-rounds": 2}
 RATES = {"fedavg": {"learning-rate": (0.005, 0.01, 0.02, 0.05)}}
 
 
-def accuracy(run: Run) -> tuple[float, ...]:
+def accuracy(run: PlannedRun) -> tuple[float, ...]:
     """Best at a learning rate of 0.1."""
     rate = run.varied["learning-rate"]
     return () if rate > 0.12 else (50 - 10 * abs(math.log10(rate / 0.1)),)
@@ -42,7 +42,7 @@ class Runner:
         self.given: list[float] = []
         self.stop_at = stop_at
 
-    def __call__(self, runs: list[Run], _: Judge) -> None:
+    def __call__(self, runs: list[PlannedRun], _: Judge) -> None:
         rates = [run.varied["learning-rate"] for run in runs]
         self.given += rates
         if len(self.given) >= self.stop_at:
@@ -86,7 +86,7 @@ def test_a_search_that_goes_on_proposes_something_new(tmp_path: Path) -> None:
 def test_a_setting_of_one_method_stands_beside_others(tmp_path: Path) -> None:
     names: list[str] = []
 
-    def run_all(runs: list[Run], _: Judge) -> None:
+    def run_all(runs: list[PlannedRun], _: Judge) -> None:
         names.extend(run.config.method[0] for run in runs)
 
     grids: dict[str, Any] = {
@@ -103,7 +103,7 @@ def test_trials_of_other_settings_do_not_count(tmp_path: Path) -> None:
     grids: dict[str, Any] = {"fedavgm": {"fedavgm.momentum": (0.0, 0.5, 0.7)}}
     names: list[str] = []
 
-    def run_all(runs: list[Run], _: Judge) -> None:
+    def run_all(runs: list[PlannedRun], _: Judge) -> None:
         names.extend(run.name for run in runs)
 
     for rate, new in ((0.01, 3), (0.02, 3), (0.01, 0)):
@@ -123,7 +123,7 @@ def test_settings_of_every_kind_have_a_range(tmp_path: Path) -> None:
     }
     given: dict[str, list[Any]] = {}
 
-    def run_all(runs: list[Run], _: Judge) -> None:
+    def run_all(runs: list[PlannedRun], _: Judge) -> None:
         for run in runs:
             for key in ("fedala.layers", "pfedgpa.momentum", "fedavgm.momentum"):
                 given.setdefault(key, []).extend([run.varied[key]] if key in run.varied else [])
@@ -139,10 +139,10 @@ def test_where_the_best_are_equal_the_next_best_decide(tmp_path: Path) -> None:
     grids: dict[str, Any] = {"fedavgm": {"fedavgm.momentum": (0.0, 0.5, 0.7)}}
     tried: list[float] = []
 
-    def run_all(runs: list[Run], _: Judge) -> None:
+    def run_all(runs: list[PlannedRun], _: Judge) -> None:
         tried.extend(run.varied["fedavgm.momentum"] for run in runs)
 
-    def level(run: Run) -> tuple[float, ...]:
+    def level(run: PlannedRun) -> tuple[float, ...]:
         return (68.75, 60.0 - abs(run.varied["fedavgm.momentum"] - tried[1]))
 
     found = trials.search(BASE, grids, tmp_path, run_all, level, 5, 2)
@@ -155,7 +155,7 @@ def test_a_run_whose_training_loss_is_among_the_worst_is_ended(tmp_path: Path) -
 
     began: list[str] = []
 
-    def run_all(runs: list[Run], judge: Judge) -> None:
+    def run_all(runs: list[PlannedRun], judge: Judge) -> None:
         for run in runs:
             began.append(run.name)
             loss = 100.0 if len(began) in (3, 8) else 1.0  # no trial before the third is done
@@ -168,7 +168,7 @@ def test_a_run_whose_training_loss_is_among_the_worst_is_ended(tmp_path: Path) -
 
     done: list[str] = []
 
-    def score(run: Run) -> tuple[float, ...]:
+    def score(run: PlannedRun) -> tuple[float, ...]:
         done.append(run.name)
         return () if run.name in ended else (float(len(done)),)
 
