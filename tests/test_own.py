@@ -30,6 +30,7 @@ from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import Config, TrainingSettings
 from pfedgpa_app.core.settings import ConfigError, DataError
+from pfedgpa_app.core.weights import body, last_layers
 from pfedgpa_app.data.client import (
     check_same,
     data_in_words,
@@ -44,7 +45,7 @@ from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.models import build
 from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.layout import laid_out
-from pfedgpa_app.models.networks import weight_names, weights_of
+from pfedgpa_app.models.networks import head_of, weight_names, weights_of
 from pfedgpa_app.runs import api
 from pfedgpa_app.runs.checkpoint import Checkpoint
 from pfedgpa_app.runs.folder import locked
@@ -57,6 +58,8 @@ from tests.support.processes import in_a_new_process
 
 NETS = '''
 import random
+
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -120,6 +123,23 @@ class Strided(nn.Module):
 def adapted(classes, shape):
     body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU()).requires_grad_(False)
     return nn.Sequential(body, nn.Linear(32, 2, bias=False), nn.Linear(2, classes))
+
+def two_above(classes, shape):
+    """Its classifier has two layers."""
+    above = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, classes))
+    return nn.Sequential(OrderedDict(flat=nn.Flatten(), body=nn.Linear(64, 16), classifier=above))
+
+def weight_normed(classes, shape):
+    head = nn.utils.parametrizations.weight_norm(nn.Linear(16, classes))
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), head)
+
+def frozen_below(classes, shape):
+    """A body that is used as it is, but for what its BatchNorm sees."""
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU())
+    return nn.Sequential(body.requires_grad_(False), nn.Linear(16, classes))
+
+def one_layer(classes, shape):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
 
 def dropping(classes, shape):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, classes))
@@ -224,6 +244,27 @@ class TestNetworks:
             made("nets:small", head="haed")
         with pytest.raises(ConfigError, match="head = 'frozen': nothing of that module is trained"):
             made("nets:small", head="frozen")
+
+    def test_a_head_is_one_layer(self, nets: Path) -> None:
+        with pytest.raises(ConfigError, match=r"has 2: classifier\.0, classifier\.2; name one"):
+            made("nets:two_above", head="classifier")
+        assert weight_names(made("nets:two_above", head="classifier.2"))[-1] == "classifier.2.bias"
+        every = weight_names(made("nets:weight_normed"))
+        assert len(last_layers(every, 1)) == 3  # its bias, and both that make its matrix
+        assert body(every) == ["1.weight", "1.bias"]
+        assert isinstance(head_of(made("nets:weight_normed")), nn.Linear)
+
+    def test_phases_that_have_nothing_to_train(self, nets: Path) -> None:
+        """Frozen below the head, or nothing there: FedRep trains the head, FedBABU is refused."""
+        how: dict[str, Any] = {"num_server_rounds": 2, "learning_rate": 0.1}
+        folder, _ = federate(nets / "below", method="fedrep", model="nets:frozen_below", **how)
+        assert summary(folder)["fedrep"]["accuracy_before_ft"] > 40
+        still = how | {"fedrep.head-epochs": 0, "fedrep.body-epochs": 5, "evaluate_every": 1}
+        folder, _ = federate(nets / "still", method="fedrep", model="nets:one_layer", **still)
+        assert len({r["accuracy"] for r in records(folder) if r["client"] == 0}) == 1
+        for model in ("frozen_below", "one_layer"):
+            with pytest.raises(ConfigError, match="fedbabu: trains what lies below"):
+                federate(nets / model, method="fedbabu", model=f"nets:{model}", **how)
 
     def test_the_same_seed_makes_the_same_network(self, nets: Path) -> None:
         first, second = (weights_of(made("nets:small", seed=3)) for _ in range(2))

@@ -61,7 +61,8 @@ class SequentialCohort:
 def compare_fine_tunings(cohort: Cohort, requests: Sequence[ClientRequest]) -> list[Message]:
     """Evaluate before fine-tuning and after each kind of it; the fine-tuned copies are dropped.
 
-    Those that differ in their epochs only share them: two epochs go on from one.
+    Those that differ in their epochs only share them: two epochs go on from one,
+    with momentum begun anew.
     """
     config, asked = requests[0].config, requests[0].fine_tunings
     names = list(cohort.initial)
@@ -77,7 +78,7 @@ def compare_fine_tunings(cohort: Cohort, requests: Sequence[ClientRequest]) -> l
     cohort.load(weights)
     score(before)
     for kind in dict.fromkeys(replace(each, epochs=1) for each in asked):
-        trainable = last_layers(names, 1) if kind.part == "head" else ()
+        trainable = last_layers(names, 1) if kind.part == "head" else None
         epoch = sgd.recipe(config, 1, kind.learning_rate, trainable)
         if kind.full_batch:
             every = max(len(request.data().train) for request in requests)

@@ -60,6 +60,11 @@ def keys_of(name: str) -> list[Key]:
     found = [
         k for k in keys().values() if k.name in own or name in (k.name, k.name.rpartition(".")[0])
     ]
+    if not found and name in METHODS:  # which may go by another's
+        goes_by = without_idle({k: None for k in keys() if "." in k}, [name])
+        found = [keys()[each] for each in goes_by]
+        if not found:
+            raise ConfigError(f"{name}: has no settings of its own; see: pfedgpa settings training")
     if not found:
         raise ConfigError(
             f"{name}: no setting, no section ({', '.join(SECTIONS)}), and no method with settings "

@@ -126,8 +126,13 @@ def layers(names: Iterable[str]) -> list[list[str]]:
     """The names of weights by the layer they belong to, in the network's order."""
     of: dict[str, list[str]] = {}
     for name in names:
-        of.setdefault(name.rpartition(".")[0], []).append(name)
+        of.setdefault(module_of(name), []).append(name)
     return list(of.values())
+
+
+def module_of(name: str) -> str:
+    """The module that a weight belongs to, also where it is made of others (parametrizations)."""
+    return name.rpartition(".")[0].partition(".parametrizations.")[0]
 
 
 def last_layers(names: Iterable[str], count: int) -> list[str]:

@@ -161,7 +161,7 @@ class Step:
 
     def __init__(self, cohort: BatchedCohort, recipe: Recipe, batch: int) -> None:
         self.cohort, self.recipe = cohort, recipe
-        self.names = recipe.trainable or tuple(cohort.weights)
+        self.names = tuple(cohort.weights) if recipe.trainable is None else recipe.trainable
         whole = {"dtype": torch.long, "device": cohort.device}
         self.index = torch.zeros(cohort.size, batch, **whole)  # type: ignore[call-overload]
         self.crops = torch.zeros(3, cohort.size * batch, **whole)  # type: ignore[call-overload]
@@ -331,6 +331,8 @@ class BatchedGrid(LocalGrid):
         generators, losses = [r.generator("train") for r in requests], [0.0] * len(requests)
         first = requests[0]
         for recipe in first.method.recipes(first.config, list(cohort.initial)):
+            if recipe.trainable == ():
+                continue
             losses = cohort.train(recipe.at(first.rate), generators)
         return [
             request.trained(request.method.upload(weights, request.weights, request.state, loss))

@@ -60,10 +60,12 @@ class ClientTask:
         """Train by one recipe after the other; ``how`` goes to ``sgd.train``.
 
         Returns:
-            the mean loss of the last one.
+            the mean loss of the last one; those that train nothing are left out.
         """
         generator, loss = self.generator(), 0.0
         for recipe in recipes:
+            if not sgd.trained_of(self.model, recipe.trainable):
+                continue
             slower = recipe.at(self.rate)
             loss = sgd.train(self.model, self.data.train, slower, generator, **how)
         return loss

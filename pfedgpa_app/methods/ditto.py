@@ -7,7 +7,7 @@ on the global weights w, and as many on F_i(v) + (λ/2)‖v − w‖², w being 
 FedAvg's mean (the paper leaves the aggregator open) · evaluated: v; a client that was never
 sampled has none yet and is evaluated with w.
 
-With λ = 0, v is what local-only trains; with λ·η = 1, v stays one step from w.
+With λ = 0, v is what local-only trains; with λ·η = 1 and plain SGD, v stays one step from w.
 """
 
 from __future__ import annotations

@@ -12,15 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.core.settings import ConfigError, MethodSettings, setting
 from pfedgpa_app.core.weights import Weights, body
 from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.models.networks import weight_names
 from pfedgpa_app.training import sgd as training
 from pfedgpa_app.training.evaluation import FineTuning
-from pfedgpa_app.training.sgd import Recipe
+from pfedgpa_app.training.sgd import Recipe, trained_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,14 @@ class FedBABU(Averaging[Shared]):
     title = "FedBABU"
     settings = FedBABUSettings
     fine_tuning = "own"
+
+    @classmethod
+    def check_network(cls, config: Config, network: nn.Module) -> None:
+        if not trained_of(network, body(weight_names(network))):
+            raise ConfigError(
+                "fedbabu: trains what lies below the network's last layer, and none of that is "
+                "trained; leave fedbabu out"
+            )
 
     @classmethod
     def shared(cls, config: Config, names: list[str]) -> list[str]:

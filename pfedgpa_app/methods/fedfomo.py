@@ -56,6 +56,7 @@ class FedFomo(Method[FomoState]):
     title = "FedFomo"
     settings = FedFomoSettings
     sends = OTHER  # how others' models do on its validation images, too
+    beside = (AFFINITY,)
     adjustable = False  # whose classifiers know their own clients' classes
 
     @classmethod

@@ -4,9 +4,10 @@ shared: all weights · kept: nothing · client and server: as FedAvg · evaluate
 fine-tuned copy of the global weights.
 
 It has three definitions in the wild. The default fine-tunes the whole network as a round trains
-it (FedPAC's code); FedRep's code is fine-tune-part=head, fine-tune-epochs=10, FedBABU's
-fine-tune-epochs=5, fine-tune-learning-rate=0.001. "Tuned" takes the epochs and the learning rate
-that the clients' pooled validation images choose.
+it, but with momentum that begins anew in each epoch (FedPAC's code); FedRep's code is
+fine-tune-part=head, fine-tune-epochs=10, FedBABU's fine-tune-epochs=5,
+fine-tune-learning-rate=0.001. "Tuned" takes the epochs and the learning rate that the clients'
+pooled validation images choose.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ client: SGD on gradients g − c_i + c; then c_i⁺ = c_i − c + (x − y)/(Kη
 of the clients' weights, scaled by the global step size; c ← c + Σ_S (c_i⁺ − c_i)/N with N all
 clients, not those of the round · evaluated: the global weights.
 
+An upload that does not count (late, lost, refused) changes neither: a client is sent the round of
+its last one that did, and takes c_i back where that is not the last that it sent.
+
 (x − y)/(Kη) estimates the mean gradient of the round's K steps. Under momentum m step k's
 gradient moves the weights by (1 − m^{K−k+1})/(1 − m) times η over the steps left, so that the
 sum of these factors takes K's place; without momentum they are all 1.
@@ -15,7 +18,7 @@ sum of these factors takes K's place; without momentum they are all 1.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +32,9 @@ from pfedgpa_app.methods.base import OTHER, ClientTask, Method, Trained
 from pfedgpa_app.models.networks import weights_of
 
 CONTROL = "control/"  # before the name of the weight that a control variate is for
+_BEFORE = "before/"  # the same, as it was before the client's last round
+_COUNTED = "counted"  # round of a client's last upload that counted
+_SENT = "sent"  # round of its last upload
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,11 @@ class ScaffoldSettings(MethodSettings):
 
 @dataclass
 class ScaffoldState:
-    """The server's weights x and control variate c."""
+    """The server's weights x and control variate c, and whose upload counted when."""
 
     global_weights: Weights
     control: Weights
+    counted: dict[int, int] = field(default_factory=dict)
 
 
 def effective_steps(steps: int, momentum: float) -> float:
@@ -64,11 +71,12 @@ class Scaffold(Method[ScaffoldState]):
         return ScaffoldState(initial, {n: torch.zeros_like(t) for n, t in initial.items()})
 
     def expected_upload(self) -> Weights:
-        return self.download(0)
-
-    def download(self, client: int) -> Weights:
         control = {CONTROL + name: c for name, c in self.state.control.items()}
         return self.state.global_weights | control
+
+    def download(self, client: int) -> Weights:
+        counted = torch.tensor(self.state.counted.get(client, 0))
+        return self.expected_upload() | {_COUNTED: counted}
 
     def evaluation_download(self, client: int) -> Weights:
         return self.state.global_weights
@@ -83,12 +91,15 @@ class Scaffold(Method[ScaffoldState]):
         x, c = self.state.global_weights, self.state.control
         self.state.global_weights = toward(x, mean, step)
         self.state.control = {n: c[n] + share * mean[CONTROL + n] for n in c}
+        self.state.counted |= dict.fromkeys(uploads, server_round)
 
     @classmethod
     def train(cls, task: ClientTask) -> Trained:
-        x = {n: t for n, t in task.weights.items() if not n.startswith(CONTROL)}
-        c = {n: task.weights[CONTROL + n] for n in x}
-        c_i = {n: task.state.get(CONTROL + n, torch.zeros_like(t)) for n, t in x.items()}
+        c = {n.removeprefix(CONTROL): t for n, t in task.weights.items() if n.startswith(CONTROL)}
+        x = {n: task.weights[n] for n in c}
+        is_known = int(task.state.get(_SENT, 0)) == int(task.weights[_COUNTED])
+        mine = CONTROL if is_known else _BEFORE
+        c_i = {n: task.state.get(mine + n, torch.zeros_like(t)) for n, t in x.items()}
         device = next(task.model.parameters()).device
         shift = {n: (c[n] - c_i[n]).to(device) for n in x}
         taken = 0  # steps: under BatchNorm a last batch of one is none
@@ -108,6 +119,7 @@ class Scaffold(Method[ScaffoldState]):
         else:  # its gradients are as unknown as before
             change = {n: torch.zeros_like(t) for n, t in x.items()}
         kept = {CONTROL + n: c_i[n] + change[n] for n in x}
+        kept |= {_BEFORE + n: c_i[n] for n in x} | {_SENT: torch.tensor(task.round)}
         return Trained(y | {CONTROL + n: change[n] for n in x}, kept, loss)
 
     @staticmethod

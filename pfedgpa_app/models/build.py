@@ -21,7 +21,7 @@ from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import TORCHVISION, TrainingSettings
 from pfedgpa_app.core.settings import ConfigError, near
-from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.core.weights import Weights, module_of
 from pfedgpa_app.models.layout import choose_layout
 from pfedgpa_app.models.networks import (
     MADE_FOR_ANY,
@@ -67,7 +67,7 @@ def classifier_bias(settings: TrainingSettings, schema: Schema) -> str:
     """
     network = _template_of(settings, schema)
     *_, last = weight_names(network)
-    bias = f"{last.rpartition('.')[0]}.bias".removeprefix(".")
+    bias = f"{module_of(last)}.bias".removeprefix(".")
     trained = dict(network.named_parameters()).get(bias)
     if bias not in weight_names(network) or trained is None or trained.ndim != 1:
         raise ConfigError(

@@ -13,7 +13,7 @@ from torch import nn
 
 from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.settings import ConfigError, near
-from pfedgpa_app.core.weights import Weights, is_statistic
+from pfedgpa_app.core.weights import Weights, is_statistic, layers, module_of
 
 
 def _conv(inputs: int, outputs: int, kernel: int, padding: int = 0) -> nn.Sequential:
@@ -140,13 +140,18 @@ def order_weights(network: nn.Module, used: list[str], head: str) -> None:
         last = [name for name in names if name.startswith(f"{head}.")]
         if not last:
             raise ConfigError(f"head = {head!r}: nothing of that module is trained")
+        if len(several := [module_of(layer[0]) for layer in layers(last)]) > 1:
+            raise ConfigError(
+                f"head = {head!r}: the head is one layer, and that module has {len(several)}: "
+                f"{', '.join(several)}; name one: head={several[-1]}"
+            )
         names = [name for name in names if name not in last] + last
     setattr(network, _ORDER, tuple(names))
 
 
 def head_of(network: nn.Module) -> nn.Module:
     """The module that holds the last layer's weights."""
-    return network.get_submodule(weight_names(network)[-1].rpartition(".")[0])
+    return network.get_submodule(module_of(weight_names(network)[-1]))
 
 
 def weights_of(network: nn.Module) -> Weights:

@@ -146,9 +146,10 @@ def check(kinds: Sequence[str]) -> None:
 
 def figures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What one round of a federation came to, by its records, one a client."""
+    honest = [record for record in records if not record.get("malicious")]
 
     def values(key: str) -> list[float]:
-        return [record[key] for record in records if record.get(key) is not None]
+        return [record[key] for record in honest if record.get(key) is not None]
 
     accuracies = values("accuracy")
     found = {

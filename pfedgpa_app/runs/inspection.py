@@ -39,11 +39,10 @@ def _run(folder: Path) -> Iterator[str]:
     settings = values_of(kept_settings(folder))
     methods = ", ".join(settings["method"])
     yield f"run {folder.name}: {methods} on {settings['dataset']}"
-    share = settings["fraction-train"]
     held = "data of their own" if settings["dataset"] == NODES else settings["partition"]
     yield (
-        f"{settings['num-clients']} clients, {held}, {share:.0%} of them in each "
-        f"of {settings['num-server-rounds']} rounds, seed {settings['seed']}"
+        f"{settings['num-clients']} clients, {held}; {settings['num-server-rounds']} rounds, "
+        f"{Run(folder).in_each_round()}; seed {settings['seed']}"
     )
     yield _state(folder)
     yield from _checkpoint(folder)

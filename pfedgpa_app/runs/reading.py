@@ -75,6 +75,19 @@ class Run:
         """Of its settings those that some of ``methods`` go by."""
         return without_idle(self.settings, methods, self.settings["partition"]["value"])
 
+    def in_each_round(self) -> str:
+        """Who takes part in each of its rounds, in words."""
+
+        def value(name: str) -> float:
+            return float(self.settings[name]["value"]) if name in self.settings else 0.0
+
+        share = value("fraction-train")
+        part = f"{100 * share:g} % of the" if share < 1 else "all"
+        who = "clients that were there from the start" if value("join-clients") else "clients"
+        shares = {"drop out": value("dropout-share"), "are late": value("straggler-share")}
+        lost = [f"{100 * share:g} % {what}" for what, share in shares.items() if share]
+        return f"{part} {who} in each" + (f" (of whom {' and '.join(lost)})" if lost else "")
+
     @cached_property
     def curves(self) -> dict[str, dict[int, float]]:
         """{federation: {round: mean accuracy of its clients}}."""

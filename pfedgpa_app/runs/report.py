@@ -134,21 +134,8 @@ def _about(runs: Sequence[Run]) -> list[str]:
             day = time.strftime("%Y-%m-%d %H:%M", time.localtime(start))
             rounds = run.settings["num-server-rounds"]["value"]
             took = f"run {run.folder.name}, started {day}, took {clock(end - start)}"
-            lines.append(f"{rounds} rounds, {_in_each(run)}; {took}.")
+            lines.append(f"{rounds} rounds, {run.in_each_round()}; {took}.")
     return list(dict.fromkeys(lines))[:6]
-
-
-def _in_each(run: Run) -> str:
-    """Who takes part in each of its rounds."""
-
-    def value(name: str) -> float:
-        return float(run.settings[name]["value"]) if name in run.settings else 0.0
-
-    part = f"{100 * value('fraction-train'):g} % of the" if value("fraction-train") < 1 else "all"
-    who = "clients that were there from the start" if value("join-clients") else "clients"
-    shares = {"drop out": value("dropout-share"), "are late": value("straggler-share")}
-    lost = [f"{100 * share:g} % {what}" for what, share in shares.items() if share]
-    return f"{part} {who} in each" + (f" (of whom {' and '.join(lost)})" if lost else "")
 
 
 _PIES = (

@@ -184,13 +184,23 @@ def norm(weights: Weights) -> float:
     return math.hypot(*(float(t.abs().nan_to_num(posinf=0).norm()) for t in wide))
 
 
-def too_large(uploads: dict[int, Upload], expected: Weights, limit: float) -> dict[int, str]:
+def _trained(weights: Weights, beside: tuple[str, ...]) -> Weights:
+    """Without tensors that are sent beside those that were trained, by their names' beginnings."""
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(beside)}
+
+
+def too_large(
+    uploads: dict[int, Upload], expected: Weights, limit: float, beside: tuple[str, ...] = ()
+) -> dict[int, str]:
     """Clients whose upload is more than ``limit`` times as large as the median, and why so.
 
     Where there are too few to have a median that one cannot move, ``expected`` is the measure.
+    Names that begin as ``beside`` says do not count.
     """
-    norms = {client: norm(upload.weights) for client, upload in uploads.items()}
-    usual = statistics.median(norms.values()) if len(norms) > 2 else norm(expected)
+    norms = {client: norm(_trained(upload.weights, beside)) for client, upload in uploads.items()}
+    usual = (
+        statistics.median(norms.values()) if len(norms) > 2 else norm(_trained(expected, beside))
+    )
     if not limit or not usual:
         return {}
     return {
@@ -200,12 +210,16 @@ def too_large(uploads: dict[int, Upload], expected: Weights, limit: float) -> di
     }
 
 
-def too_far(uploads: dict[int, Upload], limit: float) -> dict[int, str]:
+def too_far(
+    uploads: dict[int, Upload], limit: float, beside: tuple[str, ...] = ()
+) -> dict[int, str]:
     """Clients whose upload is ``limit`` times as far from the median as the median client's.
 
-    The median of each weight over the uploads, which a minority cannot move far.
+    The median of each weight over the uploads, which a minority cannot move far. Names that begin
+    as ``beside`` says do not count.
     """
-    weights = {client: upload.weights for client, upload in uploads.items() if upload.weights}
+    trained = {client: _trained(upload.weights, beside) for client, upload in uploads.items()}
+    weights = {client: own for client, own in trained.items() if own}
     if not limit or len(weights) < 3:
         return {}
     layout = Layout.of(next(iter(weights.values())))
@@ -228,6 +242,7 @@ def screened(
     server_round: int,
     classes: int,
     config: FederationSettings,
+    beside: tuple[str, ...] = (),
 ) -> tuple[dict[int, Upload], dict[int, str]]:
     """The usable uploads of a round, and why the others are not.
 
@@ -235,6 +250,7 @@ def screened(
         sent: clients that were asked.
         expected: tensors of the names, shapes and dtypes that an upload must have.
         classes: how many class counts a client that shares them must send.
+        beside: beginnings of the names of tensors by which no upload is large or far.
     """
     uploads: dict[int, Upload] = {}
     rejected: dict[int, str] = {}
@@ -247,7 +263,7 @@ def screened(
             rejected[client] = reason
         else:
             uploads[client] = upload
-    rejected |= too_large(uploads, expected, config.max_upload_norm)
+    rejected |= too_large(uploads, expected, config.max_upload_norm, beside)
     uploads = {c: upload for c, upload in uploads.items() if c not in rejected}
-    rejected |= too_far(uploads, config.max_distance)
+    rejected |= too_far(uploads, config.max_distance, beside)
     return {c: upload for c, upload in uploads.items() if c not in rejected}, rejected

@@ -136,7 +136,9 @@ class Personalised(Strategy):
                 )
             )
         self._participants = {
-            client: {"train_loss": upload.loss} for client, upload in uploads.items()
+            client: {"train_loss": upload.loss}
+            | ({"malicious": True} if client in self.config.malicious_clients else {})
+            for client, upload in uploads.items()
         }
         started = time.perf_counter()
         self.half.aggregate(server_round, uploads)
@@ -152,8 +154,8 @@ class Personalised(Strategy):
 
     def _loss(self) -> float:
         """The mean training loss of a round's honest clients."""
-        told = self._participants.items()
-        return mean([p["train_loss"] for client, p in told if client in self.honest])
+        told = self._participants.values()
+        return mean([p["train_loss"] for p in told if "malicious" not in p])
 
     def screened(
         self,
@@ -164,7 +166,8 @@ class Personalised(Strategy):
     ) -> tuple[dict[int, Upload], dict[int, str]]:
         """The usable uploads, and why the others are not, which the log is told, too."""
         expected = self.half.expected_upload(server_round)
-        uploads, wrong = screened(sent, answers, expected, server_round, self._classes, self.config)
+        how = self._classes, self.config, self.method.beside
+        uploads, wrong = screened(sent, answers, expected, server_round, *how)
         rejected = dict.fromkeys(away, "is not connected") | wrong
         for client, reason in sorted(rejected.items()):
             self.log.rejected(self.name, f"round {server_round}", client, reason)

@@ -202,6 +202,8 @@ def summarise(runs: Sequence[PlannedRun], out: Path) -> str:
         figures = table([rows[run.name] for run in alike])
         spread = ": means ± one standard deviation over them" if len(alike) > 1 else ""
         parts.append(f"### {title}\n\nSeeds {seeds}{spread}.\n\n{figures}\n")
+    if undone := [run.name for run in runs if run not in finished]:
+        parts.append(f"Without a result, and in no table: {', '.join(undone)}.\n")
     here = {run.folder.name for run in finished}
     there = (path.parent for path in out.glob(f"*/{SUMMARY}"))
     if left_out := [each for each in there if each.name not in here and is_done(each)]:

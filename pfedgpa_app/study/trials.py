@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,15 @@ class Search:
         """The next runs, those first that were broken off; none once there were enough."""
         self.going, self._trials = {}, {}
         for frozen in self.study.get_trials(states=self._states("RUNNING")):
-            run = self._run({name: given(frozen.params[name]) for name in self.grid})
-            self.going[run.name] = frozen.number, run
-        every = len(self.study.get_trials())
-        for _ in range(min(most - len(self.going), self.number - every)):
+            run = self._possible({name: given(frozen.params[name]) for name in self.grid})
+            if run is None:
+                self.study.tell(frozen.number, state=self._states("FAIL")[0])
+            else:
+                self.going[run.name] = frozen.number, run
+        while len(self.going) < most and len(self.study.get_trials()) < self.number:
             trial = self.study.ask()
-            run = self._run({name: given(self._suggested(trial, name)) for name in self.grid})
-            if run.name in self.going:  # the same, rounded
+            run = self._possible({name: given(self._suggested(trial, name)) for name in self.grid})
+            if run is None or run.name in self.going:  # the same, rounded
                 self.study.tell(trial, state=self._states("FAIL")[0])
                 continue
             self.going[run.name], self._trials[run.name] = (trial.number, run), trial
@@ -112,6 +115,12 @@ class Search:
     def _run(self, values: Settings) -> PlannedRun:
         each = {"method": reference_of(self.method)} | self.shared | values
         return expand(self.base, {name: [value] for name, value in each.items()}, self.out)[0]
+
+    def _possible(self, values: Settings) -> PlannedRun | None:
+        """The run of proposed values; None where a method refuses them together."""
+        with suppress(ConfigError):
+            return self._run(values)
+        return None
 
     def _suggested(self, trial: Any, name: str) -> Any:
         """A value in the range of its grid, which goes one step beyond where it is logarithmic."""

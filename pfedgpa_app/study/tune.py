@@ -86,6 +86,9 @@ def tune(
     first = [method for method in methods if method not in sections()]
     base = DEFAULTS | settings | {"conf": conf}
     there = resolve({"conf": conf})
+    told = {n: settings[n] for n in ("validation-share", "train-per-client") if n in settings}
+    if why := resolve({"conf": conf} | DEFAULTS | told).config.why_no_validation:
+        raise ConfigError(f"tune chooses by clients' validation images: {why}")
     if "validation-share" not in settings and there.sources["validation-share"] != "default":
         base["validation-share"] = there.config.validation_share or base["validation-share"]
 
@@ -172,7 +175,8 @@ def search(
     def runs_of(method: str, key: str, values: Sequence[Any]) -> list[PlannedRun]:
         own = settings_of(base, [method], list(grids))
         fixed = {name: [value] for name, value in ((shared or {}) | chosen[method]).items()}
-        return expand(own, {"method": [reference_of(method)], **fixed, key: values}, out)
+        over = {"method": [reference_of(method)], **fixed}
+        return _possible([(own, over | {key: [value]}) for value in values], out)
 
     for step in range(max(map(len, grids.values()))):
         going: dict[str, tuple[str, list[PlannedRun]]] = {}
@@ -198,6 +202,26 @@ def search(
                 raise ConfigError(f"tune: no run of {method} came to its end; see {out}")
             chosen[method][key] = best.varied[key]
     return {key: value for own in chosen.values() for key, value in own.items()}
+
+
+def _possible(
+    each: Iterable[tuple[Settings, Mapping[str, Sequence[Any]]]], out: Path
+) -> list[PlannedRun]:
+    """The runs of these settings, but for those that are beyond a range or refused together.
+
+    Raises:
+        ConfigError: all are.
+    """
+    found: list[PlannedRun] = []
+    refused: ConfigError | None = None
+    for own, over in each:
+        try:
+            found += expand(own, over, out)
+        except ConfigError as error:
+            refused = error
+    if refused and not found:
+        raise refused
+    return found
 
 
 def next_beyond(tried: Sequence[tuple[Any, Any]]) -> float | None:

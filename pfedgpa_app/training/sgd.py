@@ -29,7 +29,7 @@ class Recipe:
     momentum: float = 0.5
     weight_decay: float = 0.0
     augment: bool = False
-    trainable: tuple[str, ...] = ()  # the weights that are trained; () for all
+    trainable: tuple[str, ...] | None = None  # the weights that are trained; None for all
     bfloat16: bool = False  # forward and backward; weights and updates stay float32
     clip: float | None = None  # largest norm of a client's gradient
 
@@ -43,7 +43,10 @@ class Recipe:
 
 
 def recipe(
-    config: TrainingSettings, epochs: int, learning_rate: float, trainable: Sequence[str] = ()
+    config: TrainingSettings,
+    epochs: int,
+    learning_rate: float,
+    trainable: Sequence[str] | None = None,
 ) -> Recipe:
     """How the run's clients train for so many epochs at that rate."""
     return Recipe(
@@ -53,7 +56,7 @@ def recipe(
         config.momentum,
         config.weight_decay,
         config.augment,
-        tuple(trainable),
+        None if trainable is None else tuple(trainable),
         config.precision == "bfloat16",
     )
 
@@ -195,23 +198,35 @@ def clipped(gradients: Sequence[Tensor], most: float) -> list[Tensor]:
     return [g * scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
 
 
-def to_train(model: nn.Module, names: Sequence[str] = ()) -> dict[str, Tensor]:
+def trained_of(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
+    """{name: parameter} of those that are trained where ``names`` are; None for all."""
+    trained: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if names is None:
+        return trained
+    return {name: trained[name] for name in names if name in trained}
+
+
+def to_train(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, Tensor]:
     """Set ``model`` to training; {name: parameter} of those that are trained.
 
     A normalisation layer none of whose parameters are trained goes on as in evaluation: what it
-    has seen of the data must not move, either.
+    has seen of the data must not move, either. One that has none moves if ``names`` have what it
+    has seen.
 
     Args:
-        names: of those of the weights that are trained; () for all.
+        names: of those of the weights that are trained; None for all.
     """
-    trained: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if names:
-        trained = {name: trained[name] for name in names if name in trained}
+    trained = trained_of(model, names)
     moving = {id(parameter) for parameter in trained.values()}
     model.train()
-    for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        if isinstance(module, _NormBase) and own and not moving & {id(p) for p in own}:
+    for name, module in model.named_modules():
+        if not isinstance(module, _NormBase):
+            continue
+        if own := list(module.parameters(recurse=False)):
+            moves = bool(moving & {id(p) for p in own})
+        else:
+            moves = names is None or f"{name}.running_mean" in names
+        if not moves:
             module.eval()
     return trained
 

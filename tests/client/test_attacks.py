@@ -21,9 +21,11 @@ from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.methods.averaging import Shared
 from pfedgpa_app.methods.krum import Krum, malicious
 from pfedgpa_app.methods.trimmed_mean import TrimmedMean
+from pfedgpa_app.results.log import rounds_of
 from pfedgpa_app.results.tables import text_table
+from pfedgpa_app.results.tracking import figures_of
 from pfedgpa_app.runs import report
-from pfedgpa_app.server.screening import too_far
+from pfedgpa_app.server.screening import too_far, too_large
 from tests.support.federations import federate, records, summary, train_messages
 
 
@@ -179,7 +181,9 @@ class TestAttacks:
         folder, _ = federate(tmp_path, method="fedavg", num_server_rounds=3, **how)
         [bad] = config(num_clients=4, **how).malicious_clients
         told = [e["loss"] for e in records(folder, "events.jsonl") if e["kind"] == "round"]
+        rounds = rounds_of(folder)["fedavg"]
         for number, loss in enumerate(told, start=1):
+            assert figures_of(rounds[number])["loss/train"] == pytest.approx(loss)
             of = [r for r in records(folder) if r["round"] == number and r["client"] != bad]
             assert loss == pytest.approx(sum(r["train_loss"] for r in of) / 3)
 
@@ -215,6 +219,17 @@ class TestDefences:
         assert not too_far(uploads(0, 0.1, 1, 1.1), 2.5)
         assert set(too_far(uploads(0, 1, 1, 4), 2.5)) == {3}
         assert set(too_far(uploads(0, -1, -1, -4), 2.5)) == {3}
+
+    def test_what_is_no_trained_weight_makes_nobody_far_or_large(self) -> None:
+        """Control variates' changes differ by far more than weights do."""
+        every = {
+            i: Upload({"w": torch.tensor([float(i)]), "control/w": torch.tensor([10.0**i])}, 10)
+            for i in range(5)
+        }
+        assert set(too_far(every, 2.5)) == {3, 4}
+        assert not too_far(every, 2.5, ("control/",))
+        assert set(too_large(every, every[0].weights, 5)) == {3, 4}
+        assert not too_large(every, every[0].weights, 5, ("control/",))
 
     def test_clients_that_send_no_weights_are_not_far(self, tmp_path: Path) -> None:
         folder, _ = federate(tmp_path, method="local", max_distance=2.5, num_server_rounds=1)

@@ -270,7 +270,7 @@ class TestFederations:
         for method in ("fedavg", "fedprox", "ditto", "pfedme", "per-fedavg", "fedala", "cfl"):
             assert sent(method) == every
         assert sent("pfedhn") == every
-        assert sent("scaffold") == every | {CONTROL + name for name in every}
+        assert sent("scaffold") == every | {CONTROL + name for name in every} | {"counted"}
         assert sent("fedproto") == {"means", "counts"}
 
     def test_what_clients_keep(self, everything: tuple[Path, Any]) -> None:
@@ -283,7 +283,7 @@ class TestFederations:
         head = {"fc2.weight", "fc2.bias"}
         assert kept == {
             "local": every,
-            "scaffold": {CONTROL + name for name in every},
+            "scaffold": {kind + name for kind in (CONTROL, "before/") for name in every} | {"sent"},
             "fedper": head,
             "fedrep": head,
             "lg-fedavg": every - head,

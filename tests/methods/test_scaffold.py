@@ -32,6 +32,7 @@ from tests.support.federations import federate, records
 class TestOneStepByHand:
     def test_scaffold(self) -> None:
         sent = {"1.weight": column(0, 0), CONTROL + "1.weight": column(0.1, -0.1)}
+        sent["counted"] = torch.tensor(0)
         own = {CONTROL + "1.weight": column(0.2, 0)}
         uploaded, kept, _ = train("scaffold", linear(), sent, own)
         # step: g − c_i + c = (−0.5 − 0.2 + 0.1, 0.5 − 0 − 0.1) = (−0.6, 0.4)
@@ -39,6 +40,17 @@ class TestOneStepByHand:
         # c_i⁺ = c_i − c + (x − y)/(1·1) = (0.2 − 0.1 − 0.6, 0 + 0.1 + 0.4): the gradient itself
         assert near(kept[CONTROL + "1.weight"], -0.5, 0.5)
         assert near(uploaded[CONTROL + "1.weight"], -0.7, 0.5)
+
+    def test_what_did_not_count_is_taken_back(self) -> None:
+        """A control variate that only its client has moved is no part of the server's."""
+        sent = {"1.weight": column(0, 0), CONTROL + "1.weight": column(0.1, -0.1)}
+        _, first, _ = train("scaffold", linear(), sent | {"counted": torch.tensor(0)}, {})
+        assert first["sent"] == 1
+        assert near(first[CONTROL + "1.weight"], -0.5, 0.5)  # from 0
+        _, lost, _ = train("scaffold", linear(), sent | {"counted": torch.tensor(0)}, first)
+        _, known, _ = train("scaffold", linear(), sent | {"counted": torch.tensor(1)}, first)
+        assert near(lost["before/1.weight"], 0, 0)
+        assert near(known["before/1.weight"], -0.5, 0.5)
 
 
 class TestUnderBatchNorm:
@@ -52,7 +64,8 @@ class TestUnderBatchNorm:
         held = Images(pixels, torch.zeros(images, dtype=torch.long))
         config = configured(method="scaffold", batch_size=10, learning_rate=0.5)
         data, draws = ClientData(held, held, held), torch.Generator
-        trained = Scaffold.train(ClientTask(config, x | c, model, data, 1, draws, c_i))
+        none = {"counted": torch.tensor(0)}
+        trained = Scaffold.train(ClientTask(config, x | c | none, model, data, 1, draws, c_i))
         moved = x["2.bias"] - trained.upload["2.bias"]
         change = trained.upload[CONTROL + "2.bias"]
         assert near(trained.state[CONTROL + "2.bias"] - change, 0.3, 0.3, 0.3)
@@ -68,8 +81,15 @@ class TestServers:
         upload = {n: torch.full_like(t, 4.0) for n, t in method.expected_upload().items()}
         method.aggregate(1, {2: Upload(upload, 10)})
         # c ← 0 + 4·(1 of 4 clients)
-        for name, tensor in method.download(0).items():
+        for name, tensor in method.expected_upload().items():
             assert near(tensor, *[1.0 if name.startswith(CONTROL) else 4.0] * tensor.numel())
+
+    def test_clients_are_told_which_of_their_uploads_counted(self) -> None:
+        method = server("scaffold", clients=3)
+        for server_round, clients in ((1, (0, 1)), (2, (1, 2)), (3, (2,))):
+            like = method.expected_upload()
+            method.aggregate(server_round, {c: Upload(like, 10) for c in clients})
+        assert [int(method.download(c)["counted"]) for c in range(3)] == [1, 2, 3]
 
     def test_scaffold_counts_those_that_are_there_from_the_start(self) -> None:
         method = server("scaffold", clients=6, join_clients=2)

@@ -865,8 +865,8 @@ class TestMissing:
         assert told != pytest.approx(sum(accuracies.values()) / 4, abs=1e-3)
 
     def test_who_is_late_is_to_the_server_as_who_drops_out(self, tmp_path: Path) -> None:
-        """Where clients keep nothing: a table by share is of both (docs/deploy.md)."""
-        how: dict[str, Any] = {"method": "fedavg,pfedgpa", "num_server_rounds": 4}
+        """Where clients keep nothing, or take it back: a table is of both (docs/deploy.md)."""
+        how: dict[str, Any] = {"method": "fedavg,scaffold,pfedgpa", "num_server_rounds": 4}
         dropped, _ = federate(tmp_path / "dropped", dropout_share=0.5, **how)
         late, _ = federate(tmp_path / "late", straggler_share=0.5, **how)
         found, expected = (results(folder)["weights"] for folder in (late, dropped))

@@ -34,7 +34,7 @@ def test_a_run_that_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert cli.main(["inspect", str(folder)]) == 0
     text = capsys.readouterr().out
     assert "fedavg, pfedgpa-once on digits" in text
-    assert "3 rounds, seed 7" in text
+    assert "4 clients, dominant; 3 rounds, all clients in each; seed 7" in text
     assert "; done" in text
     assert f"{summary(folder)['pfedgpa-once']['accuracy_kept']:.1f}" in text
     assert "12 uploads of 4 clients, rounds 1 to 3" in text

@@ -410,6 +410,42 @@ class TestTune:
         assert {run.config.seed for run in found} == {100}
 
     @pytest.mark.parametrize(
+        ("given", "why"),
+        [
+            ({"validation-share": 0.0}, "must be > 0"),
+            ({"train-per-client": 2}, "puts nothing aside"),
+        ],
+    )
+    def test_what_has_no_images_to_choose_by_is_refused_before_it_runs(
+        self, given: dict[str, Any], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tune, "run_sweep", lambda *_: pytest.fail("it ran"))
+        mine = tmp_path / "mine.yaml"
+        mine.write_text("method: [fedprox]\nconf: cifar10-20\n")
+        with pytest.raises(
+            ConfigError, match=f"tune chooses by clients' validation images: .*{why}"
+        ):
+            tune.tune(str(mine), ["fedprox"], given, tmp_path / "out", tmp_path, 1, "tune")
+
+    def test_a_value_that_is_refused_with_others_is_left_out_of_the_grid(
+        self, tmp_path: Path
+    ) -> None:
+        """PFedMe's learning rate is at most 1/λ."""
+        tried: list[float] = []
+
+        def run_all(runs: list[PlannedRun]) -> None:
+            tried.extend(run.varied["pfedme.learning-rate"] for run in runs)
+            for run in runs:
+                finish(run, run.varied["pfedme.learning-rate"])
+
+        grids = {"pfedme": {"pfedme.learning-rate": (0.01, 0.02, 0.06)}}
+        base = {"pfedme.lam": 20.0, "validation-share": 0.2, "seed": 100}
+        found = tune.search(base, grids, tmp_path, run_all)
+        assert found == {"pfedme.learning-rate": max(tried)} == {"pfedme.learning-rate": 0.04}
+        with pytest.raises(ConfigError, match="their product must be at most 1"):
+            tune.search(base | {"pfedme.lam": 500.0}, grids, tmp_path / "none", run_all)
+
+    @pytest.mark.parametrize(
         ("named", "given", "tuned"),
         [
             ("[fedprox]", [], ["fedprox"]),

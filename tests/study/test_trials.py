@@ -224,3 +224,21 @@ def test_tune_keeps_what_trials_chose(tmp_path: Path, monkeypatch: pytest.Monkey
     columns = {line.count("|") for line in search.splitlines() if line.startswith("|")}
     assert columns == {7}  # what was not run is a dash
     assert f"| learning-rate = {found} |" in search
+
+
+def test_values_that_a_method_refuses_together_cost_nothing(tmp_path: Path) -> None:
+    """PFedMe's learning rate is at most 1/λ."""
+    base = BASE | {"method": ["pfedme"], "pfedme.lam": 15.0}
+    grids = {"pfedme": {"pfedme.learning-rate": (0.005, 0.01, 0.02, 0.06)}}
+    given: list[float] = []
+
+    def run_all(runs: list[PlannedRun], _: Judge) -> None:
+        given.extend(run.varied["pfedme.learning-rate"] for run in runs)
+
+    def near(run: PlannedRun) -> tuple[float, ...]:
+        return (50 - 10 * abs(math.log10(run.varied["pfedme.learning-rate"] / 0.05)),)
+
+    found = trials.search(base, grids, tmp_path, run_all, near, 30, 3)
+    assert 0.03 < found["pfedme.learning-rate"] <= 1 / 15
+    assert len(given) < 30  # some were proposed beyond, as the grid's next step is
+    assert max(given) <= 1 / 15

@@ -120,6 +120,23 @@ class TestTraining:
         assert drawn <= allowed
         assert len(drawn) > 80
 
+    @pytest.mark.parametrize("affine", [True, False])
+    def test_what_stands_still_sees_nothing(self, affine: bool) -> None:
+        """A normalisation layer below what is trained, whether it has weights or none."""
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(4, affine=affine)
+        seen = norm.get_buffer("running_mean")
+        model = nn.Sequential(nn.Flatten(), norm, nn.Linear(4, 3))
+        pixels = torch.randint(0, 256, (20, 1, 2, 2), dtype=torch.uint8)
+        data = Images(pixels, torch.arange(20) % 3)
+        names = ["1.running_mean", "1.running_var", *(["1.weight", "1.bias"] if affine else [])]
+        cases = {("2.weight",): False, (*names, "2.weight"): True, None: True}
+        for trainable, moves in cases.items():
+            before = seen.clone()
+            recipe = training.Recipe(1, 0.01, 10, trainable=trainable)
+            training.train(model, data, recipe, torch.Generator().manual_seed(0))
+            assert torch.equal(before, seen) != moves
+
     def test_evaluation_counts(self) -> None:
         model = nn.Identity()
         model.register_parameter("unused", nn.Parameter(torch.zeros(1)))
