@@ -342,6 +342,15 @@ class TestCommandLine:
         printed = capsys.readouterr().out
         assert all(f"{key} = " in printed for key in keys())
 
+    def test_prints_what_a_method_goes_by(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """Also where that is another's, or nothing."""
+        assert cli.main(["settings", "client-mean"]) == 0
+        printed = capsys.readouterr().out
+        assert printed.count(" = ") == 2
+        assert "pfedgpa.buffer-rounds = 20" in printed
+        assert cli.main(["settings", "fedavg"]) == 2
+        assert "fedavg: has no settings of its own" in capsys.readouterr().err
+
     @pytest.mark.parametrize(
         "command",
         [

@@ -244,7 +244,9 @@ def test_a_failed_run_does_not_stop_the_others(
     assert "1/2 done" in said
     assert "failed: pfedgpa: the run failed: round 1 of fedavg: none of 4 clients" in said
     assert is_done(tmp_path / "out" / "demo_learning-rate=0.02")
-    assert "learning-rate = 0.02" in (tmp_path / "out" / "sweep.md").read_text()
+    written = (tmp_path / "out" / "sweep.md").read_text()
+    assert "learning-rate = 0.02" in written
+    assert "Without a result, and in no table: demo_learning-rate=1e+30." in written
 
 
 def test_what_cannot_run_is_refused_before_anything_starts(
