@@ -73,10 +73,8 @@ def handle(options: Namespace) -> int:
     if taken := overrides.keys() & kind.own:
         raise ConfigError(f"{', '.join(sorted(taken))}: is the {kind.thing}'s own to say")
     places = dict(_place(text, DATA) for text in options.data)
+    cells = _cells(options, kind)
     methods = _methods(options, kind)
-    cells = [cell for cell in _cells(options, kind) if set(methods) & set(cell.methods)]
-    if unused := places.keys() - {cell.data for cell in cells}:
-        warn_once(f"--data {', '.join(sorted(unused))} is without effect: nothing here is of it")
     seeds = list(SEEDS[:1] if options.quick else SEEDS)
     if options.seeds:
         seeds = _seeds(options.seeds)
@@ -88,6 +86,9 @@ def handle(options: Namespace) -> int:
         return run_sweep(runs, runs[0].folder.parent, app, options.jobs, on=options.on)
 
     atlas = kind(out, overrides, places, run_all, methods, options.quick)
+    cells = atlas.running(cells)
+    if unused := places.keys() - {cell.data for cell in cells}:
+        warn_once(f"--data {', '.join(sorted(unused))} is without effect: nothing here is of it")
     done = len(atlas.done(cells, seeds[0]))
     print(f"{len(cells)} places with {len(methods)} methods each, {done} of them done, in {out}")
     seconds = atlas.seconds(cells, seeds[0])

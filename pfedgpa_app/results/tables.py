@@ -167,7 +167,7 @@ def text_table(rows: list[dict[str, Any]]) -> str:
         ]
         if tuned:
             value = row["accuracy_after_ft_tuned"]
-            cells.insert(5, "–" if value is None or math.isnan(value) else f"{value:.1f}")
+            cells.insert(5, percent(value))
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])
@@ -179,6 +179,11 @@ def text_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(
         [*table, "", *LEGEND, "±: one standard deviation over clients, who count alike.", *notes]
     )
+
+
+def percent(value: float | None) -> str:
+    """An accuracy in %, as tables have it; "–" where there is none."""
+    return "–" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
 def without_generation(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.results import figures
 from pfedgpa_app.results.log import EVENTS, clock
 from pfedgpa_app.results.page import page
-from pfedgpa_app.results.tables import LEGEND, without_generation, without_result
+from pfedgpa_app.results.tables import LEGEND, percent, without_generation, without_result
 from pfedgpa_app.runs.folder import HOLDINGS, unfinished
 from pfedgpa_app.runs.reading import Row, Run, chosen, command_of, runs_in
 from pfedgpa_app.runs.table import Entry, as_csv, as_latex, curves_of, table_of
@@ -199,9 +199,7 @@ def _parts_of(run: Run) -> Iterator[Row]:
         yield {
             "title": "Clients that joined",
             "header": ["method", "welcomed", *map(str, range(1, iterations))],
-            "rows": [
-                [r["title"], *map(_accuracy, r["accuracy_of_joining_clients"])] for r in joined
-            ],
+            "rows": [[r["title"], *map(percent, r["accuracy_of_joining_clients"])] for r in joined],
             "note": "Mean accuracy in percent of those that joined after the last round: by what "
             "they were sent first, and after each upload of theirs.",
         }
@@ -218,10 +216,6 @@ def _parts_of(run: Run) -> Iterator[Row]:
         "rows": [[name, argument(e["value"]), e["from"]] for name, e in chosen(run)],
     }
     yield {"title": "The command", "command": command_of(run)}
-
-
-def _accuracy(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
 
 
 def _worst(name: str, clients: Mapping[int, Row], count: int) -> list[str]:

@@ -16,7 +16,7 @@ from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.halves import reported
 from pfedgpa_app.results import plots
 from pfedgpa_app.results.log import SUMMARY, TABLE, RunLog, mean, participants
-from pfedgpa_app.results.tables import Outcome, outcome, summary_entry, text_table
+from pfedgpa_app.results.tables import Outcome, outcome, percent, summary_entry, text_table
 from pfedgpa_app.server.strategy import Personalised, missing, sampled
 from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 
@@ -140,7 +140,7 @@ class Summary:
                 for client, accuracy in scores.items()
             ],
         )
-        shown = " → ".join("–" if each is None else f"{each:.1f}" for each in means)
+        shown = " → ".join(map(percent, means))
         self.log.event("joined", f"{method.title}: clients that join: {shown} %")
         self.write()
 

@@ -135,7 +135,7 @@ class Atlas:
     def fill(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Run what is not done yet, writing the map anew after every cell; returns its tables."""
         found: dict[Cell, Settings] = {}
-        cells = [cell for cell in cells if self._methods(cell)]
+        cells = self.running(cells)
         for cell in cells:
             there = cell.searched
             if there not in found:
@@ -191,6 +191,10 @@ class Atlas:
             for cell in left
             for group, own in self._federations(cell, {})
         )
+
+    def running(self, cells: Iterable[Cell]) -> list[Cell]:
+        """Those in which some of its methods run."""
+        return [cell for cell in cells if self._methods(cell)]
 
     def done(self, cells: Sequence[Cell], seed: int = SEEDS[0]) -> list[Cell]:
         """Those of which a seed is complete."""
