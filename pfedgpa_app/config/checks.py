@@ -203,6 +203,10 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
             yield f"{name} is without effect: {reason}"
     if "learning-rate" in given:
         yield from _other_rates(config, sources)
+    for method in (METHODS[name] for name in federations(config.method)):
+        for name, reason in method.rounds_class().unused.items():
+            if name in given:
+                yield f"{name} is without effect on {method.title}'s rounds: {reason}"
 
 
 def _idle_in_rounds(config: Config) -> dict[str, str]:

@@ -83,6 +83,7 @@ class Rounds(Generic[S]):
             downloaded under these names. An attack on updates leaves them as they are.
         adjustable: whether logit-adjustment is made to the classifier that clients are sent, if
             they are sent one.
+        unused: {a setting of the run that its rounds do not go by: why not}.
     """
 
     title = ""
@@ -90,6 +91,7 @@ class Rounds(Generic[S]):
     sends: ClassVar[str] = TRAINED
     beside: ClassVar[tuple[str, ...]] = ()
     adjustable: ClassVar[bool] = True
+    unused: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, config: Config, state: S) -> None:
         self.config, self.state = config, state

@@ -42,6 +42,7 @@ class FedRep(Averaging[Shared]):
     settings = FedRepSettings
     fine_tuning = "own"
     uniform = True
+    unused = {"local-epochs": "they go by fedrep.head-epochs and fedrep.body-epochs"}
 
     @classmethod
     def shared(cls, config: Config, names: list[str]) -> list[str]:

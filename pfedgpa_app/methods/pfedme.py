@@ -48,6 +48,7 @@ class PFedMe(Averaging[Shared]):
     title = "pFedMe"
     settings = PFedMeSettings
     tuned = ("learning-rate", "personal-learning-rate")
+    unused = {"momentum": "the inner steps of its paper have none"}
 
     @classmethod
     def check(cls, config: Config) -> None:

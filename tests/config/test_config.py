@@ -510,6 +510,10 @@ class TestPlainFlower:
         ({"learning-rate": 0.5, "method": "pfedme,fedavg"}, 1),
         ({"learning-rate": 0.5, "method": "pfedme", "pfedme.learning-rate": 0.02}, 0),
         ({"learning-rate": 0.5, "method": "pfedhn,fedavg"}, 0),
+        ({"local-epochs": 3, "method": "fedrep,fedavg"}, 1),
+        ({"local-epochs": 3, "method": "fedper,ditto"}, 0),
+        ({"momentum": 0.1, "method": "fedavg,pfedme"}, 1),
+        ({"momentum": 0.1, "method": "per-fedavg,fedrep"}, 0),
         ({"dataset": "nodes", "train-per-client": 40, "test-per-client": 30}, 2),
     ],
 )
