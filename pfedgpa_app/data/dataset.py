@@ -269,7 +269,7 @@ def _example(name: str, where: str, key: str, value: Any) -> np.ndarray:
     """An item's example; a picture of Pillow's as [C, H, W] uint8, in grey or RGB."""
     if not hasattr(value, "getbands"):
         return _array(name, key, value)
-    from pfedgpa_app.data.imagefolder import eight_bits
+    from pfedgpa_app.data.pictures import eight_bits
 
     try:
         return np.moveaxis(np.atleast_3d(np.asarray(eight_bits(value))), -1, 0)

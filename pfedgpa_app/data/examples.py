@@ -12,7 +12,8 @@ from PIL import Image
 
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.settings import DataError, near
-from pfedgpa_app.data.imagefolder import files_below, is_image, read_image
+from pfedgpa_app.data.imagefolder import files_below, is_image
+from pfedgpa_app.data.pictures import read_image
 
 ARRAYS = (".npy", ".npz", ".csv")
 

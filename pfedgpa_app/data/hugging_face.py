@@ -14,7 +14,7 @@ import numpy as np
 
 from pfedgpa_app.core.settings import ConfigError, DataError, near
 from pfedgpa_app.data.dataset import Dataset, dataset_of
-from pfedgpa_app.data.imagefolder import decoded
+from pfedgpa_app.data.pictures import decoded
 
 LABELS = ("label", "labels", "fine_label", "target", "y")  # where no single column has classes
 CHOICES = ("subset", "input", "label", "user", "train", "test")

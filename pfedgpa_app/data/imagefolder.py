@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import stat
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data.dataset import SPLITS, Dataset, fewest, split_off_test
+from pfedgpa_app.data.pictures import decoded
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".webp", ".avif", ".gif"}
 SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".tif", ".tiff"}
@@ -27,7 +26,6 @@ _ALSO = {  # what folders of splits are called, too
     "test": {"test", "testing", "val", "valid", "validation"},
 }
 File = tuple[str, str, int, int]  # relative path, class, bytes, mtime
-BILINEAR = 2  # Pillow's, which takes long to import
 Cached = Callable[[Any, Callable[[], Dataset]], Dataset]
 
 
@@ -143,104 +141,6 @@ def _classes_in(path: Path, split: str) -> list[File]:
             for file, size, changed in sorted(map(stamped, images)):
                 found.append((file[start:], entry.name, size, changed))
     return found
-
-
-def recoloured(images: np.ndarray, channels: int) -> np.ndarray:
-    """Images [N, C, H, W] in grey, of one channel, or in colour, of three, as Pillow makes them."""
-    from PIL import Image
-
-    if {images.shape[1], channels} != {1, 3}:
-        return images
-    if channels == 3:
-        return images.repeat(3, axis=1)
-    grey = [Image.fromarray(each.transpose(1, 2, 0)).convert("L") for each in images]
-    return np.stack([np.asarray(each)[None] for each in grey])
-
-
-def eight_bits(image: Image) -> Image:
-    """``image`` in grey or RGB, of 8 bits a channel; without its transparency.
-
-    Raises:
-        ValueError: it cannot be told which values are black and white.
-    """
-    from PIL import ExifTags, Image
-
-    if image.mode in ("1", "L"):
-        return image.convert("L")
-    if image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM"):
-        bits = image.getexif()[ExifTags.Base.BitsPerSample] if image.format == "TIFF" else 16
-        return Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels have no defined range (mode {image.mode}); save it with 8 or 16 bits"
-        )
-    return image.convert("RGB")
-
-
-def read_image(file: Path | IO[bytes], name: str = "") -> Image:
-    """An image in grey or RGB, upright; ``name`` is how messages call it.
-
-    Raises:
-        DataError: it cannot be read, or is too large.
-    """
-    from PIL import Image, ImageOps
-
-    name = name or str(file)
-    try:
-        with Image.open(file) as opened:
-            opened.load()
-            with suppress(Exception):  # garbled EXIF does not say how the image lies
-                ImageOps.exif_transpose(opened, in_place=True)
-            return eight_bits(opened)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(
-            f"{name}: has more than {Image.MAX_IMAGE_PIXELS:,} pixels: make it smaller, or "
-            "remove it"
-        ) from error
-    except Exception as error:  # Pillow raises all kinds on damaged files
-        raise DataError(
-            f"{name}: cannot be read as an image: {str(error) or type(error).__name__}; mend it, "
-            "or remove it"
-        ) from error
-
-
-def _pixels(file: Path | IO[bytes], name: str, size: int) -> np.ndarray:
-    """An image as [C, H, W] uint8; C is 1 if it is grey, else 3."""
-    image = read_image(file, name)
-    if size:
-        image = image.resize((size, size), BILINEAR)
-    array = np.asarray(image)
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-
-
-def decoded(files: Iterable[tuple[Path | IO[bytes], str]], number: int, size: int) -> np.ndarray:
-    """So many images [N, C, H, W]: all in colour if any is.
-
-    Args:
-        files: each with its name.
-        size: to whose square they are resized; 0: they stay as they are.
-
-    Raises:
-        DataError: one cannot be read, or is of another size than the first.
-    """
-    from PIL import Image
-
-    with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-        images, of_first = np.empty((0, 0, 0, 0), dtype=np.uint8), ""
-        for i, (file, name) in enumerate(files):
-            image = _pixels(file, name, size)
-            if i == 0:
-                images, of_first = np.empty((number, *image.shape), dtype=np.uint8), name
-            if image.shape[1:] != images.shape[2:]:
-                sizes = ["×".join(map(str, s)) for s in (image.shape[1:], images.shape[2:])]
-                raise DataError(
-                    f"{name}: is {sizes[0]} (H×W) but {of_first} is {sizes[1]}; set image-size to "
-                    "resize all images alike"
-                )
-            if len(image) > images.shape[1]:  # the first one in colour
-                images = images.repeat(len(image), axis=1)
-            images[i] = image
-    return images
 
 
 def image_folder(

@@ -52,7 +52,7 @@ def run(
     if not package_of(app).samefile(PACKAGE):  # nothing that was imported from here may be used
         sys.path.insert(0, str(app))
         start = multiprocessing.get_context("spawn")
-    with Server(start) as server:
+    with Server(serve, start) as server:
         with contextlib.suppress(OSError):  # its exit status says more
             server.connection.send((app, dict(settings), log))
         while server.process.exitcode is None:

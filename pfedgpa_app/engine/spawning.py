@@ -36,11 +36,16 @@ _SOCKET = 70  # characters of a folder in which the fork server's socket has a v
 class Server:
     """A run's server process, which waits for its orders and ends with the ``with`` block."""
 
-    def __init__(self, start: Any = None) -> None:
-        """``start``: what starts it, as ``multiprocessing`` has it; as a rule, what starts all."""
+    def __init__(self, serve: Callable[[Connection], None], start: Any = None) -> None:
+        """Start it.
+
+        Args:
+            serve: what it does, given the connection that its orders come through.
+            start: what starts it, as ``multiprocessing`` has it; as a rule, what starts all.
+        """
         start = start or starter()
         self.connection, theirs = start.Pipe()
-        given = theirs, dict(os.environ), _key()
+        given = serve, theirs, dict(os.environ), _key()
         self.process = start.Process(target=_serve, args=given)
         with _deaf_to_interrupts():  # the launcher decides
             self.process.start()
@@ -57,13 +62,13 @@ class Server:
         self.process.join()
 
 
-def _serve(orders: Connection, environment: dict[str, str], key: Any) -> None:
+def _serve(
+    serve: Callable[[Connection], None], orders: Connection, environment: dict[str, str], key: Any
+) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _as_the_launcher(environment, key)
     with contextlib.suppress(KeyboardInterrupt):
-        from pfedgpa_app.engine import local
-
-        local.serve(orders)
+        serve(orders)
 
 
 def _as_the_launcher(environment: dict[str, str], key: Any) -> None:

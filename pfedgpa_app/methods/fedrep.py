@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import MethodSettings, setting
@@ -42,7 +43,7 @@ class FedRep(Averaging[Shared]):
     settings = FedRepSettings
     fine_tuning = "own"
     uniform = True
-    unused = {"local-epochs": "they go by fedrep.head-epochs and fedrep.body-epochs"}
+    unused: ClassVar = {"local-epochs": "they go by fedrep.head-epochs and fedrep.body-epochs"}
 
     @classmethod
     def shared(cls, config: Config, names: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class PFedMe(Averaging[Shared]):
     title = "pFedMe"
     settings = PFedMeSettings
     tuned = ("learning-rate", "personal-learning-rate")
-    unused = {"momentum": "the inner steps of its paper have none"}
+    unused: ClassVar = {"momentum": "the inner steps of its paper have none"}
 
     @classmethod
     def check(cls, config: Config) -> None:

@@ -25,7 +25,6 @@ from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.dataset import remarks
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.examples import examples
-from pfedgpa_app.data.imagefolder import recoloured
 from pfedgpa_app.data.partition import (
     class_shares,
     deal,
@@ -34,6 +33,7 @@ from pfedgpa_app.data.partition import (
     partition,
     round_counts,
 )
+from pfedgpa_app.data.pictures import recoloured
 from pfedgpa_app.engine import LaunchError, local
 from pfedgpa_app.runs.launcher import launch
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -44,9 +43,8 @@ def tell_parent(answer: Connection) -> None:
     answer.send(os.getppid())
 
 
-def serve_another(orders: Connection, *given: Any) -> None:
+def serve_another(orders: Connection) -> None:
     """A run's server that starts one worker and tells who their parents are."""
-    spawning._as_the_launcher(*given)
     start = spawning.starter()
     ours, theirs = start.Pipe()
     process = start.Process(target=tell_parent, args=(theirs,))
@@ -78,10 +76,9 @@ def test_a_server_and_its_workers_are_copies_of_one_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """So that a run imports torch twice, in the launcher and there, not three times."""
-    monkeypatch.setattr(spawning, "_serve", serve_another)
     monkeypatch.setenv("PFEDGPA_LATE", "said after the fork server's start")
     found()  # it runs
-    with spawning.Server() as server:
+    with spawning.Server(serve_another) as server:
         assert server.connection.poll(120)
         parent, worker_parent, late = server.connection.recv()
     assert parent == worker_parent
