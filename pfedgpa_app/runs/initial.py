@@ -71,9 +71,9 @@ def share_little(config: Config, schema: Schema, initial: Weights) -> Iterator[s
 
 
 def warm_start(path: Path, initial: Weights) -> Weights:
-    """Return ``initial`` with the weights that a saved distribution has replaced by its mean.
+    """Return ``initial``, its weights replaced by the mean of a saved distribution.
 
-    The distribution may hold the last layers only.
+    The distribution may hold the last layers only; the other weights stay as they are.
 
     Raises:
         ConfigError: it cannot be read, or was learned from another network's weights.

@@ -173,7 +173,8 @@ def write_about(folder: Path, config: Config, schema: Schema) -> None:
     write_text(folder / MODEL, as_json(about.as_dict(), indent=2) + "\n")
     network = network_of(config, schema)
     tensors = network.state_dict()
-    shared = {tensors[name].data_ptr() for name in weight_names(network)}  # by any of their names
+    # by address, as tied tensors have several names
+    shared = {tensors[name].data_ptr() for name in weight_names(network)}
     if config.model_weights:  # the seed alone does not restore weights that a client was never sent
         shared = set()
     rest = {name: t for name, t in tensors.items() if t.data_ptr() not in shared}

@@ -151,7 +151,7 @@ def export(model: ClientModel, to: str, path: Path) -> Path:
             written = file.getvalue()
     except ImportError as error:
         raise ConfigError(f"--to onnx: {error}: pip install 'pfedgpa-app[onnx]'") from error
-    except Exception as error:  # torch raises all kinds on networks that it cannot trace
+    except Exception as error:  # torch raises errors of any type on networks that it cannot trace
         raise ConfigError(
             f"--to {to}: the network {model.about.model!r} cannot be exported: {error}"
         ) from error

@@ -68,7 +68,10 @@ def _written(runs: Sequence[Run], out: Path, so_far: Sequence[str] = ()) -> Path
 
 
 def tables_beside(page: Path) -> tuple[Path, Path]:
-    """Return the paths of a page's table, as CSV and for LaTeX; they are named after the page."""
+    """Return the paths of a page's table, as CSV and for LaTeX.
+
+    They are named after the page, or ``table`` for ``report.html``.
+    """
     stem = "table" if page.name == REPORT else page.stem
     return page.with_name(f"{stem}.csv"), page.with_name(f"{stem}.tex")
 
