@@ -2,10 +2,10 @@
 
 A checkpoint is a tree of numbers, texts, containers, tensors and dataclasses of this package or of
 a method's. It consists of a manifest in JSON and of tensors in safetensors files; nothing in it is
-executed. A tensor of a frozen dataclass that an earlier checkpoint already holds is not
-written again, so that keeping a buffer of uploads costs only the newest round's. The manifest is
-replaced last and atomically: whenever a run is killed, the newest checkpoint or the one before it
-is there. Checksums cover everything, so that a damaged checkpoint is refused.
+executed. A tensor of a frozen dataclass that an earlier checkpoint already holds is not written
+again, so that keeping a buffer of uploads costs only the newest round's. The manifest is replaced
+last and atomically: whenever a run is killed, the newest checkpoint or the one before it is there.
+Checksums cover everything, so that a damaged checkpoint is refused.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ class Lines:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.stalled: dict[str, str] = {}  # {run: the last line on its standing still}
+        self.stalled: dict[str, str] = {}  # {run: what was last said of its stall}
 
     def _say(self, text: str) -> None:
         self.console.print(text)

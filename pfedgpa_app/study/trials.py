@@ -29,8 +29,8 @@ Grid = Mapping[str, Sequence[Any]]
 _FIRST = 4  # the first trials, which are not ended early
 _KEPT = 75.0  # percentage of runs, those with the smallest losses, that go on
 _STEPS = 10  # how many times a run's loss is looked at
-_WARM = 3  # the first look after which a run may be ended
-_WIDE = 8  # a grid whose largest value is this many times its smallest is searched in logarithms
+_WARM = 3  # the look, counted from 0, from which on a run may be ended
+_WIDE = 8  # from this ratio of largest to smallest value on, a grid is searched in logarithms
 
 
 def imported() -> Any:

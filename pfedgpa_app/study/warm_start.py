@@ -1,9 +1,9 @@
 """A federation that starts from what another one learned, and one that does not.
 
 The other federation, which ran before, has other clients (another seed). A federation that starts
-from trained weights need not wait before it generates. The table has the mean accuracy after each
-round, without fine-tuning, and the rounds that each method took to come near its own best, as the
-paper counts.
+from trained weights need not wait before it generates. The tables have the mean accuracy after some
+of the rounds, without fine-tuning, and the rounds that each method took to come near its own best,
+as the paper counts.
 """
 
 from __future__ import annotations
