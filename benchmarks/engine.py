@@ -1,19 +1,19 @@
-"""What each engine adds to the bare training: ratios taken in one run.
+"""What each engine adds to the bare training: ratios measured together.
 
     python benchmarks/engine.py --data-dir DATA [--cifar10 imagefolder:cifar10] [--engines ...]
 
 The bare loop trains the round's clients (build the network, local SGD) with as many
-single-threaded workers as the machine has cores, in processes of its own, and is timed before,
-between and after the engines' runs; with ``--device cuda`` it trains them one after another on
-the GPU. Everything is FedAvg on CIFAR-10, 600 images × 2 epochs a client and round, and
-pFedGPA's server step at the end. Prints the table and writes ``results/engine.{md,json}``.
+single-threaded workers as the machine has cores, in processes of its own. It is timed before,
+between and after the engines' runs; with ``--device cuda`` it trains clients one after another on
+the GPU. Every run is FedAvg on CIFAR-10, 600 images × 2 epochs a client and round, with pFedGPA's
+server step at the end. Prints the table and writes ``results/engine.{md,json}``.
 
     start-up     from the command to the first client's training: end of round 1 less a round
     round        median over the rounds without evaluation, after the first
     ratio        round over the bare loop's median
     evaluation   what evaluating every client adds to a round
-    memory       peak of all the run's processes, the server step included: shared pages counted
-                 once (PSS), and in every process that maps them (RSS)
+    memory       peak of all the run's processes, the server step included: with shared pages
+                 counted once (PSS), and in every process that maps them (RSS)
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.training import sgd as training
 
 HERE = Path(__file__).resolve().parent
-MARK = "PFEDGPA_BENCHMARK"  # names a run in its processes' environment
+MARK = "PFEDGPA_BENCHMARK"  # the environment variable that marks a run's processes
 LAST_EVALUATED = 5
 FEDERATIONS = {"20 clients": (20, 1.0), "100 clients at 30 %": (100, 0.3)}
 
 
 def settings(options: argparse.Namespace, clients: int, fraction: float) -> dict[str, Any]:
-    """The benchmark's federation; only the last five rounds and the first are evaluated."""
+    """Return the federation's settings; only the first and the last five rounds are evaluated."""
     return {
         "conf": "cifar10-20",
         "method": "fedavg,pfedgpa-once",
@@ -84,7 +84,7 @@ def _train_one(config: Config, client: int) -> None:
 
 
 class Bare:
-    """The plain loop, over and over, in workers that have the data and nothing else to do."""
+    """The bare loop, in workers that have the data and do nothing else."""
 
     def __init__(self, config: Config, pool: Pool) -> None:
         self.config, self.pool = config, pool
@@ -94,7 +94,7 @@ class Bare:
         self.seconds = []
 
     def measure(self, rounds: int) -> None:
-        """Time so many rounds."""
+        """Time this many rounds."""
         for _ in range(rounds):
             started = time.perf_counter()
             work = [(self.config, client) for client in range(self.clients)]
@@ -103,17 +103,17 @@ class Bare:
 
 
 def _resident(mark: str) -> tuple[int, int]:
-    """PSS and RSS in bytes of the processes whose environment holds ``mark``."""
+    """Return PSS and RSS, in bytes, of the processes whose environment holds ``mark``."""
     totals = [0, 0]
     for process in processes_with(MARK, mark):
-        with contextlib.suppress(psutil.Error):  # it has just ended
+        with contextlib.suppress(psutil.Error):  # the process has just ended
             used = process.memory_full_info()
             totals = [totals[0] + used.pss, totals[1] + used.rss]
     return totals[0], totals[1]
 
 
 def run(engine: str, chosen: dict[str, Any], out: Path) -> dict[str, Any]:
-    """One run through the command line, as a user starts it."""
+    """Run once through the command line, as a user would, and return the figures."""
     mark = f"{engine}-{time.time_ns()}"
     command = [sys.executable, "-m", "pfedgpa_app", "run", "--app", str(HERE.parent)]
     command += ["--engine", engine, f"out-dir={out}", f"run-name={mark}"]
@@ -153,7 +153,7 @@ def run(engine: str, chosen: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """As Markdown."""
+    """Return the table in Markdown."""
     header = ["federation", "engine", "start-up", "round", "ratio to the bare loop", "evaluation"]
     rows = []
     for part in results:
@@ -190,7 +190,7 @@ def main() -> None:
     for federation, (clients, fraction) in FEDERATIONS.items():
         chosen = settings(options, clients, fraction)
         config = resolve(chosen).config
-        load_client(config, 0)  # builds the machine's cache, if need be
+        load_client(config, 0)  # builds this machine's cache, if there is none
         workers = 1 if gpu else int(cpu_count())
         rows = []
         with (

@@ -1,17 +1,17 @@
-"""What a GPU gives: first whether it comes to the same, then how fast. One command, minutes.
+"""Measure a GPU: first whether batched training agrees with training in turn, then how fast it is.
 
     python benchmarks/gpu.py [--parts card agreement methods rounds server] [--small]
 
-Data are synthetic, in CIFAR-10's shapes and number, and can be learned. Writes
+The data are synthetic, in CIFAR-10's shapes and number, and can be learned. Writes
 ``results/gpu.json`` after each measurement and ``results/gpu.md`` at the end; a measurement that
 fails is a row that says so, and the exit status is 1. ``--small`` is for trying it without a GPU.
 
-    card       what its memory and its multipliers do at best: the figures below are shares of it
+    card       the best rates of its memory and its multipliers, to which the figures below compare
     agreement  the batched engine's training (captured, then replayed) against one client after
                another on the same device: how far apart they end, as a share of how far they went
-    methods    small federations of every method, batched against in turn: losses and accuracies
-    rounds     seconds a round of FedAvg, batched and in turn; share of the card's float32 rate
-    server     pFedGPA's server step, as ``benchmarks/server_step.py`` counts it
+    methods    small federations of every method, batched and in turn: losses and accuracies
+    rounds     seconds a round of FedAvg, batched and in turn, and the float32 rate reached
+    server     pFedGPA's server step, measured as in ``benchmarks/server_step.py``
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # the doors
+sys.path.insert(0, str(HERE.parent))  # the folder of client_app
 
 import client_app  # noqa: E402
 from pfedgpa_app.config.resolve import resolve  # noqa: E402
@@ -54,11 +54,11 @@ from pfedgpa_app.runs.experiment import run  # noqa: E402
 from pfedgpa_app.training import sgd  # noqa: E402
 
 Row = dict[str, Any]
-SPLITS = 60_000, 10_000  # images to train on and to test on, as CIFAR-10 has
+SPLITS = 60_000, 10_000  # training and test images, as many as CIFAR-10 has
 
 
 def images() -> dict[str, Any]:
-    """Ten classes of noisy patterns: a data set of the run's, ``dataset=gpu:images``."""
+    """Make ten classes of noisy patterns, as a run's data set: ``dataset=gpu:images``."""
     rng = np.random.default_rng(0)
     patterns = rng.integers(64, 192, (10, 3, 32, 32))
     parts: dict[str, Any] = {"classes": [f"class {i}" for i in range(10)]}
@@ -71,14 +71,14 @@ def images() -> dict[str, Any]:
 
 
 def synchronised(device: torch.device) -> float:
-    """The time, once ``device`` is done."""
+    """Return the time, in seconds, at which ``device`` has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def fresh(device: torch.device) -> None:
-    """Have nothing of what was measured before in the GPU's memory."""
+    """Free the GPU's memory of what was measured before."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -86,7 +86,7 @@ def fresh(device: torch.device) -> None:
 
 
 def seconds(device: torch.device, work: Callable[[], Any], repeats: int = 10) -> float:
-    """The median of ``work``, after three for warming up."""
+    """Return the median seconds of ``work``, after three calls to warm up."""
     taken = []
     for _ in range(3 + repeats):
         started = synchronised(device)
@@ -96,7 +96,7 @@ def seconds(device: torch.device, work: Callable[[], Any], repeats: int = 10) ->
 
 
 def card(device: torch.device, small: bool) -> Iterator[Row]:
-    """Its memory's rate, and its multipliers'."""
+    """Measure the rates of the device's memory and multipliers."""
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     side = 1024 if small else 8192
     source, target = torch.randn(2, side * side * (1 if small else 8), device=device)
@@ -111,7 +111,7 @@ def card(device: torch.device, small: bool) -> Iterator[Row]:
 
 
 def random_clients(shape: tuple[int, ...], n: int, size: int) -> list[ClientData]:
-    """Clients that hold noise."""
+    """Return ``n`` clients that hold ``size`` noise images each."""
     rng = torch.Generator().manual_seed(5)
 
     def some(images: int) -> Images:
@@ -123,18 +123,18 @@ def random_clients(shape: tuple[int, ...], n: int, size: int) -> list[ClientData
 
 
 def moved(ends: list[dict[str, Tensor]], start: dict[str, Tensor]) -> Tensor:
-    """How far clients' weights went, as vectors [C, P] in float64."""
+    """Return how far clients' weights moved from ``start``, as vectors [C, P] in float64."""
     return torch.stack(
         [torch.cat([(end[n] - start[n]).double().flatten() for n in start]) for end in ends]
     )
 
 
 def agreement(device: torch.device, small: bool) -> Iterator[Row]:
-    """Trainings of three clients, the second one on replayed steps."""
-    torch.backends.cudnn.allow_tf32 = False  # as torch multiplies matrices
+    """Train three clients, batched and in turn, twice: the second time on replayed steps."""
+    torch.backends.cudnn.allow_tf32 = False  # torch multiplies matrices without TF32, too
     for name in networks.NETWORKS:
         shape = next(s for s, n in networks.SHAPES.items() if n == name)
-        clients = random_clients(shape, 3, 115)  # in batches of 50: the last one is short
+        clients = random_clients(shape, 3, 115)  # the last batch of 50 is short
         model = networks.build(name, 10, 0).to(device).to(memory_format=torch.channels_last)
         start = networks.weights_of(model)
         bank = DeviceData.stacked(clients, device)
@@ -168,7 +168,7 @@ def agreement(device: torch.device, small: bool) -> Iterator[Row]:
 def federation(
     device: torch.device, in_turn: bool = False, **settings: Any
 ) -> Iterator[tuple[Path, float]]:
-    """A run's folder, for as long as it is looked at, and the seconds that it took."""
+    """Run a federation; yield its folder, which then is deleted, and the seconds that it took."""
     with tempfile.TemporaryDirectory() as out:
         chosen = {
             "conf": "cifar10-20",
@@ -191,12 +191,12 @@ def federation(
 
 
 def records(folder: Path, file: str) -> list[Row]:
-    """The lines of one of a run's files."""
+    """Return the records of one of a run's files."""
     return [json.loads(line) for line in (folder / file).read_text(encoding="utf-8").splitlines()]
 
 
 def methods(device: torch.device, small: bool) -> Iterator[Row]:
-    """Losses of every round and the last accuracies, of a few clients and rounds."""
+    """Compare every round's losses and the last accuracies, for a few clients and rounds."""
     alike: dict[str, Any] = {"num_clients": 6, "fraction_train": 0.5, "train_per_client": 120}
     alike |= {"test_per_client": 40, "num_server_rounds": 3, "seed": 1}
     own = [name for name, kind in METHODS.items() if issubclass(kind, Rounds)]
@@ -222,7 +222,7 @@ def methods(device: torch.device, small: bool) -> Iterator[Row]:
 
 
 def flops_of_a_step(batch: int) -> int:
-    """Floating-point operations of one client's step with CIFAR-10's network, forward and back."""
+    """Count the operations of one client's training step with CIFAR-10's network."""
     model = networks.build("cifar", 10, 0)
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(batch, 3, 32, 32)).sum().backward()
@@ -230,7 +230,7 @@ def flops_of_a_step(batch: int) -> int:
 
 
 def rounds(device: torch.device, small: bool) -> Iterator[Row]:
-    """FedAvg with the conf's settings; the rounds that are timed evaluate nobody."""
+    """Time FedAvg with the experiment's settings, in rounds without evaluation."""
     sizes = {"20 clients": (20, 1.0, 600, 300, 4), "100 clients at 30 %": (100, 0.3, 600, 60, 4)}
     sizes["500 clients at 10 %"] = 500, 0.1, 120, 40, 3
     for name, (clients, share, each, many, few) in sizes.items():
@@ -257,7 +257,7 @@ def rounds(device: torch.device, small: bool) -> Iterator[Row]:
 
 
 def server(device: torch.device, small: bool) -> Iterator[Row]:
-    """The step on synthetic uploads."""
+    """Measure the server step on synthetic uploads."""
     from server_step import measure
 
     sizes = [(20, 20, 107_690), (100, 20, 1_000_000)]

@@ -2,9 +2,9 @@
 
     python benchmarks/inversion.py [results/compare]
 
-From the runs that ``pfedgpa compare`` left there, or from the results that are kept: accuracy in %,
-mean over clients ± standard deviation over seeds, and how many clients are under 60 % before
-fine-tuning.
+From the runs that ``pfedgpa compare`` left in that folder, or by default from the results kept in
+the repository: accuracy in %, mean over clients ± standard deviation over seeds, and how many
+clients are under 60 % before fine-tuning.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    """Print a table a federation."""
+    """Print a table for each federation."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("out", type=Path, nargs="?", help="default: the results that are kept")
     out = parser.parse_args().out

@@ -2,13 +2,13 @@
 
     python benchmarks/keep.py [results/compare …] [results/map …] [results/table1 …] …
 
-A file an experiment, ``benchmarks/results/compare-*.jsonl``, takes in every finished run that
-`pfedgpa compare` left in the folders. Its first line has the settings that all its rows share; then
-comes a row a method and seed: its entry of ``summary.json``, its other settings, and its clients'
-accuracies. ``benchmarks/results/map.jsonl`` takes in the rows that `pfedgpa reproduce map` wrote,
-``table1.jsonl`` those of `pfedgpa reproduce table1`, and so on; Table 1 has the comparisons'
-federations, too. What is kept already stays where the folders have nothing newer; all tables and
-figures are made of all that is kept.
+``benchmarks/results/compare-*.jsonl``, a file for each experiment, takes in every finished run that
+`pfedgpa compare` left in the folders. Its first line has the settings that all its rows share. Then
+comes a row for each method and seed: its entry of ``summary.json``, its other settings, and its
+clients' accuracies. ``benchmarks/results/map.jsonl`` takes in the rows that `pfedgpa reproduce map`
+wrote, ``table1.jsonl`` those of `pfedgpa reproduce table1`, and so on; Table 1 has the comparisons'
+federations, too. Results kept before stay unless the folders have newer ones; all tables and
+figures are made from everything that is kept.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from pfedgpa_app.study.compare import EXPERIMENTS, Finished, report_of
 DOCS, RESULTS = APP_DIR / "docs", APP_DIR / "benchmarks" / "results"
 PICTURES = DOCS / "pictures"
 STUDIES = (reproduce.Atlas, table1.Table1, table2.Table2, join.Join, warm_start.WarmStart)
-COMPARED = {  # whose rows are Table 1's, too: the data set and clients
+COMPARED = {  # {experiment whose rows are in Table 1, too: (data set, clients)}
     "compare-cifar10": ("cifar10", 20),
     "compare-cifar10-100": ("cifar10", 100),
     "compare-fashion-mnist": ("fashion-mnist", 20),
     "compare-fashion-mnist-100": ("fashion-mnist", 100),
 }
-OF_A_ROW = ("method", "seed")  # settings that its entry of summary.json tells
+OF_A_ROW = ("method", "seed")  # settings that the entry of summary.json has
 END = "<!-- end -->"
 
 Row = dict[str, Any]
 
 
 def file_of(experiment: str) -> Path:
-    """Where its rows are kept."""
+    """Return the file in which an experiment's rows are kept."""
     return RESULTS / f"{experiment}.jsonl"
 
 
 def of_run(folder: Path) -> list[Row]:
-    """A finished run's rows: ``settings`` by name, ``clients`` as lists in the clients' order."""
+    """Return a finished run's rows: ``settings`` by name, ``clients`` as lists in their order."""
     clients: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for line in (folder / "clients.jsonl").read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
@@ -62,9 +62,9 @@ def of_run(folder: Path) -> list[Row]:
     settings = {}
     for name, key in keys().items():
         if name not in OF_A_ROW and key.rules["part"] != LAUNCH:
-            # a setting that was not there yet was what is now its default
+            # before a setting existed, runs did what is now its default
             settings[name] = there.get(name, {"value": before[name]})["value"]
-    settings = json.loads(json.dumps(settings))  # as they will be read
+    settings = json.loads(json.dumps(settings))  # as they will be when read again
     return [
         row
         | {"settings": without_idle(settings, [row["method"]]), "clients": clients[row["method"]]}
@@ -73,7 +73,7 @@ def of_run(folder: Path) -> list[Row]:
 
 
 def read(file: Path) -> list[Row]:
-    """The rows kept in ``file``, each with all of its settings."""
+    """Return the rows kept in ``file``, each with all of its settings."""
     if not file.exists():
         return []
     shared, *rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
@@ -81,7 +81,7 @@ def read(file: Path) -> list[Row]:
 
 
 def write(file: Path, rows: list[Row]) -> None:
-    """Keep ``rows`` in ``file``, in the methods' order and that of their seeds."""
+    """Keep ``rows`` in ``file``, ordered by method and seed."""
     order = list(METHODS)
     rows = sorted(rows, key=lambda row: (order.index(row["method"]), row["seed"]))
     first, *others = (row["settings"] for row in rows)
@@ -99,9 +99,9 @@ def write(file: Path, rows: list[Row]) -> None:
 
 
 def add(folder: Path) -> None:
-    """Keep every finished run in ``folder``, in the place of what is kept of the same seed."""
+    """Keep every finished run in ``folder``, instead of what is kept of its method and seed."""
     new: dict[str, list[Row]] = defaultdict(list)
-    for run in finished_in(folder):  # of a method and seed that were run twice, the newest
+    for run in finished_in(folder):  # the newest of a method and seed comes last
         experiment = Path(kept_settings(run)["conf"]["value"]).stem
         if experiment in EXPERIMENTS:
             new[experiment] += of_run(run)
@@ -112,7 +112,7 @@ def add(folder: Path) -> None:
 
 
 def kept() -> Finished:
-    """All rows that are kept."""
+    """Return all rows that are kept of comparisons."""
     found: Finished = {}
     for experiment in sorted(EXPERIMENTS):
         for row in read(file_of(experiment)):
@@ -121,7 +121,7 @@ def kept() -> Finished:
 
 
 def quotes() -> dict[tuple[Path, str], str]:
-    """{(file, the mark before it): table}, of all that is kept."""
+    """Return {(file, the mark before its table): table}, from everything that is kept."""
     on_map = rows_of_study(reproduce.Atlas)
     every = {
         (DOCS / "results.md", "compare"): report_of(kept()),
@@ -138,7 +138,7 @@ def quotes() -> dict[tuple[Path, str], str]:
 
 
 def figures() -> dict[Path, str]:
-    """{file: SVG}, of all that is kept."""
+    """Return {file: SVG}, from everything that is kept."""
     on_map, of_table2 = (rows_of_study(study) for study in (reproduce.Atlas, table2.Table2))
     drawn = {
         PICTURES / "map.svg": reproduce.figure(on_map),
@@ -148,7 +148,7 @@ def figures() -> dict[Path, str]:
 
 
 def around(file: Path, mark: str) -> tuple[str, str, str]:
-    """What is before the table that follows ``mark`` in ``file``, the table, what is after it."""
+    """Split ``file`` into what precedes the table after ``mark``, the table, and what follows."""
     begin = f"<!-- {mark} -->\n"
     before, rest = file.read_text(encoding="utf-8").split(begin)
     table, after = rest.split(END, 1)
@@ -156,25 +156,25 @@ def around(file: Path, mark: str) -> tuple[str, str, str]:
 
 
 def place(study: type[reproduce.Atlas], row: Row) -> tuple[int, int, int]:
-    """Where a row stands among others of its study."""
+    """Return a sort key: where a row stands among others of its study."""
     cell = next(i for i, cell in enumerate(study.cells()) if reproduce.rows_in([row], cell))
     return cell, study.known.index(row["method"]), row["seed"]
 
 
 def rows_of_study(study: type[reproduce.Atlas]) -> list[Row]:
-    """What is kept of it."""
+    """Return the rows that are kept of a study."""
     return written(study, RESULTS)
 
 
 def written(study: type[reproduce.Atlas], folder: Path) -> list[Row]:
-    """Rows that `pfedgpa reproduce` wrote, in ``folder``."""
+    """Return the study's rows that `pfedgpa reproduce` wrote to ``folder``."""
     file = folder / f"{study.name}.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return [json.loads(line) for line in lines]
 
 
 def add_rows(study: type[reproduce.Atlas], folder: Path) -> None:
-    """Keep what `pfedgpa reproduce` wrote to ``folder``, if there is some of that study."""
+    """Keep the study's rows that `pfedgpa reproduce` wrote to ``folder``, if there are any."""
     new = written(study, folder)
     if not new:
         return
@@ -184,7 +184,7 @@ def add_rows(study: type[reproduce.Atlas], folder: Path) -> None:
 
 
 def all_of_table1() -> list[Row]:
-    """What `pfedgpa reproduce table1` and, of the same methods, the comparisons came to."""
+    """Return the rows of `pfedgpa reproduce table1`, and the comparisons' with the same methods."""
     found = rows_of_study(table1.Table1)
     for experiment, (data, clients) in COMPARED.items():
         rows = [r for r in read(file_of(experiment)) if r["method"] in table1.METHODS_OF_TABLE]
@@ -193,7 +193,7 @@ def all_of_table1() -> list[Row]:
 
 
 def main() -> None:
-    """Keep what is asked for and renew the tables and the figures."""
+    """Keep the given folders' results, and renew the tables and the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folders", type=Path, nargs="*", help="that the commands wrote to")
     for folder in parser.parse_args().folders:

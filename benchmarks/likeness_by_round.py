@@ -1,17 +1,17 @@
-"""How clearly who is like whom shows after so many rounds, and what it is worth at the end.
+"""How clearly clients' likeness shows after some rounds, and what it is worth at the end.
 
     python benchmarks/likeness_by_round.py results/RUN [results/RUN …]
 
 For runs that kept the uploads of all their rounds: `pfedgpa run method=pfedgpa-once` with
 ``save-uploads=true pfedgpa.buffer-rounds=100``, and, as docs/algorithm.md has them, ``--conf
-map-fashion-mnist num-clients=20 train-per-client=30 learning-rate=0.05 seed=100``. After each
-round, by the 20 before:
+map-fashion-mnist num-clients=20 train-per-client=30 learning-rate=0.05 seed=100``. After each of
+several rounds, from the uploads of the last 20:
 
     widest-gap  and other rules: the rank that they choose
-    groups      how much of what the hidden groups differ in the scores say, 0 to 1, at the
-                rank of round 20 (not for partitions without groups)
+    groups      the share of the differences between hidden groups that the scores show, 0 to 1,
+                at the rank of round 20 (not for partitions without groups)
     accuracy    on training images that no client holds, of weights made from the last 20 rounds'
-                uploads, this being known; in the last column the uploads themselves are to tell
+                uploads with this likeness; in the last column, with what these uploads show
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ RULES, WINDOW, AFTER = ("widest-gap", "shrinkage", "likelihood"), 20, (20, 40, 6
 
 
 class Kept:
-    """A run's uploads."""
+    """A run's kept uploads."""
 
     def __init__(self, run: Path) -> None:
         self.config: Config = kept_config(run)
         self.tensors = load_file(run / FILE)
         self.model = network_of(self.config, load_schema(self.config))
-        names = weight_names(self.model)  # in the order in which uploads have them
+        names = weight_names(self.model)  # in the uploads' order
         self.common: Weights = {name: self.tensors[f"global/{name}"] for name in names}
         self.images = unheld(self.config)
 
     def window(self, last: int) -> Buffer:
-        """The uploads of the rounds up to ``last``."""
+        """Return the uploads of the last ``WINDOW`` rounds up to round ``last``."""
         layout = Layout.of({name: self.common[name] for name in generated(list(self.common))})
         buffer = Buffer(WINDOW)
         rows = (self.tensors[name] for name in ("rounds", "clients", "vectors"))
@@ -63,7 +63,7 @@ class Kept:
         return buffer
 
     def accuracy(self, uploads: Buffer, known: Likeness | None) -> float:
-        """Of the weights that are made from these uploads."""
+        """Return the accuracy in % of weights made from these uploads, by a ``known`` likeness."""
         settings = DiffusionSettings(denoiser="finite-set")
         fitted = WeightDistribution(uploads, settings, self.config.seed, known=known)
         made = {c: self.common | mine for c, mine in fitted.generate(draws=64).items()}
@@ -71,7 +71,7 @@ class Kept:
         return accuracy
 
     def groups(self, known: Likeness, rank: int) -> str:
-        """How much of what the groups differ in ``known`` says."""
+        """Return the share of the differences between groups that ``known`` shows, 0 to 1."""
         of = [split.group for split in load_partition(self.config)]
         if None in of:
             return "–"
@@ -82,14 +82,14 @@ class Kept:
 
 
 def _basis(columns: Tensor) -> Tensor:
-    """Orthonormal, of what the columns span."""
+    """Return an orthonormal basis of what the columns span."""
     left, sizes, _ = torch.linalg.svd(columns, full_matrices=False)
     basis: Tensor = left[:, sizes > 1e-9 * sizes[0]]
     return basis
 
 
 def main() -> None:
-    """Print a table a run."""
+    """Print a table for each run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -3,11 +3,11 @@
     python benchmarks/membership.py results/RUN
 
 A loss-threshold attack (Yeom et al. 2018) on the weights that a run kept: images with a small
-loss are taken for training images. For each method, the area under the ROC curve between a
-client's training and test images (of the same classes in the same shares), 0.5 being a guess:
-of each client's own images under its model, and of every other client's, of its hidden group and
-of others, which is what its model tells about them. ``pfedgpa`` shows what generated weights give
-away, ``last-upload`` what the client's own upload does, ``fedavg`` everybody's model.
+loss are taken for training images. For each method, it prints the area under the ROC curve between
+a client's training and test images (of the same classes in the same shares), 0.5 being a guess.
+The images are each client's own under its model, and those of every other client, of its hidden
+group and of others: what its model gives away about them. ``pfedgpa`` shows what generated weights
+give away, ``last-upload`` what a client's own upload does, ``fedavg`` what the shared model does.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Found:
     """What the attack finds.
 
     Attributes:
-        areas: [clients, clients], of row's model on column's images, without those training
-            images of the other that the model's client has, too.
+        areas: [clients, clients], for the row's model on the column's images; training images that
+            both clients have are left out.
         accuracies: [clients, 2] in %, of every model on its client's training and test images.
     """
 
@@ -48,7 +48,7 @@ class Found:
 
 @torch.no_grad()
 def losses(model: torch.nn.Module, images: Images) -> tuple[np.ndarray, float]:
-    """Each image's loss, and the share of them that is recognised."""
+    """Return each image's loss, and the share of images classified correctly."""
     logits = model.eval()(images.floats())
     found = F.cross_entropy(logits, images.labels, reduction="none")
     right = (logits.argmax(1) == images.labels).float().mean()
@@ -77,7 +77,7 @@ def examine(config: Config, weights: dict[str, torch.Tensor]) -> Found:
 
 
 def main() -> None:
-    """Print a line a method."""
+    """Print a line for each method."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="a run's folder, with the weights that it kept")
     run = parser.parse_args().run

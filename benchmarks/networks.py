@@ -2,13 +2,13 @@
 
     python benchmarks/networks.py
 
-Two nodes and three rounds of SCAFFOLD on digits, over TLS; for each cable and cut: how long it
-took, whether it came to the same numbers as in one process, and what was said of it.
+Runs two nodes and three rounds of SCAFFOLD on digits, over TLS. For each cable and cut it prints
+how long that took, whether the figures are the same as in one process, and the run's warnings.
 
 Each SuperNode and the SuperLink live in a network namespace of their own, with a cable from each
 node to the SuperLink. A cable is two TUN devices, between which a thread of this process carries
-the packets: late, out of order, or not at all. That is netem's work, which not every kernel has.
-Wants Linux, root and iproute2.
+the packets: late, out of order, or not at all. Netem would do so, too, but not every kernel has it.
+Needs Linux, root and iproute2.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from tests.support.federations import PLAIN, records
 from tests.support.local_grid import InProcessGrid
 
 SERVER, CABLE = "server", "cable"
-INSIDE = "--inside"  # given to what runs in the server's namespace
+INSIDE = "--inside"  # marks the call of this file in the server's namespace
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h
-PACKET = 1500  # bytes at most, TUN's default
+PACKET = 1500  # bytes of the largest packet, TUN's default
 
 
 @dataclass(frozen=True)
 class Cable:
-    """What becomes of the packets of one cable, each way by itself.
+    """What happens to the packets of one cable, each way by itself.
 
     Attributes:
         rate: bits a second.
         delay: seconds that a packet is on its way.
         lost: share of packets that never arrive.
-        overtaking: share of packets that arrive at once, before others that left earlier.
-        queue: bytes that wait at most; what comes then is lost.
+        overtaking: share of packets without delay, which overtake others that left earlier.
+        queue: bytes that can wait to be sent; packets beyond that are lost.
     """
 
     rate: float = 100e6
@@ -82,7 +82,7 @@ class Way:
     target: int
     cable: Cable
     chance: random.Random
-    free: float = 0.0  # when all that was sent is through
+    free: float = 0.0  # the time from which the cable is free
 
     def carry(self, loop: asyncio.AbstractEventLoop) -> None:
         """Take one packet; it arrives later, or never."""
@@ -110,7 +110,7 @@ def plug(namespace: str, state: str) -> None:
 
 
 def missing() -> str:
-    """Why there can be no such networks here, or ""."""
+    """Say why there can be no such networks here; "" if there can."""
     if sys.platform != "linux" or os.geteuid() or not shutil.which("ip"):
         return "needs Linux, root and iproute2"
     try:
@@ -123,7 +123,7 @@ def missing() -> str:
 
 
 def _device(namespace: str, name: str, address: str) -> int:
-    """A TUN device there; returns the file through which its packets go."""
+    """Make a TUN device in a namespace; return the file descriptor through which its packets go."""
     end = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     wanted = struct.pack("16sH22x", b"pfedgpa%d", IFF_TUN | IFF_NO_PI)
     made = fcntl.ioctl(end, TUNSETIFF, wanted)[:16].rstrip(b"\0").decode()
@@ -135,7 +135,7 @@ def _device(namespace: str, name: str, address: str) -> int:
 
 @contextmanager
 def namespaces(prefix: str, nodes: int, cable: Cable | None = None) -> Iterator[None]:
-    """Namespaces for the server and so many nodes, and a ``cable`` to each of these."""
+    """Make namespaces for the server and ``nodes`` nodes, and a cable to each node."""
     server = prefix + SERVER
     ends: list[int] = []
     made = [server, *(f"{prefix}{node}" for node in range(nodes))]
@@ -166,9 +166,9 @@ def namespaces(prefix: str, nodes: int, cable: Cable | None = None) -> Iterator[
 
 
 class Networked(Deployment):
-    """A deployment in such namespaces; it is made in the server's."""
+    """A deployment in such namespaces; make it inside the server's."""
 
-    host = "0.0.0.0"  # of the namespace
+    host = "0.0.0.0"  # all addresses of the namespace
 
     def __init__(self, certificates: Path, prefix: str) -> None:
         super().__init__(certificates)
@@ -184,7 +184,7 @@ class Networked(Deployment):
         return super().spawn(command, log)
 
     def cut(self, number: int, seconds: float) -> None:
-        """Cut a node's cable for so long, from now on."""
+        """Cut a node's cable now, and mend it after so many seconds."""
         far = f"{self.prefix}{number}"
         plug(far, "down")
 
@@ -196,7 +196,10 @@ class Networked(Deployment):
 
 
 def federate(folder: Path, prefix: str, cut: float, settings: dict[str, Any]) -> str:
-    """Run the app with ``settings`` in the namespaces; the last node's cable is cut in round 2.
+    """Run the app with ``settings`` in the namespaces, cutting the last node's cable in round 2.
+
+    Args:
+        cut: for how many seconds; 0: not at all.
 
     Returns:
         why the run did not complete, or "".
@@ -221,10 +224,10 @@ def federate(folder: Path, prefix: str, cut: float, settings: dict[str, Any]) ->
 def over_networks(
     folder: Path, prefix: str, settings: dict[str, Any], cable: Cable, cut: float
 ) -> tuple[Path, str]:
-    """``federate`` in namespaces with such cables.
+    """Call ``federate`` in namespaces with such cables.
 
     Returns:
-        the run's folder, and why it did not complete, or "".
+        the run's folder, and why the run did not complete, or "".
     """
     settings = settings | {"out-dir": str(folder), "run-name": "run"}
     inside = ["ip", "netns", "exec", prefix + SERVER, sys.executable, "-m", "benchmarks.networks"]
@@ -242,7 +245,7 @@ def over_networks(
 
 
 def main() -> None:
-    """Measure."""
+    """Measure every cable and print the table."""
     argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     if why := missing():
         raise SystemExit(why)

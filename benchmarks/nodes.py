@@ -1,12 +1,12 @@
-"""Real SuperNodes against one SuperLink on this machine: lost uploads, memory, what a round costs.
+"""Real SuperNodes and one SuperLink on this machine: lost uploads, memory, what a round costs.
 
     python benchmarks/nodes.py --nodes 10 --rounds 20
 
-Starts the processes on loopback, runs FedAvg on digits and prints, from the run's own records:
-seconds a round (median, range) and, of these, what training takes (the same clients' training,
-timed in this process), the uploads that were lost, and the memory of each role's processes over
-the run (PSS; the largest sample of each fifth of the rounds). A SuperNode starts a process for
-every message: what that one imports before it does anything is timed, too.
+Starts the processes on loopback, runs FedAvg on digits, and prints figures from the run's own
+records: seconds a round (median, range) and how many of these training takes (the same clients'
+training, timed in this process), the uploads that were lost, and the memory of each role's
+processes over the run (PSS; the largest sample of each fifth of the rounds). A SuperNode starts a
+process for every message: the imports of such a process, before it does anything, are timed, too.
 """
 
 from __future__ import annotations
@@ -44,24 +44,24 @@ ROLES = ("flower-superlink", "flwr-serverapp", "flower-supernode", "flwr-clienta
 
 
 class Crowd(Deployment):
-    """A deployment whose nodes leave the cores to the server, as machines of their own would.
+    """A deployment whose nodes leave the cores to the server, as nodes on other machines would.
 
-    Else Flower gives the server up, for it lets nothing be heard of it in time.
+    Otherwise the server is not heard from in time, and Flower gives it up.
     """
 
     def spawn(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         process = super().spawn(command, log)
         if command[0] == "flower-supernode":
-            with contextlib.suppress(OSError):  # Linux with autogroups
+            with contextlib.suppress(OSError):  # only Linux with autogroups has it
                 Path(f"/proc/{process.pid}/autogroup").write_text("19", encoding="ascii")
         return process
 
 
 def memory(home: Path) -> dict[str, int]:
-    """Bytes of each role's processes together, shared pages by their share."""
+    """Return the bytes of each role's processes together (PSS: shared pages are divided)."""
     found: dict[str, int] = defaultdict(int)
     for process in processes_with("FLWR_HOME", str(home)):
-        with contextlib.suppress(psutil.Error):  # it has just ended
+        with contextlib.suppress(psutil.Error):  # the process has just ended
             command = " ".join(process.cmdline())
             for role in ROLES:
                 if role in command:
@@ -70,7 +70,7 @@ def memory(home: Path) -> dict[str, int]:
 
 
 def bare_seconds(settings: dict[str, Any]) -> float:
-    """What a round's training takes, one client after the other in this process."""
+    """Time a round's training, one client after the other in this process."""
     torch.set_num_threads(1)
     config = resolve(settings).config
     recipe = training.recipe(config, config.local_epochs, config.learning_rate)
@@ -83,9 +83,9 @@ def bare_seconds(settings: dict[str, Any]) -> float:
 
 
 def import_seconds() -> dict[str, float]:
-    """What a client's process takes to import, with every method, by whose code it is.
+    """Time the imports of a client's process, with every method, in seconds for each package.
 
-    The least of three.
+    Each is the shortest of three.
     """
     how: dict[str, Any] = {"cwd": APP_DIR, "capture_output": True, "text": True, "check": True}
     code = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
@@ -105,16 +105,16 @@ def import_seconds() -> dict[str, float]:
 
 
 def main() -> None:
-    """Print the figures."""
+    """Run the federation and print the figures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--nodes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and what was started with it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # also stops the processes
     nodes = options.nodes
     settings: dict[str, Any] = {"num-clients": nodes, "num-server-rounds": options.rounds}
     settings |= {"method": "fedavg", "dataset": "digits", "evaluate-every": 0, "run-name": "run"}
-    sizes = min(60, 1200 // nodes), min(40, 500 // nodes)  # what the data set has
+    sizes = min(60, 1200 // nodes), min(40, 500 // nodes)  # as many as the data set allows
     settings |= {"train-per-client": sizes[0], "test-per-client": sizes[1]}
     settings |= {"timeout": max(300.0, 20.0 * nodes)}
     samples: list[tuple[float, dict[str, int]]] = []

@@ -1,11 +1,11 @@
-"""How far from the uploads' median malicious uploads lie, and how far honest ones do.
+"""How far malicious uploads, and how far honest ones, lie from the uploads' median.
 
     pfedgpa run --conf compare-cifar10 method=fedavg save-uploads=true run-name=kept
     python benchmarks/outliers.py results/kept/uploads.safetensors
 
-Takes the buffered rounds of a federation without attackers, spoils the uploads of two and of four
-clients as ``pfedgpa_app.client.attacks`` does, and prints squared distances to the median
-of each weight in units of the median client's: the largest of an honest client, the smallest of a
+Takes the buffered rounds of a federation without attackers and spoils the uploads of two and of
+four clients as ``pfedgpa_app.client.attacks`` does. Prints squared distances to the median of each
+weight, in units of the median client's: the largest of an honest client, the smallest of a
 malicious one.
 """
 
@@ -30,7 +30,13 @@ ATTACKS = (("sign-flip", 4.0), ("scale", 4.0), ("noise", 4.0), ("noise", 1.0), (
 def separation(
     uploads: torch.Tensor, sent: torch.Tensor, config: Config, bad: list[int]
 ) -> tuple[float, float]:
-    """(largest of the honest, smallest of the bad) of uploads [N, P] trained from ``sent``."""
+    """Return the largest honest and the smallest malicious distance.
+
+    Args:
+        uploads: [N, P], one for each client.
+        sent: the weights [P] that they were trained from.
+        bad: the clients whose uploads are spoilt.
+    """
     vectors = uploads.clone()
     for client in bad:
         generator = torch_generator(config.seed, "attack", client)
@@ -44,7 +50,7 @@ def separation(
 
 
 def main() -> None:
-    """Print a line an attack."""
+    """Print a line for each attack."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("uploads", type=Path, help="a run's uploads.safetensors")
     tensors, _ = read_tensors(parser.parse_args().uploads, FORMAT)

@@ -1,11 +1,11 @@
-"""Beside what a researcher would write: this app's process engine and the plainest correct loop.
+"""This app's process engine beside what a researcher would write: the plainest correct loop.
 
     python benchmarks/peer.py --data-dir DATA [--cifar10 imagefolder:cifar10]
 
 The plain loop is one process with torch's own threads: for each client a copy of the network,
-``torch.optim.SGD``, a ``DataLoader``; then the mean of all weights. It is measured with the images
-as a torchvision data set has them, which its transforms make tensors of one by one (*images*), and
-with tensors made beforehand (*tensors*). Both do what FedAvg's rounds do here: CIFAR-10, 20
+``torch.optim.SGD``, a ``DataLoader``; then the mean of all weights. It is measured with images as a
+torchvision data set has them, which its transforms make tensors of one by one (*images*), and with
+tensors made beforehand (*tensors*). App and loop do the same as FedAvg's rounds here: CIFAR-10, 20
 clients, 600 images × 2 epochs each, batches of 50, no evaluation; on one core and on two, the app
 before and after the loops. Prints the table and writes ``results/peer.{md,json}``.
 
@@ -67,7 +67,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 def network() -> nn.Module:
-    """The paper's for CIFAR-10; 107,690 weights."""
+    """Return the paper's network for CIFAR-10; it has 107,690 weights."""
     return nn.Sequential(
         *(nn.Conv2d(3, 16, 5), nn.LeakyReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(16, 32, 5, padding=1), nn.LeakyReLU(), nn.MaxPool2d(2)),
@@ -77,7 +77,7 @@ def network() -> nn.Module:
 
 
 def data_of(config: Config, client: int, loop: str) -> tuple[Dataset[Any], TensorDataset]:
-    """A client's training data as ``loop`` has them, and its test data as tensors."""
+    """Return a client's training data as ``loop`` needs them, and its test data as tensors."""
     data = load_client(config, client)
     pixels, labels = data.train.pixels, data.train.labels
     test = TensorDataset(data.test.floats(), data.test.labels)
@@ -87,7 +87,7 @@ def data_of(config: Config, client: int, loop: str) -> tuple[Dataset[Any], Tenso
 
 
 def train(model: nn.Module, data: Dataset[Any], config: Config) -> None:
-    """Local SGD."""
+    """Train by local SGD."""
     optimizer = torch.optim.SGD(
         model.parameters(), config.learning_rate, config.momentum, weight_decay=config.weight_decay
     )
@@ -99,13 +99,13 @@ def train(model: nn.Module, data: Dataset[Any], config: Config) -> None:
 
 
 def mean_of(models: list[nn.Module]) -> dict[str, Tensor]:
-    """Of all their weights; clients have equally many images."""
+    """Return the mean of all models' weights; clients have equally many images."""
     states = [model.state_dict() for model in models]
     return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
 
 
 def accuracy_of(model: nn.Module, tests: list[TensorDataset]) -> float:
-    """Over all clients' test images, in percent."""
+    """Return the accuracy on all clients' test images, in percent."""
     right, total = 0, 0
     with torch.no_grad():
         for test in tests:
@@ -116,7 +116,7 @@ def accuracy_of(model: nn.Module, tests: list[TensorDataset]) -> float:
 
 
 def plain_loop(chosen: dict[str, Any], loop: str, cores: int, to: Connection) -> None:
-    """Federated averaging; sends each round's seconds and the accuracy."""
+    """Run federated averaging; send each round's seconds and the final accuracy to ``to``."""
     torch.set_num_threads(cores)
     torch.manual_seed(0)
     config = resolve(chosen).config
@@ -134,7 +134,7 @@ def plain_loop(chosen: dict[str, Any], loop: str, cores: int, to: Connection) ->
 
 
 def run_loop(chosen: dict[str, Any], loop: str, cores: int) -> dict[str, Any]:
-    """The plain loop in a process of its own."""
+    """Run the plain loop in a process of its own and return its figures."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=plain_loop, args=(chosen, loop, cores, there))
@@ -164,7 +164,7 @@ def run_loop(chosen: dict[str, Any], loop: str, cores: int) -> dict[str, Any]:
 
 
 def run_app(chosen: dict[str, Any], out: Path) -> dict[str, Any]:
-    """The app's process engine, as a user starts it."""
+    """Run the app's process engine, as a user would, and return its figures."""
     found = run("process", chosen, out)
     [row] = rows_of(max(out.iterdir(), key=lambda path: path.stat().st_mtime))
     kept = {key: found[key] for key in ("round_seconds", "peak_pss_bytes")}
@@ -172,7 +172,7 @@ def run_app(chosen: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """As Markdown."""
+    """Return the table in Markdown."""
     rows = []
     for part in results:
         ours = [r["round_seconds"] for r in part["runs"] if r["what"] == "pfedgpa run"]
@@ -197,7 +197,7 @@ def main() -> None:
     options = parser.parse_args()
     options.device = "cpu"
     chosen = settings(options, 20, 1.0) | {"method": "fedavg"}
-    load_client(resolve(chosen).config, 0)  # builds the machine's cache, if need be
+    load_client(resolve(chosen).config, 0)  # builds this machine's cache, if there is none
     everyone = os.sched_getaffinity(0)
     results = []
     for cores in options.cores:

@@ -1,8 +1,8 @@
-"""Two pictures of the documentation, in docs/pictures: of a run's rounds, and of its latents.
+"""Two pictures of the documentation, in docs/pictures: a run's rounds, and its latents.
 
     python benchmarks/pictures.py results/RUN
 
-The run is of 20 clients with 60 images each (docs/how.md names the command); it must have its
+The run has 20 clients with 60 images each (docs/how.md names the command); it must have its
 report's files, which every run leaves.
 """
 
@@ -22,7 +22,7 @@ PICTURES = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 
 
 def main() -> None:
-    """Draw them."""
+    """Draw the pictures."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="a run's folder")
     (run,) = runs_in([parser.parse_args().run])

@@ -43,19 +43,19 @@ CONDITIONS = [("none", 0.0)] + [(a, s) for a in ATTACKS if a != "none" for s in 
 
 
 def planned(out: Path) -> dict[tuple[str, str, float], PlannedRun]:
-    """{(row, attack, share of malicious clients): its run}."""
+    """Return {(row, attack, share of malicious clients): its run}."""
     runs = {}
     for row, settings in ROWS.items():
         for attack, share in CONDITIONS:
             over = settings | {"attack": attack, "malicious-share": share}
-            if row == "Krum":  # it is told how many attack
+            if row == "Krum":  # Krum is told how many attack
                 over["krum.malicious"] = len(resolve(BASE | over).config.malicious_clients)
             [runs[row, attack, share]] = expand(BASE, {k: [v] for k, v in over.items()}, out)
     return runs
 
 
 def accuracy(run: PlannedRun) -> str:
-    """Mean of the honest clients, before fine-tuning; or that there were no usable uploads."""
+    """Return the honest clients' mean before fine-tuning in %, or "diverged"."""
     if not is_done(run.folder):
         last = last_event(run.folder)
         if "min-uploads" not in last["text"]:
@@ -66,7 +66,7 @@ def accuracy(run: PlannedRun) -> str:
 
 
 def main() -> None:
-    """Carry out what is missing and print the table."""
+    """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results/poisoning"))
     parser.add_argument("--jobs", type=int)

@@ -2,8 +2,8 @@
 
     python benchmarks/precision.py
 
-Prints, for each network, the time of an epoch in bfloat16 as a share of float32's, both
-measured in turn, five times, with the range. What it does to accuracies is a sweep:
+Prints, for each network, the time of an epoch in bfloat16 as a share of that in float32, both
+measured in turn five times: the median and the range. Its effect on accuracies takes a sweep:
 
     pfedgpa sweep --conf compare-cifar10 --over precision=float32,bfloat16 --over seed=0,1,2
 """
@@ -23,7 +23,7 @@ from pfedgpa_app.training.sgd import Recipe
 
 
 def seconds(network: str, data: Images, recipe: Recipe) -> float:
-    """An epoch's training."""
+    """Time an epoch of training."""
     model = build(network, 10, 0).to(memory_format=torch.channels_last)
     started = time.perf_counter()
     training.train(model, data, recipe, torch.Generator().manual_seed(0))
@@ -31,7 +31,7 @@ def seconds(network: str, data: Images, recipe: Recipe) -> float:
 
 
 def main() -> None:
-    """Print a line a network."""
+    """Print a line for each network."""
     argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
     torch.set_num_threads(1)
     draws = torch.Generator().manual_seed(0)
@@ -43,7 +43,7 @@ def main() -> None:
         ratios = []
         for repeat in range(6):
             exact, rounded = (seconds(network, data, way) for way in ways)
-            if repeat:  # the first one loads what torch needs
+            if repeat:  # in the first, torch still loads libraries
                 ratios.append(rounded / exact)
         print(f"{network}: {sorted(ratios)[2]:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 

@@ -2,12 +2,12 @@
 
     python benchmarks/rank_strength.py [--out results/rank-strength] [--cifar10 imagefolder:cifar10]
 
-Trains FedAvg on two data sets in federations of 10, 20 and 100 clients (30 % a round) with hidden
-groups of equal sizes, of 20 with unequal ones, by Dirichlet(0.1) and (0.5), and IID; makes every
-client's weights from the uploads kept, with each rank and strength of a grid and with those that
-the rules choose, and prints test accuracy in %; with --unheld, to choose defaults by, accuracy on
-training images that no client holds. The denoiser is the exact one of the finite set. What is done
-is skipped, so it can be stopped and started again.
+Trains FedAvg on two data sets, in federations of 10, 20 and 100 clients (30 % a round) with hidden
+groups of equal sizes, and of 20 clients with unequal groups, by Dirichlet(0.1) and (0.5), and IID.
+From the uploads kept it makes every client's weights, with each rank and strength of a grid and
+with those that the rules choose, and prints test accuracy in %; with --unheld, by which defaults
+can be chosen, accuracy on training images that no client holds. The denoiser is the exact one of
+the finite set. Runs that are done are skipped, so it can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pfedgpa_app.study.sweep import run_sweep
 BASE: dict[str, Any] = {
     "method": "fedavg",
     "num-server-rounds": 60,
-    "precision": "float32",  # the same figures on any machine
+    "precision": "float32",  # gives the same figures on any machine
     "evaluate-every": 0,
     "fine-tune-grid-epochs": 0,
     "save-uploads": True,
@@ -68,11 +68,11 @@ HEADER = (
     *RULES,
     "default less best",
 )
-MOST = 40  # clients of a federation that are evaluated
+MOST = 40  # how many clients of a federation are evaluated at most
 
 
 def planned(out: Path, sets: Mapping[str, str]) -> dict[tuple[str, str], PlannedRun]:
-    """{(experiment, federation): its run}."""
+    """Return {(experiment, federation): its run}."""
     runs = {}
     for name, over in FEDERATIONS.items():
         for conf, dataset in sets.items():
@@ -98,18 +98,18 @@ class Bench:
         )
 
     def accuracy(self, made: Mapping[int, Weights]) -> float:
-        """Mean over the clients, each under its own weights; without some: the global ones."""
+        """Return the clients' mean accuracy in %, each with its own weights, or the global ones."""
         everyone = {c: made.get(c, self.state.global_weights) for c in range(len(self.images))}
         accuracy: float = mean_accuracy(self.model, everyone, self.images)
         return accuracy
 
     def fit(self, **settings: Any) -> WeightDistribution:
-        """The distribution of the uploads."""
+        """Learn the distribution of the uploads."""
         chosen = DiffusionSettings(denoiser="finite-set", **settings)
         return WeightDistribution(self.state.buffer, chosen, self.config.seed)
 
     def everything(self) -> dict[str, Any]:
-        """All figures."""
+        """Return all figures of the federation."""
         found: dict[str, Any] = {
             "fedavg": self.accuracy({}),
             "last upload": self.accuracy(LastUpload(self.config, self.state).personalise()),
@@ -131,7 +131,7 @@ class Bench:
 
 
 def cells_of(name: str, found: Mapping[str, Any]) -> list[str]:
-    """A federation's row of the table."""
+    """Return a federation's row of the table."""
     best = max(found["grid"], key=found["grid"].get)
     rank, strength = best.split(",")
     default = found["rules"][DiffusionSettings().rank_rule]
@@ -143,7 +143,7 @@ def cells_of(name: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Train what is missing, and print a table a data set."""
+    """Train what is missing, and print a table for each data set."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("results/rank-strength"))
     parser.add_argument("--cifar10", default="cifar10", help="or imagefolder:PATH")

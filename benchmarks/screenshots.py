@@ -2,7 +2,7 @@
 
     python benchmarks/screenshots.py results/RUN/report.html report
 
-Needs Chromium. A desk's width by day, a tablet's and a phone's by night.
+Needs Chromium. The desk's is in light colours, the tablet's and the phone's in dark ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHOTS = {
 
 
 def main() -> None:
-    """Take them."""
+    """Take the screenshots."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("page", type=Path, help="a report.html")
     parser.add_argument("name", help="how the pictures' names begin")

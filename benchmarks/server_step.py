@@ -25,9 +25,9 @@ CPU = torch.device("cpu")
 
 
 def synthetic(clients: int, rounds: int, weights: int, device: torch.device = CPU) -> Buffer:
-    """Uploads of clients in five groups, with a head of 1,280 numbers at the end.
+    """Return uploads of clients in five groups, with a head of 1,280 numbers at the end.
 
-    They lie in the CPU's memory; ``device`` draws them.
+    They lie in the CPU's memory, but are drawn on ``device``.
     """
     rng = torch.Generator(device).manual_seed(0)
     draw = functools.partial(torch.randn, generator=rng, device=device)
@@ -45,8 +45,8 @@ def synthetic(clients: int, rounds: int, weights: int, device: torch.device = CP
 
 
 def measure(clients: int, rounds: int, weights: int, device: torch.device) -> dict[str, Any]:
-    """Run the step once; what it took."""
-    # what torch loads at its first matrix product and training step is not the step's
+    """Run the step once; return what it took."""
+    # first run a small one: what torch loads at its first steps is not to be measured
     small = synthetic(4, 3, 2000)
     WeightDistribution(small, DiffusionSettings(fit_steps=2), 0, device).generate(
         "tweedie", draws=2

@@ -2,8 +2,9 @@
 
     python benchmarks/unheld.py results/RUN [results/RUN …]
 
-For runs that kept their weights: the mean over clients, each on images of its own class mix drawn
-from those that were dealt to nobody, 12,000 in all (an image may be drawn for several clients).
+For runs that kept their weights. Prints the mean over clients. Each is tested on images of its own
+class mix, drawn from those that were dealt to nobody, 12,000 in all (an image may be drawn for
+several clients).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ IMAGES = 12_000
 
 
 def unheld(config: Config) -> list[Images]:
-    """Each client's images."""
+    """Return each client's images."""
     data, splits = load_dataset(config), load_partition(config)
     held = [split.held for split in splits]
     free = np.setdiff1d(np.arange(len(data.train_labels)), np.concatenate(held))
@@ -50,7 +51,7 @@ def unheld(config: Config) -> list[Images]:
 
 
 def mean_accuracy(model: nn.Module, made: Mapping[int, Weights], images: list[Images]) -> float:
-    """Over the clients, each with its own weights on its own images, in %."""
+    """Return the mean accuracy in % over clients, each with its own weights on its own images."""
     found = []
     for client, own in enumerate(images):
         load(model, made[client])

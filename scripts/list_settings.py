@@ -17,12 +17,12 @@ BEGIN, END = "# begin: written by scripts/list_settings.py\n", "# end\n"
 
 
 def line(key: Key) -> str:
-    """One setting: not set, with its default and meaning as a comment."""
+    """Return the line of a setting: not set, with its default and meaning as a comment."""
     return f'{key.name} = ""  # {argument(key.default) or "empty"}: {key.rules["help"]}\n'
 
 
 def listed(text: str) -> str:
-    """pyproject.toml's ``text`` with the list as it must be."""
+    """Return pyproject.toml's ``text`` with the list renewed."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     return before + begin + "".join(map(line, keys().values())) + end + after

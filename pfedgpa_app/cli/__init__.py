@@ -1,4 +1,4 @@
-"""The ``pfedgpa`` command: a module a subcommand, with its parser, its help and an example."""
+"""The ``pfedgpa`` command: a module for each subcommand, with its parser, help and an example."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ from pfedgpa_app.engine import LaunchError, StoppedError
 
 
 class Command(Protocol):
-    """What a subcommand's module has, whose docstring is its help."""
+    """What a subcommand's module provides; its docstring is the subcommand's help."""
 
-    EXAMPLE: str  # what follows ``pfedgpa``
+    EXAMPLE: str  # the command line after ``pfedgpa``
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
-        """Say what its command line holds."""
+        """Add the subcommand's options and arguments to its parser."""
 
     def handle(self, options: argparse.Namespace) -> int:
-        """Do it; returns the exit status."""
+        """Run the subcommand; return the exit status."""
 
 
 COMMANDS: dict[str, Command] = {
@@ -74,17 +74,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        the exit status: 0 done, 1 the run failed, 2 refused.
+        the exit status: 0 done, 1 the run failed, 2 refused, 130 stopped by the user.
     """
     options = parse(arguments)
-    # a background job has SIGINT ignored, and SIGTERM must stop what was started, too
+    # a background job ignores SIGINT, and SIGTERM must stop the started processes, too
     for sign in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sign, signal.default_int_handler)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # it may have no letter for ±
+    if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack ±
         sys.stdout.reconfigure(errors="replace")
     try:
         status = COMMANDS[options.command].handle(options)
-        if sys.stdout:  # or it was closed before we began
+        if sys.stdout:  # it may have been closed from the start
             sys.stdout.flush()
         return status
     except (ConfigError, DataError) as error:
@@ -93,11 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _failed(str(error), 1, options.debug)
     except StoppedError as stop:
         print(f"stopped: {stop}", file=sys.stderr)
-        if options.command != "rehearse":  # whose nodes are gone
+        if options.command != "rehearse":  # its nodes are gone
             words = sys.argv[1:] if arguments is None else arguments
             print(f"to go on: {_again(options.command, words, stop.folder)}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read what is printed has seen enough
+    except BrokenPipeError:  # the reader of our output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError as error:
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line's options, ``command`` among them; ends the process where they are wrong."""
+    """Return the options on the command line, and ``command``; end the process if it is wrong."""
     parser = argparse.ArgumentParser(
         prog="pfedgpa", description="Personalised federated learning by generated weights."
     )
@@ -128,13 +128,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         )
         command.add_options(own)
         own.add_argument("--debug", action="store_true", help="show an error's traceback, too")
-    if "_ARGCOMPLETE" in os.environ:  # the shell asks what a word may be
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    # words may stand before and after options, which argparse's subcommands cannot mix
+    # words may come before and after options, which argparse's subcommands cannot mix
     options, rest = parser.parse_known_args(arguments)
-    into = getattr(options, "words", "")  # a command that takes any number of them
+    into = getattr(options, "words", "")  # the option that takes any number of words
     if rest and (not into or any(word.startswith("-") for word in rest)):
         own = commands.choices[options.command]
         own.error(_unknown(rest, own))
@@ -144,7 +144,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _unknown(words: list[str], own: argparse.ArgumentParser) -> str:
-    """Why ``words`` are refused that a command does not know, and what may be meant."""
+    """Say why a command refuses ``words`` that it does not know, and what may be meant."""
     word = next((word for word in words if word.startswith("-")), words[0])
     if not word.startswith("-"):
         return f"{word}: nothing is known to do with it"
@@ -160,7 +160,7 @@ def _unknown(words: list[str], own: argparse.ArgumentParser) -> str:
 
 
 def _failed(why: str, status: int, debug: bool) -> int:
-    """Say why, in one line as a rule; called where the error is handled."""
+    """Print why the command failed, and return ``status``; call it while the error is handled."""
     if debug:
         traceback.print_exc()
     print(f"pfedgpa: {why}", file=sys.stderr)
@@ -168,7 +168,7 @@ def _failed(why: str, status: int, debug: bool) -> int:
 
 
 def _again(command: str, words: list[str], folder: Path) -> str:
-    """By what a command goes on that was given as ``words`` and stopped."""
+    """Return the command that continues a stopped one, which was given as ``words``."""
     if command == "run":
         words = [word for word in words if not word.startswith(("run-name=", "resume="))]
         words += [f"run-name={folder.name}", "resume=true"]

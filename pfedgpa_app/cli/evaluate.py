@@ -1,4 +1,4 @@
-"""Tests the network that a client of a run was given: on data of yours, or as the run did."""
+"""Tests the network that a client of a run was given: on your own data, or as the run did."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gives a run's figures so far to a dashboard, as track= does on the way."""
+"""Sends a run's figures so far to a dashboard, as track= does during a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Says what a run's folder holds and how far it is, or what a learned distribution is."""
+"""Says what a run's folder holds and how far the run is, or describes a learned distribution."""
 
 from __future__ import annotations
 

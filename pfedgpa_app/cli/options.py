@@ -1,4 +1,4 @@
-"""What subcommands' command lines have in common."""
+"""What the command lines of several subcommands have in common."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SETTINGS_HELP = "settings, as in seed=1 method=local,pfedgpa; see: pfedgpa setti
 
 
 def add_settings(parser: ArgumentParser) -> None:
-    """Settings as words of the command line."""
+    """Add settings as words of the command line."""
     parser.set_defaults(words="settings")
     words = parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=SETTINGS_HELP)
     words.completer = _settings_like  # type: ignore[attr-defined]  # argcomplete's
 
 
 def _settings_like(prefix: str, **more: Any) -> list[str]:
-    """What a shell offers for the beginning of a setting."""
+    """Return what a shell may offer for the beginning of a setting."""
     from pfedgpa_app.config.names import keys
 
     key, _, value = prefix.partition("=")
@@ -35,31 +35,31 @@ def _settings_like(prefix: str, **more: Any) -> list[str]:
 
 
 def add_conf(parser: ArgumentParser, *names: str, required: bool = False) -> None:
-    """The experiment that settings are laid over."""
+    """Add the option for the experiment, whose settings the given ones override."""
     text = "experiment in conf/, or a YAML file"
     parser.add_argument(*names, "--conf", required=required, help=text)
 
 
 def add_engine(parser: ArgumentParser) -> None:
-    """The engine, which is a setting, too."""
+    """Add the option for the engine, which is a setting, too."""
     text = "auto, ray, process or batched; the same as engine="
     parser.add_argument("--engine", help=text)
 
 
 def add_app(parser: ArgumentParser) -> None:
-    """Whose two doors are run."""
+    """Add the option for the folder of the Flower app to run."""
     parser.add_argument("--app", type=Path, default=APP_DIR, help="folder of the Flower app")
 
 
 def add_client(parser: ArgumentParser) -> None:
-    """Whose network of which run."""
+    """Add the options that choose a run and a client's network in it."""
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
     parser.add_argument("--client", type=int, required=True, help="which client's: 0, 1, …")
     parser.add_argument("--method", default="", help="whose weights; default: the run's last")
 
 
 def add_jobs(parser: ArgumentParser) -> None:
-    """How many runs go on at a time, and where."""
+    """Add the options for how many runs go on at a time, and where."""
     text = "runs at a time; default: as the cores allow"
     parser.add_argument("--jobs", type=int, help=text)
     parser.add_argument(
@@ -71,13 +71,13 @@ def add_jobs(parser: ArgumentParser) -> None:
 
 
 def overrides(options: Namespace, words: list[str] | None = None) -> dict[str, Any]:
-    """The settings that a command line has.
+    """Return the settings that a command line has.
 
     Args:
         words: those that are settings, if not all of ``options.settings`` are.
 
     Raises:
-        ConfigError: no ``KEY=VALUE``, or a key that does not exist.
+        ConfigError: a word is no ``KEY=VALUE``, or its key does not exist.
     """
     settings = parse_overrides(options.settings if words is None else words)
     for name in ("conf", "engine"):
@@ -87,14 +87,13 @@ def overrides(options: Namespace, words: list[str] | None = None) -> dict[str, A
 
 
 def parse_overrides(texts: list[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` settings; a value is TOML, and what is not valid TOML is text.
+    """Parse ``KEY=VALUE`` settings; a value is TOML, or text if it is not valid TOML.
 
-    What a setting that wants text is given is text in any case.
-
-    A text may hold several settings, as Flower's --run-config does: ``'seed=1 method="local"'``.
+    A setting that takes text gets the value as text in any case. One of ``texts`` may hold several
+    settings, as Flower's --run-config does: ``'seed=1 method="local"'``.
 
     Raises:
-        ConfigError: no ``KEY=VALUE``, or a key that does not exist.
+        ConfigError: a word is no ``KEY=VALUE``, or its key does not exist.
     """
     settings: dict[str, Any] = {}
     for text in texts:
@@ -107,19 +106,19 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
 
 
 def value_of(key: str, text: str) -> Any:
-    """What a setting's text means: a name like 7 or 2026-11-26 is text where text is wanted."""
+    """Return what a setting's text means: 7 or 2026-11-26 stays text if the setting takes text."""
     from pfedgpa_app.config.names import keys
 
     try:
         value = tomllib.loads(f"v = {text}")["v"]
-    except (ValueError, RecursionError):  # no TOML, or a number of thousands of digits
+    except (ValueError, RecursionError):  # not TOML, or a number with thousands of digits
         return text
     wants_text = key in keys() and keys()[key].type in (str, tuple[str, ...])
     return text if wants_text and not isinstance(value, (str, list)) else value
 
 
 def _split(text: str) -> list[str]:
-    """At spaces before a KEY=, so that values may hold spaces."""
+    """Split at spaces that precede a KEY=, so that values may hold spaces."""
     from pfedgpa_app.config.names import keys
 
     parts: list[str] = []
@@ -144,7 +143,7 @@ def _goes_on(part: str) -> bool:
 
 
 def items(option: str, text: str) -> list[str]:
-    """What an option's text names, separated by commas."""
+    """Return the values in an option's text, which commas separate."""
     found = [item.strip() for item in text.split(",")]
     if "" in found:
         raise ConfigError(f"{option} {text!r}: wants at least one value, separated by commas")
@@ -152,7 +151,7 @@ def items(option: str, text: str) -> list[str]:
 
 
 def methods_named(text: str, overrides: Mapping[str, Any]) -> list[str]:
-    """The methods that ``--methods`` names; one's own is looked for in ``code-dir``."""
+    """Return the methods that ``--methods`` names; the user's own are found by ``code-dir``."""
     from pfedgpa_app.config.names import method_named
 
     code_dir = str(overrides.get("code-dir", ""))
@@ -166,14 +165,14 @@ def check_number(option: str, value: int, most: int) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse what cannot be made a folder to write to."""
+    """Refuse a path at which no folder can be made to write to."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"{folder}: nothing can be written there: {there} is no folder of yours")
 
 
 def check_runs(settings: dict[str, Any], options: Namespace, out: Path) -> None:
-    """Refuse what many runs cannot have."""
+    """Refuse settings and options that a command with many runs cannot take."""
     if options.jobs is not None and options.jobs < 1:
         raise ConfigError(f"--jobs {options.jobs}: must be >= 1")
     for key in ("out-dir", "run-name"):
@@ -183,7 +182,11 @@ def check_runs(settings: dict[str, Any], options: Namespace, out: Path) -> None:
 
 
 def refuse_as_settings(settings: dict[str, Any], taken: dict[str, str]) -> None:
-    """Refuse as settings what a command's options say, {setting: option}."""
+    """Refuse settings for which the command has options.
+
+    Args:
+        taken: {setting: option}.
+    """
     for key, option in taken.items():
         if key in settings:
             raise ConfigError(f"{key}: use {option}")

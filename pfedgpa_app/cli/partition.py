@@ -1,4 +1,4 @@
-"""Says and draws who holds how many of each class."""
+"""Prints and draws how many examples of each class every client holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from pfedgpa_app.cli.options import add_conf, add_settings, overrides
 from pfedgpa_app.core.settings import ConfigError
 
-CSV, WIDEST = ".csv", 21  # columns that a terminal has room for
+CSV, WIDEST = ".csv", 21  # how many columns a terminal has room for
 EXAMPLE = "partition --conf fashion-mnist-20 partition=dirichlet --out who-holds-what.png"
 
 
@@ -53,7 +53,7 @@ def handle(options: Namespace) -> int:
 
 
 def _check_picture(out: Path) -> None:
-    """Refuse what no picture can be written to."""
+    """Refuse a path to which no picture or table can be written."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     known_formats = FigureCanvasBase.get_supported_filetypes()

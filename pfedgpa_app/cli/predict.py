@@ -38,7 +38,7 @@ def handle(options: Namespace) -> int:
     model = load_client(options.run, options.client, options.method)
     about = model.about
     resize = options.resize or about.image_size > 0
-    places = [user_path(place) for place in options.examples]  # Paths, or words after options
+    places = [user_path(place) for place in options.examples]  # words after options are texts
     names, inputs = examples(places, about.schema, resize)
     rows = as_records(model.probabilities(inputs), model.classes)
     named = [{"example": name, **row} for name, row in zip(names, rows, strict=True)]

@@ -1,4 +1,4 @@
-"""A whole deployment on this machine: TLS, keys, SuperNodes with data of their own."""
+"""Rehearses a whole deployment on this machine: TLS, keys, SuperNodes with their own data."""
 
 from __future__ import annotations
 

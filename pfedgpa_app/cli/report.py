@@ -1,4 +1,4 @@
-"""One page of what runs came to: report.html, with table.csv and table.tex beside it."""
+"""Writes one page with the results of runs: report.html, with table.csv and table.tex beside it."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Makes the project's own measurements again, and the paper's.
+"""Repeats the project's own measurements, and the paper's.
 
-The map of where generation helps; the paper's Table 1; its Table 2 and Figure 4, which are one
-study; clients that join; federations that start from what another learned. Runs what is not done
-yet, place by place, and writes rows (.jsonl), tables (.md) and figures (.svg) anew after each. Stop
-it and start it again whenever you like.
+They are: the map of where generation helps; the paper's Table 1; its Table 2 and Figure 4, which
+are one study; clients that join; federations that start from what another learned. Runs what is
+not done yet, place by place, and after each place writes rows (.jsonl), tables (.md) and figures
+(.svg) again. Stop it and start it again whenever you like.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _cells(options: Namespace, kind: type[Atlas]) -> list[Cell]:
     names = [cell.name for cell in every]
     meant: set[str] = set()
     for part in shared.items("--only", options.only):
-        # a whole name is that place alone: cifar10-10 is no part of cifar10-100
+        # a whole name means that place alone: cifar10-10 does not mean cifar10-100
         found = {part} & {*names} or {name for name in names if part in name}
         if not found:
             small = ", as it is with --quick," if options.quick else ""

@@ -1,4 +1,4 @@
-"""Runs an experiment: every method of it on the same partition and seed."""
+"""Runs an experiment: all its methods, on the same partition and seed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def handle(options: Namespace) -> int:
     _end_with_parent()
     with contextlib.ExitStack() as stack:
         flower = None
-        if settings.get("engine") == "ray":  # it comes up while we import and check
+        if settings.get("engine") == "ray":  # it starts while we import and check
             from pfedgpa_app.engine.ray import Simulation
 
             flower = stack.enter_context(Simulation())
@@ -39,7 +39,7 @@ def handle(options: Namespace) -> int:
 
 
 def _end_with_parent() -> None:
-    """A run that a sweep started stops when the sweep is gone, however it went."""
+    """Stop a run that a sweep started when the sweep's process is gone for any reason."""
     parent = os.environ.get(PARENT)
     if parent is None:
         return

@@ -1,4 +1,4 @@
-"""Prints settings, their defaults and meaning; with --conf, what a run would have."""
+"""Prints settings, their defaults and meaning; with --conf, the values that a run would have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs every combination of settings, as many at once as the machine carries.
+"""Runs every combination of settings, as many at once as the machine allows.
 
 Finished runs are skipped, so a sweep that was stopped goes on where it was.
 """
@@ -71,7 +71,7 @@ def handle(options: Namespace) -> int:
 
 
 def _varied(texts: list[str]) -> dict[str, list[Any]]:
-    """What ``--over`` says: {setting: its values}."""
+    """Return {setting: its values} of the ``--over`` options."""
     from pfedgpa_app.config.names import known
 
     over: dict[str, list[Any]] = {}

@@ -57,7 +57,7 @@ def handle(options: Namespace) -> int:
             f"--conf {options.conf}: none of its methods ({', '.join(config.method)}) has settings "
             "to choose: name others by --methods"
         )
-    # what can be repeated elsewhere: no paths of this machine
+    # the command can be repeated elsewhere: it has no paths of this machine
     conf = Path(options.conf).name if Path(options.conf).is_absolute() else options.conf
     words = ["--conf", conf, "--methods", ",".join(map(reference_of, methods))]
     words += ["--trials", str(options.trials)] if options.trials else []

@@ -1,1 +1,1 @@
-"""The app on real SuperLink and SuperNode processes: keys, checks, and a rehearsal."""
+"""Run the app on real SuperLink and SuperNode processes: keys, checks, and a rehearsal."""

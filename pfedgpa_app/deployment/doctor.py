@@ -30,34 +30,34 @@ from pfedgpa_app.models.networks import weights_of
 
 DISTRIBUTION = "pfedgpa-app"
 _PATIENCE = 10.0  # seconds for a connection
-_FREE = 2 * 2**30  # bytes that a disk should have left
+_FREE = 2 * 2**30  # bytes that should be free on a disk
 
 
 class NodeError(Exception):
-    """A check that does not pass; the text says what to do."""
+    """A check failed; the text says what to do."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """What is to be checked; what is empty is not."""
+    """What to check; an empty field is not checked."""
 
     dataset: str = ""
     data_dir: str = ""
     image_size: int = 0
     model: str = "auto"
     superlink: str = ""
-    certificates: str = ""  # the authority's, by which the SuperLink is known
+    certificates: str = ""  # the authority's, which vouches for the SuperLink's
     key: str = ""
     state_dir: str = ""
 
 
 def python() -> str:
-    """The interpreter."""
+    """Return the interpreter's version."""
     return ".".join(map(str, sys.version_info[:3]))
 
 
 def packages() -> str:
-    """Everything that the installed app asks for, in the ranges that it asks for."""
+    """Check all packages that the installed app requires, and that their versions are in range."""
     try:
         wanted = map(Requirement, importlib.metadata.requires(DISTRIBUTION) or [])
     except importlib.metadata.PackageNotFoundError as error:
@@ -65,7 +65,7 @@ def packages() -> str:
     wrong, names = [], []
     for requirement in wanted:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue  # for development
+            continue  # it belongs to an extra
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
@@ -89,7 +89,7 @@ def _examples(node: Node) -> Dataset:
 
 
 def data(node: Node, found: Dataset) -> str:
-    """The node's examples."""
+    """Describe the node's examples."""
     text = "; ".join(remarks(found))
     return (
         f"{node.dataset}: {len(found.train_labels):,} training and {len(found.test_labels):,} test "
@@ -98,7 +98,7 @@ def data(node: Node, found: Dataset) -> str:
 
 
 def network(node: Node, found: Dataset) -> str:
-    """Whether the run's network takes the node's examples."""
+    """Check that the run's network takes the node's examples."""
     try:
         made = network_of(TrainingSettings(model=node.model), schema_of(found))
     except ValueError as error:
@@ -107,7 +107,7 @@ def network(node: Node, found: Dataset) -> str:
 
 
 def certificate(node: Node) -> str:
-    """The authority's certificate."""
+    """Check the authority's certificate."""
     path = user_path(node.certificates)
     try:
         found = x509.load_pem_x509_certificate(path.read_bytes())
@@ -120,7 +120,7 @@ def certificate(node: Node) -> str:
 
 
 def key(node: Node) -> str:
-    """The node's private key."""
+    """Check the node's private key."""
     path = user_path(node.key)
     try:
         found = load_ssh_private_key(path.read_bytes(), password=None)
@@ -134,7 +134,7 @@ def key(node: Node) -> str:
 
 
 def state_dir(node: Node) -> str:
-    """Where clients keep their state."""
+    """Check the folder in which clients keep their state."""
     path = user_path(node.state_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -149,7 +149,7 @@ def state_dir(node: Node) -> str:
 
 
 def connection(node: Node) -> str:
-    """The SuperLink, and that it is the one of our authority."""
+    """Check that the SuperLink answers, and that the authority vouches for it."""
     found = re.fullmatch(r"(?:\[(.+)\]|([^:]+)):(\d+)", node.superlink)
     if found is None:
         raise NodeError(f"{node.superlink!r}: wants HOST:PORT")
@@ -168,12 +168,12 @@ def connection(node: Node) -> str:
         ) from error
     except ssl.SSLError as error:
         raise NodeError(f"{node.superlink}: does not speak TLS: {error.reason}") from error
-    except (OSError, UnicodeError) as error:  # no host has such a name
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a valid host name
         raise NodeError(f"{node.superlink}: cannot be reached: {error}") from error
 
 
 def examine(node: Node) -> Iterator[tuple[str, bool, str]]:
-    """(check, whether it passes, what was found or what to do) one after the other."""
+    """Yield (check, whether it passes, what was found or what to do), one check after the other."""
     checks: list[tuple[str, Callable[[], str]]] = [("python", python), ("packages", packages)]
     if node.dataset:
         found = cache(lambda: _examples(node))
@@ -192,7 +192,7 @@ def examine(node: Node) -> Iterator[tuple[str, bool, str]]:
     failed = ""
     for name, check in checks:
         if name == "network" and failed == "data":
-            continue  # there is nothing that it could take
+            continue  # there are no examples to try it with
         try:
             yield name, True, check()
         except NodeError as trouble:

@@ -1,4 +1,4 @@
-"""Keys and certificates of a deployment: one authority, one server, one key a node."""
+"""Make a deployment's keys and certificates: for one authority, one server and each node."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pfedgpa_app.core.settings import ConfigError
 CA, CA_KEY = "ca.crt", "ca.key"
 SERVER, SERVER_KEY = "server.crt", "server.key"
 AUTHORITY = "pFedGPA federation"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")  # where the SuperLink's own processes reach it
+LOOPBACK = ("localhost", "127.0.0.1", "::1")  # by which the SuperLink's own processes reach it
 _IN_HOSTS = {*string.ascii_letters, *string.digits, *"-._:*"}
 Key = ec.EllipticCurvePrivateKey
 
 
 def _private(path: Path, content: bytes) -> None:
-    """Write what only its owner may read."""
+    """Write a file that only its owner may read."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as out:
         out.write(content)
@@ -44,7 +44,7 @@ def _name(text: str) -> x509.Name:
 
 
 def _host(text: str) -> str:
-    """A host's name as certificates hold it."""
+    """Return a host's name as certificates hold it."""
     try:
         host = text.encode("idna").decode()
     except UnicodeError as error:
@@ -62,18 +62,20 @@ def _address(host: str) -> x509.GeneralName:
 
 
 def make(folder: Path, hosts: Sequence[str], nodes: int, days: int = 365) -> list[Path]:
-    """An authority, a certificate of the SuperLink, and SuperNodes' keys.
+    """Make an authority, a certificate for the SuperLink, and SuperNodes' keys.
 
     Args:
-        hosts: names and addresses by which nodes reach the SuperLink; itself it may on loopback.
+        folder: where the files go.
+        hosts: names and addresses by which nodes reach the SuperLink; loopback is added.
         nodes: how many SuperNodes there are: ``node-0``, ``node-0.pub``, ….
-        days: how long the certificates are good.
+        days: how long the certificates are valid.
 
     Returns:
-        the files, which were not there before.
+        the paths of the new files.
 
     Raises:
-        ConfigError: one of them was: keys are not replaced unasked; or what is no host's name.
+        ConfigError: one of the files exists already, as keys are not replaced unasked; or a host's
+            name is not valid.
     """
     hosts = list(dict.fromkeys([*map(_host, hosts), *LOOPBACK]))
     names = [CA, CA_KEY, SERVER, SERVER_KEY]
@@ -101,7 +103,7 @@ def _new_key() -> Key:
 
 
 def _ssh(key: Key) -> tuple[bytes, bytes]:
-    """A key and its public half, as OpenSSH has them."""
+    """Return a key and its public half in OpenSSH's format."""
     private = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.OpenSSH,
@@ -116,7 +118,7 @@ def _ssh(key: Key) -> tuple[bytes, bytes]:
 def _certificates(
     authority: Key, server: Key, hosts: Sequence[str], days: int
 ) -> tuple[x509.Certificate, x509.Certificate]:
-    """The authority's, and the one of the server at ``hosts``."""
+    """Return the authority's certificate, and that of the server at ``hosts``."""
     identity = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
     names = x509.SubjectAlternativeName([_address(host) for host in hosts])
@@ -126,7 +128,7 @@ def _certificates(
         .sign(authority, hashes.SHA384())
     )
     leaf = (
-        _certificate(hosts[0][:64], server, days, is_authority=False)  # no more is allowed there
+        _certificate(hosts[0][:64], server, days, is_authority=False)  # X.509's limit of a name
         .add_extension(names, critical=False)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
         .add_extension(issuer, critical=False)

@@ -23,7 +23,7 @@ class Deployment(Flower):
     """
 
     def __init__(self, certificates: Path | None = None) -> None:
-        """Encrypted and with authenticated nodes by the keys in ``certificates``, if given."""
+        """Prepare it, encrypted and with authenticated nodes if ``certificates`` has their keys."""
         super().__init__()
         self.certificates = certificates
         self.ca = certificates / keys.CA if certificates else None
@@ -51,11 +51,11 @@ class Deployment(Flower):
         )
 
     def reached_at(self, number: int) -> str:
-        """The SuperLink's host as a node sees it."""
+        """Return the SuperLink's host as a node sees it."""
         return self.host
 
     def start_node(self, number: int, **config: Any) -> None:
-        """Start a SuperNode, or start it again, with the node config given."""
+        """Start a SuperNode, or start it again, with the given node config."""
         command = ["flower-supernode", "--superlink", f"{self.reached_at(number)}:{self.port}"]
         port = self._ports.setdefault(number, free_port())
         command += ["--host", "127.0.0.1", "--port", str(port)]
@@ -70,10 +70,10 @@ class Deployment(Flower):
         self.nodes[number] = self.spawn(command, self.node_log(number))
 
     def await_nodes(self) -> None:
-        """Return when every node that was started is connected.
+        """Wait until every node that was started is connected.
 
         Raises:
-            LaunchError: they took two minutes.
+            LaunchError: that took more than two minutes.
         """
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
@@ -83,10 +83,10 @@ class Deployment(Flower):
         raise LaunchError(f"not all of {len(self.nodes)} SuperNodes have connected")
 
     def node_log(self, number: int) -> Path:
-        """Where a node's SuperNode and clients write."""
+        """Return the file to which a node's SuperNode and clients write."""
         return self.home / f"node-{number}.log"
 
     def kill_node(self, number: int) -> None:
-        """End a node's SuperNode and what it started."""
+        """Kill a node's SuperNode and the processes that it started."""
         os.killpg(self.nodes[number].pid, signal.SIGKILL)
         self.nodes.pop(number).wait()

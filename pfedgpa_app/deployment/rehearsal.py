@@ -1,4 +1,4 @@
-"""The whole deployment on one machine: keys, a SuperLink, SuperNodes with data."""
+"""Rehearse a whole deployment on one machine: keys, a SuperLink, SuperNodes with data."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SETTINGS: dict[str, Any] = {
     "pfedgpa.fit-steps": 200,
     "timeout": 300.0,
 }
-NODES_A_CORE = 5  # that begin to work in time (benchmarks/nodes.py)
+NODES_A_CORE = 5  # how many begin to work in time (benchmarks/nodes.py)
 
 
 def site_images(folder: Path, site: int, sites: int) -> None:
     """Write a site's images as ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``.
 
-    Scikit-learn's digits, dealt to the sites in turn; half of the classes are rare at each.
+    They are Scikit-learn's digits, dealt to the sites in turn; half of a site's classes are rare.
     """
     from PIL import Image
 
@@ -53,9 +53,9 @@ def site_images(folder: Path, site: int, sites: int) -> None:
 
 
 def node_config(folder: Path, number: int, sites: int, config: Config) -> dict[str, str]:
-    """A site's node config, and its data, where every site is to have its own."""
+    """Return a site's node config, and write its images if every site has data of its own."""
     state = {"state_dir": str(folder / f"state-{number}")}
-    if config.dataset != NODES:  # the run's partition deals it out
+    if config.dataset != NODES:  # the run's partition deals out the data
         return state
     images = folder / f"site-{number}"
     site_images(images, number, sites)
@@ -63,10 +63,10 @@ def node_config(folder: Path, number: int, sites: int, config: Config) -> dict[s
 
 
 def prepared(nodes: int, overrides: dict[str, Any]) -> tuple[dict[str, Any], Path]:
-    """The run's settings and its folder, which is made.
+    """Return the run's settings, and its folder, which is made.
 
     Raises:
-        ConfigError: settings that cannot be, or more or fewer clients than nodes.
+        ConfigError: the settings cannot run, or ``num-clients`` is not the number of nodes.
     """
     usual = {k: v for k, v in SETTINGS.items() if k != "method" or "conf" not in overrides}
     methods = resolve({k: v for k, v in usual.items() if "." not in k} | overrides).config.method
@@ -83,7 +83,7 @@ def prepared(nodes: int, overrides: dict[str, Any]) -> tuple[dict[str, Any], Pat
 
 
 def rehearse(nodes: int, overrides: dict[str, Any], app: Path = APP_DIR) -> Path:
-    """Bring everything up, run the app, take everything down; the folder of the results.
+    """Bring everything up, run the app, take everything down; return the folder of the results.
 
     Args:
         overrides: settings of the run.

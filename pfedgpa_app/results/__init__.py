@@ -1,1 +1,1 @@
-"""What a run leaves behind: its log, its tables, its plots."""
+"""Write and read a run's results: its log, its tables, its plots."""

@@ -1,4 +1,4 @@
-"""The figures of a report, as SVG that takes its text's colour from the page."""
+"""Draw the figures of a report, as SVG whose text has the page's colour."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # imported when the first is drawn: a run's start need not wait for it
+if TYPE_CHECKING:  # imported only when a figure is drawn, as it slows a run's start
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind people tell apart, and Tableau's after them
+# Okabe and Ito's colours, which colour-blind people can tell apart, then two of Tableau's
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8c564b", "#7f7f7f")
 DASHES = ("-", "--", "-.", ":")
-INK = "#010203"  # stands for the page's own colour of text
-Curve = Sequence[tuple[int, float, float]]  # round, mean, standard deviation
+INK = "#010203"  # replaced by the page's text colour
+Curve = Sequence[tuple[int, float, float]]  # (round, mean, standard deviation)
 
 
 def colour(i: int) -> str:
-    """Of the i-th of several things."""
+    """Return the colour of the i-th of several things."""
     return COLOURS[i % len(COLOURS)]
 
 
 def canvas(width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
+    """Return an empty figure; width and height are in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def one_plot(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of one plot."""
+    """Return a figure with one plot; width and height are in inches."""
     figure = canvas(width, height)
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -42,7 +42,11 @@ def one_plot(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def svg(figure: Figure, name: str) -> str:
-    """The figure as an element of a page; ``name`` tells its parts from those of others."""
+    """Return the figure as an SVG element of a page.
+
+    Args:
+        name: is read out by screen readers, and keeps the element's ids apart from other figures'.
+    """
     import matplotlib as mpl
 
     for axes in figure.axes:
@@ -68,7 +72,7 @@ def svg(figure: Figure, name: str) -> str:
 
 
 def _apart(places: Sequence[float], least: float) -> list[float]:
-    """``places`` moved so that neighbours are ``least`` apart, in their own order."""
+    """Move ``places`` so that neighbours are at least ``least`` apart, keeping their order."""
     order = sorted(range(len(places)), key=lambda i: places[i])
     moved = list(places)
     for before, after in itertools.pairwise(order):
@@ -77,10 +81,11 @@ def _apart(places: Sequence[float], least: float) -> list[float]:
 
 
 def curves(found: Mapping[str, Curve], ends: Mapping[str, float]) -> str:
-    """Accuracy over rounds, a line a federation, each named at its end.
+    """Draw accuracy over rounds, a line for each federation, with its name at its end; SVG.
 
     Args:
-        ends: where methods came to that have no rounds of their own.
+        found: {federation: its curve}.
+        ends: {method without rounds of its own: its final accuracy in percent}.
     """
     figure, axes = one_plot(8, 4.2)
     last = max((points[-1][0] for points in found.values() if points), default=1)
@@ -90,7 +95,7 @@ def curves(found: Mapping[str, Curve], ends: Mapping[str, float]) -> str:
             continue
         rounds, means, spreads = (np.array(column) for column in zip(*points, strict=True))
         style: dict[str, Any] = {"color": colour(i), "linestyle": DASHES[i % len(DASHES)]}
-        # the first one is the widest: another that lies upon it does not hide it
+        # earlier lines are wider, so that a later one on top does not hide them
         width = max(1.2, 3.0 - 0.6 * i)
         axes.plot(rounds, means, linewidth=width, marker="." if len(points) < 12 else "", **style)
         if spreads.any():
@@ -123,7 +128,11 @@ def curves(found: Mapping[str, Curve], ends: Mapping[str, float]) -> str:
 
 
 def before_and_after(found: Mapping[str, Mapping[int, tuple[float, float]]]) -> str:
-    """Every client of every method before and after fine-tuning: {method: {client: …}}."""
+    """Draw every client's accuracy before and after fine-tuning, a panel for each method; SVG.
+
+    Args:
+        found: {method: {client: (accuracy before, after)}}, in percent.
+    """
     clients = max(len(scores) for scores in found.values())
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
@@ -150,12 +159,12 @@ def before_and_after(found: Mapping[str, Mapping[int, tuple[float, float]]]) -> 
 
 
 def holdings(counts: np.ndarray, classes: Sequence[str]) -> str:
-    """Who holds how many of each class, [clients, classes], as SVG."""
+    """Draw how many examples of each class every client holds, [clients, classes]; SVG."""
     return svg(stacked_bars(counts, classes, 8, 3.4), "who holds how many of each class")
 
 
 def stacked_bars(counts: np.ndarray, classes: Sequence[str], width: float, height: float) -> Figure:
-    """A bar a client, of how many examples it has of each class [clients, classes]."""
+    """Draw a bar for each client: how many examples it has of each class, [clients, classes]."""
     figure, axes = one_plot(width, height)
     bottom = np.zeros(len(counts))
     for c, name in enumerate(classes):
@@ -169,7 +178,7 @@ def stacked_bars(counts: np.ndarray, classes: Sequence[str], width: float, heigh
 
 
 def class_colour(c: int, classes: int) -> Any:
-    """Of class ``c``: neighbours look different, as far as there are colours."""
+    """Return the colour of class ``c``; neighbours look as different as the number allows."""
     import matplotlib as mpl
 
     if classes <= 10:
@@ -178,11 +187,14 @@ def class_colour(c: int, classes: int) -> Any:
 
 
 def latent_map(found: Mapping[str, Any], mixes: np.ndarray | None) -> str:
-    """Clients in the first two latent dimensions: small, their uploads; large, what was made.
+    """Draw clients in the first two latent dimensions; SVG.
+
+    Small dots are their uploads, large pies are the weights that were made for them.
 
     Args:
         found: "uploads" [N, 2] of "clients" [N], and "newest" and "sent" by client, [2] each.
-        mixes: each client's share of every class, as the slices of its pie.
+        mixes: each client's share of every class, [clients, classes], the slices of its pie; None
+            if they are not known.
     """
     figure, axes = one_plot(6.4, 5.2)
     uploads, owners = np.array(found["uploads"]), np.array(found["clients"])
@@ -203,7 +215,7 @@ def latent_map(found: Mapping[str, Any], mixes: np.ndarray | None) -> str:
 
 
 def _pie(axes: Axes, place: Sequence[float], mix: np.ndarray, classes: int) -> None:
-    """A client's mix of classes, at its place."""
+    """Draw a client's mix of classes at its place."""
     from matplotlib.path import Path
 
     edges = 2 * np.pi * np.concatenate([[0], np.cumsum(mix / mix.sum())])
@@ -212,6 +224,6 @@ def _pie(axes: Axes, place: Sequence[float], mix: np.ndarray, classes: int) -> N
             continue
         angles = np.linspace(start, end, 24)
         slice_of_it = np.column_stack([np.append(np.cos(angles), 0), np.append(np.sin(angles), 0)])
-        size = 110 * np.abs(slice_of_it).max() ** 2  # matplotlib scales a marker to this
+        size = 110 * np.abs(slice_of_it).max() ** 2  # markers are scaled to this
         kind = {"color": class_colour(c, classes), "linewidth": 0}
         axes.scatter([place[0]], [place[1]], size, marker=Path(slice_of_it), **kind)

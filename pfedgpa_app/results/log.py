@@ -1,4 +1,4 @@
-"""The run's log: one record a round and client, and its progress for whoever watches."""
+"""The run's log: a record for each round and client, and events that show its progress."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from pfedgpa_app.core.settings import ConfigError
 logger = logging.getLogger("pfedgpa")
 
 METRICS, EVENTS, SUMMARY = "metrics.jsonl", "events.jsonl", "summary.json"
-TABLE = "table.md"  # of all methods, written last
-RECORDS = (METRICS, "clients.jsonl", "joining.jsonl")  # what a resumed run shortens, too
+TABLE = "table.md"  # has all methods and is written last
+RECORDS = (METRICS, "clients.jsonl", "joining.jsonl")  # a resumed run cuts them back
 
 
 def clock(seconds: float) -> str:
-    """``95`` → ``1:35``."""
+    """Format seconds as minutes and seconds: 95 as ``1:35``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Records:
-    """The records of a log that may still be written.
+    """Reads the records of a log that may still be growing.
 
-    What a killed process or a full disk left torn is passed over.
+    Lines that a killed process or a full disk left incomplete are skipped.
     """
 
     def __init__(self, path: Path, place: int = 0) -> None:
-        """``place``: the byte from which on they are read."""
+        """Read the file from byte ``place`` on."""
         self.path, self.place = path, place
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """The whole records that have not been read yet."""
+        """Yield the complete records that have not been read yet."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -55,7 +55,7 @@ class Records:
 
 
 def record_in(line: bytes) -> dict[str, Any]:
-    """The record that a line is; {} if it is none."""
+    """Return the record in a line; {} if there is none."""
     try:
         found = json.loads(line.decode())
     except (ValueError, RecursionError):
@@ -64,10 +64,10 @@ def record_in(line: bytes) -> dict[str, Any]:
 
 
 def last_event(folder: Path) -> dict[str, Any]:
-    """The newest whole event of the run in ``folder``; {} before the first."""
+    """Return the newest complete event of the run in ``folder``; {} before the first."""
     path = folder / EVENTS
     window, size = 4096, path.stat().st_size if path.exists() else 0
-    while True:  # from the end: a long run's log is large
+    while True:  # read from the end, as a long run's log is large
         newest = deque(Records(path, max(0, size - window)).new(), maxlen=1)
         if newest or window >= size:
             return newest[0] if newest else {}
@@ -75,8 +75,13 @@ def last_event(folder: Path) -> dict[str, Any]:
 
 
 def participants(folder: Path, name: str, server_round: int, clients: int) -> set[int]:
-    """Whose uploads counted in the newest round of a run of so many ``clients``, if it is this."""
-    path, most = folder / METRICS, clients * 2**9  # bytes of a round's records
+    """Return the clients whose uploads counted in a round, if it is the newest one in the log.
+
+    Args:
+        name: the round's federation.
+        clients: how many clients the run has, which tells how much of the log's end to read.
+    """
+    path, most = folder / METRICS, clients * 2**9  # bytes that a round's records take at most
     if not path.exists():
         return set()
     return {
@@ -88,7 +93,11 @@ def participants(folder: Path, name: str, server_round: int, clients: int) -> se
 
 
 def _summed(path: Path, size: int = 0, checksum: int = 0) -> tuple[int, int]:
-    """The size and the CRC-32 of a file whose first ``size`` bytes have ``checksum``."""
+    """Return a file's size and CRC-32, without reading again what has been summed.
+
+    Args:
+        size, checksum: those of the part that has been summed.
+    """
     with path.open("rb") as file:
         file.seek(size)
         more = file.read()
@@ -96,40 +105,40 @@ def _summed(path: Path, size: int = 0, checksum: int = 0) -> tuple[int, int]:
 
 
 def end_whole(path: Path) -> None:
-    """Cut a last line that was not written to its end, so that the next one is by itself."""
+    """Cut off an incomplete last line, so that the next record has a line of its own."""
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def is_done(folder: Path) -> bool:
-    """Whether the run in ``folder`` came to its end."""
+    """Whether the run in ``folder`` has finished."""
     return last_event(folder).get("kind") == "done"
 
 
 def finished_in(out: Path) -> list[Path]:
-    """The folders of the finished runs in ``out``, the one that ended last at the end."""
+    """Return the folders of the finished runs in ``out``, in the order in which they ended."""
     ends = {path.parent: last_event(path.parent) for path in sorted(out.glob(f"*/{SUMMARY}"))}
     found = [folder for folder, event in ends.items() if event.get("kind") == "done"]
     return sorted(found, key=lambda folder: float(ends[folder].get("time", 0)))
 
 
 def say(folder: Path, kind: str, text: str, progress: float) -> None:
-    """Add to the events in a run's folder what somebody else says of it."""
+    """Add an event to a run's folder from outside the run's own process."""
     record = {"kind": kind, "text": text, "time": round(time.time(), 3), "progress": progress}
     append(folder / EVENTS, record)
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a line to a file of records."""
+    """Add a record, as a line, to a file of records."""
     with path.open("a", encoding="utf-8") as out:
         out.write(as_json(record) + "\n")
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The summary of the run in ``folder``: one row a method.
+    """Return the summary of the run in ``folder``, a row for each method.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: it cannot be read.
     """
     path = folder / SUMMARY
     try:
@@ -144,7 +153,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def rounds_of(folder: Path) -> dict[str, dict[int, list[dict[str, Any]]]]:
-    """{federation: {round: its records, one a client}} of the run in ``folder``."""
+    """Return {federation: {round: its records, one for each client}} of the run in ``folder``."""
     found: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for record in Records(folder / METRICS).new():
         rounds = found.setdefault(record["federation"], {})
@@ -153,7 +162,7 @@ def rounds_of(folder: Path) -> dict[str, dict[int, list[dict[str, Any]]]]:
 
 
 def accuracies_of(folder: Path) -> dict[str, dict[int, list[float]]]:
-    """{federation: {round: each evaluated client's accuracy}} of the run in ``folder``."""
+    """Return {federation: {round: every evaluated client's accuracy}} of the run in ``folder``."""
     found: dict[str, dict[int, list[float]]] = {}
     for federation, rounds in rounds_of(folder).items():
         for server_round, records in rounds.items():
@@ -164,7 +173,7 @@ def accuracies_of(folder: Path) -> dict[str, dict[int, list[float]]]:
 
 
 def mean(values: list[float]) -> float:
-    """NaN for no values."""
+    """Return the mean; NaN if there are no values."""
     return sum(values) / len(values) if values else float("nan")
 
 
@@ -173,26 +182,29 @@ class RunLog:
 
     Attributes:
         curves: {federation: [(round, mean accuracy of all clients, of the participants)]}.
-        making: {federation: seconds that the server will take to make its weights}.
-        listeners: are told each round's federation, number and records.
+        making: {federation: seconds that the server will take to make its clients' weights}.
+        listeners: functions to call with each round's federation, number and records.
     """
 
     def __init__(
         self, folder: Path, rounds: int, work: float, making: Mapping[str, float] | None = None
     ) -> None:
-        """``work`` is the run's length in rounds, final evaluations reckoned as rounds."""
+        """Start the log; ``work`` is the run's length in rounds, with its evaluations as rounds."""
         self.folder, self.rounds, self.making = folder, rounds, dict(making or {})
         self.curves: dict[str, list[tuple[int, float, float]]] = {}
         self.listeners: list[Callable[[str, int, list[dict[str, Any]]], None]] = []
         self._work, self._done = work, 0.0
         self._started = self._last = time.monotonic()
-        self._begun = 0.0  # where this process began
+        self._begun = 0.0  # work that was done when this process began
         self._pace = 0.0  # seconds a round, smoothed
         self._sums: dict[str, tuple[int, int]] = {}  # {file of records: its size and CRC-32}
         end_whole(folder / EVENTS)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the log; the records that it counts are on the disk."""
+        """Return what a checkpoint keeps of the log.
+
+        The records that it counts have been written to the disk.
+        """
         paths = [self.folder / file for file in RECORDS if (self.folder / file).exists()]
         for path in paths:
             sync(path)
@@ -206,10 +218,10 @@ class RunLog:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go back to a checkpoint: records written since then are forgotten.
+        """Go back to a checkpoint, removing the records written since.
 
         Raises:
-            ConfigError: some that the checkpoint counts are not there any more.
+            ConfigError: records that the checkpoint counts are missing or damaged.
         """
         self.curves = state["curves"]
         self._done = self._begun = state["done"]
@@ -221,7 +233,7 @@ class RunLog:
                     f"resume: {path} has {there} bytes, and the checkpoint counts {size}: it was "
                     "cut since; put it back, or run anew under another run-name"
                 )
-        checksums = state.get("checksums", {})  # older ones have none
+        checksums = state.get("checksums", {})  # older checkpoints have none
         for path, size in sizes.items():
             if not path.exists():
                 continue
@@ -234,7 +246,7 @@ class RunLog:
                 )
 
     def event(self, kind: str, text: str, **more: Any) -> None:
-        """Say something to whoever watches."""
+        """Write an event, for whoever watches the run."""
         now = round(time.time(), 3)
         progress = round(self._done / self._work, 4) if self._work else 1.0
         record = {"kind": kind, "text": text, "time": now, "progress": progress}
@@ -242,9 +254,9 @@ class RunLog:
         (logger.warning if kind == "warning" else logger.info)(text)
 
     def failed(self, error: Exception) -> None:
-        """The run cannot go on; a disk that is full does not hide what went wrong.
+        """Write that the run failed; a full disk does not hide the error.
 
-        Errors of ours are sentences for the user; others are told by their type, too.
+        This package's errors are sentences for the user; others are shown with their type, too.
         """
         ours = type(error).__module__.startswith("pfedgpa_app.")
         text = f"{error}" if ours else f"{type(error).__name__}: {error}".removesuffix(": ")
@@ -254,12 +266,12 @@ class RunLog:
                 "from the last checkpoint by resume=true"
             )
         with contextlib.suppress(OSError):
-            end_whole(self.folder / EVENTS)  # it may have filled up in the middle of a line
+            end_whole(self.folder / EVENTS)  # the disk may have filled up in the middle of a line
             trace = "".join(traceback.format_exception(error))
             self.event("failed", text, traceback=trace)
 
     def advance(self, work: float) -> float:
-        """``work`` more rounds are done; the seconds that are left at the recent pace."""
+        """Count ``work`` more rounds as done; return the seconds left at the recent pace."""
         now = time.monotonic()
         pace = (now - self._last) / work
         if self._done - self._begun <= 2:  # the first round starts the clients and says little
@@ -270,19 +282,19 @@ class RunLog:
         return self.left()
 
     def left(self) -> float:
-        """The seconds that are left at the recent pace."""
+        """Return the seconds that are left at the recent pace."""
         return max(0.0, self._work - self._done) * self._pace + sum(self.making.values())
 
     def watch(self, federation: str, what: str, work: float = 0.0) -> Callable[[float], None]:
-        """What is told the share of ``what`` that is done and says so, once a second.
+        """Return a function to call with the share of ``what`` done; it says so once a second.
 
         Args:
-            work: how long it takes in rounds, where it is reckoned so.
+            work: how long it takes, in rounds, if the run's length counts it.
         """
-        self.making.pop(federation, None)  # from here on by its own pace
+        self.making.pop(federation, None)  # from here on, its own pace tells
         self.event("status", what)
         said = time.monotonic()
-        first: tuple[float, float] | None = None  # when, and which share: what came before is over
+        first: tuple[float, float] | None = None  # time and share at the first call
 
         def tell(share: float) -> None:
             nonlocal said, first
@@ -291,14 +303,14 @@ class RunLog:
                 said, first = now, (now, share)
             elif now - said >= 1 and share > first[1]:
                 pace = (now - first[0]) / (share - first[1])
-                rest = max(0.0, self.left() - work * self._pace)  # of the run, after this
+                rest = max(0.0, self.left() - work * self._pace)  # the run's seconds after this
                 said, left = now, pace * (1 - share) + rest
                 self.event("progress", f"{what}: {share:.0%}  {clock(left)} left")
 
         return tell
 
     def rejected(self, name: str, when: str, client: int, reason: str) -> None:
-        """A client's reply cannot be used."""
+        """Warn that a client's reply cannot be used."""
         text = f"{name} {when}: client {client} {reason}"
         self.event("warning", text)
 
@@ -310,7 +322,14 @@ class RunLog:
         scores: dict[int, dict[str, float]],
         loss: float,
     ) -> None:
-        """One record for every client that trained or was evaluated; ``loss`` is the round's."""
+        """Write a record for every client that trained or was evaluated in a round.
+
+        Args:
+            name: the federation's.
+            participants: {client: its figures from training}, such as ``train_loss``.
+            scores: {client: its figures from evaluation}, such as ``accuracy`` in percent.
+            loss: the round's training loss.
+        """
         records = []
         for client in sorted(participants.keys() | scores.keys()):
             record: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The page of a report: a template that needs nothing from anywhere."""
+"""A report's page: a template that needs no other file."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ for (const head of document.querySelectorAll(".sortable th")) head.onclick = () 
 
 
 def page(**parts: Any) -> str:
-    """The page with its parts, whose texts are escaped.
+    """Return the page, with the texts of its parts escaped.
 
     Args:
         parts: "title", "about" (lines), "table" (header, rows of cells, legend), "figures" (title,

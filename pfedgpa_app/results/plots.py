@@ -1,4 +1,4 @@
-"""The run's pictures."""
+"""Draw a run's own plots, as image files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pfedgpa_app.results.tables import Outcome
 
 
 def accuracy_over_rounds(path: Path, log: RunLog, results: dict[str, Outcome]) -> None:
-    """Each federation's mean accuracy, and where each method ended before fine-tuning."""
+    """Draw each federation's mean accuracy, and where each method ended before fine-tuning."""
     figure, axes = one_plot(7, 4.2)
     for name, points in log.curves.items():
         rounds, everyone, _ = zip(*points, strict=True)
@@ -30,7 +30,7 @@ def accuracy_over_rounds(path: Path, log: RunLog, results: dict[str, Outcome]) -
 
 
 def before_and_after(path: Path, results: dict[str, Outcome]) -> None:
-    """Every client before and after fine-tuning, method by method (as the paper's Fig. 4)."""
+    """Draw every client before and after fine-tuning, method by method (as the paper's Fig. 4)."""
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
     figure = canvas(3.6 * columns, 2.6 * rows)
@@ -53,9 +53,9 @@ def before_and_after(path: Path, results: dict[str, Outcome]) -> None:
 
 
 def latent_places(fitted: WeightDistribution) -> dict[str, Any]:
-    """Where uploads lie in the first two latent dimensions, and what each client was sent.
+    """Return, in the first two latent dimensions, all uploads and what each client was sent.
 
-    {} where there are not two.
+    {} if there are fewer than two latent dimensions.
     """
     if fitted.rank < 2:
         return {}
@@ -77,12 +77,13 @@ def _rounded(place: Tensor) -> list[float]:
 
 
 def latents(path: Path, places: Mapping[str, Any], groups: list[int]) -> None:
-    """Buffered uploads, each client's newest, and what it was sent, in two latent dimensions.
+    """Draw uploads, each client's newest, and what it was sent, in two latent dimensions.
 
     Colours show the hidden groups, which server and methods never see.
 
     Args:
-        places: of ``latent_places``.
+        places: what ``latent_places`` returned.
+        groups: every client's hidden group.
     """
     figure, axes = one_plot(6, 5)
     everything, clients = np.array(places["uploads"]), np.array(places["clients"])
@@ -106,6 +107,6 @@ def latents(path: Path, places: Mapping[str, Any], groups: list[int]) -> None:
 
 
 def partition(path: Path, counts: np.ndarray, classes: tuple[str, ...]) -> None:
-    """Class counts [clients, classes] as stacked bars."""
+    """Draw class counts [clients, classes] as stacked bars."""
     figure = stacked_bars(counts, classes, max(6, 0.25 * len(counts)), 4)
     figure.savefig(path, dpi=150)

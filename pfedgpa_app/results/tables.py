@@ -1,4 +1,4 @@
-"""From clients' counts to the figures of a table."""
+"""Turn clients' counts into the figures of a table."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one method came to: accuracies in percent, one a client in the order of ``clients``."""
+    """One method's result: accuracies in percent, one a client in the order of ``clients``."""
 
     clients: list[int]
     before: np.ndarray
-    after: np.ndarray  # by the method's own fine-tuning
+    after: np.ndarray  # after the method's own fine-tuning
     as_in_training: np.ndarray
-    tuned: np.ndarray | None  # by what pooled validation chose; None without a grid
-    kept: np.ndarray  # each client's better of before and after, by its own validation images
-    validation: dict[str, float]  # pooled over clients: {"before_ft", "after_ft", "after_ft_tuned"}
+    tuned: np.ndarray | None  # after what pooled validation chose; None without a grid
+    kept: np.ndarray  # before or after, whichever is better on the client's own validation images
+    validation: dict[str, float]  # pooled: {"before_ft", "after_ft", "after_ft_tuned"}
     fine_tuning: FineTuning
     tuned_by: FineTuning | None
-    agreement: float | None = None  # % of test images on which references predict the same
+    agreement: float | None = None  # % of test images predicted as by the references
 
 
 def outcome(
@@ -37,10 +37,11 @@ def outcome(
     config: Config,
     fine_tunings: Sequence[FineTuning],
 ) -> Outcome:
-    """Choose by validation images, report test images.
+    """Return a method's result: validation images choose fine-tunings, test images are reported.
 
     Args:
-        fine_tunings: what ``scores`` are of, before fine-tuning aside.
+        scores: each client's final score, by client.
+        fine_tunings: the fine-tunings that ``scores`` are of, after the score before fine-tuning.
     """
     clients = sorted(scores)
     images = np.array([scores[c].test_images for c in clients])[:, None]
@@ -54,7 +55,7 @@ def outcome(
     if config.fine_tune_grid_epochs:
         grid = [0, *sorted(tried.index(each, 1) for each in fine_tuning.tuning_grid(config))]
         pooled = validation.sum(0)
-        # the gentlest of the best, so that a tie does not fine-tune more than it must
+        # the gentlest of the best, so that a tie does not fine-tune more than necessary
         tuned = min(grid, key=lambda i: (-pooled[i], tried[i].epochs * tried[i].learning_rate))
     by_kind = {"gentle": gentle, "training": training, "tuned": tuned}
     by_kind["own"] = tried.index(own, 1) if own else None
@@ -89,7 +90,7 @@ def _described(fine_tuning: FineTuning | None) -> dict[str, Any] | None:
 def summary_entry(
     name: str, method: type[Personaliser[Any]], result: Outcome, config: Config, **more: Any
 ) -> dict[str, Any]:
-    """One method's entry of ``summary.json``; accuracies in percent, means over clients."""
+    """Return one method's entry of ``summary.json``; accuracies in percent, means over clients."""
 
     def average(values: np.ndarray | None) -> float | None:
         return None if values is None else round(float(values.mean()), 4)
@@ -138,19 +139,19 @@ LEGEND = (
 
 
 def recipe_in_words(fine_tuning: Mapping[str, Any]) -> str:
-    """As in "1 epoch at 0.005"."""
+    """Describe a fine-tuning, as in "1 epoch at 0.005"."""
     epochs, kind = fine_tuning["epochs"], "step" if fine_tuning["full_batch"] else "epoch"
     part = "" if fine_tuning["part"] == "all" else f" of the {fine_tuning['part']}"
     return f"{epochs} {kind}{'s' * (epochs != 1)} at {fine_tuning['learning_rate']:g}{part}"
 
 
 def recipes_in_words(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Those of a method's rows, one a seed: tuning may choose another for each."""
+    """Describe the fine-tunings of a method's rows, one a seed: tuning may choose several."""
     return " or ".join(dict.fromkeys(recipe_in_words(row["fine_tuning"]) for row in rows))
 
 
 def text_table(rows: list[dict[str, Any]]) -> str:
-    """The final table, in Markdown that also reads well in a terminal, and its legend."""
+    """Return the final table and its legend, in Markdown that also reads well in a terminal."""
     header = ["method", "kept", "as sent", "after FT", "FT", "worst client, kept"]
     tuned = any(row["accuracy_after_ft_tuned"] is not None for row in rows)
     if tuned:
@@ -182,12 +183,12 @@ def text_table(rows: list[dict[str, Any]]) -> str:
 
 
 def percent(value: float | None) -> str:
-    """An accuracy in %, as tables have it; "–" where there is none."""
+    """Format an accuracy in %, as tables have it; "–" if there is none."""
     return "–" if value is None or math.isnan(value) else f"{value:.1f}"
 
 
 def without_generation(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Which methods that generate weights had no reason to, and what their clients were sent."""
+    """Say which methods had no reason to generate weights, and what their clients were sent."""
     for row in rows:
         chosen = row.get("chosen_by_validation")
         if chosen == "mean":
@@ -208,14 +209,14 @@ def without_generation(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def without_result(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Who has no part in the figures: by design, and of each method, for want of an answer."""
+    """Say which clients the figures leave out: by design, and because they did not answer."""
     by_design = dict.fromkeys((*_evaluated(row), row["num_clients"]) for row in rows)
     for meant, who, clients in by_design:
         if meant < clients:
             yield f"Figures are of {meant} of {clients} clients: the {who}."
     for row in rows:
         meant, who = _evaluated(row)
-        there = row.get("clients_evaluated", meant)  # of earlier versions: all
+        there = row.get("clients_evaluated", meant)  # earlier versions evaluated all
         if there < meant:
             yield (
                 f"{row['title']}: of {there} of {meant} {who}; the others could not be evaluated "
@@ -224,7 +225,7 @@ def without_result(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _evaluated(row: Mapping[str, Any]) -> tuple[int, str]:
-    """How many clients are asked what they reach, and which."""
+    """Return how many clients a row's figures are meant to cover, and what to call them."""
     malicious, joining = row.get("malicious_clients", 0), row.get("join_clients", 0)
     who = "honest clients" if malicious else "clients"
     who += " that were there from the start" if joining else ""
@@ -232,13 +233,13 @@ def _evaluated(row: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of these cells."""
+    """Return a table of these cells in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def over_seeds(values: Sequence[float | None], digits: int = 2) -> str:
-    """Mean ± standard deviation of what is known of several seeds; of one seed its value."""
+    """Return mean ± standard deviation of the known values; one value alone; "–" for none."""
     known = np.array([value for value in values if value is not None])
     if not len(known):
         return "–"
@@ -247,7 +248,7 @@ def over_seeds(values: Sequence[float | None], digits: int = 2) -> str:
 
 
 def seeds_table(seeds: Sequence[Sequence[Mapping[str, Any]]], columns: Mapping[str, str]) -> str:
-    """Mean ± standard deviation over seeds, in Markdown.
+    """Return a table of mean ± standard deviation over seeds, in Markdown.
 
     Args:
         seeds: each seed's entries of ``summary.json``, the same methods in the same order.

@@ -1,8 +1,8 @@
-"""A run's figures for the dashboards that people already use.
+"""Send a run's figures to dashboards: TensorBoard, Weights & Biases, MLflow.
 
-Every federation and every method of a run is one curve, or one row, there: rounds go under their
-federation's name, what a method's weights came to under the method's. A run in progress and a
-run that is done are told by the same records, those of the run's folder.
+A dashboard has one curve, or one row, for every federation and every method of a run: rounds are
+logged under their federation's name, and the final results of a method's weights under the
+method's. The same records in the run's folder serve for a run in progress and for one that is done.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ Figures = Mapping[str, float]
 
 
 def _identity(folder: Path, name: str) -> str:
-    """Of a run's federation or method: what it is known by when it is told anew."""
+    """Return the ID that a run's federation or method keeps on a dashboard if it is sent again."""
     return hashlib.sha256(f"{folder.absolute()}/{name}".encode()).hexdigest()[:16]
 
 
 class Tracker(Protocol):
-    """One curve, and one row of results, of somebody's dashboard."""
+    """One curve, and one row of results, on a dashboard."""
 
     def log(self, figures: Figures, server_round: int) -> None:
-        """What a round came to."""
+        """Log the figures of a round."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Finish: no more figures will come."""
 
 
 class TensorBoard:
@@ -48,7 +48,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         place = folder / "tensorboard" / name
-        shutil.rmtree(place, ignore_errors=True)  # of a run that goes on, which is told anew
+        shutil.rmtree(place, ignore_errors=True)  # a resumed run sends all its figures again
         self.writer = SummaryWriter(str(place))
         lines = "\n".join(f"    {key}={value}" for key, value in settings.items())
         self.writer.add_text("settings", lines)
@@ -63,7 +63,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases in a group named for our run; offline without an account."""
+    """A run of Weights & Biases, in a group named after this run; offline without an account."""
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
         import wandb
@@ -79,7 +79,7 @@ class WandB:
             config=dict(settings),
             dir=str(folder),
             mode=None if known else "offline",
-            reinit="create_new",  # a run beside those of other federations
+            reinit="create_new",  # several can be open at a time, one for each federation
             settings=wandb.Settings(console="off", silent=True),
         )
 
@@ -91,7 +91,7 @@ class WandB:
 
 
 class MLflow:
-    """A run of MLflow, where MLFLOW_TRACKING_URI says, else in mlflow.db beside the run."""
+    """A run of MLflow, at MLFLOW_TRACKING_URI or, by default, in mlflow.db beside the run."""
 
     def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
         from mlflow.entities import Metric, Param, RunTag
@@ -100,13 +100,13 @@ class MLflow:
         self.metric = Metric
         here = f"sqlite:///{folder.parent.absolute() / 'mlflow.db'}"
         called = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        with FileLock(folder.parent / ".mlflow.lock"):  # a sweep's first runs all make the file
+        with FileLock(folder.parent / ".mlflow.lock"):  # a sweep's first runs all create the file
             self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or here)
             found = self.client.get_experiment_by_name(called)
             experiment = found.experiment_id if found else self.client.create_experiment(called)
         identity = _identity(folder, name)
         before = f"tags.identity = '{identity}'"
-        for old in self.client.search_runs([experiment], before):  # told anew when a run goes on
+        for old in self.client.search_runs([experiment], before):  # a resumed run sends all again
             self.client.delete_run(old.info.run_id)
         run = self.client.create_run(experiment, run_name=f"{folder.name}/{name}")
         self.id = run.info.run_id
@@ -114,7 +114,7 @@ class MLflow:
         about = {"folder": str(folder.absolute()), "method": name, "identity": identity}
         tags = [RunTag(key, value) for key, value in about.items()]
         self.client.log_batch(self.id, params=params[:100], tags=tags)
-        for start in range(100, len(params), 100):  # as many as it takes at once
+        for start in range(100, len(params), 100):  # MLflow takes at most 100 at once
             self.client.log_batch(self.id, params=params[start : start + 100])
 
     def log(self, figures: Figures, server_round: int) -> None:
@@ -136,16 +136,16 @@ def check(kinds: Sequence[str]) -> None:
     """Refuse trackers that are not installed.
 
     Raises:
-        ConfigError: which, and what installs it.
+        ConfigError: says which, and what installs it.
     """
     for kind in kinds:
         spec = find_spec(kind)
-        if spec is None or spec.origin is None:  # or a folder of that name lies in the current one
+        if spec is None or spec.origin is None:  # no origin: just a folder of that name
             raise ConfigError(f"track = {kind}: needs pip install 'pfedgpa-app[{kind}]'")
 
 
 def figures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What one round of a federation came to, by its records, one a client."""
+    """Return the figures of one round of a federation, from its records, one for each client."""
     honest = [record for record in records if not record.get("malicious")]
 
     def values(key: str) -> list[float]:
@@ -163,15 +163,15 @@ def figures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, float]:
-    """Its numbers."""
+    """Return the row's finite numbers."""
     numbers = {key: value for key, value in row.items() if type(value) in (int, float)}
     return {key: float(value) for key, value in numbers.items() if math.isfinite(value)}
 
 
 class Tracking:
-    """Tells a run's trackers how it goes.
+    """Sends a run's figures to its trackers.
 
-    What goes wrong with one is told once; it is left out from then on, and the run goes on.
+    If one of them fails, the user is warned once, it gets no more figures, and the run goes on.
     """
 
     def __init__(
@@ -181,10 +181,11 @@ class Tracking:
         settings: Mapping[str, Any],
         warn: Callable[[str, str], None],
     ) -> None:
-        """What the run's folder has of a run that goes on is told first.
+        """Open the trackers and send what the folder of a resumed run already has.
 
         Args:
-            warn: is told the tracker's kind and what went wrong with it.
+            kinds: the trackers' names.
+            warn: is called with the tracker's kind and what went wrong with it.
         """
         self.folder, self.settings, self.warn = folder, settings, warn
         self._open: dict[str, dict[str, Tracker]] = {kind: {} for kind in kinds}
@@ -196,11 +197,11 @@ class Tracking:
     def round(
         self, federation: str, server_round: int, records: Sequence[Mapping[str, Any]]
     ) -> None:
-        """A round is over."""
+        """Send the figures of a round."""
         self._tell(federation, figures_of(records), server_round)
 
     def results(self) -> None:
-        """The run is over: what each method's weights came to."""
+        """Send the results of each method's weights, when the run is over."""
         for row in rows_of(self.folder) if self._open else ():
             figures = {f"results/{key}": value for key, value in finite(row).items()}
             self._tell(row["method"], figures, row["rounds"])
@@ -223,7 +224,7 @@ class Tracking:
 
     @contextlib.contextmanager
     def _kept_from_harm(self, kind: str) -> Iterator[None]:
-        """The run, from what goes wrong with a tracker; its other curves keep what they have."""
+        """Keep a tracker's errors from the run; the tracker is closed, with what it has so far."""
         try:
             yield
         except Exception as error:

@@ -20,11 +20,12 @@ from pfedgpa_app.methods.generation import RememberedState, generated
 
 FILE = "uploads.safetensors"
 FORMAT = "pfedgpa-uploads-1"
-COSTS = ("bytes_up", "bytes_down", "server_seconds")  # what the rounds cost
-# settings that may differ between the run that kept the uploads and the one that takes them
+COSTS = ("bytes_up", "bytes_down", "server_seconds")  # of the rounds
+# settings that may differ between the run that saved the uploads and the one that loads them
 _FREE = {"method", "device", "evaluate-every", "uploads"}
 _FREE_PREFIXES = ("pfedgpa.", "fine-tune-")
-_KEPT_BY = {"pfedgpa.buffer-rounds", "pfedgpa.rank-rule"}  # which uploads, and who is like whom
+# but these decide which uploads are kept, and which clients are found alike
+_KEPT_BY = {"pfedgpa.buffer-rounds", "pfedgpa.rank-rule"}
 
 
 def _fixed(resolved: Resolved) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def save(path: Path, state: RememberedState, resolved: Resolved, costs: dict[str
     _, vectors, rounds, clients = state.buffer.stack()
     tensors = {"vectors": vectors, "rounds": rounds, "clients": clients}
     newest = state.buffer.newest().values()
-    # of clients that were not there in the window: their rounds are kept as means alone
+    # clients without an upload in the window: of their rounds only the means are kept
     older = [(entry, entry.round_mean) for entry in newest if entry.round_mean is not None]
     if older:
         tensors |= {
@@ -74,10 +75,10 @@ def save(path: Path, state: RememberedState, resolved: Resolved, costs: dict[str
 
 
 def check_whole(state: RememberedState) -> None:
-    """Refuse to keep uploads of which earlier rounds kept the last layers alone.
+    """Refuse to save uploads if earlier rounds kept only their last layers.
 
     Raises:
-        ConfigError: they lack layers that a run by these uploads may learn from.
+        ConfigError: they lack layers that a run may want to learn from.
     """
     layout = state.buffer.layout
     if layout and list(layout.names) != generated(state.global_weights):
@@ -88,10 +89,10 @@ def check_whole(state: RememberedState) -> None:
 
 
 def settings_and_costs(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """The settings that made the uploads in ``path``, and what the rounds cost.
+    """Return the settings that made the uploads in ``path``, and what the rounds cost.
 
     Raises:
-        ConfigError: no such file, another format, or damaged.
+        ConfigError: there is no such file, or it is of another format, or damaged.
     """
     try:
         metadata = read_metadata(path, FORMAT)
@@ -112,7 +113,7 @@ def _refused(path: Path, why: str) -> ConfigError:
 
 
 def require_alike(path: Path, resolved: Resolved) -> dict[str, float]:
-    """Refuse uploads that are not of a federation like this run's; what its rounds cost.
+    """Refuse uploads of a federation unlike this run's; return what its rounds cost.
 
     Raises:
         ConfigError: as ``load``, for all that is found without reading the uploads themselves.
@@ -127,11 +128,11 @@ def require_alike(path: Path, resolved: Resolved) -> dict[str, float]:
 
 
 def load(path: Path, state: RememberedState, resolved: Resolved) -> dict[str, float]:
-    """Fill a fresh ``state`` from ``path``; returns what the rounds cost.
+    """Fill a fresh ``state`` from ``path``; return what the rounds cost.
 
     Raises:
-        ConfigError: no such file, another format, damaged, or uploads of a federation with
-            other settings than this run's.
+        ConfigError: there is no such file, it is of another format or damaged, or its uploads are
+            of a federation with other settings than this run's.
     """
     costs = require_alike(path, resolved)
     try:

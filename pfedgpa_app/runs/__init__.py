@@ -1,1 +1,1 @@
-"""One run, from its first round to its last plot."""
+"""Run one experiment from its first round to its last plot, and read finished runs."""

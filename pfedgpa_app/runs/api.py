@@ -1,4 +1,4 @@
-"""Runs from Python, for notebooks and scripts."""
+"""Start runs from Python and read their results, for notebooks and scripts."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ _REFUSED, _STOPPED = 2, 130  # exit statuses
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """The results of a run.
 
     Attributes:
-        folder: where all of it is.
-        table: a record a method, accuracies in percent: ``method``, ``accuracy_kept``,
+        folder: the run's folder, which holds all of its results.
+        table: a record for each method, accuracies in percent: ``method``, ``accuracy_kept``,
             ``accuracy_before_ft``, ….
-        clients: a record a method and client: ``before_ft``, ``after_ft``, ``kept``.
-        curves: a record a federation and evaluated round: ``accuracy``, the mean of its clients.
+        clients: a record for each method and client: ``before_ft``, ``after_ft``, ``kept``.
+        curves: a record for each federation and evaluated round: ``accuracy``, the mean of its
+            clients.
     """
 
     folder: Path
@@ -47,10 +48,10 @@ class Result:
 
     @classmethod
     def of(cls, folder: str | Path) -> Result:
-        """Of a run that is done; of another what it has so far, with a warning.
+        """Read the results of a run; if it is not done, those it has so far, with a warning.
 
         Raises:
-            ConfigError: there is none in ``folder``.
+            ConfigError: ``folder`` holds no results.
         """
         place = user_path(folder)
         if not (place / SUMMARY).is_file():
@@ -62,11 +63,11 @@ class Result:
         )
 
     def model(self, client: int, method: str = "") -> ClientModel:
-        """The network that ``client`` was given, ready to predict; see ``load_client``."""
+        """Return the network that ``client`` was given, ready to predict; see ``load_client``."""
         return load_client(self.folder, client, method)
 
     def frame(self, what: str = "table") -> Any:
-        """``table``, ``clients`` or ``curves`` as a pandas DataFrame.
+        """Return ``table``, ``clients`` or ``curves`` as a pandas DataFrame.
 
         Raises:
             ConfigError: pandas is not installed.
@@ -81,7 +82,7 @@ class Result:
         return pandas.DataFrame(getattr(self, what))
 
     def plot(self) -> Figure:
-        """Each federation's accuracy over its rounds."""
+        """Draw each federation's accuracy over its rounds."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -102,17 +103,17 @@ def run(
 ) -> Result:
     """Run an experiment and wait for its end.
 
-    It runs in processes of its own, so that scripts and notebooks need no precautions.
+    The run has processes of its own, so that scripts and notebooks need no precautions.
 
     Args:
-        method: one or several; None: as ``conf`` says.
-        quiet: or its progress is printed.
-        settings: those that ``pfedgpa settings`` lists, with _ for -; a method's own as a dict, as
-            in ``pfedgpa={"rank": 3}``. What the user's own code makes is named by its import path,
-            ``model="nets:build"``, or is a function of a module that can be imported.
+        method: one method or several; None: those that ``conf`` names.
+        quiet: whether to hide the run's progress; if False, it is printed.
+        settings: any that ``pfedgpa settings`` lists, with _ for -; a method's own as a dict, as in
+            ``pfedgpa={"rank": 3}``. The user's own code is given by its import path,
+            ``model="nets:build"``, or as a function of a module that can be imported.
 
     Raises:
-        ConfigError: refused before anything started; the text says what and why.
+        ConfigError: the run was refused before anything started; the text says what and why.
         LaunchError: the run failed.
     """
     given = settings if method is None else {"method": method} | settings
@@ -148,7 +149,7 @@ def run(
 
 
 def _words(settings: Mapping[str, Any], section: str = "") -> Iterator[str]:
-    """Settings as the command line takes them."""
+    """Yield the settings as arguments of the command line."""
     for name, value in settings.items():
         key = section + name.replace("_", "-")
         if isinstance(value, Mapping):
@@ -172,7 +173,7 @@ def _text(key: str, value: Any) -> str:
                 'cannot import it: put it in a file and name it, as in "my_file:build"'
             )
         return f"{module}:{name}"
-    if hasattr(value, "tolist"):  # of NumPy or torch
+    if hasattr(value, "tolist"):  # an array of NumPy or a tensor of torch
         value = value.tolist()
     if isinstance(value, Iterable) and not isinstance(value, str):
         return ",".join(_text(key, each) for each in value)
@@ -180,7 +181,7 @@ def _text(key: str, value: Any) -> str:
 
 
 def _curves(folder: Path) -> list[Record]:
-    """The mean of all clients that were evaluated, by federation and round."""
+    """Return the mean accuracy of all evaluated clients, by federation and round."""
     return [
         {"federation": name, "round": number, "accuracy": mean(values), "clients": len(values)}
         for name, rounds in accuracies_of(folder).items()

@@ -1,10 +1,11 @@
-"""A run's state on disk, from which a killed run goes on.
+"""A run's state on disk, from which a killed run can go on.
 
 A checkpoint is a tree of numbers, texts, containers, tensors and dataclasses of this package or of
-a method's: a manifest in JSON and tensors in safetensors files, nothing that runs. A tensor of a
-frozen dataclass that an earlier checkpoint holds already is not written again, so that a buffer of
-uploads costs one round's. The manifest is replaced last and whole: whenever a run is killed, the
-newest or the one before it is there. All of it has checksums, so that a damaged one is refused.
+a method's. It consists of a manifest in JSON and of tensors in safetensors files; nothing in it is
+executed. A tensor of a frozen dataclass that an earlier checkpoint already holds is not written
+again, so that keeping a buffer of uploads costs only the newest round's. The manifest is replaced
+last and atomically: whenever a run is killed, the newest checkpoint or the one before it is there.
+Checksums cover everything, so that a damaged checkpoint is refused.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from pfedgpa_app.methods import METHODS
 FORMAT = "pfedgpa-checkpoint-3"
 MANIFEST = "checkpoint.json"
 _DTYPES = {dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-# what is raised where a checkpoint is not what it should be
+# the errors that reading a damaged checkpoint can raise
 _DAMAGED: tuple[type[Exception], ...] = (OSError, SafetensorError, RuntimeError, ValueError)
 _DAMAGED += (AttributeError, LookupError, TypeError)
 
-Put = Callable[[Tensor, bool], list[str]]  # the latter: whether it is frozen
+Put = Callable[[Tensor, bool], list[str]]  # the second argument: whether the tensor is frozen
 Get = Callable[[list[str]], Tensor]
 
 
@@ -42,13 +43,15 @@ class CheckpointError(ValueError):
 
 
 def encode(value: Any, put: Put, frozen: bool = False) -> Any:
-    """``value`` as JSON; ``put`` says where it keeps a tensor, by whether that may still change.
+    """Turn ``value`` into JSON.
 
     Args:
-        frozen: whether it is of a frozen dataclass, whose tensors are those of before.
+        put: stores a tensor and returns where; its second argument is whether the tensor is
+            frozen, that is, will not change any more.
+        frozen: whether ``value`` is a field of a frozen dataclass, whose tensors never change.
 
     Raises:
-        ConfigError: something that is neither data nor a module.
+        ConfigError: ``value`` holds something that is neither data nor a module.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -79,13 +82,15 @@ def encode(value: Any, put: Put, frozen: bool = False) -> Any:
 
 
 def decode(node: Any, get: Get, like: Any = None) -> Any:
-    """What ``encode`` made ``node`` of.
+    """Turn what ``encode`` returned back into a value.
 
     Args:
-        like: a value of the same shape, into whose modules their weights are loaded.
+        get: returns the tensor that is stored in a place that ``encode``'s ``put`` named.
+        like: a value of the same structure, into whose modules the stored weights are loaded.
 
     Raises:
-        CheckpointError: a class that is no dataclass of this package or of a method's.
+        CheckpointError: ``node`` names a class that is no dataclass of this package or of a
+            method's, or holds a module that ``like`` lacks.
     """
     if not isinstance(node, list):
         return node
@@ -119,18 +124,19 @@ def decode(node: Any, get: Get, like: Any = None) -> Any:
 
 
 def _is_ours(module: str) -> bool:
-    """Whether a module is of this package, or of one that has a method of the user's."""
+    """Whether a module belongs to this package, or to one that has a method of the user's."""
     packages = {kind.__module__.partition(".")[0] for kind in METHODS.values()}
     return module.partition(".")[0] in packages
 
 
 def _dataclass(where: str) -> type[Any]:
-    """The dataclass of this package's or of a method's that ``where`` names: nothing is imported.
+    """Return the dataclass, of this package or of a method's, that ``where`` names.
 
-    The run, which has been set up, has imported all that its checkpoint can hold.
+    Nothing is imported: the run, which has been set up, has imported all that its checkpoint can
+    hold.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no such dataclass.
     """
     module, _, name = where.partition(":")
     found = getattr(sys.modules.get(module), name, None) if _is_ours(module) else None
@@ -144,20 +150,20 @@ def _checksum(content: dict[str, Any]) -> int:
 
 
 class Checkpoint:
-    """The checkpoints of one run, of which ``folder`` holds the newest."""
+    """The checkpoints of one run; ``folder`` holds the newest."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._number = 0
-        # {id: (tensor, its version, where it is)}: what the newest checkpoint holds
+        # {id: (tensor, its version, [file, key])}: the tensors that the newest checkpoint holds
         self._kept: dict[int, tuple[Tensor, int, list[str]]] = {}
         self._checksums: dict[str, int] = {}  # of the files with tensors
 
     def save(self, parts: dict[str, Any]) -> None:
-        """Replace the checkpoint by named parts.
+        """Replace the checkpoint by one of these named parts.
 
         Raises:
-            OSError: it cannot be written; the one before is still there.
+            OSError: it cannot be written; the previous one is still there.
         """
         self._number += 1
         file = f"{self._number}.safetensors"
@@ -165,8 +171,8 @@ class Checkpoint:
         kept: dict[int, tuple[Tensor, int, list[str]]] = {}
 
         def put(tensor: Tensor, frozen: bool) -> list[str]:
-            # its version tells nothing of writing through .data or .numpy(): kept files have
-            # only what nobody writes to
+            # a tensor's version does not count writes through .data or .numpy(), so only frozen
+            # tensors are looked up in files of earlier checkpoints
             for known in (kept, self._kept) if frozen else (kept,):
                 found = known.get(id(tensor))
                 if found is not None and found[1] == tensor._version:
@@ -193,10 +199,10 @@ class Checkpoint:
                 path.unlink()
 
     def read(self) -> dict[str, Any]:
-        """Every part's node, to be given to ``restore``; {} where there is no checkpoint.
+        """Return every part, still encoded, for ``restore``; {} if there is no checkpoint.
 
         Raises:
-            CheckpointError: it cannot be read, or is of another format.
+            CheckpointError: it cannot be read, is damaged, or is of another format.
         """
         path = self.folder / MANIFEST
         if not path.exists():
@@ -219,10 +225,10 @@ class Checkpoint:
         return parts
 
     def restore(self, node: Any, like: Any = None) -> Any:
-        """The value of a part; see ``decode``.
+        """Decode a part; see ``decode``.
 
         Raises:
-            CheckpointError: its files are not whole.
+            CheckpointError: the part, or a file that it needs, is damaged or missing.
         """
         open_files: dict[str, Any] = {}
         found: dict[tuple[str, str], Tensor] = {}

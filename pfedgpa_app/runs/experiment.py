@@ -56,9 +56,9 @@ from pfedgpa_app.training.sgd import slow_precision
 
 
 def run(grid: Grid, resolved: Resolved) -> Path:
-    """Run everything; returns the folder of the results.
+    """Run everything and return the folder of the results.
 
-    Whatever goes wrong, results so far are on disk and the error goes on to the caller.
+    Whatever goes wrong, the results so far are on disk, and the error is passed on to the caller.
     """
     folder = run_folder(resolved)
     if is_done(folder):
@@ -73,12 +73,12 @@ def run(grid: Grid, resolved: Resolved) -> Path:
 
 
 def _lost_its_end(folder: Path) -> bool:
-    """Whether all results are there, and only the record that says so is not."""
+    """Whether all results are there, and only the event that says so is missing."""
     return (folder / TABLE).exists() and not (folder / CHECKPOINT).exists()
 
 
 def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
-    """Run everything in a folder that is this run's alone."""
+    """Run everything in a folder that this run alone writes to."""
     config = resolved.config
     check(config.track)
     privacy.check(config)
@@ -115,7 +115,7 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
 
 
 def _remarks(resolved: Resolved) -> Iterator[str]:
-    """What the user should know of the data, and of settings that nothing goes by."""
+    """Yield what the user should know of the data, and of settings that have no effect."""
     config = resolved.config
     if config.dataset == NODES:
         yield from without_effect(config, resolved.sources, own_test=False)
@@ -127,7 +127,7 @@ def _remarks(resolved: Resolved) -> Iterator[str]:
 
 
 def _report(folder: Path, log: RunLog) -> None:
-    """Write the run's page; what goes wrong there does not undo the run."""
+    """Write the run's page; an error in doing so does not fail the run."""
     try:
         log.event("report", f"report: {report.write_own(folder)}")
     except Exception as error:
@@ -135,9 +135,10 @@ def _report(folder: Path, log: RunLog) -> None:
 
 
 def _evaluation_work(config: Config) -> float:
-    """How long one method's final evaluation takes, in rounds.
+    """Estimate how long one method's final evaluation takes, as a multiple of a round.
 
-    All clients take part in it; fine-tunings that differ in their epochs only share them.
+    All clients take part in it. Fine-tunings that differ only in their number of epochs count as
+    one, the longest.
     """
     most: dict[FineTuning, int] = {}
     for each in fine_tunings(config, [METHODS[name] for name in config.method]):
@@ -148,7 +149,7 @@ def _evaluation_work(config: Config) -> float:
 
 
 def _attack_in_words(config: Config, malicious: Sequence[int]) -> str:
-    """Who is malicious, and how."""
+    """Say which clients are malicious, and how."""
     strength = "" if config.attack == LABEL_FLIP else f" of strength {config.attack_strength:g}"
     many = f"{len(malicious)} of {config.initial_clients} clients"
     who = listed([str(client) for client in malicious])
@@ -156,7 +157,7 @@ def _attack_in_words(config: Config, malicious: Sequence[int]) -> str:
 
 
 def _warnings(grid: Grid, config: Config) -> Iterator[str]:
-    """What the user may not expect of such a run."""
+    """Yield what the user may not expect of this run."""
     if config.engine not in ("auto", "ray") and not isinstance(grid, LocalGrid):
         yield f"engine = {config.engine} is for `pfedgpa run`; Flower carries this run itself"
     if is_simulated(grid) and (text := slow_precision(config)):
@@ -178,14 +179,14 @@ def _warnings(grid: Grid, config: Config) -> Iterator[str]:
 
 
 def _groups(config: Config) -> list[int]:
-    """Every client's hidden group; with data of their own, nobody knows any."""
+    """Return every client's hidden group; 0 for all if nodes have their own data."""
     if config.dataset == NODES:
         return [0] * config.num_clients
     return [split.group for split in load_partition(config)]
 
 
 class Experiment:
-    """One run's federations, one after the other, and the methods of each."""
+    """One run: its federations, one after the other, and the methods of each."""
 
     def __init__(self, grid: Grid, resolved: Resolved, folder: Path, log: RunLog) -> None:
         self.resolved, self.config, self.folder, self.log = resolved, resolved.config, folder, log
@@ -194,7 +195,7 @@ class Experiment:
         config = self.config
         self.summary = Summary(folder, config, log)
         self.resuming = Resuming(folder, log, self.summary)
-        # as long as its federation goes
+        # the federation to go on with, until its rounds begin; {} if there is none
         self.going = self.resuming.restore(config.checkpoint_every)
         own, before = config.dataset == NODES, self.resuming.partitions
         self.roster = Roster(grid, config.num_clients, config.timeout, own, before, log.event)
@@ -209,7 +210,7 @@ class Experiment:
             log.event("status", f"{text}; what clients keep to themselves does not")
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
         settings = values_of(resolved.as_dict())
-        self._privacy = self._spent() if config.local_dp_epsilon else {}  # on each row
+        self._privacy = self._spent() if config.local_dp_epsilon else {}  # added to each row
         self.tracking = Tracking(folder, config.track, settings, self._lost_tracker)
         log.listeners.append(self.tracking.round)
         self.roster.common["run"] = self.resuming.name
@@ -217,13 +218,19 @@ class Experiment:
             self.roster.data = dict(fingerprint(config))
         self.resuming.warn_of_edits()
         write_about(folder, config, self.dataset)
-        if config.save_weights and is_simulated(grid):  # what never leaves a real client
+        if config.save_weights and is_simulated(grid):  # a real client keeps them to itself
             self.roster.common["weights-dir"] = str(folder / WEIGHTS)
-        if config.checkpoint_every and is_simulated(grid):  # clients see our files
+        if config.checkpoint_every and is_simulated(grid):  # clients share our disk
             self.roster.common["state-dir"] = str(self.resuming.clients)
 
     def _spent(self) -> dict[str, float]:
-        """What the whole run tells of a client; refuses it where that is too much."""
+        """Return what the whole run spends of a client's privacy, ``{"epsilon_spent": …}``.
+
+        The value is added to the rows of methods that are done, too.
+
+        Raises:
+            ConfigError: it is more than allowed.
+        """
         going = self.going.get("federation", ""), self.going.get("round", 0)
         uploads = privacy.Uploads(
             self.config, self.folder / privacy.FILE, self.resuming.finished, going
@@ -232,12 +239,16 @@ class Experiment:
         self.log.event("privacy", privacy.in_words(self.config, uploads.most))
         self.ask = uploads.ask
         spent = {"epsilon_spent": round(privacy.epsilon_of(self.config, uploads.most), 4)}
-        for row in self.summary.rows.values():  # of methods that were done before
+        for row in self.summary.rows.values():  # of methods done before a resumption
             row |= spent
         return spent
 
     def run_all(self, federations: dict[str, list[str]]) -> None:
-        """Run ``federations``, {name: its methods}, and write what they came to."""
+        """Run all federations and write their results.
+
+        Args:
+            federations: {federation: the names of its methods}.
+        """
         try:
             self._run_all(federations)
             self.summary.finish()
@@ -286,7 +297,7 @@ class Experiment:
                 plots.latents(self.folder / "latents.png", places, _groups(self.config))
 
     def _run_rounds(self, name: str, methods: list[str]) -> Personalised:
-        """The federation's strategy, whose rounds are over."""
+        """Run one federation's rounds, or restore them, and return its strategy."""
         config, rounds = self.config, self.config.num_server_rounds
         going, self.going = self.going, {}
         kinds = [METHODS[each].rounds_class() for each in (name, *methods)]
@@ -336,10 +347,11 @@ class Experiment:
         strategy: Personalised,
         scores: dict[str, tuple[dict[int, FinalScore], int]],
     ) -> dict[int, Weights]:
-        """Make one method's weights, and add to the summary what they are worth.
+        """Make one method's weights, evaluate them and add the result to the summary.
 
         Args:
-            scores: {method whose clients' weights were evaluated: what they came to}.
+            scores: {method whose weights have been evaluated: (its clients' scores, bytes sent down
+                for it)}; methods that evaluate the same weights share an entry. A new one is added.
 
         Returns:
             the weights, by client.
@@ -377,7 +389,7 @@ class Experiment:
         return weights
 
     def _save(self, name: str, method: Personaliser[Any], weights: dict[int, Weights]) -> None:
-        """Keep clients' weights in the run's folder, where they are wanted."""
+        """Write clients' weights to the run's folder, if the settings ask for it."""
         if self.config.save_weights:
             path = self.folder / WEIGHTS / f"{name}.safetensors"
             about = {"method": name, "model": (self.folder / MODEL).read_text(encoding="utf-8")}

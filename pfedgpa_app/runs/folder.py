@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and who is writing to it."""
+"""A run's folder: which run it belongs to, and which process is writing to it."""
 
 from __future__ import annotations
 
@@ -25,20 +25,23 @@ from pfedgpa_app.data.client import check_same, class_counts, fingerprint, load_
 from pfedgpa_app.results.log import EVENTS, METRICS, SUMMARY, Records, last_event
 
 CONFIG, LOG, LOCK = "config.json", "flower.log", ".lock"
-HOLDINGS = "holdings.json"  # who holds what
-_BEFORE = {LOG, LOCK}  # what is there before the settings
+HOLDINGS = "holdings.json"  # how many examples of each class every client holds
+_BEFORE = {LOG, LOCK}  # files that can be there before the settings
 
 
 @contextlib.contextmanager
 def locked(folder: Path, taken: str) -> Iterator[None]:
     """Hold the folder's lock, which the system frees when this process is gone.
 
+    Args:
+        taken: the error's text if the lock is not free.
+
     Raises:
-        ConfigError: another process holds it; ``taken`` says so.
+        ConfigError: another process holds the lock.
     """
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=1)  # somebody may just be looking whether it is held
+        lock.acquire(timeout=1)  # another process may hold it briefly, in is_running
     except Timeout as error:
         raise ConfigError(taken) from error
     try:
@@ -48,30 +51,32 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
 
 
 def keep_holdings(folder: Path, config: Config) -> None:
-    """Write who holds what; a run that goes on, or from uploads, must find the data of before.
+    """Write how many examples of each class every client holds.
+
+    A run that is resumed, or that starts from saved uploads, must find the data of before.
 
     Raises:
-        DataError: they are others now.
+        DataError: the data have changed.
     """
-    if config.resume:  # else whoever was here before has trained nobody, maybe by other settings
+    if config.resume:  # otherwise an earlier run here trained nobody, maybe with other settings
         check_data(folder, config)
-    if config.uploads:  # clients would be tested on what they, or others, trained on
+    if config.uploads:  # other data could test clients on examples that were trained on
         check_data(user_path(config.uploads).parent, config)
     held = {"classes": load_schema(config).classes, "train": class_counts(config)}
     write_text(folder / HOLDINGS, as_json(held | {"data": fingerprint(config)}) + "\n")
 
 
 def check_data(folder: Path, config: Config) -> None:
-    """Refuse data that are not those of the run in ``folder``, as far as it has kept which.
+    """Refuse data other than those of the run in ``folder``, as far as it kept a record of them.
 
     Raises:
-        DataError: they are others now, or dealt otherwise.
+        DataError: the data have changed, or are dealt to clients otherwise.
     """
     try:
         held = json.loads((folder / HOLDINGS).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return
-    if "data" in held:  # a run of an earlier version has not kept it
+    if "data" in held:  # runs of earlier versions did not keep it
         check_same(config, held["data"])
     if "train" in held and held["train"] != class_counts(config):
         raise DataError(
@@ -82,7 +87,7 @@ def check_data(folder: Path, config: Config) -> None:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a process is writing to ``folder``, a run's."""
+    """Whether a process is writing to ``folder``, which is a run's."""
     if not (folder / LOCK).exists():
         return False
     try:
@@ -93,7 +98,7 @@ def is_running(folder: Path) -> bool:
 
 
 def unfinished(folder: Path) -> str:
-    """What has become of the run in ``folder`` that is not done, as a sentence; "" if it is."""
+    """Say, in a sentence, what became of the run in ``folder`` if it is not done; "" if it is."""
     end = last_event(folder)
     if end.get("kind") == "done":
         return ""
@@ -106,7 +111,7 @@ def unfinished(folder: Path) -> str:
 
 
 def running(folder: Path) -> str:
-    """What its log tells of the run that is going on in ``folder``, and what to do."""
+    """Say which run is going on in ``folder``, as its log tells, and what to do."""
     starts = [event for event in Records(folder / EVENTS).new() if event.get("kind") == "start"]
     start, said = (starts or [{}])[-1], last_event(folder).get("text", "nothing yet")
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start.get("time")))
@@ -118,10 +123,10 @@ def running(folder: Path) -> str:
 
 
 def kept_settings(folder: Path) -> dict[str, Any]:
-    """{setting: {"value": …, "from": …}} of the run in ``folder``.
+    """Return {setting: {"value": …, "from": …}} of the run in ``folder``.
 
     Raises:
-        ConfigError: its ``config.json`` is damaged, or none of a run.
+        ConfigError: its ``config.json`` cannot be read, or is not a run's.
     """
     path = folder / CONFIG
     try:
@@ -136,7 +141,9 @@ def kept_settings(folder: Path) -> dict[str, Any]:
 
 
 def kept_methods(folder: Path) -> list[str]:
-    """The names of the methods of the run in ``folder``; own ones are known from now on.
+    """Return the names of the methods of the run in ``folder``.
+
+    Methods of the user's own are imported, so that they are known from now on.
 
     Raises:
         ConfigError: as ``kept_settings``.
@@ -147,10 +154,10 @@ def kept_methods(folder: Path) -> list[str]:
 
 
 def kept_config(folder: Path) -> Config:
-    """The configuration of the run in ``folder``, resolved again.
+    """Resolve the configuration of the run in ``folder`` again.
 
     Raises:
-        ConfigError: as ``kept_settings``, or settings of another version.
+        ConfigError: as ``kept_settings``, or the settings are of another version.
     """
     kept = values_of(kept_settings(folder))
     run = Config(method=tuple(kept_methods(folder)), partition=kept["partition"])
@@ -163,19 +170,21 @@ def kept_config(folder: Path) -> Config:
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether ``folder`` holds what no run has left there."""
+    """Whether ``folder`` holds files, but is no run's folder."""
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     return CONFIG not in names and not names <= _BEFORE
 
 
 def _ended_before_round_1(folder: Path) -> bool:
-    """Whether the run in ``folder``, not going on, has nothing to lose: it trained nobody."""
+    """Whether the run in ``folder``, which has ended, failed before it trained anybody."""
     left = any((folder / name).exists() for name in (METRICS, SUMMARY))
     return not left and last_event(folder).get("kind") == "failed"
 
 
 def run_folder(resolved: Resolved) -> Path:
-    """Where the run's results go, absolute and made; unless it is resumed, nobody's are there.
+    """Make the folder for the run's results and return its absolute path.
+
+    It holds no results of another run, unless that run is to be resumed.
 
     Raises:
         ConfigError: a run to resume without a name, a name or a folder that cannot be used,
@@ -201,7 +210,7 @@ def run_folder(resolved: Resolved) -> Path:
 
 
 def _named(out: Path, name: str) -> Path:
-    """The run's folder by the name that it was given."""
+    """Make the run's folder by the name that the user gave it."""
     if not name.strip() or name.startswith(".") or not name.isprintable() or set(name) & set("/\\"):
         raise ConfigError(
             f"run-name = {name!r}: wants a plain name, that of a folder in out-dir; set out-dir "
@@ -212,19 +221,19 @@ def _named(out: Path, name: str) -> Path:
 
 
 def _new(out: Path, config: Config) -> Path:
-    """A new folder, named for the data set and the time; no two runs get the same."""
+    """Make a new folder, named after the data set and the time; no two runs get the same one."""
     dataset = Path(config.dataset.replace(":", "-")).name
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     first = f"{dataset}-{config.num_clients}c-s{config.seed}-{stamp}"
     for name in itertools.chain([first], (f"{first}.{number}" for number in itertools.count(2))):
-        with contextlib.suppress(FileExistsError):  # it is another's of this second
+        with contextlib.suppress(FileExistsError):  # another run took this name in the same second
             (out / name).mkdir()
             break
     return out / name
 
 
 def _refuse(folder: Path, resolved: Resolved) -> None:
-    """Refuse a folder in which the run cannot begin or go on."""
+    """Refuse a folder in which the run can neither begin nor go on."""
     name = resolved.config.run_name
     if is_running(folder):
         raise ConfigError(running(folder))

@@ -1,4 +1,4 @@
-"""What every method starts from."""
+"""The weights that every method starts from."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from pfedgpa_app.training.sgd import no_step_on_one
 
 
 def initial_weights(config: Config, schema: Schema) -> Weights:
-    """What every method starts from: by the seed, or a saved distribution's mean.
+    """Return the weights that every method starts from: the seed's, or a saved distribution's mean.
 
     Raises:
-        ConfigError: no network fits the data, or ``start-from`` cannot be read, or is of another
-            network.
-        MethodError: a method shares what the network has not.
+        ConfigError: no network fits the data, a setting does not fit the network or the data, or
+            ``start-from`` cannot be read or is of another network.
+        MethodError: a method shares weights that the network does not have.
     """
     network = network_of(config, schema)
     for name in config.method:
@@ -47,7 +47,7 @@ def initial_weights(config: Config, schema: Schema) -> Weights:
 
 
 def learn_nothing(config: Config) -> Iterator[str]:
-    """Which clients have too few examples for a step, and what to do."""
+    """Name the clients that have too few examples for a training step, and say what to do."""
     alone = [str(i) for i, split in enumerate(load_partition(config)) if len(split.train) == 1]
     if alone and (why := no_step_on_one(network_of(config, load_schema(config)))):
         yield (
@@ -57,7 +57,7 @@ def learn_nothing(config: Config) -> Iterator[str]:
 
 
 def share_little(config: Config, schema: Schema, initial: Weights) -> Iterator[str]:
-    """Which federations share nothing, or no classifier that could be adjusted; in words."""
+    """Say which federations share no weights, or no classifier that could be adjusted."""
     bias = classifier_bias(config, schema) if config.logit_adjustment else ""
     for name in federations(config.method):
         kind = METHODS[name].rounds_class()
@@ -71,7 +71,9 @@ def share_little(config: Config, schema: Schema, initial: Weights) -> Iterator[s
 
 
 def warm_start(path: Path, initial: Weights) -> Weights:
-    """The mean of a saved distribution, in place of ``initial``; it may hold the last layers only.
+    """Return ``initial``, its weights replaced by the mean of a saved distribution.
+
+    The distribution may hold the last layers only; the other weights stay as they are.
 
     Raises:
         ConfigError: it cannot be read, or was learned from another network's weights.

@@ -1,4 +1,4 @@
-"""What a run's folder holds, its checkpoint and its distribution, in lines for a reader."""
+"""Describe, in lines of text, a run's folder, its checkpoint and its distribution."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from pfedgpa_app.runs.resuming import CHECKPOINT
 
 
 def lines_about(path: Path) -> list[str]:
-    """A line for each thing there is to say.
+    """Describe a run's folder or a distribution's file, a line for each fact.
 
     Raises:
-        ConfigError: it is no run's folder and no distribution, or damaged.
+        ConfigError: ``path`` is neither, or is damaged.
     """
     if (path / CONFIG).is_file():
         return list(_run(path))
@@ -85,7 +85,7 @@ def _checkpoint(folder: Path) -> Iterator[str]:
 
 
 def _resuming(folder: Path) -> str:
-    """The command by which a run goes on."""
+    """The command that resumes a run."""
     run = Run(folder)
     if run.settings["dataset"]["value"] == NODES:
         return "flwr run FOLDER SUPERLINK --stream --run-config resume=true, as it was begun"

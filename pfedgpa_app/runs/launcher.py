@@ -1,4 +1,4 @@
-"""Run an experiment on an engine, show its progress, and tell the truth about how it ended."""
+"""Run an experiment on an engine, show its progress, and report how it ended."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ from pfedgpa_app.server import privacy
 
 
 class Patience:
-    """How long a run may say nothing before its user is told.
+    """Decides how long a run may be silent before its user is told.
 
-    A multiple of its longest silence so far, a round's as a rule; before the first round
-    ``timeout`` seconds, in which a client must answer, but no more than two minutes.
+    The limit is a multiple of the longest silence so far, usually a round's. Before the first round
+    it is ``timeout``, the seconds in which a client must answer, but at most two minutes.
     """
 
     LEAST, MOST_AT_FIRST, TIMES = 60.0, 120.0, 5
 
     def __init__(self, timeout: float, now: float) -> None:
         self.first, self.heard, self.longest = min(timeout, self.MOST_AT_FIRST), now, 0.0
-        self.said = 0.0  # the silence that was told of last
+        self.said = 0.0  # the silence, in seconds, that the user was last told of
 
     def hear(self, kind: str, now: float) -> None:
-        """There was an event."""
+        """Take note that an event of this kind happened."""
         if self.longest or kind == "round":
             self.longest = max(self.longest, now - self.heard)
         self.heard, self.said = now, 0.0
 
     def is_over(self, now: float) -> bool:
-        """Whether to tell of a silence, for the first time or since it was half as long."""
+        """Whether to tell the user: it is silent too long, and twice as long as when last told."""
         limit = max(self.LEAST, self.TIMES * self.longest) if self.longest else self.first
         silence = now - self.heard
         if silence <= max(limit, 2 * self.said):
@@ -60,14 +60,14 @@ class Patience:
         return True
 
     def text(self, why: str, advice: str) -> str:
-        """What to tell."""
+        """Return what to tell the user."""
         usual = f" (a round took {clock(self.longest)} at most)" if self.longest else ""
         parts = [f"nothing has happened for {clock(self.said)}{usual}", why, advice]
         return "; ".join(part for part in parts if part)
 
 
 def plain_console() -> Console:
-    """One that prints text as it is: no markup, no emoji, no line broken."""
+    """Return a console that prints text as it is: no markup, no emoji, no line broken."""
     return Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
@@ -75,25 +75,25 @@ class Watcher:
     """Shows a run's events: one live line on a terminal, plain lines elsewhere."""
 
     def __init__(self, events: Path, console: Console, patience: Patience, advice: str) -> None:
-        """``advice``: how to go on with a run that stands still."""
+        """Watch the file ``events``; ``advice`` says how to go on with a run that stands still."""
         self.events, self.console = Records(events), console
         self.patience, self.advice = patience, advice
         self.last, self.failure, self.progress = "", "", 0.0
-        for _ in self.events.new():  # of a run that goes on, what it said before
+        for _ in self.events.new():  # skip what a resumed run said before
             pass
         self.status = console.status("starting") if console.is_terminal else None
 
     def poll(self, explain: Callable[[], str] = lambda: "") -> None:
-        """Show what is new, or that for too long nothing is.
+        """Show new events, or say that there has been none for too long.
 
         Args:
-            explain: tells which process waits for what.
+            explain: says which process waits for what.
         """
         if self.status:
             self.status.start()
         self._read()
         if self.patience.is_over(time.monotonic()):
-            why = explain()  # takes a while
+            why = explain()  # takes a while, in which events may come
             self._read()
             if self.patience.said and self.last != "done":
                 text = self.patience.text(why, self.advice)
@@ -105,17 +105,17 @@ class Watcher:
             self.show(event)
 
     def show(self, event: dict[str, Any]) -> None:
-        """One event."""
+        """Show one event."""
         kind = event["kind"]
         if kind != "stalled":
             self.last, self.progress = kind, event.get("progress", 0.0)
             self.patience.hear(kind, time.monotonic())
         if kind == "failed":
             self.failure = event["text"]
-            return  # said at the end, once
+            return  # it is shown once, at the end
         if kind in ("round", "status", "progress") and self.status:
             self.status.update(Text(event["text"]), spinner="dots")
-        elif kind != "progress":  # that is for a live line only
+        elif kind != "progress":  # progress is for a live line only
             self.console.print(event["text"])
 
     def close(self) -> None:
@@ -125,13 +125,13 @@ class Watcher:
 
 
 def preflight(run_config: Mapping[str, Any], config: Config) -> None:
-    """Everything that can be refused before Flower is started.
+    """Refuse whatever can be refused before Flower is started.
 
     Args:
-        run_config: what ``config`` resolves.
+        run_config: the settings that ``config`` was resolved from.
 
     Raises:
-        ConfigError, DataError: what is wrong and what to do.
+        ConfigError, DataError: says what is wrong and what to do.
     """
     try:
         tracking.check(config.track)
@@ -149,10 +149,10 @@ def preflight(run_config: Mapping[str, Any], config: Config) -> None:
 
 
 def _begin_own(config: Config, initial: Weights) -> None:
-    """Try how methods of the user's own begin, which nobody else has tried.
+    """Try out the beginning of the user's own methods, which nothing has tested before.
 
     Raises:
-        MethodError: one cannot.
+        MethodError: one of them cannot begin.
     """
     for name in federations(config.method):
         kind = METHODS[name].rounds_class()
@@ -166,13 +166,13 @@ def launch(
     console: Console | None = None,
     flower: Simulation | None = None,
 ) -> Path:
-    """Run the app in ``app`` and return the folder of its results, once it has succeeded.
+    """Run the app in ``app`` and return the folder of its results once it has succeeded.
 
     Args:
-        flower: for the ray engine, if one has been started already.
+        flower: a simulation for the ray engine that has been started already, if any.
 
     Raises:
-        ConfigError, DataError: refused before anything started.
+        ConfigError, DataError: the run was refused before anything started.
         LaunchError: the run failed.
         StoppedError: the user stopped it.
     """
@@ -204,27 +204,31 @@ def launch(
 
 
 class RemoteError(Exception):
-    """An error of the run's server process, by its traceback there."""
+    """An error in the run's server process, shown by its traceback there."""
 
     def __str__(self) -> str:
         return f"in the run's server process\n{self.args[0]}"
 
 
 def _raised_there(folder: Path) -> RemoteError | None:
-    """What ended the run in ``folder``, for whoever asks for its traceback."""
+    """Return the error that ended the run in ``folder``, with its traceback; None if unknown."""
     trace = last_event(folder).get("traceback")
     return RemoteError(trace) if trace else None
 
 
 def with_absolute_paths(run_config: Mapping[str, Any], config: Config) -> dict[str, Any]:
-    """``run_config``, which ``config`` resolves, for a run that works in another folder."""
-    settings = {  # as messages carry them: TOML's lists are texts there
+    """Return ``run_config`` with absolute paths, for a run that works in another folder.
+
+    Args:
+        config: what ``run_config`` resolves to.
+    """
+    settings = {  # messages carry lists as texts
         name: argument(value) if isinstance(value, (list, tuple)) else value
         for name, value in run_config.items()
     }
     settings["data-dir"] = str(resolve_data_dir(config.data_dir, config.dataset))
     conf = user_path(str(settings.get("conf", "")))
-    if conf.suffix in YAML and conf.is_file():  # else one of the app's, by its name
+    if conf.suffix in YAML and conf.is_file():  # otherwise it names one of the app's files
         settings["conf"] = str(conf.absolute())
     settings["code-dir"] = str(user_path(config.code_dir or ".").absolute())
     files = {
@@ -242,7 +246,7 @@ def with_absolute_paths(run_config: Mapping[str, Any], config: Config) -> dict[s
 
 
 def advice(config: Config) -> str:
-    """How to go on with a run that stands still."""
+    """Say how to go on with a run that stands still."""
     if config.checkpoint_every:
         name = shlex.quote(f"run-name={config.run_name}")
         again = f"go on from its last checkpoint by {name} resume=true"
@@ -252,10 +256,11 @@ def advice(config: Config) -> str:
 
 
 def watched(folder: Path, console: Console, config: Config, run_it: Callable[[Poll], str]) -> str:
-    """Show the events of the run in ``folder`` while it goes on: why it failed, or "".
+    """Show the events of the run in ``folder`` while it goes on; return why it failed, or "".
 
     Args:
-        run_it: calls what it is given while the run goes on; why that failed, or "".
+        run_it: runs it, calling the function that it is given time and again; returns why the run
+            failed, or "".
 
     Raises:
         ConfigError: another run has just begun there.
@@ -274,6 +279,6 @@ def watched(folder: Path, console: Console, config: Config, run_it: Callable[[Po
         return ""
     if watcher.failure:
         return f"the run failed: {watcher.failure}"
-    if is_running(folder):  # not ours, which has ended: another began in the same moment
+    if is_running(folder):  # ours has ended: another run began there at the same moment
         raise ConfigError(running(folder))
     return failure or "the server ended before the run was done"

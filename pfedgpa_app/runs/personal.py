@@ -1,4 +1,4 @@
-"""A run's personal networks, to be used: what is needed for it beside the weights, and loading."""
+"""Load a run's personal networks: their weights, and what else is needed to use them."""
 
 from __future__ import annotations
 
@@ -32,18 +32,19 @@ from pfedgpa_app.models.networks import load, weight_names
 from pfedgpa_app.runs.folder import is_running, kept_methods, kept_settings, unfinished
 
 MODEL, WEIGHTS = "model.json", "weights"
-REST = "network.safetensors"  # tensors of the network that clients do not share: frozen ones, …
+REST = "network.safetensors"  # the network's tensors that clients do not share, such as frozen ones
 FORMAT = "pfedgpa-model-1"
-AT_ONCE = 500  # examples
-_ROUNDING = 1e-3  # by so much floats may leave 0 to 1
+AT_ONCE = 500  # examples in a batch
+_ROUNDING = 1e-3  # how far floats may lie outside 0 to 1
 
 
 @dataclass(frozen=True)
 class About:
-    """What a run's networks are.
+    """What is needed to build a run's networks again.
 
     Attributes:
-        image_size: to whose square they were resized; 0: they were not.
+        image_size: the side, in pixels, of the square that images were resized to; 0: they were
+            not.
         code: {import path: {file: its SHA-256}} of the user's own code in the run.
     """
 
@@ -56,7 +57,7 @@ class About:
     code: dict[str, dict[str, str]] = field(default_factory=dict, hash=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return it as a dict that JSON can hold."""
         mean, std = normalisation(self.schema.shape[0]) if self.schema.pixels else ((), ())
         return {
             "format": FORMAT,
@@ -72,7 +73,7 @@ class About:
         }
 
     def network(self) -> nn.Module:
-        """The network, as the run's seed initialises it."""
+        """Build the network as the run's seed initialises it."""
         settings = TrainingSettings(
             model=self.model, head=self.head, seed=self.seed, code_dir=self.code_dir
         )
@@ -82,12 +83,12 @@ class About:
 class ClientModel(nn.Module):
     """A client's network, which normalises images itself.
 
-    It takes images [N, C, H, W] as uint8, or as floats from 0 to 1; other data as the network
-    does. It returns logits [N, classes].
+    It takes images [N, C, H, W] as uint8, or as floats from 0 to 1; other data as the network does.
+    It returns logits [N, classes].
 
     Attributes:
-        classes: their names, in the order of the logits.
-        shape: of one example.
+        classes: the classes' names, in the order of the logits.
+        shape: the shape of one example.
     """
 
     mean: Tensor
@@ -111,7 +112,7 @@ class ClientModel(nn.Module):
 
     @torch.no_grad()
     def probabilities(self, examples: np.ndarray | Tensor) -> np.ndarray:
-        """Of every class, [N, classes], of so many examples ``[N, *shape]``.
+        """Return the probability of every class, [N, classes], for examples ``[N, *shape]``.
 
         Raises:
             DataError: examples of another shape or kind, with numbers that are not finite, or that
@@ -130,14 +131,14 @@ class ClientModel(nn.Module):
         every = _of_kind(self.about.schema, every)
         try:
             parts = [self(part).softmax(1) for part in every.split(AT_ONCE)]
-        except Exception as error:  # a network of one's own raises anything
+        except Exception as error:  # the user's own network may raise anything
             kind = type(error).__name__
             raise DataError(f"the network cannot take these examples: {kind}: {error}") from error
         return np.asarray(torch.cat(parts))
 
 
 def _of_kind(schema: Schema, every: Tensor) -> Tensor:
-    """Examples as the network takes them.
+    """Convert examples to the type that the network takes.
 
     Raises:
         DataError: they are of another kind.
@@ -159,7 +160,7 @@ def _of_kind(schema: Schema, every: Tensor) -> Tensor:
 
 
 def write_about(folder: Path, config: Config, schema: Schema) -> None:
-    """Keep in a run's ``folder`` what its weights are for."""
+    """Write to a run's ``folder`` what is needed to use its weights."""
     about = About(
         schema,
         config.model,
@@ -172,8 +173,9 @@ def write_about(folder: Path, config: Config, schema: Schema) -> None:
     write_text(folder / MODEL, as_json(about.as_dict(), indent=2) + "\n")
     network = network_of(config, schema)
     tensors = network.state_dict()
-    shared = {tensors[name].data_ptr() for name in weight_names(network)}  # by any of their names
-    if config.model_weights:  # the seed alone does not make what a client was never sent
+    # by address, as tied tensors have several names
+    shared = {tensors[name].data_ptr() for name in weight_names(network)}
+    if config.model_weights:  # the seed alone does not restore weights that a client was never sent
         shared = set()
     rest = {name: t for name, t in tensors.items() if t.data_ptr() not in shared}
     if rest and config.save_weights:
@@ -182,21 +184,21 @@ def write_about(folder: Path, config: Config, schema: Schema) -> None:
 
 
 def _own_code(config: Config) -> dict[str, dict[str, str]]:
-    """What ``About.code`` says, of files that this process has imported."""
+    """Return ``About.code``, of the files that this process has imported."""
     every = [config.model, config.dataset, *map(reference_of, config.method)]
     found = {name: {file.name: now for file, now in sources(name).items()} for name in every}
     return {name: files for name, files in found.items() if files}
 
 
 def changed_code(folder: Path, about: About, *references: str) -> Iterator[str]:
-    """A warning of each of the user's own files that is not what the run in ``folder`` had.
+    """Yield a warning for each of the user's own files that changed since the run in ``folder``.
 
     Args:
-        references: import paths, as in ``about.code``; by default all there; those alone are
-            looked at that this process has imported.
+        references: import paths, as in ``about.code``; by default all that it has. Only files that
+            this process has imported are looked at.
     """
     for reference in references or about.code:
-        kept = about.code.get(reference, {})  # none in a run of an earlier version
+        kept = about.code.get(reference, {})  # runs of earlier versions have none
         for file, now in sources(reference).items():
             before = kept.get(file.name, now)
             if before != now:
@@ -207,16 +209,16 @@ def changed_code(folder: Path, about: About, *references: str) -> Iterator[str]:
 
 
 def warn_of_changes(folder: Path, about: About, reference: str) -> None:
-    """Log what ``changed_code`` says, once a process."""
+    """Log the warnings of ``changed_code``, each once a process."""
     for text in changed_code(folder, about, reference):
         warn_once(text)
 
 
 def read_about(folder: Path) -> About:
-    """What the networks of the run in ``folder`` are.
+    """Read what ``write_about`` wrote for the run in ``folder``.
 
     Raises:
-        ConfigError: it is no run's folder, or one of an earlier version.
+        ConfigError: it is no run's folder, or one of an earlier version, or damaged.
     """
     path = folder / MODEL
     try:
@@ -236,10 +238,10 @@ def read_about(folder: Path) -> About:
 
 
 def the_method(folder: Path, method: str) -> str:
-    """``method``, or the last of the run's that leaves weights of its own.
+    """Return ``method``, or by default the run's last method that has weights of its own.
 
     Raises:
-        ConfigError: the run has none of that name.
+        ConfigError: the run has no weights, or none of ``method``.
     """
     alone = {path.name.partition(".client-")[0] for path in (folder / WEIGHTS).glob("*.client-*")}
     there = [
@@ -268,7 +270,7 @@ def _file(method: str) -> str:
 
 
 def own_weights(tensors: Weights, client: int) -> Weights:
-    """One client's of the tensors that a method's file in ``weights/`` holds."""
+    """Return one client's weights from the tensors that a method's file in ``weights/`` holds."""
     return {
         name.partition("/")[2]: tensor
         for prefix in ("global", f"client-{client}")
@@ -278,13 +280,13 @@ def own_weights(tensors: Weights, client: int) -> Weights:
 
 
 def _own_of(tensors: Weights) -> set[int]:
-    """The clients that have some among ``tensors`` that not all have."""
+    """Return the clients that have tensors of their own among ``tensors``."""
     named = {name.partition("/")[0] for name in tensors} - {"global"}
     return {int(name.removeprefix("client-")) for name in named}
 
 
 def _made_for(file: Path) -> set[int] | None:
-    """The clients that weights in ``file`` are of; None where that is not told."""
+    """Return the clients that the weights in ``file`` are for; None if it does not say."""
     if not file.is_file():
         return None
     with safe_open(file, "pt") as opened:
@@ -295,15 +297,15 @@ def _made_for(file: Path) -> set[int] | None:
 def _check_made(
     folder: Path, client: int, method: str, founders: int, own: set[int], made_for: set[int] | None
 ) -> None:
-    """Refuse a client for which ``method`` made nothing; warn where it made nothing of its own.
+    """Refuse a client for which ``method`` made nothing; warn if it got no weights of its own.
 
     Args:
         founders: how many clients there were in the rounds.
         own: the clients that have weights of their own.
-        made_for: those that have any; None in a run of an earlier version.
+        made_for: the clients that have any weights; None in a run of an earlier version.
 
     Raises:
-        ConfigError: ``client`` has none.
+        ConfigError: ``client`` has no weights.
     """
     some = {each for each in own if each < founders}
     if made_for is None:
@@ -328,10 +330,10 @@ def _check_made(
 
 
 def client_weights(folder: Path, client: int, method: str = "") -> Weights:
-    """The weights that ``client`` was evaluated with, before any fine-tuning.
+    """Return the weights that ``client`` was evaluated with, before any fine-tuning.
 
     Args:
-        method: by default the last of the run's methods.
+        method: by default the last of the run's methods that has weights.
 
     Raises:
         ConfigError: the run has no such client or method, or its weights cannot be read.
@@ -344,7 +346,7 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
     founders = count - settings.get("join-clients", 0)
     sent = folder / WEIGHTS / _file(method)
     federation = federation_of(method)
-    own, by = (  # what it left itself
+    own, by = (  # the client wrote these itself
         folder / WEIGHTS / f"{federation}.{kind}-{client}.safetensors" for kind in ("client", LEFT)
     )
     try:
@@ -365,11 +367,11 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
 
 
 def load_client(run: str | Path, client: int, method: str = "") -> ClientModel:
-    """The network that ``client`` of a run was given, ready to predict.
+    """Return the network that ``client`` of a run was given, ready to predict.
 
     Args:
         run: the run's folder.
-        method: whose weights; by default the last of the run's methods.
+        method: whose weights; by default the last of the run's methods that has weights.
 
     Raises:
         ConfigError: there is no such run, client or method, or its network cannot be made again.

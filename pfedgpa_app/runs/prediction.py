@@ -1,4 +1,4 @@
-"""What a client's network sees in examples, how often it is right, and the network as a file."""
+"""Predict with a client's network, measure its accuracy, and export it to a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pfedgpa_app.runs.personal import About, ClientModel, load_client, warn_of_c
 
 
 def as_records(probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Of each row [classes] the class of the highest, and all of them by name."""
+    """Describe each row [classes]: its most probable class, and every class's probability."""
     return [
         {
             "class": classes[int(row.argmax())],
@@ -39,10 +39,15 @@ def as_records(probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[s
 def evaluate(
     run: str | Path, client: int, method: str = "", dataset: str = "", data_dir: str = ""
 ) -> dict[str, Any]:
-    """How many of ``dataset`` a client's network gets right, all of it; by class, too.
+    """Count how many examples a client's network classifies correctly, in all and by class.
 
     Args:
-        dataset: as the setting names it; "" for the client's own test data of the run.
+        dataset: as the setting names it, all of its examples; "" for the client's own test data in
+            the run.
+
+    Returns:
+        ``correct``, ``examples``, ``accuracy`` in percent, and ``classes``, {class: (correct,
+        examples)} of the classes that have any.
 
     Raises:
         ConfigError, DataError: there is no such network, or the data do not fit it.
@@ -69,7 +74,7 @@ def evaluate(
 
 
 def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np.ndarray]:
-    """All examples of a data set, and their labels by the run's classes."""
+    """Return all examples of a data set, and their labels as indices of the run's classes."""
     found = load_dataset(dataset, data_dir, image_size=about.image_size, test_share=0.0)
     shape = about.schema.shape
     examples = np.concatenate([found.train_images, found.test_images])
@@ -81,7 +86,7 @@ def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np
             f"{list(shape)}: {what}"
         )
     theirs = schema_of(found)
-    # a network of pixels takes floats, too
+    # a network for images takes floats, too
     if theirs.tokens != about.schema.tokens or (theirs.pixels and not about.schema.pixels):
         raise DataError(
             f"dataset {dataset}: has examples of another kind than the run's: "
@@ -105,7 +110,7 @@ def _kind(schema: Schema) -> str:
 
 
 def _tested(about: About, folder: Path, client: int) -> tuple[np.ndarray, np.ndarray]:
-    """What ``client`` was tested on in the run."""
+    """Return the examples that ``client`` was tested on in the run, and their labels."""
     if values_of(kept_settings(folder))["dataset"] == NODES:
         raise ConfigError(f"{folder}: its clients' data are on their nodes: name a data set")
     config = kept_config(folder)
@@ -116,12 +121,12 @@ def _tested(about: About, folder: Path, client: int) -> tuple[np.ndarray, np.nda
 
 
 def export(model: ClientModel, to: str, path: Path) -> Path:
-    """Write a client's network, normalisation and all, as ONNX or by torch.export.
+    """Write a client's network, with its normalisation, as ONNX or by torch.export.
 
-    It takes a batch of any size: images as floats from 0 to 1.
+    The exported network takes a batch of any size: images as floats from 0 to 1.
 
     Raises:
-        ConfigError: what ONNX needs is not installed, or the network cannot be exported.
+        ConfigError: a package that ONNX needs is not installed, or the network cannot be exported.
         OSError: the file cannot be written.
     """
     kind = torch.int64 if model.about.schema.tokens else torch.float32
@@ -146,7 +151,7 @@ def export(model: ClientModel, to: str, path: Path) -> Path:
             written = file.getvalue()
     except ImportError as error:
         raise ConfigError(f"--to onnx: {error}: pip install 'pfedgpa-app[onnx]'") from error
-    except Exception as error:  # torch raises all kinds on networks that it cannot trace
+    except Exception as error:  # torch raises errors of any type on networks that it cannot trace
         raise ConfigError(
             f"--to {to}: the network {model.about.model!r} cannot be exported: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""A run, by what its folder holds."""
+"""Read a run, or all runs in some folders, from the files there."""
 
 from __future__ import annotations
 
@@ -21,37 +21,37 @@ from pfedgpa_app.results.log import SUMMARY, Records, accuracies_of, last_event,
 from pfedgpa_app.runs.folder import CONFIG, kept_methods, kept_settings
 
 Row = dict[str, Any]
-# where a run went on and by what, which the launcher fills in: another may have its own
+# settings of the machine that a run was on; the launcher fills them in, differently elsewhere
 OF_ITS_PLACE = ("code-dir", "engine", "workers")
 _NAMED_OTHERWISE = ("conf", "out-dir", "run-name", "resume")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, by what its folder holds."""
+    """A run, read from its folder."""
 
     folder: Path
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """{setting: {"value": …, "from": …}}."""
+        """The settings, {setting: {"value": …, "from": …}}."""
         return kept_settings(self.folder)
 
     @cached_property
     def rows(self) -> list[Row]:
-        """An entry a method."""
-        kept_methods(self.folder)  # makes own ones known
+        """The rows of ``summary.json``, one for each method."""
+        kept_methods(self.folder)  # imports methods of the user's own
         return rows_of(self.folder)
 
     def lines(self, file: str) -> Iterator[Row]:
-        """The records of one of its files."""
+        """Yield the records of one of its files."""
         return Records(self.folder / file).new()
 
     def read(self, file: str) -> Any:
-        """What it keeps in a JSON file; None without.
+        """Return the content of one of its JSON files; None if there is no such file.
 
         Raises:
-            ConfigError: it is damaged.
+            ConfigError: the file is damaged.
         """
         path = self.folder / file
         try:
@@ -63,20 +63,20 @@ class Run:
 
     @cached_property
     def ended(self) -> float:
-        """When its last event was."""
+        """When its last event was, in seconds since the epoch."""
         return float(last_event(self.folder).get("time", 0.0))
 
     def choice(self, method: str, varied: Sequence[str]) -> dict[str, Any]:
-        """Of the settings that are ``varied`` what ``method`` goes by, as the run has it."""
+        """Return the values of those ``varied`` settings that ``method`` uses."""
         here = self.goes_by([method])
         return values_of({name: here[name] for name in varied if name in here})
 
     def goes_by(self, methods: Sequence[str]) -> dict[str, Any]:
-        """Of its settings those that some of ``methods`` go by."""
+        """Return those of its settings that at least one of ``methods`` uses."""
         return without_idle(self.settings, methods, self.settings["partition"]["value"])
 
     def in_each_round(self) -> str:
-        """Who takes part in each of its rounds, in words."""
+        """Say who takes part in each of its rounds."""
 
         def value(name: str) -> float:
             return float(self.settings[name]["value"]) if name in self.settings else 0.0
@@ -106,12 +106,12 @@ class Run:
 
 
 def runs_in(paths: Sequence[Path]) -> list[Run]:
-    """The runs with results in these folders and those below, a sweep's or comparison's.
+    """Return the runs with results in these folders and below them: a sweep's, a comparison's.
 
-    A folder that has runs, of which none has any, is left out with a warning.
+    A folder whose runs have no results yet is left out with a warning.
 
     Raises:
-        ConfigError: one of them holds none, or none is done in any.
+        ConfigError: a folder holds no run at all, or no run in any of them has results.
     """
     found: dict[Path, None] = {}
     undone: list[Path] = []
@@ -131,7 +131,7 @@ def runs_in(paths: Sequence[Path]) -> list[Run]:
 
 
 def chosen(run: Run) -> Iterator[tuple[str, Any]]:
-    """The settings whose value is not the default, but for those of the launch."""
+    """Yield the settings whose value is not the default, except those of the launch."""
     before = defaults()
     for name, entry in run.settings.items():
         key = keys().get(name)
@@ -141,9 +141,9 @@ def chosen(run: Run) -> Iterator[tuple[str, Any]]:
 
 
 def command_of(run: Run) -> str:
-    """The command that makes such a run again, under a name of its own.
+    """Return the command that makes such a run again, under a name of its own.
 
-    It has all that was given for the run, but its place.
+    It has every setting that was given for the run, except where the run was.
     """
     apart = {*OF_ITS_PLACE, *_NAMED_OTHERWISE}
     given = {

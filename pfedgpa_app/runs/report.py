@@ -1,4 +1,4 @@
-"""``report.html``: what a run, or several of one kind, came to, in one page."""
+"""``report.html``: the results of one run, or of several of one kind, on one page."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pfedgpa_app.runs.reading import Row, Run, chosen, command_of, runs_in
 from pfedgpa_app.runs.table import Entry, as_csv, as_latex, curves_of, table_of
 
 REPORT, LATENTS = "report.html", "latents.json"
-WORST = 5  # clients that are named
-_SAID_OF_A_RUN = ("data", "privacy", "attack")  # events
+WORST = 5  # how many of the worst clients are named
+_SAID_OF_A_RUN = ("data", "privacy", "attack")  # kinds of events
 
 
 def write(paths: Sequence[Path], out: Path | None = None) -> Path:
@@ -34,7 +34,7 @@ def write(paths: Sequence[Path], out: Path | None = None) -> Path:
         out: the page; by default ``report.html`` in the first of the folders.
 
     Raises:
-        ConfigError: there are no runs, or it cannot be written.
+        ConfigError: there are no runs, or the report cannot be written.
     """
     runs = runs_in(paths)
     so_far = list(filter(None, (unfinished(run.folder) for run in runs)))
@@ -44,7 +44,7 @@ def write(paths: Sequence[Path], out: Path | None = None) -> Path:
 
 
 def write_own(folder: Path) -> Path:
-    """Write the report of a run that is about to end, in its folder.
+    """Write the report of a run that is about to end to its folder.
 
     Raises:
         ConfigError: it cannot be written.
@@ -53,7 +53,7 @@ def write_own(folder: Path) -> Path:
 
 
 def _written(runs: Sequence[Run], out: Path, so_far: Sequence[str] = ()) -> Path:
-    """``so_far``: what to say of runs that are not done."""
+    """Write the page and its tables; ``so_far`` says which runs are not done."""
     header, entries = table_of(runs)
     texts = (as_csv(entries), as_latex(entries), rendered(runs, header, entries, so_far))
     try:
@@ -68,7 +68,10 @@ def _written(runs: Sequence[Run], out: Path, so_far: Sequence[str] = ()) -> Path
 
 
 def tables_beside(page: Path) -> tuple[Path, Path]:
-    """The files of a page's table, as CSV and for LaTeX: named as the page, if it has a name."""
+    """Return the paths of a page's table, as CSV and for LaTeX.
+
+    They are named after the page, or ``table`` for ``report.html``.
+    """
     stem = "table" if page.name == REPORT else page.stem
     return page.with_name(f"{stem}.csv"), page.with_name(f"{stem}.tex")
 
@@ -76,7 +79,7 @@ def tables_beside(page: Path) -> tuple[Path, Path]:
 def rendered(
     runs: Sequence[Run], header: list[str], entries: list[Entry], so_far: Sequence[str] = ()
 ) -> str:
-    """The page."""
+    """Return the page as HTML."""
     one = runs[0] if len(runs) == 1 else None
     named = list(dict.fromkeys(row["title"] for run in runs for row in run.rows))
     title = ", ".join(named) if len(named) <= 3 else f"{len(named)} methods"
@@ -90,7 +93,7 @@ def rendered(
         "svg": figures.curves(curves, ends),
         "caption": "Mean over clients of what they are sent, before any fine-tuning" + bands,
     }
-    figure = [drawn] if curves else []  # none was evaluated before its end: evaluate-every = 0
+    figure = [drawn] if curves else []  # there are no curves with evaluate-every = 0
     return page(
         title=title,
         about=[*so_far, *_about(runs)],
@@ -115,7 +118,7 @@ def _over(runs: Sequence[Run]) -> str:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """Whom the figures are not of, and which methods had no reason to generate weights."""
+    """Say which clients the figures leave out, and which methods had no reason to generate."""
     tell = without_result, without_generation
     said = Counter(text for run in runs for of in tell for text in of(run.rows))
     many = f" of {len(runs)} runs)"
@@ -123,11 +126,11 @@ def _notes(runs: Sequence[Run]) -> list[str]:
 
 
 def _about(runs: Sequence[Run]) -> list[str]:
-    """What the data are, and when it was."""
+    """Describe the data, and say when the run was."""
     lines = []
     for run in runs:
         events = list(run.lines(EVENTS))
-        said = {event["kind"]: event["text"] for event in events}  # a resumed run's, as it ended
+        said = {event["kind"]: event["text"] for event in events}  # the last of each kind
         lines += [said[kind] for kind in _SAID_OF_A_RUN if kind in said]
         if len(runs) == 1 and events:
             start, end = events[0]["time"], events[-1]["time"]
@@ -145,7 +148,7 @@ _PIES = (
 
 
 def latent_map_of(run: Run) -> str:
-    """Its clients' weights as the server sees them; "" where no distribution was learned."""
+    """Draw clients' weights as the server sees them; "" if no distribution was learned."""
     latents, holdings = run.read(LATENTS), run.read(HOLDINGS)
     if not latents:
         return ""
@@ -156,7 +159,7 @@ def latent_map_of(run: Run) -> str:
 
 
 def _figures_of(run: Run) -> Iterator[dict[str, str]]:
-    """A single run's."""
+    """Yield the figures of a single run."""
     each = {
         name: {c: (r["before_ft"], r["after_ft"]) for c, r in clients.items()}
         for name, clients in run.clients.items()
@@ -186,7 +189,7 @@ def _figures_of(run: Run) -> Iterator[dict[str, str]]:
 
 
 def _parts_of(run: Run) -> Iterator[Row]:
-    """A single run's tables and lists."""
+    """Yield the tables and lists of a single run."""
     count = min(WORST, max(map(len, run.clients.values()), default=0))
     yield {
         "title": "Clients worst off",

@@ -23,9 +23,10 @@ class Resuming:
     """Keeps what a run has done, and restores it.
 
     Attributes:
-        name: what clients know the run by, after a resumption, too.
+        name: by which clients know the run; it stays the same when the run is resumed.
         finished: the federations that are done.
-        partitions: of the clients whose data are their nodes' own, in the clients' order.
+        partitions: the partitions of clients whose data are their nodes' own, in the clients'
+            order.
     """
 
     def __init__(self, folder: Path, log: RunLog, summary: Summary) -> None:
@@ -33,24 +34,25 @@ class Resuming:
         self.name = secrets.token_hex(8)
         self.finished: list[str] = []
         self.partitions: list[int] = []
-        self.clients = folder / CHECKPOINT / "clients"  # what they keep, if they are here
+        self.clients = folder / CHECKPOINT / "clients"  # what clients keep, if they share our disk
         self._checkpoint = Checkpoint(folder / CHECKPOINT)
-        self._checksums: dict[str, int] = {}  # of clients' files
-        self._weights: dict[str, int] = {}  # checksums of the files of weights that are done
+        self._checksums: dict[str, int] = {}  # of the files that clients keep
+        self._weights: dict[str, int] = {}  # checksums of the weights of methods that are done
         self._restored = False
 
     def restore(self, every: int) -> dict[str, Any]:
         """Go on after the last checkpoint, if there is one.
 
         Args:
-            every: rounds between two checkpoints from now on; 0: no more.
+            every: rounds between two checkpoints from now on; 0: none.
 
         Returns:
-            of the federation that was going on: its name, how many rounds of it are done, what
-            they cost, and a ``node`` of its state for ``state``; {} between two federations.
+            of the federation that was going on: its name, how many of its rounds are done, what
+            they cost, and ``node``, its encoded state, to be given to ``state``; {} between two
+            federations or without a checkpoint.
 
         Raises:
-            ConfigError: the checkpoint cannot be used, or is to be the last.
+            ConfigError: the checkpoint cannot be used, or ``every`` is 0.
         """
         try:
             kept = self._checkpoint.read()
@@ -59,17 +61,16 @@ class Resuming:
                     self.log.event("warning", "no checkpoint was kept: the run begins anew")
                 self.log.restore({"curves": {}, "done": 0.0, "sizes": {}})
                 return {}
-            if not every:  # nor would clients keep what they go on from
+            if not every:  # clients would not keep their state either
                 raise ConfigError(
                     "checkpoint-every = 0: a run that goes on keeps checkpoints; give 1 or more"
                 )
-            kept = {"weights": encode({}, lambda _, frozen: [])} | kept  # older ones have none
+            # older checkpoints have neither weights nor partitions
+            kept = {"weights": encode({}, lambda _, frozen: [])} | kept
             names = ("name", "finished", "rows", "outcomes", "log", "weights")
             values = {name: self._checkpoint.restore(kept[name]) for name in names}
             self.name, self.finished = values["name"], values["finished"]
-            self.partitions = self._checkpoint.restore(
-                kept.get("partitions", [])
-            )  # older ones have none
+            self.partitions = self._checkpoint.restore(kept.get("partitions", []))
             going = {}
             if "state" in kept:
                 going = {"federation": kept["federation"], "round": kept["round"]}
@@ -89,19 +90,23 @@ class Resuming:
         return going
 
     def warn_of_edits(self) -> None:
-        """Say which of the user's own files, by now imported, a run that goes on had otherwise."""
+        """Warn, in a resumed run, of each imported file of the user's own that changed since."""
         if not self._restored:
             return
-        with contextlib.suppress(ConfigError):  # it is written anew by a run that goes on
+        with contextlib.suppress(ConfigError):  # a resumed run writes it again
             about = read_about(self.log.folder)
             for text in dict.fromkeys(changed_code(self.log.folder, about)):
                 self.log.event("warning", text)
 
     def state(self, node: Any, begun: Any) -> Any:
-        """A federation's state, ``begun`` being the one before its first round.
+        """Decode a federation's state.
+
+        Args:
+            node: the encoded state, as ``restore`` returned it.
+            begun: the state before the federation's first round.
 
         Raises:
-            ConfigError: it is damaged.
+            ConfigError: the state is damaged.
         """
         try:
             return self._checkpoint.restore(node, begun)
@@ -113,15 +118,16 @@ class Resuming:
         """Refuse a federation's state that a checkpoint cannot hold.
 
         Raises:
-            ConfigError: why not.
+            ConfigError: says why not.
         """
         encode(state, lambda _, frozen: [])
 
     def keep(self, going: dict[str, Any]) -> None:
-        """Replace the checkpoint; a disk that is full does not end the run.
+        """Replace the checkpoint; if the disk is full, the run goes on without one, with a warning.
 
         Args:
-            going: of the federation that goes on; {} between two.
+            going: the name, round, state and costs of the federation that is going on; {} between
+                two.
         """
         try:
             every = {
@@ -141,18 +147,18 @@ class Resuming:
 
     @property
     def _kept(self) -> Path:
-        """Where clients keep what is theirs, if they are here."""
+        """The folder in which clients of this run keep their state, if they share our disk."""
         return self.clients / f"run-{self.name}"
 
     def _client_files(self, federation: str) -> dict[str, int]:
-        """{file: its checksum} of what clients have kept last; a file is never changed."""
+        """Return {file: its checksum} of what clients kept last; such a file is never changed."""
         files = memory.newest(self._kept, federation)
         known = self._checksums
         self._checksums = {f.name: known.get(f.name) or checksum(f) for f in files}
         return self._checksums
 
     def _weight_files(self) -> dict[str, int]:
-        """{file: its checksum} of clients' weights that are made; they change no more."""
+        """Return {file: its checksum} of clients' weights that are made and will not change."""
         folder = self.log.folder / WEIGHTS
         made = [folder / f"{method}.safetensors" for method in self.summary.rows]
         made += [file for name in self.finished for file in folder.glob(f"{name}.*-*.safetensors")]
@@ -162,7 +168,7 @@ class Resuming:
         return self._weights
 
     def _lost(self, weights: dict[str, int]) -> Iterator[str]:
-        """Which of ``weights`` are no more what they were; nothing makes them again."""
+        """Yield a warning for each file of ``weights`` that is missing or damaged."""
         for name, expected in weights.items():
             path = self.log.folder / WEIGHTS / name
             if wrong := _harm(path, expected):
@@ -172,10 +178,10 @@ class Resuming:
                 )
 
     def _check_clients(self, files: dict[str, int]) -> None:
-        """Refuse to go on without what clients had kept: their results would be others.
+        """Refuse to go on without what clients had kept: their results would differ.
 
         Raises:
-            CheckpointError: it is not there, or not what it was.
+            CheckpointError: a file is missing or damaged.
         """
         for name, expected in files.items():
             path = self._kept / name
@@ -187,13 +193,13 @@ class Resuming:
 
 
 def _refused(error: Exception) -> ConfigError:
-    """What the user reads where a checkpoint cannot be used."""
+    """Return the error for the user where a checkpoint cannot be used."""
     advice = "" if "run anew" in str(error) else "; put it back, or run anew under another run-name"
     return ConfigError(f"resume: {error}{advice}")
 
 
 def _harm(path: Path, expected: int) -> str:
-    """What has become of a file whose checksum was ``expected``; "" if it is as it was."""
+    """Say what is wrong with a file, whose checksum was ``expected``; "" if nothing is."""
     if not path.exists():
         return "missing"
     return "" if checksum(path) == expected else "damaged"

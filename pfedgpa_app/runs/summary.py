@@ -1,4 +1,4 @@
-"""What a run comes to: a row a method, its clients' figures, its plots and its table."""
+"""A run's results: a row for each method, its clients' figures, the plots and the table."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 def save_weights(
     path: Path, weights: dict[int, Weights], common: Weights, about: Mapping[str, str]
 ) -> None:
-    """Clients' weights as ``client-3/NAME``; those that all share once, as ``global/NAME``.
+    """Write clients' weights as ``client-3/NAME``, and those that all share as ``global/NAME``.
 
     Args:
+        weights: by client.
+        common: the shared weights; a client's tensor counts as shared only if it is the same
+            object.
         about: goes into the file's metadata, beside the clients' numbers.
     """
     tensors: Weights = {}
@@ -41,13 +44,13 @@ def save_weights(
 
 
 def peak_memory() -> int:
-    """The most bytes that this process ever held."""
+    """Return the most memory that this process ever held, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Summary:
-    """The figures of the methods that are done; they are on disk after each one.
+    """The figures of the methods that are done, written to disk after each method.
 
     Attributes:
         rows: {method: its entry of ``summary.json``}.
@@ -72,8 +75,9 @@ class Summary:
 
         Args:
             strategy: its federation's, whose rounds are over.
+            scores: each client's final score, by client.
             tried: the fine-tunings that ``scores`` are of.
-            more: what else its row tells.
+            more: further entries of its row.
         """
         result = outcome(scores, type(method), self.config, tried)
         self.outcomes[name] = result
@@ -108,10 +112,13 @@ class Summary:
         self.write()
 
     def _of_rounds(self, name: str, result: Outcome, strategy: Personalised) -> dict[str, Any]:
-        """What the rounds tell of the method that the federation is named for."""
+        """Return the row's entries about the rounds.
+
+        Those of the curve are None for all methods but the one that the federation is named for.
+        """
         last = self.config.num_server_rounds
         in_it = participants(self.folder, strategy.name, last, self.config.num_clients)
-        if not in_it:  # its uploads are another run's
+        if not in_it:  # its uploads come from another run
             in_it = set(sampled(self.config, last)).difference(*missing(self.config, last))
         took_part = [a for c, a in zip(result.clients, result.before, strict=True) if c in in_it]
         curve = self.log.curves.get(strategy.name, []) if name == strategy.name else []
@@ -128,7 +135,11 @@ class Summary:
     def add_joined(
         self, name: str, method: Personaliser[Any], curve: list[dict[int, float]]
     ) -> None:
-        """Add to a method's row how clients that joined did, {client: accuracy} an iteration."""
+        """Add to a method's row how accurate clients that joined were.
+
+        Args:
+            curve: {client: accuracy} for each iteration.
+        """
         means = [mean(list(scores.values())) if scores else None for scores in curve]
         accuracies = [None if each is None else round(each, 4) for each in means]
         self.rows[name]["accuracy_of_joining_clients"] = accuracies
@@ -154,7 +165,7 @@ class Summary:
         write_text(self.folder / SUMMARY, as_json(rows, indent=2) + "\n")
 
     def finish(self) -> None:
-        """Write the pictures and the table of all methods."""
+        """Draw the plots and write the table of all methods."""
         if self.config.report:
             outcomes = {name: self.outcomes[name] for name in self.config.method}
             plots.accuracy_over_rounds(self.folder / "accuracy.png", self.log, outcomes)

@@ -1,4 +1,4 @@
-"""What several runs came to, over seeds: a row a method, and its curve over rounds."""
+"""The results of several runs over seeds: a row for each method, and its curve over rounds."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class Entry:
     values: dict[str, list[float]]
     costs: tuple[str, str]
     analysis_only: bool = False
-    only: str = ""  # of which seeds, where others are of more
+    only: str = ""  # names the seeds, if other rows have more
 
     def text(self, column: str) -> str:
-        """Mean ± standard deviation over seeds."""
+        """Return mean ± standard deviation over seeds."""
         known = [value for value in self.values[column] if value == value]
         return over_seeds(known, 1 if len(known) < 2 else 2)
 
     def cells(self, every: Sequence[Entry]) -> list[dict[str, str]]:
-        """As the page has it: the best and the second best of each column are marked."""
+        """Return the row's cells for the page, the best and second best of a column marked."""
         cells = [{"text": self.name + self.only, "kind": ""}]
         for column, values in self.values.items():
             means = sorted(
@@ -58,12 +58,12 @@ class Entry:
 
 
 def _counts(entry: Entry, column: str) -> bool:
-    """Whether it can be the best: group means know what no server does."""
+    """Whether an entry can be the best: methods for analysis only know what no server does."""
     return bool(entry.values[column]) and not entry.analysis_only
 
 
 def table_of(runs: Sequence[Run]) -> tuple[list[str], list[Entry]]:
-    """The headings, and an entry for each method under each choice of what the runs vary."""
+    """Return the headings, and an entry for each method under each choice of what the runs vary."""
     shown = [
         c for c, k in COLUMNS.items() if any(r.get(k) is not None for x in runs for r in x.rows)
     ]
@@ -74,7 +74,7 @@ def table_of(runs: Sequence[Run]) -> tuple[list[str], list[Entry]]:
             choice = ", ".join(f"{k}={v}" for k, v in run.choice(row["method"], varied).items())
             seeds = alike.setdefault((row["title"], choice), {})
             if row["seed"] not in seeds or seeds[row["seed"]][0] < run.ended:
-                seeds[row["seed"]] = run.ended, row  # of two runs of a seed the newest
+                seeds[row["seed"]] = run.ended, row  # the newest of several runs of a seed
     every, entries = sorted({seed for seeds in alike.values() for seed in seeds}), []
     for (title, choice), seeds in alike.items():
         rows = [row for _, row in seeds.values()]
@@ -92,7 +92,7 @@ def table_of(runs: Sequence[Run]) -> tuple[list[str], list[Entry]]:
 
 
 def _varied(runs: Sequence[Run]) -> list[str]:
-    """The settings, the seed aside, that differ between runs whose methods go by them."""
+    """Return the settings, other than the seed, that differ between runs whose methods use them."""
     found: dict[str, set[str]] = {}
     for run in runs:
         for name, entry in run.goes_by([row["method"] for row in run.rows]).items():
@@ -102,10 +102,10 @@ def _varied(runs: Sequence[Run]) -> list[str]:
 
 
 def curves_of(runs: Sequence[Run]) -> tuple[dict[str, Curve], dict[str, float]]:
-    """{federation: its mean curve over seeds}, and where methods without rounds came to."""
+    """Return {federation: its mean curve over seeds}, {method without rounds: its accuracy}."""
     varied, gathered = _varied(runs), dict[str, dict[int, dict[int, float]]]()
     ends: dict[str, dict[int, float]] = {}
-    for run in sorted(runs, key=lambda run: run.ended):  # of two runs of a seed the newest
+    for run in sorted(runs, key=lambda run: run.ended):  # the newest of a seed comes last and stays
         titles = {row["method"]: row["title"] for row in run.rows}
         seed = run.settings["seed"]["value"]
         for federation, rounds in run.curves.items():
@@ -124,7 +124,7 @@ def curves_of(runs: Sequence[Run]) -> tuple[dict[str, Curve], dict[str, float]]:
 
 
 def as_csv(entries: Sequence[Entry]) -> str:
-    """Means and standard deviations over seeds as numbers."""
+    """Return means and standard deviations over seeds as CSV."""
     file = io.StringIO()
     columns = list(entries[0].values)
     writer = csv.writer(file, lineterminator="\n")
@@ -139,7 +139,7 @@ def as_csv(entries: Sequence[Entry]) -> str:
 
 
 def as_latex(entries: Sequence[Entry]) -> str:
-    """A tabular, the best of each column bold."""
+    """Return the table as a LaTeX tabular, the best of each column in bold."""
     columns = list(entries[0].values)
     lines = [rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", r"\toprule"]
     lines += [" & ".join(["method", *columns]) + r" \\", r"\midrule"]

@@ -1,1 +1,1 @@
-"""Many runs: sweeps, tuning, comparisons."""
+"""Plan and run studies of many runs: sweeps, tuning, comparisons, the paper's tables."""

@@ -18,17 +18,17 @@ EXPERIMENTS = (
     *("compare-cifar10", "compare-fashion-mnist"),
     *("compare-cifar10-100", "compare-fashion-mnist-100"),
 )
-# the methods of the paper's Table 1, and what they are measured against: three seeds
+# the methods of the paper's Table 1, and those they are measured against; run with three seeds
 MAIN = (
     *("local", "fedavg", "fedavg-ft", "fedavg-ft-tuned", "fedper", "fedrep", "lg-fedavg"),
     *("fedbabu", "pfedhn", "last-upload", "client-mean", "group-mean"),
     *("pfedgpa", "pfedgpa-once", "pfedgpa-inverted", "pfedgpa-sampled"),
 )
 SEEDS = (0, 1, 2)
-# {experiment: {method: its entry of every seed}}
+# {experiment: {method: [its row of each seed]}}
 Finished = dict[str, dict[str, list[dict[str, Any]]]]
 
-# Lai et al., AAAI 2025, Table 1: {data set: {method: with 10, 20 and 100 clients}}
+# Lai et al., AAAI 2025, Table 1: {data set: {method: accuracy in % with 10, 20, 100 clients}}
 PAPER: dict[str, dict[str, tuple[float, float, float]]] = {
     "emnist": {
         "local": (70.85, 70.45, 73.73),
@@ -80,7 +80,7 @@ def plan(
     settings: Settings,
     out: Path,
 ) -> list[PlannedRun]:
-    """The comparison's runs, one a federation, the first seed of everything first.
+    """Return the comparison's runs, one for each federation, the first seed's before all others.
 
     Args:
         methods: which to compare; None for all.
@@ -93,7 +93,7 @@ def plan(
     asked = every if methods is None else methods
     for name in asked:
         require_method(name, "--methods")
-    chosen = [name for name in METHODS if name in asked]  # a run's name goes by this order
+    chosen = [name for name in METHODS if name in asked]  # the order of methods in a run's name
     runs = []
     for seed in dict.fromkeys(SEEDS if seeds is None else seeds):
         all_here = seeds is not None or seed == SEEDS[0]
@@ -109,7 +109,10 @@ def plan(
 
 
 def published(row: Mapping[str, Any]) -> str:
-    """The paper's figure of a row's data set, in whatever form it lies there; "–" without."""
+    """Return the paper's figure for a row's method, data set and number of clients; "–" if none.
+
+    The row may name the data set, or a file or folder that is named after it.
+    """
     dataset = Path(row["dataset"].partition(":")[2] or row["dataset"]).stem
     figures = PAPER.get("emnist" if dataset == "emnist-byclass" else dataset, {})
     sizes = dict(zip((10, 20, 100), figures.get(row["method"], ()), strict=False))
@@ -117,7 +120,7 @@ def published(row: Mapping[str, Any]) -> str:
 
 
 def finished(out: Path) -> Finished:
-    """All finished runs in ``out``; of a method and seed that were run twice, the newest."""
+    """Return all finished runs in ``out``; if a method was run twice with a seed, the newest."""
     found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     for folder in finished_in(out):
         experiment = kept_settings(folder)["conf"]["value"]
@@ -131,9 +134,10 @@ def finished(out: Path) -> Finished:
 
 
 def overview(found: Finished) -> str:
-    """A column an experiment, in Markdown: accuracy as sent, and after tuned fine-tuning.
+    """Return a table in Markdown with a column for each experiment.
 
-    Methods that only fine-tune another's weights are left out: they are its second figure.
+    It shows the accuracy as sent, and after tuned fine-tuning. Methods that only fine-tune
+    another's weights are left out: they are that method's second figure.
     """
     firsts = [next(iter(methods.values()))[0] for methods in found.values()]
     heads = [f"{row['dataset']}, {row['num_clients']} clients" for row in firsts]
@@ -156,7 +160,7 @@ def overview(found: Finished) -> str:
 
 
 def table(found: Finished) -> str:
-    """One table an experiment, in Markdown: means ± standard deviations over seeds."""
+    """Return one table for each experiment, in Markdown: means ± standard deviations over seeds."""
     parts = []
     for experiment, methods in found.items():
         some = next(iter(methods.values()))[0]
@@ -174,12 +178,12 @@ def table(found: Finished) -> str:
 
 
 def report(out: Path) -> str:
-    """The overview and the tables of all finished runs in ``out``; nothing without one."""
+    """Return the overview and the tables of all finished runs in ``out``; "" if there are none."""
     return report_of(finished(out))
 
 
 def report_of(found: Finished) -> str:
-    """The same of what was ``found``."""
+    """Return the overview and the tables of the runs in ``found``; "" if there are none."""
     if not found:
         return ""
     rows = [row for methods in found.values() for seeds in methods.values() for row in seeds]

@@ -1,7 +1,7 @@
-"""Clients that come late: what the paper calls new clients, on every data set.
+"""Clients that join late, which the paper calls new clients, on every data set.
 
-One client of each hidden group joins fifteen others after the last round. PFedGPA's are denoised,
-and once more guided as by the paper's eq. 10.
+After the last round, five clients, one of each hidden group, join fifteen others. pFedGPA's weights
+for them are denoised and, in runs of their own, also guided as by the paper's eq. 10.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ITERATIONS = 5
 
 @dataclass(frozen=True)
 class JoinCell(LaterCell):
-    """A data set, and how pFedGPA's newcomers are served."""
+    """A data set, and how pFedGPA makes weights for the clients that join."""
 
     mode: str = "tweedie"
 
@@ -70,7 +70,10 @@ class Join(Later):
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Accuracy as welcomed and after each upload, and that of the founders; ± over seeds."""
+    """Return a table for each data set, in Markdown: accuracies, ± over seeds.
+
+    They are those of clients that joined, as welcomed and after each upload, and the founders'.
+    """
     heads = ["welcomed", *map(str, range(1, ITERATIONS + 1)), "founders", "tuned FT"]
     parts = []
     for data in dict.fromkeys(row["data"] for row in rows):

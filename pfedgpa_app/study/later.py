@@ -1,4 +1,4 @@
-"""What the studies of clients and federations that come later have in common."""
+"""What the studies of late clients and of later federations have in common."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXPERIMENT = {
 
 @dataclass(frozen=True)
 class LaterCell(Cell):
-    """A data set with 20 clients; it goes by its experiment, and nothing is searched."""
+    """A data set with 20 clients; its settings are the experiment's, and none is searched."""
 
     clients: int = 20
     partition: str = "dominant"
@@ -36,13 +36,13 @@ class LaterCell(Cell):
 
 @dataclass(frozen=True)
 class Later(Atlas):
-    """Such a study's runs, always of all seeds; it has no figure."""
+    """The runs of such a study, always with all seeds; it has no figure."""
 
     thing: ClassVar[str] = "study"
 
     @classmethod
     def data(cls, quick: bool) -> list[str]:
-        """The data sets, the cheapest first."""
+        """Return the data sets, the cheapest first."""
         return ["fashion-mnist"] if quick else list(reversed(DATA))
 
     def wants_more_seeds(self, cell: Cell, rows: Sequence[Row]) -> bool:

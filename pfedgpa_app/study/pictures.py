@@ -1,4 +1,4 @@
-"""Pictures of many runs, as files that are looked at by themselves."""
+"""Draw the figures of studies, as SVG files to be looked at by themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pfedgpa_app.results.figures import COLOURS, DASHES, INK, canvas, colour, sv
 
 
 def gains(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
-    """Points of accuracy above the best other method, over images a client.
+    """Draw the points of accuracy above the best other method, over images a client.
 
     Args:
         found: {panel: {line: [(images a client, gain)]}}; NaN is a gap.
@@ -41,10 +41,10 @@ def gains(found: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str
 
 
 def sent_and_tuned(found: Mapping[str, Mapping[str, tuple[float, float]]], ours: str) -> str:
-    """What methods' clients are sent and have after tuned fine-tuning.
+    """Draw the accuracy of what each method's clients are sent, and after tuned fine-tuning.
 
     Args:
-        found: {panel: {method: its two accuracies}}.
+        found: {panel: {method: its two accuracies}}, in percent.
         ours: the method that is drawn bolder.
     """
     figure = canvas(4.2 * max(1, len(found)), 3.4)
@@ -71,10 +71,10 @@ def sent_and_tuned(found: Mapping[str, Mapping[str, tuple[float, float]]], ours:
 
 
 def by_client(found: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]) -> str:
-    """Every client's accuracy, dashed before and solid after fine-tuning.
+    """Draw every client's accuracy, dashed before and solid after fine-tuning.
 
     Args:
-        found: {panel: {line: accuracies before and after, one a client}}.
+        found: {panel: {line: accuracies before and after, one for each client}}, in percent.
     """
     figure = canvas(4.2 * max(1, len(found)), 3.4)
     panels = figure.subplots(1, max(1, len(found)), squeeze=False)[0]
@@ -93,13 +93,13 @@ def by_client(found: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[f
 
 
 def _name_below(figure: Any, axes: Any) -> None:
-    """Name below all panels what is drawn in one of them."""
+    """Draw, below all panels, the legend of one of them."""
     handles, labels = axes.get_legend_handles_labels()
     place = "outside lower center"
     figure.legend(handles, labels, loc=place, ncols=2, fontsize="small", frameon=False)
 
 
 def on_white(drawn: str) -> str:
-    """A figure as a file that is looked at by itself, dark ink on white."""
+    """Make a file of a figure's SVG, with dark ink on white."""
     drawn = drawn.replace("<svg ", '<svg style="background:#fff;color:#222" ', 1)
     return f'<?xml version="1.0" encoding="utf-8"?>\n{drawn}\n'

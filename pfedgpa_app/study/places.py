@@ -1,7 +1,8 @@
-"""Where a sweep's runs go on: in processes of this machine, on a Ray cluster, or on a Slurm one.
+"""Where a sweep's runs work: in processes of this machine, on a Ray cluster, or on a Slurm one.
 
-A run on a Ray cluster works in a folder of its machine's own, which comes back when it has ended.
-Nothing of it is here before, so that a run that is lost with its machine begins anew elsewhere.
+A run on a Ray cluster works in a folder of its machine's own, which is copied here when the run has
+ended. Nothing of it is here before, so that a run that is lost with its machine begins anew
+elsewhere.
 Slurm's machines see the caller's folders: there a run goes on from its last checkpoint.
 """
 
@@ -34,65 +35,66 @@ from pfedgpa_app.runs.launcher import with_absolute_paths
 
 Settings = Mapping[str, Any]
 Event = dict[str, Any]
-_LOOK = 1.0  # seconds between what a cluster's run tells
-_QUEUE = 200  # runs that are given to Slurm at a time, if nobody says how many
-_DAY = 24 * 60  # minutes
-_SAID = 10_000  # bytes of a run's errors that are passed on, the last ones
+_LOOK = 1.0  # seconds between looks at what a run on a Ray cluster says
+_QUEUE = 200  # how many runs Slurm is given at a time, unless the user says
+_DAY = 24 * 60  # minutes, a Slurm job's time limit
+_SAID = 10_000  # how many of the last bytes of a run's errors are passed on
 
 
 class Lost(Exception):  # noqa: N818 (of the run, and no fault of its)
-    """A run's machine has left."""
+    """The machine that a run was on has left the cluster."""
 
 
 class Going(Protocol):
     """A run that was started."""
 
     def event(self) -> Event:
-        """The last thing that it said, or {}."""
+        """Return the last event of the run, or {}."""
 
     def status(self) -> int | None:
-        """Its exit status, once it has ended.
+        """Return the run's exit status; None until it has ended.
 
         Raises:
-            Lost: it never will, nor leave anything.
+            Lost: the run's machine has left, so that there will be no exit status.
         """
 
     def said(self) -> str:
-        """What it wrote as its errors, once it has ended."""
+        """Return what the run wrote to stderr, once it has ended."""
 
     def stop(self) -> None:
-        """End it soon."""
+        """Ask the run to end; it may take a moment."""
 
     def wait(self) -> None:
-        """Until it has ended."""
+        """Wait until the run has ended."""
 
 
 class Place(Protocol):
-    """Somewhere to run.
+    """A place where runs can work.
 
     Attributes:
-        shared: runs work in the folders that are to hold their results, and can go on there.
+        shared: whether runs work in the folders that are to hold their results, and can go on
+            there.
     """
 
     shared: bool
 
     def machines(self) -> list[int]:
-        """Each machine's cores."""
+        """Return the number of cores of each machine."""
 
     def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
-        """Start a run, of which ``folder`` is to hold the results.
+        """Start a run whose results go to ``folder``.
 
         Args:
-            cores: for it alone; None: those that its settings say.
+            cores: how many the run has for itself; None: as its settings say.
         """
 
     def close(self) -> None:
-        """Let go of it."""
+        """Disconnect from the place."""
 
 
 def command(settings: Settings, app: Path) -> list[str]:
-    """How a run is started."""
-    # -P: nothing is imported from the user's folder, whatever lies there
+    """Return the command that starts a run."""
+    # -P: import nothing from the user's folder, whatever lies there
     words = [sys.executable, "-P", "-m", "pfedgpa_app", "run", "--app", str(app)]
     return words + [f"{key}={argument(value)}" for key, value in settings.items()]
 
@@ -117,7 +119,7 @@ class _Process:
 
     def __init__(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> None:
         self.folder = folder
-        # no pipe: a user's own code may say more than one holds, and would wait to be read
+        # not a pipe: if a user's own code wrote more than one holds, the run would block
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
         env = os.environ | {PARENT: str(os.getpid())}
         if cores:
@@ -151,17 +153,17 @@ class _Process:
 
 
 class RayCluster:
-    """The Ray cluster at ``RAY_ADDRESS``, else the one that this machine is part of."""
+    """The Ray cluster at ``RAY_ADDRESS``; by default the one that this machine is part of."""
 
     shared = False
 
     def __init__(self) -> None:
-        """Connect to it.
+        """Connect to the cluster.
 
         Raises:
             ConfigError: there is none.
         """
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns without it
         import ray
 
         address = os.environ.get("RAY_ADDRESS", "auto")
@@ -187,9 +189,9 @@ class RayCluster:
             max_retries=0,
         )
         there = with_absolute_paths(settings, config)
-        if "data-dir" not in settings:  # each machine has its own
+        if "data-dir" not in settings:  # each machine has a data folder of its own
             del there["data-dir"]
-        # and our app lies somewhere else there
+        # this package's own app lies somewhere else there
         given = there, None if app.samefile(APP_DIR) else app, cores
         return _Task(self.ray, task.remote(*given), folder)
 
@@ -236,8 +238,8 @@ class _Task:
     def _has_left(self) -> bool:
         """Whether the run's machine is gone.
 
-        Ray itself fails a task only when its connection breaks; one whose machine falls silent,
-        for want of power or network, it keeps waiting for long after it knows.
+        Ray fails a task only when its connection breaks. If the machine falls silent, as without
+        power or network, Ray keeps waiting long after it has declared the machine dead.
         """
         dead = (node["NodeID"] for node in self.ray.nodes() if not node["Alive"])
         return self._node in dead
@@ -254,17 +256,17 @@ class _Task:
 def carry_out(
     settings: dict[str, Any], app: Path | None, cores: int | None
 ) -> Iterator[str | Event | tuple[int, str, bytes]]:
-    """Run on the machine where this is called, as a task of Ray's.
+    """Run on the machine where Ray calls this, as one of its tasks.
 
-    Yields the machine's name in the cluster, then what the run says as it goes on, and at last its
-    exit status, its errors, its folder.
+    Yields the machine's node ID in the cluster, then each new event of the run, and at last the
+    run's exit status, its errors and its packed folder.
     """
     import ray
 
     yield ray.get_runtime_context().get_node_id()
     home = Path(tempfile.mkdtemp(prefix="pfedgpa-"))
     folder = home / settings["run-name"]
-    if not Path(settings["code-dir"]).is_dir():  # nobody has code of their own
+    if not Path(settings["code-dir"]).is_dir():  # the user has no code of their own there
         del settings["code-dir"]
     run = _Process(settings | {"out-dir": str(home)}, app or APP_DIR, folder, cores)
     told: Event = {}
@@ -282,7 +284,7 @@ def carry_out(
 
 
 def pack(folder: Path) -> bytes:
-    """The files below ``folder``, if there is one."""
+    """Pack the files below ``folder``, if it exists, into a gzipped tar archive."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for path in sorted(folder.glob("**/*")):
@@ -292,7 +294,7 @@ def pack(folder: Path) -> bytes:
 
 
 def unpack(packed: bytes, folder: Path) -> None:
-    """Put the files where ``folder`` is to be, in the place of what it holds."""
+    """Replace ``folder`` and what it holds by the files that ``pack`` packed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as home:
         new = Path(home) / "new"
@@ -306,14 +308,14 @@ def unpack(packed: bytes, folder: Path) -> None:
 class SlurmCluster:
     """The Slurm cluster of this machine, by submitit; its machines see the caller's folders.
 
-    What ``sbatch`` wants beside (partition, account, time limit) its own environment says:
-    ``SBATCH_PARTITION``, ``SBATCH_ACCOUNT``, ``SBATCH_TIMELIMIT``.
+    Further options of ``sbatch`` (partition, account, time limit) come from its own environment
+    variables: ``SBATCH_PARTITION``, ``SBATCH_ACCOUNT``, ``SBATCH_TIMELIMIT``.
     """
 
     shared = True
 
     def __init__(self, out: Path) -> None:
-        """``out``: the sweep's folder.
+        """Check that jobs can be submitted; ``out`` is the sweep's folder.
 
         Raises:
             ConfigError: submitit is not installed, or there is no Slurm here.
@@ -333,7 +335,7 @@ class SlurmCluster:
         self.home = out.absolute() / ".slurm"
 
     def machines(self) -> list[int]:
-        return [1] * _QUEUE  # Slurm itself makes them wait
+        return [1] * _QUEUE  # Slurm itself queues them
 
     def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
         executor = self.submitit.SlurmExecutor(self.home)
@@ -372,7 +374,7 @@ class _Job:
             return None
         try:
             status, self._said = self.job.result()
-        except self.submitit.core.utils.FailedJobError as error:  # an UncompletedJobError, too
+        except self.submitit.core.utils.FailedJobError as error:  # also an UncompletedJobError
             status, self._said = 1, str(error)
         except self.submitit.core.utils.UncompletedJobError as error:
             raise Lost(str(error)) from error
@@ -388,17 +390,17 @@ class _Job:
 
 
 def on_slurm(settings: Settings, app: Path, cores: int | None) -> tuple[int, str]:
-    """Run where Slurm calls this; the exit status and errors."""
+    """Run on the machine where Slurm calls this; return the run's exit status and errors."""
     run = _Process(settings, app, Path(settings["out-dir"], settings["run-name"]), cores)
     run.wait()
     return run.process.returncode, run.said()
 
 
 def place_of(name: str, out: Path) -> Place:
-    """The place of that name, for a sweep whose folder is ``out``.
+    """Return the place of that name, for a sweep whose folder is ``out``.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it is not available.
     """
     if name == "slurm":
         return SlurmCluster(out)

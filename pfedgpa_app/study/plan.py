@@ -1,4 +1,4 @@
-"""Which runs a study has: every combination of the settings it varies, a folder each."""
+"""Plan a study's runs: every combination of the settings it varies, each run in its own folder."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Settings = dict[str, Any]
 
 
 def read(path: Path) -> tuple[Settings, dict[str, list[Any]]]:
-    """A sweep's file: ``settings:`` that all runs share and ``over:`` with lists to combine.
+    """Read a sweep's file: ``settings:`` that all runs share, and ``over:`` with lists to combine.
 
     Raises:
-        ConfigError: no such file, or another form.
+        ConfigError: there is no such file, or it has another form.
     """
     loaded = yaml_file.read(path)
     settings, over = loaded.get("settings") or {}, loaded.get("over") or {}
@@ -45,7 +45,7 @@ def read(path: Path) -> tuple[Settings, dict[str, list[Any]]]:
 
 
 def images_trained(config: Config) -> float:
-    """How many images the clients of a run train on in all, about."""
+    """Estimate how many images the clients of a run train on in all."""
     a_round = config.round_clients * (config.train_per_client or 600) * config.local_epochs
     return len(federations(config.method)) * config.num_server_rounds * a_round
 
@@ -66,15 +66,15 @@ class PlannedRun:
 
     @property
     def work(self) -> float:
-        """About how long it takes, in images trained on."""
+        """About how long it takes, as a number of images trained on."""
         return images_trained(self.config)
 
     def differences(self) -> list[str]:
-        """Settings in which the run in its folder differs from this one."""
+        """Return the settings in which the run in its folder differs from this one."""
         return differences(kept_settings(self.folder), self.resolved)
 
     def has_results(self) -> bool:
-        """Whether its folder holds something of a run that another would be sorry to lose."""
+        """Whether its folder holds results or a checkpoint that must not be overwritten."""
         return is_done(self.folder) or (self.folder / SUMMARY).exists() or self._is_resumable()
 
     def _is_resumable(self) -> bool:
@@ -82,17 +82,18 @@ class PlannedRun:
         return kept and last_event(self.folder).get("kind") != "failed"
 
     def can_go_on(self) -> bool:
-        """Whether its folder holds a checkpoint of this run, which was killed, but had not failed.
+        """Whether its folder holds a checkpoint of this very run, which was killed, not failed.
 
-        What made a run fail may lie in its checkpoint.
+        A run that failed does not go on: what made it fail may lie in its checkpoint.
         """
         return self._is_resumable() and not self.differences()
 
 
 def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> list[PlannedRun]:
-    """Every combination of ``over`` on top of ``settings``, the last key varying fastest.
+    """Return a run for every combination of ``over`` on top of ``settings``.
 
-    Where methods or partitions vary, each run has those of ``settings`` that it goes by.
+    The last key varies fastest. Where methods or partitions vary, a run has none of ``settings``
+    that only the others use.
 
     Raises:
         ConfigError: a combination that cannot run, or a folder with another run's results.
@@ -122,9 +123,9 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
 
 
 def require_alike(runs: Sequence[PlannedRun], out: Path) -> None:
-    """Refuse an ``out`` whose tables would take runs by other settings for seeds of ``runs``.
+    """Refuse an ``out`` whose tables would mix ``runs`` with runs that have other settings.
 
-    In another group of methods a method's run has a folder of another name.
+    ``expand`` does not see them: a method's run in another group of methods has another folder.
 
     Raises:
         ConfigError: a finished run of the same experiment and method has other settings.
@@ -146,19 +147,19 @@ def require_alike(runs: Sequence[PlannedRun], out: Path) -> None:
 
 
 def settings_of(settings: Settings, methods: Sequence[str], every: Sequence[str]) -> Settings:
-    """``settings`` without those that others of ``every`` method go by, but none of ``methods``."""
+    """Return ``settings`` without those that only methods of ``every`` outside ``methods`` use."""
     others = without_idle(settings, every).keys() - without_idle(settings, methods).keys()
     return {name: value for name, value in settings.items() if name not in others}
 
 
 def _dealt(settings: Settings, partition: str | None, every: Sequence[str]) -> Settings:
-    """``settings`` without those that others of ``every`` partition go by, but not this one."""
+    """Return ``settings`` without those that only the other partitions of ``every`` use."""
     others = set(every) - {partition}
     return {name: v for name, v in settings.items() if OF_PARTITION.get(name) not in others}
 
 
 def _names(value: Any) -> list[str]:
-    """A setting of methods, as it is given."""
+    """Return the methods' names from a setting, which is a list or a text with commas."""
     return value.split(",") if isinstance(value, str) else list(value)
 
 

@@ -1,4 +1,4 @@
-"""How the user is told how a sweep goes."""
+"""Show the user how a sweep is going."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pfedgpa_app.study.plan import PlannedRun
 
 
 class Show(Protocol):
-    """Tells the user how the sweep goes."""
+    """Shows the user how the sweep is going."""
 
     def begin(self, run: PlannedRun, text: str) -> None: ...
     def update(self, run: PlannedRun, event: Mapping[str, Any], text: str) -> None: ...
@@ -21,11 +21,11 @@ class Show(Protocol):
 
 
 class Lines:
-    """One line when a run starts, one when it ends, and one when it stands still."""
+    """Prints a line when a run starts, when it ends, and when it stands still."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.stalled: dict[str, str] = {}  # {run: what was said of its standing still}
+        self.stalled: dict[str, str] = {}  # {run: what was last said of its stall}
 
     def _say(self, text: str) -> None:
         self.console.print(text)
@@ -43,7 +43,7 @@ class Lines:
 
 
 class Bars(Lines):
-    """A live bar for each run that goes, and one line for the sweep, below the lines."""
+    """Shows a live bar for each run that is going on and one for the sweep, below the lines."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)

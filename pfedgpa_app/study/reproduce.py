@@ -1,10 +1,10 @@
-"""Where generation helps: every method over how much a client has, by one command.
+"""Show where generation helps: run every method over how much a client has, by one command.
 
 A cell of the map is a federation's size, data and partition, and how many images each client has.
-Of every data set and partition the same is searched on validation images, in the smallest
-federation and with a seed of its own: FedAvg's learning rate, by which all methods then go, and
-FedAvgM's momentum. pFedGPA goes by its defaults. Then all methods run in every cell, and each is
-fine-tuned by the same grid. ``table1.py`` makes the paper's table by the same machinery.
+For every data set and partition, two settings are searched on validation images, in the smallest
+federation and with a seed of its own: FedAvg's learning rate, which all methods then use, and
+FedAvgM's momentum. pFedGPA keeps its defaults. Then all methods run in every cell, and each is
+fine-tuned with the same grid. ``table1.py`` makes the paper's table by the same machinery.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from pfedgpa_app.study.plan import PlannedRun, Settings, expand, images_trained,
 from pfedgpa_app.study.tune import DEFAULTS, main_settings, search
 
 OURS = "pfedgpa"
-KNOWS_GROUPS = "group-mean"  # no contender
+KNOWS_GROUPS = "group-mean"  # not compared with: no server knows the groups
 METHODS_OF_MAP: tuple[str, ...] = (
     *("fedavg", "fedavg-ft-tuned", "fedavgm", "fedbabu", "fedrep", "fedala", "cfl"),
     *("client-mean", KNOWS_GROUPS, OURS),
 )
-MOMENTUM = {"fedavgm": ("fedavgm.momentum", (0.5, 0.7, 0.9))}  # method: setting, values searched
+MOMENTUM = {"fedavgm": ("fedavgm.momentum", (0.5, 0.7, 0.9))}  # {method: (setting, values to try)}
 DATA = {"cifar10": "CIFAR-10", "fashion-mnist": "Fashion-MNIST", "emnist": "EMNIST"}
-SIZES = {100: 0.3, 20: 1.0}  # clients, and the share of them that takes part in a round
-TEST_IMAGES = {20: 300, 100: 150}  # a client is tested on
+SIZES = {100: 0.3, 20: 1.0}  # {clients: the share of them that takes part in a round}
+TEST_IMAGES = {20: 300, 100: 150}  # {clients: how many images each is tested on}
 PARTITIONS = ("dominant", "dirichlet")
-IMAGES = (60, 30, 150, 380)  # a client; the first is made first
-SEARCHED = (20, 60)  # clients and images of the cells in which settings are searched
+IMAGES = (60, 30, 150, 380)  # training images of a client, in the order in which they are run
+SEARCHED = (20, 60)  # clients, and images of each, in the cells in which settings are searched
 SEEDS = (0, 1, 2)
-CLOSE = 1.0  # points: where a gain is smaller, all seeds are run
-MERIT = "accuracy_after_ft_tuned"  # after 0 to 5 epochs, by everyone's validation images
+CLOSE = 1.0  # points; a cell with a smaller gain or loss is run with all seeds
+MERIT = "accuracy_after_ft_tuned"  # 0 to 5 epochs, chosen by all validation images
 COLUMNS = {
     "tuned FT": MERIT,
     "as sent": "accuracy_before_ft",
@@ -52,13 +52,13 @@ COLUMNS = {
     "worst client kept": "accuracy_worst_client_kept",
 }
 _TOLD = ("method", "title", "seed", "rounds", "fine_tuning_tuned", "server_seconds")
-RunAll = Callable[[list[PlannedRun]], bool]  # whether none failed
+RunAll = Callable[[list[PlannedRun]], bool]  # returns whether no run failed
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One place on the map."""
+    """One place on the map: a federation, and how many images each of its clients has."""
 
     data: str
     clients: int
@@ -78,7 +78,7 @@ class Cell:
 
     @property
     def methods(self) -> list[str]:
-        """What runs there: without hidden groups nobody can know them."""
+        """The methods that run here; the one that knows hidden groups only where there are some."""
         return [m for m in METHODS_OF_MAP if m != KNOWS_GROUPS or self.partition == "dominant"]
 
     @property
@@ -96,11 +96,12 @@ class Atlas:
     """The map's runs, in one folder.
 
     Attributes:
-        name: of its files; ``picture``: of the figure, if it has one of its own.
-        thing: what it is, in messages.
+        name: the name of its files; ``picture``: that of the figure.
+        thing: what messages call it.
         known: the methods that it has.
-        figures: of a method's row that are kept.
-        settings: of the user's, laid over every run's that goes by them, and not searched.
+        own: the settings by which its tables are laid out.
+        figures: the figures of a method's row that are kept.
+        settings: the user's, for every run that uses them; they are not searched.
         places: {data set: where it lies}, for those that lie elsewhere than their file says.
         only: the methods that run.
         quick: whether it is at a small size.
@@ -110,7 +111,7 @@ class Atlas:
     picture: ClassVar[str] = "map"
     thing: ClassVar[str] = "map"
     known: ClassVar[tuple[str, ...]] = METHODS_OF_MAP
-    # settings by which its tables are laid out
+    # the user cannot set these
     own: ClassVar[frozenset[str]] = frozenset(
         ("conf", "method", "num-clients", "train-per-client", "partition", "fine-tune-grid-epochs")
     )
@@ -124,16 +125,16 @@ class Atlas:
 
     @property
     def grids(self) -> dict[str, dict[str, tuple[Any, ...]]]:
-        """{method: {setting: values}} that are searched after the common learning rate."""
+        """{method: {setting: values}} to search after the common learning rate."""
         return {method: dict([MOMENTUM[method]]) for method in MOMENTUM if method in self.only}
 
     @classmethod
     def cells(cls, quick: bool = False) -> list[Cell]:
-        """All of them, the most telling first; ``quick``: a few that take minutes."""
+        """Return all cells, the most telling first; ``quick``: a few that take minutes."""
         return cells_of(quick)
 
     def fill(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
-        """Run what is not done yet, writing the map anew after every cell; returns its tables."""
+        """Run what is not done yet, writing the map again after every cell; return its tables."""
         found: dict[Cell, Settings] = {}
         cells = self.running(cells)
         for cell in cells:
@@ -151,11 +152,14 @@ class Atlas:
         return self.write(cells, seeds)
 
     def wants_more_seeds(self, cell: Cell, rows: Sequence[Row]) -> bool:
-        """Whether one seed does not tell what ``cell`` is to show."""
+        """Whether one seed is too few to show what ``cell`` is to show."""
         return abs(gain(rows)) < CLOSE
 
     def rows(self, cells: Iterable[Cell], seeds: Iterable[int] = SEEDS) -> list[Row]:
-        """What has been made of these cells, an entry a method and seed; no seed in part."""
+        """Return the finished rows of these cells, one for each method and seed.
+
+        A seed of a cell is left out until all methods are done with it.
+        """
         found = []
         for cell, seed in itertools.product(cells, seeds):
             folders = finished_in(self._at(cell, seed))  # a method may have been run twice
@@ -166,7 +170,7 @@ class Atlas:
         return found
 
     def write(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
-        """Write the rows, the tables and the figure; returns the tables."""
+        """Write the rows, the tables and the figure; return the tables."""
         rows = self.rows(cells, seeds)
         text = self.tables(rows)
         write_text(self.out / f"{self.name}.jsonl", "".join(as_json(row) + "\n" for row in rows))
@@ -176,15 +180,15 @@ class Atlas:
         return text
 
     def tables(self, rows: Sequence[Row]) -> str:
-        """Of what has been made, in Markdown."""
+        """Return the tables of these rows, in Markdown."""
         return tables(rows)
 
     def figure(self, rows: Sequence[Row]) -> str:
-        """SVG of it; "" for none."""
+        """Return the figure of these rows as SVG; "" for none."""
         return figure(rows)
 
     def seconds(self, cells: Sequence[Cell], seed: int = SEEDS[0]) -> float:
-        """About how long one core trains for what is not done of a seed, searching aside."""
+        """Estimate how long one core trains for a seed's unfinished cells, without the search."""
         left = [cell for cell in cells if not self.rows([cell], [seed])]
         return sum(
             core_seconds(resolve(own | {"method": group}).config)
@@ -193,11 +197,11 @@ class Atlas:
         )
 
     def running(self, cells: Iterable[Cell]) -> list[Cell]:
-        """Those in which some of its methods run."""
+        """Return the cells in which at least one of the chosen methods runs."""
         return [cell for cell in cells if self._methods(cell)]
 
     def done(self, cells: Sequence[Cell], seed: int = SEEDS[0]) -> list[Cell]:
-        """Those of which a seed is complete."""
+        """Return the cells in which a seed is complete."""
         return [cell for cell in cells if self.rows([cell], [seed])]
 
     def _methods(self, cell: Cell) -> list[str]:
@@ -207,7 +211,7 @@ class Atlas:
         return self.out / cell.name / f"seed-{seed}"
 
     def _run(self, cell: Cell, seed: int, found: Settings) -> None:
-        """All methods of ``cell``, a run a federation, by the settings that were ``found``."""
+        """Run all methods of ``cell``, one run a federation, with the settings in ``found``."""
         runs: list[PlannedRun] = []
         for group, own in self._federations(cell, found):
             over: dict[str, list[Any]] = {"method": [group], "seed": [seed]}
@@ -217,7 +221,7 @@ class Atlas:
             raise LaunchError(f"a run failed; see {self._at(cell, seed)}")
 
     def _federations(self, cell: Cell, found: Settings) -> list[tuple[list[str], Settings]]:
-        """The methods of each, and the settings that they go by."""
+        """Return the methods of each federation, and the settings that they use."""
         base = self._settings(cell) | found
         groups = federations(self._methods(cell)).values()
         return [(group, without_idle(base, group)) for group in groups]
@@ -231,11 +235,11 @@ class Atlas:
         return self._settings(cell)
 
     def _search(self, cell: Cell) -> Settings:
-        """What is chosen in ``cell`` on validation images, before any method runs."""
+        """Return the settings that validation images choose in ``cell``, before any method runs."""
         folder, base = self.out / cell.name / "search", DEFAULTS | self._searching(cell)
         found: Settings = {}
         for grids in ({"fedavg": main_settings("fedavg")}, self.grids):
-            alike: dict[tuple[str, ...], dict[str, Any]] = {}  # methods by the settings they read
+            alike: dict[tuple[str, ...], dict[str, Any]] = {}  # {settings they read: methods}
             for method, grid in grids.items():
                 if wanted := {name: grid[name] for name in grid if name not in self.settings}:
                     read = tuple(without_idle(base | found, [method]))
@@ -246,7 +250,7 @@ class Atlas:
         return found
 
     def _rows_of(self, folder: Path) -> list[Row]:
-        """Of each method of a run: what the tables show, and what was searched for it."""
+        """Return, for each method of a run, what the tables show and what was searched for it."""
         kept = values_of(kept_settings(folder))
         found = []
         for row in rows_of(folder):
@@ -257,15 +261,16 @@ class Atlas:
 
 
 def core_seconds(config: Config) -> float:
-    """About how long one core trains for a run, by what its networks took of an AMD EPYC's core.
+    """Estimate how long one core trains for a run, in seconds.
 
-    3 ms a step and 0.25 ms an image in it.
+    A step takes 3 ms and each image in it 0.25 ms, as measured on a core of an AMD EPYC with the
+    map's networks.
     """
     return images_trained(config) * (0.003 / config.batch_size + 0.00025)
 
 
 def cells_of(quick: bool = False) -> list[Cell]:
-    """The whole map, the most telling places first; ``quick``: two places of it."""
+    """Return the whole map, the most telling cells first; ``quick``: two of its cells."""
     if quick:
         return [Cell("fashion-mnist", 20, "dominant", images) for images in (30, 60)]
     order = itertools.product(PARTITIONS, SIZES, IMAGES, DATA)
@@ -273,14 +278,14 @@ def cells_of(quick: bool = False) -> list[Cell]:
 
 
 def rows_in(rows: Iterable[Row], cell: Cell) -> list[Row]:
-    """Those of ``cell``."""
+    """Return the rows of ``cell``."""
     return [row for row in rows if asdict(cell).items() <= row.items()]
 
 
 def gain(rows: Sequence[Row]) -> float:
-    """Points of pFedGPA over the best contender of one cell, means over its seeds.
+    """Return pFedGPA's gain over the best contender in one cell, in points; means over its seeds.
 
-    NaN while either is missing. The contender is the best in hindsight: by the same test images.
+    NaN while either is missing. The contender is the best in hindsight, on the same test images.
     """
     means = means_of(rows)
     others = contenders(means).values()
@@ -288,12 +293,12 @@ def gain(rows: Sequence[Row]) -> float:
 
 
 def contenders(means: Mapping[str, float]) -> dict[str, float]:
-    """Those of ``means``, of methods, that pFedGPA is compared with."""
+    """Return those of ``means``, {method: figure}, whose methods pFedGPA is compared with."""
     return {m: value for m, value in means.items() if m not in (OURS, KNOWS_GROUPS)}
 
 
 def means_of(rows: Iterable[Row], key: str = MERIT) -> dict[str, float]:
-    """{method: its figure of merit, or another}, means over seeds."""
+    """Return {method: its figure of merit, or that of ``key``}, means over seeds."""
     found: dict[str, list[float]] = {}
     for row in rows:
         found.setdefault(row["method"], []).append(row[key])
@@ -305,7 +310,7 @@ def _cells_in(rows: Iterable[Row]) -> list[Cell]:
 
 
 def figure(rows: Sequence[Row]) -> str:
-    """The gain over images a client, a line a federation, a panel a partition; SVG."""
+    """Draw the gain over images a client: a line a federation, a panel a partition; SVG."""
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for cell in sorted(_cells_in(rows), key=lambda cell: cell.images):
         name = f"{DATA[cell.data]}, {cell.clients} clients"
@@ -315,9 +320,10 @@ def figure(rows: Sequence[Row]) -> str:
 
 
 def methods_figure(rows: Sequence[Row], images: int = 60) -> str:
-    """What every method's clients are sent and have after tuned fine-tuning; SVG.
+    """Draw what every method's clients are sent and have after tuned fine-tuning; SVG.
 
-    A panel a federation in which each client has so many images, the largest ones first.
+    A panel for each of the first two federations, the largest ones, in which the partition is
+    dominant and each client has ``images`` images.
     """
     panels: dict[str, dict[str, tuple[float, float]]] = {}
     for cell in _cells_in(rows):
@@ -334,7 +340,7 @@ def methods_figure(rows: Sequence[Row], images: int = 60) -> str:
 
 
 def overview(rows: Sequence[Row]) -> str:
-    """PFedGPA's accuracy in every cell, in brackets its gain and over whom; Markdown."""
+    """Return pFedGPA's accuracy in every cell, in brackets its gain and over whom; Markdown."""
     found = {cell: rows_in(rows, cell) for cell in _cells_in(rows)}
     images = sorted({cell.images for cell in found})
     places = dict.fromkeys((cell.data, cell.clients, cell.partition) for cell in found)
@@ -359,7 +365,7 @@ def _in_brief(rows: Sequence[Row]) -> str:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """The overview, and a table a cell; Markdown."""
+    """Return the overview, and a table for each cell; Markdown."""
     parts = [overview(rows) + "\n"]
     for cell in _cells_in(rows):
         where = f"{DATA[cell.data]}, {cell.clients} clients, {cell.partition}"
@@ -369,7 +375,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """A row a method: means ± standard deviations over seeds."""
+    """Return a table with a row for each method: means ± standard deviations over seeds."""
     lines = []
     for method in METHODS_OF_MAP:
         if own := [row for row in rows if row["method"] == method]:

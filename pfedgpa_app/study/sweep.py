@@ -1,8 +1,8 @@
-"""Sweeps: many runs that share one machine.
+"""Sweeps: many runs that share one machine or a cluster.
 
-A sweep is every combination of the settings it varies. Each run is a ``pfedgpa run`` of its
-own in a folder named after its settings, so a sweep that was stopped goes on where it was:
-runs that are done are skipped, one that was broken off goes on from its checkpoint.
+A sweep is every combination of the settings it varies. Each run is a ``pfedgpa run`` of its own, in
+a folder named after its settings, so that a sweep that was stopped can go on: runs that are done
+are skipped, and one that was broken off goes on from its checkpoint.
 """
 
 from __future__ import annotations
@@ -40,23 +40,22 @@ COLUMNS = {
     "server s": "server_seconds",
     "peak MiB": "peak_memory_mib",
 }
-JOINED = "accuracy_of_joining_clients"  # as welcomed and after each upload
+JOINED = "accuracy_of_joining_clients"  # a list: as welcomed, and after each upload
 
-Judge = Callable[
-    [PlannedRun, Mapping[str, Any]], str | None
-]  # of what a run said: why to end it early
+# takes a run and its newest event; returns why to end the run early, or None
+Judge = Callable[[PlannedRun, Mapping[str, Any]], str | None]
 
 
 def shares(
     runs: Sequence[PlannedRun], jobs: int | None, machines: Sequence[int]
 ) -> tuple[int, int | None]:
-    """How many runs go at once, and how many workers each has (None: as its settings say).
+    """Return how many runs go at once, and how many workers each has (None: as its settings say).
 
-    Runs on the process engine share the cores, one worker each while there are enough runs:
-    while one run's server works, another's client trains. Ray and a GPU serve one run at a time.
+    Runs on the process engine share the cores, one worker each while there are enough runs: while
+    one run's server works, another's client trains. Ray and a GPU serve one run at a time.
 
     Args:
-        machines: the cores of each.
+        machines: the number of cores of each machine.
     """
     cores = sum(machines)
     engines = {engine_for(run.config.engine, run.config.device) for run in runs}
@@ -71,14 +70,14 @@ def shares(
 
 
 def lenient(_: PlannedRun, __: Mapping[str, Any]) -> str | None:
-    """Ends none."""
+    """End no run early."""
     return None
 
 
 class Sweep:
-    """Runs what is not done, so many at once, and keeps count."""
+    """Runs what is not done, several at once, and keeps count."""
 
-    TRIES = 3  # of a run whose machines leave
+    TRIES = 3  # for a run whose machines leave
 
     def __init__(
         self,
@@ -90,20 +89,20 @@ class Sweep:
         place: Place | None = None,
         judge: Judge = lenient,
     ) -> None:
-        """``place``: where runs go on; None: on this machine."""
+        """Plan the sweep; ``place`` is where runs work, None for this machine."""
         self.runs, self.app, self.jobs, self.workers, self.show = runs, app, jobs, workers, show
         self.place, self.judge = place or Here(), judge
         self.waiting = [run for run in runs if not is_done(run.folder)]
         self.done = len(runs) - len(self.waiting)
         self.going: list[tuple[PlannedRun, Going]] = []
-        self._earlier: dict[str, dict[str, Any]] = {}  # the last event before a run went on
+        self._earlier: dict[str, dict[str, Any]] = {}  # {run: its last event before it was resumed}
         self._lost = Counter[str]()
         self.failed: dict[str, str] = {}
         self._started = time.monotonic()
         self._finished_work = 0.0
 
     def run_all(self) -> None:
-        """Returns when no run is left; whatever happens, none goes on behind it."""
+        """Run until no run is left; whatever happens, none is going on afterwards."""
         try:
             while self.waiting or self.going:
                 while self.waiting and len(self.going) < self.jobs:
@@ -153,7 +152,7 @@ class Sweep:
 
     def _end(self, run: PlannedRun, going: Going, status: int) -> None:
         said = going.said().strip()
-        said = said[max(0, said.rfind("pfedgpa: ")) :]  # before it the user's own code spoke
+        said = said[max(0, said.rfind("pfedgpa: ")) :]  # the user's own code wrote what precedes
         self.going.remove((run, going))
         self._finished_work += self._worked(run, 1.0)
         if status:
@@ -167,7 +166,7 @@ class Sweep:
         self.show.end(run, self.failed[run.name], self.state())
 
     def state(self) -> str:
-        """``3/9 done, 12:31 left``."""
+        """Say how far the sweep is, as in ``3/9 done, 12:31 left``."""
         partly = {run.name: going.event().get("progress", 0.0) for run, going in self.going}
         going = [run for run, _ in self.going]
         left = sum(run.work for run in [*self.waiting, *going])
@@ -180,7 +179,7 @@ class Sweep:
         return text
 
     def _worked(self, run: PlannedRun, progress: float) -> float:
-        """Of its work, what was done since it began or went on here."""
+        """Return how much of the run's work was done since it began, or was resumed, here."""
         before: float = self._earlier[run.name].get("progress", 0.0)
         return run.work * max(0.0, progress - before)
 
@@ -190,7 +189,7 @@ def _headline(folder: Path) -> str:
 
 
 def summarise(runs: Sequence[PlannedRun], out: Path) -> str:
-    """Write ``sweep.json`` (all finished rows), ``sweep.md`` (means over seeds), a report."""
+    """Write ``sweep.json`` (all finished rows), ``sweep.md`` (means over seeds) and a report."""
     finished = [run for run in runs if is_done(run.folder)]
     rows = {run.name: rows_of(run.folder) for run in finished}
     record = [{"run": r.name, "varied": r.varied, "summary": rows[r.name]} for r in finished]
@@ -215,7 +214,7 @@ def summarise(runs: Sequence[PlannedRun], out: Path) -> str:
 
 
 def table(seeds: Sequence[Sequence[dict[str, Any]]]) -> str:
-    """Its columns are those that the runs have something for."""
+    """Return a table over seeds, with the columns for which the runs have figures."""
     most = max(len(row.get(JOINED, [])) for rows in seeds for row in rows)
     joined = {f"joined, after {i}" if i else "joined": f"joined {i}" for i in range(most)}
     flat = [
@@ -226,7 +225,7 @@ def table(seeds: Sequence[Sequence[dict[str, Any]]]) -> str:
 
 
 def _groups(runs: Sequence[PlannedRun]) -> Iterator[tuple[Settings, list[PlannedRun]]]:
-    """Runs that differ in nothing but the seed."""
+    """Yield, for each choice of the varied settings, the runs that differ only in the seed."""
     groups: dict[str, tuple[Settings, list[PlannedRun]]] = {}
     for run in runs:
         varied = {key: value for key, value in run.varied.items() if key != "seed"}
@@ -242,7 +241,7 @@ def sweep(
     jobs: int | None = None,
     on: str = "here",
 ) -> bool:
-    """Run every combination that is not done yet; whether all of them are done now.
+    """Run every combination that is not done yet; return whether all of them are done now.
 
     Raises:
         ConfigError, DataError: refused before any run started.
@@ -258,11 +257,11 @@ def run_sweep(
     on: str = "here",
     judge: Judge = lenient,
 ) -> bool:
-    """Do the ``runs`` that are not done yet; whether none failed.
+    """Run those of ``runs`` that are not done yet; return whether none failed.
 
     Args:
-        on: the place where they go on; see ``places``.
-        judge: ends some early.
+        on: the name of the place where they work; see ``places``.
+        judge: ends some runs early.
 
     Raises:
         ConfigError, DataError: refused before any run started.

@@ -1,9 +1,9 @@
 """The paper's Table 1 again: every data set with 10, 20 and 100 clients, beside its figures.
 
-Beside the paper's nine methods are the rivals that it has not. Of each data set the same is
+Beside the paper's nine methods are rivals that it does not have. For each data set settings are
 searched on validation images, with 20 clients, fewer rounds and a seed of its own: FedAvg's
-learning rate, which is every method's own default, then each method's main settings
-(``pfedgpa tune`` goes by the same grids).
+learning rate, which is every method's own default, then each method's main settings, by the same
+grids as in ``pfedgpa tune``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pfedgpa_app.study.reproduce import (
 )
 from pfedgpa_app.study.tune import main_settings
 
-# clients, in the order of PAPER's figures: images of each; CIFAR-10 has no more for 100 of them
+# {clients, in the order of PAPER's figures: images of each}; CIFAR-10 has no more for 100 clients
 SIZES = {10: 600, 20: 600, 100: 380}
 TUNED_FT = "fedavg-ft-tuned"
 RIVALS = (TUNED_FT, "fedavgm", "client-mean")
@@ -53,7 +53,7 @@ class PaperCell(Cell):
 
     @property
     def settings(self) -> Settings:
-        """Its experiment's; 200 rounds, and 300 of CIFAR-10, as in the paper."""
+        """Those of its experiment; it has 200 rounds, or 300 for CIFAR-10, as in the paper."""
         return {"conf": self.name, "train-per-client": self.images, "evaluate-every": 0, **TUNED}
 
     @property
@@ -71,7 +71,7 @@ class PaperCell(Cell):
 
 @dataclass(frozen=True)
 class Table1(Atlas):
-    """The table's runs, in one folder; quick ones go by the experiments' settings."""
+    """The table's runs, in one folder; quick ones use the experiments' settings."""
 
     name: ClassVar[str] = "table1"
     thing: ClassVar[str] = "table"
@@ -89,7 +89,7 @@ class Table1(Atlas):
         return {method: grid for method in own if (grid := main_settings(method))}
 
     def wants_more_seeds(self, cell: Cell, rows: Sequence[Row]) -> bool:
-        """With 20 clients, and where a rival is within a point of pFedGPA."""
+        """Whether there are 20 clients, or a rival is within a point of pFedGPA."""
         means = means_of(rows, MERIT)
         close = OURS in means and any(
             abs(means[OURS] - other) < CLOSE for other in contenders(means).values()
@@ -110,21 +110,22 @@ class Table1(Atlas):
 
 
 def column(data: str, clients: int) -> PaperCell:
-    """The federation of so many clients."""
+    """Return the federation of that many clients."""
     return PaperCell(data, clients, images=SIZES[clients])
 
 
 def columns(quick: bool = False) -> list[Cell]:
-    """All nine, the cheapest first; ``quick``: one of them."""
+    """Return all nine federations, the cheapest first; ``quick``: one of them."""
     if quick:
         return [column("fashion-mnist", 10)]
     return [column(data, n) for n in SIZES for data in reversed(DATA)]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A row a method, a column a federation: means ± deviations over seeds, the paper's below.
+    """Return a row for each method and a column for each federation, in Markdown.
 
-    Each method is evaluated as its paper does; Markdown.
+    A cell has the mean ± deviation over seeds, and the paper's figure in brackets. Each method is
+    evaluated as its paper does.
     """
     cells = [cell for cell in columns_in(rows) if rows_in(rows, cell)]
     heads = [f"{DATA[cell.data]}, {cell.clients} clients" for cell in cells]
@@ -141,7 +142,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _of(method: str, rows: Iterable[Row]) -> list[Row]:
-    """A method's rows; FedAvg's with its second figure, where tuned FedAvg-FT has none itself."""
+    """Return a method's rows; tuned FedAvg-FT without any has FedAvg's, with their tuned figure."""
     of = {name: [row for row in rows if row["method"] == name] for name in (method, "fedavg")}
     if method == TUNED_FT and not of[method]:
         return [
@@ -152,7 +153,7 @@ def _of(method: str, rows: Iterable[Row]) -> list[Row]:
 
 
 def columns_in(rows: Iterable[Row]) -> list[Cell]:
-    """Those that ``rows`` tell of, in the table's order."""
+    """Return the federations in ``rows``, in the table's order."""
     there = {(row["data"], row["clients"]) for row in rows}
     order = [column(data, clients) for data in DATA for clients in SIZES]
     return [cell for cell in order if (cell.data, cell.clients) in there]

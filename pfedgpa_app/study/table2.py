@@ -1,6 +1,6 @@
 """The paper's Table 2 and Figure 4 again: generation with and without inversion, 20 clients.
 
-Beside its two rows are each client's last upload, and what pFedGPA is by default here.
+Beside the paper's two rows are each client's last upload, and pFedGPA as it is by default here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLUMNS = {
     "worst client before FT": "accuracy_worst_client_before_ft",
     "clients under 60 % before FT": "clients_under_60_before_ft",
 }
-# Lai et al., AAAI 2025, Table 2: {data set: {method: before and after fine-tuning}}
+# Lai et al., AAAI 2025, Table 2: {data set: {method: accuracy in % before, after fine-tuning}}
 PUBLISHED = {
     "emnist": {WITHOUT: (69.38, 81.09), WITH: (83.54, 84.70)},
     "fashion-mnist": {WITHOUT: (68.48, 87.24), WITH: (83.82, 89.37)},
@@ -35,7 +35,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class AblationCell(PaperCell):
-    """A data set's part of the table."""
+    """One data set's part of the table."""
 
     clients: int = 20
 
@@ -80,7 +80,7 @@ class Table2(Table1):
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """A table a data set: means ± deviations over seeds, the paper's figures in brackets."""
+    """Return a table for each data set: means ± deviations over seeds, the paper's in brackets."""
     parts = []
     for cell in columns_in(rows):
         lines = []
@@ -96,7 +96,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def figure(rows: Sequence[Row]) -> str:
-    """Every client's accuracy with and without inversion, the first seed's; SVG."""
+    """Draw every client's accuracy with and without inversion, with the first seed; SVG."""
     panels = {}
     for cell in columns_in(rows):
         lines = {}

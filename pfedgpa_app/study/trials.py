@@ -2,8 +2,8 @@
 
 Akiba et al. 2019, KDD, "Optuna: A next-generation hyperparameter optimization framework". Its tree
 of Parzen estimators proposes values, pooled validation images decide, and a run whose training
-loss is among the worst is ended early: neither sees test images. What was tried is kept beside the
-runs, so that a search that was stopped goes on.
+loss is among the worst is ended early: none of this sees test images. All trials are kept beside
+the runs, so that a search that was stopped can go on.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from pfedgpa_app.study.sweep import Judge
 
 RunAll = Callable[[list[PlannedRun], Judge], object]
 Grid = Mapping[str, Sequence[Any]]
-_FIRST = 4  # trials that are not ended early
-_KEPT = 75.0  # % of the runs, those of the smallest losses, go on
-_STEPS = 10  # times that a run's loss is looked at
-_WARM = 3  # the first at which a run may be ended
-_WIDE = 8  # where a grid's largest value is so many times its smallest, logarithms are searched
+_FIRST = 4  # the first trials, which are not ended early
+_KEPT = 75.0  # percentage of runs, those with the smallest losses, that go on
+_STEPS = 10  # how many times a run's loss is looked at
+_WARM = 3  # the look, counted from 0, from which on a run may be ended
+_WIDE = 8  # from this ratio of largest to smallest value on, a grid is searched in logarithms
 
 
 def imported() -> Any:
-    """Optuna, which says nothing.
+    """Import Optuna and silence it.
 
     Raises:
         ConfigError: it is not installed.
@@ -48,17 +48,17 @@ def imported() -> Any:
 
 
 class Search:
-    """One method's trials."""
+    """The trials of one method."""
 
     def __init__(
         self, base: Settings, method: str, grid: Grid, out: Path, number: int, shared: Settings
     ) -> None:
-        """Begin, or go on with what is in ``out`` and was tried with the same settings.
+        """Begin a search, or go on with the one in ``out`` that has the same settings.
 
         Args:
             base: the settings of all runs.
-            grid: {setting: values that its range is made of}.
-            number: of trials, in all.
+            grid: {setting: values whose range is searched}.
+            number: how many trials there are in all.
             shared: settings that were chosen before; runs' folders are named by them, too.
         """
         self.base, self.method, self.grid, self.out = base, method, grid, out
@@ -73,11 +73,11 @@ class Search:
             ),
             load_if_exists=True,
         )
-        # a search that goes on must not propose again what it began with
+        # the seed differs when a search goes on, so that it does not repeat its first proposals
         draws = numpy_generator(base["seed"], "trials", len(self.study.get_trials()))
         self.study.sampler = self.optuna.samplers.TPESampler(seed=int(draws.integers(2**31)))
         self.going: dict[str, tuple[int, PlannedRun]] = {}
-        self._trials: dict[str, Any] = {}  # of going runs, those that may be ended early
+        self._trials: dict[str, Any] = {}  # {run that may be ended early: its trial}
         self._ended: set[str] = set()
         self._told: set[tuple[str, int]] = set()
 
@@ -85,7 +85,7 @@ class Search:
         return tuple(self.optuna.trial.TrialState[name] for name in names)
 
     def ask(self, most: int) -> list[PlannedRun]:
-        """The next runs, those first that were broken off; none once there were enough."""
+        """Return the next runs, interrupted ones first; none once there were enough trials."""
         self.going, self._trials = {}, {}
         for frozen in self.study.get_trials(states=self._states("RUNNING")):
             run = self._possible({name: given(frozen.params[name]) for name in self.grid})
@@ -96,14 +96,14 @@ class Search:
         while len(self.going) < most and len(self.study.get_trials()) < self.number:
             trial = self.study.ask()
             run = self._possible({name: given(self._suggested(trial, name)) for name in self.grid})
-            if run is None or run.name in self.going:  # the same, rounded
+            if run is None or run.name in self.going:  # or the same values, rounded
                 self.study.tell(trial, state=self._states("FAIL")[0])
                 continue
             self.going[run.name], self._trials[run.name] = (trial.number, run), trial
         return [run for _, run in self.going.values()]
 
     def _settings_digest(self) -> str:
-        """By which trials of other settings than these are told apart."""
+        """Return a digest that tells these trials from those with other settings."""
         found = self._run({}).resolved
         read = {
             name: value
@@ -117,13 +117,13 @@ class Search:
         return expand(self.base, {name: [value] for name, value in each.items()}, self.out)[0]
 
     def _possible(self, values: Settings) -> PlannedRun | None:
-        """The run of proposed values; None where a method refuses them together."""
+        """Return the run with proposed values; None if a method refuses them together."""
         with suppress(ConfigError):
             return self._run(values)
         return None
 
     def _suggested(self, trial: Any, name: str) -> Any:
-        """A value in the range of its grid, which goes one step beyond where it is logarithmic."""
+        """Propose a value in its grid's range; a logarithmic range is a step wider at each end."""
         values, rules = list(self.grid[name]), keys()[name].rules
         if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
             return trial.suggest_categorical(name, values)
@@ -138,12 +138,12 @@ class Search:
         return trial.suggest_float(name, low, high, log=wide)
 
     def judge(self, run: PlannedRun, event: Mapping[str, Any]) -> str | None:
-        """Why to end a run that has said ``event``; None: it may go on."""
+        """Say why to end a run after this ``event``; None: it may go on."""
         trial = self._trials.get(run.name)
         if trial is None or "loss" not in event:
             return None
         step = int(event["progress"] * _STEPS)
-        if (run.name, step) not in self._told:  # Optuna warns of a second one
+        if (run.name, step) not in self._told:  # Optuna warns if a step is reported twice
             self._told.add((run.name, step))
             trial.report(-event["loss"], step)
         if not trial.should_prune():
@@ -152,20 +152,20 @@ class Search:
         return "ended: its training loss is among the worst"
 
     def tell(self, score: Callable[[PlannedRun], tuple[float, ...]]) -> None:
-        """Keep how the runs that were asked for have ended."""
+        """Record how the runs that ``ask`` returned have ended."""
         pruned, failed = self._states("PRUNED", "FAIL")
         for name, (number, run) in self.going.items():
             if found := score(run):
-                # where the best are equal, the next best decide; Optuna takes one number
+                # if the best accuracies are equal, the next best decide; Optuna takes one number
                 self.study.tell(number, ranked(found))
             else:
                 self.study.tell(number, state=pruned if name in self._ended else failed)
 
     def best(self) -> dict[str, Any]:
-        """The values of the best one, the first of equals.
+        """Return the values of the best trial, the first of equals.
 
         Raises:
-            ConfigError: none came to its end.
+            ConfigError: no trial completed.
         """
         done = self.study.get_trials(states=self._states("COMPLETE"))
         if not done:
@@ -175,12 +175,15 @@ class Search:
 
 
 def ranked(score: tuple[float, ...]) -> float:
-    """One number that orders percentages as their tuple does, told apart by 0.0001 each."""
+    """Return one number that orders percentages as their tuple does.
+
+    It tells apart percentages that differ by 0.0001 or more.
+    """
     return sum(part / 1e6**i for i, part in enumerate(score))
 
 
 def given(value: Any) -> Any:
-    """A proposed value as a run has it: floats with two digits."""
+    """Round a proposed value as a run has it: floats to two significant digits."""
     return float(f"{value:.2g}") if isinstance(value, float) else value
 
 
@@ -194,16 +197,16 @@ def search(
     at_once: int,
     shared: Settings | None = None,
 ) -> dict[str, Any]:
-    """{setting: its best value} of every method, after so many trials of each.
+    """Return {setting: its best value} of every method, after ``trials`` trials of each.
 
     Args:
-        base, grids, out, shared: as of ``tune.search``.
-        run_all: carries runs out, ending those early of which the judge says so.
-        score: of a run, its best first; () if it failed.
-        at_once: trials of a method that are proposed together.
+        base, grids, out, shared: as in ``tune.search``.
+        run_all: carries runs out, ending early those for which the judge gives a reason.
+        score: returns a run's accuracies, the best first; () if it failed.
+        at_once: how many trials of a method are proposed together.
 
     Raises:
-        ConfigError: of some method no run succeeded, or Optuna is not installed.
+        ConfigError: no run of some method succeeded, or Optuna is not installed.
     """
     imported()
     out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """Choose every method's main settings on validation images, and keep them in its experiment.
 
-A method's class names its main settings (``tuned``), their declarations the values to try
-(``grid``). They are searched one after the other: a few runs each, where all combinations
-would be many. A best value at an end of its grid has the search go on beyond that end.
+A method's class names its main settings (``tuned``), and their declarations the values to try
+(``grid``). They are searched one after the other, which takes a few runs each, where all
+combinations would be many. If the best value is at an end of its grid, the search goes on beyond
+that end.
 """
 
 from __future__ import annotations
@@ -34,29 +35,30 @@ from pfedgpa_app.study.plan import PlannedRun, Settings, expand, settings_of
 from pfedgpa_app.study.sweep import Judge, lenient, run_sweep
 
 MARK = "# Chosen on validation images by: "
-_BEYOND = 2  # values tried beyond an end of a grid
+_BEYOND = 2  # how many values are tried beyond an end of a grid
 DEFAULTS: Settings = {"seed": 100, "validation-share": 0.2, "save-weights": False}
 
 
 def main_settings(method: str) -> dict[str, tuple[Any, ...]]:
-    """{setting: values to try} of a method; FedAvg's learning rate is the run's."""
+    """Return {setting: values to try} of a method; FedAvg's learning rate is the run's."""
     own = f"{method}." if method in sections() else ""
     names = [own + name for name in METHODS[method].tuned]
     return {name: keys()[name].rules["grid"] for name in names if name in keys()}
 
 
 def tunable(config: Config) -> list[str]:
-    """The methods that have rounds of their own and something to choose."""
+    """Return the methods that have rounds of their own and settings to choose."""
     return [m for m in METHODS if federation_of(m) == m and main_settings(m)]
 
 
 def score(run: PlannedRun) -> tuple[float, ...]:
-    """Accuracies on validation images in %, before and after fine-tunings, the best one first.
+    """Return a run's accuracies on validation images, the largest first; () if it failed.
 
-    Of runs whose best are equal, the next best decide; () if it failed.
+    They are in percent, before and after each fine-tuning. Compared as tuples, the next largest
+    decide between runs whose largest are equal.
     """
     if not is_done(run.folder):
-        return ()  # the weights went to infinity
+        return ()  # it failed: for example, its weights diverged
     return tuple(sorted(rows_of(run.folder)[0]["validation"].values(), reverse=True))
 
 
@@ -71,10 +73,10 @@ def tune(
     on: str = "here",
     number: int | None = None,
 ) -> dict[str, Any]:
-    """Search; write what was chosen into the experiment and how it went beside it.
+    """Search, write the choice into the experiment, and a report of the search beside it.
 
     Args:
-        number: of trials by Optuna for every method; None: a grid for each.
+        number: how many trials by Optuna every method has; None: a grid for each.
 
     Raises:
         ConfigError: a method without main settings, or settings that cannot run.
@@ -82,7 +84,7 @@ def tune(
     path = conf_path(conf)
     _check(path, conf, methods)
     found: dict[str, Any] = {}
-    # those without a section choose the run's settings, which are the others' defaults
+    # methods without a section come first: they choose the run's settings, the others' defaults
     first = [method for method in methods if method not in sections()]
     base = DEFAULTS | settings | {"conf": conf}
     there = resolve({"conf": conf})
@@ -112,7 +114,7 @@ def tune(
 
 
 def report_of(conf: str) -> Path:
-    """Where is told how the search went whose choice is in the experiment ``conf``."""
+    """Return the path of the report on the search whose choice is in the experiment ``conf``."""
     return conf_path(conf).with_suffix(".search.md")
 
 
@@ -137,16 +139,17 @@ def _check(path: Path, conf: str, methods: Sequence[str]) -> None:
 
 
 def _starts(conf: str, grids: Mapping[str, Iterable[str]], settings: Settings) -> Settings:
-    """What the settings of ``grids`` are until it is their turn, whatever was chosen before.
+    """Return the values that the settings of ``grids`` have until their own search.
 
-    Not what the experiment itself has, which is replaced: the same search would begin otherwise.
+    They are defaults or inherited, not those in the experiment itself, which the search replaces:
+    otherwise the same search would not begin the same way again.
     """
     before = defaults() | inherited(conf, settings)
     return {name: before[name] for grid in grids.values() for name in grid}
 
 
 def _of_the_run(path: Path, settings: Settings) -> Settings:
-    """Of the run's settings, by which all methods go, those that tune chose."""
+    """Return the run's settings, which all methods use, that tune chose, not the user's own."""
     _, _, below = path.read_text(encoding="utf-8").partition(MARK)
     chosen = yaml.safe_load(f"#{below}") or {}
     return {name: v for name, v in chosen.items() if "." not in name and name not in settings}
@@ -159,7 +162,7 @@ def search(
     run_all: Callable[[list[PlannedRun]], object],
     shared: Settings | None = None,
 ) -> dict[str, Any]:
-    """{setting: its best value} of every method, one setting after the other.
+    """Return {setting: its best value} of every method, searching one setting after the other.
 
     Args:
         base: the settings of all runs, whose folders are in ``out``.
@@ -168,7 +171,7 @@ def search(
         shared: settings that were chosen before; runs' folders are named by them, too.
 
     Raises:
-        ConfigError: of some method no run succeeded.
+        ConfigError: no run of some method succeeded.
     """
     chosen: dict[str, dict[str, Any]] = {method: {} for method in grids}
 
@@ -190,7 +193,7 @@ def search(
             for method, (key, runs) in going.items():
                 beyond = next_beyond([(run.varied[key], score(run)) for run in runs])
                 if beyond is not None:
-                    with suppress(ConfigError):  # a setting's range does not go so far
+                    with suppress(ConfigError):  # the value may lie outside the setting's range
                         found = runs_of(method, key, [beyond])
                         runs += found
                         more += found
@@ -207,10 +210,10 @@ def search(
 def _possible(
     each: Iterable[tuple[Settings, Mapping[str, Sequence[Any]]]], out: Path
 ) -> list[PlannedRun]:
-    """The runs of these settings, but for those that are beyond a range or refused together.
+    """Return the runs of these settings, without values that are out of range or refused together.
 
     Raises:
-        ConfigError: all are.
+        ConfigError: no run is left.
     """
     found: list[PlannedRun] = []
     refused: ConfigError | None = None
@@ -225,14 +228,15 @@ def _possible(
 
 
 def next_beyond(tried: Sequence[tuple[Any, Any]]) -> float | None:
-    """The value to try next where the best of (value, score) is the smallest or the largest.
+    """Return the value to try next, if the best of (value, score) is the smallest or the largest.
 
-    At the grid's own ratio; None where the best lies inside, or for what is no positive float.
+    It continues the grid by its own ratio. None if the best lies inside, if there are fewer than
+    two values, if all scores are equal, or if a value is no positive float.
     """
     if len(tried) < 2 or any(not isinstance(value, float) or value <= 0 for value, _ in tried):
         return None
     values = sorted(value for value, _ in tried)
-    if len({score for _, score in tried}) == 1:  # it makes no difference
+    if len({score for _, score in tried}) == 1:  # the setting makes no difference
         return None
     best = max(tried, key=lambda pair: pair[1])[0]
     if best == values[0]:
@@ -243,13 +247,13 @@ def next_beyond(tried: Sequence[tuple[Any, Any]]) -> float | None:
 
 
 def _without(text: str, names: Collection[str]) -> str:
-    """YAML ``text`` without the lines that set ``names``."""
+    """Return the YAML ``text`` without the lines that set ``names``."""
     lines = text.splitlines(keepends=True)
     return "".join(line for line in lines if line.partition(":")[0].rstrip() not in names)
 
 
 def _refuse_in_sections(path: Path, methods: Sequence[str]) -> None:
-    """Refuse an experiment that has what is to be written inside a section."""
+    """Refuse an experiment that has a setting to be written inside a section."""
     chosen = {name for method in methods for name in main_settings(method)}
     text = path.read_text(encoding="utf-8").partition(MARK)[0]
     above = flat(yaml.safe_load(_without(text, chosen)) or {}, str(path))
@@ -258,7 +262,7 @@ def _refuse_in_sections(path: Path, methods: Sequence[str]) -> None:
 
 
 def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:
-    """Write ``chosen`` below the marks, one a command, keeping what earlier ones chose."""
+    """Write ``chosen`` below the marks, one for each command, keeping what earlier ones chose."""
     text, mark, below = path.read_text(encoding="utf-8").partition(MARK)
     text, earlier = _without(text, chosen), mark + below
     if text and not text.endswith("\n"):
@@ -283,7 +287,7 @@ def _rows(out: Path, conf: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def merged(earlier: str, report: str) -> str:
-    """The reports of several commands one below the other; a command's new one replaces its old."""
+    """Join the reports of several commands; a command's new report replaces its old one."""
     reports = [part for part in re.split(r"(?m)^(?=Made by )", earlier) if part.strip()]
     kept = [part for part in reports if part.splitlines()[0] != report.splitlines()[0]]
     return "\n".join(part.rstrip("\n") + "\n" for part in [*kept, report])

@@ -1,8 +1,9 @@
-"""Another federation: one that starts from what the last one learned, and one that does not.
+"""A federation that starts from what another one learned, and one that does not.
 
-The first federation's clients are others (another seed). Those who start from trained weights need
-not wait with generation. Told is mean accuracy after each round, without fine-tuning, and after how
-many rounds each method was near its own best, as the paper counts.
+The other federation, which ran before, has other clients (another seed). A federation that starts
+from trained weights need not wait before it generates. The tables have the mean accuracy after some
+of the rounds, without fine-tuning, and the rounds that each method took to come near its own best,
+as the paper counts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pfedgpa_app.study.reproduce import DATA, OURS, Cell, Row
 METHODS_OF_START = ("local", "fedavg", OURS)
 STARTS = ("cold", "warm")
 SOURCE_SEED, SOURCE_ROUNDS = 100, 100
-TOLD = ("1", "2", "3", "5", "10", "20")  # rounds
+TOLD = ("1", "2", "3", "5", "10", "20")  # rounds that the table shows
 SOON = "rounds_to_95_percent_of_peak"
 
 
@@ -39,7 +40,7 @@ class StartCell(LaterCell):
 
     @property
     def methods(self) -> list[str]:
-        warm = self.start == "warm"  # who shares no weights starts from nothing
+        warm = self.start == "warm"  # a method that shares no weights has nothing to start from
         return [method for method in METHODS_OF_START if not (warm and method == "local")]
 
     @property
@@ -64,7 +65,10 @@ class WarmStart(Later):
         return tables(rows)
 
     def _search(self, cell: Cell) -> Settings:
-        """Nothing; but the federation runs first that a warm one starts from."""
+        """Run the federation that a warm one starts from, and return the settings to start from it.
+
+        No setting is searched.
+        """
         assert isinstance(cell, StartCell)
         if cell.start == "cold":
             return {}
@@ -87,7 +91,7 @@ class WarmStart(Later):
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Accuracy after some of the rounds, ± over seeds, and rounds to 95 % of the peak."""
+    """Return accuracy after some of the rounds, ± over seeds, and rounds to 95 % of the peak."""
     parts = []
     for data in dict.fromkeys(row["data"] for row in rows):
         here = [row for row in rows if row["data"] == data]

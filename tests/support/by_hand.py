@@ -67,7 +67,7 @@ def train(
     label: int = 0,
     **settings: Any,
 ) -> tuple[Weights, Weights, float]:
-    """One round on a client: what it uploads, what it keeps, its loss."""
+    """Train one round on a client; return what it uploads, what it keeps, and its loss."""
     config = configured(method=name, **settings)
     data = ClientData(one_image(label), one_image(label), one_image(label))
     sent = weights_of(model) if weights is None else weights
@@ -75,7 +75,7 @@ def train(
     draws = lambda: torch_generator(0, "train")  # noqa: E731
     task = ClientTask(config, sent, model, data, 1, draws, MappingProxyType(kept))
     trained = rounds_class(name).train(task)
-    assert kept.keys() == (state or {}).keys()  # nothing is changed on the side
+    assert kept.keys() == (state or {}).keys()  # training has not changed the state in place
     return trained.upload, trained.state, trained.loss
 
 
@@ -84,7 +84,7 @@ def near(tensor: Tensor, *values: float) -> bool:
 
 
 def server(name: str, clients: int = 2, **settings: Any) -> Method[Any]:
-    """A method's server half before round 1, over ``linear``'s or ``deep``'s weights."""
+    """Return a method's server half before round 1, over the weights of ``deep``'s network."""
     config = configured(method=name, num_clients=clients, **settings)
     initial = weights_of(deep(0, 0, 0))
     kind: Any = METHODS[name]
@@ -104,7 +104,7 @@ class Regression(nn.Module):
 
 
 def in_order(batches: list[list[int]]) -> tuple[Images, torch.Generator]:
-    """Images of these pixels, and draws that put them into these batches in this order."""
+    """Return images of these pixel values, and draws that give these batches in this order."""
     values = [value for batch in batches for value in batch]
     data = Images(torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1), torch.tensor(values))
     recipe = Recipe(1, 1.0, batch_size=len(batches[0]))

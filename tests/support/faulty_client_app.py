@@ -1,4 +1,4 @@
-"""A ClientApp that goes wrong as the file beside it says: {"PARTITION ROUND": FAULT}.
+"""A ClientApp that fails as ``faults.py`` beside it says: {"PARTITION ROUND": FAULT}.
 
 It takes the place of the app's own door, which lies beside it as ``honest_client_app.py``.
 """
@@ -65,7 +65,7 @@ def train(message: Message, context: Context) -> Message:
         arrays[name] = np.zeros(2**29, np.float32)  # 2 GiB
     elif fault == "replayed":
         reply.content["metrics"]["round"] -= 1
-    elif fault.startswith("touch "):  # tells the test that it is here, and waits
+    elif fault.startswith("touch "):  # tells the test that it is training, and waits
         Path(fault[6:]).touch()
         time.sleep(10_000)
     reply.content["arrays"] = ArrayRecord({n: Array(a) for n, a in arrays.items()})

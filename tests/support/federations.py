@@ -1,4 +1,4 @@
-"""Small federations in this process, and what they leave."""
+"""Run small federations in this process, and read their results."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ PLAIN = {name: value for name, value in SMALL.items() if not name.startswith("pf
 
 
 def small(more: dict[str, Any]) -> dict[str, Any]:
-    """The demo at a small size with ``more`` settings, pFedGPA's own only where it runs."""
+    """Return the demo's settings at a small size and ``more``; pFedGPA's own only if it runs."""
     return (SMALL if "pfedgpa" in str(more.get("method", "pfedgpa")) else PLAIN) | more
 
 
 def federate(
     out: Path, tamper: Any = None, nodes: Any = None, **settings: Any
 ) -> tuple[Path, InProcessGrid]:
-    """Run the demo at a small size; ``settings`` by their names with underscores."""
+    """Run the demo at a small size; ``settings`` are named with underscores."""
     named = {name.replace("_", "-"): value for name, value in settings.items()}
     run_config = small({"out-dir": str(out), "run-name": "run", "report": False} | named)
     resolved = resolve(run_config)
@@ -49,7 +49,7 @@ def federate(
 
 @contextlib.contextmanager
 def known_for_a_while(method: str) -> Iterator[None]:
-    """An own method, which other tests are not to find among the methods."""
+    """Forget a method of the user's own afterwards, so that other tests do not find it."""
     try:
         yield
     finally:
@@ -76,7 +76,7 @@ def train_messages(grid: InProcessGrid, method: str = "fedavg") -> list[Message]
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """All figures and weights; times and memory are no figures."""
+    """Return all figures and weights, without times and memory."""
     rows = summary(folder)
     for row in rows.values():
         del row["server_seconds"], row["peak_memory_mib"]

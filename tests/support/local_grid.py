@@ -1,4 +1,4 @@
-"""A ClientApp in this process, called in turn; what is sent can be seen and malicious_upload."""
+"""A ClientApp in this process, called in turn; what is sent can be seen and tampered with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tamper = Callable[[Message, Message], Message | None]
 
 
 class InProcessGrid(LocalGrid):
-    """``tamper`` may replace a reply, or return None to swallow it."""
+    """Calls the ClientApp; ``tamper`` may replace its reply, or return None to swallow it."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Starting processes, and waiting for them."""
+"""Start processes, and wait for them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pfedgpa_app.engine import spawning
 
 
 def in_a_new_process(words: list[str], folder: Path) -> tuple[int | None, str]:
-    """The exit status of ``pfedgpa WORDS`` in ``folder``, and what it said.
+    """Run ``pfedgpa WORDS`` in ``folder``; return its exit status and what it printed.
 
-    In one that has imported torch already: many commands take less time so.
+    The process has imported torch already, so that many commands take less time.
     """
     log = folder / "said.log"
     log.unlink(missing_ok=True)
@@ -37,10 +37,10 @@ def _command(words: list[str], folder: Path, log: Path, *launcher: Any) -> None:
 
 
 def until(condition: Callable[[], Any], seconds: float = 600) -> None:
-    """Return when it holds.
+    """Wait until ``condition`` holds.
 
     Raises:
-        TimeoutError: it does not.
+        TimeoutError: it does not hold within ``seconds``.
     """
     deadline = time.monotonic() + seconds
     while not condition():

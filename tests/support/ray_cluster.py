@@ -25,9 +25,9 @@ class Cluster:
     """Two nodes; in network namespaces of their own, if the machine allows them.
 
     Attributes:
-        home: of Ray's files; it marks the cluster's processes.
-        env: for whoever uses it.
-        head, other: what comes before a command that runs on either machine.
+        home: the folder of Ray's files; it marks the cluster's processes.
+        env: the environment of whoever uses the cluster.
+        head, other: the words before a command that make it run on either machine.
     """
 
     def __init__(self, home: Path, prefix: str | None) -> None:
@@ -58,7 +58,7 @@ class Cluster:
         subprocess.run(command, env=self.env, check=True, capture_output=True)
 
     def lose_the_other(self) -> None:
-        """It leaves without a word, as if its power were gone."""
+        """Make the other machine leave without a word, as if its power were gone."""
         if not self.prefix:
             max(self.running("raylet/raylet"), key=lambda node: node.create_time()).kill()
             return
@@ -69,10 +69,10 @@ class Cluster:
             os.kill(int(pid), signal.SIGKILL)
 
     def running(self, word: str) -> list[psutil.Process]:
-        """The cluster's processes in whose command the word is."""
+        """Return the cluster's processes that have ``word`` in their command."""
         found = []
         for process in processes_with("FLWR_HOME", str(self.home)):
-            with contextlib.suppress(psutil.Error):  # it has just ended
+            with contextlib.suppress(psutil.Error):  # the process has just ended
                 if word in " ".join(process.cmdline()):
                     found.append(process)
         return found
@@ -86,8 +86,8 @@ class Cluster:
 
 @contextmanager
 def two_machines() -> Iterator[Cluster]:
-    """A cluster; it is gone afterwards."""
-    home = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's sockets want a short path
+    """Start a cluster, and stop it afterwards."""
+    home = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's sockets need a short path
     prefix = None if networks.missing() else f"pfedgpa-ray-{os.getpid()}-"
     try:
         with networks.namespaces(prefix, 1) if prefix else nullcontext():

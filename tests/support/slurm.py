@@ -1,4 +1,4 @@
-"""A Slurm of this machine: what submitit asks of ``sbatch``, ``srun``, ``sacct`` and ``scancel``.
+"""A fake Slurm on this machine: what submitit asks of ``sbatch``, ``srun``, ``sacct``, ``scancel``.
 
     python slurm.py HOME sbatch FILE
 
@@ -26,7 +26,7 @@ def install(home: Path) -> None:
 
 
 def jobs(home: Path) -> dict[str, int]:
-    """{job: its process group}."""
+    """Return {job: its process group}."""
     return {path.stem: int(path.read_text()) for path in sorted(home.glob("*.job"))}
 
 
@@ -35,7 +35,7 @@ def sbatch(home: Path, file: str) -> None:
     told = {"SLURM_JOB_ID": job, "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}
     told |= {"SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     env = os.environ | told | {"SLURM_JOB_NODELIST": "here"}
-    # the shell says how the job ended, unless it is killed, too
+    # the shell writes how the job ended, unless it is killed with the job
     script = f'bash "{file}" > "{home}/{job}.log" 2>&1; echo COMPLETED > "{home}/{job}.end"'
     process = subprocess.Popen(
         ["sh", "-c", script],

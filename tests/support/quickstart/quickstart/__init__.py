@@ -1,1 +1,1 @@
-"""Somebody's Flower app: nothing in it but its server knows of pFedGPA."""
+"""A user's own Flower app: only its server knows of pFedGPA."""

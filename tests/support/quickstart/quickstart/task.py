@@ -1,4 +1,4 @@
-"""The network and its data."""
+"""The quickstart's network and its data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Net(nn.Module):
-    """A network with what makes averaging weights awkward: counters, ties, a scalar."""
+    """A network with parts that make averaging weights awkward: counters, ties, a scalar."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Net(nn.Module):
 
 
 def load_data(partition: int, partitions: int, batch_size: int) -> tuple[DataLoader, DataLoader]:
-    """Train and test loaders; half of a partition's images are of two classes of its own."""
+    """Return train and test loaders; half of a partition's images are of just two classes."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
@@ -42,7 +42,7 @@ def load_data(partition: int, partitions: int, batch_size: int) -> tuple[DataLoa
 
 
 def train(net: nn.Module, loader: DataLoader, epochs: int, lr: float) -> float:
-    """The mean loss of plain SGD."""
+    """Train by plain SGD; return the mean loss."""
     optimiser = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9)
     net.train()
     total = 0.0
@@ -57,7 +57,7 @@ def train(net: nn.Module, loader: DataLoader, epochs: int, lr: float) -> float:
 
 
 def test(net: nn.Module, loader: DataLoader) -> tuple[float, float]:
-    """Loss and accuracy."""
+    """Return loss and accuracy."""
     net.eval()
     correct, loss, seen = 0, 0.0, 0
     with torch.no_grad():
