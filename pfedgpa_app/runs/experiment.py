@@ -185,6 +185,13 @@ def _groups(config: Config) -> list[int]:
     return [split.group for split in load_partition(config)]
 
 
+def _lost_tracker(folder: Path, log: RunLog, kind: str, why: str) -> None:
+    """Say that a run goes on without a dashboard, and how it can be given the run's figures."""
+    words = ["pfedgpa", "export-metrics", str(folder), "--to", kind]
+    text = f"track = {kind}: {why}; the run goes on without; afterwards: {shlex.join(words)}"
+    log.event("warning", text)
+
+
 class Experiment:
     """One run: its federations, one after the other, and the methods of each."""
 
@@ -211,7 +218,8 @@ class Experiment:
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
         settings = values_of(resolved.as_dict())
         self._privacy = self._spent() if config.local_dp_epsilon else {}  # added to each row
-        self.tracking = Tracking(folder, config.track, settings, self._lost_tracker)
+        lost = partial(_lost_tracker, folder, log)
+        self.tracking = Tracking(folder, config.track, settings, lost)
         log.listeners.append(self.tracking.round)
         self.roster.common["run"] = self.resuming.name
         if not own:
@@ -232,9 +240,8 @@ class Experiment:
             ConfigError: it is more than allowed.
         """
         going = self.going.get("federation", ""), self.going.get("round", 0)
-        uploads = privacy.Uploads(
-            self.config, self.folder / privacy.FILE, self.resuming.finished, going
-        )
+        finished = self.resuming.finished
+        uploads = privacy.Uploads(self.config, self.folder / privacy.FILE, finished, going)
         privacy.check(self.config, uploads)
         self.log.event("privacy", privacy.in_words(self.config, uploads.most))
         self.ask = uploads.ask
@@ -250,19 +257,13 @@ class Experiment:
             federations: {federation: the names of its methods}.
         """
         try:
-            self._run_all(federations)
+            self._run_federations(federations)
             self.summary.finish()
             self.tracking.results()
         finally:
             self.tracking.close()
 
-    def _lost_tracker(self, kind: str, why: str) -> None:
-        text = f"track = {kind}: {why}; the run goes on without; "
-        words = ["pfedgpa", "export-metrics", str(self.folder), "--to", kind]
-        text += f"afterwards: {shlex.join(words)}"
-        self.log.event("warning", text)
-
-    def _run_all(self, federations: dict[str, list[str]]) -> None:
+    def _run_federations(self, federations: dict[str, list[str]]) -> None:
         finished = self.resuming.finished
         for federation in finished:
             self.log.making.pop(federation, None)
@@ -347,14 +348,11 @@ class Experiment:
         strategy: Personalised,
         scores: dict[str, tuple[dict[int, FinalScore], int]],
     ) -> dict[int, Weights]:
-        """Make one method's weights, evaluate them and add the result to the summary.
+        """Make one method's weights by client, evaluate them and add the result to the summary.
 
         Args:
             scores: {method whose weights have been evaluated: (its clients' scores, bytes sent down
                 for it)}; methods that evaluate the same weights share an entry. A new one is added.
-
-        Returns:
-            the weights, by client.
         """
         text = f"{method.title}: making clients' weights"
         method.progress = self.log.watch(strategy.name, text)
