@@ -83,10 +83,10 @@ def tuning_grid(config: TrainingSettings) -> list[FineTuning]:
 
 
 def fine_tunings(config: Config, methods: Iterable[type[Personaliser[Any]]]) -> list[FineTuning]:
-    """What every client of a run of ``methods`` tries after the last round, epochs from 0 each.
+    """The fine-tunings that every client of a run of ``methods`` tries after the last round.
 
-    The run's gentle setting, a round's own training, what the methods' papers do, and the grid
-    that validation chooses from.
+    They are the run's gentle setting, a round's own training, what the methods' papers do, and the
+    grid that validation chooses from; 0 epochs are possible.
     """
     own = [way for method in methods if (way := method.own_fine_tuning(config))]
     every = [gentle(config), as_in_training(config), *own, *tuning_grid(config)]
