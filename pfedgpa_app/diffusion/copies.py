@@ -25,7 +25,7 @@ def novelty(generated: Sequence[Tensor], newest: Tensor, uploads: Sequence[Tenso
     ours, theirs = len(generated), len(newest)
     squared = torch.zeros(ours + theirs, len(uploads), dtype=torch.float64)
     for block in blocks(ours + len(uploads), len(uploads[0])):
-        origin = uploads[0][block].double()  # close to all vectors, so that squares do not cancel
+        origin = uploads[0][block].double()  # close to all vectors, so that squares lose no digits
         all_of_them = torch.stack([vector[block] for vector in uploads]).double() - origin
         made = torch.stack([vector[block] for vector in generated]).double() - origin
         rows = torch.cat([made, all_of_them[newest]])

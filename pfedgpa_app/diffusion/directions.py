@@ -34,7 +34,7 @@ def newest_rows(clients: Tensor) -> Tensor:
 
 
 def principal_directions(gram: Tensor, rank: int) -> Tensor:
-    """The principal directions [N, rank] of a Gram matrix; at rank N the autoencoder is exact."""
+    """The principal directions [N, rank] of ``gram`` [N, N]; at rank N, autoencoding is exact."""
     vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
     return vectors[:, -rank:]
 
@@ -45,8 +45,8 @@ class Likeness:
 
     Attributes:
         rank: the number of directions that tell clients apart.
-        scores: {client: [clients − 1]}, its position along the principal directions, the one with
-            the largest variance first.
+        scores: {client: [clients − 1]}, its position along the principal directions, the widest
+            first.
     """
 
     rank: int
@@ -54,7 +54,7 @@ class Likeness:
 
 
 def scores_of(classifiers: Tensor) -> Tensor:
-    """The position of each client's mean classifier along the principal directions [n, n − 1].
+    """Clients' mean classifiers along the principal directions [n, n − 1], the widest first.
 
     Args:
         classifiers: the inner products [n, n] of clients' mean classifiers.

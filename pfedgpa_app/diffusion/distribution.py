@@ -46,11 +46,11 @@ from pfedgpa_app.diffusion.rank import choose_rank
 from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.diffusion.settings import DiffusionSettings
 
-_FURTHER = 4.0  # most times by which a first round's way is extended
+_FURTHER = 4.0  # the most that a first round's latents are scaled up by
 
 
 def likeness_of(buffer: Buffer, rule: str, seed: int) -> Likeness:
-    """Compute which clients are alike from the uploads of a buffer; the last layer is enough.
+    """Compute which clients are alike from a buffer's uploads, which may be of the last layer only.
 
     Raises:
         ValueError: nothing is buffered, or there is no such rank rule.
@@ -130,8 +130,8 @@ class Distribution:
 
         Args:
             begun: clients that have trained on from the mean for one round only. Their latents are
-                only part of the way out: they are scaled to the mean length of the learned
-                latents, but by at most 4, because a client unlike all of these goes another way.
+                only part of the way out, so they are scaled up to the mean length of the learned
+                latents, at most fourfold: a client that is like none of these goes another way.
         """
         latents, left = self._seen(weights)
         if self.rank:

@@ -28,15 +28,15 @@ def choose_rank(
         rule: ``head-gap`` counts the eigenvalues of the mean classifiers' Gram matrix above twice
             their median, as what each client merely memorised spreads evenly over directions.
             ``shrinkage`` counts those above the optimal hard threshold for a matrix of that shape
-            (Gavish and Donoho 2014); the same, if classifiers are far larger than clients are many.
+            (Gavish and Donoho 2014): the same if a classifier is far larger than clients are many.
             ``widest-gap`` does so, too, but repeats it with the median of those not yet counted
             until the count stays (where clients differ in many directions, these raise the median
             of all). Then it keeps those before the last gap in the eigenvalues' logarithms that is
             at least half as wide as the widest: with many clients, what each memorised has large
             eigenvalues, too, but without gaps.
-            ``cross-validation`` has the least error in predicting held-out weights of held-out
-            clients from the rest (Owen and Perry 2009). ``likelihood`` has the largest likelihood
-            of a held-out client under the others' probabilistic PCA.
+            ``cross-validation`` takes the rank with the least error in predicting held-out weights
+            of held-out clients from the rest (Owen and Perry 2009); ``likelihood`` the one with
+            the largest likelihood of a held-out client under the others' probabilistic PCA.
         head: the classifier's columns.
         classifiers: the inner products [n, n] of clients' mean classifiers.
         clients: [N], of the deltas' rows.

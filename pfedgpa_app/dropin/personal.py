@@ -42,7 +42,7 @@ class Personal:
     def screened(
         self, replies: Iterable[Message], counted_by: str, partition_key: str
     ) -> tuple[dict[int, RecordDict], dict[int, str]]:
-        """``screened`` replies, whose partitions are noted and removed from the metrics."""
+        """Screen replies by ``screened``; note the partitions and take them out of the metrics."""
         contents, unusable = screened(replies, counted_by)
         for node, content in contents.items():
             [metrics] = content.metric_records.values()

@@ -81,8 +81,8 @@ class PFedGPA(FedAvg):
             save_dir: a folder in which each run makes its own. After each round the run writes the
                 global mean to it and, once generated, each node's weights, as
                 ``mean.safetensors``, ``client-PARTITION.safetensors`` or ``node-ID.safetensors``.
-            max_upload_norm: an upload more than this many times as large as the round's median,
-                or if there are one or two as the global mean before, is left out; 0: none is.
+            max_upload_norm: an upload more than this many times as large as the round's median
+                (with one or two uploads: as the global mean before) is left out; 0: none is.
 
         Raises:
             ValueError: a setting is out of range, or ``descriptor`` wants unshared class counts.

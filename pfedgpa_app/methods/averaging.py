@@ -61,7 +61,7 @@ def heading(before: Weights, mean: Weights, velocity: Weights) -> float:
 
 
 def _moved(before: Tensor, step: Tensor, mean: Tensor) -> Tensor:
-    """A tensor after a ``step``; if only that made it negative, with the ``mean`` there."""
+    """A tensor after a ``step``, but with the ``mean`` where only the step made it negative."""
     after = before + step
     if after.numel() and after.min() < 0 <= before.min() and mean.min() >= 0:
         return torch.where(after < 0, mean, after)

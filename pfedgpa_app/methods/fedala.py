@@ -29,7 +29,7 @@ from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training.sgd import cross_entropy, least_batch, to_train, training_batches
 
 SHARE = "share/"  # prefix of the name of the weight that W is for
-STEADY, LOSSES, MOST_PASSES = 0.1, 10, 100  # the authors'; our bound
+STEADY, LOSSES, MOST_PASSES = 0.1, 10, 100  # the authors' deviation and window; our bound
 
 
 @dataclass(frozen=True)

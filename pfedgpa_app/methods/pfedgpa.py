@@ -120,7 +120,7 @@ class PFedGPA(Generation, RememberingFedAvg):
 
     @classmethod
     def first_generation(cls, config: Config) -> int:
-        """The first round that ends with generation: the one before the gentle rounds."""
+        """The first round ending with generation: the one before ``first_gentle``, or round 1."""
         return max(1, cls.first_gentle(config) - 1)
 
     @classmethod

@@ -57,8 +57,8 @@ class PFedHNSettings(MethodSettings):
 class Hypernetwork(nn.Module):
     """A network from clients' numbers [S] to their weights [S, P].
 
-    One output layer for all tensors equals one layer for each, because its initialisation depends
-    on the input's width only.
+    One output layer for all tensors equals a layer for each tensor, because a layer's
+    initialisation depends on its input's width only.
     """
 
     def __init__(self, clients: int, size: int, own: PFedHNSettings) -> None:
