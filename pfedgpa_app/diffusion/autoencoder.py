@@ -197,7 +197,7 @@ class LinearAutoencoder:
         Directions that are only float32 rounding errors (of identical uploads, say) are dropped.
         """
         span = deltas.span(combinations)
-        rounding = 1e-13 * float(torch.linalg.vector_norm(deltas.vectors)) ** 2  # of float32
+        rounding = 1e-13 * float(torch.linalg.vector_norm(deltas.vectors)) ** 2  # error of float32
         mixing, deviations = span.axes(rounding)
         components, latents = mixing.T @ span.weights, span.products @ mixing / deviations
         # eigh leaves each sign open: a direction's largest weight is made positive

@@ -27,7 +27,7 @@ Progress = Callable[[float], None]  # is called with the share that is done
 
 
 def silent(share: float) -> None:
-    """Progress that nobody watches."""
+    """A ``Progress`` that does nothing."""
 
 
 STEP_SECONDS = {"mlp": 0.004, "transformer": 0.04}  # of a training step on a CPU
@@ -114,7 +114,7 @@ def fit_network(
         return denoising_loss(network, latents, noise, descriptors, alpha_bar, drawn)
 
     trained = _trained(network, loss, draw, settings, device, progress)
-    return NetworkDenoiser(trained.cpu(), schedule)  # latents are few: generate there
+    return NetworkDenoiser(trained.cpu(), schedule)  # latents are few: a CPU will do
 
 
 def _trained(

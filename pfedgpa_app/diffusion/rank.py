@@ -22,7 +22,7 @@ _SPLITS = 40  # random splits of clients and weights in cross-validation
 def choose_rank(
     rule: str, deltas: Deltas, head: slice, classifiers: Tensor, clients: Tensor, seed: int
 ) -> int:
-    """The latent rank by ``rule``: at least 2, at most clients − 1.
+    """The latent rank by ``rule``: 2 to clients − 1, but 1 if there are fewer than 3 clients.
 
     Args:
         rule: ``head-gap`` counts the eigenvalues of the mean classifiers' Gram matrix above twice
@@ -87,7 +87,8 @@ def hard_threshold(aspect: float) -> float:
     largest = 2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1))
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
     angle = torch.linspace(0, math.pi, 20_001, dtype=torch.float64)
-    x = (low + high) / 2 - (high - low) / 2 * angle.cos()  # ends, where the density is steep, fine
+    # points lie closest at the ends, where the density is steep
+    x = (low + high) / 2 - (high - low) / 2 * angle.cos()
     density = (high - x).clamp(min=0).sqrt() * (x - low).clamp(min=0).sqrt() / x.clamp(min=1e-12)
     mass = (density * angle.sin()).cumsum(0)
     median = float(x[int(torch.searchsorted(mass, mass[-1] / 2))])

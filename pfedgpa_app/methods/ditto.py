@@ -40,7 +40,7 @@ class Ditto(Averaging[Shared]):
     @classmethod
     def train(cls, task: ClientTask) -> Trained:
         recipes = cls.recipes(task.config, list(task.weights), task.round)
-        personal = dict(task.state) or weights_of(task.model)  # at first: as the run's seed says
+        personal = dict(task.state) or weights_of(task.model)  # at first: from the run's seed
         task.load(personal)
         held = pull_to(task.weights, task.config.of(DittoSettings).lam)
         task.sgd(recipes, gradient_hook=held)

@@ -26,7 +26,7 @@ def register_installed() -> None:
     for entry in importlib.metadata.entry_points(group=GROUP):
         try:
             _register(entry.name, entry.load(), f"entry point {entry.value}")
-        except Exception as error:  # whatever a foreign package raises must not end ours
+        except Exception as error:  # no error of another package must stop ours
             logger.warning("method %s: cannot be used: %s", entry.name, error)
 
 
