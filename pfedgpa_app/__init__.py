@@ -1,7 +1,7 @@
 """pFedGPA: a Flower app whose server generates each client its own weights.
 
-``run`` an experiment and ``load_client`` what it made; ``PFedGPA`` is the strategy for other
-people's Flower apps.
+``run`` runs an experiment, ``load_client`` loads a client's model from one; ``PFedGPA`` is the
+strategy for other people's Flower apps.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """The public names when they are asked for: Flower and torch take seconds to import."""
+    """Import public names at first use only, because Flower and torch take seconds to import."""
     if name in _PLACES:
         return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

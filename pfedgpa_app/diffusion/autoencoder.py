@@ -1,7 +1,8 @@
 """From uploads to few numbers and back: drift removal and the exact linear autoencoders.
 
-Only N uploads exist, so every direction that matters among P weights is a combination of them.
-Weights are read in blocks of columns, once a span of directions, and no P×P matrix is ever made.
+There are only N uploads, so every direction that matters among P weights is a combination of
+them. Weights are read in blocks of columns, once per span of directions, and no P×P matrix is
+ever made.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 CPU = torch.device("cpu")
-_NUMBERS = 2**20  # read at a time: as many as caches hold
+_NUMBERS = 2**20  # read at a time: as many as fit into caches
 
 
 def blocks(rows: int, end: int, first: int = 0) -> Iterator[slice]:
-    """Columns ``first`` to ``end``, so many at a time as ``rows`` of them are soon read."""
+    """Split columns ``first`` to ``end`` into slices, narrower the more ``rows`` there are."""
     width = max(256, _NUMBERS // rows)
     for start in range(first, end, width):
         yield slice(start, min(end, start + width))
@@ -26,11 +27,11 @@ def blocks(rows: int, end: int, first: int = 0) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class Deltas:
-    """Uploads less their round's drift: ``vectors[j] − means[index[j]]``, never made whole.
+    """Uploads less their round's drift: ``vectors[j] − means[index[j]]``, computed by blocks.
 
-    vectors [N, P] and means [R, P] are float32; ``index`` [N] is each upload's round, in the
-    order of ``rounds``. Sums over weights are computed on ``device``, which is sent a block of
-    columns at a time.
+    vectors [N, P] and means [R, P] are float32; ``index`` [N] is the place of each upload's round
+    in ``rounds``. Sums over weights are computed on ``device``, which is sent a block of columns
+    at a time.
     """
 
     vectors: Tensor
@@ -43,23 +44,24 @@ class Deltas:
         return len(self.vectors)
 
     def columns(self, block: slice) -> Tensor:
-        """[N, block] in float64, on ``device``."""
+        """The deltas of a ``block`` of columns, [N, block] in float64, on ``device``."""
         vectors, means = (t[:, block].to(self.device) for t in (self.vectors, self.means))
         return (vectors - means[self.index.to(self.device)]).double()
 
     def rows(self, rows: Tensor) -> Tensor:
-        """[len(rows), P] in float32."""
+        """The deltas of some ``rows``, [len(rows), P] in float32."""
         return self.vectors[rows] - self.means[self.index[rows]]
 
     def part(self, columns: slice) -> Deltas:
-        """Only some ``columns``; no weight is copied."""
+        """The deltas of some ``columns`` only; no weight is copied."""
         return replace(self, vectors=self.vectors[:, columns], means=self.means[:, columns])
 
     def gram(self, combinations: Tensor | None = None, columns: slice = slice(None)) -> Tensor:
-        """Inner products [N, N] in float64, over all weights or some ``columns``.
+        """The deltas' inner products [N, N] in float64, over all weights or some ``columns``.
 
         Args:
-            combinations: [N, K]: those of combinations of the deltas [K, K] instead.
+            combinations: [N, K]; if given, the inner products [K, K] of these combinations of the
+                deltas are returned instead.
         """
         size = len(self) if combinations is None else combinations.shape[1]
         gram = torch.zeros(size, size, dtype=torch.float64, device=self.device)
@@ -71,7 +73,7 @@ class Deltas:
         return gram.cpu()
 
     def span(self, combinations: Tensor) -> Span:
-        """What combinations [N, K] of the deltas span: weights are read once, in O(NPK)."""
+        """The span of combinations [N, K] of the deltas; weights are read once, in O(NPK)."""
         combine = combinations.T.to(self.device)
         weights = torch.empty(len(combine), self.vectors.shape[1], dtype=torch.float64)
         products = torch.zeros(len(self), len(combine), dtype=torch.float64, device=self.device)
@@ -85,12 +87,12 @@ class Deltas:
 
 @dataclass(frozen=True)
 class Span:
-    """What some combinations of the deltas span, in float64.
+    """The span of some combinations of the deltas, in float64.
 
     Attributes:
         combinations: [N, K].
-        weights: what they make of the deltas [K, P].
-        products: all deltas' inner products with ``weights`` [N, K].
+        weights: the combined deltas [K, P].
+        products: the inner products of all deltas with ``weights`` [N, K].
     """
 
     combinations: Tensor
@@ -101,11 +103,12 @@ class Span:
         """Orthonormal directions within the span, along which the deltas are uncorrelated.
 
         Args:
-            floor: squared length below which a direction counts as none.
+            floor: squared length up to which a direction is dropped.
 
         Returns:
-            mixing [K, k ≤ K], of ``weights`` to the directions, and the deltas' deviations [k]
-            along them, largest first; all latents are ``products @ mixing / deviations``.
+            ``mixing`` [K, k ≤ K], which maps ``weights`` to the directions, and the deltas'
+            deviations [k] along them, largest first. All latents are
+            ``products @ mixing / deviations``.
         """
         lengths, axes = torch.linalg.eigh(self.combinations.T @ self.products)
         real = lengths > max(floor, 1e-9 * float(lengths[-1]))
@@ -122,14 +125,14 @@ def remove_drift(
     device: torch.device = CPU,
     known: Mapping[int, Tensor] | None = None,
 ) -> Deltas:
-    """Subtract what all clients share in a round, comparable between rounds.
+    """Subtract each round's drift μ_r, which all clients share, so that rounds can be compared.
 
-    θ_ir = μ_r + u_i + e_ir with u_i ~ N(0, σ²), e ~ N(0, σ²): the best linear predictor of
-    μ_r. When every client uploads in every round it is exactly the round's mean; when few
-    do, it does not mistake who took part for drift.
+    In the model θ_ir = μ_r + u_i + e_ir with u_i ~ N(0, σ²) and e_ir ~ N(0, σ²), the drift is
+    estimated by the best linear predictor of μ_r. If every client uploads in every round, it is
+    exactly the round's mean; if few do, it does not mistake for drift which clients took part.
 
     Args:
-        known: {round: its μ_r}, of rounds of which that need not be predicted.
+        known: {round: its μ_r}, for rounds in which it need not be predicted.
     """
     names, index = rounds.unique(return_inverse=True)
     _, who = clients.unique(return_inverse=True)
@@ -150,7 +153,7 @@ def remove_drift(
 
 
 def root_mean_squares(deltas: Deltas, sizes: Sequence[int]) -> Tensor:
-    """For every weight [P], the root mean square of all deltas of its tensor; 1 if they are 0."""
+    """For each weight [P], the root mean square of all deltas of its tensor; 1 where that is 0."""
     sums = torch.cat(
         [deltas.columns(block).square().sum(0).cpu() for block in blocks(*deltas.vectors.shape)]
     )
@@ -160,10 +163,10 @@ def root_mean_squares(deltas: Deltas, sizes: Sequence[int]) -> Tensor:
 
 
 class Autoencoder(Protocol):
-    """Deltas [M, P] to latents [M, k] of unit variance over the uploads, and back.
+    """Maps deltas [M, P] to latents [M, k] of unit variance over the uploads, and back.
 
     Attributes:
-        tokens: k as (tokens, numbers in each), for denoisers that look at tokens.
+        tokens: the k latent numbers as (tokens, numbers in each), for denoisers of tokens.
     """
 
     @property
@@ -178,10 +181,10 @@ class Autoencoder(Protocol):
 
 @dataclass(frozen=True)
 class LinearAutoencoder:
-    """The exact linear autoencoder on a span of deltas, latents at unit variance.
+    """The exact linear autoencoder on a span of deltas, with latents of unit variance.
 
-    components [k, P] are orthonormal, scale [k] is each latent's deviation before scaling,
-    largest first; latents are uncorrelated over the uploads they were fitted to.
+    components [k, P] are orthonormal; scale [k] is each latent's deviation before scaling,
+    largest first. Over the uploads it was fitted to, latents are uncorrelated.
     """
 
     components: Tensor
@@ -189,15 +192,15 @@ class LinearAutoencoder:
 
     @classmethod
     def fit(cls, deltas: Deltas, combinations: Tensor) -> tuple[LinearAutoencoder, Tensor]:
-        """On the span of ``combinations`` [N, K] of the deltas, and the deltas' latents [N, k].
+        """Fit on the span of ``combinations`` [N, K] of the deltas; also returns latents [N, k].
 
-        Directions that do not exist in float32 (of identical uploads, say) are dropped.
+        Directions that are only float32 rounding errors (of identical uploads, say) are dropped.
         """
         span = deltas.span(combinations)
-        rounding = 1e-13 * float(torch.linalg.vector_norm(deltas.vectors)) ** 2  # of float32
+        rounding = 1e-13 * float(torch.linalg.vector_norm(deltas.vectors)) ** 2  # error of float32
         mixing, deviations = span.axes(rounding)
         components, latents = mixing.T @ span.weights, span.products @ mixing / deviations
-        # eigh leaves each sign open: a direction's largest weight is positive, whoever uploads
+        # eigh leaves each sign open: a direction's largest weight is made positive
         if len(components):
             largest = components.abs().argmax(1, keepdim=True)
             signs = components.gather(1, largest).sign()
@@ -206,7 +209,7 @@ class LinearAutoencoder:
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """One token a direction."""
+        """One token per direction."""
         return len(self.scale), 1
 
     def encode(self, deltas: Tensor) -> Tensor:
@@ -218,9 +221,9 @@ class LinearAutoencoder:
 
 @dataclass(frozen=True)
 class LayeredAutoencoder:
-    """The exact linear autoencoder of every layer by itself: one token a layer.
+    """An exact linear autoencoder for each layer by itself: one token per layer.
 
-    A layer that spans fewer directions than others has latents that are always 0.
+    For a layer that spans fewer directions than others, the surplus latents are always 0.
     """
 
     layers: tuple[LinearAutoencoder, ...]
@@ -231,10 +234,10 @@ class LayeredAutoencoder:
     def fit(
         cls, deltas: Deltas, columns: Sequence[slice], combinations: Tensor
     ) -> tuple[LayeredAutoencoder, Tensor]:
-        """On the span of ``combinations`` [N, K] of each layer's deltas, and their latents.
+        """Fit on the span of ``combinations`` [N, K] of each layer's deltas; also returns latents.
 
         Args:
-            columns: where each layer lies.
+            columns: the columns of each layer.
         """
         fitted = [LinearAutoencoder.fit(deltas.part(layer), combinations) for layer in columns]
         layers = tuple(layer for layer, _ in fitted)
@@ -243,11 +246,11 @@ class LayeredAutoencoder:
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """One token a layer."""
+        """One token per layer."""
         return len(self.layers), self.rank
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Layers' latents [..., k_l ≤ rank] as one [..., layers · rank]."""
+        """Join layers' latents [..., k_l ≤ rank], padded with 0, into [..., layers · rank]."""
         return torch.cat(
             [torch.nn.functional.pad(part, (0, self.rank - part.shape[-1])) for part in parts], -1
         )

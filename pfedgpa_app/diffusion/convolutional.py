@@ -1,8 +1,8 @@
 """The paper's autoencoder: 1-D convolutions over the weights, trained with noise (p-diff).
 
 Wang et al. 2024 (arXiv 2402.13144) train it on the weights and add noise to its input and its
-latent. Here it is added to the latent alone; weights are scaled tensor by tensor and cut into
-chunks, each with latents of its own, so that cost grows linearly with a network's size.
+latent. Here noise is added to the latent alone. Weights are scaled tensor by tensor and cut into
+chunks with latents of their own, so that the cost grows linearly with a network's size.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from pfedgpa_app.core.randomness import seeded, torch_generator
 from pfedgpa_app.core.weights import Layout
 from pfedgpa_app.diffusion.autoencoder import Deltas, root_mean_squares
 
-_ROWS = 32  # uploads a training step, and encoded or decoded at a time
+_ROWS = 32  # uploads per training step, and encoded or decoded at a time
 
 
 @dataclass(frozen=True)
 class ConvolutionalSettings:
-    """How it is trained; noise in units of the latents, which lie in (−1, 1)."""
+    """How the autoencoder is trained; noise is in units of the latents, which lie in (−1, 1)."""
 
-    latents: int = 16  # a chunk
+    latents: int = 16  # per chunk
     steps: int = 1500
     learning_rate: float = 1e-2
     latent_noise: float = 0.1
-    chunk: int = 16_384  # weights
+    chunk: int = 16_384  # weights in a chunk
 
 
 class ConvolutionalNetwork(nn.Module):
-    """Chunks [B, C, chunk] to latents [B, C, d] in (−1, 1) and back.
+    """Maps chunks [B, C, chunk] to latents [B, C, d] in (−1, 1) and back.
 
-    Convolutions are shared by all chunks; between them and the latents each chunk has a matrix
-    of its own. Nothing is normalised: the scale of a weight is what it is about.
+    All chunks share the convolutions; between these and its latents each chunk has a matrix of its
+    own. There is no normalisation, because the scale of a weight carries its meaning.
     """
 
     CHANNELS = (8, 32)
@@ -72,12 +72,12 @@ class ConvolutionalNetwork(nn.Module):
 
 
 class ConvolutionalAutoencoder:
-    """Deltas to the network's latents at unit variance, and back."""
+    """Maps deltas to the network's latents, scaled to unit variance, and back."""
 
     def __init__(
         self, network: ConvolutionalNetwork, scale: Tensor, settings: ConvolutionalSettings
     ) -> None:
-        """``scale`` [P]: what each weight's delta is divided by."""
+        """``scale`` [P]: the number that each weight's delta is divided by."""
         self.network, self.scale, self.settings = network, scale, settings
         self.mean = torch.zeros(network.chunks * settings.latents)
         self.deviation = torch.ones_like(self.mean)
@@ -91,9 +91,9 @@ class ConvolutionalAutoencoder:
         seed: int,
         device: torch.device,
     ) -> tuple[ConvolutionalAutoencoder, Tensor]:
-        """Train on all deltas, O(steps · P) whatever their number; and their latents [N, k]."""
+        """Train on all deltas in O(steps · P), however many; also returns their latents [N, k]."""
         p = deltas.vectors.shape[1]
-        chunk = min(settings.chunk, -(-p // 32) * 32)  # whole strides
+        chunk = min(settings.chunk, -(-p // 32) * 32)  # a multiple of the strides
         generator = torch_generator(seed, "autoencoder")
         with seeded(int(torch.randint(2**31, (1,), generator=generator))):
             network = ConvolutionalNetwork(-(-p // chunk), chunk, settings.latents).to(device)
@@ -124,11 +124,11 @@ class ConvolutionalAutoencoder:
 
     @property
     def tokens(self) -> tuple[int, int]:
-        """One token a chunk."""
+        """One token per chunk."""
         return self.network.chunks, self.settings.latents
 
     def _chunked(self, deltas: Tensor) -> Tensor:
-        """[M, P] → scaled [M, chunks, chunk]; what is left of the last chunk is 0."""
+        """Scale deltas [M, P] and cut them into [M, chunks, chunk], the last one padded with 0."""
         whole = self.network.chunks * self.network.chunk
         padded = F.pad(deltas / self.scale, (0, whole - deltas.shape[1]))
         return padded.view(len(deltas), self.network.chunks, self.network.chunk)

@@ -1,4 +1,4 @@
-"""Are generated weights more than copies of uploads?"""
+"""Measure whether generated weights are more than copies of uploads."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from pfedgpa_app.diffusion.autoencoder import blocks
 def novelty(generated: Sequence[Tensor], newest: Tensor, uploads: Sequence[Tensor]) -> Tensor:
     """How far clients' generated weights are from the nearest upload [M].
 
-    In units of the distance that the client's newest upload has to the nearest other one: 0 is
-    a copy, 1 as new as one more round of training (weight_memorization, arXiv 2506.07998, asks
-    for such a ratio). NaN where uploads coincide.
+    The unit is the distance from the client's newest upload to the nearest other one: 0 is a copy,
+    1 is as new as one more round of training (weight_memorization, arXiv 2506.07998, asks for such
+    a ratio). NaN where uploads coincide.
 
     Args:
-        generated: M vectors [P]. newest: each client's place [M] among ``uploads``, N vectors [P].
+        generated: M vectors [P].
+        newest: each client's place [M] among ``uploads``.
+        uploads: N vectors [P].
     """
     ours, theirs = len(generated), len(newest)
     squared = torch.zeros(ours + theirs, len(uploads), dtype=torch.float64)
     for block in blocks(ours + len(uploads), len(uploads[0])):
-        origin = uploads[0][block].double()  # close to all: nothing cancels in the squares
+        origin = uploads[0][block].double()  # close to all vectors, so that squares lose no digits
         all_of_them = torch.stack([vector[block] for vector in uploads]).double() - origin
         made = torch.stack([vector[block] for vector in generated]).double() - origin
         rows = torch.cat([made, all_of_them[newest]])

@@ -14,7 +14,7 @@ Denoiser = Callable[[Tensor, int], Tensor]
 
 
 class GaussianDenoiser:
-    """The exact ε of a population N(μ, Σ), the linear-Gaussian (PPCA) baseline.
+    """The exact ε of a population N(μ, Σ): the linear-Gaussian (PPCA) baseline.
 
     E[z_0|z_t] = μ + √ᾱ Σ (ᾱΣ + (1−ᾱ)I)^{-1} (z_t − √ᾱ μ).
     """
@@ -26,7 +26,7 @@ class GaussianDenoiser:
 
     @classmethod
     def fit(cls, latents: Tensor, schedule: Schedule) -> GaussianDenoiser:
-        """The Gaussian of the latents' [N, k] own mean and covariance."""
+        """Fit the Gaussian with the mean and covariance of the latents [N, k]."""
         mean = latents.mean(0)
         centred = latents - mean
         return cls(mean, centred.T @ centred / len(latents), schedule)
@@ -40,7 +40,7 @@ class GaussianDenoiser:
 
 
 class FiniteSetDenoiser:
-    """The exact ε of points blurred by N(0, τ²I): what an over-fitted network tends to.
+    """The exact ε of points blurred by N(0, τ²I), which an over-fitted network tends to.
 
     E[z_0|z_t] = Σ_j w_j [z_j + g (z_t − √ᾱ z_j)], w = softmax_j(−‖z_t − √ᾱ z_j‖² / 2s),
     s = ᾱτ² + 1 − ᾱ, g = √ᾱ τ² / s; τ = 0 is the finite set itself.
@@ -66,10 +66,10 @@ class FiniteSetDenoiser:
 
 
 class Time(nn.Module):
-    """What a network knows of t [M], and of whose latents it sees: [M, width].
+    """Embeds times t [M], and descriptors of the clients whose latents are seen, as [M, width].
 
-    A sinusoidal embedding of t through two layers, to which that of a descriptor [M, d] is
-    added where there are descriptors; a row of NaN, and no descriptors at all, count as null.
+    A sinusoidal embedding of t goes through two layers. In a network with descriptors [M, d] their
+    embedding is added; a learned null replaces it for rows of NaN, or if no descriptors are given.
     """
 
     EMBEDDING = 64
@@ -114,7 +114,7 @@ class _Block(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """v-prediction from z_t [M, k] and t [M]: residual blocks around a sinusoidal time embedding.
+    """Predicts v from z_t [M, k] and t [M] by residual blocks with a sinusoidal time embedding.
 
     Nothing is clipped: weights have no natural range.
     """
@@ -138,9 +138,9 @@ class ResidualMLP(nn.Module):
 
 
 class TokenTransformer(nn.Module):
-    """v-prediction from z_t [M, tokens · size] and t [M]: attention between tokens.
+    """Predicts v from z_t [M, tokens · size] and t [M] by attention between tokens.
 
-    A token is what the autoencoder says it is: a direction, a layer, or a chunk of the weights.
+    The autoencoder decides what a token is: a direction, a layer or a chunk of the weights.
     """
 
     HEADS = 4
@@ -167,7 +167,7 @@ class TokenTransformer(nn.Module):
 
 
 class NetworkDenoiser:
-    """A trained v-network as a denoiser, without or with classifier-free guidance (eq. 9)."""
+    """A trained v-network as a denoiser, with or without classifier-free guidance (eq. 9)."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class NetworkDenoiser:
         descriptors: Tensor | None = None,
         guidance: float = 0.0,
     ) -> None:
-        """``descriptors`` [M, d] of the clients whose latents it will see, in that order."""
+        """``descriptors`` [M, d]: of the clients whose latents it will denoise, in their order."""
         self.network, self.schedule = network.eval(), schedule
         self.descriptors, self.guidance = descriptors, guidance
 
@@ -192,7 +192,7 @@ class NetworkDenoiser:
     def __call__(self, z: Tensor, t: int) -> Tensor:
         times = torch.full((len(z),), float(t), device=z.device)
         v = self.network(z, times)
-        if self.descriptors is not None:  # clients in turn, once for every draw
+        if self.descriptors is not None:  # z holds all clients in turn, once per draw
             each = self.descriptors.to(z).repeat(len(z) // len(self.descriptors), 1)
             v = (1 + self.guidance) * self.network(z, times, each) - self.guidance * v
         return self.schedule.eps_from_v(z, v, t)

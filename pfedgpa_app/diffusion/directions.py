@@ -1,8 +1,8 @@
-"""Which few directions of weight space the latents see.
+"""Choose the few directions of weight space that the latents describe.
 
-Directions are combinations [N, k] of the N deltas. They
-decide what a latent can say, and with it most of what denoising can gain: directions along
-which clients differ only by what each memorised must not be among them.
+Directions are combinations [N, k] of the N deltas. They decide what a latent can express, and so
+most of what denoising can gain: directions along which clients differ only by what each of them
+memorised must be left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pfedgpa_app.diffusion.schedule import Schedule
 
 
 def client_means(clients: Tensor) -> Tensor:
-    """Combinations [n, N] that make each client's mean delta, less the mean of all clients."""
+    """Combinations [n, N] that give each client's mean delta, less the mean of all clients."""
     _, who = clients.unique(return_inverse=True)
     means = torch.nn.functional.one_hot(who).T.double()
     means /= means.sum(1, keepdim=True)
@@ -28,24 +28,25 @@ def client_means(clients: Tensor) -> Tensor:
 
 
 def newest_rows(clients: Tensor) -> Tensor:
-    """Each client's last row [n], in rising order of clients; rows are in the order of rounds."""
+    """The row of each client's newest upload [n], by client; rows are in the order of rounds."""
     last = {client: row for row, client in enumerate(clients.tolist())}
     return torch.tensor([last[client] for client in sorted(last)])
 
 
 def principal_directions(gram: Tensor, rank: int) -> Tensor:
-    """The principal directions of what ``gram`` holds: with rank N the autoencoder is exact."""
+    """The principal directions [N, rank] of ``gram`` [N, N]; at rank N, autoencoding is exact."""
     vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
     return vectors[:, -rank:]
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """Who is like whom: where clients' mean classifiers stand among all of them.
+    """Which clients are alike, by the positions of clients' mean classifiers.
 
     Attributes:
-        rank: how many directions tell.
-        scores: {client: [clients − 1]}, along the principal directions, the widest first.
+        rank: the number of directions that tell clients apart.
+        scores: {client: [clients − 1]}, its position along the principal directions, the widest
+            first.
     """
 
     rank: int
@@ -53,7 +54,7 @@ class Likeness:
 
 
 def scores_of(classifiers: Tensor) -> Tensor:
-    """Where each client's mean classifier stands [n, n − 1], along the widest direction first.
+    """Clients' mean classifiers along the principal directions [n, n − 1], the widest first.
 
     Args:
         classifiers: the inner products [n, n] of clients' mean classifiers.
@@ -62,10 +63,10 @@ def scores_of(classifiers: Tensor) -> Tensor:
 
 
 def directions_of_likeness(clients: Tensor, known: Likeness, rank: int) -> Tensor:
-    """Whole-network directions that go with what is known of who is like whom.
+    """Whole-network directions that go with a ``known`` likeness of clients.
 
-    As in ``shared_directions``, the client means are regressed on the scores; clients of whom
-    nothing is known take no part.
+    As in ``shared_directions``, the client means are regressed on the scores; clients without
+    known scores do not count.
 
     Returns:
         combinations [N, k].
@@ -86,17 +87,18 @@ def shared_directions(
     blur: float,
     seed: int,
 ) -> Tensor:
-    """Whole-network directions that clients with like classifiers share.
+    """Whole-network directions that clients with similar classifiers share.
 
-    The principal scores of the clients' mean heads say who is like whom; regressing the whole
-    networks' client means on these scores keeps what goes with them and averages out what each
-    client memorised. Then scores are replaced by the clients' latents, denoised by
-    the exact finite-set denoiser, which gathers like clients further.
+    The principal scores of clients' mean classifiers tell which clients are alike. Regressing the
+    client means of whole networks on these scores keeps what goes with them and averages out what
+    each client memorised. The scores are then replaced by the clients' latents, denoised by the
+    exact finite-set denoiser, which moves like clients closer together.
 
     Args:
         classifiers: the inner products [n, n] of clients' mean classifiers.
-        clients: [N], rows in the order of rounds. ``own_weight`` and ``blur`` are the
-            denoiser's; rank is cut to clients − 1.
+        clients: [N], of the deltas' rows, in the order of rounds.
+        rank: the number of directions; cut to clients − 1.
+        own_weight, blur: of the denoising.
 
     Returns:
         combinations [N, k].

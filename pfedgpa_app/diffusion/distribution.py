@@ -1,4 +1,4 @@
-"""Learn the distribution of clients' weights; then make each client its own."""
+"""Learn the distribution of clients' weights, and make each client its own weights from it."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ from pfedgpa_app.diffusion.rank import choose_rank
 from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.diffusion.settings import DiffusionSettings
 
-_FURTHER = 4.0  # times as far as a first round led
+_FURTHER = 4.0  # the most that a first round's latents are scaled up by
 
 
 def likeness_of(buffer: Buffer, rule: str, seed: int) -> Likeness:
-    """Who is like whom by the uploads of a buffer, of which the last layer is enough.
+    """Compute which clients are alike from a buffer's uploads, which may be of the last layer only.
 
     Raises:
-        ValueError: nothing is buffered, or no such rank rule.
+        ValueError: nothing is buffered, or there is no such rank rule.
     """
     layout, vectors, rounds, clients = buffer.stack()
     deltas, head = remove_drift(vectors, rounds, clients), layout.head()
@@ -65,13 +65,13 @@ def likeness_of(buffer: Buffer, rule: str, seed: int) -> Likeness:
 
 @dataclass
 class Distribution:
-    """A learned distribution of clients' weights, for clients that it need not have seen.
+    """A learned distribution of clients' weights, also for clients that it was not learned from.
 
     Attributes:
-        settings, seed: what it was learned with.
+        settings, seed: the settings and the seed that it was learned with.
         anchor [P]: the population's newest mean, to which decoded deltas are added.
         latents [N, k], clients [N], rounds [N]: the uploads that it was learned from.
-        strength: t0, as given or as chosen.
+        strength: t0, as given or as calibrated.
     """
 
     settings: DiffusionSettings
@@ -87,18 +87,20 @@ class Distribution:
 
     @functools.cached_property
     def schedule(self) -> Schedule:
-        """Of its noise."""
+        """The noise schedule."""
         return Schedule(self.settings.diffusion_steps, self.settings.schedule)
 
     @property
     def rank(self) -> int:
-        """Latent dimensions: less than asked for where uploads span less."""
+        """The number of latent dimensions; fewer than asked for if the uploads span fewer."""
         return self.latents.shape[1]
 
     def _seen(self, weights: dict[int, Weights]) -> tuple[Tensor, Tensor]:
-        """Latents [M, k] of weights that are no upload of the buffer, and what these leave [M, P].
+        """Encode weights of clients that the distribution may not have seen.
 
-        What the directions do not tell of clients is their own; nothing is where all share all.
+        Returns:
+            the latents [M, k], and the rest of the weights that these do not describe [M, P]: the
+            clients' own, or 0 at rank 0, where clients share everything.
         """
         vectors = torch.stack([self.layout.flatten(mine) for mine in weights.values()])
         deltas = vectors - self.anchor
@@ -121,14 +123,15 @@ class Distribution:
         *,
         begun: Collection[int] = (),
     ) -> dict[int, Weights]:
-        """What the distribution makes of clients' weights that it has never seen.
+        """Denoise the weights of clients that the distribution has never seen.
 
-        Their latents' posterior mean after noise of ``strength``, over ``draws``.
+        The result is their latents' posterior mean after noise of ``strength``, averaged over
+        ``draws``.
 
         Args:
-            begun: clients that have trained on from the mean for one round only. They are on their
-                way, and taken as far along it as those are that were learned from, but at most
-                four times as far as they came: who is like none of these goes another way.
+            begun: clients that have trained on from the mean for one round only. Their latents are
+                only part of the way out, so they are scaled up to the mean length of the learned
+                latents, at most fourfold: a client that is like none of these goes another way.
         """
         latents, left = self._seen(weights)
         if self.rank:
@@ -145,7 +148,7 @@ class Distribution:
     def _denoiser_of(
         self, clients: Sequence[int], descriptors: dict[int, Tensor] | None
     ) -> Denoiser:
-        """The denoiser for clients' latents in this order."""
+        """The denoiser for the latents of ``clients``, in this order."""
         if not isinstance(self.denoiser, NetworkDenoiser):
             return self.denoiser
         return self.denoiser.of(stacked_descriptors(clients, descriptors), self.settings.guidance)
@@ -153,9 +156,9 @@ class Distribution:
     def guide(
         self, weights: dict[int, Weights], before: dict[int, Weights], weight: float
     ) -> dict[int, Weights]:
-        """Reverse steps from clients' weights, led by how they went there from ``before``.
+        """Take reverse steps from clients' weights, led by their progress since ``before``.
 
-        So many steps as the calibrated strength; ``weight`` is the 1 + ω of eq. 10.
+        The number of steps is ``strength``; ``weight`` is the 1 + ω of eq. 10.
         """
         latents, left = self._seen(weights)
         if self.rank:
@@ -166,11 +169,12 @@ class Distribution:
 
 
 class WeightDistribution(Distribution):
-    """A distribution learned from a buffer, and each of its clients' place in it.
+    """A distribution learned from a buffer, with each of its clients' latents.
 
     Attributes:
-        newest: clients with an upload, in rising order; newest_latents [M, k]: their newest.
-        own_weight: posterior weight that clients' own uploads keep, as given or as chosen.
+        newest: clients with an upload, in rising order; newest_latents [M, k]: the latents of
+            their newest uploads.
+        own_weight: posterior weight that clients' own uploads keep, as given or as calculated.
     """
 
     def __init__(
@@ -186,9 +190,10 @@ class WeightDistribution(Distribution):
         """Fit the distribution to the buffer.
 
         Args:
-            descriptors: what is known of clients, each [d]; only networks go by it.
-            known: who is like whom, by ``likeness_of`` earlier uploads; else these tell.
-            progress: is told how far a network's training is.
+            descriptors: of clients, each [d]; only network denoisers use them.
+            progress: is called with the share of a network's training that is done.
+            known: which clients are alike, by ``likeness_of`` earlier uploads; None to compute it
+                from the buffer.
 
         Raises:
             ValueError: nothing is buffered.
@@ -213,7 +218,7 @@ class WeightDistribution(Distribution):
         self.denoiser = self._fit(settings, where, descriptors, progress)
 
     def _calibrated(self) -> int:
-        """t0 at which a client's own uploads keep the wanted posterior weight."""
+        """The t0 at which clients' own uploads keep the posterior weight ``own_weight``."""
         if not self.rank:
             return 0
         return calibrate_strength(
@@ -227,9 +232,9 @@ class WeightDistribution(Distribution):
         )
 
     def _within(self, newest: Tensor) -> Tensor:
-        """Latents [M, k] of ``newest``, those of stale uploads as far out as the window goes.
+        """Latents ``newest`` [M, k], those of stale uploads shortened to the window's longest.
 
-        They may come from rounds at another learning rate, in which clients differed by more.
+        Stale uploads may come from rounds at another learning rate, in which clients differed more.
         """
         if not newest.shape[1]:
             return newest
@@ -246,7 +251,7 @@ class WeightDistribution(Distribution):
         known: Likeness | None,
         device: torch.device,
     ) -> tuple[Autoencoder, Tensor]:
-        """The autoencoder and the uploads' latents [N, k]."""
+        """Fit the autoencoder; returns it and the uploads' latents [N, k]."""
         settings, seed = self.settings, self.seed
         if settings.autoencoder == "conv" and rank:
             training = ConvolutionalSettings(settings.chunk_latents, settings.autoencoder_steps)
@@ -308,7 +313,7 @@ class WeightDistribution(Distribution):
         """Weights for every client that ever uploaded: invert its newest latent, denoise, decode.
 
         Args:
-            strength: t0; None: the calibrated one. See ``regenerate`` for the other knobs.
+            strength: t0; None for the distribution's own. For the others see ``regenerate``.
         """
         latents = self.generate_latents(mode, strength=strength, keep=keep, draws=draws)
         return self._decoded(self.newest, latents)
@@ -332,11 +337,11 @@ class WeightDistribution(Distribution):
 
 
 def _newest_deltas(buffer: Buffer, deltas: Deltas) -> Tensor:
-    """Every client's newest upload less its round's mean [M, P], in rising order of clients."""
+    """Every client's newest upload less its round's drift [M, P], in rising order of clients."""
     place = {server_round: i for i, server_round in enumerate(deltas.rounds)}
     rows = []
     for _, entry in sorted(buffer.newest().items()):
-        mean = entry.round_mean  # set once the round has left the window
+        mean = entry.round_mean  # None while the round is in the window
         rows.append(
             entry.vector - (deltas.means[place[entry.server_round]] if mean is None else mean)
         )

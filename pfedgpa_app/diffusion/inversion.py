@@ -1,8 +1,8 @@
 """Carry a client's latent into the diffusion model's noise and back.
 
-A perfect inversion decoded by the same model is the identity for any network, so it
-aggregates nothing. What aggregates is what the code leaves to the model: the strength t0,
-the share of stored noise that is replayed, and the mean of several decodings.
+A perfect inversion that the same model decodes is the identity for any network, so it aggregates
+nothing. Aggregation comes from what is left to the model: by the strength t0, the share of
+stored noise that is replayed, and the mean of several decodings.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from pfedgpa_app.diffusion.denoiser import Denoiser, FiniteSetDenoiser
 from pfedgpa_app.diffusion.schedule import Schedule
 
 Noise = Callable[[int], Tensor]  # rows wanted -> standard normal [rows, k]
-_DRAWS = 20  # of noise, by which strength is calibrated
-_CODE_NUMBERS = 2**24  # numbers of stored noise held at a time
+_DRAWS = 20  # of noise, to calibrate the strength with
+_CODE_NUMBERS = 2**24  # most numbers of stored noise held at a time
 
 
 @dataclass(frozen=True)
 class Journey:
-    """How far latents are carried, and back.
+    """How far latents are carried into the noise, and how they are carried back.
 
     Attributes:
         strength: t0 in 0..T.
         keep: share of the stored noise replayed by ``invert``.
-        draws: decodings averaged.
-        ddim_steps: of ``ddim``, up and down.
+        draws: number of decodings that are averaged.
+        ddim_steps: number of steps of ``ddim``, up and down alike.
     """
 
     strength: int
@@ -56,22 +56,22 @@ def regenerate(
     draws: int = 1,
     ddim_steps: int = 50,
 ) -> Tensor:
-    """Each client's latent after inversion and denoising; same shape and dtype.
+    """Invert and denoise each client's latent; the result has the same shape and dtype.
 
     All clients share the noise of a draw, so that permuting clients permutes the result and
-    equal uploads stay equal; only ``sample``, which has no upload to start from, draws for
-    each client.
+    equal uploads stay equal. Only ``sample``, which does not start from an upload, draws noise
+    for each client.
 
     Args:
         latents: clean latents [M, k].
-        generator: on the CPU, whatever the latents' device.
+        generator: of the noise; on the CPU, whatever the latents' device.
         mode: a name in ``MODES``.
         strength: t0 in 0..T; 0 is the identity. ``sample`` always starts from T.
         keep: share of the stored noise replayed (``invert``).
-        draws: decodings averaged; ``tweedie`` draws in antithetic pairs.
+        draws: number of decodings averaged; ``tweedie`` draws noise in antithetic pairs.
 
     Raises:
-        ValueError: an unknown mode, or a value out of range.
+        ValueError: the mode is unknown, or a value is out of range.
     """
     if mode not in MODES:
         raise ValueError(f"no inversion called {mode!r}; there are {', '.join(MODES)}")
@@ -96,7 +96,7 @@ def _identity(z: Tensor, _d: Denoiser, _s: Schedule, _n: Noise, _j: Journey) -> 
 def _sample(
     latents: Tensor, denoiser: Denoiser, schedule: Schedule, normal: Noise, journey: Journey
 ) -> Tensor:
-    """From pure noise, no inversion."""
+    """Sample from pure noise, without inversion."""
     m, k = latents.shape
     noise = normal(journey.draws * m)
     chains = reverse(noise, denoiser, schedule, schedule.steps, normal)
@@ -106,7 +106,7 @@ def _sample(
 def _tweedie(
     latents: Tensor, denoiser: Denoiser, schedule: Schedule, normal: Noise, journey: Journey
 ) -> Tensor:
-    """The posterior mean of z_0 at t0."""
+    """Noise to t0, then the posterior mean of z_0 (Tweedie's formula)."""
     draws, t0, (m, k) = journey.draws, journey.strength, latents.shape
     noise = normal((draws + 1) // 2)
     noise = torch.cat([noise, -noise])[:draws] if draws > 1 else noise
@@ -118,7 +118,7 @@ def _tweedie(
 def _sdedit(
     latents: Tensor, denoiser: Denoiser, schedule: Schedule, normal: Noise, journey: Journey
 ) -> Tensor:
-    """Noise to t0, then the reverse process with fresh noise (Meng et al. 2022)."""
+    """Noise to t0, then run the reverse process with fresh noise (Meng et al. 2022)."""
 
     def once(start_from: Tensor, shared: Noise) -> Tensor:
         noisy = schedule.add_noise(start_from, shared(0), journey.strength)
@@ -132,8 +132,8 @@ def _invert(
 ) -> Tensor:
     """DPM-Encoder (Wu & De la Torre 2023, the paper's citation).
 
-    Noise the latent along the forward posterior, store what the reverse step misses, and replay
-    ``keep`` of it.
+    Noise the latent along the forward posterior, store what each reverse step misses, and replay
+    the share ``keep`` of it.
     """
 
     def once(start_from: Tensor, shared: Noise) -> Tensor:
@@ -146,7 +146,7 @@ def _invert(
 def _averaged(
     latents: Tensor, normal: Noise, journey: Journey, once: Callable[[Tensor, Noise], Tensor]
 ) -> Tensor:
-    """The mean of ``draws`` journeys, as many at once as their stored noise allows."""
+    """The mean of ``draws`` journeys, run as many at once as their stored noise allows."""
     m, k = latents.shape
     total = torch.zeros_like(latents)
     at_once = max(1, _CODE_NUMBERS // (journey.strength * m * k))
@@ -161,7 +161,7 @@ def _averaged(
 
 
 def reverse(z: Tensor, denoiser: Denoiser, schedule: Schedule, start: int, normal: Noise) -> Tensor:
-    """DDPM's ancestral sampling from z_start to z_0 (the paper's eq. 6, corrected)."""
+    """Sample from z_start down to z_0 by DDPM's ancestral steps (the paper's eq. 6, corrected)."""
     for t in range(start, 0, -1):
         z = schedule.reverse_mean(z, denoiser(z, t), t)
         if t > 1:
@@ -177,11 +177,11 @@ def guided(
     steps: int,
     weight: float,
 ) -> Tensor:
-    """``steps`` noiseless reverse steps with ε̃ = ε_φ − weight · progress (the paper's eq. 10).
+    """Take ``steps`` noiseless reverse steps with ε̃ = ε_φ − weight · progress (eq. 10).
 
-    Local progress z(θ_l) − z(θ_{l−1}) stands in for the gradient of the client's
-    log-likelihood, along which ε̃ must lead the latent: the paper's extracted text has lost the
-    sign, and with the other one denoising undoes what the client learned.
+    Local progress z(θ_l) − z(θ_{l−1}) stands in for the gradient of the client's log-likelihood,
+    along which ε̃ must lead the latent. The sign is missing in the paper's extracted text; with the
+    opposite one, denoising would undo what the client learned.
     """
     z = latents
     for t in range(steps, 0, -1):
@@ -199,10 +199,10 @@ def encode(
     strength: int,
     normal: Noise,
 ) -> Code:
-    """DPM-Encoder: noised latents from the true posterior and what μ_φ misses of each.
+    """Encode latents by DPM-Encoder: noise them by the true posterior, store what μ_φ misses.
 
-    r_t = z_{t−1} − μ_φ(z_t, t) stands for σ_t u_t and needs no division by σ_1 = 0. The next
-    step starts from μ_φ + r_t as the decoder will see it, so that rounding cannot pile up.
+    r_t = z_{t−1} − μ_φ(z_t, t) stands for σ_t u_t and needs no division by σ_1 = 0. The next step
+    starts from μ_φ + r_t, as the decoder will compute it, so that rounding errors cannot add up.
     """
     rows = len(latents)
     z = code = schedule.add_noise(latents, normal(rows), strength)
@@ -220,7 +220,7 @@ def encode(
 
 
 def decode(code: Code, denoiser: Denoiser, schedule: Schedule, *, keep: float = 1.0) -> Tensor:
-    """Replay ``keep`` of the stored residuals along the reverse process."""
+    """Run the reverse process from z_t0, adding the share ``keep`` of each stored residual."""
     z, residuals = code
     for t, residual in zip(range(len(residuals), 0, -1), residuals, strict=True):
         z = schedule.reverse_mean(z, denoiser(z, t), t) + keep * residual
@@ -230,7 +230,7 @@ def decode(code: Code, denoiser: Denoiser, schedule: Schedule, *, keep: float = 
 def _ddim(
     latents: Tensor, denoiser: Denoiser, schedule: Schedule, _: Noise, journey: Journey
 ) -> Tensor:
-    """Up to t0 by DDIM inversion and down again; ε(·, 0) is undefined, so ε(·, t_1) begins."""
+    """Go up to t0 by DDIM inversion and down; ε(·, t_1) replaces ε(·, 0), which is undefined."""
     steps = journey.ddim_steps
     times = sorted({max(1, round(journey.strength * (i + 1) / steps)) for i in range(steps)})
     first = times[0]
@@ -255,11 +255,11 @@ MODES: dict[str, Mode] = {
 
 
 def own_weight_of(clients: int, rank: int) -> float:
-    """Posterior weight that clients' own uploads shall keep.
+    """The posterior weight that clients' own uploads are to keep.
 
-    ``rank`` directions tell rank + 1 kinds of clients apart, g = clients / (rank + 1) of each.
-    The geometric mean of 1, which pools nothing, and 1/g, which makes all of a kind the same:
-    the more there are of a kind, the more others tell about each.
+    ``rank`` directions tell rank + 1 kinds of clients apart, with g = clients / (rank + 1) of each
+    kind. The weight is the geometric mean of 1, which pools nothing, and 1/g, which makes all
+    clients of a kind the same: the more clients a kind has, the more they tell about each other.
     """
     return min(1.0, math.sqrt((rank + 1) / clients))
 
@@ -273,12 +273,13 @@ def calibrate_strength(
     seed: int,
     most_noise: float = math.inf,
 ) -> int:
-    """The smallest t0 at which noise hides each newest latent among others' enough.
+    """The smallest t0 at which noise hides each client's newest latent well enough among others.
 
-    Enough: under the uploads' own empirical distribution, the posterior weight on a client's
-    own uploads falls to ``own_weight`` on average. Where clients are too unlike each other for
-    that, the largest t0 whose noise is at most ``most_noise`` times the signal: latents' deviation
-    is 1, so more of it hides what tells any two of them apart. Needs no data, labels or groups.
+    Well enough means that, under the uploads' own empirical distribution, the posterior weight on
+    a client's own uploads falls to ``own_weight`` on average. Where clients are too different for
+    that, it is the largest t0 whose noise is at most ``most_noise`` times the signal: latents have
+    unit deviation, so more noise would hide what tells any two apart. Needs no data, labels or
+    groups.
 
     Args:
         latents: [N, k]; clients: [N]; newest: rows [M] of each client's newest upload.

@@ -1,4 +1,4 @@
-"""The denoiser: a closed form, or a network and its training."""
+"""Fit a denoiser: choose a closed form, or build and train a network."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from pfedgpa_app.diffusion.denoiser import (
 from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.diffusion.settings import DiffusionSettings
 
-Progress = Callable[[float], None]  # is told which share of something is done
+Progress = Callable[[float], None]  # is called with the share that is done
 
 
 def silent(share: float) -> None:
-    """Progress that nobody watches."""
+    """A ``Progress`` that does nothing."""
 
 
-STEP_SECONDS = {"mlp": 0.004, "transformer": 0.04}  # of its training on a CPU
-_HIDDEN = 0.1  # share of the steps that learn without descriptors (classifier-free guidance)
+STEP_SECONDS = {"mlp": 0.004, "transformer": 0.04}  # of a training step on a CPU
+_HIDDEN = 0.1  # share of latents whose descriptors are hidden (classifier-free guidance)
 
 
 @contextmanager
 def one_thread(device: torch.device) -> Iterator[None]:
-    """On the CPU: layers this small run up to twenty times slower on contended threads."""
+    """Limit torch to one thread on a CPU: contended threads make small layers up to 20 × slower."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
         torch.set_num_threads(1)
@@ -49,7 +49,7 @@ def one_thread(device: torch.device) -> Iterator[None]:
 def closed_form(
     settings: DiffusionSettings, latents: Tensor, schedule: Schedule
 ) -> Denoiser | None:
-    """The denoiser of latents [N, k] that needs no training; None where a network is wanted."""
+    """The closed-form denoiser of latents [N, k]; None if the settings ask for a network."""
     if not latents.shape[1] or settings.denoiser == "gaussian":
         return GaussianDenoiser.fit(latents, schedule)
     if settings.denoiser == "finite-set":
@@ -70,7 +70,7 @@ def new_network(
 def stacked_descriptors(
     clients: Sequence[int], descriptors: dict[int, Tensor] | None
 ) -> Tensor | None:
-    """Clients' descriptors [M, d], NaN for one of whom nothing is known; None without any."""
+    """Clients' descriptors [M, d], NaN for a client without one; None if there are none at all."""
     if not descriptors:
         return None
     unknown = torch.full_like(next(iter(descriptors.values())), torch.nan)
@@ -93,9 +93,9 @@ def fit_network(
     Args:
         latents: [N, k] at unit variance; their order does not matter.
         noise: deviation of the augmentation in each direction [k].
-        tokens: k as the autoencoder's tokens.
-        descriptors: of each latent's client [N, d], hidden in a share of the steps.
-        progress: is told after each step.
+        tokens: the autoencoder's tokens: their number and the numbers in each.
+        descriptors: of each latent's client [N, d]; a share of the drawn ones is hidden.
+        progress: is called after each step.
     """
     generator = torch_generator(seed, "fit")
     order = sorted_by_content(latents)
@@ -114,7 +114,7 @@ def fit_network(
         return denoising_loss(network, latents, noise, descriptors, alpha_bar, drawn)
 
     trained = _trained(network, loss, draw, settings, device, progress)
-    return NetworkDenoiser(trained.cpu(), schedule)  # latents are few: generate there
+    return NetworkDenoiser(trained.cpu(), schedule)  # latents are few: a CPU will do
 
 
 def _trained(
@@ -125,9 +125,9 @@ def _trained(
     device: torch.device,
     progress: Progress,
 ) -> nn.Module:
-    """Train ``network`` by its ``loss`` of what is drawn; the moving average of its weights."""
+    """Train ``network`` on ``loss``; returns it with the moving average of its weights."""
     rate, steps = settings.fit_learning_rate, settings.fit_steps
-    weights = _in_one(network)  # a step over many small tensors takes longer
+    weights = _in_one(network)  # faster than a step over many small tensors
     average = weights.detach().clone()
     optimiser = torch.optim.AdamW([weights], rate, fused=True)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=max(2, steps))
@@ -155,7 +155,7 @@ def _trained(
 
 
 def _in_one(network: nn.Module) -> nn.Parameter:
-    """All of a network's weights [P], of which its own become parts; and its gradients likewise."""
+    """All weights of a network as one parameter [P]; its own weights and gradients become views."""
     own = list(network.parameters())
     every = nn.Parameter(nn.utils.parameters_to_vector(own).detach())
     every.grad = torch.zeros_like(every)
@@ -169,11 +169,15 @@ def _in_one(network: nn.Module) -> nn.Parameter:
 def _draw(
     batch: int, latents: int, numbers: int, times: int, described: bool, generator: torch.Generator
 ) -> list[Tensor]:
-    """What a step draws of so many ``latents`` of so many ``numbers``.
+    """Draw the random numbers of a training step on N = ``latents`` of k = ``numbers`` each.
+
+    Args:
+        batch: B.
+        times: T + 1.
 
     Returns:
-        rows [B], times 1..T [B], jitter and noise [2, B, k], and a uniform number for each that
-        is ``described``, [B, 1].
+        rows [B], times 1..T [B], jitter and noise [2, B, k], and, if latents are ``described``,
+        a uniform number for each [B, 1].
     """
     drawn = [
         torch.randint(latents, (batch,), generator=generator),
@@ -191,9 +195,9 @@ def denoising_loss(
     alpha_bar: Tensor,
     drawn: Sequence[Tensor],
 ) -> Tensor:
-    """The DDPM objective in its v-form, on what ``_draw`` drew of latents [N, k].
+    """The DDPM objective in its v-form on latents [N, k], with the numbers that ``_draw`` drew.
 
-    E‖v − v_φ(√ᾱ_t z + √(1−ᾱ_t) ε, t)‖², t uniform in 1..T, z a latent plus the augmentation.
+    E‖v − v_φ(√ᾱ_t z + √(1−ᾱ_t) ε, t)‖², with t uniform in 1..T and z a latent plus augmentation.
 
     Args:
         alpha_bar: [T + 1].
@@ -209,7 +213,7 @@ def denoising_loss(
 
 
 def sorted_by_content(latents: Tensor) -> Tensor:
-    """The order [N] of latents [N, k] by what they are, not by whose."""
+    """The order [N] that sorts latents [N, k] by their numbers, not by their clients."""
     order = torch.arange(len(latents))
     for column in range(latents.shape[1] - 1, -1, -1):
         order = order[latents[order, column].argsort(stable=True)]

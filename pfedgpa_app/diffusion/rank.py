@@ -1,6 +1,6 @@
-"""How many directions clients' weights share: rules that need no data, labels or groups.
+"""Rules for how many directions clients' weights share; they need no data, labels or groups.
 
-All look at the clients' mean classifiers: what clients share shows most clearly in the last
+All rules look at the clients' mean classifiers: what clients share shows most clearly in the last
 layer, and the mean over rounds leaves little of SGD's noise.
 """
 
@@ -16,33 +16,33 @@ from pfedgpa_app.diffusion.autoencoder import Deltas
 from pfedgpa_app.diffusion.directions import client_means
 from pfedgpa_app.diffusion.settings import RULES
 
-_SPLITS = 40  # of clients and weights in cross-validation
+_SPLITS = 40  # random splits of clients and weights in cross-validation
 
 
 def choose_rank(
     rule: str, deltas: Deltas, head: slice, classifiers: Tensor, clients: Tensor, seed: int
 ) -> int:
-    """The latent rank by ``rule``: at least 2, at most clients − 1.
+    """The latent rank by ``rule``: 2 to clients − 1, but 1 if there are fewer than 3 clients.
 
     Args:
-        rule: ``head-gap``: eigenvalues of the mean classifiers' Gram matrix above twice their
-            median; what each client merely memorised spreads evenly over directions.
-            ``shrinkage``: above the optimal hard threshold for a matrix of that shape (Gavish
-            and Donoho 2014), which is the same where classifiers are far larger than clients
-            are many. ``widest-gap``: the same, the median being of those not counted, until no
-            more are (where clients differ in many directions, these raise the median of all); of
-            these, as many as stand before the last gap in the eigenvalues' logarithms that is at
-            least half as wide as the widest: of many clients what each memorised has large
+        rule: ``head-gap`` counts the eigenvalues of the mean classifiers' Gram matrix above twice
+            their median, as what each client merely memorised spreads evenly over directions.
+            ``shrinkage`` counts those above the optimal hard threshold for a matrix of that shape
+            (Gavish and Donoho 2014): the same if a classifier is far larger than clients are many.
+            ``widest-gap`` does so, too, but repeats it with the median of those not yet counted
+            until the count stays (where clients differ in many directions, these raise the median
+            of all). Then it keeps those before the last gap in the eigenvalues' logarithms that is
+            at least half as wide as the widest: with many clients, what each memorised has large
             eigenvalues, too, but without gaps.
-            ``cross-validation``: the least error in predicting held-out weights of held-out
-            clients from the rest (Owen and Perry 2009). ``likelihood``: the largest likelihood
-            of a held-out client under the others' probabilistic PCA.
+            ``cross-validation`` takes the rank with the least error in predicting held-out weights
+            of held-out clients from the rest (Owen and Perry 2009); ``likelihood`` the one with
+            the largest likelihood of a held-out client under the others' probabilistic PCA.
         head: the classifier's columns.
         classifiers: the inner products [n, n] of clients' mean classifiers.
         clients: [N], of the deltas' rows.
 
     Raises:
-        ValueError: no such rule.
+        ValueError: there is no such rule.
     """
     if rule not in RULES:
         raise ValueError(f"no rank rule called {rule!r}; there are {', '.join(RULES)}")
@@ -65,12 +65,12 @@ def choose_rank(
 
 
 def _above(eigenvalues: Tensor, times: float, first: int = 0) -> int:
-    """How many are above ``times`` the median of all but the ``first``, in falling order."""
+    """How many eigenvalues, in falling order, exceed ``times`` the median without the ``first``."""
     return int((eigenvalues > times * eigenvalues[first:].median()).sum())
 
 
 def _last_wide_gap(eigenvalues: Tensor, most: int) -> int:
-    """How many of the first ``most`` eigenvalues, in falling order, stand before the gap."""
+    """How many of the first ``most`` eigenvalues, in falling order, precede the last wide gap."""
     logs = eigenvalues.clamp_min(1e-300).log()
     gaps = -logs[1 : most + 1].diff()  # after the second, the third, …
     wide = torch.nonzero(gaps >= gaps.max() / 2) if len(gaps) else gaps
@@ -78,16 +78,17 @@ def _last_wide_gap(eigenvalues: Tensor, most: int) -> int:
 
 
 def hard_threshold(aspect: float) -> float:
-    """Gavish and Donoho's ω(β)², in units of the median eigenvalue, for n/p = ``aspect``.
+    """Gavish and Donoho's threshold ω(β)², in units of the median eigenvalue, for β = ``aspect``.
 
-    λ*(β)² over the median of the Marchenko-Pastur law, found by numerical integration;
-    2 for β → 0, 8.2 (ω = 2.858) for a square matrix.
+    It is λ*(β)² over the median of the Marchenko-Pastur law, found by numerical integration:
+    2 for β → 0, 8.2 (ω = 2.858) for a square matrix. β is n/p, or p/n if that is smaller.
     """
     beta = min(aspect, 1 / aspect)
     largest = 2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1))
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
     angle = torch.linspace(0, math.pi, 20_001, dtype=torch.float64)
-    x = (low + high) / 2 - (high - low) / 2 * angle.cos()  # ends, where the density is steep, fine
+    # points lie closest at the ends, where the density is steep
+    x = (low + high) / 2 - (high - low) / 2 * angle.cos()
     density = (high - x).clamp(min=0).sqrt() * (x - low).clamp(min=0).sqrt() / x.clamp(min=1e-12)
     mass = (density * angle.sin()).cumsum(0)
     median = float(x[int(torch.searchsorted(mass, mass[-1] / 2))])
@@ -95,7 +96,7 @@ def hard_threshold(aspect: float) -> float:
 
 
 def _cross_validated(deltas: Deltas, head: slice, means: Tensor, seed: int) -> int:
-    """The rank whose prediction B D_k⁺ C of held-out blocks A of the client means errs least."""
+    """The rank k whose prediction B D_k⁺ C of held-out blocks A of client means errs least."""
     generator = torch_generator(seed, "rank")
     n = len(means)
     table = means @ deltas.columns(head).cpu()
@@ -120,10 +121,11 @@ def _cross_validated(deltas: Deltas, head: slice, means: Tensor, seed: int) -> i
 
 
 def _likeliest(gram: Tensor, size: int) -> int:
-    """The rank under whose probabilistic PCA clients, each held out in turn, are likeliest.
+    """The rank under whose probabilistic PCA clients held out in turn are most likely.
 
     Args:
-        gram: inner products [n, n] of clients' means of ``size`` numbers each.
+        gram: inner products [n, n] of the clients' means.
+        size: numbers in each mean.
     """
     n = len(gram)
     total = torch.zeros(n - 2, dtype=torch.float64)

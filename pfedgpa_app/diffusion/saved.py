@@ -1,4 +1,4 @@
-"""A learned distribution as one safetensors file: numbers and JSON, nothing that runs."""
+"""Save a learned distribution as one safetensors file of numbers and JSON, without any code."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Tensors = dict[str, Tensor]
 
 
 def save(fitted: Distribution, path: Path, statistics: Tensors | None = None) -> None:
-    """Write what ``load`` needs: P·(k + 1) numbers and a little more, no upload.
+    """Write a distribution for ``load``: P·(k + 1) numbers and a little more, but no upload.
 
     Args:
-        statistics: what normalisation layers have seen under the mean, which is not generated.
+        statistics: the mean's running statistics, which are not generated.
     """
     layout = fitted.layout
     tensors = {
@@ -64,7 +64,7 @@ def load(path: Path) -> Distribution:
     """The distribution that ``save`` wrote.
 
     Raises:
-        ValueError: no such file, not one of ours, or damaged.
+        ValueError: there is no such file, or it is of another kind or damaged.
     """
     tensors, metadata = read_tensors(path, FORMAT)
     for name, tensor in tensors.items():
@@ -77,10 +77,10 @@ def load(path: Path) -> Distribution:
 
 
 def statistics(path: Path) -> Tensors:
-    """Those that were saved beside the distribution in ``path``.
+    """The running statistics that were saved beside the distribution in ``path``.
 
     Raises:
-        ValueError: as ``load``.
+        ValueError: as in ``load``.
     """
     return _below("statistics", read_tensors(path, FORMAT, "statistics/")[0])
 
@@ -92,7 +92,7 @@ def _from(tensors: Tensors, description: dict[str, object]) -> Distribution:
         tuple(torch.Size(shape) for _, shape, _ in listed),
         tuple(torch.empty(0, dtype=getattr(torch, dtype)).dtype for _, _, dtype in listed),
     )
-    layout.unflatten(tensors["anchor"])  # one number for each of the weights
+    layout.unflatten(tensors["anchor"])  # fails unless there is one number for each weight
     given: dict[str, Any] = description["settings"]  # type: ignore[assignment]
     known = {field.name for field in fields(DiffusionSettings)}
     if gone := sorted(name for name, value in given.items() if name not in known and value):
@@ -155,7 +155,7 @@ def _autoencoder(settings: DiffusionSettings, layout: Layout, tensors: Tensors) 
         parts = _below(prefix, tensors)
         return LinearAutoencoder(parts["components"], parts["scale"])
 
-    if "linear/components" in tensors:  # of other kinds, too, where nothing is generated
+    if "linear/components" in tensors:  # at rank 0, of other kinds, too
         return linear("linear")
     if settings.autoencoder == "layers":
         columns = layout.layers()

@@ -1,7 +1,7 @@
-"""The noise schedule and every formula that is made of it.
+"""The noise schedule and all formulas that follow from it.
 
-z_t = √ᾱ_t z_0 + √(1−ᾱ_t) ε with t = 0..T and ᾱ_0 = 1: index 0 is clean. The schedule owns
-β, α, ᾱ and σ; nobody else computes one. Tables are float64; latents keep their own dtype.
+z_t = √ᾱ_t z_0 + √(1−ᾱ_t) ε with t = 0..T and ᾱ_0 = 1: index 0 is clean. β, α, ᾱ and σ are
+computed only here. Tables are float64; latents keep their own dtype.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class Schedule:
         self.sigma = variance.sqrt()  # "fixed small"; σ_1 = 0
 
     def signal(self, t: int) -> float:
-        """√ᾱ_t."""
+        """√ᾱ_t, the factor of z_0 in z_t."""
         return math.sqrt(self.alpha_bar[t])
 
     def noise(self, t: int) -> float:
-        """√(1−ᾱ_t)."""
+        """√(1−ᾱ_t), the factor of ε in z_t."""
         return math.sqrt(1 - self.alpha_bar[t])
 
     def last_below(self, ratio: float) -> int:
-        """The last t, but at least 1, whose noise is at most ``ratio`` times the signal."""
+        """The largest t whose noise is at most ``ratio`` times the signal, but at least 1."""
         return max(1, int((1 - self.alpha_bar <= ratio**2 * self.alpha_bar).sum()) - 1)
 
     def add_noise(self, clean: Tensor, eps: Tensor, t: int) -> Tensor:
-        """A draw of q(z_t | z_0)."""
+        """z_t from z_0 = ``clean`` and ε: a draw of q(z_t | z_0)."""
         return self.signal(t) * clean + self.noise(t) * eps
 
     def clean(self, z: Tensor, eps: Tensor, t: int) -> Tensor:
@@ -68,7 +68,7 @@ class Schedule:
         return self.noise(t) * z + self.signal(t) * v
 
     def reverse_mean(self, z: Tensor, eps: Tensor, t: int) -> Tensor:
-        """μ_φ(z_t, t), the mean of z_{t−1}: the paper's eq. 6 with its misprints mended.
+        """μ_φ(z_t, t), the mean of z_{t−1}: the paper's eq. 6 with its misprints corrected.
 
         The paper prints 1/√ᾱ_t; the posterior mean needs 1/√α_t, α_t = 1−β_t.
         """

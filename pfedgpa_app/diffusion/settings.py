@@ -1,4 +1,4 @@
-"""How a weight distribution is learned: every setting once."""
+"""The settings by which a distribution of weights is learned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nodes send of theirs: which tensors are generated, and what becomes of the others."""
+"""The tensors of nodes' networks: which are generated, and what becomes of the others."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from pfedgpa_app.server.screening import checked, too_large
 
 
 class Network:
-    """What nodes send of theirs: tensors that are generated, and others.
+    """The tensors of the nodes' network: those that are generated, and others.
 
     Attributes:
         expected: {name: tensor} of the network at the start.
-        generated: those of it that are generated.
-        others: the newest of those that are not.
+        generated: the tensors of ``expected`` that are generated.
+        others: the newest values of the tensors that are not generated.
     """
 
     def __init__(self, initial: ArrayRecord, counted_by: str, loss_key: str) -> None:
-        """As ``initial`` arrays have it.
+        """Take the tensors from the ``initial`` arrays.
 
         Args:
-            counted_by: the metric that says how many images a node has; ``loss_key``: its loss.
+            counted_by: the metric with a node's number of examples.
+            loss_key: the metric with its training loss.
 
         Raises:
-            ConfigError: no tensors of torch's, or none that can be generated.
+            ConfigError: the arrays are no tensors of torch's, or none can be generated.
         """
         self._counted_by, self._loss_key = counted_by, loss_key
         try:
@@ -49,16 +50,16 @@ class Network:
             )
 
     def record(self, generated: Weights) -> ArrayRecord:
-        """``generated`` and the others, in the network's order."""
+        """A whole network of ``generated`` tensors and the others, in the network's order."""
         every = generated | self.others
         return ArrayRecord({name: every[name] for name in self.expected})
 
     def with_mean(self, generated: Weights) -> Weights:
-        """``generated`` and those of the others that have a mean."""
+        """``generated`` tensors and the others that have a mean."""
         return generated | {name: t for name, t in self.others.items() if has_mean(t)}
 
     def upload(self, content: RecordDict) -> tuple[Upload | None, str]:
-        """The upload that a reply holds, or None and what is wrong with it."""
+        """The upload in a reply and "", or None and what is wrong with the reply."""
         arrays = list(content.array_records.values())
         if len(arrays) != 1:
             return None, f"sent {len(arrays)} array records, not 1"
@@ -74,10 +75,10 @@ class Network:
     def uploads(
         self, contents: Mapping[int, RecordDict], mean: Weights, limit: float
     ) -> tuple[dict[int, Upload], dict[int, str]]:
-        """{node: its upload} of the usable ones, and what is wrong with the others.
+        """{node: its upload} for usable uploads, and {node: what is wrong} for the others.
 
         Args:
-            mean: the global one before.
+            mean: the global mean before the round.
             limit: ``max_upload_norm``.
         """
         uploads: dict[int, Upload] = {}
@@ -96,7 +97,7 @@ class Network:
         return uploads, unusable
 
     def learn_others(self, uploads: dict[int, Upload]) -> None:
-        """Their means over a round's ``uploads``; without a mean, the largest upload's."""
+        """Update ``others``: their means over ``uploads``, else those of the largest client."""
         largest = max(uploads.values(), key=lambda upload: upload.examples)
         averaged = [name for name, tensor in self.others.items() if has_mean(tensor)]
         means = weighted_mean({node: part(upload, averaged) for node, upload in uploads.items()})
@@ -104,29 +105,29 @@ class Network:
 
 
 def is_generated(tensor: Tensor) -> bool:
-    """Whether it is floating-point, not empty and finite."""
+    """Whether a tensor is generated: if it is floating-point, not empty and finite."""
     return tensor.is_floating_point() and tensor.numel() > 0 and bool(finite(tensor).all())
 
 
 def has_mean(tensor: Tensor) -> bool:
-    """Whether its type holds the mean of two of its numbers."""
+    """Whether the tensor's type can hold the mean of two of its numbers."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def part(upload: Upload, names: Iterable[str]) -> Upload:
-    """Only some of an upload's tensors."""
+    """The upload with the tensors called ``names`` only."""
     return dataclasses.replace(upload, weights={name: upload.weights[name] for name in names})
 
 
 def whole_networks(
     generated: dict[int, Weights], server: Server, network: Network, nodes: Mapping[int, int]
 ) -> dict[int, ArrayRecord]:
-    """Clients' ``generated`` weights as whole networks of their ``nodes``, {node id: client}."""
+    """Nodes' whole networks from clients' ``generated`` weights; ``nodes`` is {node id: client}."""
     newest = server.state.buffer.newest()
     made = like_uploads(generated, [newest[client].weights() for client in sorted(newest)])
     common = server.state.global_weights
     kept = server.state.buffer.layout.names if server.state.buffer.layout else ()
-    beside = [name for name in common if name not in kept]  # tied, perhaps, to what is generated
+    beside = [name for name in common if name not in kept]  # may be tied to what is generated
     ties = {n: m for n in beside for m in kept if torch.equal(common[n], common[m])}
     for mine in made.values():
         mine |= {name: mine[other] for name, other in ties.items()}
@@ -134,10 +135,10 @@ def whole_networks(
 
 
 def like_uploads(made: dict[int, Weights], uploads: Sequence[Weights]) -> dict[int, Weights]:
-    """Generated weights with what all uploads show of the network.
+    """Give the generated weights ``made`` the constraints that all ``uploads`` keep.
 
-    Tensors that are equal in every upload (tied weights) stay equal, and one that is nowhere
-    negative in any (a variance) does not go below the least of them.
+    Tensors that equal each other in every upload (tied weights) stay equal. A tensor that is
+    nowhere negative in any upload (a variance) stays at or above the uploads' minimum.
     """
     least: Weights = {}
     first_of: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""What a run leaves for its nodes: in memory, and as files."""
+"""Keep a run's results for its nodes, in memory and as files."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ MEAN = "mean.safetensors"
 
 
 class Personal:
-    """What a run leaves for its nodes, all by node id.
+    """A run's results for its nodes, all by node id.
 
     Attributes:
-        weights: generated for each.
-        metrics: {"before": …, "after": …}, its newest evaluations.
+        weights: the weights generated for each node.
+        metrics: {"before": …, "after": …}, each node's newest evaluations of the global weights
+            and of the weights generated for it.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class Personal:
     def screened(
         self, replies: Iterable[Message], counted_by: str, partition_key: str
     ) -> tuple[dict[int, RecordDict], dict[int, str]]:
-        """The usable replies and what is wrong with others; partitions are noted and taken out."""
+        """Screen replies by ``screened``; note the partitions and take them out of the metrics."""
         contents, unusable = screened(replies, counted_by)
         for node, content in contents.items():
             [metrics] = content.metric_records.values()
@@ -51,30 +52,30 @@ class Personal:
         return contents, unusable
 
     def evaluated(self, contents: Mapping[int, RecordDict], own: set[int]) -> None:
-        """Note evaluations; those of the nodes in ``own`` are of weights generated for them."""
+        """Note evaluations; nodes in ``own`` evaluated weights that were generated for them."""
         for node, content in contents.items():
             [metrics] = content.metric_records.values()
             kind = "after" if node in own else "before"
             self.metrics.setdefault(node, {})[kind] = dict(metrics)
 
     def warn(self, server_round: int, unusable: Mapping[int, str]) -> None:
-        """Name each node of which something cannot be used, and say what."""
+        """Log what is wrong with each node's unusable reply."""
         for node, wrong in sorted(unusable.items()):
             logger.warning("PFedGPA: round %d: %s %s", server_round, self.named(node), wrong)
 
     def named(self, node: int) -> str:
-        """A node, in words, with the partition that it told."""
+        """A node in words, with the partition that it reported, if any."""
         told = self._partitions.get(node)
         return f"node {node}" if told is None else f"partition-id {told} (node {node})"
 
     def by_name(self, of_nodes: Mapping[int, T]) -> dict[int, T]:
-        """{partition-id, or node id where it told none or another tells the same: …}."""
+        """Rekey by partition-id, if a node reported one that no other did, else by node id."""
         told = Counter(self._partitions.values())
         names = {n: p for n, p in self._partitions.items() if told[p] == 1}
         return {names.get(node, node): value for node, value in of_nodes.items()}
 
     def keep(self, folder: Path, rounds: int, mean: ArrayRecord, last: bool) -> None:
-        """``save``; before the ``last`` round a folder that cannot be written to ends nothing."""
+        """``save``, but an unwritable folder raises only in the ``last`` round."""
         try:
             self.save(folder, rounds, mean)
         except OSError as error:
@@ -85,13 +86,13 @@ class Personal:
             logger.info("PFedGPA: weights of %d nodes are in %s", len(self.weights), folder)
 
     def save(self, folder: Path, rounds: int, mean: ArrayRecord) -> None:
-        """Write the ``mean`` and every node's weights, in each file whose and of which round."""
+        """Write the ``mean`` and every node's weights; each file says its node and round."""
         names = self.by_name({node: node for node in self.weights})
         files = {
             f"{'node' if name == node else 'client'}-{name}.safetensors": name
             for name, node in names.items()
         }
-        for file in self._files - files.keys():  # a node's that has told its partition since
+        for file in self._files - files.keys():  # of a node that has since reported its partition
             (folder / file).unlink(missing_ok=True)
         self._files = {*files}
         write(mean.to_torch_state_dict(), folder / MEAN, {"rounds": rounds})
@@ -106,7 +107,7 @@ def new_folder(save_dir: Path, grid: Grid, model: Weights) -> Path:
     """Make a run's folder in ``save_dir``, named after the run.
 
     Raises:
-        ConfigError: it cannot be made, or cannot take a ``model``.
+        ConfigError: the folder cannot be made, or a file with ``model`` cannot be written to it.
     """
     name = f"run-{grid.run.run_id}"
     try:
@@ -126,6 +127,6 @@ def new_folder(save_dir: Path, grid: Grid, model: Weights) -> Path:
 
 
 def write(weights: Weights, path: Path, about: Mapping[str, Any]) -> None:
-    """As safetensors, with ``about`` in the file's metadata."""
+    """Write ``weights`` as a safetensors file, with ``about`` in its metadata."""
     metadata = {"format": "pt"} | {name: str(value) for name, value in about.items()}
     write_tensors(path, weights, metadata)

@@ -1,4 +1,4 @@
-"""Which replies' metrics can be used, of whatever ClientApp."""
+"""Sort out which replies' metrics can be used, from any ClientApp."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pfedgpa_app.server.screening import MOST_EXAMPLES, failure
 def screened(
     replies: Iterable[Message], counted_by: str
 ) -> tuple[dict[int, RecordDict], dict[int, str]]:
-    """{node: its reply} where the metrics can be used, and what is wrong with the others.
+    """{node: its reply} for replies with usable metrics, {node: what is wrong} for the others.
 
     Args:
-        counted_by: the metric that tells a node's examples.
+        counted_by: the metric with a node's number of examples.
     """
     usable: dict[int, RecordDict] = {}
     unusable: dict[int, str] = {}
-    # nodes' ids are random: an order that does not hang on when replies came
+    # by node id, which is random: the order must not depend on when replies came
     for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
         node = reply.metadata.src_node_id
         wrong = failure(reply) if reply.has_error() else unusable_metrics(reply, counted_by)
@@ -33,7 +33,7 @@ def screened(
 
 
 def unusable_metrics(reply: Message, counted_by: str) -> str:
-    """What is wrong with a reply's metrics; "" for nothing."""
+    """What is wrong with a reply's metrics; "" if nothing is."""
     metrics = list(reply.content.metric_records.values())
     if len(metrics) != 1:
         return f"sent {len(metrics)} metric records, not 1"
@@ -45,7 +45,7 @@ def unusable_metrics(reply: Message, counted_by: str) -> str:
 
 
 def with_other_metrics(contents: Mapping[int, RecordDict]) -> list[int]:
-    """The nodes whose metrics are not of the commonest form."""
+    """The nodes whose metrics do not have the most common form."""
     forms = {node: metrics_form(content) for node, content in contents.items()}
     [(commonest, _)] = Counter(forms.values()).most_common(1)
     return [node for node, form in forms.items() if form != commonest]

@@ -5,13 +5,14 @@
     result = strategy.start(grid=grid, initial_arrays=arrays, num_rounds=50)
 
 The ClientApp stays as it is: it replies to ``train`` with one ArrayRecord and the number of its
-examples. Of any architecture, generated is what is floating-point, not empty and finite at the
-start. Other numbers that have a mean (complex ones, masks of −inf) are averaged; those that have
-none in their type (BatchNorm's counters) are the round's largest client's. What a node is, it is
-for the whole run.
+examples. In any architecture, those tensors are generated that are floating-point, not empty and
+finite at the start. Other tensors whose type can hold a mean (complex ones, masks of −inf) are
+averaged; the rest (BatchNorm's counters) come from the round's largest client. A node is the same
+client for the whole run.
 
-Where Flower's FedAvg ends the run because of one reply, that reply is left out by name, and the
-run goes on; also, as FedAvg's, after a round without one usable upload.
+Where Flower's FedAvg would end the run because of one reply, that reply is left out with a warning
+that names its node, and the run goes on. It also goes on, as with FedAvg, after a round without a
+single usable upload.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ class PFedGPA(FedAvg):
     """Flower's FedAvg until the last rounds, which end with weights generated for each node.
 
     Nodes train on from what was generated for them; in these rounds the learning rate that they
-    are sent is ``settings.round_rate`` times as large. After ``start``, every node that ever
-    uploaded has an entry in these, by its partition-id if it told one, else by its node id:
+    are sent is multiplied by ``settings.round_rate``. ``personal`` and ``personal_metrics`` are by
+    partition-id for nodes that report one that no other node reports, else by node id.
 
     Attributes:
-        personal: its generated weights.
-        personal_metrics: {"before": …, "after": …}, its newest evaluation of the global weights
-            and of weights generated for it, as far as there was one.
+        personal: after ``start``, the generated weights of every node that ever uploaded.
+        personal_metrics: {"before": …, "after": …}, a node's newest evaluations of the global
+            weights and of the weights generated for it, as far as there are any.
         folder: where the run's weights were written, in ``save_dir``.
     """
 
@@ -68,23 +69,23 @@ class PFedGPA(FedAvg):
         max_upload_norm: float = Config.max_upload_norm,
         **kwargs: Any,
     ) -> None:
-        """All of FedAvg's arguments, and others.
+        """Take all of FedAvg's arguments, and others.
 
         Args:
-            settings: what the server goes by; see ``pfedgpa settings`` for the meanings.
-            rate_key: the learning rate's name in ``train_config``. Clients that go by a rate of
-                their own train on at full strength in the last rounds, which costs accuracy.
-            partition_key: the metric by which clients may tell their partition in their replies.
-            loss_key: the metric by which clients may tell their training loss; momentum goes by it.
-            seed: of what the diffusion model draws.
-            save_dir: where each run makes a folder and after each round writes to it the global
-                mean and, once generated, each node's weights, as ``mean.safetensors``,
-                ``client-PARTITION.safetensors`` or ``node-ID.safetensors``.
-            max_upload_norm: an upload so many times as large as the round's median, or of one or
-                two as the global mean before, is left out; 0: none is.
+            settings: of the server; ``pfedgpa settings`` explains them.
+            rate_key: the learning rate's name in ``train_config``. Clients that use a learning
+                rate of their own train at its full size in the last rounds, which costs accuracy.
+            partition_key: the metric by which clients may report their partition.
+            loss_key: the metric by which clients may report their training loss, for momentum.
+            seed: of the diffusion model's random draws.
+            save_dir: a folder in which each run makes its own. After each round the run writes the
+                global mean to it and, once generated, each node's weights, as
+                ``mean.safetensors``, ``client-PARTITION.safetensors`` or ``node-ID.safetensors``.
+            max_upload_norm: an upload more than this many times as large as the round's median
+                (with one or two uploads: as the global mean before) is left out; 0: none is.
 
         Raises:
-            ValueError: a setting out of range, or class counts as descriptors: nobody tells them.
+            ValueError: a setting is out of range, or ``descriptor`` wants unshared class counts.
         """
         super().__init__(*args, **kwargs)
         self.settings, self.seed = settings or PFedGPASettings(), seed
@@ -97,7 +98,7 @@ class PFedGPA(FedAvg):
         if self.settings.descriptor == "labels":
             raise ValueError("descriptor = 'labels': these clients do not share class counts")
         self.folder: Path | None = None
-        self._left, self._going = Personal(), False  # going: started, and not yet at its end
+        self._left, self._going = Personal(), False  # going: between the start and end of ``start``
 
     @property
     def personal(self) -> dict[int, ArrayRecord]:
@@ -124,11 +125,11 @@ class PFedGPA(FedAvg):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Any = None,
     ) -> Result:
-        """As FedAvg's; the result's arrays are the global mean, nodes' own are in ``personal``.
+        """Run as FedAvg does; the result's arrays are the global mean, nodes' own in ``personal``.
 
         Raises:
-            ConfigError: ``settings`` that cannot run for so many rounds, nothing to generate, or
-                a ``save_dir`` that cannot take the model.
+            ConfigError: ``settings`` do not fit that many rounds, there is nothing to generate, or
+                the model cannot be written to ``save_dir``.
             NoUploadsError: no round brought a usable upload.
         """
         self._left = Personal()
@@ -163,11 +164,11 @@ class PFedGPA(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         messages = super().configure_evaluate(server_round, arrays, config, grid)
-        self._evaluated = set(self._left.weights)  # with weights of their own
+        self._evaluated = set(self._left.weights)  # are sent weights of their own
         return [self._to_node(message, {}) for message in messages]
 
     def _to_node(self, message: Message, config: dict[str, Any]) -> Message:
-        """The message with the node's own weights, if some were generated, and settings."""
+        """The message with the node's own weights, if any were generated, and ``config``."""
         node, content = message.metadata.dst_node_id, message.content
         shared: Any = content[self.configrecord_key]
         own = RecordDict(
@@ -222,7 +223,7 @@ class PFedGPA(FedAvg):
     def _mean(
         self, function: Aggregate, server_round: int, contents: Mapping[int, RecordDict]
     ) -> MetricRecord | None:
-        """``function`` of the metrics of the commonest form: it may take no others."""
+        """Apply ``function`` to metrics of the most common form, the only one it may accept."""
         if not contents:
             return None
         others = with_other_metrics(contents)
@@ -245,7 +246,7 @@ class PFedGPA(FedAvg):
 
 
 def check_going(going: bool) -> None:
-    """Refuse to work inside another strategy, which starts itself and not the one it is around.
+    """Refuse to run inside another strategy, which does not call this strategy's ``start``.
 
     Raises:
         ConfigError: ``going`` says that PFedGPA was not started.
@@ -259,7 +260,7 @@ def check_going(going: bool) -> None:
 
 
 def warn_of_rate(train_config: ConfigRecord | None, key: str) -> None:
-    """Say so where clients cannot be told the last rounds' learning rate."""
+    """Warn if clients cannot be sent the last rounds' learning rate."""
     if not isinstance(dict(train_config or {}).get(key), (int, float)):
         logger.warning(
             "PFedGPA: train_config has no number %r: clients train at their own learning rate "
@@ -269,13 +270,13 @@ def warn_of_rate(train_config: ConfigRecord | None, key: str) -> None:
 
 
 def _config(settings: PFedGPASettings, rounds: int, seed: int, share: float) -> Config:
-    """What the server goes by; a ``share`` of the nodes takes part in a round."""
+    """The server's config, where a ``share`` of the nodes takes part in each round."""
     sections = (settings,)
     return Config(num_server_rounds=rounds, seed=seed, fraction_train=share, sections=sections)
 
 
 def warn_of_losses(uploads: Mapping[int, Upload], key: str) -> None:
-    """Say so where nobody tells the training loss by which the server's momentum goes."""
+    """Warn if no client reports the training loss on which the server's momentum depends."""
     if not any(math.isfinite(upload.loss) for upload in uploads.values()):
         logger.warning(
             "PFedGPA: no reply's metrics have a number %r, the training loss: the server's "
@@ -285,7 +286,7 @@ def warn_of_losses(uploads: Mapping[int, Upload], key: str) -> None:
 
 
 def no_uploads(rounds: int, unusable: Mapping[int, str]) -> NoUploadsError:
-    """What a run ends with whose ``rounds`` brought nothing."""
+    """The error for a run none of whose ``rounds`` brought a usable upload."""
     why = "; ".join(f"node {node} {wrong}" for node, wrong in list(unusable.items())[:3])
     return NoUploadsError(
         f"PFedGPA: none of {rounds} rounds brought a usable upload; in round {rounds}: "

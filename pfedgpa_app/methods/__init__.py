@@ -1,4 +1,4 @@
-"""The methods: one file each, its server half beside its client half.
+"""The methods: one file each, which holds both the server half and the client half.
 
 ``METHODS`` is the registry: a method's name and its class.
 """
@@ -77,7 +77,7 @@ def federation_of(name: str) -> str:
 
 
 def federations(methods: Iterable[str]) -> dict[str, list[str]]:
-    """{federation: its methods}: methods whose rounds are alike run them once."""
+    """{federation: its methods}; methods with the same rounds share one federation."""
     shared: dict[str, list[str]] = {}
     for name in methods:
         shared.setdefault(federation_of(name), []).append(name)
@@ -85,10 +85,10 @@ def federations(methods: Iterable[str]) -> dict[str, list[str]]:
 
 
 def rounds_of(classes: Iterable[type[Rounds[Any]]]) -> type[Rounds[Any]]:
-    """The rounds that serve all who share a federation: the class that extends the others."""
+    """The rounds that serve all methods of a federation: the class that extends the others."""
     return max(classes, key=lambda kind: len(kind.__mro__))
 
 
 def rounds_class(name: str) -> type[Rounds[Any]]:
-    """The client's half of the federation called ``name``."""
+    """The class of the rounds of the method or federation called ``name``."""
     return METHODS[name].rounds_class()

@@ -1,4 +1,4 @@
-"""What most servers do: keep one set of shared weights, the mean of a round's uploads."""
+"""The server of most methods: one set of shared weights, the mean of a round's uploads."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ def with_momentum(
 ) -> tuple[Weights, Weights]:
     """The new weights w and velocity m: m ← β m + (mean − w) and w ← w + m.
 
-    Running statistics have none: they are what was seen, and a variance must not fall below zero.
-    Of a network whose layers name theirs otherwise, what is nowhere negative does not become so.
+    Running statistics get no momentum: they record what was seen, and a variance must not fall
+    below zero. As layers may name their statistics otherwise, no tensor that is nowhere negative
+    becomes negative.
 
     Args:
+        before: w.
         velocity: m; {} before the first step.
     """
     velocity = {
@@ -47,7 +49,7 @@ def with_momentum(
 
 
 def heading(before: Weights, mean: Weights, velocity: Weights) -> float:
-    """Cosine of the angle between a step (mean − w) and the velocity m; 0 before the first one."""
+    """Cosine of the angle between the step (mean − w) and the velocity m; 0 while m is empty."""
     dot = step_squared = velocity_squared = 0.0
     for name, earlier in velocity.items():
         step = (mean[name] - before[name]).double()
@@ -59,7 +61,7 @@ def heading(before: Weights, mean: Weights, velocity: Weights) -> float:
 
 
 def _moved(before: Tensor, step: Tensor, mean: Tensor) -> Tensor:
-    """A weight after a ``step``; the ``mean`` where that is negative, and neither tensor is."""
+    """A tensor after a ``step``, but with the ``mean`` where only the step made it negative."""
     after = before + step
     if after.numel() and after.min() < 0 <= before.min() and mean.min() >= 0:
         return torch.where(after < 0, mean, after)
@@ -67,9 +69,9 @@ def _moved(before: Tensor, step: Tensor, mean: Tensor) -> Tensor:
 
 
 def toward(before: Weights, mean: Weights, step: float) -> Weights:
-    """``before`` after a ``step`` to the ``mean``, beyond it if that is more than 1.
+    """Move ``before`` by the share ``step`` of the way to the ``mean``; above 1, beyond it.
 
-    Running statistics are the mean's where the step goes beyond it, as with momentum.
+    If the step goes beyond the mean, running statistics are the mean's, as with momentum.
     """
     return {
         name: mean[name]
@@ -83,7 +85,7 @@ class Averaging(Method[S]):
     """The server of FedAvg over the weights that ``shared`` names.
 
     Attributes:
-        uniform: clients count alike, whatever number of images they hold.
+        uniform: whether clients count alike, however many images they hold.
     """
 
     uniform = False
@@ -108,11 +110,11 @@ class Averaging(Method[S]):
 
 
 class Defence(Averaging[Shared]):
-    """The server of FedAvg over all weights, by what few uploads cannot move far."""
+    """A server like FedAvg's over all weights, whose result few uploads cannot move far."""
 
     is_defence = True
 
     @classmethod
     def doubts(cls, config: Config) -> Iterator[str]:
-        """Why, in a federation of this size, it guards against less than it is told to."""
+        """Why, in a federation of this size, it guards against less than its settings promise."""
         yield from ()

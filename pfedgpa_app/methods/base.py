@@ -1,8 +1,8 @@
-"""What a method is: rounds, and clients' own weights made from what they came to.
+"""What a method is: a federation's rounds, and clients' own weights made from their final state.
 
-``Rounds`` are a federation: a server half over explicit state, and a client half over what the
+``Rounds`` are a federation: the server half works on explicit state, the client half on what the
 client itself keeps. A ``Personaliser`` makes every client's weights from the final state of some
-rounds, which several of them may share. A plain ``Method`` is both.
+rounds; several personalisers may share these rounds. A ``Method`` is both.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from pfedgpa_app.training.evaluation import FineTuning
 from pfedgpa_app.training.sgd import Recipe
 
 S = TypeVar("S")
-TRAINED, NOTHING, OTHER = "trained", "nothing", "other"  # what clients may send
+TRAINED, NOTHING, OTHER = "trained", "nothing", "other"  # what clients upload: see ``Rounds.sends``
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a round on a client comes to."""
+    """What a client returns after training in a round."""
 
-    upload: Weights  # what it sends
-    state: Weights  # what it keeps for its next round
-    loss: float  # mean over its training images
+    upload: Weights  # what the client sends to the server
+    state: Weights  # what the client keeps for its next round
+    loss: float  # mean over the client's training images
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,21 @@ class ClientTask:
     model: nn.Module  # the network, initialised from the run's seed
     data: ClientData
     round: int
-    generator: Callable[[], torch.Generator]  # this round's draws; each call starts them afresh
+    generator: Callable[[], torch.Generator]  # this round's draws; each call restarts them
     state: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what the client has kept
-    rate: float = 1.0  # of learning, in units of its recipes'
+    rate: float = 1.0  # factor on the learning rates of the recipes
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Set the network's ``weights``; those not among them stay as they are."""
+        """Load ``weights`` into the network; its other weights stay as they are."""
         load(self.model, dict(weights))
 
     def sgd(self, recipes: Sequence[Recipe], **how: Any) -> float:
-        """Train by one recipe after the other; ``how`` goes to ``sgd.train``.
+        """Train by each recipe in turn; ``how`` is passed on to ``sgd.train``.
+
+        Recipes that train nothing are skipped.
 
         Returns:
-            the mean loss of the last one; those that train nothing are left out.
+            the mean loss under the last recipe; 0 if all are skipped.
         """
         generator, loss = self.generator(), 0.0
         for recipe in recipes:
@@ -72,18 +74,20 @@ class ClientTask:
 
 
 class Rounds(Generic[S]):
-    """A federation's rounds.
+    """The rounds of a federation.
 
     Attributes:
-        title: how tables call it.
-        settings: the class of the method's own settings, if it has some.
-        sends: what clients upload: what they downloaded, trained on; nothing; or something other,
-            on which no noise for differential privacy can be.
-        beside: beginnings of the names of uploaded tensors that are no trained ones of those
-            downloaded under these names. An attack on updates leaves them as they are.
-        adjustable: whether logit-adjustment is made to the classifier that clients are sent, if
+        title: the name in tables.
+        settings: the class of the method's own settings, if it has any.
+        sends: what clients upload: the downloaded weights after training (``TRAINED``), nothing
+            (``NOTHING``), or something else (``OTHER``), to which no noise for differential
+            privacy can be added.
+        beside: prefixes of the names of uploaded tensors that are not the trained versions of
+            downloaded ones. Attacks on updates leave these tensors as they are, and screening
+            does not measure them.
+        adjustable: whether logit-adjustment applies to the classifier that clients are sent, if
             they are sent one.
-        unused: {a setting of the run that its rounds do not go by: why not}.
+        unused: {a setting of the run that these rounds ignore: why}.
     """
 
     title = ""
@@ -112,11 +116,11 @@ class Rounds(Generic[S]):
         raise NotImplementedError
 
     def rival(self, client: int) -> Weights | None:
-        """What else ``client`` tries on its validation images, where it is asked for that."""
+        """Other weights that ``client`` tries on its validation images, if it is asked to."""
         return None
 
     def rate(self, server_round: int) -> float:
-        """The learning rate that clients are asked to train at, in units of their own."""
+        """The factor on clients' own learning rates in a round."""
         return 1.0
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
@@ -124,37 +128,37 @@ class Rounds(Generic[S]):
         raise NotImplementedError
 
     def evaluation_download(self, client: int) -> Weights:
-        """What ``client`` is sent to be evaluated."""
+        """What ``client`` is sent to be evaluated with."""
         return self.download(client)
 
     def first_download(self, clients: Sequence[int]) -> dict[int, Weights]:
-        """What clients that join are sent first."""
+        """What each joining client is sent first."""
         return {client: self.download(client) for client in clients}
 
     def join(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
-        """What clients that join are sent after having trained and uploaded once more.
+        """What joining clients are sent after they have trained and uploaded once more.
 
-        Nothing but their own part changes: those who were there from the start are done.
+        Only the state of these clients may change: those that took part from the start are done.
         """
         return {client: self.download(client) for client in uploads}
 
     def evaluation_of(self, client: int, given: Weights) -> Weights:
-        """What a client that joined is sent to be evaluated; it trains from ``given``."""
+        """What a joining client, which trains from ``given``, is sent to be evaluated with."""
         return given
 
-    # client half. What is downloaded is shared and what else the network has is the client's
-    # own; weights that are in neither place are as the run's seed initialises them.
+    # client half: downloaded weights are shared, the network's other weights are the client's own,
+    # and weights that the client has from neither source are as the run's seed initialises them
 
     @staticmethod
     def start(weights: Weights, state: Mapping[str, torch.Tensor]) -> Weights:
-        """What a client trains from, given its download and its own state."""
+        """The weights that a client trains from, given its download and its own state."""
         return {**weights, **state}
 
     @staticmethod
     def upload(
         trained: Weights, weights: Weights, state: Mapping[str, torch.Tensor]
     ) -> tuple[Weights, Weights]:
-        """What a client sends back, and what it keeps for the next round."""
+        """What a client uploads after training, and what it keeps for its next round."""
         own = {name: t for name, t in trained.items() if name not in weights}
         return {name: trained[name] for name in weights}, {**state, **own}
 
@@ -165,33 +169,36 @@ class Rounds(Generic[S]):
 
     @classmethod
     def learning_rate(cls, config: Config, server_round: int = 1) -> float:
-        """Of a round: its own, or the run's. Rounds after the last are those of joining."""
+        """The learning rate of a round: the method's own if it is set, else the run's.
+
+        In rounds after the run's last, clients join.
+        """
         own: float | None = getattr(config.of(cls.settings), "learning_rate", None)
         return own or config.learning_rate
 
     @classmethod
     def rate_settings(cls, name: str, config: Config) -> list[str]:
-        """Which settings' learning rates its rounds go by, ``name`` being the method's."""
+        """The settings that hold the rounds' learning rates; ``name`` is the method's name."""
         own = {key.replace("_", "-"): value for key, value in vars(config.of(cls.settings)).items()}
         rates = [f"{name}.{key}" for key, v in own.items() if v and key.endswith("learning-rate")]
         return rates if own.get("learning-rate") else ["learning-rate", *rates]
 
     @classmethod
     def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:
-        """How a round's SGD goes, one recipe after the other.
+        """The recipes by which a client trains in a round, one after the other.
 
         Args:
-            names: of the network's weights, in order.
+            names: the names of the network's weights, in order.
         """
         rate = cls.learning_rate(config, server_round)
         return [sgd.recipe(config, config.local_epochs, rate)]
 
     @classmethod
     def train(cls, task: ClientTask) -> Trained:
-        """One round on a client.
+        """Train in one round on a client.
 
-        A method whose round is more than SGD by its ``recipes`` replaces this, and is then
-        never batched.
+        A method whose round is more than SGD by its ``recipes`` overrides this; its clients are
+        then never trained together as one batched model.
         """
         task.load(cls.start(task.weights, task.state))
         loss = task.sgd(cls.recipes(task.config, weight_names(task.model), task.round))
@@ -199,7 +206,7 @@ class Rounds(Generic[S]):
 
     @classmethod
     def asks_validation(cls, config: Config, server_round: int) -> bool:
-        """Whether clients tell how what they were sent does on their validation images."""
+        """Whether clients report the losses of what they are sent on their validation images."""
         return False
 
     @classmethod
@@ -213,17 +220,19 @@ class Personaliser(Generic[S]):
     """Makes every client's weights from the final state of a federation's rounds.
 
     Attributes:
-        of: whose rounds.
-        title: how tables call it.
-        settings: the class of its own settings, if it has some.
-        parts: which parts of these it goes by (``setting``).
+        of: the rounds from whose final state it makes weights.
+        title: the name in tables.
+        settings: the class of its own settings, if it has any.
+        parts: the parts of these settings (see ``setting``) that it uses.
         weights_from: the method whose clients' weights it evaluates, if not its own.
-        fine_tuning: which fine-tuning its after-fine-tuning accuracy means: "gentle" (the
-            run's setting), "training" (as in a round), "tuned" (by validation) or "own".
-        analysis_only: it uses what no server knows, and is no contender.
-        is_defence: it is for federations with malicious clients; `pfedgpa compare` leaves it out.
-        tuned: the main ones of its own settings, which `pfedgpa tune` searches in this order.
-        progress: is told which share of ``personalise`` is done, where that takes long.
+        fine_tuning: the fine-tuning that its accuracy after fine-tuning refers to: "gentle" (the
+            run's setting), "training" (as in a round), "tuned" (chosen by validation) or "own"
+            (``own_fine_tuning``).
+        analysis_only: whether it uses what no server knows, so that it cannot count as the best.
+        is_defence: whether it is for federations with malicious clients; `pfedgpa compare` leaves
+            it out.
+        tuned: its main settings, which `pfedgpa tune` searches in this order.
+        progress: is called with the share of ``personalise`` that is done, where that takes long.
     """
 
     of: ClassVar[type[Rounds[Any]]]
@@ -237,80 +246,80 @@ class Personaliser(Generic[S]):
     tuned: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Config, state: S) -> None:
-        """``state``: the final one of its rounds."""
+        """``state``: the final state of its rounds."""
         self.config, self.state = config, state
         self.rounds: Rounds[Any] = self.of(config, state)
         self.progress: Progress = silent
 
     @classmethod
     def rounds_class(cls) -> type[Rounds[Any]]:
-        """Whose final state it makes weights from."""
+        """The rounds from whose final state it makes weights."""
         return cls.of
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Refuse what its settings' ranges alone cannot show.
+        """Refuse settings with which it cannot run, beyond what their ranges exclude.
 
         Raises:
-            ConfigError: it cannot run so.
+            ConfigError: the message says which, and why.
         """
 
     @classmethod
     def check_network(cls, config: Config, network: nn.Module) -> None:
-        """Refuse a network that it cannot serve.
+        """Refuse a network that the method cannot train.
 
         Raises:
-            ConfigError: why not, and what to do.
+            ConfigError: the message says why, and what to do.
         """
 
     def personalise(self) -> dict[int, Weights]:
-        """What every client is sent to be evaluated after the last round."""
+        """What every client is sent to be evaluated with after the last round."""
         clients = range(self.config.num_clients)
         return {client: self.rounds.evaluation_download(client) for client in clients}
 
     @classmethod
     def making_seconds(cls, config: Config) -> float:
-        """About how long the server takes to ``personalise``, where that takes long."""
+        """Roughly how many seconds ``personalise`` takes on the server; 0 where it is quick."""
         return 0.0
 
     def first_download(self, clients: Sequence[int]) -> dict[int, Weights]:
-        """What clients that join are sent first."""
+        """What each joining client is sent first."""
         return self.rounds.first_download(clients)
 
     def join(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
-        """What clients that join are sent after having trained and uploaded once more."""
+        """What joining clients are sent after they have trained and uploaded once more."""
         return self.rounds.join(uploads)
 
     def reference(self, client: int) -> Weights | None:
-        """``client``'s own weights that its personalised ones must not merely copy, if any."""
+        """The weights of ``client``, if any, that its personalised ones must not merely copy."""
         return None
 
     def learned(self) -> WeightDistribution | None:
-        """The distribution of clients' weights, if it has learned one."""
+        """The distribution of clients' weights, if the method has learned one."""
         return None
 
     def report(self) -> dict[str, Any]:
-        """What else the summary tells of it, JSON-ready."""
+        """Further entries of the run's summary, ready for JSON."""
         return {}
 
     @classmethod
     def own_fine_tuning(cls, config: Config) -> FineTuning | None:
-        """How its paper fine-tunes, if it says so."""
+        """How the method's paper fine-tunes, if it says so."""
         return None
 
 
 class Method(Rounds[S], Personaliser[S]):
-    """A method that has rounds of its own, and sends every client what they came to."""
+    """A method with rounds of its own, which sends every client the weights that they end with."""
 
     tuned: ClassVar[tuple[str, ...]] = ("learning-rate",)
 
     def __init__(self, config: Config, state: S) -> None:
-        """``state``: of its rounds."""
+        """``state``: the state of its rounds."""
         Rounds.__init__(self, config, state)
         self.rounds = self
         self.progress = silent
 
     @classmethod
     def rounds_class(cls) -> type[Rounds[Any]]:
-        """Its own."""
+        """The method's own class."""
         return cls

@@ -1,4 +1,4 @@
-"""Cheap ways to make clients' weights from FedAvg's uploads, which a generative one must beat."""
+"""Cheap ways to make clients' weights from FedAvg's uploads, which generation must beat."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class FromUploads(Personaliser[RememberedState]):
 
     @property
     def layers(self) -> int:
-        """So many last ones are a client's own; 0: all."""
+        """How many of the last layers are a client's own; 0: all."""
         return self.config.of(PFedGPASettings).layers
 
 
 class LastUpload(FromUploads):
-    """Each client keeps its newest upload; FedAvg's model where there is none (identity)."""
+    """Each client keeps its newest upload, or gets FedAvg's model if it has none (identity)."""
 
     title = "last upload"
 
@@ -43,7 +43,7 @@ class LastUpload(FromUploads):
 
 
 class ClientMean(FromUploads):
-    """Each client gets the mean of its uploads in the newest rounds; FedAvg's model without any."""
+    """Each client gets the mean of its uploads in the newest rounds, or else FedAvg's model."""
 
     title = "client mean"
 

@@ -1,4 +1,4 @@
-"""Clustered federated learning (Sattler et al. 2020, Algorithm 3): split what does not agree.
+"""Clustered federated learning (Sattler et al. 2020, Algorithm 3): split clusters that disagree.
 
 "Clustered Federated Learning: Model-Agnostic Distributed Multi-Task Optimization under Privacy
 Constraints", arXiv 1910.01991.
@@ -9,9 +9,8 @@ weights · server: each cluster's mean, weighted by training images; where a clu
 cosines between its clients' updates, recursively · evaluated: the cluster's weights.
 
 The authors' code cuts by complete linkage, the default; the paper's Algorithm 1, which minimises
-the largest cosine across the cut, is single linkage. A cluster is split only once the newest
-update of every member since its last split is known, so that clients who were not sampled are
-not sorted blindly.
+the largest cosine across the cut, is single linkage. A cluster is split only once every member has
+sent an update since the last split, so that clients that were not sampled are not sorted blindly.
 """
 
 from __future__ import annotations
@@ -62,8 +61,8 @@ class Cluster:
 
 
 def bipartition(updates: Tensor, linkage: str) -> Tensor:
-    """Which of two sides each of the updates [n, P] is on, [n], by their cosines."""
-    from sklearn.cluster import AgglomerativeClustering  # here: no client waits for it
+    """Divide the updates [n, P] in two by their cosines; returns the side of each, 0 or 1 [n]."""
+    from sklearn.cluster import AgglomerativeClustering  # imported here: clients do without it
 
     unit = updates / updates.norm(dim=1, keepdim=True).clamp_min(1e-12)
     distance = (1 - unit @ unit.T).clamp_(0, 2).fill_diagonal_(0)
@@ -72,7 +71,7 @@ def bipartition(updates: Tensor, linkage: str) -> Tensor:
 
 
 class ClusteredFL(Method[list[Cluster]]):
-    """FedAvg that splits along disagreement."""
+    """FedAvg within clusters, which are split where their clients disagree."""
 
     title = "clustered FL"
     settings = ClusteredSettings
@@ -86,7 +85,7 @@ class ClusteredFL(Method[list[Cluster]]):
         return self.state[0].weights
 
     def download(self, client: int) -> Weights:
-        """Its cluster's weights; the largest cluster's for one that joins."""
+        """The weights of the client's cluster; of the largest one for a client that joins."""
         largest = max(self.state, key=lambda cluster: len(cluster.members))
         return next((c.weights for c in self.state if client in c.members), largest.weights)
 
@@ -95,7 +94,7 @@ class ClusteredFL(Method[list[Cluster]]):
         for cluster in self.state:
             here = {i: upload for i, upload in uploads.items() if i in cluster.members}
             if here:
-                # what normalisation layers have seen is no step of an optimiser
+                # an update is what the optimiser did, which running statistics are not
                 trained = {n: w for n, w in cluster.weights.items() if not is_statistic(n)}
                 layout = Layout.of(trained)
                 before = layout.flatten(trained)
@@ -111,7 +110,7 @@ class ClusteredFL(Method[list[Cluster]]):
         return {"clusters": [cluster.members for cluster in self.state]}
 
     def _split(self, cluster: Cluster, server_round: int) -> list[Cluster]:
-        """The cluster, or the two that it falls into."""
+        """The cluster, or the two clusters that it is split into."""
         own, known = self.config.of(ClusteredSettings), sorted(cluster.updates)
         if server_round < own.first_round or len(known) < 3 or known != sorted(cluster.members):
             return [cluster]

@@ -1,4 +1,4 @@
-"""What a method's hooks promise, and how it is told that one fails or breaks its promise."""
+"""Check what a method's hooks return, and tell the user where a method's own code fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pfedgpa_app.core.settings import ConfigError, DataError, listed
 from pfedgpa_app.core.weights import Weights, all_finite, finite
 
 GUIDE = "docs/add-a-method.md"
-_LONGEST = 200  # characters of what an exception says
+_LONGEST = 200  # most characters of an exception's text that are shown
 
 
 class MethodError(RuntimeError):
@@ -29,10 +29,10 @@ class Hook:
     """One call of a method's own code.
 
     Attributes:
-        method: its name.
-        kind: its class.
-        name: of the function that is called.
-        round: in which it is called; 0: in none.
+        method: the method's name.
+        kind: the method's class.
+        name: the name of the function that is called.
+        round: the round in which it is called; 0 outside of rounds.
     """
 
     method: str
@@ -41,28 +41,28 @@ class Hook:
     round: int = 0
 
     def wrong(self, did: str, wanted: str) -> MethodError:
-        """It ``did`` something else than is ``wanted``."""
+        """The error that says what the hook ``did``, and what is ``wanted`` instead."""
         when = f" in round {self.round}" if self.round else ""
         return MethodError(f"method {self.method}: its {self.name} {did}{when}: {wanted}")
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
-        """Within it, an exception becomes a MethodError that names hook, round, type and line.
+        """Turn an exception into a MethodError that names the hook, round, type and line.
 
-        What already tells the user what to do passes.
+        Errors whose text already tells the user what to do pass unchanged.
         """
         try:
             yield
         except (ConfigError, DataError, MethodError):
             raise
-        except Exception as error:  # whatever a method's own code raises
+        except Exception as error:  # a method's own code may raise anything
             said = " ".join(str(error).split())[:_LONGEST]
             kind = type(error).__name__
             what = f"{kind}: {said}" if said else kind
             raise self.wrong("failed", what + self._place(error)) from error
 
     def _place(self, error: Exception) -> str:
-        """The innermost line of the class's own file, else of what it extends, that failed."""
+        """The innermost failing line in the file of the class, or else of a class it extends."""
         frames = traceback.extract_tb(error.__traceback__)
         for kind in self.kind.__mro__:
             file = getattr(sys.modules.get(kind.__module__), "__file__", None)
@@ -73,7 +73,7 @@ class Hook:
 
 
 def kind_of(value: Any) -> str:
-    """What kind of thing ``value`` is, as a sentence says it."""
+    """The type of ``value`` with its article, for use in a sentence."""
     if value is None:
         return "None"
     kind = type(value).__name__
@@ -81,10 +81,10 @@ def kind_of(value: Any) -> str:
 
 
 def check_tensors(hook: Hook, weights: Any, what: str = "") -> None:
-    """Refuse ``weights`` that are no tensors by name, or none that can be sent.
+    """Refuse ``weights`` that are not a dict of tensors by name that can be sent.
 
     Args:
-        what: they are of what ``hook`` returned; "" for all of it.
+        what: the part of the result of ``hook`` that they are; "" for all of it.
 
     Raises:
         MethodError: they are something else.
@@ -105,7 +105,7 @@ def check_tensors(hook: Hook, weights: Any, what: str = "") -> None:
 
 
 def _can_be_sent(tensor: Tensor) -> bool:
-    """Whether NumPy, by which tensors are sent, has such."""
+    """Whether NumPy, through which tensors are sent, can hold the tensor."""
     if tensor.layout is not torch.strided or tensor.is_meta:
         return False
     try:
@@ -116,10 +116,10 @@ def _can_be_sent(tensor: Tensor) -> bool:
 
 
 def check_shapes(hook: Hook, weights: Weights, like: Mapping[str, Tensor]) -> None:
-    """Refuse ``weights`` that are called as one of ``like`` and have another shape.
+    """Refuse ``weights`` that have another shape than the tensor of the same name in ``like``.
 
     Raises:
-        MethodError: which.
+        MethodError: it names the first such tensor.
     """
     for name, tensor in weights.items():
         if name in like and tensor.shape != like[name].shape:
@@ -130,7 +130,7 @@ def check_shapes(hook: Hook, weights: Weights, like: Mapping[str, Tensor]) -> No
 
 
 def not_finite(weights: Weights, odd: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that are not finite in other places than ``odd`` has them so."""
+    """The names of the tensors that are not finite at places that ``odd`` does not mark."""
     return [
         name
         for name, tensor in weights.items()
@@ -144,15 +144,18 @@ def _at(odd: Mapping[str, Tensor], name: str, tensor: Tensor) -> Tensor:
 
 
 def odd_places(weights: Weights) -> dict[str, Tensor]:
-    """Where those are not finite that are not, as a mask of -inf; {} as a rule."""
+    """For each tensor with numbers that are not finite (a mask of -inf, say), a mask of them."""
     return {name: ~finite(t) for name, t in weights.items() if not all_finite(t)}
 
 
 def refuse_not_finite(hook: Hook, names: list[str]) -> None:
-    """Refuse what the server made of finite uploads.
+    """Refuse weights that the server made of finite uploads and that are not finite.
+
+    Args:
+        names: the names of these weights; [] if all are finite.
 
     Raises:
-        MethodError: there are ``names`` of weights that are not finite.
+        MethodError: there are such weights.
     """
     if names:
         raise hook.wrong(
@@ -166,10 +169,10 @@ def check_constant(hook: Hook, weights: Any, begun: Weights) -> None:
     """Refuse ``state.global_weights`` of other names, shapes or dtypes than it began with.
 
     Args:
-        begun: tensors such as it began with.
+        begun: tensors of the names, shapes and dtypes that it began with.
 
     Raises:
-        MethodError: what has changed.
+        MethodError: it says what has changed.
     """
     always = "what clients share has the same names, shapes and dtypes in every round"
     place = "state.global_weights"

@@ -3,7 +3,7 @@
 "Ditto: Fair and Robust Federated Learning Through Personalization", arXiv 2012.04221.
 
 shared: all weights · kept: the personal weights v, on the client · client: local-epochs of SGD
-on the global weights w, and as many on F_i(v) + (λ/2)‖v − w‖², w being what it was sent · server:
+on the global weights w, and as many on F_i(v) + (λ/2)‖v − w‖², w being its download · server:
 FedAvg's mean (the paper leaves the aggregator open) · evaluated: v; a client that was never
 sampled has none yet and is evaluated with w.
 
@@ -31,7 +31,7 @@ class DittoSettings(MethodSettings):
 
 
 class Ditto(Averaging[Shared]):
-    """FedAvg, and beside it a personal model a client."""
+    """FedAvg, and beside it a personal model for each client."""
 
     title = "Ditto"
     settings = DittoSettings
@@ -40,7 +40,7 @@ class Ditto(Averaging[Shared]):
     @classmethod
     def train(cls, task: ClientTask) -> Trained:
         recipes = cls.recipes(task.config, list(task.weights), task.round)
-        personal = dict(task.state) or weights_of(task.model)  # at first: as the run's seed says
+        personal = dict(task.state) or weights_of(task.model)  # at first: from the run's seed
         task.load(personal)
         held = pull_to(task.weights, task.config.of(DittoSettings).lam)
         task.sgd(recipes, gradient_hook=held)

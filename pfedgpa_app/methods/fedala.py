@@ -2,14 +2,14 @@
 
 "FedALA: Adaptive Local Aggregation for Personalized Federated Learning", arXiv 2212.01197.
 
-shared: all weights · kept: the client's own last layers, and what share W of each of their
-weights it takes from the global model · client: learns W on a part of its training images
+shared: all weights · kept: the client's own last layers, and the share W of each of their
+weights that it takes from the global model · client: learns W on a part of its training images
 (adaptive local aggregation: Θ̂ = Θ_old + (Θ − Θ_old)⊙W, W ← clip(W − η∇_Θ̂ L ⊙ (Θ − Θ_old), 0, 1)),
 then trains from Θ̂ · server: the mean weighted by training images · evaluated: Θ̂, the newest
 global model mixed by the client's newest W.
 
-The lower layers are the global ones. In a client's first mixing W, which starts at 1, is learned
-until its loss is steady, later for one pass (the authors' code). With η = 0 the method is FedAvg.
+The lower layers are the global ones. W starts at 1; in a client's first mixing it is learned until
+the loss is steady, later for one pass (as in the authors' code). With η = 0 the method is FedAvg.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training.sgd import cross_entropy, least_batch, to_train, training_batches
 
-SHARE = "share/"  # before the name of the weight that W is for
-STEADY, LOSSES, MOST_PASSES = 0.1, 10, 100  # the authors' threshold, over so many; our bound
+SHARE = "share/"  # prefix of the name of the weight that W is for
+STEADY, LOSSES, MOST_PASSES = 0.1, 10, 100  # the authors' deviation and window; our bound
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class FedALASettings(MethodSettings):
 
 
 def mixed(weights: Weights, state: Mapping[str, Tensor]) -> Weights:
-    """Θ̂; the global weights where the client has none of its own."""
+    """Θ̂: both models mixed by W; the global weights where the client has none of its own."""
     shares = {n.removeprefix(SHARE): w for n, w in state.items() if n.startswith(SHARE)}
     return weights | {n: state[n].lerp(weights[n], w) for n, w in shares.items()}
 
 
 class FedALA(Averaging[Shared]):
-    """FedAvg whose clients take over no more than helps them."""
+    """FedAvg whose clients take from the global model only what helps them."""
 
     title = "FedALA"
     settings = FedALASettings
@@ -69,10 +69,10 @@ class FedALA(Averaging[Shared]):
 
     @classmethod
     def learned_shares(cls, task: ClientTask, top: list[str]) -> Weights:
-        """Adaptive local aggregation: W, improved from what the client has kept of it."""
+        """Adaptive local aggregation: learn W, starting from the W that the client has kept."""
         own = task.config.of(FedALASettings)
         parameters = to_train(task.model)
-        top = [name for name in top if name in parameters]  # the statistics stay what it has seen
+        top = [name for name in top if name in parameters]  # running statistics are not mixed
         first = SHARE + top[0] not in task.state
         device = next(iter(parameters.values())).device
         change = {n: (task.weights[n] - task.state[n]).to(device) for n in top}
@@ -86,7 +86,7 @@ class FedALA(Averaging[Shared]):
         held = max(least_batch(task.model), round(own.data_share * len(images)))
         sample = images[torch.randperm(len(images), generator=generator)[:held]]
         losses: list[float] = []
-        loss = torch.zeros(())  # of a client of one example, which BatchNorm takes no step on
+        loss = torch.zeros(())  # if no step is taken: BatchNorm on one example
         while len(losses) < (MOST_PASSES if first else 1):
             for x, y in training_batches(task.model, sample, once, generator):
                 with recipe.computing(device):

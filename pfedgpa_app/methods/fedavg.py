@@ -26,5 +26,5 @@ class FedAvg(Averaging[Shared]):
         return super().learning_rate(config, server_round) * (config.join_rate if joining else 1)
 
     def join(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
-        """What they uploaded: they fine-tune the global weights."""
+        """Each client's own upload: joining clients fine-tune the global weights."""
         return {client: upload.weights for client, upload in uploads.items()}

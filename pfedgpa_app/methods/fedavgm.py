@@ -37,7 +37,7 @@ class FedAvgMState(Shared):
 
 
 class FedAvgM(FedAvg):
-    """One model for all clients, which keeps going where it went."""
+    """One model for all clients, which momentum keeps moving in its past direction."""
 
     title = "FedAvgM"
     settings = FedAvgMSettings

@@ -33,7 +33,7 @@ class FedBABUSettings(MethodSettings):
 
 
 class FedBABU(Averaging[Shared]):
-    """Clients share a body that was trained under random, fixed classifiers."""
+    """Clients share a body that is trained under a random, fixed classifier."""
 
     title = "FedBABU"
     settings = FedBABUSettings

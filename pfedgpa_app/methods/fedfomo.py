@@ -1,15 +1,15 @@
-"""FedFomo (Zhang et al. 2021, Algorithm 1): each client mixes in whose models help it.
+"""FedFomo (Zhang et al. 2021, Algorithm 1): each client mixes in the models that help it.
 
 "Personalized Federated Learning with First Order Model Optimization", arXiv 2012.08565.
 
 shared: clients' models, M of them to each client · kept: the client's own weights · client: on its
 validation images w_n = (L_i(θ_i) − L_i(θ_n)) / ‖θ_n − θ_i‖ for each model it is sent; with
-w⁺ = max(w, 0)/Σ max(w, 0) it goes to θ_i + Σ w⁺_n (θ_n − θ_i) and trains on from there · server:
+w⁺ = max(w, 0)/Σ max(w, 0) it moves to θ_i + Σ w⁺_n (θ_n − θ_i) and trains on from there · server:
 keeps every client's newest model and adds up w in an affinity matrix; a client is sent the M
 models of its highest affinities, each replaced by a random one with probability ε, which falls
 by ``decay`` a round · evaluated: the client's own weights after training.
 
-Clients see each other's models, which FedAvg's never do.
+Clients see each other's models, which clients of FedAvg never do.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FedFomoSettings(MethodSettings):
 
 @dataclass
 class FomoState:
-    """Clients' newest models, their affinities [n, n], and who is sent whose next."""
+    """Clients' newest models, their affinities [n, n], and whose models each is sent next."""
 
     initial: Weights
     affinity: Tensor
@@ -55,9 +55,9 @@ class FedFomo(Method[FomoState]):
 
     title = "FedFomo"
     settings = FedFomoSettings
-    sends = OTHER  # how others' models do on its validation images, too
+    sends = OTHER  # also the affinities to the models that it was sent
     beside = (AFFINITY,)
-    adjustable = False  # whose classifiers know their own clients' classes
+    adjustable = False  # the models are other clients', fitted to their own classes
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -117,7 +117,7 @@ class FedFomo(Method[FomoState]):
 
     @staticmethod
     def mix(task: ClientTask, theta: Weights, slots: int) -> tuple[Weights, Tensor]:
-        """θ_i with what helps of the models it was sent, and what each is worth to it [M]."""
+        """Mix the models that help into θ_i; returns the mixture and each model's w [M]."""
 
         def loss_of(weights: Weights) -> float:
             task.load(weights)

@@ -4,7 +4,7 @@
 
 shared: the body · kept: the last ``head-layers`` layers, on the client · client: local-epochs of
 SGD on both · server: the body's mean, weighted by training images · evaluated: the global body
-under the client's own head. All heads start alike; with none of them the method is FedAvg.
+under the client's own head. All heads start alike; with head-layers=0 the method is FedAvg.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pfedgpa_app.methods.averaging import Averaging, Shared
 
 @dataclass(frozen=True)
 class FedPerSettings(MethodSettings):
-    """What is personal."""
+    """Which layers are personal."""
 
     head_layers: int = setting(1, "K_P: so many last layers are personal", low=0)
 

@@ -10,7 +10,7 @@ evaluated: the class of the nearest global prototype, or with predict=classifier
 last layer.
 
 The nearest prototype is a linear layer: argmin_k ‖f − C_k‖² = argmax_k 2C_k·f − ‖C_k‖².
-The server learns class means of features, which say more of the data than a count.
+The server is told class means of features, which reveal more about the data than counts do.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pfedgpa_app.core.weights import Weights, last_layers
 from pfedgpa_app.methods.base import OTHER, ClientTask, Method, Trained
 from pfedgpa_app.models.networks import head_of, weight_names, weights_of
 
-NEVER = -1e9  # the logit of a class that nobody has shown
+NEVER = -1e9  # the logit of a class of which no client has sent a prototype
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FedProtoSettings(MethodSettings):
 
 @dataclass
 class Prototypes:
-    """Global prototypes [K, D], how many images each rests on [K], and the last layer's names."""
+    """Global prototypes [K, D], the images behind each [K], and the last layer's weights' names."""
 
     means: Tensor
     counts: Tensor
@@ -56,7 +56,7 @@ class Prototypes:
 
 
 def with_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The features [B, D] of images x, which the last layer sees, and the logits [B, K]."""
+    """The features [B, D] of images x, which enter the last layer, and the logits [B, K]."""
     seen: list[Tensor] = []
     hook = head_of(model).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
@@ -67,13 +67,13 @@ def with_features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FedProto(Method[Prototypes]):
-    """Clients agree on classes, not on weights."""
+    """Clients share prototypes of classes instead of weights."""
 
     title = "FedProto"
     settings = FedProtoSettings
-    sends = OTHER  # means of classes, and how many examples
+    sends = OTHER  # class means and counts
     beside = ("counts",)
-    adjustable = False  # the nearest prototype is, however frequent its class
+    adjustable = False  # prototypes do not depend on how frequent classes are
     tuned = ("lam",)
 
     @classmethod
@@ -113,7 +113,7 @@ class FedProto(Method[Prototypes]):
         means = torch.stack([u.weights["means"] for u in uploads.values()])
         total = counts.sum(0)
         mean = (counts[:, :, None] * means).sum(0) / total.clamp_min(1)[:, None]
-        shown = total > 0  # the others stay as they were
+        shown = total > 0  # other classes keep their prototypes
         self.state.means = torch.where(shown[:, None], mean, self.state.means)
         self.state.counts = torch.where(shown, total, self.state.counts)
 
@@ -137,7 +137,7 @@ class FedProto(Method[Prototypes]):
     @staticmethod
     @torch.no_grad()
     def prototypes(task: ClientTask, classes: int) -> Weights:
-        """The client's own prototypes [K, D] and how many images each rests on [K]."""
+        """The client's own prototypes [K, D] and the number of images behind each [K]."""
         task.model.eval()
         device = next(task.model.parameters()).device
         images = task.data.train.to(device)

@@ -2,9 +2,9 @@
 
 "Federated Optimization in Heterogeneous Networks", arXiv 1812.06127.
 
-shared: all weights · kept: nothing · client: SGD on F_i(θ) + (μ/2)‖θ − w‖², w being what it was
-sent · server: FedAvg's mean (with clients sampled uniformly, weighting by training images is
-what the paper's sampling by size comes to) · evaluated: the global weights.
+shared: all weights · kept: nothing · client: SGD on F_i(θ) + (μ/2)‖θ − w‖², w being its
+download · server: FedAvg's mean (with clients sampled uniformly, weighting by training images
+corresponds to the paper's sampling by size) · evaluated: the global weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pfedgpa_app.training.sgd import pull_to
 
 @dataclass(frozen=True)
 class FedProxSettings(MethodSettings):
-    """How strongly clients are held."""
+    """How strongly clients are held near the global weights."""
 
     mu: float = setting(
         0.01, "μ, weight of the proximal term; 0 is FedAvg", low=0, grid=(0.001, 0.01, 0.1, 1.0)

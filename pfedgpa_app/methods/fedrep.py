@@ -3,9 +3,9 @@
 "Exploiting Shared Representations for Personalized Federated Learning", arXiv 2102.07078.
 
 shared: the body · kept: the last layer, on the client · client: head-epochs on the head while the
-body stands still, then body-epochs on the body while the head stands still · server: the plain
-mean of the bodies · evaluated: the global body under the client's own head; after fine-tuning:
-the head trained on for ``fine-tune-epochs``, as the authors' code does after the last round.
+body is fixed, then body-epochs on the body while the head is fixed · server: the plain mean of
+the bodies · evaluated: the global body under the client's own head; after fine-tuning: with the
+head trained for another ``fine-tune-epochs``, as the authors' code does after the last round.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pfedgpa_app.training.sgd import Recipe
 
 @dataclass(frozen=True)
 class FedRepSettings(MethodSettings):
-    """How a round is divided."""
+    """How a round is divided between head and body."""
 
     head_epochs: int = setting(
         10, "τ: epochs on the head, the body standing still; not local-epochs", low=0

@@ -6,8 +6,8 @@ fine-tuned copy of the global weights.
 It has three definitions in the wild. The default fine-tunes the whole network as a round trains
 it, but with momentum that begins anew in each epoch (FedPAC's code); FedRep's code is
 fine-tune-part=head, fine-tune-epochs=10, FedBABU's fine-tune-epochs=5,
-fine-tune-learning-rate=0.001. "Tuned" takes the epochs and the learning rate that the clients'
-pooled validation images choose.
+fine-tune-learning-rate=0.001. "Tuned" uses the epochs and the learning rate that do best on the
+clients' pooled validation images.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class FedAvgFT(Personaliser[Shared]):
 
 
 class FedAvgFTTuned(Personaliser[Shared]):
-    """FedAvg, then each client fine-tunes as validation images chose for all."""
+    """FedAvg, then each client fine-tunes by the recipe that validation images choose for all."""
 
     of = FedAvg
     title = "FedAvg-FT (tuned)"
@@ -64,17 +64,17 @@ class FedAvgFTTuned(Personaliser[Shared]):
 
 
 def gentle(config: TrainingSettings) -> FineTuning:
-    """The run's own setting."""
+    """Fine-tuning by the run's own settings."""
     return FineTuning(config.fine_tune_epochs, config.fine_tune_learning_rate)
 
 
 def as_in_training(config: TrainingSettings) -> FineTuning:
-    """As a round trains."""
+    """Fine-tuning as a client trains in a round."""
     return FineTuning(config.local_epochs, config.learning_rate)
 
 
 def tuning_grid(config: TrainingSettings) -> list[FineTuning]:
-    """What validation images choose from, no fine-tuning aside."""
+    """The fine-tunings that validation images choose from, apart from none at all."""
     return [
         FineTuning(epochs + 1, rate)
         for rate in config.fine_tune_grid_learning_rates
@@ -83,10 +83,10 @@ def tuning_grid(config: TrainingSettings) -> list[FineTuning]:
 
 
 def fine_tunings(config: Config, methods: Iterable[type[Personaliser[Any]]]) -> list[FineTuning]:
-    """What every client of a run of ``methods`` tries after the last round, epochs from 0 each.
+    """The fine-tunings that every client of a run of ``methods`` tries after the last round.
 
-    The run's gentle setting, a round's own training, what the methods' papers do, and the grid
-    that validation chooses from.
+    They are the run's gentle setting, a round's own training, what the methods' papers do, and the
+    grid that validation chooses from; 0 epochs are possible.
     """
     own = [way for method in methods if (way := method.own_fine_tuning(config))]
     every = [gentle(config), as_in_training(config), *own, *tuning_grid(config)]

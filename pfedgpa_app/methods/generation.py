@@ -4,8 +4,8 @@ shared: all weights · kept: nothing · client: as FedAvg · server: learns the 
 newest rounds' uploads with a diffusion model, inverts each client's newest upload into it and
 denoises · evaluated: the generated weights, before and after fine-tuning.
 
-That is pFedGPA by its experiments' text: ``pfedgpa-once``. Two of its variants are the paper's
-inversion to the letter, and its ablation without inversion.
+This is pFedGPA as the text on the paper's experiments has it: ``pfedgpa-once``. Its two variants
+are the paper's inversion to the letter and the paper's ablation without inversion.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.fedavg import FedAvg
 from pfedgpa_app.training.sgd import device_for
 
-UPLOADS = "uploads"  # the settings' part in which uploads are kept
-ROUNDS = "rounds"  # their part in rounds that end with generation
-SETTLED = 20  # rounds after which classifiers tell clients apart
+UPLOADS = "uploads"  # the part of the settings that says which uploads are kept
+ROUNDS = "rounds"  # the part for rounds that end with generation
+SETTLED = 20  # rounds after which clients' classifiers tell clients apart
 
 
 @dataclass(frozen=True)
 class PFedGPASettings(DiffusionSettings):
-    """What pFedGPA's server goes by."""
+    """The settings of pFedGPA's server."""
 
     generate_from: int | None = setting(
         None,
@@ -104,12 +104,13 @@ class PFedGPASettings(DiffusionSettings):
 
 @dataclass
 class RememberedState(Shared):
-    """The mean, and the newest uploads for those who learn from them.
+    """The mean of the uploads, and the newest uploads for the methods that learn from them.
 
-    ``labels``: class counts of clients that share them. ``statistics``: each client's running
-    statistics, of its newest upload; they are its own, and not generated. ``likeness``: who is
-    like whom, by ``likeness_of``, once it has been seen. ``fitted``: what was learned from the
-    uploads, once the rounds are over, for all methods that share them.
+    ``labels``: class counts of the clients that share them. ``statistics``: the running
+    statistics in each client's newest upload; they are the client's own and are not generated.
+    ``likeness``: which clients are alike, by ``likeness_of``, once that has been computed.
+    ``fitted``: the distribution learned from the uploads after the last round, for all methods
+    that share these rounds.
     """
 
     buffer: Buffer
@@ -119,20 +120,23 @@ class RememberedState(Shared):
     fitted: WeightDistribution | None = None
 
     def whole(self, client: int, mine: Weights) -> Weights:
-        """A client's network from those of its tensors that are made for it."""
+        """A client's whole network, completed from the tensors ``mine`` that are made for it.
+
+        The rest are its own running statistics, where it has any, and the global mean.
+        """
         own = self.statistics.get(client, {})
         kept = own_statistics(self.global_weights, mine) if own else ()
         return self.global_weights | {name: own[name] for name in kept} | mine
 
     def last(self, layers: int) -> Buffer:
-        """The buffered uploads, or only their last ``layers``, whatever more is kept of them."""
+        """The buffered uploads cut to the network's last ``layers`` layers; 0: as they are kept."""
         if not layers:
             return self.buffer
         return self.buffer.last(last_layers(generated(self.global_weights), layers))
 
 
 class RememberingFedAvg(FedAvg):
-    """FedAvg's rounds, and the server keeps the newest uploads and who is like whom."""
+    """FedAvg's rounds; the server also keeps the newest uploads and which clients are alike."""
 
     state: RememberedState
 
@@ -145,7 +149,7 @@ class RememberingFedAvg(FedAvg):
         self.remember(server_round, uploads)
 
     def remember(self, server_round: int, uploads: dict[int, Upload]) -> None:
-        """Keep a round's uploads, and forget those that left the window."""
+        """Keep a round's uploads, drop those outside the window, and compute likeness when due."""
         layout = self.state.buffer.layout
         names = layout.names if layout else remembered(self.config, [*self.state.global_weights])
         for client, upload in uploads.items():
@@ -162,23 +166,24 @@ class RememberingFedAvg(FedAvg):
 
     @classmethod
     def settled(cls, config: Config) -> int:
-        """The round after which who is like whom is seen: the first in which the buffer is full.
+        """The round after which the server computes which clients are alike.
 
-        It shows most clearly before clients know their images by heart.
+        It is the first in which the buffer is full, but not before round ``SETTLED``; in a
+        shorter run, the last. Likeness shows most clearly before clients memorise their images.
         """
         full = max(SETTLED, config.of(PFedGPASettings).buffer_rounds)
         return min(full, config.num_server_rounds)
 
 
 def generated(names: Iterable[str]) -> list[str]:
-    """Those of a network's weights that are generated where everything is."""
+    """The names of the tensors that are generated if all layers are: all but statistics."""
     return [name for name in names if not is_statistic(name)]
 
 
 def remembered(config: Config, names: Sequence[str]) -> list[str]:
-    """The weights whose uploads are kept: no more layers than are generated.
+    """The names of the weights whose uploads are kept: those of the layers that are generated.
 
-    All of them where the uploads are kept beside the results, for others to learn from.
+    All weights, if the uploads are saved beside the results for other runs to learn from.
     """
     own, every = config.of(PFedGPASettings), generated(names)
     if config.save_uploads or not own.layers:
@@ -187,7 +192,7 @@ def remembered(config: Config, names: Sequence[str]) -> list[str]:
 
 
 class Generation(Personaliser[RememberedState]):
-    """Makes every client's weights by the distribution of the newest uploads."""
+    """Generates every client's weights from the distribution of the newest uploads."""
 
     of = RememberingFedAvg
     settings = PFedGPASettings
@@ -196,7 +201,7 @@ class Generation(Personaliser[RememberedState]):
     def __init__(self, config: Config, state: RememberedState) -> None:
         super().__init__(config, state)
         self.own = config.of(PFedGPASettings)
-        self.joined: dict[int, Weights] = {}  # what those that join were sent last
+        self.joined: dict[int, Weights] = {}  # what joining clients were last sent
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -219,7 +224,7 @@ class Generation(Personaliser[RememberedState]):
             )
 
     def personalise(self) -> dict[int, Weights]:
-        """Generated weights; a client never seen gets the global ones."""
+        """Every client's generated weights; the global ones for a client that never uploaded."""
         common, made = self.state.global_weights, self.whole(self.learned(), self.made)
         return {client: made.get(client, common) for client in range(self.config.num_clients)}
 
@@ -230,17 +235,17 @@ class Generation(Personaliser[RememberedState]):
 
     @functools.cached_property
     def made(self) -> dict[int, Weights]:
-        """What the last generation makes for every client that ever uploaded."""
+        """The tensors generated after the last round, for every client that ever uploaded."""
         return self.decoded(self.learned())
 
     def learned(self) -> WeightDistribution:
-        """The distribution of the newest uploads after the last round; fitted once."""
+        """The distribution of the newest uploads after the last round, fitted at the first call."""
         if self.state.fitted is None:
             self.state.fitted = self.fit(self.own.layers, self.own.denoiser)
         return self.state.fitted
 
     def fit(self, layers: int, denoiser: str) -> WeightDistribution:
-        """The distribution of the buffered uploads, or of their last ``layers``."""
+        """Fit the distribution of the buffered uploads, or of their last ``layers`` if not 0."""
         values = asdict(self.own) | {"denoiser": denoiser} | self.sharing()
         names = {f.name for f in fields(DiffusionSettings)}
         return WeightDistribution(
@@ -254,15 +259,15 @@ class Generation(Personaliser[RememberedState]):
         )
 
     def known(self) -> Likeness | None:
-        """Who is like whom; None: the buffered uploads are to tell."""
+        """Which clients are alike; None: to be computed from the buffered uploads."""
         return self.state.likeness
 
     def sharing(self) -> dict[str, Any]:
-        """Settings of the distribution that say who learns from whom, where they are known."""
+        """Settings of the distribution that override the user's: how much clients share."""
         return {}
 
     def _descriptors(self) -> dict[int, Tensor] | None:
-        """What eq. 9 goes by: class shares, or one-hot names, whose embedding is learned."""
+        """Descriptors of clients for eq. 9: class shares, or one-hot vectors to be embedded."""
         if self.own.descriptor == "labels":
             counts = {c: torch.tensor(n).float() for c, n in self.state.labels.items()}
             return {client: n / n.sum() for client, n in counts.items()}
@@ -271,10 +276,10 @@ class Generation(Personaliser[RememberedState]):
         return None
 
     def whole(self, fitted: WeightDistribution, made: dict[int, Weights]) -> dict[int, Weights]:
-        """What ``fitted`` made of clients' tensors, and from the global mean what is not generated.
+        """Clients' whole networks: the tensors ``made`` by ``fitted``, and the mean for the rest.
 
-        Running statistics are a client's own, but where all share all: those of the mean belong
-        to its weights.
+        Running statistics are the client's own, except at rank 0: there all clients get the mean's
+        weights, to which the mean's statistics belong.
         """
         if not fitted.rank:
             return {client: self.state.global_weights | mine for client, mine in made.items()}
@@ -285,10 +290,10 @@ class Generation(Personaliser[RememberedState]):
         return fitted.generate(self.own.inversion, keep=self.own.keep, draws=self.own.draws)
 
     def join(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
-        """Where the learned distribution sees them (Algorithm 1, lines 7-14, and eq. 10).
+        """Place joining clients in the learned distribution (Algorithm 1, lines 7-14).
 
-        ``tweedie`` denoises an upload; ``guided`` takes reverse steps from it, led by the
-        client's local progress.
+        Join mode ``tweedie`` denoises an upload; ``guided`` takes reverse steps from it, led by
+        the client's local progress (eq. 10).
         """
         fitted, common = self.learned(), self.state.global_weights
         self.state.labels |= {c: upload.labels for c, upload in uploads.items() if upload.labels}
@@ -312,13 +317,13 @@ class Generation(Personaliser[RememberedState]):
         return {c: self.state.whole(c, e.weights()) for c, e in newest if self.is_upload(e)}
 
     def is_upload(self, entry: Entry) -> bool:
-        """Whether a client has sent what is in the buffer."""
+        """Whether a buffered entry is an upload, not one that the server put in its place."""
         return True
 
     def report(self) -> dict[str, Any]:
         fitted, buffered = self.learned(), self.state.last(self.own.layers).entries()
         entries = [entry for entry in buffered if self.is_upload(entry)]
-        here = sorted({entry.client for entry in entries})  # with an upload in the window
+        here = sorted({entry.client for entry in entries})  # clients with an upload in the window
         generated = [fitted.layout.flatten(self.made[client]) for client in here]
         newest = newest_rows(torch.tensor([entry.client for entry in entries]))
         new = novelty(generated, newest, [entry.vector for entry in entries])
@@ -338,7 +343,7 @@ class PFedGPAOnce(Generation):
 class PFedGPAInverted(Generation):
     """The paper to the letter: invert from T and replay all stored noise.
 
-    By the identity theorem this is the upload's projection to the latent directions.
+    By the identity theorem the result is the upload projected onto the latent directions.
     """
 
     title = "pFedGPA, once, paper's inversion"

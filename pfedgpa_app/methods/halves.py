@@ -1,4 +1,4 @@
-"""A method's two halves as server and client call them: every call and answer is looked at."""
+"""A method's two halves as server and client call them, with every call and answer checked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pfedgpa_app.training.sgd import Recipe
 def shared_names(
     name: str, kind: type[Rounds[Any]], config: Config, names: list[str]
 ) -> list[str] | None:
-    """Which of the network's weights' ``names`` clients share; None: the method names none.
+    """Which ``names`` of the network's weights clients share; None for a method without ``shared``.
 
     Raises:
         MethodError: its ``shared`` failed, or returned anything but some of ``names``.
@@ -56,10 +56,10 @@ def shared_names(
 def begun(name: str, kind: type[Rounds[Any]], config: Config, initial: Weights) -> Any:
     """The state that the rounds of the method called ``name`` begin with.
 
-    It may change its copies of ``initial``, from which the run's other federations begin, too.
+    The method gets copies of ``initial``, because the run's other federations begin from it, too.
 
     Raises:
-        MethodError: there is none.
+        MethodError: the method's ``shared`` or ``begin`` fails.
     """
     shared_names(name, kind, config, list(initial))
     with Hook(name, kind, "begin").told():
@@ -69,12 +69,11 @@ def begun(name: str, kind: type[Rounds[Any]], config: Config, initial: Weights) 
 class ServerHalf:
     """The server half of the method called ``name``.
 
-    What it is asked raises a MethodError where the method's code fails, or answers otherwise than
-    it must.
+    Its functions raise a MethodError if the method's code fails, or returns what it must not.
     """
 
     def __init__(self, name: str, method: Rounds[Any], initial: Weights) -> None:
-        """``initial``: the network's weights, in whose shapes a client is sent its own."""
+        """``initial``: the network's weights; what clients are sent must have their shapes."""
         self.name, self.method, self._initial = name, method, initial
         shared: Weights = getattr(method.state, "global_weights", None) or {}
         self._begun = {name: torch.empty_like(t, device="meta") for name, t in shared.items()}
@@ -84,7 +83,7 @@ class ServerHalf:
         return Hook(self.name, type(self.method), hook, server_round)
 
     def _weights(self, hook: Hook, *given: Any) -> Weights:
-        """The weights that ``hook`` returns."""
+        """Call ``hook`` and return its weights, checked."""
         with hook.told():
             weights: Weights = getattr(self.method, hook.name)(*given)
         check_tensors(hook, weights)
@@ -92,7 +91,7 @@ class ServerHalf:
         return weights
 
     def rate(self, server_round: int) -> float:
-        """The learning rate of a round."""
+        """The factor on clients' learning rates in a round."""
         hook = self._hook("rate", server_round)
         with hook.told():
             rate = self.method.rate(server_round)
@@ -105,20 +104,20 @@ class ServerHalf:
         return self._weights(self._hook("download", server_round), client)
 
     def evaluation_download(self, server_round: int, client: int) -> Weights:
-        """What ``client`` is sent to be evaluated."""
+        """What ``client`` is sent to be evaluated with."""
         return self._weights(self._hook("evaluation_download", server_round), client)
 
     def evaluation_of(self, server_round: int, client: int, given: Weights) -> Weights:
-        """What a client that joined, and trains from ``given``, is sent to be evaluated."""
+        """What a joining client, which trains from ``given``, is sent to be evaluated with."""
         return self._weights(self._hook("evaluation_of", server_round), client, given)
 
     def rival(self, server_round: int, client: int) -> Weights | None:
-        """What else ``client`` tries."""
+        """Other weights that ``client`` tries on its validation images."""
         with self._hook("rival", server_round).told():
             return self.method.rival(client)
 
     def expected_upload(self, server_round: int) -> Weights:
-        """Tensors such as a client must upload."""
+        """Tensors of the names, shapes and dtypes that a client must upload."""
         hook = self._hook("expected_upload", server_round)
         with hook.told():
             expected = self.method.expected_upload()
@@ -129,8 +128,8 @@ class ServerHalf:
         """Take in a round's uploads.
 
         Raises:
-            MethodError: what comes of it is not finite where it was, or is not what it was by
-                name, shape or dtype.
+            MethodError: the method's code fails, or the shared weights are no longer finite where
+                they were, or have changed in name, shape or dtype.
         """
         hook = self._hook("aggregate", server_round)
         with hook.told():
@@ -148,7 +147,7 @@ def personalised(
     """The weights that ``method``, called ``name``, makes for each of ``clients``.
 
     Raises:
-        MethodError: it fails, or some are missing, have other shapes or are not finite.
+        MethodError: it fails, or weights are missing, have other shapes or are not finite.
     """
     hook = Hook(name, type(method), "personalise")
     with hook.told():
@@ -159,7 +158,7 @@ def personalised(
     if missing := [str(client) for client in clients if client not in made]:
         raise hook.wrong(f"returned nothing for client {listed(missing)}", wanted)
     odd = odd_places(initial)
-    looked_at = dict[int, Tensor]()  # by identity: what is sent to many is looked at once
+    looked_at = dict[int, Tensor]()  # by identity: what many clients are sent is checked once
     for client in clients:
         check_tensors(hook, made[client], f"client {client}'s weights")
         check_shapes(hook, made[client], initial)
@@ -173,7 +172,7 @@ def learned(name: str, method: Personaliser[Any]) -> WeightDistribution | None:
     """The distribution that ``method``, called ``name``, has learned, if any.
 
     Raises:
-        MethodError: it fails, or tells of something else.
+        MethodError: it fails, or returns something else.
     """
     hook = Hook(name, type(method), "learned")
     with hook.told():
@@ -184,10 +183,10 @@ def learned(name: str, method: Personaliser[Any]) -> WeightDistribution | None:
 
 
 def references(name: str, method: Personaliser[Any], clients: Iterable[int]) -> dict[int, Weights]:
-    """Those of ``clients``' own weights that their personalised ones must not merely copy.
+    """The weights of ``clients``, if any, that their personalised ones must not merely copy.
 
     Raises:
-        MethodError: ``method``, called ``name``, fails, or they are no weights.
+        MethodError: ``method``, called ``name``, fails, or returns something else than weights.
     """
     hook, found = Hook(name, type(method), "reference"), dict[int, Weights]()
     for client in clients:
@@ -200,10 +199,10 @@ def references(name: str, method: Personaliser[Any], clients: Iterable[int]) -> 
 
 
 def reported(name: str, method: Personaliser[Any]) -> dict[str, Any]:
-    """What else the summary tells of ``method``, called ``name``.
+    """Further entries of the run's summary from ``method``, called ``name``.
 
     Raises:
-        MethodError: it fails, or JSON has no words for it.
+        MethodError: it fails, or returns what JSON cannot hold.
     """
     hook = Hook(name, type(method), "report")
     wanted = "a dict that JSON can hold is wanted: of numbers, texts, lists and dicts"
@@ -220,7 +219,7 @@ def reported(name: str, method: Personaliser[Any]) -> dict[str, Any]:
 
 
 class ClientHalf:
-    """The client half of the method called ``name``, in a round; it raises MethodErrors, too."""
+    """The client half of the method called ``name``, in one round; it raises MethodErrors, too."""
 
     def __init__(self, name: str, kind: type[Rounds[Any]], server_round: int) -> None:
         self.name, self.kind, self.round = name, kind, server_round
@@ -230,16 +229,16 @@ class ClientHalf:
         return Hook(self.name, self.kind, hook, self.round)
 
     def is_plain_sgd(self) -> bool:
-        """Whether a round is SGD by recipes."""
+        """Whether a round is SGD by recipes, nothing else."""
         return self.kind.is_plain_sgd()
 
     def asks_validation(self, config: Config) -> bool:
-        """Whether clients tell how what they were sent does on their validation images."""
+        """Whether clients report the losses of what they are sent on their validation images."""
         with self._hook("asks_validation").told():
             return self.kind.asks_validation(config, self.round)
 
     def start(self, weights: Weights, state: Weights) -> Weights:
-        """What a client trains from."""
+        """The weights that a client trains from."""
         hook = self._hook("start")
         with hook.told():
             start = self.kind.start(weights, state)
@@ -247,30 +246,31 @@ class ClientHalf:
         return start
 
     def recipes(self, config: Config, names: Sequence[str]) -> list[Recipe]:
-        """How the round's SGD goes."""
+        """The recipes by which a client trains in the round."""
         with self._hook("recipes").told():
             return self.kind.recipes(config, names, self.round)
 
     def train(self, task: ClientTask) -> Trained:
-        """A round; what it returned is to be ``checked``."""
+        """Train in the round; pass the result to ``checked``."""
         with self._hook("train").told():
             return self.kind.train(task)
 
     def upload(self, trained: Weights, weights: Weights, state: Weights, loss: float) -> Trained:
-        """What a round by recipes comes to; it is to be ``checked``."""
+        """The result of a round by recipes, to be passed to ``checked``."""
         hook = self._hook("upload")
         with hook.told():
             both = self.kind.upload(trained, weights, state)
             return Trained(*both, loss)
 
     def checked(self, trained: Any, network: Mapping[str, Tensor]) -> Trained:
-        """What a round came to, if it is what it must be.
+        """Return the result of a round if it is valid.
 
         Args:
             network: tensors of the network's names and shapes.
 
         Raises:
-            MethodError: it is something else, or holds what no client could be evaluated with.
+            MethodError: ``trained`` is no valid ``Trained``, or its state holds what a client
+                cannot be evaluated with.
         """
         hook = self._hook("upload" if self.is_plain_sgd() else "train")
         must = "it must `return Trained(upload, state, loss)`, of pfedgpa_app.methods.base"
@@ -289,10 +289,10 @@ class ClientHalf:
         return trained
 
     def evaluated(self, weights: Weights, state: Weights, network: Mapping[str, Tensor]) -> Weights:
-        """What a client is evaluated with, from its download and its own state.
+        """The weights that a client is evaluated with, from its download and its own state.
 
         Raises:
-            MethodError: that is not the network's weights.
+            MethodError: the method fails, or returns other tensors than the network's weights.
         """
         hook = self._hook("evaluated")
         with hook.told():

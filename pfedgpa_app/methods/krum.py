@@ -2,9 +2,9 @@
 
 "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", arXiv 1703.02757.
 
-shared: all weights · kept: nothing · client: as FedAvg · server: the one upload whose n − f − 2
-nearest others are nearest, f being how many clients may be malicious; with ``select`` > 1 the
-mean of so many (Multi-Krum), weighted by training images · evaluated: the global weights.
+shared: all weights · kept: nothing · client: as FedAvg · server: the upload whose n − f − 2
+nearest others are closest to it, where f clients may be malicious; with ``select`` > 1 the mean
+of that many uploads (Multi-Krum), weighted by training images · evaluated: the global weights.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class KrumSettings(MethodSettings):
 
 
 def malicious(config: Config) -> int:
-    """How many clients may be malicious; by itself no more than it withstands.
+    """f, how many clients may be malicious; auto is 2, or as many as Krum withstands if fewer.
 
-    n >= 2f + 3 clients withstand f (Blanchard et al., Proposition 4.2).
+    n >= 2f + 3 clients withstand f malicious ones (Blanchard et al., Proposition 4.2).
     """
     own = config.of(KrumSettings).malicious
     return max(0, min(2, (config.round_uploads - 3) // 2)) if own is None else own
 
 
 class Krum(Defence):
-    """The most central uploads only."""
+    """FedAvg of the most central uploads only."""
 
     title = "Krum"
     settings = KrumSettings
@@ -85,7 +85,7 @@ class Krum(Defence):
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         own, before = self.config.of(KrumSettings), self.state.global_weights
-        # the same distances as the weights', of which float32 leaves little where they are long
+        # changes are as far apart as weights are, but large weights lose that to float32 rounding
         contents = [
             RecordDict(
                 {

@@ -5,12 +5,12 @@
 
 shared: the last ``global-layers`` layers · kept: the rest, on the client · client: local-epochs of
 SGD on both · server: the mean of the shared layers, weighted by training images · evaluated: the
-client's own layers under the global ones. From scratch, where the authors' code starts from a
-trained FedAvg model.
+client's own layers under the global ones. Training starts from scratch; the authors' code starts
+from a trained FedAvg model.
 
-Two definitions are in the wild. The text of the paper shares the last layers: the default. The
-authors' CIFAR-10 script shares the convolutions and keeps the linear layers: share=first,
-global-layers=3. With all layers shared the method is FedAvg.
+There are two definitions in the wild. In the text of the paper, clients share the last layers: the
+default. The authors' CIFAR-10 script shares the convolutions and keeps the linear layers:
+share=first, global-layers=3. With all layers shared the method is FedAvg.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pfedgpa_app.methods.averaging import Averaging, Shared
 
 @dataclass(frozen=True)
 class LGFedAvgSettings(MethodSettings):
-    """What is global."""
+    """Which layers are global."""
 
     share: str = setting("last", "which end of the network is global", choices=("last", "first"))
     global_layers: int = setting(1, "so many layers of that end are global", low=1)
 
 
 class LGFedAvg(Averaging[Shared]):
-    """Clients share their last layers only."""
+    """Clients share only the layers at one end of the network."""
 
     title = "LG-FedAvg"
     settings = LGFedAvgSettings

@@ -21,7 +21,7 @@ class LocalSettings(MethodSettings):
 
 
 class Local(Averaging[Shared]):
-    """The reference that federation has to beat; as many steps as the others take."""
+    """The reference that federation has to beat, with as many steps as other methods take."""
 
     title = "local-only"
     settings = LocalSettings

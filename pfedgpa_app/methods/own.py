@@ -1,4 +1,4 @@
-"""Methods of the user's own: by import path, or installed with an entry point."""
+"""The user's own methods: given by import path, or installed with an entry point."""
 
 from __future__ import annotations
 
@@ -15,29 +15,30 @@ from pfedgpa_app.core.settings import ConfigError, listed, near
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.base import Personaliser
 
-GROUP = "pfedgpa.methods"  # of entry points: a method's name, and where its class is
-_REFERENCES: dict[str, str] = {}  # {name: the import path that it came by}
+GROUP = "pfedgpa.methods"  # entry points: a method's name, and where its class is
+_REFERENCES: dict[str, str] = {}  # {name: the import path that the user gave}
 
 logger = logging.getLogger("pfedgpa")
 
 
 def register_installed() -> None:
-    """Add to ``METHODS`` what other installed packages offer."""
+    """Add the methods of other installed packages to ``METHODS``."""
     for entry in importlib.metadata.entry_points(group=GROUP):
         try:
             _register(entry.name, entry.load(), f"entry point {entry.value}")
-        except Exception as error:  # whatever a foreign package raises must not end ours
+        except Exception as error:  # no error of another package must stop ours
             logger.warning("method %s: cannot be used: %s", entry.name, error)
 
 
 def registered(method: str, code_dir: str) -> tuple[str, bool]:
-    """A method's name in ``METHODS``, and whether it is there since now.
+    """Return a method's name in ``METHODS``, and whether this call added it.
 
     Args:
-        method: a name, or an import path, whose class is added under its name in small letters.
+        method: a name, or the import path of a class, which is added under its name in small
+            letters.
 
     Raises:
-        ConfigError: it cannot be imported, is no method, or takes another's name.
+        ConfigError: the class cannot be imported, is no method, or has another method's name.
     """
     if not is_reference(method):
         return method, False
@@ -51,7 +52,7 @@ def registered(method: str, code_dir: str) -> tuple[str, bool]:
 
 
 def reference_of(name: str) -> str:
-    """By what another process can have the method called ``name``."""
+    """What another process loads the method called ``name`` by: its import path, or the name."""
     return _REFERENCES.get(name, name)
 
 
@@ -69,10 +70,10 @@ def _register(name: str, kind: object, source: str) -> None:
 
 
 def _check_settings(kind: type[Personaliser[Any]], source: str) -> None:
-    """Refuse settings that would not be there, and a ``tuned`` that names none.
+    """Refuse declarations that would not become settings, and a ``tuned`` that names none.
 
     Raises:
-        ConfigError: which, and what is missing.
+        ConfigError: the message names the declaration and what is missing.
     """
     own: Any = kind.settings
     if not isinstance(own, type):
@@ -115,7 +116,7 @@ def _check_tuned(kind: type[Personaliser[Any]], settings: Any, source: str) -> N
 
 
 def _declared(kind: type) -> list[str]:
-    """The names of what a class of settings declares itself, as fields or meant so."""
+    """The names that a class of settings itself declares as fields, or means to."""
     hints = inspect.get_annotations(kind)
     typed = [name for name, hint in hints.items() if "ClassVar" not in str(hint)]
     untyped = [n for n, v in vars(kind).items() if isinstance(v, dataclasses.Field)]
@@ -136,12 +137,12 @@ def _check_types(settings: type, source: str) -> None:
 
 
 def _is_plain(hint: Any) -> bool:
-    """Whether a setting can be of a type."""
+    """Whether a setting can have the type ``hint``."""
     if get_origin(hint) in (tuple, types.UnionType):
         return all(each in (None, type(None), ...) or _is_plain(each) for each in get_args(hint))
     return hint in (str, int, float, bool)
 
 
 def _written(kind: Any) -> str:
-    """A field's type as its declaration has it."""
+    """A field's type as its declaration spells it."""
     return kind if isinstance(kind, str) else getattr(kind, "__name__", str(kind))

@@ -1,13 +1,13 @@
-"""Per-FedAvg (Fallah et al. 2020, Algorithm 1), first order: weights from which one step adapts.
+"""Per-FedAvg (Fallah et al. 2020, Algorithm 1), first order: weights that one step adapts.
 
 "Personalized Federated Learning: A Meta-Learning Approach", arXiv 2002.07948.
 
 shared: all weights · kept: nothing · client: pairs of batches; θ' = θ − α∇f(θ; first), then
 θ ← θ − β∇f(θ'; second), the Hessian left out (FO-MAML) · server: the plain mean · evaluated:
 after one gradient step of size α on the client's training images; before it, the accuracy is a
-diagnostic. Never on test images, as the pFedMe repository's version did.
+diagnostic. The step never uses test images, as it does in the pFedMe repository's version.
 
-β is ``learning-rate``. A round goes through the batches of local-epochs, two at a step; with
+β is ``learning-rate``. A round goes through the batches of local-epochs, two per step; with
 α = 0 and the first of each pair left out it is FedAvg.
 """
 
@@ -37,13 +37,13 @@ class PerFedAvgSettings(MethodSettings):
 
 
 def alpha_of(config: Config) -> float:
-    """α."""
+    """α, the step of the adaptation: as set, or else the learning rate."""
     own = config.of(PerFedAvgSettings).alpha
     return PerFedAvg.learning_rate(config) if own is None else own
 
 
 class PerFedAvg(Averaging[Shared]):
-    """The start from which each client's one step leads furthest."""
+    """Shared weights from which one step of its own helps each client most."""
 
     title = "Per-FedAvg"
     settings = PerFedAvgSettings
@@ -60,7 +60,7 @@ class PerFedAvg(Averaging[Shared]):
         alpha, total, images = alpha_of(task.config), 0.0, 0
         batches = training_batches(task.model, task.data.train, recipe, task.generator())
         for x, y in batches:
-            x2, y2 = next(batches, (x, y))  # an odd last batch serves for both
+            x2, y2 = next(batches, (x, y))  # an odd last batch serves as both
             theta = [p.detach().clone() for p in parameters]
             with recipe.computing(x.device):
                 loss = cross_entropy(task.model, x, y)

@@ -8,11 +8,11 @@ learns the distribution of the newest rounds' uploads with a diffusion model, in
 client's newest upload into it and denoises · evaluated: the generated weights, before and
 after fine-tuning.
 
-The paper has it two ways. By its Algorithm 1 every round ends with generation, and clients train
-on from what was generated for them: ``pfedgpa``, in the last rounds. By its experiments' text the
-distribution is learned from the last rounds' uploads and weights are generated once:
-``pfedgpa-once``. What it leaves open is here FedAvg: the rounds before generation, and the tensors
-that are not generated.
+The paper describes the method in two ways. In its Algorithm 1 every round ends with generation,
+and clients train on from what was generated for them: ``pfedgpa`` does so in the last rounds. In
+the text on its experiments, the distribution is learned from the last rounds' uploads and weights
+are generated once: ``pfedgpa-once``. What the paper leaves open is FedAvg here: the rounds before
+generation, and the tensors that are not generated.
 """
 
 from __future__ import annotations
@@ -43,23 +43,24 @@ from pfedgpa_app.methods.generation import (
 )
 
 MEAN, GENERATED, OWN = "mean", "generated", "own"
-_MOMENTUM = 0.7  # the server's, of the part of the loss that is left
-_STRAIGHT_MOMENTUM = 0.9  # where rounds all point the same way
+_MOMENTUM = 0.7  # the server's, times the share of the loss that is left
+_STRAIGHT_MOMENTUM = 0.9  # where all rounds' steps point the same way
 _SHARE_MOMENTUM = 0.7  # the most where few clients take part in a round
-_TURNING, _STRAIGHT = 0.5, 0.75  # cosines between which momentum grows to that
-_BEHIND = 0.1  # part of the loss that is left too much, where momentum is all of these
-_OWN_WEIGHT = 0.9  # posterior weight that clients' own uploads keep where nobody is like anybody
+_TURNING, _STRAIGHT = 0.5, 0.75  # cosines between which momentum grows to _STRAIGHT_MOMENTUM
+_BEHIND = 0.1  # lag of the loss behind the rounds at which momentum is in full
+_OWN_WEIGHT = 0.9  # posterior weight that clients' own uploads keep if no clients are alike
 
 
 @dataclass
 class PFedGPAState(RememberedState):
     """What pFedGPA's server knows beside the mean and the uploads.
 
-    ``velocity`` is the server's momentum, ``first_loss`` what its clients' training losses began
-    with, if they told, ``generated`` what clients train from. ``losses``: each
-    client's newest ones on its validation images under the mean, if it has some. ``rivals``:
-    weights that share nothing, to be compared with those generated. ``chosen``: by clients'
-    validation losses, the mean, generated weights or their own; "" while nobody has told.
+    ``velocity``: the step that the server's momentum carries on. ``first_loss``: the clients'
+    median training loss in the first round that reports one. ``generated``: the weights that each
+    client trains from. ``losses``: each client's newest losses on its validation images under the
+    mean, if it has such images. ``rivals``: weights generated without sharing, to be compared with
+    ``generated``. ``chosen``: what clients' validation losses favour: the mean, generated weights
+    or clients' own; "" as long as nothing is chosen.
     """
 
     velocity: Weights = field(default_factory=dict)
@@ -71,16 +72,17 @@ class PFedGPAState(RememberedState):
 
 
 class PFedGPA(Generation, RememberingFedAvg):
-    """FedAvg, maybe with momentum; then generation ends every round, and clients train on from it.
+    """FedAvg, maybe with momentum, whose last rounds generate weights that clients train on from.
 
-    The first generation is from FedAvg's own last rounds. Those after it are gentle: at a small
-    learning rate, clients fine-tune, but together with those whose weights are like theirs. What
-    they upload differs by far more than its noise, so the distribution is then learned from these
-    rounds alone.
+    The first generation learns from the last rounds of FedAvg. The rounds after it are gentle: at
+    a small learning rate each client fine-tunes, but together with the clients whose weights are
+    like its own. Uploads then differ by far more than their noise, so the distribution is learned
+    from these rounds alone.
 
-    Uploads do not tell clients that are alike, each with a chance of its own, from clients that
-    are like nobody. Clients' validation images do, if they have some: in the first gentle round
-    they compare what was generated for them with the mean and with what is their own alone.
+    Uploads alone cannot tell clients that are alike, but each with some randomness of its own,
+    from clients that are not alike at all. Clients' validation images can, if they have some: in
+    the first gentle round, clients compare what was generated for them with the mean and with
+    weights that are their own alone.
     """
 
     title = "pFedGPA"
@@ -113,12 +115,12 @@ class PFedGPA(Generation, RememberingFedAvg):
     def first_gentle(cls, config: Config) -> int:
         """The first round in which clients train on from what was generated for them."""
         rounds = config.num_server_rounds
-        last = max(2, rounds - math.ceil(0.08 * rounds) + 1)  # after one that learns something
+        last = max(2, rounds - math.ceil(0.08 * rounds) + 1)  # one round at least is plain FedAvg
         return config.of(PFedGPASettings).generate_from or last
 
     @classmethod
     def first_generation(cls, config: Config) -> int:
-        """The first round that ends with generation: the one before, or the first of all."""
+        """The first round ending with generation: the one before ``first_gentle``, or round 1."""
         return max(1, cls.first_gentle(config) - 1)
 
     @classmethod
@@ -140,7 +142,7 @@ class PFedGPA(Generation, RememberingFedAvg):
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         first, state = self.first_gentle(self.config), self.state
         before = state.global_weights
-        if self._compare(uploads) in (MEAN, OWN):  # from where these uploads did not come
+        if self._compare(uploads) in (MEAN, OWN):  # these uploads started from generated weights
             state.generated = self._generated()
             return
         if state.generated and state.chosen != OWN:
@@ -166,12 +168,12 @@ class PFedGPA(Generation, RememberingFedAvg):
     def _keep_comparable(
         self, server_round: int, uploads: dict[int, Upload], absent: Iterable[int]
     ) -> None:
-        """After a gentle round, have the clients in it stay comparable to the ``absent`` ones.
+        """After a gentle round, keep the uploads in it comparable to those of ``absent`` clients.
 
-        What all share has moved, from the mean of what was generated for all, by what those that
-        took part have learned since, on average; their own mean would differ by who they are. For
-        a client that has not taken part in any, what the first generation made of its uploads
-        stands in.
+        The round's drift is set to the mean of what was generated for all clients, plus what the
+        round's clients learned on average; the mean of their uploads would depend on which clients
+        took part. For a client that has been in no gentle round yet, the first generation's result
+        stands in for an upload.
         """
         buffer, generated = self.state.buffer, self.state.generated
         layout, generation = buffer.layout, self.first_generation(self.config)
@@ -195,7 +197,7 @@ class PFedGPA(Generation, RememberingFedAvg):
         return entry.server_round != generation or generation not in self.state.buffer.means
 
     def _momentum(self, server_round: int, uploads: dict[int, Upload], cosine: float) -> float:
-        """Of this round, by its ``heading``, the training losses, and how many take part in one."""
+        """The round's momentum, from the training losses, ``cosine`` and the share taking part."""
         by_share = _momentum_by_share(self.config.fraction_train)
         if not (losses := [u.loss for u in uploads.values() if math.isfinite(u.loss)]):
             return by_share
@@ -210,7 +212,7 @@ class PFedGPA(Generation, RememberingFedAvg):
         """Take in clients' validation losses; after the first generation, choose by them.
 
         Returns:
-            what was chosen, in the round in which it was.
+            the choice, in the round in which it is made; "" in all others.
         """
         state = self.state
         told = {c: upload.validation_losses for c, upload in uploads.items()}
@@ -229,7 +231,7 @@ class PFedGPA(Generation, RememberingFedAvg):
         return ""
 
     def _generated(self) -> dict[int, Weights]:
-        """What clients train from next; {}: all of them from the mean."""
+        """The weights that each client trains from next; {} for the mean for all."""
         if self.state.chosen == MEAN:
             return {}
         layers = self.own.round_layers or self.own.layers
@@ -250,10 +252,10 @@ class PFedGPA(Generation, RememberingFedAvg):
         return super().join(uploads)
 
     def known(self) -> Likeness | None:
-        """By FedAvg's first rounds.
+        """Which clients are alike by FedAvg's first rounds; None once nothing depends on it.
 
         Clients that train on from generated weights differ ever more along the directions that
-        generation kept, so that their uploads would only confirm what was seen first.
+        generation kept, so that their uploads would only confirm what was found first.
         """
         return None if self.state.chosen in (MEAN, OWN) else self.state.likeness
 
@@ -270,28 +272,31 @@ class PFedGPA(Generation, RememberingFedAvg):
 
 
 def _mean(several: Collection[Weights], layout: Layout) -> Tensor:
-    """Of those of their tensors that are in the ``layout``, as one vector [P]."""
+    """The mean of ``several`` clients' weights, of the tensors in ``layout``, as one vector [P]."""
     vectors = (layout.flatten({n: w[n] for n in layout.names}) for w in several)
     return sum(vectors, torch.zeros(())) / len(several)
 
 
 def _momentum_by_share(share: float) -> float:
-    """Where only a ``share`` of the clients takes part in a round.
+    """The momentum for a federation in which a ``share`` of the clients takes part in a round.
 
-    1 / (1 − momentum) rounds count, as many as it takes to hear everyone. Who is heard in few of
-    them does not learn its own images by heart.
+    Momentum averages over 1 / (1 − momentum) rounds: as many as it takes to hear every client.
+    A client that takes part in few of them does not memorise its own images.
     """
     return min(_SHARE_MOMENTUM, 1 - share)
 
 
 def _momentum_by_loss(left: float, rounds_left: float, cosine: float) -> float:
-    """Of a round, after which these shares of the training loss and of FedAvg's rounds are left.
+    """The momentum of a round by how far the training loss lags behind the rounds.
 
-    It is for a loss that falls later than the rounds pass. What few images have to teach is
-    learned without it, too; with it clients know theirs by heart before generation begins, which
-    then has nothing left to share. It is more where rounds point where those before them did.
+    It serves a loss that falls more slowly than the rounds pass. What few images have to teach is
+    learned without momentum, too; with it, clients would memorise their images before generation
+    begins, which then has nothing left to share. Momentum is larger where rounds' steps point in
+    the same direction as those before.
 
     Args:
+        left: the share of the first training loss that is left after the round.
+        rounds_left: the share of FedAvg's rounds that is left.
         cosine: of the angle between this round's step and those before it (``heading``).
     """
     left, rounds_left = min(1.0, max(0.0, left)), max(0.0, rounds_left)
@@ -301,11 +306,14 @@ def _momentum_by_loss(left: float, rounds_left: float, cosine: float) -> float:
 
 
 def _best(losses: Tensor) -> str:
-    """What is best for most clients, by losses [clients, 3, temperatures].
+    """Which of the mean, generated weights and clients' own is best for most clients.
 
-    Of the mean, what was generated and what is their own, each at the temperature at which it is
-    best for all together. The mean, with which all sharing among the like ends, has to be best on
-    average, too: a few images a client tell little.
+    Each is judged at the temperature at which it is best for all clients together. The mean, which
+    would end all sharing among like clients, must be best on average, too: a few images a client
+    tell little.
+
+    Args:
+        losses: [clients, 3, temperatures], in the order mean, generated, own.
     """
     coolest = losses.mean(0).argmin(1)
     mean, made, own = (losses[:, i, at] for i, at in enumerate(coolest.tolist()))

@@ -5,13 +5,14 @@
 shared: the hypernetwork φ and the clients' embeddings v_i, all of them on the server · kept:
 nothing · client: local-epochs of SGD from θ_i = h_φ(v_i) · server: for each client a step on φ and
 v_i by the vector–Jacobian product of θ_i with Δθ_i = θ_i − (what came back) · evaluated: h_φ(v_i),
-for a client that was never sampled, too.
+also for a client that was never sampled.
 
-The paper visits one client a step. Here a round's clients train at once, so that every product is
-taken at the φ that made θ_i, and the round's steps (one a client, in their order, with momentum
-and decay) follow. With gradients g_1 … g_S given, SGD is linear in (φ, velocity, g): its end is
-a·φ + b·velocity + Σ c_k g_k, and Σ c_k g_k is the gradient of Σ c_k ⟨Δθ_k, h_φ(v_k)⟩: two passes
-through the hypernetwork, whatever the number of clients.
+The paper visits one client per step. Here a round's clients train at the same time: every product
+is taken at the φ that made θ_i, and then follow the round's steps (one per client, in the clients'
+order, with momentum and weight decay). For given gradients g_1 … g_S, SGD is linear in
+(φ, velocity, g): it ends at a·φ + b·velocity + Σ c_k g_k, where Σ c_k g_k is the gradient of
+Σ c_k ⟨Δθ_k, h_φ(v_k)⟩. This takes two passes through the hypernetwork, whatever the number of
+clients.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pfedgpa_app.core.weights import Layout, Weights, is_statistic
 from pfedgpa_app.methods.base import Method
 from pfedgpa_app.training.sgd import Recipe
 
-_EMBEDDING_STEPS = 200  # of a client that joins, an iteration
+_EMBEDDING_STEPS = 200  # optimiser steps per iteration of joining
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ class PFedHNSettings(MethodSettings):
 
 
 class Hypernetwork(nn.Module):
-    """Clients [S] → weights [S, P].
+    """A network from clients' numbers [S] to their weights [S, P].
 
-    One output layer for all tensors is one for each: their initialisation depends on the input's
-    width only.
+    One output layer for all tensors equals a layer for each tensor, because a layer's
+    initialisation depends on its input's width only.
     """
 
     def __init__(self, clients: int, size: int, own: PFedHNSettings) -> None:
@@ -71,7 +72,7 @@ class Hypernetwork(nn.Module):
         self.output = nn.Linear(own.hidden, size)
 
     def features(self, clients: Tensor) -> Tensor:
-        """What the output layer sees, [S, hidden]."""
+        """The input of the output layer, [S, hidden]."""
         features: Tensor = self.trunk(self.embeddings(clients))
         return features
 
@@ -82,7 +83,7 @@ class Hypernetwork(nn.Module):
 
 @dataclass
 class HypernetworkState:
-    """The hypernetwork, its optimiser's velocity, and what it makes for every client [n, P]."""
+    """The hypernetwork, its optimiser's velocity, and the weights made for each client [n, P]."""
 
     like: Weights
     network: Hypernetwork
@@ -93,7 +94,7 @@ class HypernetworkState:
 def sgd_coefficients(
     steps: int, learning_rate: float, momentum: float, weight_decay: float
 ) -> np.ndarray:
-    """``steps`` steps of SGD with given gradients as one linear map, [2, 2 + steps].
+    """Write ``steps`` steps of SGD with given gradients as one linear map [2, 2 + steps].
 
     Row 0 gives the parameter, row 1 the velocity, each from (parameter, velocity, g_1 … g_S):
     v ← m·v + g + λ·p, then p ← p − η·v.
@@ -107,7 +108,7 @@ def sgd_coefficients(
 
 
 class PFedHN(Method[HypernetworkState]):
-    """Weights made by a network that learns from how clients change them."""
+    """A hypernetwork makes clients' weights, and learns from how clients change them."""
 
     title = "pFedHN"
     settings = PFedHNSettings
@@ -164,7 +165,7 @@ class PFedHN(Method[HypernetworkState]):
             state.made = state.network(torch.arange(self.config.num_clients))
 
     def first_download(self, clients: Sequence[int]) -> dict[int, Weights]:
-        """From the mean embedding of those who were there from the start."""
+        """Weights from the mean embedding of the clients that took part from the start."""
         embeddings = self.state.network.embeddings.weight
         with torch.no_grad():
             embeddings[list(clients)] = embeddings[: self.config.initial_clients].mean(0)
@@ -172,7 +173,7 @@ class PFedHN(Method[HypernetworkState]):
         return super().first_download(clients)
 
     def join(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
-        """Only their embeddings learn: what they upload is what is to be made from them."""
+        """Fit only the joining clients' embeddings, so that their uploads are made from these."""
         network, layout = self.state.network, Layout.of(self.state.like)
         clients = torch.tensor(list(uploads))
         back = torch.stack([layout.flatten(upload.weights) for upload in uploads.values()])
@@ -189,10 +190,10 @@ class PFedHN(Method[HypernetworkState]):
         return {client: self.download(client) for client in uploads}
 
     def _clipped(self, clients: Tensor, change: Tensor) -> Tensor:
-        """By what each client's gradient of the hypernetwork is scaled down, [S]."""
+        """The factors ≤ 1 that clip each client's gradient of the hypernetwork, [S]."""
         network = self.state.network
         features = network.features(clients)
-        # of the output layer: Δθ ⊗ (features, 1); of the rest: back from (its weights)ᵀ Δθ
+        # gradient of the output layer: Δθ ⊗ (features, 1); of the rest: from (its weights)ᵀ Δθ back
         square = change.square().sum(1) * (features.detach().square().sum(1) + 1)
         back = change @ network.output.weight.detach()
         rest = [*network.embeddings.parameters(), *network.trunk.parameters()]

@@ -7,7 +7,7 @@ gradient steps towards θ̃ = argmin f(θ) + (λ/2)‖θ − w_i‖², then w_i 
 w_i, not θ · server: w ← (1 − β)w + β·(plain mean of the w_i) · evaluated: θ_i; a client that was
 never sampled has none yet and is evaluated with w.
 
-As in the authors' code θ goes on from batch to batch within a round and starts a round from w.
+As in the authors' code, θ carries on from batch to batch and starts each round from w.
 η is ``learning-rate``, the step of the inner problem ``personal-learning-rate``; momentum, which
 the paper does not have, is not used. With K = 1 and ηλ = 1 the method is FedAvg without momentum.
 """
@@ -32,7 +32,7 @@ from pfedgpa_app.training.sgd import cross_entropy, pull_to, sgd_step, to_train,
 
 @dataclass(frozen=True)
 class PFedMeSettings(MethodSettings):
-    """The two problems' step sizes, and what binds them."""
+    """The step sizes of the outer and the inner problem, and what ties these together."""
 
     learning_rate: float = setting(0.005, "η, the step of w_i", above=0, grid=(0.005, 0.02, 0.06))
     personal_learning_rate: float = setting(
@@ -44,7 +44,7 @@ class PFedMeSettings(MethodSettings):
 
 
 class PFedMe(Averaging[Shared]):
-    """Clients' own optima near the global weights."""
+    """Each client has personal weights, which are best for it near the global ones."""
 
     title = "pFedMe"
     settings = PFedMeSettings

@@ -7,12 +7,13 @@ client: SGD on gradients g − c_i + c; then c_i⁺ = c_i − c + (x − y)/(Kη
 of the clients' weights, scaled by the global step size; c ← c + Σ_S (c_i⁺ − c_i)/N with N all
 clients, not those of the round · evaluated: the global weights.
 
-An upload that does not count (late, lost, refused) changes neither: a client is sent the round of
-its last one that did, and takes c_i back where that is not the last that it sent.
+An upload that does not count (late, lost or refused) changes neither c nor c_i: a client is sent
+the round of its last upload that counted, and takes its newest c_i back if it has sent another
+upload since.
 
-(x − y)/(Kη) estimates the mean gradient of the round's K steps. Under momentum m step k's
-gradient moves the weights by (1 − m^{K−k+1})/(1 − m) times η over the steps left, so that the
-sum of these factors takes K's place; without momentum they are all 1.
+(x − y)/(Kη) estimates the mean gradient of the round's K steps. Under momentum m the gradient of
+step k moves the weights by (1 − m^{K−k+1})/(1 − m) times η over the remaining steps, so that the
+sum of these factors replaces K; without momentum they are all 1.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from pfedgpa_app.methods.averaging import toward
 from pfedgpa_app.methods.base import OTHER, ClientTask, Method, Trained
 from pfedgpa_app.models.networks import weights_of
 
-CONTROL = "control/"  # before the name of the weight that a control variate is for
-_BEFORE = "before/"  # the same, as it was before the client's last round
+CONTROL = "control/"  # prefix of the name of the weight that a control variate is for
+_BEFORE = "before/"  # the same for its value before the client's last round
 _COUNTED = "counted"  # round of a client's last upload that counted
-_SENT = "sent"  # round of its last upload
+_SENT = "sent"  # round of the client's last upload
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ScaffoldSettings(MethodSettings):
 
 @dataclass
 class ScaffoldState:
-    """The server's weights x and control variate c, and whose upload counted when."""
+    """The server's weights x, control variate c, and when each client's upload last counted."""
 
     global_weights: Weights
     control: Weights
@@ -54,16 +55,16 @@ class ScaffoldState:
 
 
 def effective_steps(steps: int, momentum: float) -> float:
-    """By how many times η a constant gradient moves the weights in ``steps`` steps."""
+    """How far a constant gradient of 1 moves the weights in ``steps`` steps, in units of η."""
     return sum((1 - momentum ** (steps - k)) / (1 - momentum) for k in range(steps))
 
 
 class Scaffold(Method[ScaffoldState]):
-    """FedAvg whose clients correct for how their own data pull."""
+    """FedAvg whose clients correct for the pull of their own data."""
 
     title = "SCAFFOLD"
     settings = ScaffoldSettings
-    sends = OTHER  # changes of control variates, too
+    sends = OTHER  # also changes of control variates
     beside = (CONTROL,)
 
     @classmethod
@@ -102,7 +103,7 @@ class Scaffold(Method[ScaffoldState]):
         c_i = {n: task.state.get(mine + n, torch.zeros_like(t)) for n, t in x.items()}
         device = next(task.model.parameters()).device
         shift = {n: (c[n] - c_i[n]).to(device) for n in x}
-        taken = 0  # steps: under BatchNorm a last batch of one is none
+        taken = 0  # steps: BatchNorm takes none on a last batch of one image
 
         def corrected(_: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Sequence[Tensor]:
             nonlocal taken
@@ -116,7 +117,7 @@ class Scaffold(Method[ScaffoldState]):
         if taken:
             steps = effective_steps(taken, recipe.momentum)
             change = {n: -c[n] + (x[n] - y[n]) / (steps * recipe.learning_rate) for n in x}
-        else:  # its gradients are as unknown as before
+        else:  # nothing new is known about its gradients
             change = {n: torch.zeros_like(t) for n, t in x.items()}
         kept = {CONTROL + n: c_i[n] + change[n] for n in x}
         kept |= {_BEFORE + n: c_i[n] for n in x} | {_SENT: torch.tensor(task.round)}

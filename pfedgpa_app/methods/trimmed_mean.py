@@ -1,4 +1,4 @@
-"""The trimmed mean (Yin et al. 2018), by Flower.
+"""The trimmed mean (Yin et al. 2018), by Flower's function.
 
 "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", arXiv 1803.01498.
 
