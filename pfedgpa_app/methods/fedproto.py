@@ -28,6 +28,7 @@ from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.core.weights import Weights, last_layers
 from pfedgpa_app.methods.base import OTHER, ClientTask, Method, Trained
 from pfedgpa_app.models.networks import head_of, weight_names, weights_of
+from pfedgpa_app.training.evaluation import evaluation_batches
 
 NEVER = -1e9  # the logit of a class of which no client has sent a prototype
 
@@ -138,11 +139,13 @@ class FedProto(Method[Prototypes]):
     @torch.no_grad()
     def prototypes(task: ClientTask, classes: int) -> Weights:
         """The client's own prototypes [K, D] and the number of images behind each [K]."""
-        task.model.eval()
-        device = next(task.model.parameters()).device
-        images = task.data.train.to(device)
-        features, _ = with_features(task.model, images.floats())
-        member = F.one_hot(images.labels, classes).to(features)
+        features = torch.cat(
+            [
+                with_features(task.model, inputs)[0]
+                for inputs, _ in evaluation_batches(task.model, task.data.train)
+            ]
+        )
+        member = F.one_hot(task.data.train.labels, classes).to(features)
         counts = member.sum(0)
         means = member.T @ features / counts.clamp_min(1)[:, None]
         return {"means": means.cpu(), "counts": counts.cpu()}

@@ -85,8 +85,8 @@ def predict(model: nn.Module, data: Images) -> Tensor:
     return torch.cat([logits.argmax(1) for logits, _ in _logits(model, data)])
 
 
-def _logits(model: nn.Module, data: Images) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batch by batch, with the labels."""
+def evaluation_batches(model: nn.Module, data: Images) -> Iterator[tuple[Tensor, Tensor]]:
+    """Set ``model`` to evaluation, and yield its inputs and their labels batch by batch."""
     model.eval()
     device = next(model.parameters()).device
     for start in range(0, len(data), EVALUATION_BATCH):
@@ -94,4 +94,10 @@ def _logits(model: nn.Module, data: Images) -> Iterator[tuple[Tensor, Tensor]]:
         inputs = batch.floats()
         if inputs is batch.pixels:  # which the network may change in place
             inputs = inputs.clone()
-        yield model(inputs), batch.labels
+        yield inputs, batch.labels
+
+
+def _logits(model: nn.Module, data: Images) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits of ``model`` and the labels batch by batch."""
+    for inputs, labels in evaluation_batches(model, data):
+        yield model(inputs), labels
