@@ -299,7 +299,7 @@ class BatchedGrid(LocalGrid):
         at_once = max(1, IMAGES_AT_ONCE // self.config.batch_size)
         for kind in dict.fromkeys(message.metadata.message_type for message in messages):
             alike = [m for m in messages if m.metadata.message_type == kind]
-            size = -(-len(alike) // -(-len(alike) // at_once))# equal parts share a cohort
+            size = -(-len(alike) // -(-len(alike) // at_once))  # equal parts share a cohort
             for start in range(0, len(alike), size):
                 replies += self._answer(kind, alike[start : start + size])
                 self.answered(len(replies) / len(messages))
@@ -349,4 +349,4 @@ class BatchedGrid(LocalGrid):
         except Exception as error:
             return raised(message, error)
         finally:
-            torch.set_num_threads(threads)# the app sets one; this process is the server's, too
+            torch.set_num_threads(threads)  # the app sets one; this process is the server's, too

@@ -235,8 +235,7 @@ class Roster:
             time.sleep(1)
 
     def _asked(self, nodes: Iterable[int]) -> tuple[dict[int, Answer], str]:
-        """Ask nodes who they are: {node: its answer}, and why the last failing one failed, or "".
-        """
+        """Ask nodes who they are: {node: its answer}, and why the last failing one failed or ""."""
         questions = [
             Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
             for node in nodes
@@ -342,7 +341,7 @@ class Roster:
 
 
 def _check_all_actors_live(replies: Iterable[Message]) -> None:
-    """Raise a RosterError if Ray's simulation has lost an actor, to lack of memory or a lost machine.
+    """Raise a RosterError if Ray's simulation has lost an actor, to lack of memory or otherwise.
 
     Flower keeps sending clients to the lost actor, where all of them fail at once, so that hardly
     any client would still learn.
