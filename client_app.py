@@ -21,7 +21,7 @@ def who(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Do one round of the method's client half; its upload is private if the run's are to be."""
+    """Do one round of the method's client half, with local differential privacy if it is set."""
     return with_local_dp(train_round, message, context)
 
 
@@ -32,7 +32,7 @@ def asked(message: Message, context: Context) -> ClientRequest:
 
 
 def train_round(message: Message, context: Context) -> Message:
-    """Do the round itself."""
+    """Do the round itself, without privacy."""
     request = asked(message, context)
     with request.seeded():
         return request.trained(request.method.train(request.task()))

@@ -27,7 +27,7 @@ def _folder(context: Context, asked: Mapping[str, Any]) -> Path | None:
 
 
 def _kept(folder: Path | None, key: str) -> list[Path]:
-    """Return the files of ``key``, a pattern, by round; the newest is last."""
+    """Return the files whose key matches ``key``, ordered by round."""
     return sorted(folder.glob(f"{key}@*.safetensors"), key=_round) if folder else []
 
 
@@ -100,7 +100,9 @@ def keep(
 
 
 def forget_after(folder: Path, method: str, server_round: int) -> None:
-    """Delete what clients kept for ``method`` after ``server_round``, as a resumed run repeats it.
+    """Delete what clients kept for ``method`` in rounds after ``server_round``.
+
+    A resumed run repeats these rounds.
 
     Args:
         folder: a run's, in a ``state-dir``.

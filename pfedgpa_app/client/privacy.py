@@ -24,7 +24,7 @@ Handler = Callable[[Message, Context], Message]
 
 
 def with_local_dp(handler: Handler, message: Message, context: Context) -> Message:
-    """Return what ``handler`` replies, made private where the run's uploads are to be.
+    """Return what ``handler`` replies, made private if ``local-dp-epsilon`` is set.
 
     A malicious client sends its attack as it is, neither clipped nor with noise.
     """

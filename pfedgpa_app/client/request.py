@@ -150,11 +150,11 @@ class ClientRequest:
         return torch_generator(self.config.seed, purpose, self.round, self.client)
 
     def seeded(self) -> AbstractContextManager[None]:
-        """Seed what the network draws itself (dropout) for this client and round, in the block."""
+        """In the block, seed the network's own draws (dropout) for this client and round."""
         return seeded(self.generator("network").initial_seed())
 
     def evaluated(self) -> Weights:
-        """Return the weights that it is evaluated with; others stay as they are initialised."""
+        """Return the weights that the client is evaluated with; others are as initialised."""
         network = tensors_of(self.config, self.schema())
         evaluated = self.method.evaluated(self.weights, self.state, network)
         if self._asked.get("leave"):
@@ -171,7 +171,7 @@ class ClientRequest:
         memory.leave(self._asked, self._adjustment(sent), LEFT)
 
     def _before(self) -> Weights:
-        """Return what it trained from: as it was sent, else as it was kept, else as initialised."""
+        """Return the weights trained from: as they were sent, else kept, else initialised."""
         own = tensors_of(self.config, self.schema())
         kept = {name: tensor for name, tensor in self.state.items() if name in own}
         sent = {n: t for n, t in self.weights.items() if not n.startswith(self.method.beside)}
@@ -190,7 +190,7 @@ class ClientRequest:
         return Message(content, reply_to=self.message)
 
     def trained(self, trained: Trained) -> Message:
-        """Make the answer to a round; ``trained`` must be what the method is to return.
+        """Make the answer to a round; ``trained`` is checked to be what the method must return.
 
         A client whose training went to infinity keeps its earlier state, or it could never recover.
         """
@@ -241,7 +241,8 @@ class ClientRequest:
     ) -> Message:
         """Make the answer to the final evaluation: before fine-tuning, then after each kind of it.
 
-        ``agreement``: test images on which it predicts what the reference predicts; None without.
+        ``agreement``: test images on which its weights and the reference predict the same; None
+        without a reference.
         """
         metrics: Metrics = {
             "test": [score.correct for score in test],

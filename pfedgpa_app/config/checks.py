@@ -212,7 +212,7 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
 
 
 def _idle_in_rounds(config: Config) -> dict[str, str]:
-    """Return {setting: why} of those without effect on such small rounds or on this attack."""
+    """Return {setting: why} of settings without effect in such small rounds or this attack."""
     why: dict[str, str] = {}
     left = f"min-uploads = {config.min_uploads} of a round's {config.round_clients} are left"
     if config.dropout_share and not config.dropped_clients:
@@ -237,7 +237,7 @@ def _all_of_it(config: Config) -> str:
 
 
 def _other_rates(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
-    """Yield, in words, which federations use learning rates of their own, which nobody gave."""
+    """Yield, in words, which federations ignore learning-rate for rates of their own."""
     for name in federations(config.method):
         method = METHODS[name]
         rates = method.rounds_class().rate_settings(name, config)

@@ -185,7 +185,7 @@ def without_idle(
 def defaults() -> dict[str, Any]:
     """Return {setting: default}, JSON-ready.
 
-    These hold for stored runs of earlier versions, too, which lacked some settings.
+    A run of an earlier version, which lacked a setting, counts as having its default.
     """
     values = {name: "auto" if k.default is None else k.default for name, k in keys().items()}
     plain: dict[str, Any] = json.loads(json.dumps(values))

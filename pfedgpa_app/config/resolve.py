@@ -116,9 +116,9 @@ def values_of(described: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def given(resolved: Resolved) -> dict[str, Any]:
-    """Return {setting: value} of all that is not a default.
+    """Return {setting: value} of all settings that are not defaults.
 
-    With these a run needs no file to come to the same settings.
+    A run that is given these needs no conf file to have the same settings.
     """
     return {
         name: entry["value"]
@@ -130,7 +130,7 @@ def given(resolved: Resolved) -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], resolved: Resolved) -> list[str]:
-    """List the settings that influence results and differ from those ``there``, of a kept run."""
+    """List the settings that influence results and differ from ``there``, a stored run's."""
     here, before = json.loads(json.dumps(resolved.as_dict())), defaults()
     return [
         f"{name} = {there.get(name, {}).get('value')!r} there, {entry['value']!r} here"
@@ -179,7 +179,10 @@ def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
 
 
 def _default_conf(overrides: Mapping[str, Any]) -> str:
-    """Return the experiment of a run that names none: demo, whose sizes suit its data, or own."""
+    """Return the experiment of a run that names none.
+
+    It is the demo only for the demo's data set, which the demo's sizes are for; otherwise "own".
+    """
     default = keys()["conf"].default
     dataset = overrides.get("dataset", keys()["dataset"].default)
     return str(default if dataset == keys()["dataset"].default else "own")
@@ -201,5 +204,5 @@ def _resolve_items(items: tuple[tuple[str, Scalar], ...]) -> Resolved:
 
 
 def resolve_cached(run_config: Mapping[str, Any]) -> Resolved:
-    """Do ``resolve``, remembering the result: a client asks again at each message."""
+    """Resolve as ``resolve`` does, but remember the result: clients ask at each message."""
     return _resolve_items(tuple(sorted(run_config.items())))

@@ -103,7 +103,7 @@ def read_metadata(path: Path, file_format: str) -> dict[str, str]:
     """Return the metadata of one of our files.
 
     Raises:
-        ValueError: there is no such file, it has another format, or it has been cut.
+        ValueError: there is no such file, it has another format, or it is truncated.
     """
     with _opened(path, file_format) as (_, metadata):
         return metadata
@@ -115,7 +115,7 @@ def read_tensors(
     """Return the tensors whose names begin with ``below``, and the metadata, of one of our files.
 
     Raises:
-        ValueError: there is no such file, it has another format, or it has been cut.
+        ValueError: there is no such file, it has another format, or it is truncated.
     """
     with _opened(path, file_format) as (file, metadata):
         names = [name for name in file.keys() if name.startswith(below)]  # noqa: SIM118

@@ -26,14 +26,14 @@ def package_of(app: Path) -> Path:
 
 
 def user_path(text: str | Path) -> Path:
-    """Return a path as users write it, with ``~`` expanded; ``~nobody`` stays, having no home."""
+    """Expand ``~`` in a path as users write it; ``~nobody`` stays if there is no such home."""
     return Path(os.path.expanduser(text))
 
 
 class Remembered(Generic[P, R]):
     """A function whose results are remembered, as by ``lru_cache``.
 
-    Results also depend on the current folder and $PFEDGPA_DATA, which relative paths go by.
+    Results also depend on the current folder and $PFEDGPA_DATA, which relative paths depend on.
     """
 
     def __init__(self, function: Callable[P, R], most: int) -> None:

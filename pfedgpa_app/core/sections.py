@@ -23,7 +23,7 @@ MODEL_HELP = (
     "images of any size; mlp, for tables; torchvision:NAME; or MODULE:CALLABLE of your own, which "
     "makes one of (classes, shape) (docs/own.md)"
 )
-NODES = "nodes"  # as data set: each node has its own
+NODES = "nodes"  # the data set with which each node has its own data
 TORCHVISION = "torchvision:"
 MODELS = ("auto", "digits", "fashion", "cifar", "conv", "mlp")
 PARTITIONS = ("dominant", "dirichlet", "shards", "iid", "natural")
@@ -240,7 +240,7 @@ class FederationSettings(Basics):
 
     @property
     def late_clients(self) -> int:
-        """How many of the other clients upload too late; ``min_uploads`` are always left."""
+        """How many of a round's other clients are late; ``min_uploads`` are always left."""
         most = max(0, self.round_clients - self.min_uploads) - self.dropped_clients
         return min(most, round(self.straggler_share * self.round_clients))
 

@@ -14,7 +14,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def finite(tensor: Tensor) -> Tensor:
-    """Return which numbers of a tensor are finite, also once they are float32 as in a vector."""
+    """Return which numbers of a tensor are finite, also as the float32 of a layout's vectors."""
     return (tensor.float() if tensor.is_floating_point() else tensor).isfinite()
 
 
@@ -111,7 +111,7 @@ def is_statistic(name: str) -> bool:
 
 
 def own_statistics(names: Collection[str], made: Container[str]) -> list[str]:
-    """Return the statistics that are a client's own where the weights ``made`` are made for it.
+    """Return the statistics that are a client's own, where ``made`` weights are made for it.
 
     If all trained weights are made, these are all statistics. Otherwise they are those above the
     first layer with a made weight: lower layers see the mean's weights alone.

@@ -161,10 +161,11 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
         found: {"x_train": …, "y_train": …, "x_test": …, "y_test": …}, arrays or tensors, optionally
             with "classes", "columns" (a table's column names; a pandas frame brings its own),
             "users_train" and "users_test"; or a tuple of the first four, optionally followed by the
-            classes; or one or two torch Datasets. Without a test split ("x", "y" and "users" do,
-            too), one is taken from the training examples. Entries called "val_…" are left out.
-        test_share: the share of the training examples that are tested on where there is no test
-            split. With 0 there are no test examples, and one class is enough, as for a network that
+            classes; or one or two torch Datasets. Without a test split the names may be "x", "y"
+            and "users", and some training examples become the test split. Entries called "val_…"
+            are left out.
+        test_share: the share of the training examples that become the test split where there is
+            none. With 0 there are no test examples, and one class is enough, as for a network that
             is already trained.
 
     Raises:

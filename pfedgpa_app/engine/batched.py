@@ -95,7 +95,7 @@ def _supported(layer: nn.Module) -> bool:
 
 
 def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """A chain's layers in order, with their names' prefixes; one that is used twice, twice."""
+    """Yield a chain's layers in order, with their names' prefixes; repeated layers come again."""
     for name, layer in model._modules.items():
         assert layer is not None
         if type(layer) is nn.Sequential:
@@ -105,7 +105,7 @@ def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 
 def can_batch(model: nn.Module) -> bool:
-    """Whether ``model`` is a chain of layers that have a batched form here.
+    """Whether ``model`` is a chain of layers that have a batched form here, without hooks.
 
     Clients must also share all its weights: none may be frozen, and none may have two names.
     """

@@ -30,7 +30,7 @@ IMPORTED = [
     "flwr.serverapp",
 ]  # what is imported before they start
 GRACE = 5.0  # seconds that a process is given to end
-_SOCKET = 70  # characters of a folder's name with which the fork server's socket has a valid one
+_SOCKET = 70  # longest temporary folder in which the name of the fork server's socket is valid
 
 
 class Server:

@@ -95,7 +95,7 @@ class Uploads:
 
     @property
     def most(self) -> int:
-        """How often the client uploads that does so most often."""
+        """The number of uploads of the client that uploads most often."""
         return max(self.counts.values(), default=0)
 
     def ask(self, federation: str, server_round: int, clients: Iterable[int]) -> None:

@@ -169,7 +169,7 @@ class Roster:
             tell: is called with the kind ("warning" or "status") and the text of what happens.
 
         Raises:
-        RosterError: no node connects in time, none answers, or two claim the same partition;
+            RosterError: no node connects in time, none answers, or two claim the same partition;
                 or, with nodes' own data, there are too few, others than before, or their data
                 differ in classes or shape.
         """

@@ -36,7 +36,7 @@ _RAISED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'(.*)'>", re.DOTALL)  # as Flo
 
 
 class NoUploadsError(RuntimeError):
-    """Too few replies of a round, or none of the last evaluation, are usable: the run ends."""
+    """Too few uploads of a round, or no final evaluation, can be used: the run cannot go on."""
 
 
 def failure(reply: Message) -> str:
