@@ -21,18 +21,18 @@ def who(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """One round of the method's client half."""
+    """Do one round of the method's client half, with local differential privacy if it is set."""
     return with_local_dp(train_round, message, context)
 
 
 def asked(message: Message, context: Context) -> ClientRequest:
-    """What is asked of this client, in a process that serves clients only."""
+    """Read what is asked of this client, and keep torch to one thread in this process."""
     torch.set_num_threads(1)  # clients share the cores; more threads only contend
     return ClientRequest(message, context)
 
 
 def train_round(message: Message, context: Context) -> Message:
-    """The round itself."""
+    """Do the round itself, without privacy."""
     request = asked(message, context)
     with request.seeded():
         return request.trained(request.method.train(request.task()))

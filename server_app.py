@@ -14,20 +14,20 @@ from pfedgpa_app.server.roster import RosterError
 from pfedgpa_app.server.screening import NoUploadsError
 
 app = ServerApp()
-TOLD = ConfigError, DataError, RosterError, NoUploadsError  # whose sentence says it all
+TOLD = ConfigError, DataError, RosterError, NoUploadsError  # their text is all that a user needs
 
-logger = logging.getLogger("pfedgpa")  # what the run says goes where Flower's words go
+logger = logging.getLogger("pfedgpa")  # the run's messages go where Flower's go
 logger.setLevel(logging.INFO)
 logger.handlers = logging.getLogger("flwr").handlers
 
 
 class Plain(logging.Filter):
-    """What a user can mend is told by its sentence alone: no traceback, no exit code below it."""
+    """Shows errors that a user can mend by their text alone, without traceback and exit code."""
 
     told = False
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether Flower is to print ``record``, which may lose its traceback here."""
+        """Whether Flower is to print ``record``; such an error loses its traceback here."""
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, TOLD):
             record.msg, record.args, record.exc_info = "%s", (str(error),), None

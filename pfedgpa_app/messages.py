@@ -1,8 +1,8 @@
 """Weights as messages carry them.
 
-Flower keeps a tensor as a file of NumPy's in bytes. Writing and reading one takes 0.3 ms, which is
-most of what thirty clients cost a server beside their training, and what never leaves a machine
-needs no bytes: here they are made when somebody asks for them, a network for instance.
+Flower keeps a tensor as the bytes of a NumPy file. Writing and reading one takes 0.3 ms, which is
+most of what thirty clients cost a server beside their training. Weights that never leave a machine
+need no bytes, so here bytes are made only when they are asked for, as by a network.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pfedgpa_app.core.weights import Weights
 
 
 class Array(flwr.app.Array):
-    """Flower's, with a tensor that stays one until its bytes are asked for.
+    """Flower's array, with a tensor that becomes bytes only when these are asked for.
 
-    It bears the name of Flower's class, which goes over the network with it.
+    It has the name of Flower's class, because that name is sent with it.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -32,21 +32,21 @@ class Array(flwr.app.Array):
 
     @functools.cached_property
     def data(self) -> bytes:  # type: ignore[override]
-        """As NumPy writes it."""
+        """The tensor as the bytes of a NumPy file."""
         file = BytesIO()
         np.save(file, self.__dict__["_values"], allow_pickle=False)
         return file.getvalue()
 
     def numpy(self) -> np.ndarray:
-        """A copy, which is the reader's own."""
-        if "data" in self.__dict__:  # and somebody may have replaced it
+        """Return a copy, which the reader may change."""
+        if "data" in self.__dict__:  # and it may have been replaced
             return super().numpy()
         values: np.ndarray = self.__dict__["_values"].copy()
         return values
 
 
 def record_of(weights: Weights) -> ArrayRecord:
-    """Weights by name, for a message."""
+    """Return weights, by name, as a record for a message."""
     record = ArrayRecord()
     for name, tensor in weights.items():
         record[name] = Array(tensor)
@@ -55,7 +55,7 @@ def record_of(weights: Weights) -> ArrayRecord:
 
 @functools.lru_cache(maxsize=1024)
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a file of NumPy's."""
+    """Return how many bytes a NumPy file of such an array takes."""
     like = np.lib.stride_tricks.as_strided(np.empty(1, dtype), shape, (0,) * len(shape))
     header = BytesIO()
     fields = {"descr": like.dtype.str, "fortran_order": False, "shape": shape}
@@ -64,7 +64,7 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def bytes_of(array: flwr.app.Array) -> int:
-    """How many it takes as it travels."""
+    """Return how many bytes ``array`` takes when it is sent."""
     if isinstance(array, Array) and "data" not in array.__dict__:
         return _size(array.dtype, array.shape)
     return len(array.data)

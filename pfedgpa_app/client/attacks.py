@@ -1,4 +1,4 @@
-"""Malicious clients, in simulations: what they hold, and what they upload instead."""
+"""Malicious clients, in simulations: the labels they learn, and what they upload instead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pfedgpa_app.core.sections import LABEL_FLIP, AttackSettings
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.images import Images
 
-_HONEST = ("none", LABEL_FLIP)  # in what is uploaded
+_HONEST = ("none", LABEL_FLIP)  # attacks that upload what was trained
 
 
 def flips_labels(config: AttackSettings, client: int) -> bool:
@@ -19,7 +19,7 @@ def flips_labels(config: AttackSettings, client: int) -> bool:
 
 
 def flipped(images: Images, classes: int) -> Images:
-    """The same images, class y called K − 1 − y, K being the number of ``classes``."""
+    """Return the same images, class y called K − 1 − y, for K ``classes``."""
     return replace(images, labels=classes - 1 - images.labels)
 
 
@@ -31,13 +31,13 @@ def attacks_updates(config: AttackSettings, client: int) -> bool:
 def malicious_upload(
     config: AttackSettings, trained: Weights, before: Weights, generator: torch.Generator
 ) -> Weights:
-    """What a malicious client uploads in the place of its ``trained`` weights.
+    """Return what a malicious client uploads in the place of its ``trained`` weights.
 
     With s the attack's strength and Δ = trained − before: ``sign-flip`` sends before − sΔ,
-    ``scale`` before + sΔ, and ``noise`` trained + s‖Δ‖ε/√P with ε normal.
+    ``scale`` before + sΔ, and ``noise`` trained + s‖Δ‖ε/√P, with ε standard normal and P weights.
 
     Args:
-        before: what it trained from; what it uploads beside that stays.
+        before: the weights that it trained from; what it uploads beside these stays as it is.
     """
     strength, kind = config.attack_strength, config.attack
     if kind in _HONEST:

@@ -29,17 +29,17 @@ class Cohort(Protocol):
         """Set every client's weights; those not given are as the run's seed initialises them."""
 
     def train(self, recipe: sgd.Recipe, generators: Sequence[torch.Generator]) -> Sequence[float]:
-        """Local SGD on the training images; every client's mean loss."""
+        """Do local SGD on the training images; return every client's mean loss."""
 
     def evaluate(self, part: str) -> Sequence[evaluation.Score]:
-        """Every client's score on its own images of ``part``, a field of ``ClientData``."""
+        """Return every client's score on its own images of ``part``, a field of ``ClientData``."""
 
     def predict(self, part: str) -> Sequence[torch.Tensor]:
-        """The class that every client's network sees in each of its images of ``part``."""
+        """Return the class that every client's network sees in each of its images of ``part``."""
 
 
 class SequentialCohort:
-    """A cohort of one."""
+    """A cohort of one client."""
 
     def __init__(self, request: ClientRequest) -> None:
         self._data, self.model = request.data(), request.model()
@@ -61,8 +61,8 @@ class SequentialCohort:
 def compare_fine_tunings(cohort: Cohort, requests: Sequence[ClientRequest]) -> list[Message]:
     """Evaluate before fine-tuning and after each kind of it; the fine-tuned copies are dropped.
 
-    Those that differ in their epochs only share them: two epochs go on from one,
-    with momentum begun anew.
+    Fine-tunings that differ only in their number of epochs share these: the second epoch goes on
+    from the first, with momentum begun anew.
     """
     config, asked = requests[0].config, requests[0].fine_tunings
     names = list(cohort.initial)
@@ -103,7 +103,10 @@ def compare_fine_tunings(cohort: Cohort, requests: Sequence[ClientRequest]) -> l
 def _agreement(
     cohort: Cohort, weights: Sequence[Weights], references: Sequence[Weights | None]
 ) -> list[int | None]:
-    """On how many of its test images each client's weights predict what its reference does."""
+    """Count the test images on which each client's weights predict what its reference does.
+
+    It is None for a client without a reference.
+    """
     predicted = []
     if any(reference is not None for reference in references):
         pairs = zip(references, weights, strict=True)

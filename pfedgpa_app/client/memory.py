@@ -1,9 +1,9 @@
 """What a client keeps between rounds.
 
-It lives in Flower's context, which ends with its SuperNode or with the run. A copy is kept in
-files where there is a folder for it: the one that a node's configuration names
-(``--node-config 'state-dir="/var/lib/pfedgpa"'``), or, in a simulation, one beside the run's
-results. So a node that was started again, and a run that was resumed, go on where they were.
+It is kept in Flower's context, which ends with the client's SuperNode or with the run. A copy is
+kept in files if there is a folder for it: the one that a node's configuration names
+(``--node-config 'state-dir="/var/lib/pfedgpa"'``) or, in a simulation, one beside the run's
+results. So a node that is started again, and a run that is resumed, go on where they were.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _folder(context: Context, asked: Mapping[str, Any]) -> Path | None:
 
 
 def _kept(folder: Path | None, key: str) -> list[Path]:
-    """Files, the newest round's last."""
+    """Return the files whose key matches ``key``, ordered by round."""
     return sorted(folder.glob(f"{key}@*.safetensors"), key=_round) if folder else []
 
 
@@ -36,7 +36,7 @@ def _round(file: Path) -> int:
 
 
 def newest(folder: Path, method: str) -> list[Path]:
-    """The newest file of every client that keeps something for ``method``.
+    """Return the newest file of every client that keeps something for ``method``.
 
     Args:
         folder: a run's, in a ``state-dir``.
@@ -46,7 +46,7 @@ def newest(folder: Path, method: str) -> list[Path]:
 
 
 def leave(asked: Mapping[str, Any], own: Weights, kind: str = "client") -> None:
-    """Leave what is a client's ``own``, of that ``kind``, beside a simulation's results."""
+    """Save a client's ``own`` tensors, of that ``kind``, beside a simulation's results."""
     folder: Any = asked.get("weights-dir")
     if own and folder:
         path = Path(folder) / f"{asked['method']}.{kind}-{asked['client']}.safetensors"
@@ -55,7 +55,10 @@ def leave(asked: Mapping[str, Any], own: Weights, kind: str = "client") -> None:
 
 
 def recall(context: Context, asked: Mapping[str, Any], key: str, before: int) -> Weights:
-    """What was kept under ``key`` in a round before ``before``; {} if nothing was.
+    """Return what was kept under ``key``; {} if nothing was.
+
+    The context has it as it was kept last. Where it does not, the newest file of a round before
+    ``before`` is read.
 
     Args:
         asked: the server's settings for this message.
@@ -75,11 +78,11 @@ def keep(
     server_round: int,
     again: int = 1,
 ) -> None:
-    """Keep ``state`` under ``key``; a file is written whole or not at all.
+    """Keep ``state`` under ``key``, unless it is empty; a file is written whole or not at all.
 
     Args:
-        again: how many rounds a resumed run may repeat; what was kept before them stays. What is
-            of later rounds than this one was kept by a process that was killed, and is no more.
+        again: how many rounds a resumed run may repeat; the files of that many rounds before this
+            one stay. Files of later rounds are deleted: a process that was killed has left them.
     """
     if not state:
         return
@@ -97,7 +100,9 @@ def keep(
 
 
 def forget_after(folder: Path, method: str, server_round: int) -> None:
-    """Delete what clients kept for ``method`` in rounds that a resumed run has yet to repeat.
+    """Delete what clients kept for ``method`` in rounds after ``server_round``.
+
+    A resumed run repeats these rounds.
 
     Args:
         folder: a run's, in a ``state-dir``.

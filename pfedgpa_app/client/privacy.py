@@ -1,9 +1,9 @@
-"""Local differential privacy: what a client uploads tells little of what it trained on.
+"""Local differential privacy: an upload reveals little of what the client trained on.
 
-By Flower's mod: the update is clipped to the norm C, and noise is added to every weight, of
-deviation 2C √(2 ln(1.25/δ))/ε (the Gaussian mechanism; two updates differ by at most 2C). That
-is (ε, δ)-differential privacy of an upload, for ε ≤ 1; R uploads add up. The noise is nobody's to
-repeat: such a run is not reproducible, on purpose.
+Flower's mod clips the update to the norm C and adds noise of deviation 2C √(2 ln(1.25/δ))/ε to
+every weight (the Gaussian mechanism; two updates differ by at most 2C). That is (ε, δ)-differential
+privacy of an upload, for ε ≤ 1; R uploads add up. Nobody can repeat the noise: such a run is not
+reproducible, on purpose.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Handler = Callable[[Message, Context], Message]
 
 
 def with_local_dp(handler: Handler, message: Message, context: Context) -> Message:
-    """What ``handler`` replies, made private where the run is to be.
+    """Return what ``handler`` replies, made private if ``local-dp-epsilon`` is set.
 
     A malicious client sends its attack as it is, neither clipped nor with noise.
     """
@@ -41,11 +41,11 @@ def with_local_dp(handler: Handler, message: Message, context: Context) -> Messa
         return reply
     trained = [name for name, array in sent.items() if _finite(array)]  # all but masks
     if odd := [name for name in trained if not _finite(made[name])]:
-        raise ValueError(f"trained {odd[0]} to {NOT_FINITE}")  # whose norm clips nothing
-    weights = copy.copy(message)  # alone: the mod takes no message with two records of them
+        raise ValueError(f"trained {odd[0]} to {NOT_FINITE}")  # its norm cannot be clipped
+    weights = copy.copy(message)  # for the mod, which refuses two records of arrays
     weights.content = RecordDict({"arrays": ArrayRecord({name: sent[name] for name in trained})})
     reply.content["arrays"] = ArrayRecord({name: made[name] for name in trained})
-    # from the system: forked processes would all draw the same from NumPy's own stream
+    # seed from the system, since forked processes would all draw the same numbers
     np.random.seed()  # noqa: NPY002
     clip = config.local_dp_clip
     mod = LocalDpMod(clip, 2 * clip, config.local_dp_epsilon, config.local_dp_delta)
@@ -60,9 +60,9 @@ def _finite(array: Array) -> bool:
 
 
 def _with_variances(private: Message, sent: ArrayRecord) -> Message:
-    """A normalisation layer's variance is as it was ``sent`` where noise made it none.
+    """Set a normalisation layer's variance back to what was ``sent`` where noise made it 0 or less.
 
-    This goes by nothing that is private.
+    This uses nothing that is private.
     """
     noisy = private.content.array_records["arrays"]
     names = [name for name in noisy if name.rpartition(".")[2] == "running_var"]

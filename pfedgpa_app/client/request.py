@@ -55,12 +55,15 @@ Metrics = dict[str, int | float | list[int] | list[float]]
 
 
 def build_model(config: Config, schema: Schema) -> nn.Module:
-    """The run's network, initialised from its seed, where the ``device`` setting says."""
+    """Make the run's network, initialised from its seed, where the ``device`` setting says."""
     return laid_out(network_of(config, schema).to(device_for(config.device)))
 
 
 def held_by(config: Config, client: int) -> ClientData:
-    """What ``client`` of a simulation holds; one that flips labels takes them so."""
+    """Return what ``client`` of a simulation holds.
+
+    A client that flips labels has them flipped in its training and validation images.
+    """
     data = load_client(config, client)
     if not flips_labels(config, client):
         return data
@@ -73,7 +76,7 @@ def held_by(config: Config, client: int) -> ClientData:
 
 
 class ClientRequest:
-    """One message to one client: what every handler needs of it."""
+    """One message to one client, and what every handler needs to answer it."""
 
     def __init__(self, message: Message, context: Context) -> None:
         self.message, self.context = message, context
@@ -104,7 +107,10 @@ class ClientRequest:
         self.state: Weights = memory.recall(context, asked, self._state_key, before)
 
     def _adjustment(self, sent: Collection[str]) -> Weights:
-        """To the classifier's bias, by name; {} if that is not among what it was ``sent``."""
+        """Return what the client adds to the classifier's bias, by the bias's name.
+
+        It is {} without logit adjustment, or if the bias is not among what it was ``sent``.
+        """
         if not (self.config.logit_adjustment and self.method.adjustable):
             return {}
         schema = self.schema()
@@ -114,41 +120,41 @@ class ClientRequest:
         return {bias: log_frequencies(self.data().train.labels, len(schema.classes))}
 
     def _adjusted(self, sent: Weights) -> Weights:
-        """What it was ``sent`` as this client goes by it."""
+        """Return what the client was ``sent``, with its adjustment added."""
         return adjusted(sent, self._adjustment(sent))
 
     def schema(self) -> Schema:
-        """What its network must know of its images."""
+        """Return what the network must know about the client's data."""
         if self.config.dataset == NODES:
             return schema_of(load_own(self.config, self._source))
         return load_schema(self.config)
 
     def data(self) -> ClientData:
-        """What this client holds."""
+        """Return what this client holds."""
         if self.config.dataset == NODES:
             return load_own_client(self.config, self._source, self.client)
         return held_by(self.config, self.client)
 
     def model(self) -> nn.Module:
-        """The network, as the run's seed initialises it."""
+        """Make the network, as the run's seed initialises it."""
         return build_model(self.config, self.schema())
 
     def task(self) -> ClientTask:
-        """What it needs to train."""
+        """Return all that the client's method needs to train."""
         model, draws = self.model(), partial(self.generator, "train")
         data, own = self.data(), (self.state, self.rate)
         return ClientTask(self.config, self.weights, model, data, self.round, draws, *own)
 
     def generator(self, purpose: str) -> torch.Generator:
-        """Its random stream for ``purpose`` in this round."""
+        """Make the client's random stream for ``purpose`` in this round."""
         return torch_generator(self.config.seed, purpose, self.round, self.client)
 
     def seeded(self) -> AbstractContextManager[None]:
-        """Within it, what its network draws by itself (dropout) is this client's of this round."""
+        """In the block, seed the network's own draws (dropout) for this client and round."""
         return seeded(self.generator("network").initial_seed())
 
     def evaluated(self) -> Weights:
-        """What it is evaluated with; weights not among them are as initialised."""
+        """Return the weights that the client is evaluated with; others are as initialised."""
         network = tensors_of(self.config, self.schema())
         evaluated = self.method.evaluated(self.weights, self.state, network)
         if self._asked.get("leave"):
@@ -156,34 +162,37 @@ class ClientRequest:
         return evaluated
 
     def _leave(self, evaluated: Weights) -> None:
-        """Leave what it is ``evaluated`` with to whom the results are for, in a simulation."""
+        """Save what only this client has of ``evaluated`` beside a simulation's results.
+
+        Its adjustment is saved as well, if it belongs to a bias that it was sent.
+        """
         sent = {name for name, tensor in evaluated.items() if self.weights.get(name) is tensor}
         memory.leave(self._asked, {n: t for n, t in evaluated.items() if n not in sent})
         memory.leave(self._asked, self._adjustment(sent), LEFT)
 
     def _before(self) -> Weights:
-        """What it trained from: what it was sent, else what it kept, else as the seed made it."""
+        """Return the weights trained from: as they were sent, else kept, else initialised."""
         own = tensors_of(self.config, self.schema())
         kept = {name: tensor for name, tensor in self.state.items() if name in own}
         sent = {n: t for n, t in self.weights.items() if not n.startswith(self.method.beside)}
         return {**own, **kept, **sent}
 
     def keep(self, state: Weights) -> None:
-        """Keep ``state`` for its next round."""
+        """Keep ``state`` for the client's next round."""
         again = max(1, self.config.checkpoint_every)
         memory.keep(self.context, self._asked, self._state_key, state, self.round, again)
 
     def reply(self, metrics: Metrics, weights: Weights | None = None) -> Message:
-        """The answer."""
+        """Make the reply to the message."""
         content = RecordDict({"metrics": MetricRecord(metrics)})
         if weights is not None:
             content["arrays"] = record_of(weights)
         return Message(content, reply_to=self.message)
 
     def trained(self, trained: Trained) -> Message:
-        """The answer to a round, if ``trained`` is what its method must make.
+        """Make the answer to a round; ``trained`` is checked to be what the method must return.
 
-        A client whose training went to infinity keeps what it had before: it would never come back.
+        A client whose training went to infinity keeps its earlier state, or it could never recover.
         """
         trained = self.method.checked(trained, tensors_of(self.config, self.schema()))
         weights = trained.upload
@@ -192,7 +201,7 @@ class ClientRequest:
         if attacks_updates(self.config, self.client):
             generator = self.generator("attack")
             weights = malicious_upload(self.config, weights, self._before(), generator)
-        added = self._adjustment(self.weights)  # nobody else goes by it
+        added = self._adjustment(self.weights)  # the adjustment is this client's alone
         weights = adjusted(weights, {bias: -by for bias, by in added.items()})
         metrics: Metrics = {
             "num-examples": len(self.data().train),
@@ -209,7 +218,10 @@ class ClientRequest:
         return self.reply(metrics, weights)
 
     def _validation_losses(self) -> list[float]:
-        """Tempered ones of what it was sent, then of what else it is to try; [] if nobody asks."""
+        """Return tempered validation losses of the weights sent, then of any reference.
+
+        It is [] if the method does not ask for them, or there are no validation images.
+        """
         images = self.data().validation
         if not len(images) or not self.method.asks_validation(self.config):
             return []
@@ -221,15 +233,16 @@ class ClientRequest:
         return losses
 
     def scored(self, score: Score) -> Message:
-        """The answer to an evaluation."""
+        """Make the answer to an evaluation."""
         return self.reply({"correct": score.correct, "loss": score.loss, "images": score.images})
 
     def compared(
         self, test: list[Score], validation: list[Score], agreement: int | None
     ) -> Message:
-        """The answer to the final evaluation: before fine-tuning, then after each kind of it.
+        """Make the answer to the final evaluation: before fine-tuning, then after each kind of it.
 
-        ``agreement``: test images on which it predicts what the reference predicts.
+        ``agreement``: test images on which its weights and the reference predict the same; None
+        without a reference.
         """
         metrics: Metrics = {
             "test": [score.correct for score in test],
@@ -241,12 +254,12 @@ class ClientRequest:
 
 
 def check_unchanged(config: Config, source: str, context: Context) -> None:
-    """Refuse data of this node's own that are not what it has gone by before in this run.
+    """Refuse data of this node's own that have changed since an earlier message of this run.
 
-    Every message may come to a process of its own, which reads them anew.
+    A process of its own may serve each message, and reads the data anew.
 
     Raises:
-        DataError: they are others.
+        DataError: the data have changed.
     """
     before = context.state.config_records.get("data")
     if before is None:
@@ -256,10 +269,11 @@ def check_unchanged(config: Config, source: str, context: Context) -> None:
 
 
 def describe(context: Context) -> RecordDict:
-    """Who a node is: its partition, and what its own data are, where a run goes by those.
+    """Say who a node is: its partition and, if the run uses nodes' own data, their schema.
 
     Raises:
-        DataError: they are absent or unusable.
+        DataError: its data are absent or unusable.
+        ConfigError: the run's network cannot be made here.
     """
     partition = int(context.node_config.get("partition-id", -1))
     content = RecordDict({"node": MetricRecord({"partition-id": partition})})
@@ -270,13 +284,13 @@ def describe(context: Context) -> RecordDict:
             data = load_own_client(config, source, partition)
             check_unchanged(config, source, context)
             schema = schema_of(load_own(config, source))
-            network = network_of(config, schema)  # which may be the user's own, and not be here
+            network = network_of(config, schema)  # the user's own may be missing here
             if len(data.train) == 1 and (why := no_step_on_one(network)):
                 warn_once(
                     f"partition-id={partition} has one training example, and the network's {why}: "
                     "nothing is learned here; give it more"
                 )
             content["data"] = ConfigRecord(schema.as_dict())
-        except (ConfigError, DataError) as error:  # Flower tells nobody whose node it was
+        except (ConfigError, DataError) as error:  # Flower does not say which node it was
             raise type(error)(f"partition-id={partition}: {error}") from error
     return content

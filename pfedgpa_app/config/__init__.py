@@ -1,1 +1,1 @@
-"""Where settings, YAML files and the registry of methods meet, and nowhere else."""
+"""Settings, YAML files and the registry of methods, which meet only here."""

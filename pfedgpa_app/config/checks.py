@@ -1,4 +1,4 @@
-"""What no value alone can show: settings that contradict each other, or that nothing goes by."""
+"""Checks across settings: those that contradict each other, and those that nothing uses."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from pfedgpa_app.methods.baselines import FromUploads
 from pfedgpa_app.methods.generation import PFedGPASettings
 from pfedgpa_app.methods.own import reference_of
 
-RUN_CONFIG = "run-config"  # what is given for this run alone
+RUN_CONFIG = "run-config"  # the source of what is given for this run alone
 
 
 def check(config: Config, sources: Mapping[str, str]) -> None:
-    """Refuse a configuration of which every value alone is right.
+    """Refuse a configuration in which every value alone is right, but not all of them together.
 
     Args:
         sources: {setting: where its value came from}.
@@ -45,12 +45,12 @@ def check(config: Config, sources: Mapping[str, str]) -> None:
 
 
 def _given(sources: Mapping[str, str]) -> list[str]:
-    """The settings that are given for this run alone."""
+    """Return the settings that are given for this run alone."""
     return [name for name, source in sources.items() if source == RUN_CONFIG]
 
 
 def _refuse_idle(config: Config, sources: Mapping[str, str]) -> None:
-    """Refuse settings, given for this run, that none of its methods or its partition goes by."""
+    """Refuse settings given for this run that neither its methods nor its partition use."""
     for name in _given(sources):
         if name == "partition" and config.dataset == NODES:
             raise ConfigError(
@@ -71,14 +71,14 @@ def _refuse_idle(config: Config, sources: Mapping[str, str]) -> None:
 
 
 def _check(config: Config) -> None:
-    """Refuse what each value alone cannot show."""
+    """Refuse values that do not fit together."""
     for name in config.method:
         require_method(name, "method")
     if len(set(config.method)) < len(config.method):
         raise ConfigError(f"method = {','.join(config.method)}: names a method twice")
     require_model(config.model)
     _check_data(config)
-    kept = name_of(FromUploads.of)  # whose uploads are kept
+    kept = name_of(FromUploads.of)  # the federation whose uploads are kept
     others = [method for method in config.method if federation_of(method) != kept]
     if config.uploads and others:
         raise ConfigError(
@@ -108,7 +108,7 @@ def _check(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    """Refuse what a run's data cannot be."""
+    """Refuse settings of the data that do not fit together."""
     require_dataset(config.dataset, "dataset")
     require_partition(config.partition)
     resized = config.dataset.startswith((IMAGEFOLDER, HUGGING_FACE)) or config.dataset == NODES
@@ -128,7 +128,7 @@ def _check_data(config: Config) -> None:
 
 
 def _check_missing(config: Config) -> None:
-    """Refuse clients that drop out or are late where that cannot be, or is nobody."""
+    """Refuse drop-outs and stragglers on real nodes, and shares that come to no client."""
     if config.dataset == NODES and config.dropout_share + config.straggler_share:
         raise ConfigError("dropout-share, straggler-share: are for simulations; real nodes fail so")
     shares = {"dropout-share": config.dropout_share, "straggler-share": config.straggler_share}
@@ -141,10 +141,10 @@ def _check_missing(config: Config) -> None:
 
 
 def _check_attack(config: Config, sources: Mapping[str, str]) -> None:
-    """Refuse an attack that nobody makes, for a federation without one looks robust to it."""
+    """Refuse an attack by nobody: a federation without one would look robust to it."""
     share, clients = config.malicious_share, config.initial_clients
     if config.attack == "none":
-        there = sources["attack"]  # a "none" that is said at least as late is meant
+        there = sources["attack"]  # a "none" from the same source or a later one is meant
         given = {"malicious-share": share, "attack-strength": config.attack_strength}
         for name, value in given.items() if share else ():
             here = sources[name]
@@ -172,7 +172,9 @@ def _check_attack(config: Config, sources: Mapping[str, str]) -> None:
 
 
 def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -> Iterator[str]:
-    """What was given for this run, but nothing goes by, because of others or the data; in words.
+    """Yield, in words, which settings given for this run have no effect, and why.
+
+    The reason is another setting, or the data.
 
     Args:
         sources: {setting: where its value came from}.
@@ -210,7 +212,7 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
 
 
 def _idle_in_rounds(config: Config) -> dict[str, str]:
-    """Settings that rounds of so few clients, or of this attack, do not go by, and why."""
+    """Return {setting: why} of settings without effect in such small rounds or this attack."""
     why: dict[str, str] = {}
     left = f"min-uploads = {config.min_uploads} of a round's {config.round_clients} are left"
     if config.dropout_share and not config.dropped_clients:
@@ -226,7 +228,7 @@ def _idle_in_rounds(config: Config) -> dict[str, str]:
 
 
 def _all_of_it(config: Config) -> str:
-    """Why clients' data have no numbers to be given, in words; empty where they have some."""
+    """Say why clients hold all of their data, whatever its size; empty if numbers are dealt."""
     if config.dataset == NODES:
         return "with dataset = nodes each node has its own data, all of it"
     if config.partition == "natural" or config.partition.startswith(PARTITION_FILE):
@@ -235,7 +237,7 @@ def _all_of_it(config: Config) -> str:
 
 
 def _other_rates(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
-    """Which federations' rounds go by learning rates that nobody gave; in words."""
+    """Yield, in words, which federations ignore learning-rate for rates of their own."""
     for name in federations(config.method):
         method = METHODS[name]
         rates = method.rounds_class().rate_settings(name, config)
@@ -247,7 +249,7 @@ def _other_rates(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
 
 
 def _reads_label_counts(config: Config) -> bool:
-    """Whether a method goes by what clients share of their classes; one's own may."""
+    """Whether a method uses the class counts that clients share; a user's own method may."""
     if any(reference_of(name) != name for name in config.method):
         return True
     descriptor = keys()["pfedgpa.descriptor"]

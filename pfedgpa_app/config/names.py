@@ -1,6 +1,6 @@
-"""What users name: settings, methods, data sets, networks and partitions.
+"""The names that users may write: settings, methods, data sets, networks and partitions.
 
-Every setting is there once: its type, default, range and meaning.
+Every setting is listed once, with its type, default, range and meaning.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def sections() -> dict[str, type]:
 
 @lru_cache(maxsize=1)
 def keys() -> dict[str, Key]:
-    """Every setting by the name that users write; methods' own are ``METHOD.SETTING``."""
+    """Return every setting by the name that users write; methods' own are ``METHOD.SETTING``."""
     found = list(fields_of(Config))
     for section, kind in sections().items():
         found += fields_of(kind, section + ".")
@@ -50,7 +50,7 @@ def keys() -> dict[str, Key]:
 
 
 def keys_of(name: str) -> list[Key]:
-    """The settings of a method or of a section of the run's, or the one of that name.
+    """Return the settings of a method or of a section, or the one setting called ``name``.
 
     Raises:
         ConfigError: there is none.
@@ -60,7 +60,7 @@ def keys_of(name: str) -> list[Key]:
     found = [
         k for k in keys().values() if k.name in own or name in (k.name, k.name.rpartition(".")[0])
     ]
-    if not found and name in METHODS:  # which may go by another's
+    if not found and name in METHODS:  # it may use another method's
         goes_by = without_idle({k: None for k in keys() if "." in k}, [name])
         found = [keys()[each] for each in goes_by]
         if not found:
@@ -73,7 +73,7 @@ def keys_of(name: str) -> list[Key]:
     return found
 
 
-_SHORT = {  # what others call settings, too unlike to be guessed
+_SHORT = {  # other usual names, too different to be guessed
     "alpha": "dirichlet-alpha",
     "bs": "batch-size",
     "lr": "learning-rate",
@@ -83,12 +83,12 @@ _SHORT = {  # what others call settings, too unlike to be guessed
 
 
 def in_full(name: str) -> str:
-    """A setting's name, if ``name`` is what others call it."""
+    """Return the setting that others call ``name``; ``name`` itself if there is none."""
     return _SHORT.get(name.lower(), name)
 
 
 def known(name: str, source: str) -> Key:
-    """The setting ``name``; refused, by where it stands, if there is none."""
+    """Return the setting called ``name``, or raise a ConfigError that says where it stands."""
     if name not in keys():
         meant = near(in_full(name), keys())
         raise ConfigError(
@@ -124,7 +124,7 @@ def require_partition(name: str) -> None:
 
 
 def method_named(method: str, code_dir: str = "") -> str:
-    """A method's name; of an import path, after its class has been made known under it."""
+    """Return a method's name; one given by its import path is registered first."""
     name, is_new = registered(method, code_dir)
     if is_new:
         sections.cache_clear()
@@ -133,7 +133,7 @@ def method_named(method: str, code_dir: str = "") -> str:
 
 
 def _by_title(title: str) -> str:
-    """The name of the method that tables call so; ``title`` itself if there is none."""
+    """Return the name of the method with this ``title`` in tables; else ``title`` itself."""
     return next((name for name, kind in METHODS.items() if kind.title == title), title)
 
 
@@ -145,12 +145,12 @@ def require_method(name: str, source: str) -> None:
 
 
 def is_read(key: Key, config: Config) -> bool:
-    """Whether the results of a run go by a setting."""
+    """Whether a setting influences the results of a run."""
     return bool(key.rules["part"] != LAUNCH) and not is_idle(key, config)
 
 
 def is_idle(key: Key, config: Config) -> bool:
-    """Whether a setting is of another partition, or of other methods, than a run has."""
+    """Whether a setting belongs to a partition or to methods that a run does not have."""
     if key.name in OF_PARTITION:
         return config.partition != OF_PARTITION[key.name]
     section, part = key.name.rpartition(".")[0], key.rules["part"]
@@ -158,7 +158,7 @@ def is_idle(key: Key, config: Config) -> bool:
         return False
     readers: list[Any] = [METHODS[name] for name in config.method if name in METHODS]
     if config.save_uploads or config.uploads:
-        readers.append(FromUploads)  # goes by which of them are kept, too
+        readers.append(FromUploads)  # its settings decide which uploads are kept, too
     kind = sections()[section]
     return not any(reader.settings is kind and part in reader.parts for reader in readers)
 
@@ -166,10 +166,10 @@ def is_idle(key: Key, config: Config) -> bool:
 def without_idle(
     settings: Mapping[str, Any], methods: Iterable[str], partition: str = ""
 ) -> dict[str, Any]:
-    """``settings`` without methods' own that none of ``methods`` goes by.
+    """Return ``settings`` without methods' own that none of ``methods`` uses.
 
     Args:
-        partition: those of others are left out, too; "" for none.
+        partition: settings of other partitions are left out, too; "": they all stay.
     """
     every, config = keys(), Config(method=tuple(methods))
     if partition:
@@ -183,7 +183,10 @@ def without_idle(
 
 
 def defaults() -> dict[str, Any]:
-    """{setting: value}, JSON-ready: what a run of a version that had no such setting went by."""
+    """Return {setting: default}, JSON-ready.
+
+    A run of an earlier version, which lacked a setting, counts as having its default.
+    """
     values = {name: "auto" if k.default is None else k.default for name, k in keys().items()}
     plain: dict[str, Any] = json.loads(json.dumps(values))
     return plain

@@ -1,4 +1,4 @@
-"""From what users write to typed values, or a refusal that names key, value and range."""
+"""Turn what users write into typed values, or refuse it by key, value and range."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from pfedgpa_app.core.settings import ConfigError, near, shown
 
-MOST = 2**63 - 1  # as much as NumPy's and Flower's whole numbers hold
+MOST = 2**63 - 1  # the largest whole number that NumPy and Flower hold
 Scalar = str | int | float | bool
 
 
@@ -28,7 +28,7 @@ class Key:
 
 
 def fields_of(kind: type, prefix: str = "") -> Iterator[Key]:
-    """The settings that the dataclass ``kind`` declares, named after ``prefix``."""
+    """Yield the settings that the dataclass ``kind`` declares; ``prefix`` is put before names."""
     hints = typing.get_type_hints(kind)
     for f in dataclasses.fields(kind):
         if f.metadata:
@@ -37,7 +37,7 @@ def fields_of(kind: type, prefix: str = "") -> Iterator[Key]:
 
 
 def parse(key: Key, value: Any, source: str) -> Any:
-    """``value`` as the key's type, or a ConfigError that names key, value and what is allowed."""
+    """Return ``value`` as the key's type, or raise a ConfigError that says what is allowed."""
 
     def refuse(allowed: str) -> ConfigError:
         return ConfigError(f"{key.name} = {shown(value)} ({source}): {allowed}")
@@ -82,14 +82,14 @@ def parse(key: Key, value: Any, source: str) -> Any:
 
 
 def check_section(method: str, values: Any) -> None:
-    """Refuse settings of a method's own, made without ``resolve``, that are out of range."""
+    """Refuse a method's own settings out of range where they were made without ``resolve``."""
     for key in fields_of(type(values), f"{method}."):
         field = key.name.rpartition(".")[2].replace("-", "_")
         parse(key, getattr(values, field), type(values).__name__)
 
 
 def _bounds_broken(number: int | float, rules: Mapping[str, Any]) -> str:
-    """The bounds of a ``number`` that lies outside them, in words; "" if it lies within."""
+    """Return the bounds, in words, if a ``number`` lies outside them; "" if it does not."""
     low, high, above = (rules[k] for k in ("low", "high", "above"))
     if isinstance(number, int) and number > MOST:
         high = min(high, MOST)
@@ -102,11 +102,11 @@ def _bounds_broken(number: int | float, rules: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any, wanted: type[int] | type[float]) -> int | float | None:
-    """``value`` as the finite number that is wanted, if it is one or, in a list, its text."""
+    """Return ``value``, a number or its text, as a finite number of type ``wanted``; else None."""
     if isinstance(value, bool):
         return None
     if wanted is int and isinstance(value, int):
-        return value  # it may be longer than a float's range
+        return value  # it may exceed a float's range
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -116,7 +116,7 @@ def _number(value: Any, wanted: type[int] | type[float]) -> int | float | None:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of nested settings, with dots in the names."""
+    """Yield (name, value) of nested settings, with dots in the names."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")
@@ -125,7 +125,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def flat(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """``values`` with ``pfedgpa.rank: 5`` for ``pfedgpa: {rank: 5}``.
+    """Return ``values`` with ``pfedgpa.rank: 5`` for ``pfedgpa: {rank: 5}``.
 
     Raises:
         ConfigError: a setting is there in both ways.
@@ -139,7 +139,7 @@ def flat(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def argument(value: Any) -> str:
-    """A setting's value as ``KEY=VALUE`` has it."""
+    """Return a setting's value as it is written in ``KEY=VALUE``."""
     if isinstance(value, (list, tuple)):
         return ",".join(map(argument, value))
     if value is None:
@@ -148,7 +148,7 @@ def argument(value: Any) -> str:
 
 
 def in_toml(settings: Mapping[str, Any]) -> str:
-    """Settings as Flower's command line takes them; JSON's scalars are TOML's."""
+    """Return settings as Flower's command line takes them; JSON's scalars are TOML's, too."""
 
     def toml(value: Any) -> str:
         if isinstance(value, (list, tuple)):

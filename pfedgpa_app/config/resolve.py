@@ -34,13 +34,17 @@ from pfedgpa_app.methods.own import reference_of
 
 
 def conf_path(conf: str) -> Path:
-    """The YAML file that ``conf`` names: in the app's conf/ or a path of the user's."""
+    """Return the YAML file that ``conf`` names: in the app's conf/, or a path of the user's.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
     given, own = user_path(conf), APP_DIR / "conf"
     places = [given] if given.is_absolute() else [given, APP_DIR / given]
     if given.suffix not in YAML:
         places = [own / f"{conf}.yaml"]
     for path in places:
-        if os.path.isfile(path):  # a name that is too long is no file, either
+        if os.path.isfile(path):  # also false for a name that is too long
             return path
     if os.path.isdir(given):
         why = "no file but a folder"
@@ -57,10 +61,11 @@ def conf_path(conf: str) -> Path:
 def _conf_layers(
     conf: str, over: Mapping[str, Any], above: tuple[Path, ...] = ()
 ) -> list[tuple[str, dict[str, Any]]]:
-    """(file's name, its values) of ``conf``, after that of the file it builds on, its ``conf``.
+    """Return (file's name, its values) of ``conf``, after those of the files it builds on.
 
-    A user's file that names none builds on what a run without a file would have, so that the same
-    settings mean the same in a file and on the command line.
+    A file builds on the one that its own ``conf`` names. A user's file that names none builds on
+    what a run without a file would have, so that the same settings mean the same in a file and on
+    the command line.
 
     Args:
         over: settings laid over the file's.
@@ -77,7 +82,7 @@ def _conf_layers(
 
 
 def inherited(conf: str, over: Mapping[str, Any]) -> dict[str, Any]:
-    """{setting: value} of the files that the one of ``conf`` builds on, without its own.
+    """Return {setting: value} of the files that the file of ``conf`` builds on, without its own.
 
     Args:
         over: settings laid over the file's.
@@ -93,7 +98,7 @@ class Resolved:
     sources: Mapping[str, str]
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """``{key: {"value": …, "from": …}}``, JSON-ready."""
+        """Return ``{key: {"value": …, "from": …}}``, JSON-ready."""
         shown = {}
         for name in keys():
             section, _, field = name.rpartition(".")
@@ -106,12 +111,15 @@ class Resolved:
 
 
 def values_of(described: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """{setting: value} of what ``Resolved.as_dict`` or a run's folder says."""
+    """Return {setting: value} from ``Resolved.as_dict``, or from what a run's folder holds."""
     return {name: entry["value"] for name, entry in described.items()}
 
 
 def given(resolved: Resolved) -> dict[str, Any]:
-    """{setting: value} of all that is not the default: what needs no file to come to the same."""
+    """Return {setting: value} of all settings that are not defaults.
+
+    A run that is given these needs no conf file to have the same settings.
+    """
     return {
         name: entry["value"]
         for name, entry in resolved.as_dict().items()
@@ -122,7 +130,7 @@ def given(resolved: Resolved) -> dict[str, Any]:
 
 
 def differences(there: Mapping[str, Any], resolved: Resolved) -> list[str]:
-    """Settings that have a part in the results and differ from those that a run has kept."""
+    """List the settings that influence results and differ from ``there``, a stored run's."""
     here, before = json.loads(json.dumps(resolved.as_dict())), defaults()
     return [
         f"{name} = {there.get(name, {}).get('value')!r} there, {entry['value']!r} here"
@@ -133,7 +141,7 @@ def differences(there: Mapping[str, Any], resolved: Resolved) -> list[str]:
 
 
 def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
-    """The run's configuration from ``run_config`` over its ``conf`` file over the defaults.
+    """Return the run's configuration: ``run_config`` over its ``conf`` file over the defaults.
 
     An empty string in ``run_config`` means "not set here": pyproject.toml lists every key
     that way, because Flower lets ``--run-config`` override listed keys only.
@@ -171,16 +179,19 @@ def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:
 
 
 def _default_conf(overrides: Mapping[str, Any]) -> str:
-    """The experiment of a run that names none: the demo's sizes are for its data alone."""
+    """Return the experiment of a run that names none.
+
+    It is the demo only for the demo's data set, which the demo's sizes are for; otherwise "own".
+    """
     default = keys()["conf"].default
     dataset = overrides.get("dataset", keys()["dataset"].default)
     return str(default if dataset == keys()["dataset"].default else "own")
 
 
 def _know_methods(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-    """Make methods by import path known, before their settings are looked at."""
+    """Register methods given by import path before their settings are looked at."""
     code_dir = ""
-    for source, layer in layers:  # of all: a file may have settings of a method that is not run
+    for source, layer in layers:  # all layers: a file may have settings of a method that is not run
         code_dir = str(layer.get("code-dir", code_dir))
         if method := layer.get("method"):
             for name in parse(keys()["method"], method, source):
@@ -193,5 +204,5 @@ def _resolve_items(items: tuple[tuple[str, Scalar], ...]) -> Resolved:
 
 
 def resolve_cached(run_config: Mapping[str, Any]) -> Resolved:
-    """``resolve``, remembered: a client asks again at each message."""
+    """Resolve as ``resolve`` does, but remember the result: clients ask at each message."""
     return _resolve_items(tuple(sorted(run_config.items())))

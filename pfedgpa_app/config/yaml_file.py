@@ -1,4 +1,4 @@
-"""A YAML file of settings: UTF-8, a mapping, and every key once."""
+"""Read a YAML file of settings: UTF-8, a mapping, and every key once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pfedgpa_app.core.settings import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """Keys are text as it is written; one that stands twice is refused."""
+    """A loader that keeps keys as they are written, as text, and refuses one that stands twice."""
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
@@ -23,8 +23,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
             problem = f"{key.value} stands here and in line {lines[key.value]}"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         lines[key.value] = key.start_mark.line + 1
-    loader.flatten_mapping(node)  # "<<: *alias"
-    # at once, not when all else is made: so a mapping that holds itself is found out
+    loader.flatten_mapping(node)  # resolves "<<: *alias"
+    # made at once, not after all else, so that a mapping that holds itself is noticed
     return {key.value: loader.construct_object(value, deep=True) for key, value in node.value}
 
 
@@ -32,7 +32,7 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What the file maps, keys to values.
+    """Return the settings in a file, {key: value}.
 
     Raises:
         ConfigError: it cannot be read, is not UTF-8 or not YAML, or is no mapping.
@@ -49,7 +49,7 @@ def read(path: Path) -> dict[str, Any]:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}, line {line}: not valid YAML: {error.problem}") from error
     except (ValueError, LookupError, AttributeError) as error:
-        # PyYAML lets pass what goes wrong with dates, tags and numbers of thousands of digits
+        # PyYAML does not catch errors in dates, tags and numbers of thousands of digits
         raise ConfigError(f"{path}: not valid YAML: a value cannot be read: {error}") from error
     if loaded is None:  # nothing but comments
         return {}

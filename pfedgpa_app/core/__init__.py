@@ -1,1 +1,1 @@
-"""What everything stands on: settings, weights, uploads, random streams, files."""
+"""What all other packages build on: settings, weights, uploads, random streams, files."""

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and our safetensors, which hold nothing that runs."""
+"""Files written whole or not at all, and our safetensors files, which hold no code."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from torch import Tensor
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to in the place of ``path``, which is replaced whole or not at all."""
+    """Give a path to write to; that file then replaces ``path``, whole or not at all."""
     new = path.with_name(path.name + ".new")
     try:
         yield new
         sync(new)
         new.replace(path)
     except OSError as error:
-        if error.filename in (None, str(new)):  # which nobody knows of
+        if error.filename in (None, str(new)):  # users do not know the temporary name
             error.filename = str(path)
         raise
 
 
 def sync(path: Path) -> None:
-    """Return when what was written to ``path`` is on the disk."""
+    """Wait until what was written to ``path`` is on the disk."""
     with path.open("rb+") as written:
         os.fsync(written.fileno())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``, whole or not at all."""
+    """Write ``text`` to ``path``, replacing the file whole or not at all."""
     with replacing(path) as new:
         new.write_text(text, encoding="utf-8")
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """``value`` as a file's text; JSON has no word for NaN and infinity, which become null."""
+    """Return ``value`` as JSON text; NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_plain(value), indent=indent, allow_nan=False)
 
 
@@ -58,30 +58,30 @@ def _plain(value: Any) -> Any:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of the file's bytes, by which damage is seen."""
+    """Return the CRC-32 of the file's bytes, which reveals damage."""
     return zlib.crc32(path.read_bytes())
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Replace ``path``, whole or not at all, by tensors as safetensors, strided ones too.
+    """Write tensors, strided ones too, to ``path`` as safetensors, whole or not at all.
 
     Raises:
-        OSError: it cannot be written.
-        KeyError: safetensors knows no tensors of that type.
+        OSError: the file cannot be written.
+        KeyError: safetensors does not know a tensor's type.
     """
     apart: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
         data = tensor.detach().cpu().contiguous()
         storage = data.untyped_storage().data_ptr()
-        apart[name] = data.clone() if storage in storages else data  # no two may share one
+        apart[name] = data.clone() if storage in storages else data  # no two may share a storage
         storages.add(storage)
     with replacing(path) as new:
         try:
             save_file(apart, new, metadata)
-        except SafetensorError as error:  # has the system's number in its text alone
+        except SafetensorError as error:  # the system's error number is only in its text
             found = re.search(r"os error (\d+)", str(error))
             number = int(found[1]) if found else errno.EIO
             raise OSError(number, os.strerror(number) if found else str(error)) from error
@@ -100,10 +100,10 @@ def _opened(path: Path, file_format: str) -> Iterator[tuple[Any, dict[str, str]]
 
 
 def read_metadata(path: Path, file_format: str) -> dict[str, str]:
-    """What a file of ours says of itself.
+    """Return the metadata of one of our files.
 
     Raises:
-        ValueError: no such file, another format, or one that has been cut.
+        ValueError: there is no such file, it has another format, or it is truncated.
     """
     with _opened(path, file_format) as (_, metadata):
         return metadata
@@ -112,10 +112,10 @@ def read_metadata(path: Path, file_format: str) -> dict[str, str]:
 def read_tensors(
     path: Path, file_format: str, below: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, those whose names begin with ``below``, and the metadata of a file of ours.
+    """Return the tensors whose names begin with ``below``, and the metadata, of one of our files.
 
     Raises:
-        ValueError: no such file, another format, or one that has been cut.
+        ValueError: there is no such file, it has another format, or it is truncated.
     """
     with _opened(path, file_format) as (file, metadata):
         names = [name for name in file.keys() if name.startswith(below)]  # noqa: SIM118

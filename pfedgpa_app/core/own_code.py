@@ -1,4 +1,4 @@
-"""Users' own code by its import path, as in ``my_package.nets:build``."""
+"""Import users' own code by its path, as in ``my_package.nets:build``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.settings import ConfigError
 
 _REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-# {module: {its files: their digests}}, as it was imported: it stays so, whatever is edited later
+# {module: {file: its digest}} as the module was imported, whatever is edited later
 _SOURCES: dict[str, dict[Path, str]] = {}
 
 
@@ -25,18 +25,18 @@ def is_reference(name: str) -> bool:
 
 
 def imported(reference: str, folder: str, setting: str) -> Any:
-    """What ``reference`` names in a module of ``folder`` (empty: the current one) or installed.
+    """Import what ``reference`` names, from ``folder`` (empty: the current one) or as installed.
 
     Args:
-        setting: whose value it is, for messages.
+        setting: the name of the setting that has this value, for messages.
 
     Raises:
         ConfigError: there is no such module or name, or importing it fails.
     """
     module_name, _, name = reference.partition(":")
     place = str(Path(folder or ".").absolute())
-    # first while it is imported, last from then on: what else it imports later must be found,
-    # and a file of the user's must not stand in for a library's
+    # the folder is first in the path during the import and last afterwards: what the code imports
+    # later must be found, but a user's file must not take the place of a library
     sys.path.insert(0, place)
     _forget_another(module_name.partition(".")[0], place)
     is_new = module_name not in sys.modules or module_name not in _SOURCES
@@ -53,7 +53,7 @@ def imported(reference: str, folder: str, setting: str) -> Any:
         sys.path.remove(place)
         if place not in sys.path:
             sys.path.append(place)
-    file = getattr(module, "__file__", None)  # none of a built-in module's
+    file = getattr(module, "__file__", None)  # a built-in module has none
     if is_new:
         _SOURCES[module_name] = _read(Path(file)) if file else {}
     if not hasattr(module, name):
@@ -64,16 +64,18 @@ def imported(reference: str, folder: str, setting: str) -> Any:
 
 
 def sources(reference: str) -> dict[Path, str]:
-    """{file: its SHA-256} of what ``reference`` came from when this process imported it.
+    """Return {file: its SHA-256} of the code of ``reference``, as this process imported it.
 
-    They are its module's file and those beside that which are imported there; {} if it has not
-    been ``imported`` yet.
+    The files are its module's and those beside it that it imports, directly or not; {} if it has
+    not been ``imported`` yet.
     """
     return _SOURCES.get(reference.partition(":")[0], {})
 
 
 def forget_edited() -> bool:
-    """Have modules imported anew whose files were edited since, as between a notebook's cells.
+    """Forget modules whose files were edited since, as between a notebook's cells.
+
+    They are imported anew when they are next asked for.
 
     Returns:
         whether there are any.
@@ -89,7 +91,7 @@ def forget_edited() -> bool:
 
 
 def _forget_another(top: str, place: str) -> None:
-    """Forget what was imported as ``top`` from another folder than ``place``, if that has one."""
+    """Forget ``top`` if it was imported from another folder than ``place``, which has one, too."""
     here = importlib.machinery.PathFinder.find_spec(top, [place])
     file = getattr(sys.modules.get(top), "__file__", None)
     if here is None or here.origin is None or file in (None, here.origin):
@@ -99,7 +101,7 @@ def _forget_another(top: str, place: str) -> None:
 
 
 def _forget(module: str) -> None:
-    """Drop a ``module`` of the user's and those beside it that it imports."""
+    """Drop a user's ``module``, and the modules beside it that it imports."""
     files = {str(file) for file in _SOURCES.pop(module)}
     tops = {module, module.partition(".")[0]}
     for name, loaded in list(sys.modules.items()):
@@ -119,14 +121,14 @@ def _read(file: Path) -> dict[Path, str]:
     left = {file}
     while left:
         each = left.pop()
-        with contextlib.suppress(OSError):  # no file, as a rule: what is imported is not beside
+        with contextlib.suppress(OSError):  # most of what is imported is not beside it
             found[each] = digest(each)
             left |= {file.with_name(f"{name}.py") for name in _imports(each)} - found.keys()
     return found
 
 
 def _imports(file: Path) -> set[str]:
-    """The last words of all that a file's imports name; none if it is not Python."""
+    """Return the last parts of the names that a file imports; none if it is not Python."""
     try:
         nodes = list(ast.walk(ast.parse(file.read_bytes())))
     except (SyntaxError, ValueError):

@@ -12,28 +12,32 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PACKAGE = Path(__file__).resolve().parent.parent
-# the app's folder: the doors, conf/ and pyproject.toml, inside the package where it is installed
+# the folder of the doors (server_app.py, client_app.py), conf/ and pyproject.toml; an installed
+# package has it inside
 INSTALLED = PACKAGE / "app"
 APP_DIR = INSTALLED if INSTALLED.is_dir() else PACKAGE.parent
 YAML = (".yaml", ".yml")  # how a settings file's name may end
 
 
 def package_of(app: Path) -> Path:
-    """The package that the app in ``app`` runs: its own or, if it has none, the one we are in."""
+    """Return the package that the app in ``app`` runs: its own or, if it has none, this one."""
     own = app / PACKAGE.name
     return own if own.is_dir() else PACKAGE
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as users write it, ``~`` for their home; ``~nobody`` stays, for want of a home."""
+    """Expand ``~`` in a path as users write it; ``~nobody`` stays if there is no such home."""
     return Path(os.path.expanduser(text))
 
 
 class Remembered(Generic[P, R]):
-    """As ``lru_cache`` has it, but relative paths are of the folder where they were asked for."""
+    """A function whose results are remembered, as by ``lru_cache``.
+
+    Results also depend on the current folder and $PFEDGPA_DATA, which relative paths depend on.
+    """
 
     def __init__(self, function: Callable[P, R], most: int) -> None:
-        """``most``: how many of its newest results are remembered."""
+        """Remember the ``most`` results of ``function`` that were asked for last."""
         update_wrapper(self, function)
 
         def read(where: object, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -47,10 +51,10 @@ class Remembered(Generic[P, R]):
         return known
 
     def cache_clear(self) -> None:
-        """Forget them: files may have changed."""
+        """Forget all results, since files may have changed."""
         self._known.cache_clear()
 
 
 def remembered(most: int) -> Callable[[Callable[P, R]], Remembered[P, R]]:
-    """Decorates a function that reads files for all who ask in this process."""
+    """Return a decorator that remembers ``most`` results of a function that reads files."""
     return lambda function: Remembered(function, most)

@@ -35,10 +35,10 @@ def torch_generator(seed: int, *names: Name, device: torch.device | str = "cpu")
 
 @contextmanager
 def seeded(start: int) -> Iterator[None]:
-    """Let what draws from torch's, NumPy's and Python's own generators draw from ``start`` on.
+    """Seed torch's, NumPy's and Python's own generators with ``start`` while the block lasts.
 
-    Layers do as they are made, dropout does, and users' code, in which nobody passes a generator.
-    Afterwards NumPy's, Python's and torch's on the CPU are as they were.
+    Some code draws from them because it is passed no generator: layers as they are made, dropout,
+    and users' code. Afterwards NumPy's, Python's and torch's CPU generators are as they were.
     """
     of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (others' code)
     with torch.random.fork_rng(devices=[]):

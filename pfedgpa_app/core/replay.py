@@ -1,4 +1,4 @@
-"""Steps that a GPU repeats without being told each kernel anew."""
+"""Work that a GPU repeats: recorded once as a CUDA graph, then replayed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ class Replayed:
     def __init__(
         self, work: Callable[[], None], device: torch.device, pool: Any | None = None
     ) -> None:
-        """``pool``: memory that is shared with others that never run at the same time."""
+        """Prepare ``work`` on ``device``.
+
+        Args:
+            pool: graph memory to share with other work that never runs at the same time.
+        """
         self._work, self._device, self._pool = work, device, pool
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -30,13 +34,13 @@ class Replayed:
             self._work()
         elif self._graph is not None:
             self._graph.replay()
-        elif self._calls == 1:  # lets torch make its workspaces, off the captured stream
+        elif self._calls == 1:  # torch makes its workspaces on another stream before the capture
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._work()
             torch.cuda.current_stream().wait_stream(stream)
-            torch.cuda.empty_cache()  # the graph has memory of its own, as much again
+            torch.cuda.empty_cache()  # the graph will allocate as much memory of its own
         else:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, pool=self._pool):

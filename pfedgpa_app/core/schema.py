@@ -1,4 +1,4 @@
-"""What a network must know of a data set."""
+"""What a network must know about a data set."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pfedgpa_app.core.settings import listed
 
 @dataclass(frozen=True)
 class Schema:
-    """A data set's classes, and what one example is.
+    """A data set's classes, and the form of its examples.
 
     Attributes:
-        shape: of one example: (C, H, W) of an image, (features,) of a row of a table, ….
-        tokens: examples are whole numbers that a network looks up, as words of a text are;
-            else they are float32.
-        pixels: examples are images of 0 to 255, uint8, that are normalised.
-        columns: of a table, by name and in order; empty where nobody named them.
+        shape: one example's: (C, H, W) for an image, (features,) for a row of a table, ….
+        tokens: whether examples are whole numbers that a network looks up, such as words of a text.
+        pixels: whether examples are images of 0 to 255, uint8, that are normalised. Examples that
+            are neither are float32.
+        columns: a table's column names, in order; empty where they have none.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Schema:
     columns: tuple[str, ...] = ()
 
     def examples(self, most: int = 12) -> str:
-        """What examples are, in words; of columns and classes so many by name."""
+        """Say in words what examples are, with at most ``most`` columns and classes by name."""
         kind = "images" if len(self.shape) == 3 and not self.tokens else "examples"
         columns = f" ({listed(self.columns, most)})" if self.columns else ""
         return (
@@ -38,7 +38,7 @@ class Schema:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the name, of kinds that JSON and messages carry."""
+        """Return all but the name, in types that JSON and messages carry."""
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(self).items()
@@ -47,10 +47,10 @@ class Schema:
 
     @classmethod
     def of(cls, name: str, found: Mapping[str, Any]) -> Schema:
-        """What ``as_dict`` made a dict of.
+        """Make a schema from a dict that ``as_dict`` has made.
 
         Raises:
-            KeyError, TypeError, ValueError: it did not, or an example would hold nothing.
+            KeyError, TypeError, ValueError: it is no such dict, or an example would hold nothing.
         """
         shape = tuple(map(int, found["shape"]))
         if not shape or min(shape) < 1:
@@ -61,5 +61,5 @@ class Schema:
             shape,
             bool(found["tokens"]),
             bool(found["pixels"]),
-            tuple(map(str, found.get("columns", ()))),  # none in a run of an earlier version
+            tuple(map(str, found.get("columns", ()))),  # runs of earlier versions have none
         )

@@ -1,6 +1,6 @@
-"""The run's own settings, in sections; a function takes the section that it needs.
+"""The run's own settings, in sections; a function takes only the section that it needs.
 
-``Config`` is all of them at once, so that it goes wherever one is asked for.
+``Config`` inherits from all sections, so that it can be passed wherever one is wanted.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ MODEL_HELP = (
     "images of any size; mlp, for tables; torchvision:NAME; or MODULE:CALLABLE of your own, which "
     "makes one of (classes, shape) (docs/own.md)"
 )
-NODES = "nodes"  # the data set that is each node's own
+NODES = "nodes"  # the data set with which each node has its own data
 TORCHVISION = "torchvision:"
 MODELS = ("auto", "digits", "fashion", "cifar", "conv", "mlp")
 PARTITIONS = ("dominant", "dirichlet", "shards", "iid", "natural")
-OF_PARTITION = {  # setting: the partition that alone goes by it
+OF_PARTITION = {  # {setting: the only partition that uses it}
     "uniform-share": "dominant",
     "group-shares": "dominant",
     "dirichlet-alpha": "dirichlet",
@@ -42,7 +42,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Basics:
-    """What every section may go by: the methods, the seed and the clients."""
+    """What every section may use: the methods, the seed and the clients."""
 
     conf: str = setting(
         "demo",
@@ -67,7 +67,7 @@ class Basics:
 
     @property
     def initial_clients(self) -> int:
-        """So many, the first, are there from the start; the rest joins after the rounds."""
+        """How many clients take part from the start; the others join after the last round."""
         return self.num_clients - self.join_clients
 
 
@@ -119,13 +119,16 @@ class DataSettings(Basics):
 
     @property
     def set_aside(self) -> int | None:
-        """Of ``train_per_client`` images so many are for validation; None: it says no number."""
+        """How many of ``train_per_client`` images are set aside for validation.
+
+        None if that setting is "auto", so that clients hold different numbers.
+        """
         size = self.train_per_client
         return None if size is None else round(size * self.validation_share)
 
     @property
     def why_no_validation(self) -> str:
-        """Why clients have no validation images, in words; empty where they may have some."""
+        """Why clients have no validation images, in words; empty if they may have some."""
         if not self.validation_share:
             return "validation-share must be > 0"
         if self.set_aside != 0:
@@ -179,7 +182,7 @@ class TrainingSettings(Basics):
 
 @dataclass(frozen=True)
 class FederationSettings(Basics):
-    """The rounds, who takes part in them, and which uploads count."""
+    """The rounds, who takes part in them, and which uploads are used."""
 
     num_server_rounds: int = setting(200, "rounds", low=1)
     fraction_train: float = setting(1.0, "share of clients sampled each round", above=0, high=1)
@@ -226,24 +229,24 @@ class FederationSettings(Basics):
 
     @property
     def round_clients(self) -> int:
-        """Clients sampled each round."""
+        """How many clients are sampled each round."""
         return max(1, round(self.fraction_train * self.initial_clients))
 
     @property
     def dropped_clients(self) -> int:
-        """Of a round's clients so many drop out; ``min_uploads`` are always left."""
+        """How many of a round's clients drop out; ``min_uploads`` are always left."""
         most = max(0, self.round_clients - self.min_uploads)
         return min(most, round(self.dropout_share * self.round_clients))
 
     @property
     def late_clients(self) -> int:
-        """Of the rest so many upload too late; ``min_uploads`` are always left."""
+        """How many of a round's other clients are late; ``min_uploads`` are always left."""
         most = max(0, self.round_clients - self.min_uploads) - self.dropped_clients
         return min(most, round(self.straggler_share * self.round_clients))
 
     @property
     def round_uploads(self) -> int:
-        """Uploads that a round has in time, if no client fails by itself."""
+        """How many uploads a round gets in time, if no client fails by itself."""
         return self.round_clients - self.dropped_clients - self.late_clients
 
 
@@ -273,7 +276,7 @@ class AttackSettings(Basics):
 
     @property
     def malicious_clients(self) -> frozenset[int]:
-        """Those that attack: a share of those there from the start, drawn by the seed."""
+        """The clients that attack: a share of the initial clients, drawn by the run's seed."""
         if self.attack == "none":
             return frozenset()
         count = round(self.malicious_share * self.initial_clients)
@@ -319,7 +322,7 @@ class OutputSettings:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What serves the clients."""
+    """The engine that serves the clients, and its size."""
 
     engine: str = setting(
         "auto",
@@ -345,12 +348,12 @@ class Config(
     TrainingSettings,
     DataSettings,
 ):
-    """One run, fully resolved."""
+    """All settings of one run, fully resolved."""
 
     sections: tuple[Any, ...] = ()  # every method's own settings
 
     def of(self, kind: type[S]) -> S:
-        """One method's own settings, ``kind`` being their class in the method's file."""
+        """Return a method's own settings, of class ``kind``; its defaults if the run has none."""
         return next((section for section in self.sections if type(section) is kind), kind())
 
 

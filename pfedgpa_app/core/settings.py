@@ -1,4 +1,4 @@
-"""How a setting is declared: its default, range and meaning, in one line; and what refuses."""
+"""How settings are declared, with default, range and meaning; and what refuses wrong ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-RESULTS, LAUNCH = "results", "launch"  # what settings have a part in
-LEARNING_RATES = (0.02, 0.05, 0.1)  # that `pfedgpa tune` tries
+RESULTS, LAUNCH = "results", "launch"  # what a setting influences
+LEARNING_RATES = (0.02, 0.05, 0.1)  # the values that `pfedgpa tune` tries
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # dashboards
 
 
@@ -22,27 +22,27 @@ class DataError(RuntimeError):
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence that refuses ``name``: the one of ``names`` that may be meant."""
+    """Return the end of a message that refuses ``name``: what of ``names`` may be meant, or "."."""
     found = closest(name, names)
     return f"; did you mean {found}?" if found else "."
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """The one of ``names`` that a user may mean by ``name``; "" if it is like none."""
+    """Return the one of ``names`` that a user may mean by ``name``; "" if none is close."""
     found = difflib.get_close_matches(name.lower(), list(names), n=1)
     return found[0] if found else ""
 
 
 def listed(names: Sequence[str], most: int = 9) -> str:
-    """Names as a sentence lists them, so many of them."""
+    """Join ``names`` by commas, at most ``most`` of them; an ellipsis stands for the rest."""
     return ", ".join(names if len(names) <= most else (*names[:most], "…"))
 
 
 def shown(value: Any) -> str:
-    """A user's value as a sentence repeats it, not at any length."""
+    """Return a user's value as text for messages, cut at 200 characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes out no number of thousands of digits
+    except ValueError:  # Python refuses to print a number of thousands of digits
         return "a number of thousands of digits"
     return text if len(text) <= 200 else f"{text[:200]}…"
 
@@ -58,12 +58,14 @@ def setting(
     grid: tuple[Any, ...] = (),
     part: str = RESULTS,
 ) -> Any:
-    """A setting; ``low <= value <= high`` and ``value > above``. ``None`` reads "auto".
+    """Declare a setting with ``low <= value <= high`` and ``value > above``.
+
+    The value ``None`` is written "auto".
 
     Args:
         grid: the values that `pfedgpa tune` tries.
-        part: what it has a part in: a run's results, only its ``launch``, or a part of a method
-            that some of those that share the method's settings do without.
+        part: what it influences: a run's ``RESULTS``, only its ``LAUNCH``, or a named part of a
+            method, which some of the methods that share these settings lack.
     """
     rules = {"help": help, "choices": choices, "low": low, "high": high, "above": above}
     rules |= {"grid": grid, "part": part}

@@ -1,4 +1,4 @@
-"""The newest uploads as flat vectors."""
+"""A client's upload, means of uploads, and a buffer of the newest ones as flat vectors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from pfedgpa_app.core.weights import Layout, Weights, all_finite
 
 @dataclass(frozen=True)
 class Entry:
-    """One upload: ``vector`` [P] float32.
+    """One buffered upload, as a ``vector`` [P] float32.
 
-    ``round_mean`` [P], the plain mean of its round's uploads, is kept once the round has left
-    the window: without it an old upload could not be told from the population's drift.
+    ``round_mean`` [P] is what the clients of its round share (the buffer's mean of that round, else
+    the plain mean of its uploads). It is kept once the round has left the window: without it an old
+    upload could not be told from the drift of all clients.
     """
 
     server_round: int
@@ -33,10 +34,10 @@ class Entry:
 
 @dataclass
 class Buffer:
-    """The uploads of the ``window`` newest rounds, and each client's newest, however old.
+    """The uploads of the ``window`` newest rounds, and each client's newest upload, however old.
 
-    ``means`` [P] are what all clients share in a round, of those rounds of which it is known;
-    of others the uploads tell.
+    ``means`` {round: [P]} holds what all clients share in a round, for the rounds where that is
+    known; for the others it is found from the uploads.
     """
 
     window: int
@@ -49,10 +50,10 @@ class Buffer:
         return len(self._entries)
 
     def add(self, server_round: int, client: int, weights: Weights) -> None:
-        """Keep an upload, instead of an earlier one of the same client and round.
+        """Add an upload; it replaces an earlier one of the same client and round.
 
         Raises:
-            ValueError: another layout than the first upload's, or numbers that are not finite.
+            ValueError: its layout is not the first upload's, or some of its numbers are not finite.
         """
         layout = self.layout or Layout.of(weights)
         vector = layout.flatten(weights)
@@ -63,15 +64,15 @@ class Buffer:
         self._stale.pop(client, None)
 
     def forget(self, server_round: int, client: int) -> None:
-        """Drop one upload of the window, if it is there."""
+        """Drop one upload from the window, if it is there."""
         self._entries.pop((server_round, client), None)
 
     def drop_old(self, server_round: int) -> None:
-        """Forget rounds that left the window at ``server_round``, but no client's newest upload."""
+        """Drop rounds that left the window at ``server_round``, but no client's newest upload."""
         self.drop_before(server_round - self.window + 1)
 
     def drop_before(self, first: int) -> None:
-        """Forget rounds before ``first``, but no client's newest upload."""
+        """Drop rounds before ``first``, but no client's newest upload."""
         newest = self.newest()
         leaving: dict[int, list[Entry]] = {}
         for (r, _), entry in sorted(self._entries.items()):
@@ -89,7 +90,7 @@ class Buffer:
                 del self._entries[r, entry.client]
 
     def last(self, names: Sequence[str]) -> Buffer:
-        """A view of the last tensors only, ``names``; no weight is copied."""
+        """Return a view of the last tensors only, those called ``names``; no weight is copied."""
         view = Buffer(self.window)
         if self.layout is None:
             return view
@@ -113,11 +114,13 @@ class Buffer:
         return newest
 
     def entries(self) -> list[Entry]:
-        """The window, by round and client."""
+        """Return the window's uploads, ordered by round and client."""
         return [self._entries[key] for key in sorted(self._entries)]
 
     def stack(self) -> tuple[Layout, Tensor, Tensor, Tensor]:
-        """The window as (layout, vectors [N, P], rounds [N], clients [N]), by round and client.
+        """Return the window as (layout, vectors [N, P], rounds [N], clients [N]).
+
+        Uploads are ordered by round and client.
 
         Raises:
             ValueError: nothing is buffered.
@@ -134,21 +137,27 @@ class Buffer:
 
 
 def shares_of(counts: Sequence[float]) -> list[float]:
-    """n_i / Σ_i n_i, scaled by a power of two first, lest the sum overflow; it changes no bit."""
+    """Return each count's share of their sum, n_i / Σ_j n_j.
+
+    Counts are scaled by a power of two first: the sum cannot overflow, and no bit changes.
+    """
     exponent = math.frexp(max(counts))[1]
     scaled = [math.ldexp(count, -exponent) for count in counts]
     return [count / sum(scaled) for count in scaled]
 
 
 def weighted_mean(uploads: Mapping[int, Upload], uniform: bool = False) -> Weights:
-    """Σ_i n_i w_i / Σ_i n_i, or with n_i = 1; summed in float64 in the order of the clients."""
+    """Return Σ_i n_i w_i / Σ_i n_i, with n_i the examples of upload i, or 1 if ``uniform``.
+
+    It is summed in float64, in the order of the clients.
+    """
     shares = shares_of([1 if uniform else upload.examples for upload in uploads.values()])
     first = next(iter(uploads.values())).weights
     mean = {}
     for name, like in first.items():
         summed = torch.zeros(like.shape, dtype=torch.promote_types(like.dtype, torch.float64))
         for upload, share in zip(uploads.values(), shares, strict=True):
-            if share:  # else 0 · ∞
+            if share:  # a share of 0 would make NaN of ∞
                 summed += upload.weights[name].to(summed.dtype) * share
         mean[name] = summed.to(like.dtype)
     return mean
@@ -159,8 +168,9 @@ class Upload:
     """One client's accepted reply of a round."""
 
     weights: Weights
-    examples: float  # how many training images; other people's clients may weigh otherwise
-    labels: list[int] = field(default_factory=list)  # images of each class, if it shares that
-    # tempered ones of what it was sent and of what else it tried, if it was asked and has images
+    examples: float  # training images; foreign clients may send another weight
+    labels: list[int] = field(default_factory=list)  # images of each class, if shared
+    # tempered losses of the weights it was sent, then of any reference; empty if it was not asked
+    # or has no validation images
     validation_losses: list[list[float]] = field(default_factory=list)
-    loss: float = math.nan  # mean training loss in the round; NaN where it was not told
+    loss: float = math.nan  # mean training loss in the round; NaN if not sent

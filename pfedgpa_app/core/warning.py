@@ -1,4 +1,4 @@
-"""What a user should know, said once."""
+"""Warnings that are logged only once."""
 
 from __future__ import annotations
 
@@ -10,5 +10,8 @@ logger = logging.getLogger("pfedgpa")
 
 @cache
 def warn_once(text: str) -> None:
-    """Log ``text``, once in a process: runs of a sweep are alike, and so are calls of a loop."""
+    """Log ``text``, once in a process.
+
+    The runs of a sweep would otherwise repeat it, and so would the calls in a loop.
+    """
     logger.warning(text)

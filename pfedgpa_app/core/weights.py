@@ -14,15 +14,15 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def finite(tensor: Tensor) -> Tensor:
-    """Which of its numbers are finite, also in the float32 of a layout's vectors."""
+    """Return which numbers of a tensor are finite, also as the float32 of a layout's vectors."""
     return (tensor.float() if tensor.is_floating_point() else tensor).isfinite()
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether all its numbers are finite, also in float32; one pass over them."""
+    """Whether all numbers of a tensor are finite, also as float32; takes one pass over them."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    least, most = tensor.aminmax()  # NaN if there is one, which no comparison holds for
+    least, most = tensor.aminmax()  # both are NaN if any number is, and fail the comparison
     return float(least) >= -_LARGEST and float(most) <= _LARGEST
 
 
@@ -46,10 +46,10 @@ class Layout:
         return [shape.numel() for shape in self.shapes]
 
     def flatten(self, weights: Weights) -> Tensor:
-        """One float32 vector [P].
+        """Return ``weights`` as one float32 vector [P].
 
         Raises:
-            ValueError: other names or shapes than the layout's.
+            ValueError: their names, shapes or dtypes are not the layout's.
         """
         if Layout.of(weights) != self:
             raise ValueError("weights of another layout")
@@ -66,10 +66,10 @@ class Layout:
         }
 
     def last(self, names: Sequence[str]) -> tuple[Layout, slice]:
-        """The layout of ``names``, the last ones of this, and where they lie in a vector.
+        """Return the layout of the last tensors, called ``names``, and their slice of a vector.
 
         Raises:
-            ValueError: others than the last names in their order.
+            ValueError: ``names`` are not the last ones in their order, or there are none.
         """
         first = len(self.names) - len(names)
         if not names or self.names[first:] != tuple(names):
@@ -78,18 +78,24 @@ class Layout:
         return part, slice(sum(self.sizes[:first]), None)
 
     def layers(self) -> list[slice]:
-        """Where each layer's tensors lie: neighbours that share a name up to its last dot."""
+        """Return each layer's slice of a vector.
+
+        A layer is a row of neighbouring tensors of one module.
+        """
         found: list[slice] = []
         end, before = 0, None
         for name, size in zip(self.names, self.sizes, strict=True):
-            layer = name.rpartition(".")[0] or name
+            layer = module_of(name)
             start = found.pop().start if layer == before else end
             end, before = end + size, layer
             found.append(slice(start, end))
         return found
 
     def head(self) -> slice:
-        """Where the last matrix that is not empty lies: a feed-forward network's classifier."""
+        """Return the slice of the last non-empty matrix: a feed-forward network's classifier.
+
+        Without any matrix, it is the slice of the whole vector.
+        """
         end = 0
         found = slice(0, sum(self.sizes))
         for shape, size in zip(self.shapes, self.sizes, strict=True):
@@ -100,18 +106,19 @@ class Layout:
 
 
 def is_statistic(name: str) -> bool:
-    """Whether it is what a normalisation layer has seen, as BatchNorm's ``running_var``."""
+    """Whether ``name`` is a normalisation layer's statistic, as BatchNorm's ``running_var``."""
     return name.rpartition(".")[2].startswith("running_")
 
 
 def own_statistics(names: Collection[str], made: Container[str]) -> list[str]:
-    """Those of a network's statistics that are a client's own where ``made`` weights are.
+    """Return the statistics that are a client's own, where ``made`` weights are made for it.
 
-    All of them where all weights are made for it; else those above the first that is, for what
-    lies below sees the mean's weights alone.
+    If all trained weights are made, these are all statistics. Otherwise they are those above the
+    first layer with a made weight: lower layers see the mean's weights alone.
 
     Args:
-        names: the network's, in the order of their use.
+        names: the network's weights, in the order of their use.
+        made: the names of the weights that are made for each client.
     """
     found: list[str] = []
     above = all(name in made for name in names if not is_statistic(name))
@@ -123,7 +130,7 @@ def own_statistics(names: Collection[str], made: Container[str]) -> list[str]:
 
 
 def layers(names: Iterable[str]) -> list[list[str]]:
-    """The names of weights by the layer they belong to, in the network's order."""
+    """Group the names of weights by the layer they belong to, in the network's order."""
     of: dict[str, list[str]] = {}
     for name in names:
         of.setdefault(module_of(name), []).append(name)
@@ -131,17 +138,20 @@ def layers(names: Iterable[str]) -> list[list[str]]:
 
 
 def module_of(name: str) -> str:
-    """The module that a weight belongs to, also where it is made of others (parametrizations)."""
-    return name.rpartition(".")[0].partition(".parametrizations.")[0]
+    """Return the module that a weight belongs to, even if it is composed by parametrizations.
+
+    It is called as in ``named_modules``: "" is the network itself.
+    """
+    return f".{name}".rpartition(".")[0].partition(".parametrizations.")[0].removeprefix(".")
 
 
 def last_layers(names: Iterable[str], count: int) -> list[str]:
-    """The names of the weights of the last ``count`` layers; the last one is the head."""
+    """Return the names of the weights of the last ``count`` layers; the last one is the head."""
     every = layers(names)
     return [name for layer in every[len(every) - min(count, len(every)) :] for name in layer]
 
 
 def body(names: Sequence[str], head_layers: int = 1) -> list[str]:
-    """The names of the weights below the last layers."""
+    """Return the names of the weights below the last ``head_layers`` layers."""
     head = last_layers(names, head_layers)
     return [name for name in names if name not in head]

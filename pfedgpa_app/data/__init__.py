@@ -13,7 +13,7 @@ IMAGEFOLDER, NPZ, HUGGING_FACE = "imagefolder:", "npz:", "hf:"
 
 
 def is_known_dataset(name: str) -> bool:
-    """Whether ``name`` is one of ours, somebody's by one of the prefixes or code, or ``nodes``."""
+    """Whether ``name`` is one of our data sets, a prefix with a path, code, or ``nodes``."""
     kinds = (IMAGEFOLDER, NPZ, HUGGING_FACE)
     files = any(name.startswith(kind) and name != kind for kind in kinds)
     return name in (*DATASETS, NODES) or files or is_reference(name)

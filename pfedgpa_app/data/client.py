@@ -38,15 +38,16 @@ class ClientData:
 
 
 def schema_of(data: Dataset) -> Schema:
-    """Of a data set."""
+    """Return a data set's schema."""
     return Schema(data.name, data.classes, data.shape, data.tokens, data.pixels, data.columns)
 
 
 def load_dataset(config: DataSettings) -> Dataset:
-    """The run's data set, which all clients share.
+    """Load the run's data set, which all clients share.
 
     Raises:
-        DataError: it is absent or unusable, or every node has its own.
+        DataError: it is absent or unusable, lacks training examples of a class that is tested, or
+            every node has its own.
     """
     if config.dataset == NODES:
         raise DataError(
@@ -56,7 +57,7 @@ def load_dataset(config: DataSettings) -> Dataset:
     data = _load(config, config.dataset)
     each = data.train_labels, data.test_labels
     learned, tested = (np.bincount(labels, minlength=len(data.classes)) for labels in each)
-    if missing := np.flatnonzero((tested > 0) & (learned == 0)).tolist():  # a node may have it so
+    if missing := np.flatnonzero((tested > 0) & (learned == 0)).tolist():  # a node's own data may
         raise DataError(
             f"dataset {data.name}: class {data.classes[missing[0]]!r} is there to test on, and has "
             "no training examples: add some, or leave it out"
@@ -76,7 +77,7 @@ def _load(config: DataSettings, name: str) -> Dataset:
 
 
 def forget() -> None:
-    """Read everything anew: files may have changed since this process read them."""
+    """Have everything read anew: files may have changed since this process read them."""
     for known in (
         load,
         fingerprint,
@@ -94,21 +95,21 @@ _SEED = "fix the seed of what your code draws, as in default_rng(0)"
 
 @remembered(2)
 def fingerprint(config: DataSettings) -> Fingerprint:
-    """By what another process knows the run's data set for the same."""
+    """Return a fingerprint by which another process recognises the run's data set."""
     return _fingerprint_of(load_dataset(config), config.dataset)
 
 
 @remembered(2)
 def own_fingerprint(config: DataSettings, source: str) -> Fingerprint:
-    """By what a node knows its own data set for the same; nobody else is told."""
+    """Return a fingerprint by which a node recognises its own data; it stays on the node."""
     return _fingerprint_of(load_own(config, source), source)
 
 
 def _fingerprint_of(data: Dataset, name: str) -> Fingerprint:
-    """All labels, and some numbers of what the user's own code makes."""
+    """Return a checksum of all labels, and 50 numbers a split if the user's own code makes it."""
     labels = zlib.crc32(np.concatenate([data.train_labels, data.test_labels]).tobytes())
     numbers: list[float] = []
-    if is_reference(name):  # others read files, and do not draw
+    if is_reference(name):  # only such code may draw at random
         for images in (data.train_images, data.test_images):
             places = np.linspace(0, images.size - 1, 50).astype(int)
             numbers += images.reshape(-1)[places].astype(float).tolist()
@@ -116,9 +117,9 @@ def _fingerprint_of(data: Dataset, name: str) -> Fingerprint:
 
 
 def check_same(config: DataSettings, told: Mapping[str, Any]) -> None:
-    """Refuse a data set that is not the run's, of which its ``fingerprint`` was ``told``.
+    """Refuse a data set other than the run's, whose ``fingerprint`` is ``told``.
 
-    Clients would be tested on what others, or they themselves, have trained on.
+    With another, clients would be tested on what others, or they themselves, have trained on.
 
     Raises:
         DataError: it is another.
@@ -131,7 +132,7 @@ def check_same(config: DataSettings, told: Mapping[str, Any]) -> None:
 
 
 def check_own(config: DataSettings, source: str, told: Mapping[str, Any]) -> None:
-    """Refuse a node's own data set that is not what its ``own_fingerprint`` was ``told`` of.
+    """Refuse a node's own data set if its ``own_fingerprint`` is no longer as ``told``.
 
     Raises:
         DataError: it is another.
@@ -154,7 +155,7 @@ def _alike(here: Fingerprint, told: Mapping[str, Any]) -> bool:
 
 
 def load_schema(config: DataSettings) -> Schema:
-    """Of the run's data set.
+    """Return the schema of the run's data set.
 
     Raises:
         DataError: as ``load_dataset``.
@@ -164,10 +165,11 @@ def load_schema(config: DataSettings) -> Schema:
 
 @remembered(2)
 def load_partition(config: DataSettings) -> list[ClientSplit]:
-    """The run's partition, the same on every machine that has the data.
+    """Make the run's partition, the same on every machine that has the data.
 
     Raises:
-        DataError: the data set is absent or unusable, or has not so many groups as have shares.
+        DataError: the data set is absent or unusable, or has another number of groups than
+            ``group-shares``.
         ValueError: the partition cannot be made of these data.
     """
     data = load_dataset(config)
@@ -201,26 +203,26 @@ def load_partition(config: DataSettings) -> list[ClientSplit]:
 
 
 def class_counts(config: DataSettings) -> list[list[int]]:
-    """How many training examples of each class each client holds, validation included."""
+    """Count each client's training examples of each class, validation included."""
     data, classes = load_dataset(config), len(load_dataset(config).classes)
     held = [split.held for split in load_partition(config)]
     return [np.bincount(data.train_labels[h], minlength=classes).tolist() for h in held]
 
 
 def _names(samples: np.ndarray, labels: np.ndarray, split: str) -> np.ndarray:
-    """The samples' names; where they have none, their places, as in train/0."""
+    """Return the samples' names; where they have none, their places, as in train/0."""
     return samples if len(samples) else np.char.add(f"{split}/", np.arange(len(labels)).astype(str))
 
 
 def _split(config: DataSettings, parts: list[list[np.ndarray]]) -> list[ClientSplit]:
-    """Clients' images by their training and test indices; they have no hidden groups."""
+    """Make clients' splits from their training and test indices; there are no hidden groups."""
     train, test = parts
     groups = [0] * config.num_clients
     return with_validation(train, test, groups, config.validation_share, config.seed)
 
 
 def data_in_words(config: DataSettings) -> str:
-    """What the run's data are, who holds how many, and what nobody holds."""
+    """Say what the run's data are, how many examples clients hold, and how many nobody holds."""
     data, splits = load_dataset(config), load_partition(config)
     parts = [
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
@@ -253,7 +255,7 @@ def data_in_words(config: DataSettings) -> str:
 
 
 def load_own(config: DataSettings, source: str) -> Dataset:
-    """The data set of this node's own that its configuration names.
+    """Load this node's own data set, which its configuration names.
 
     Raises:
         DataError: it is absent or unusable, or none is named.
@@ -267,10 +269,10 @@ def load_own(config: DataSettings, source: str) -> Dataset:
 
 
 def _with_classes(data: Dataset, classes: tuple[str, ...]) -> Dataset:
-    """``data``, whose labels are indices of ``classes``, where these are named.
+    """Return ``data`` with labels that are indices of ``classes``, unless these are empty.
 
     Raises:
-        DataError: it has another class.
+        DataError: it has a class that is not among them.
     """
     if not classes or data.classes == classes:
         return data
@@ -286,7 +288,11 @@ def _with_classes(data: Dataset, classes: tuple[str, ...]) -> Dataset:
 
 @remembered(2)
 def load_own_client(config: DataSettings, source: str, client: int) -> ClientData:
-    """All images of this node's own data set; of the training images it keeps some to validate."""
+    """Load all images of this node's own data set, some training images kept for validation.
+
+    Raises:
+        DataError: as ``load_own``, or no image is left to train on.
+    """
     data = load_own(config, source)
     order = numpy_generator(config.seed, "own validation", client).permutation(
         len(data.train_labels)
@@ -301,13 +307,13 @@ def load_own_client(config: DataSettings, source: str, client: int) -> ClientDat
 
 @remembered(256)
 def load_client(config: DataSettings, client: int) -> ClientData:
-    """Client ``client``'s images, kept for the next round (4 MB a CIFAR-10 client)."""
+    """Load a client's images, which are kept for the next round (4 MB for a CIFAR-10 client)."""
     data, split = load_dataset(config), load_partition(config)[client]
     return _held(data, split)
 
 
 def _held(data: Dataset, split: ClientSplit) -> ClientData:
-    """The images of ``split``."""
+    """Take the images of ``split`` from ``data``."""
     return ClientData(
         train=images_of(data.train_images, data.train_labels, split.train),
         validation=images_of(data.train_images, data.train_labels, split.validation),

@@ -1,4 +1,4 @@
-"""A labelled data set as arrays, and how foreign arrays become one."""
+"""The data set class, and how arrays from a file or from a user's code become one."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ from pfedgpa_app.core.settings import DataError, listed, near, shown
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 USERS = ("users_train", "users_test")
 MORE = ("classes", "columns", *USERS)
-ALONE = ("x", "y", "users")  # without a test split
-# what others call them: MedMNIST's files
+ALONE = ("x", "y", "users")  # the names in use without a test split
+# other names for the same arrays: MedMNIST's files
 ALSO = {"train_images": "x_train", "train_labels": "y_train"}
 ALSO |= {"test_images": "x_test", "test_labels": "y_test"}
-UNUSED = "val_"  # so they begin
+UNUSED = "val_"  # arrays whose names begin so are left out
 SPLITS = ("train", "test")
 _CHANNELS = (1, 3, 4)
-_LARGEST = 20.0  # root mean square of a feature that passes for scaled
+_LARGEST = 20.0  # a feature with a larger root mean square counts as unscaled
 
 
 def no_names() -> np.ndarray:
-    """Of samples or users that have none."""
+    """Return an empty array: the names of samples or users where there are none."""
     return np.empty(0, dtype=str)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled examples with a test split of their own.
+    """Labelled examples, split into training and test examples.
 
     Examples are pixels [N, C, H, W] uint8, or numbers [N, …] float32 that networks take as they
     are, or tokens [N, …] int64; labels are int64 [N].
 
     Attributes:
-        train_samples: their names, for a partition by a file.
-        train_users: to whom each belongs, for the natural partition; empty if nobody knows.
-        columns: as ``Schema`` has them.
-        own_test: whether its source has a test split; else ``test-share`` took it of the others.
-        unused: what its source has beside that, by name.
+        train_samples: each training example's name, by which a partition file refers to it.
+        train_users: the user to whom each training example belongs, for the natural partition;
+            empty if unknown.
+        columns: a table's column names, as in ``Schema``.
+        own_test: whether the source has a test split; if not, ``test-share`` of its examples became
+            the test split.
+        unused: the names of the source's other parts, which are left out.
     """
 
     name: str
@@ -60,7 +62,7 @@ class Dataset:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one example; (C, H, W) of an image."""
+        """The shape of one example; (C, H, W) for an image."""
         return self.train_images.shape[1:]
 
     @property
@@ -70,12 +72,12 @@ class Dataset:
 
     @property
     def pixels(self) -> bool:
-        """Whether examples are images of 0 to 255."""
+        """Whether examples are images with values from 0 to 255."""
         return self.train_images.dtype == np.uint8
 
 
 def remarks(data: Dataset) -> Iterator[str]:
-    """What its owner should know of a data set, and what to do."""
+    """Yield what the owner of a data set should know about it, and what to do."""
     if data.unused:
         is_or_are = "is" if len(data.unused) == 1 else "are"
         yield (
@@ -94,9 +96,9 @@ def remarks(data: Dataset) -> Iterator[str]:
 
 
 def _unscaled(data: Dataset) -> str:
-    """Which number of an example is too large for networks to learn from; "" if none is."""
+    """Say which number of an example is too large for networks to learn from; "" if none is."""
     rows = data.train_images.reshape(len(data.train_images), -1)
-    # without a copy of all in float64
+    # einsum needs no float64 copy of all rows
     sizes = np.sqrt(np.einsum("nf,nf->f", rows, rows, dtype=np.float64) / len(rows))
     most = int(sizes.argmax())
     if sizes[most] <= _LARGEST:
@@ -115,12 +117,16 @@ def split_off_test(
     share: float,
     users: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of training and of test examples: of each class, ``share`` of it tests.
+    """Draw the test examples: ``share`` of each class, or of each user where ``users`` are given.
 
-    The same in every run, whatever its seed. Of each user, where there are ``users``.
+    At least one and never all of a class's (or user's) examples become test examples; none do if
+    ``share`` is 0. The draw is the same in every run, whatever its seed.
+
+    Returns:
+        the indices of the training examples, and those of the test examples.
 
     Raises:
-        DataError: a class, or a user, has one example only, where any are to be split off.
+        DataError: a class, or a user, has only one example, and ``share`` is not 0.
     """
     if not share:
         return np.arange(len(labels)), np.arange(0)
@@ -141,24 +147,29 @@ def split_off_test(
 
 
 def fewest(test_share: float) -> int:
-    """The least number of classes that examples to learn from have, and those to test on alone."""
+    """Return how many classes a data set must have: 2, or 1 if ``test_share`` is 0.
+
+    With 0 nothing is learned: all examples test a network that is already trained.
+    """
     return 2 if test_share else 1
 
 
 def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
-    """A data set of what somebody's own code or file holds.
+    """Make a data set of what a user's code returns or a file holds.
 
     Args:
-        found: {"x_train": …, "y_train": …, "x_test": …, "y_test": …}, arrays or tensors, perhaps
-            with "classes", "columns" (a table's, by name; a frame of pandas' names its own),
-            "users_train" and "users_test"; or the first four in a tuple, perhaps with the
-            classes; without a test split, that is taken of the training examples.
-            What is called "val_…" is left out.
-        test_share: of the training examples, where there is no test split; 0: none, and one class
-            will do, as for a network that is trained already.
+        found: {"x_train": …, "y_train": …, "x_test": …, "y_test": …}, arrays or tensors, optionally
+            with "classes", "columns" (a table's column names; a pandas frame brings its own),
+            "users_train" and "users_test"; or a tuple of the first four, optionally followed by the
+            classes; or one or two torch Datasets. Without a test split the names may be "x", "y"
+            and "users", and some training examples become the test split. Entries called "val_…"
+            are left out.
+        test_share: the share of the training examples that become the test split where there is
+            none. With 0 there are no test examples, and one class is enough, as for a network that
+            is already trained.
 
     Raises:
-        DataError: what is wrong with it, and what to do.
+        DataError: the text says what is wrong with it, and what to do.
     """
     parts = _by_name(name, found)
     arrays = {key: _array(name, key, value) for key, value in parts.items() if key in KEYS}
@@ -193,7 +204,7 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
 
 
 def _by_name(name: str, found: Any) -> dict[str, Any]:
-    """The parts that there are, by their names."""
+    """Return the parts of ``found`` by name, such as "x_train", whatever form they come in."""
     several = found if isinstance(found, (tuple, list)) else [found]
     if several and all(map(_is_torch_dataset, several)):
         if len(several) > 2:
@@ -235,15 +246,15 @@ def _by_name(name: str, found: Any) -> dict[str, Any]:
 
 
 def _is_torch_dataset(value: Any) -> bool:
-    data = sys.modules.get("torch.utils.data")  # else there is none
+    data = sys.modules.get("torch.utils.data")  # None: nobody can have made one
     return data is not None and isinstance(value, data.Dataset)
 
 
 def _of_torch(name: str, split: str, data: Any) -> dict[str, Any]:
-    """A split's parts of a torch Dataset of pairs: example, label.
+    """Return the parts of one split from a torch Dataset of (example, label) pairs.
 
     Raises:
-        DataError: its items are none, or their examples differ in shape.
+        DataError: it has no length, an item is no such pair, or examples differ in shape.
     """
     where = f"dataset {name}: the torch Dataset to {'train on' if split == 'train' else 'test on'}"
     if not hasattr(data, "__len__"):
@@ -266,7 +277,7 @@ def _of_torch(name: str, split: str, data: Any) -> dict[str, Any]:
 
 
 def _example(name: str, where: str, key: str, value: Any) -> np.ndarray:
-    """An item's example; a picture of Pillow's as [C, H, W] uint8, in grey or RGB."""
+    """Return an item's example as an array; a Pillow picture as [C, H, W] uint8, grey or RGB."""
     if not hasattr(value, "getbands"):
         return _array(name, key, value)
     from pfedgpa_app.data.pictures import eight_bits
@@ -278,18 +289,22 @@ def _example(name: str, where: str, key: str, value: Any) -> np.ndarray:
 
 
 def _array(name: str, key: str, value: Any) -> np.ndarray:
-    """``value`` as an array; a tensor is one, too."""
+    """Return ``value``, which may be a tensor or a pandas frame, as an array.
+
+    Raises:
+        DataError: it is not made of numbers, or of text without gaps, in rows of equal length.
+    """
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
     try:
         array = np.asarray(value)
-        if array.dtype == object and _is_of_numbers(value):  # of several kinds, or some absent
+        if array.dtype == object and _is_of_numbers(value):  # of several types, or some missing
             array = value.to_numpy(dtype=float, na_value=np.nan)
     except ValueError as error:
         raise DataError(f"dataset {name}: {key} is no array: {error}") from error
     if array.ndim == 1 and array.dtype.kind in "UO":
         texts = [isinstance(each, str) for each in value]
-        if any(texts) and not all(texts):  # NumPy would make a class "nan" of what is missing
+        if any(texts) and not all(texts):  # NumPy would make missing text a class "nan"
             row = texts.index(False)
             raise DataError(f"dataset {name}: {key} has text, but none in row {row}: fill it in")
         array = array.astype(str) if all(texts) else array  # pandas keeps text as objects
@@ -302,10 +317,10 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
 
 
 def _columns(name: str, parts: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[str, ...]:
-    """The names of a table's columns: those given, or those of frames of pandas'.
+    """Return the names of a table's columns: those given, or those of a pandas frame.
 
     Raises:
-        DataError: they are not one a column, or x_test has others than x_train.
+        DataError: they are not a different name for each column, or x_test's differ from x_train's.
     """
     of = {key: _named(parts[key]) for key in KEYS[::2] if key in parts}
     train, test = of["x_train"], of.get("x_test", ())
@@ -326,21 +341,21 @@ def _columns(name: str, parts: Mapping[str, Any], shape: tuple[int, ...]) -> tup
 
 
 def _named(frame: Any) -> tuple[str, ...]:
-    """The columns of a ``frame`` of pandas', if each has a name of its own."""
+    """Return the column names of a pandas ``frame`` if they are all different texts, else ()."""
     columns = tuple(getattr(frame, "columns", ()))
     named = len(set(columns)) == len(columns) and all(isinstance(each, str) for each in columns)
     return columns if named else ()
 
 
 def _is_of_numbers(frame: Any) -> bool:
-    """Whether it is a ``frame`` of pandas' whose columns are numbers, or true and false."""
+    """Whether ``frame`` is a pandas frame whose columns are all numbers or booleans."""
     return hasattr(frame, "columns") and all(
         getattr(dtype, "kind", "O") in "biuf" for dtype in frame.dtypes
     )
 
 
 def _in_columns(frame: Any) -> str:
-    """Which columns of a ``frame`` of pandas' hold no numbers, in words; "" of anything else."""
+    """Say which columns of a pandas ``frame`` hold no numbers; "" for anything else."""
     if not hasattr(frame, "columns"):
         return ""
     others = [
@@ -352,7 +367,7 @@ def _in_columns(frame: Any) -> str:
 
 
 def _other_than_numbers(column: str, values: Iterable[Any]) -> str:
-    """A column's name, and the first of its values that is no number."""
+    """Return a column's name with the first of its values that is no number."""
     for row, value in enumerate(values):
         if not isinstance(value, (int, float)):
             return f"{column} (row {row} has {shown(value)})"
@@ -377,7 +392,12 @@ def _check_lengths(
 def _labels(
     name: str, arrays: Mapping[str, np.ndarray], classes: Any, least: int
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Each split's labels as indices, and the classes' names."""
+    """Return each split's labels as class indices, and the classes' names.
+
+    Args:
+        classes: their names in order; None: they are found in the labels.
+        least: how many classes there must be.
+    """
     given = {}
     for split in SPLITS:
         if f"y_{split}" in arrays:
@@ -385,7 +405,7 @@ def _labels(
     if classes is None:
         named = [labels.dtype.kind == "U" for labels in given.values()]
         several = given.values() if len(set(named)) == 1 else [given["train"]]
-        known = np.unique(np.concatenate(list(several)))  # few may train on none of some class
+        known = np.unique(np.concatenate(list(several)))  # a class may have test examples only
         names = tuple(str(each) for each in known)
     else:
         names = tuple(str(each) for each in np.asarray(classes).ravel())
@@ -405,7 +425,7 @@ def _labels(
 
 
 def _one_each(name: str, key: str, labels: np.ndarray) -> np.ndarray:
-    """One label an example: names, or whole numbers, which may have come as floats."""
+    """Return one label per example: names, or whole numbers, even if given as floats."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iubUf":
@@ -426,10 +446,10 @@ def _one_each(name: str, key: str, labels: np.ndarray) -> np.ndarray:
 
 
 def _inputs(name: str, key: str, array: np.ndarray, columns: Sequence[str]) -> np.ndarray:
-    """Examples as networks take them: pixels [N, C, H, W] uint8, float32 or int64.
+    """Return examples as networks take them: pixels [N, C, H, W] uint8, float32 or int64.
 
     Args:
-        columns: a table's, by name, to say where something is wrong; empty if nobody knows.
+        columns: a table's column names, for error messages; empty if unknown.
     """
     if array.ndim < 2:
         array = array[:, None]

@@ -1,4 +1,4 @@
-"""Data sets by name: torchvision's, scikit-learn's digits, and anyone's own."""
+"""Load data sets by name: torchvision's, scikit-learn's digits, and users' own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ARRAYS = tuple(f"{split}_{what}" for what in ("images", "labels") for split in S
 NAMES = tuple(f"{split}_{what}" for what in ("samples", "users") for split in SPLITS)
 WORDS = ("name", "classes", "columns", "own_test", "unused")
 ABOUT, STAMPS = "about.json", "stamps.json"
-# {name: torchvision's class, and the folder below the data sets' in which it keeps its files}
+# {name: (torchvision's class, the folder below the data folder in which it keeps its files)}
 TORCHVISIONS = {
     "mnist": ("MNIST", "MNIST"),
     "fashion-mnist": ("FashionMNIST", "FashionMNIST"),
@@ -43,10 +43,11 @@ logger = logging.getLogger("pfedgpa")
 
 
 def resolve_data_dir(data_dir: str, name: str) -> Path:
-    """The folder below which the data set ``name`` is looked for, absolute.
+    """Return the absolute folder below which the data set ``name`` is looked for.
 
-    The setting, else $PFEDGPA_DATA, else ./data; but the current folder where a relative
-    ``imagefolder:``, ``npz:`` or ``hf:`` lies below that.
+    This is the setting, else $PFEDGPA_DATA, else ./data. It is the current folder if a relative
+    ``imagefolder:``, ``npz:`` or ``hf:`` path is there (of an image folder that both have, the
+    current folder's counts only with train/ and test/).
     """
     below = user_path(data_dir or os.environ.get("PFEDGPA_DATA") or "data").absolute()
     here, there = (place / _path(name) for place in (Path.cwd(), below))
@@ -58,7 +59,10 @@ def resolve_data_dir(data_dir: str, name: str) -> Path:
 
 
 def _path(name: str) -> Path:
-    """The path in an ``imagefolder:PATH``; folder / it is itself where it is absolute."""
+    """Return the path in a name such as ``imagefolder:PATH``.
+
+    Joined to a folder, an absolute path stays as it is.
+    """
     if name.startswith(HUGGING_FACE):
         name = hugging_face.parsed(name)[0]
     return user_path(name.removeprefix(IMAGEFOLDER).removeprefix(NPZ))
@@ -73,7 +77,7 @@ def load(
     test_share: float = 0.2,
     code_dir: str = "",
 ) -> Dataset:
-    """The data set called ``name`` (see ``DATASET_HELP``), once a process.
+    """Load the data set called ``name`` (see ``DATASET_HELP``), once per process.
 
     Raises:
         DataError: it is not there, or cannot be read as labelled examples.
@@ -105,10 +109,10 @@ def load(
 
 
 def _there(name: str, root: Path) -> Path:
-    """Where the folder or file of ``name`` is.
+    """Return where the folder or file of ``name`` is.
 
     Raises:
-        DataError: nowhere.
+        DataError: it does not exist.
     """
     path = root / _path(name)
     kind, exists = (
@@ -129,7 +133,7 @@ def _there(name: str, root: Path) -> Path:
 
 
 def _npz(name: str, path: Path, test_share: float) -> Dataset:
-    """Arrays of NumPy's format; pickled objects are not read."""
+    """Load arrays of NumPy's format; pickled objects are not read."""
 
     def read() -> Dataset:
         try:
@@ -143,7 +147,7 @@ def _npz(name: str, path: Path, test_share: float) -> Dataset:
 
 
 def _hugging_face(name: str, root: Path, size: int, test_share: float, download: bool) -> Dataset:
-    """Of the Hub's, or a folder's below ``root``, read once a machine."""
+    """Load a data set of the Hub, or of a folder below ``root``, read once per machine."""
     folder = root / _path(name)
     files = sorted(map(stamped, files_below(folder))) if folder.is_dir() else []
     read = functools.partial(hugging_face.read, name, root, size, test_share, download)
@@ -151,15 +155,15 @@ def _hugging_face(name: str, root: Path, size: int, test_share: float, download:
 
 
 def _own(name: str, code_dir: str, test_share: float) -> Dataset:
-    """What the user's own code returns; each process calls it once."""
+    """Return the data set that the user's own code makes; each process calls it once."""
     make = imported(name, code_dir, "dataset")
     if not callable(make):
         raise ConfigError(f"dataset = {name!r}: is a {type(make).__name__}, no callable")
     try:
-        with seeded(0):  # a process sees the same as the others
+        with seeded(0):  # all processes get the same data
             found = make()
     except Exception as error:  # whatever foreign code raises
-        last = traceback.extract_tb(error.__traceback__)[1:2]  # the user's own, below this one
+        last = traceback.extract_tb(error.__traceback__)[1:2]  # the user's frame, below this
         where = "".join(f" ({Path(each.filename).name}, line {each.lineno})" for each in last)
         raise DataError(
             f"dataset {name}: calling it without arguments raises {type(error).__name__}{where}: "
@@ -169,7 +173,7 @@ def _own(name: str, code_dir: str, test_share: float) -> Dataset:
 
 
 def _digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, 8×8; every class gives 30 % to the test split."""
+    """Load scikit-learn's 1,797 handwritten digits, 8×8; 30 % of every class are the test split."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -219,9 +223,9 @@ def _torchvision(name: str, root: Path, download: bool) -> Dataset:
 
     def arrays(split: Any) -> tuple[np.ndarray, np.ndarray]:
         images = np.asarray(split.data)
-        if kind != "SVHN":  # whose channels are first
+        if kind != "SVHN":  # its channels are first already
             images = images.transpose(0, 3, 1, 2) if images.ndim == 4 else images[:, None]
-        if kind == "EMNIST":  # whose files have rows for columns
+        if kind == "EMNIST":  # its files swap rows and columns
             images = images.swapaxes(-1, -2)
         labels = split.labels if kind == "SVHN" else split.targets
         return np.ascontiguousarray(images), np.asarray(labels, dtype=np.int64)
@@ -236,10 +240,10 @@ def _torchvision(name: str, root: Path, download: bool) -> Dataset:
 
 
 def _cached(identity: Any, read: Callable[[], Dataset]) -> Dataset:
-    """What ``read`` returns, read once a machine and then mapped into all processes' memory.
+    """Return what ``read`` returns, read once per machine and mapped into all processes' memory.
 
     Args:
-        identity: JSON-ready; changes whenever the source's files do.
+        identity: JSON-ready; it must change whenever the source's files do.
     """
     text = json.dumps(identity, separators=(",", ":"))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pfedgpa"
@@ -255,13 +259,13 @@ def _cached(identity: Any, read: Callable[[], Dataset]) -> Dataset:
 
 
 def _stamps(cache: Path) -> str:
-    """When each file of ``cache`` was written, and its size."""
+    """Return the size and time of writing of each file in ``cache``, as text."""
     files = (ABOUT, *(f"{name}.npy" for name in (*ARRAYS, *NAMES)))
     return json.dumps([(name, *stamped(cache / name)[1:]) for name in files])
 
 
 def _stored(cache: Path) -> Dataset | None:
-    """The data set in ``cache``; None if it is not there, or any file is not as it was stored."""
+    """Load the data set in ``cache``; None if it is absent, or a file is not as it was stored."""
     try:
         if (cache / STAMPS).read_text(encoding="utf-8") != _stamps(cache):
             return None
@@ -281,7 +285,7 @@ def _stored(cache: Path) -> Dataset | None:
 def _store(data: Dataset, cache: Path) -> None:
     """Write ``data`` to the folder ``cache``, which nobody ever sees half full.
 
-    A damaged one is moved away: who has mapped its files keeps them.
+    A damaged folder is moved away: processes that have mapped its files keep them.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache.parent, ignore_cleanup_errors=True) as place:

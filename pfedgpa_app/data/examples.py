@@ -1,4 +1,4 @@
-"""Examples without labels, from files that somebody names."""
+"""Read examples without labels from the files that a user names."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ARRAYS = (".npy", ".npz", ".csv")
 
 
 def examples(places: Sequence[Path], schema: Schema, resize: bool) -> tuple[list[str], np.ndarray]:
-    """The names of examples, and they themselves, [N, *shape].
+    """Return the names of examples, and the examples [N, *shape].
 
     Args:
         places: images, folders of images, or files of arrays (.npy, .npz with x, .csv).
-        resize: whether images of another size than the network's are made as large as its own.
+        resize: whether images are resized where the network takes another size.
 
     Raises:
         DataError: a file is absent, cannot be read, or does not fit.
@@ -61,7 +61,7 @@ def _files(places: Sequence[Path], pixels: bool) -> Iterator[Path]:
 
 
 def _image(file: Path, schema: Schema, resize: bool) -> np.ndarray:
-    """One image [C, H, W] uint8, in grey or colour as the network wants it."""
+    """Read one image as [C, H, W] uint8, in grey or colour as the network wants it."""
     channels, height, width = schema.shape
     image = read_image(file)
     if channels in (1, 3):
@@ -80,7 +80,7 @@ def _image(file: Path, schema: Schema, resize: bool) -> np.ndarray:
 
 
 def _array(file: Path, schema: Schema) -> np.ndarray:
-    """The rows of a file [N, *shape]."""
+    """Read the rows of a file, [N, *shape]."""
     try:
         if file.suffix.lower() == ".csv":
             with file.open(newline="", encoding="utf-8-sig") as opened:
@@ -103,7 +103,7 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
             f"{list(schema.shape)}"
         )
     if schema.pixels and found.dtype.kind in "iu":
-        return found  # what is not uint8 is refused where it is predicted
+        return found  # prediction refuses what is not uint8
     if not np.isfinite(found).all():
         raise DataError(f"{file}: has a number that is not finite")
     if schema.tokens and (odd := found[found % 1 != 0]).size:
@@ -114,13 +114,13 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
 def _in_order(
     file: Path, lines: Sequence[Sequence[str]], columns: Sequence[str]
 ) -> list[Sequence[str]]:
-    """The rows of a table; if its first line names the columns, those called ``columns``, so.
+    """Return the rows of a table; of named columns only ``columns``, in their order.
 
     Args:
-        columns: none: all are taken as they stand.
+        columns: the names of those wanted; empty: all are taken as they stand.
 
     Raises:
-        DataError: a column is not there, or there twice; a row is of another length.
+        DataError: a column is missing or there twice, or a row has another length.
     """
     there = [name.strip() for name in lines[0]] if lines else []
     if not lines or (_is_number(there[0]) and not (columns and set(columns) <= set(there))):
@@ -141,11 +141,11 @@ def _in_order(
 
 
 def _numbers(file: Path, lines: Sequence[Sequence[str]]) -> np.ndarray:
-    """A table's cells.
+    """Return a table's cells as numbers.
 
     Raises:
         DataError: a cell is no number.
-        ValueError: its rows differ in length.
+        ValueError: the rows differ in length.
     """
     try:
         return np.array(lines, dtype=np.float64)

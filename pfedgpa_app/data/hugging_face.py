@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub, or a folder in its forms: ``hf:NAME?label=COLUMN&…``."""
+"""Data sets of the Hugging Face Hub, or of a folder as it has them: ``hf:NAME?label=COLUMN&…``."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pfedgpa_app.core.settings import ConfigError, DataError, near
 from pfedgpa_app.data.dataset import Dataset, dataset_of
 from pfedgpa_app.data.pictures import decoded
 
-LABELS = ("label", "labels", "fine_label", "target", "y")  # where no single column has classes
+LABELS = ("label", "labels", "fine_label", "target", "y")  # if no single column has classes
 CHOICES = ("subset", "input", "label", "user", "train", "test")
 
 
 def parsed(name: str) -> tuple[str, dict[str, str]]:
-    """A data set's place and what was chosen of it, by ``hf:PLACE?subset=…&label=…``.
+    """Split ``hf:PLACE?subset=…&label=…`` into the data set's place and the choices made.
 
     Raises:
         ConfigError: there is no such choice.
@@ -35,15 +35,15 @@ def parsed(name: str) -> tuple[str, dict[str, str]]:
 
 
 def read(name: str, root: Path, size: int, test_share: float, download: bool) -> Dataset:
-    """The data set called ``name``, from the Hub's cache or from a folder below ``root``.
+    """Load the data set called ``name``, from the Hub's cache or from a folder below ``root``.
 
     Args:
-        size: to whose square images are resized; 0: they stay as they are.
-        test_share: of the examples, where there is no test split.
+        size: the side of the squares that images are resized to; 0: they stay as they are.
+        test_share: the share of the examples that are tested on where there is no test split.
         download: whether the Hub may be asked.
 
     Raises:
-        DataError: it is not there, or has no such columns.
+        DataError: it is not there, or lacks a column.
     """
     place, chosen = parsed(name)
     splits = _splits(name, root / place, place, chosen, download)
@@ -76,8 +76,12 @@ def read(name: str, root: Path, size: int, test_share: float, download: bool) ->
 def _splits(
     name: str, folder: Path, place: str, chosen: dict[str, str], download: bool
 ) -> dict[str, Any]:
-    """{split: its rows}."""
-    if not download:  # read when it is imported
+    """Load the data set: {split: its rows}.
+
+    Raises:
+        DataError: the library is not installed, or it finds no such data set or split.
+    """
+    if not download:  # the library reads this when it is imported
         os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         import datasets
@@ -87,7 +91,7 @@ def _splits(
     here = str(folder) if folder.is_dir() else place
     try:
         splits = datasets.load_dataset(here, chosen.get("subset"))
-    except Exception as error:  # of many kinds
+    except Exception as error:  # the library raises many kinds
         how = "" if download or folder.is_dir() else "; download=true asks the Hub"
         raise DataError(f"dataset {name}: {type(error).__name__}: {error}{how}") from error
     for wanted in (chosen.get("train", "train"), *filter(None, [chosen.get("test")])):
@@ -97,7 +101,7 @@ def _splits(
 
 
 def _label_of(name: str, rows: Any) -> str:
-    """The column of the labels: the only one with classes, or one that is called so."""
+    """Return the column of the labels: the only one with classes, else one with a usual name."""
     classes = [c for c, feature in rows.features.items() if hasattr(feature, "names")]
     called = [c for c in LABELS if c in rows.column_names]
     if len(classes) != 1 and not called:
@@ -109,19 +113,19 @@ def _label_of(name: str, rows: Any) -> str:
 
 
 def _image_of(rows: Any) -> str | None:
-    """The first column of images, if there is one."""
+    """Return the first column of images, if there is one."""
     kinds = {column: type(feature).__name__ for column, feature in rows.features.items()}
     return next((column for column, kind in kinds.items() if kind == "Image"), None)
 
 
 def _numbers_of(rows: Any, others: set[str | None]) -> list[str]:
-    """The columns of a table that hold numbers."""
+    """Return the columns of a table that hold numbers, apart from ``others``."""
     numbers = rows.select_columns([c for c in rows.column_names if c not in others])
     return [c for c, f in numbers.features.items() if getattr(f, "dtype", "string") != "string"]
 
 
 def _inputs(name: str, rows: Any, columns: list[str], size: int) -> np.ndarray:
-    """The examples: images [N, C, H, W], or numbers."""
+    """Return the examples: images [N, C, H, W], or numbers."""
     if not columns:
         raise DataError(f"dataset {name}: has no column of images or numbers; name one: ?input=…")
     first = columns[0]

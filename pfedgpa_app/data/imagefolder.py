@@ -1,4 +1,4 @@
-"""Anyone's own images: a folder a class, maybe below train/ and test/."""
+"""Users' own images: a folder for each class, maybe below train/ and test/."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +15,10 @@ from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data.dataset import SPLITS, Dataset, fewest, split_off_test
 from pfedgpa_app.data.pictures import decoded
 
-if TYPE_CHECKING:
-    pass
-
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".webp", ".avif", ".gif"}
 SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".tif", ".tiff"}
 UNREAD = {".heic", ".heif", ".jxl", ".dcm"}  # images that Pillow cannot read
-_ALSO = {  # what folders of splits are called, too
+_ALSO = {  # other names of folders that hold splits
     "train": {"train", "training"},
     "test": {"test", "testing", "val", "valid", "validation"},
 }
@@ -30,12 +27,12 @@ Cached = Callable[[Any, Callable[[], Dataset]], Dataset]
 
 
 def _is_there(entry: os.DirEntry[str] | Path) -> bool:
-    """Whether it counts: what is hidden does not, nor what macOS packs beside the files."""
+    """Whether an entry counts: hidden ones do not, nor what macOS packs beside the files."""
     return not entry.name.startswith(".") and entry.name != "__MACOSX"
 
 
 def files_below(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[os.DirEntry[str]]:
-    """Every file below ``folder``; by far the quickest way.
+    """Yield every file below ``folder``; this is by far the quickest way.
 
     Raises:
         DataError: a link leads back to one of the folders ``above``.
@@ -52,14 +49,14 @@ def files_below(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[os.
 
 
 def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()  # pathlib's takes as long as all the rest
+    return os.path.splitext(name)[1].lower()  # pathlib's would take as long as all the rest
 
 
 def is_image(file: str | Path) -> bool:
-    """Whether it is one by its name.
+    """Whether a file is an image, by its name.
 
     Raises:
-        DataError: it is one of a kind that is not read, which would be missing without a word.
+        DataError: it is an image of a kind that is not read; it would be left out silently.
     """
     suffix = _suffix(os.fspath(file))
     if suffix in UNREAD:
@@ -70,26 +67,29 @@ def is_image(file: str | Path) -> bool:
 
 
 def stamped(entry: os.DirEntry[str] | Path) -> tuple[str, int, int]:
-    """(path, bytes, mtime), which tell whether the file has changed."""
+    """Return (path, bytes, mtime), which tell whether a file has changed."""
     found = entry.stat()
     return os.fspath(entry), found.st_size, found.st_mtime_ns
 
 
 def has_splits(path: Path) -> bool:
-    """Whether its images lie below train/ and test/."""
+    """Whether a folder's images lie below train/ and test/."""
     return all((path / split).is_dir() for split in SPLITS)
 
 
 def _folders(path: Path) -> list[str]:
-    """The names of those in it, sorted."""
+    """Return the names of the folders in ``path``, sorted."""
     return sorted(e.name for e in filter(_is_there, os.scandir(path)) if e.is_dir())
 
 
 def _listing(path: Path, least: int) -> dict[str, list[File]]:
-    """{split: its files, sorted}, "" for those of a folder without; refuses what is none.
+    """Return {split: its files, sorted}; the only split is "" in a folder without train/ and test/.
 
     Args:
-        least: number of classes in a folder without splits.
+        least: how many classes a folder without splits must have.
+
+    Raises:
+        DataError: ``path`` does not hold labelled images, or not in folders as expected.
     """
     splits = SPLITS if has_splits(path) else ("",)
     if alone := [split for split in SPLITS if (path / split).is_dir() and "" in splits]:
@@ -126,10 +126,10 @@ def _listing(path: Path, least: int) -> dict[str, list[File]]:
 
 
 def _classes_in(path: Path, split: str) -> list[File]:
-    """The images in the folders, one a class, of ``split``; an empty folder is no class."""
+    """List the images of ``split``, whose folders are classes; an empty folder is none."""
     start, found = len(str(path)) + 1, []
     for entry in sorted(filter(_is_there, (path / split).iterdir())):
-        if stat.S_ISDIR(entry.stat().st_mode):  # a link to nothing is an error
+        if stat.S_ISDIR(entry.stat().st_mode):  # a link to nothing raises an error
             files = list(files_below(entry))
             images = [file for file in files if is_image(file.path)]
             if files and not images:
@@ -149,15 +149,16 @@ def image_folder(
     test_share: float,
     cached: Cached,
 ) -> Dataset:
-    """The images in ``path``.
+    """Load the images in ``path``.
 
     Args:
-        size: to whose square they are resized; 0: they stay as they are.
-        test_share: of each class, where they have no test split; 0: none.
-        cached: makes a data set, given what identifies its files, or has it already.
+        size: the side of the squares that images are resized to; 0: they stay as they are.
+        test_share: the share of each class that is tested on where there is no test split; 0: none.
+        cached: is given the files' identity and a reader, and returns the data set that is stored
+            for this identity, else the reader's.
 
     Raises:
-        DataError: there are none, or one of them cannot be read.
+        DataError: there are no images, or one of them cannot be read.
     """
     listing = _listing(path, fewest(test_share))
     unused = () if "" in listing else tuple(f"{n}/" for n in _folders(path) if n not in SPLITS)

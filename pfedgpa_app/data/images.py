@@ -1,4 +1,4 @@
-"""Examples as clients hold them, images as a rule, and as networks take them."""
+"""Examples, images as a rule, as clients hold them and as networks take them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NORMALISATION = {
 class Images:
     """Pixels [N, C, H, W] uint8 (channels last in memory) and labels [N] int64.
 
-    They stay bytes, a quarter of what floats take, until a network asks for them. What are no
-    images, float32 or int64 [N, …], networks take as they are.
+    Pixels stay bytes, a quarter of the size of floats, until a network asks for them. Examples that
+    are no images, float32 or int64 [N, …], are passed to networks as they are.
     """
 
     pixels: Tensor
@@ -39,12 +39,12 @@ class Images:
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
     def floats(self) -> Tensor:
-        """All of them as networks take them, images as [N, C, H, W] float32."""
+        """Return all examples as networks take them, images as [N, C, H, W] float32."""
         return normalised(self.pixels)
 
 
 def images_of(pixels: np.ndarray, labels: np.ndarray, held: np.ndarray) -> Images:
-    """The examples ``held`` (indices) of a data set's pixels [N, C, H, W] uint8 and labels [N]."""
+    """Take the examples ``held`` (indices) of pixels [N, C, H, W] uint8 and labels [N]."""
     taken = torch.from_numpy(np.ascontiguousarray(pixels[held]))
     if taken.ndim == 4:
         taken = taken.contiguous(memory_format=torch.channels_last)
@@ -59,12 +59,12 @@ def _mean_and_std(channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Means and deviations of the channels of images whose pixels are 0 to 1."""
+    """Return means and deviations of the channels of images whose pixels are 0 to 1."""
     return NORMALISATION.get(channels, ((0.5,) * channels, (0.25,) * channels))
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """float32 with about zero mean and unit variance, from pixels [..., C, H, W] uint8.
+    """Return pixels [..., C, H, W] uint8 as float32 with about zero mean and unit variance.
 
     Examples of another type are no pixels, and stay as they are.
     """

@@ -1,9 +1,10 @@
-"""Who holds which images.
+"""Which client holds which images.
 
-A partition is dealt, natural or by a file (partition_file.py). One that is dealt is a matrix of
-class counts, one row a client, and one dealer that hands out that many images: disjoint while the
-data last. A client's training and its test images are two draws of one mix, so that one with few
-images may be tested on a class of which it has none to train on, as it would be in use.
+A partition is dealt, natural, or given by a file (partition_file.py). To deal one, a matrix of
+class counts is made, one row per client, and that many images are handed out: no image twice, as
+long as there are enough. A client's training and test images are two draws from one class mix, so
+that a client with few images may be tested on a class of which it has no training images, as it
+could be in use.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from pfedgpa_app.core.warning import warn_once
 
 @dataclass(frozen=True)
 class ClientSplit:
-    """The indices of one client's images; ``group`` is hidden from server and methods.
+    """The indices of one client's images.
 
-    ``train`` and ``validation`` index the training split, ``test`` the test split.
+    ``train`` and ``validation`` index the training split, ``test`` the test split. ``group`` is
+    hidden from server and methods.
     """
 
     train: np.ndarray
@@ -31,7 +33,7 @@ class ClientSplit:
 
     @property
     def held(self) -> np.ndarray:
-        """Of the training split, validation included."""
+        """Its indices in the training split, validation included."""
         return np.concatenate([self.train, self.validation])
 
 
@@ -52,7 +54,7 @@ def round_counts(shares: np.ndarray, total: int) -> np.ndarray:
 
 
 def draw_counts(share: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:
-    """Whole counts that sum to ``total``, in proportion to ``share`` in the mean of all draws.
+    """Draw whole counts that sum to ``total``, on average over draws in proportion to ``share``.
 
     Each is the exact count, rounded down or up; what rounding down leaves is dealt by systematic
     sampling in a random order, so that no class is favoured.
@@ -95,10 +97,10 @@ def class_shares(
     alpha: float = 0.5,
     shards: int = 2,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each client's class mix.
+    """Return each client's class mix.
 
     Args:
-        group_shares: relative sizes of the hidden groups; empty: all alike.
+        group_shares: relative sizes of the hidden groups; empty: all are equal.
 
     Returns:
         shares [clients, classes], each row summing to 1, and each client's hidden group
@@ -122,7 +124,7 @@ def class_shares(
     if group_shares and len(group_shares) != len(dominant):
         raise ValueError(f"{len(group_shares)} group shares, but there are {len(dominant)} groups")
     sizes = round_counts(np.array(group_shares or [1.0] * len(dominant)), num_clients)
-    # in turn: group after group, as long as it has members left
+    # clients join the groups in turn, as long as a group lacks members
     groups = np.array([g for turn in range(max(sizes)) for g, n in enumerate(sizes) if turn < n])
     shares = np.full((num_clients, num_classes), uniform_share / num_classes)
     for client, group in enumerate(groups):
@@ -133,12 +135,12 @@ def class_shares(
 def client_counts(
     shares: np.ndarray, labels: np.ndarray, size: int | None, split: str, seed: int
 ) -> np.ndarray:
-    """How many images of each class each client gets, [clients, C].
+    """Return how many images of each class each client gets, [clients, C].
 
     Args:
         shares: each client's mix, [clients, C].
-        size: images a client. None: all are dealt, none twice, each class in proportion to its
-            column of ``shares``.
+        size: images per client. None: all images are dealt, none twice, those of a class in
+            proportion to its column of ``shares``.
         split: "train" or "test".
     """
 
@@ -159,15 +161,15 @@ def deal(
 ) -> list[np.ndarray]:
     """Hand out ``counts[i, c]`` images of class c to each client i.
 
-    Each class is shuffled once and dealt in turn; no image is dealt twice to anyone before
-    its class is used up, and then the class is dealt again from its start, with a warning.
+    Each class is shuffled once and dealt in this order. No image is dealt twice before its class is
+    used up; then the class is dealt again from its start, with a warning.
 
     Args:
         classes: their names, for messages.
         split: "train" or "test".
 
     Returns:
-        one index array a client, sorted.
+        one index array per client, sorted.
 
     Raises:
         ValueError: one client is to hold more images of a class than there are.
@@ -225,7 +227,8 @@ def partition(
     A client's validation images are a random share of its training images.
 
     Args:
-        train_per_client: None: all images are dealt, none twice, to clients of unequal size.
+        train_per_client: images per client, validation included. None: all images are dealt, none
+            twice, to clients of unequal size. ``test_per_client`` likewise.
 
     Raises:
         ValueError: a class has too few images for one client, or a client would have none.
@@ -257,10 +260,10 @@ def with_validation(
     validation_share: float,
     seed: int,
 ) -> list[ClientSplit]:
-    """Each client's images, a random share of its training images kept for validation.
+    """Make each client's split, keeping a random share of its training images for validation.
 
     Raises:
-        ValueError: a client has nothing to train or to be tested on.
+        ValueError: a client has no image to train on, or none to be tested on.
     """
     splits = []
     for client, mine in enumerate(train):
@@ -284,12 +287,13 @@ def with_validation(
 
 
 def by_users(users: np.ndarray, test_users: np.ndarray, num_clients: int) -> list[list[np.ndarray]]:
-    """The natural partition: the indices of each client's training and of its test images.
+    """Make the natural partition: the indices of each client's training and of its test images.
 
-    Users are clients, in the order of their names; where there are more, several are one client.
+    Users are clients, in the order of their names; if there are more, several users share a client.
+    Test images of users without training images are nobody's.
 
     Raises:
-        ValueError: nobody knows whose the images are, or there are fewer users than clients.
+        ValueError: the images' users are unknown, or fewer than clients.
     """
     if not len(users) or not len(test_users):
         raise ValueError("partition = natural: the data set names no users")

@@ -1,4 +1,4 @@
-"""Who holds what by a file of the user's: JSON or CSV that maps samples to clients."""
+"""Read a partition from the user's file: JSON or CSV that maps samples to clients."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import numpy as np
 from pfedgpa_app.core.sections import PARTITION_FILE
 from pfedgpa_app.core.settings import ConfigError, shown
 
-Entry = tuple[str, str, str]  # where the file says so, sample, client
+Entry = tuple[str, str, str]  # place in the file, for messages; sample; client
 
 
 def by_file(
     path: Path, train: np.ndarray, test: np.ndarray, num_clients: int
 ) -> list[list[np.ndarray]]:
-    """What a file of samples and their clients deals: the indices of each client's, by split.
+    """Return the indices of each client's samples, by split, as the file deals them.
 
     Samples that it does not name are nobody's. Names are compared in composed Unicode: macOS
     lists "ä" as two characters, other systems and editors write one.
@@ -31,9 +31,9 @@ def by_file(
         train: the names of the training samples; ``test``: of the test samples.
 
     Raises:
-        ConfigError: it cannot be read, names samples that there are not or one for two clients,
-            names other clients than 0 to ``num_clients - 1``, or leaves one without a training or
-            a test sample.
+        ConfigError: the file cannot be read, names an unknown sample or gives one to two clients,
+            names other clients than 0 to ``num_clients - 1``, or leaves a client without a training
+            or a test sample.
     """
     where = f"partition = {PARTITION_FILE}{path}"
     place = _places(where, [*train, *test])
@@ -49,10 +49,10 @@ def by_file(
 
 
 def _places(where: str, names: Sequence[str]) -> dict[str, int]:
-    """Each sample's place in the data set by its name, in composed Unicode.
+    """Return each sample's place in the data set, by its name in composed Unicode.
 
     Raises:
-        ConfigError: two samples have names that only their Unicode tells apart.
+        ConfigError: two samples' names differ only in their form of Unicode.
     """
     places: dict[str, int] = {}
     for i, name in enumerate(names):
@@ -65,15 +65,15 @@ def _places(where: str, names: Sequence[str]) -> dict[str, int]:
 
 
 def _composed(name: str) -> str:
-    """``name`` with one character for a letter and its accents."""
+    """Return ``name`` with one character for a letter and its accents."""
     return unicodedata.normalize("NFC", str(name))
 
 
 def _require_clients(where: str, owners: Mapping[str, int], num_clients: int) -> None:
-    """Refuse other clients than 0 to ``num_clients - 1``, or a lack of one of these.
+    """Check that the file names all clients from 0 to ``num_clients - 1`` and no others.
 
     Raises:
-        ConfigError: how many the file names, or which number it leaves out.
+        ConfigError: it says how many the file names, or which number is missing.
     """
     sample, last = max(owners.items(), key=lambda entry: entry[1])
     named = {*owners.values()}
@@ -94,14 +94,14 @@ def _require_clients(where: str, owners: Mapping[str, int], num_clients: int) ->
 def _require_both_kinds(
     where: str, splits: Sequence[Sequence[np.ndarray]], names: Sequence[np.ndarray]
 ) -> None:
-    """Refuse a client that has no sample to train or none to be tested on.
+    """Check that every client has a sample to train on and one to be tested on.
 
     Args:
-        splits: the indices of each client's samples, of the training and of the test split.
-        names: of all samples in these two.
+        splits: the indices of each client's samples, in the training and in the test split.
+        names: those of all samples in the training and in the test split.
 
     Raises:
-        ConfigError: which kind it lacks, and which samples of that kind are left.
+        ConfigError: it says which kind a client lacks, and which samples of that kind are free.
     """
     for client, (train, test) in enumerate(zip(*splits, strict=True)):
         if len(train) and len(test):
@@ -111,7 +111,7 @@ def _require_both_kinds(
         left = np.delete(names[kind], np.concatenate(splits[kind]))[:3]
         which = f"as {', '.join(map(repr, left.tolist()))}" if len(left) else "which others hold"
         why, instead = "", ""
-        if not str(names[0][0]).startswith("train/"):  # as names do where both splits were there
+        if not str(names[0][0]).startswith("train/"):  # as where the source has both splits
             why = " (test-share drew which are which, the same in every run)"
             instead = ", or make a test split yourself (docs/own.md)"
         raise ConfigError(
@@ -122,11 +122,11 @@ def _require_both_kinds(
 
 
 def _read_owners(path: Path, known: Collection[str]) -> dict[str, int]:
-    """{sample: client}, the samples in composed Unicode, as those that are ``known``.
+    """Read {sample: client}, with the samples' names in composed Unicode.
 
     Raises:
-        ConfigError: the file cannot be read, names no sample, an unknown one or one for two
-            clients, or a client by something else than a number.
+        ConfigError: the file cannot be read, names no sample, one that is not ``known`` or one for
+            two clients, or names a client by something other than a number.
     """
     owners: dict[str, int] = {}
     for where, sample, client in _entries(path):
@@ -153,10 +153,10 @@ def _read_owners(path: Path, known: Collection[str]) -> dict[str, int]:
 
 
 def _entries(path: Path) -> Iterator[Entry]:
-    """All that a partition file says, in its order, duplicates too.
+    """Return all that a partition file says, in its order, with duplicates.
 
     Raises:
-        ConfigError: it cannot be read, is not in UTF-8, or is neither JSON nor CSV as wanted.
+        ConfigError: it cannot be read, is not in UTF-8, or is neither the JSON nor the CSV wanted.
     """
     where = f"partition = {PARTITION_FILE}{path}"
     try:
@@ -173,10 +173,10 @@ def _entries(path: Path) -> Iterator[Entry]:
 
 
 def _json_entries(where: str, text: str) -> Iterator[Entry]:
-    """Of a JSON object {sample: client}.
+    """Yield the entries of a JSON object {sample: client}.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the text is no such object.
     """
     try:
         found = json.loads(text, object_pairs_hook=tuple)  # a dict would hide duplicate keys
@@ -189,13 +189,15 @@ def _json_entries(where: str, text: str) -> Iterator[Entry]:
 
 
 def _csv_entries(where: str, text: str) -> Iterator[Entry]:
-    """Of CSV with the columns sample and client, parted by what parts its first line.
+    """Yield the entries of CSV with the columns sample and client.
+
+    Cells are separated by the most frequent of comma, semicolon and tab in the first line.
 
     Raises:
         ConfigError: it has no such columns, or a quotation mark at a wrong place.
     """
     first = next(iter(text.splitlines()), "")
-    delimiter = max(",;\t", key=first.count)  # Excel writes ; where the comma is for decimals
+    delimiter = max(",;\t", key=first.count)  # Excel writes ; where decimals have commas
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip().lower() for name in next(rows, [])]

@@ -1,4 +1,4 @@
-"""Pictures as Pillow reads them, in grey or RGB, and as arrays."""
+"""Read pictures by Pillow, in grey or RGB, and turn them into arrays."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from pfedgpa_app.core.settings import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-BILINEAR = 2  # Pillow's, which takes long to import
+BILINEAR = 2  # Pillow's constant; Pillow takes long to import
 
 
 def recoloured(images: np.ndarray, channels: int) -> np.ndarray:
-    """Images [N, C, H, W] in grey, of one channel, or in colour, of three, as Pillow makes them."""
+    """Convert images [N, C, H, W] to grey (one channel) or colour (three), as Pillow does.
+
+    Other numbers of channels are left as they are.
+    """
     from PIL import Image
 
     if {images.shape[1], channels} != {1, 3}:
@@ -31,10 +34,10 @@ def recoloured(images: np.ndarray, channels: int) -> np.ndarray:
 
 
 def eight_bits(image: Image) -> Image:
-    """``image`` in grey or RGB, of 8 bits a channel; without its transparency.
+    """Convert ``image`` to grey or RGB, of 8 bits a channel, without its transparency.
 
     Raises:
-        ValueError: it cannot be told which values are black and white.
+        ValueError: nothing tells which values are black and white.
     """
     from PIL import ExifTags, Image
 
@@ -51,7 +54,7 @@ def eight_bits(image: Image) -> Image:
 
 
 def read_image(file: Path | IO[bytes], name: str = "") -> Image:
-    """An image in grey or RGB, upright; ``name`` is how messages call it.
+    """Read an image in grey or RGB, upright; ``name`` is how messages call it.
 
     Raises:
         DataError: it cannot be read, or is too large.
@@ -62,7 +65,7 @@ def read_image(file: Path | IO[bytes], name: str = "") -> Image:
     try:
         with Image.open(file) as opened:
             opened.load()
-            with suppress(Exception):  # garbled EXIF does not say how the image lies
+            with suppress(Exception):  # damaged EXIF does not tell which side is up
                 ImageOps.exif_transpose(opened, in_place=True)
             return eight_bits(opened)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -78,7 +81,7 @@ def read_image(file: Path | IO[bytes], name: str = "") -> Image:
 
 
 def _pixels(file: Path | IO[bytes], name: str, size: int) -> np.ndarray:
-    """An image as [C, H, W] uint8; C is 1 if it is grey, else 3."""
+    """Read an image as [C, H, W] uint8; C is 1 if it is grey, else 3."""
     image = read_image(file, name)
     if size:
         image = image.resize((size, size), BILINEAR)
@@ -87,11 +90,11 @@ def _pixels(file: Path | IO[bytes], name: str, size: int) -> np.ndarray:
 
 
 def decoded(files: Iterable[tuple[Path | IO[bytes], str]], number: int, size: int) -> np.ndarray:
-    """So many images [N, C, H, W]: all in colour if any is.
+    """Read ``number`` images as [N, C, H, W] uint8: all in colour if any is.
 
     Args:
-        files: each with its name.
-        size: to whose square they are resized; 0: they stay as they are.
+        files: each with its name, for messages.
+        size: the side of the squares that images are resized to; 0: they stay as they are.
 
     Raises:
         DataError: one cannot be read, or is of another size than the first.

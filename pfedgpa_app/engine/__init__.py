@@ -27,17 +27,17 @@ class StoppedError(KeyboardInterrupt):
 
 
 class Poll(Protocol):
-    """Is called by an engine while a run goes on."""
+    """A function that an engine calls while a run goes on."""
 
     def __call__(self, explain: Callable[[], str] = ...) -> None:
-        """``explain`` tells which process waits for what."""
+        """Look after the run; ``explain`` says which process waits for what."""
 
 
 def gpu_for(device: str) -> bool:
     """Whether the ``device`` setting means a GPU on this machine.
 
     Raises:
-        ConfigError: it wants one, and there is none.
+        ConfigError: the setting wants a GPU, and there is none.
     """
     import torch
 

@@ -1,12 +1,12 @@
 """The batched engine: the clients of a round as one model with a leading client axis.
 
 On a GPU a small network's step is mostly waiting for its kernels to start; C clients in one
-step wait once. The images stay on the device, and each kind of step is captured once as a
-CUDA graph and replayed. On a CPU there is nothing to gain (two to four times slower than one
-client after another), only to test.
+step wait only once. The images stay on the device, and each kind of step is captured once as a
+CUDA graph and replayed. On a CPU this engine only serves for tests: it is two to four times
+slower than training one client after another.
 
-Draws, recipe and update are the clients' own (``training``), so that results agree with one
-client after another up to the order of float32 sums.
+Random draws, recipe and update are those of ``training``, so that results agree with training
+one client after another, up to the order of float32 sums.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from pfedgpa_app.models.networks import weight_names, weights_of
 from pfedgpa_app.training.evaluation import Score
 from pfedgpa_app.training.sgd import Recipe, batches, clipped, crop_and_flip, sgd_step
 
-IMAGES_AT_ONCE = 1500  # in one step over all clients: some 2 GB for CIFAR's CNN; fills a GPU
+IMAGES_AT_ONCE = 1500  # of all clients in a step; about 2 GB for CIFAR's CNN, and fills a GPU
 
 
 class Columns(torch.autograd.Function):
-    """The k×k neighbourhoods of images [N, I, H, W] as columns [N, I·k·k, L].
+    """The k×k neighbourhoods of images [N, I, H, W] as columns [N, I·k·k, L], for L positions.
 
-    torch's unfold starts a kernel for every image of a batch on a GPU; this is one copy. The
+    On a GPU torch's unfold starts a kernel for every image of a batch; this makes one copy. The
     gradient is torch's fold, which has no such loop.
     """
 
@@ -58,9 +58,9 @@ class Columns(torch.autograd.Function):
 
 
 def _convolution(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Client c's images x[c] under its own kernels: [C, B, I, H, W] and [C, O, I, k, k].
+    """Convolve client c's images x[c] with its own kernels: [C, B, I, H, W] and [C, O, I, k, k].
 
-    As matrix products: cuDNN's grouped convolutions train slowly.
+    It uses matrix products, because cuDNN's grouped convolutions train slowly.
     """
     clients, batch, _, height, width = x.shape
     kernel, padding = layer.kernel_size, layer.padding
@@ -74,7 +74,10 @@ def _convolution(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | Non
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[C, B, …, I] under [C, O, I]: whatever lies between is as rows of a client's batch."""
+    """Apply each client's own linear layer to its inputs: [C, B, …, I] and [C, O, I].
+
+    Dimensions between B and I count as more rows of the client's batch.
+    """
     out = x.flatten(1, -2) @ weight.mT
     if bias is not None:
         out = out + bias[:, None]
@@ -82,7 +85,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _supported(layer: nn.Module) -> bool:
-    """Whether it is such a layer itself: a subclass may do something else."""
+    """Whether ``layer`` has a batched form; a subclass has none, since it may do something else."""
     if type(layer) is nn.Conv2d:
         plain = layer.stride == (1, 1) and layer.dilation == (1, 1) and layer.groups == 1
         return plain and isinstance(layer.padding, tuple) and layer.padding_mode == "zeros"
@@ -92,7 +95,7 @@ def _supported(layer: nn.Module) -> bool:
 
 
 def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """A chain's layers in order, with their names' prefixes; one that is used twice, twice."""
+    """Yield a chain's layers in order, with their names' prefixes; repeated layers come again."""
     for name, layer in model._modules.items():
         assert layer is not None
         if type(layer) is nn.Sequential:
@@ -102,9 +105,9 @@ def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 
 def can_batch(model: nn.Module) -> bool:
-    """Whether ``model`` is a chain of layers that have a batched form here.
+    """Whether ``model`` is a chain of layers that have a batched form here, without hooks.
 
-    Clients share all its weights: none is frozen, and none has two names.
+    Clients must also share all its weights: none may be frozen, and none may have two names.
     """
     if type(model) is not nn.Sequential:
         return False
@@ -128,24 +131,24 @@ def forward(model: nn.Module, weights: Weights, x: Tensor) -> Tensor:
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Each image's cross-entropy [C, B]."""
+    """Return each image's cross-entropy [C, B]."""
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
 
 @dataclass(frozen=True)
 class DeviceData:
-    """Every client's images on the device, one tensor a part: [clients, n, C, H, W]."""
+    """Every client's images on the device, one tensor [clients, n, C, H, W] for each part."""
 
     parts: dict[str, Images]
 
     @classmethod
     def of(cls, config: Config, device: torch.device) -> DeviceData | None:
-        """None where clients hold unequal numbers of images."""
+        """Load the images of all clients; None if clients hold unequal numbers of them."""
         return cls.stacked([held_by(config, i) for i in range(config.num_clients)], device)
 
     @classmethod
     def stacked(cls, clients: Sequence[ClientData], device: torch.device) -> DeviceData | None:
-        """What ``clients`` hold, in their order."""
+        """Stack what ``clients`` hold, in their order; None if they hold unequal numbers."""
         parts = {}
         for part in (field.name for field in fields(ClientData)):
             held: list[Images] = [getattr(client, part) for client in clients]
@@ -185,7 +188,7 @@ class Step:
         cohort.total += losses.detach().sum(1)
 
     def __call__(self, index: Tensor, crops: Tensor | None) -> None:
-        """Every client's step on its own images ``index`` [C, B], cropped as [3, C·B]."""
+        """Train every client on its own images ``index`` [C, B], cropped by ``crops`` [3, C·B]."""
         self.index.copy_(index)
         if crops is not None:
             self.crops.copy_(crops)
@@ -197,9 +200,9 @@ class BatchedCohort:
 
     Attributes:
         weights: {name: [size, …]}, changed in place.
-        velocity: SGD's momentum of each of them.
-        rows: which of the data's clients these are, [size, 1].
-        total: each client's losses, summed over the images of a training.
+        velocity: SGD's momentum buffer of each of the weights.
+        rows: the clients' places in ``data``, [size, 1].
+        total: each client's losses, summed over the images of one training, [size].
     """
 
     def __init__(self, model: nn.Module, data: DeviceData, size: int) -> None:
@@ -213,12 +216,12 @@ class BatchedCohort:
         self.velocity = {name: torch.zeros_like(t) for name, t in self.weights.items()}
         self.rows = torch.zeros(size, 1, dtype=torch.long, device=self.device)
         self.total = torch.zeros(size, device=self.device)
-        # graphs of one cohort never run at once, and keep nothing in their memory between runs
+        # memory for all its graphs: they never run at once, and keep nothing in it between runs
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self._steps: dict[tuple[Recipe, int], Step] = {}
 
     def seat(self, clients: Sequence[int]) -> None:
-        """Whose images the cohort learns from and is evaluated on from now on."""
+        """Choose the clients on whose images the cohort is trained and evaluated from now on."""
         self.rows.copy_(torch.tensor(clients)[:, None])
 
     def load(self, weights: Sequence[Weights]) -> None:
@@ -256,7 +259,7 @@ class BatchedCohort:
         return list(torch.cat([logits.argmax(-1) for logits, _ in self._logits(part)], dim=1))
 
     def _logits(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """[size, B, classes] and labels [size, B], so many images at a time."""
+        """Yield logits [size, B, classes] and labels [size, B] of a part's images, in batches."""
         images, rows = self.data.parts[part], self.rows[:, 0]
         at_once = max(1, IMAGES_AT_ONCE // self.size)
         for start in range(0, images.labels.shape[1], at_once):
@@ -265,7 +268,7 @@ class BatchedCohort:
             yield forward(self.model, self.weights, normalised(pixels)), labels
 
     def trained(self) -> list[Weights]:
-        """Every client's weights, on the CPU."""
+        """Return every client's weights, on the CPU."""
         cpu = {name: tensor.detach().cpu() for name, tensor in self.weights.items()}
         return [{name: t[i].clone() for name, t in cpu.items()} for i in range(self.size)]
 
@@ -296,7 +299,7 @@ class BatchedGrid(LocalGrid):
         at_once = max(1, IMAGES_AT_ONCE // self.config.batch_size)
         for kind in dict.fromkeys(message.metadata.message_type for message in messages):
             alike = [m for m in messages if m.metadata.message_type == kind]
-            size = -(-len(alike) // -(-len(alike) // at_once))  # parts of a size: one cohort
+            size = -(-len(alike) // -(-len(alike) // at_once))  # equal parts share a cohort
             for start in range(0, len(alike), size):
                 replies += self._answer(kind, alike[start : start + size])
                 self.answered(len(replies) / len(messages))
@@ -326,7 +329,7 @@ class BatchedGrid(LocalGrid):
 
     @staticmethod
     def _train(cohort: BatchedCohort, requests: list[ClientRequest]) -> list[Message]:
-        """``Rounds.train`` of all requests at once."""
+        """Do what ``Rounds.train`` does, for all requests at once."""
         cohort.load([r.method.start(r.weights, r.state) for r in requests])
         generators, losses = [r.generator("train") for r in requests], [0.0] * len(requests)
         first = requests[0]
@@ -346,4 +349,4 @@ class BatchedGrid(LocalGrid):
         except Exception as error:
             return raised(message, error)
         finally:
-            torch.set_num_threads(threads)  # a client takes one; this process is the server's, too
+            torch.set_num_threads(threads)  # the app sets one; this process is the server's, too

@@ -1,4 +1,4 @@
-"""Flower's own processes, with a home that is theirs alone and ends with them."""
+"""Start Flower's own processes, with a home folder that is theirs alone and ends with them."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from pfedgpa_app.core.paths import INSTALLED, package_of
 from pfedgpa_app.engine import LaunchError
 
 CONNECTION = "pfedgpa"
-PATIENCE = 300.0  # seconds that a living SuperLink may be deaf
+PATIENCE = 300.0  # seconds for which a running SuperLink may not answer
 _LIST = "[tool.flwr.app.config]\n"
 
 
 def free_port() -> int:
-    """A port on loopback that nobody listens on just now."""
+    """Return a port on loopback that nobody listens on at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def processes_with(variable: str, value: str) -> list[psutil.Process]:
-    """Other processes than this one in whose environment the variable has the value."""
+    """Find other processes than this one whose environment has the value for the variable."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):  # it has just ended, or is somebody else's
@@ -50,21 +50,21 @@ def processes_with(variable: str, value: str) -> list[psutil.Process]:
 
 
 def processes_of(home: Path) -> list[int]:
-    """Processes whose environment names the home: what we started, wherever it detached."""
+    """Find the processes whose environment names the home: all that we started, detached too."""
     return [process.pid for process in processes_with("FLWR_HOME", str(home))]
 
 
 class Flower:
     """A SuperLink on loopback, and what else is started, while the ``with`` block lasts.
 
-    It takes a second to come up; ``wait_until_ready`` before it is used.
+    It takes a second to come up: call ``wait_until_ready`` before using it.
     """
 
     ca: Path | None = None  # the certificate authority, where the link is encrypted
     host = "127.0.0.1"  # where the SuperLink listens
 
     def __init__(self) -> None:
-        # Ray makes sockets below its folder, whose whole paths may have 107 characters
+        # Ray makes sockets below its folder, whose whole paths may have at most 107 characters
         where = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 20 else "/tmp"
         self.home = Path(tempfile.mkdtemp(prefix="pfedgpa-", dir=where))
         self.port, self.log = free_port(), self.home / "superlink.log"
@@ -80,7 +80,7 @@ class Flower:
         }
 
     def superlink_options(self) -> list[str]:
-        """How the SuperLink is started."""
+        """Return the options that the SuperLink is started with."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -94,14 +94,14 @@ class Flower:
         return self
 
     def start_superlink(self) -> None:
-        """Start it, for the first time or again."""
+        """Start the SuperLink, for the first time or again."""
         command = ["flower-superlink", "--host", self.host, "--port", str(self.port)]
         command += ["--disable-runtime-dependency-installation", *self.superlink_options()]
         self.superlink = self.spawn(command, self.log)
 
     def spawn(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-        """A process in the home, in a session of its own, which writes to ``log``."""
-        # the folder is its own: apps are imported from there first, and must find nothing
+        """Start a process in the home, in a session of its own, which writes to ``log``."""
+        # apps import from the current folder first: in the home they find nothing of the user's
         with log.open("ab") as out:
             return subprocess.Popen(
                 command,
@@ -117,7 +117,7 @@ class Flower:
         """Return when the SuperLink listens.
 
         Raises:
-            LaunchError: it ended, or took a minute.
+            LaunchError: it has ended, or does not listen within a minute.
         """
         trust = ssl.create_default_context(cafile=self.ca) if self.ca else None
         scheme = "https" if self.ca else "http"
@@ -136,7 +136,11 @@ class Flower:
         return self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
-        """Run a ``flwr`` command that answers in JSON."""
+        """Run a ``flwr`` command that answers in JSON, and return the answer.
+
+        Raises:
+            LaunchError: the command fails.
+        """
         done = subprocess.run(
             ["flwr", *arguments, "--format", "json"],
             cwd=self.home,
@@ -155,12 +159,12 @@ class Flower:
         return answer
 
     def run(self, app: Path, settings: dict[str, Any], *options: str) -> str:
-        """Start the app in ``app``; the run's id."""
+        """Start the app in ``app``; return the run's id."""
         answer = self.flwr("run", str(app), CONNECTION, *options, "-c", in_toml(settings))
         return str(answer["run-id"])
 
     def status(self, run_id: str) -> tuple[str, str]:
-        """The run's status, ``finished:completed`` if all is well, and its details."""
+        """Return the run's status, ``finished:completed`` if all is well, and its details."""
         [run] = self.flwr("ls", CONNECTION, "--run-id", run_id)["runs"]
         return str(run["status"]), str(run.get("status-details") or "")
 
@@ -169,14 +173,14 @@ class Flower:
         return self.spawn(["flwr", "log", run_id, CONNECTION, "--stream"], log)
 
     def wait(self, run_id: str, log: Path, poll: Callable[[], None] = lambda: None) -> str:
-        """Return when the run has ended: why it did not complete, or "".
+        """Wait until the run has ended, and return why it did not complete, or "".
 
         Args:
             log: where the run's log goes.
             poll: called while the run goes on.
         """
         status, details = "", ""
-        written = log.stat().st_size if log.exists() else 0  # of a run that this one resumes
+        written = log.stat().st_size if log.exists() else 0  # by a run that this one resumes
         while not status.startswith("finished"):
             follower = self.follow(run_id, log)  # a log stream may break off before the run ends
             while follower.poll() is None:
@@ -189,7 +193,7 @@ class Flower:
         return f"{details or status}{first_error(said)}"
 
     def _status_once_it_answers(self, run_id: str) -> tuple[str, str]:
-        """The run's status; on a busy machine a SuperLink is deaf at times.
+        """Return the run's status; on a busy machine a SuperLink may not answer for a while.
 
         Raises:
             LaunchError: it has ended, or never answers.
@@ -210,36 +214,39 @@ class Flower:
         for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.superlink.pid, sign)
-            for pid in processes_of(self.home):  # Ray's have left the group
+            for pid in processes_of(self.home):  # Ray's processes have left the group
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, sign)
             deadline = time.monotonic() + patience
             while time.monotonic() < deadline and processes_of(self.home):
-                self.superlink.poll()  # a zombie of ours has no environment left
+                self.superlink.poll()  # reaps it, should it be a zombie
                 time.sleep(0.1)
         self.superlink.wait()
         shutil.rmtree(self.home, ignore_errors=True)
 
 
 def first_error(log: str) -> str:
-    """What Flower's log names first of what was raised, of which all else came: ``" (…)"``."""
+    """Return the first error in Flower's log, which caused the others, as ``" (…)"``; else ""."""
     found = re.search(r"^(?:\w+\.)*(\w*(?:Error|Exception): .+)$", log, re.MULTILINE)
     return f" ({found[1][:300]})" if found else ""
 
 
 def _unstaged(folder: str, names: list[str]) -> list[str]:
-    """What is left out of a copy: in it, the app's folder is around the package, not inside."""
+    """Return what a copy leaves out: bytecode, and the app's folder inside an installed package.
+
+    In the copy, the app's folder is around the package.
+    """
     return [n for n in names if n == "__pycache__" or Path(folder, n) == INSTALLED]
 
 
 def stage(app: Path, folder: Path, settings: Mapping[str, Any] | None = None) -> Path:
-    """A copy of the app's files in ``folder``, with ``settings`` as what a run of it has.
+    """Copy the app's files to ``folder``, with ``settings`` as its defaults, and return the copy.
 
-    Flower looks at every file below an app's folder, and data sets that lie there, too, can be a
+    Flower looks at every file below an app's folder, and data sets that lie there, too, may have a
     hundred thousand.
 
     Args:
-        settings: Flower takes those of a method that is the user's own from nowhere else.
+        settings: Flower takes settings of a user's own method from the app's list only.
     """
     config = get_project_config(app)
     doors = config["tool"]["flwr"]["app"]["components"].values()
@@ -259,7 +266,7 @@ def stage(app: Path, folder: Path, settings: Mapping[str, Any] | None = None) ->
 
 
 def _listing(text: str, settings: Mapping[str, Any]) -> str:
-    """A pyproject.toml whose list of settings has these values."""
+    """Return a pyproject.toml in whose list the ``settings`` have these values."""
     before, head, after = text.partition(_LIST)
     listed, end, others = after.partition("\n[")
     names = tuple(f"{name} =" for name in settings)

@@ -1,4 +1,4 @@
-"""Flower's Grid without a network: nodes that are contexts in this process."""
+"""A Flower Grid without a network: its nodes are contexts in this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIRST_NODE, NODE_STEP = 1_000_003, -7
 
 
 def identify() -> None:
-    """Tell Flower who this process is: its messages cannot be made without."""
+    """Tell Flower who this process is; without that it can make no messages."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, 1, 1
 
 
@@ -31,16 +31,16 @@ class Awaited(NamedTuple):
     """A client that the server waits for."""
 
     client: int
-    process: int  # that serves it
+    process: int  # the id of the process that serves it
     seconds: float  # since it was asked
 
 
 class LocalGrid(Grid):
-    """A federation of ``nodes`` nodes, one a partition; a subclass says how messages are served.
+    """A federation of ``nodes`` nodes, one per partition; a subclass says how messages are served.
 
     Attributes:
         contexts: each node's context; what a client keeps between rounds lives there.
-        answered: is told which share of the messages that are being served has its reply.
+        answered: is called with the share of the messages being served that have a reply.
     """
 
     def __init__(self, run_config: dict[str, Any], nodes: int) -> None:
@@ -63,33 +63,33 @@ class LocalGrid(Grid):
 
     @abstractmethod
     def serve(self, messages: list[Message], timeout: float | None) -> list[Message]:
-        """Have the clients answer; replies come in any order, silent clients' not at all."""
+        """Have the clients answer; return replies in any order, without those of silent clients."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """What serves the messages ends here."""
+        """End what serves the messages; here there is nothing to end."""
 
     def remark(self, text: str) -> None:
-        """Say something of how messages are served, once, to the run's user."""
+        """Tell the run's user something about how messages are served, but only once."""
         if text not in self._remarks:
             self._remarks.append(text)
             if self._listener is not None:
                 self._listener(text)
 
     def listen(self, listener: Callable[[str], object]) -> None:
-        """Have ``listener`` called with every remark, those made so far first."""
+        """Have ``listener`` called with every remark, including those made so far."""
         self._listener = listener
         for text in self._remarks:
             listener(text)
 
     def client_of(self, message: Message) -> int:
-        """Whom a message is for."""
+        """Return the client that a message is for."""
         return int(self.contexts[message.metadata.dst_node_id].node_config["partition-id"])
 
     def awaited(self) -> list[Awaited]:
-        """Whose answers are outstanding just now; asked by a thread of its own."""
+        """Return the clients that have yet to answer; a thread of its own calls this."""
         return []
 
     def set_run(self, run: Run) -> None:
@@ -128,7 +128,7 @@ class LocalGrid(Grid):
 
     @staticmethod
     def _addressed(messages: Iterable[Message]) -> list[Message]:
-        """The messages, each with an id of its own, as Flower's link state gives them."""
+        """Return the messages, each with an id of its own, as Flower's link state gives them."""
         addressed = list(messages)
         for message in addressed:
             message.metadata.__dict__["_message_id"] = uuid4().hex
@@ -136,7 +136,7 @@ class LocalGrid(Grid):
 
 
 def raised(message: Message, error: BaseException) -> Message:
-    """The reply to ``message`` when the ClientApp raised, as Flower makes it."""
+    """Make the reply to ``message`` when the ClientApp has raised ``error``, as Flower makes it."""
     where = "".join(traceback.format_exception(error)[-2:])
     reason = f"{type(error)}:<'{error}'>\n{where}"
     code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
@@ -145,7 +145,7 @@ def raised(message: Message, error: BaseException) -> Message:
 
 @contextlib.contextmanager
 def telling(grid: Grid, answered: Callable[[float], object]) -> Iterator[None]:
-    """Have ``answered`` told, for a while, which share of its messages ``grid`` has replies to.
+    """While the block lasts, tell ``answered`` what share of its messages ``grid`` has replies to.
 
     Flower's own grids do not tell.
     """

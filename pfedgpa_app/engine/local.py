@@ -1,4 +1,4 @@
-"""Run the app's two doors in a process of their own, over a grid without a network."""
+"""Run the app's two doors in one server process, over a grid without a network."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from pfedgpa_app.engine.process import ProcessGrid
 from pfedgpa_app.engine.spawning import Server
 from pfedgpa_app.results.log import clock
 
-_PATIENCE = 5.0  # seconds in which the server answers
+_PATIENCE = 5.0  # seconds that the server has to answer
 
 
 def load_door(app: Path, door: str) -> Any:
-    """The Flower app's "serverapp" or "clientapp", as its pyproject.toml names it."""
+    """Load the Flower app's "serverapp" or "clientapp", as its pyproject.toml names it."""
     reference = get_project_config(app)["tool"]["flwr"]["app"]["components"][door]
     return load_app(reference, LaunchError, app)
 
@@ -49,7 +49,7 @@ def run(
         why the run did not complete, or "".
     """
     start = None
-    if not package_of(app).samefile(PACKAGE):  # nothing that was imported from here may be used
+    if not package_of(app).samefile(PACKAGE):  # with a package of its own, it must use none of ours
         sys.path.insert(0, str(app))
         start = multiprocessing.get_context("spawn")
     with Server(serve, start) as server:
@@ -63,7 +63,7 @@ def run(
 
 
 def serve(orders: Connection) -> None:
-    """What the server process does: both doors and, between them, a grid."""
+    """Do what the server process does: connect both doors by a grid, and run them."""
     try:
         app, settings, log = orders.recv()
     except EOFError:  # the launcher has refused the run
@@ -85,7 +85,7 @@ def serve(orders: Connection) -> None:
 
 
 def _state(server: Server) -> str:
-    """Which process waits for what, in one sentence."""
+    """Say in one sentence which process waits for what."""
     pid, questions = server.process.pid or 0, server.connection
     try:
         while questions.poll():  # answers that came too late
@@ -109,7 +109,7 @@ def _state(server: Server) -> str:
 
 
 def _load(pids: Sequence[int]) -> dict[int, str]:
-    """What each process uses of a CPU in a second, as in "98 % CPU"."""
+    """Measure what each process uses of a CPU in a second, as in "98 % CPU"."""
     found = {}
     for pid in pids:
         with contextlib.suppress(psutil.Error):

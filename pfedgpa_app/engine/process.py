@@ -1,9 +1,9 @@
 """The process engine: a pool of single-threaded workers serves the clients of a round.
 
-A worker is sent a client's message and context and answers with the reply and the new state,
-so any worker can serve any client and a dead one takes nothing with it. Images are mapped
-from the machine's cache, weights go through a pipe (0.4 MB take under a millisecond, a
-client's round some hundred).
+A worker is sent a client's message and context, and answers with the reply and the new state. So
+any worker can serve any client, and one that dies takes no state with it. Images are mapped from
+the machine's cache; weights go through a pipe (0.4 MB take under a millisecond, a client's round
+about a hundred).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LoadApp = Callable[[], ClientApp]
 
 
 def _work(load_app: LoadApp, connection: Connection, log: Path | None) -> None:
-    """A worker's life: serve one message after another until the server is gone."""
+    """Serve one message after another, as a worker, until the server is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when to stop
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     spawning.write_to(log)
@@ -66,9 +66,9 @@ class _Worker:
         self.since = 0.0
 
     def begin(self, message: Message, context: Any) -> None:
-        """Have the message served."""
+        """Have the worker serve a message."""
         self.message, self.since = message, time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # seen at the answer, as the worker's end
+        with contextlib.suppress(BrokenPipeError):  # it has ended: seen at its answer
             self.connection.send((message, context))
 
     def end(self) -> None:
@@ -80,8 +80,8 @@ class _Worker:
 class ProcessGrid(LocalGrid):
     """Serves messages with ``workers`` processes while the ``with`` block lasts.
 
-    A worker that dies costs the one reply it owed, and one that is late its whole work: both
-    are replaced, so that the next round starts with all workers.
+    A worker that dies costs only the reply that it owed; one that is late loses its work. Both are
+    replaced, so that the next round starts with all workers.
     """
 
     def __init__(
@@ -92,7 +92,13 @@ class ProcessGrid(LocalGrid):
         workers: int | None = None,
         log: Path | None = None,
     ) -> None:
-        """``load_app``, which pickle must know, runs in each worker, whose words go to ``log``."""
+        """Prepare to serve ``nodes`` nodes.
+
+        Args:
+            load_app: loads the ClientApp in each worker; pickle must know it.
+            workers: how many there are at most; None: one per core.
+            log: where the workers' output goes.
+        """
         super().__init__(run_config, nodes)
         self._start, self._load_app, self._log = spawning.starter(), load_app, log
         self._size = min(nodes, workers or int(cpu_count()))

@@ -1,8 +1,8 @@
-"""Ray: Flower's own simulation, with a SuperLink of the run's own.
+"""Ray: Flower's own simulation, with a SuperLink for this run alone.
 
-Flower's ``flwr run`` exits 0 whatever becomes of the run, and serves it from a lasting
-daemon with the first caller's folder and environment. Here each run has a SuperLink of its
-own, on a free port, with a home that is deleted with it.
+Flower's ``flwr run`` exits 0 whatever becomes of the run, and has it served by a lasting daemon
+with the first caller's folder and environment. Here each run has a SuperLink of its own, on a
+free port, with a home that is deleted with it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Simulation(Flower):
         super().__init__()
         self.env |= {
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            # two Python processes at once that no client could use: ours have an environment
+            # else Ray starts two processes that no client can use, since ours have an environment
             "RAY_prestart_worker_first_driver": "0",
             "RAY_TMPDIR": str(self.home / "ray"),
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         if "RAY_ADDRESS" not in self.env:
-            # Ray listens on every interface: it shall obey only who knows this run's token
+            # Ray listens on every interface, and must obey only those who know this run's token
             self.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         (self.home / "ray").mkdir()
 
@@ -52,12 +52,12 @@ def run(
     """Run the app in ``app`` with ``settings``; ``poll`` is called while it runs.
 
     Args:
-        flower: one that has been started already; it stays the caller's.
+        flower: a simulation that has been started already; ending it is up to the caller.
 
     Returns:
         why the run did not complete, or "".
     """
-    # one CPU a client keeps torch to one thread each
+    # one CPU per client keeps torch to one thread each
     federation = f"num-supernodes={config.num_clients} client-resources-num-cpus=1"
     if config.workers and "RAY_ADDRESS" not in os.environ:  # a running cluster has its own size
         federation += f" init-args-num-cpus={config.workers}"

@@ -1,9 +1,9 @@
-"""How our processes start: afresh, never as a copy of one that has computed.
+"""How our processes start: never as a copy of one that has computed.
 
-A fork copies memory and locks, but no threads. In a copy of a process in which torch has computed
+A fork copies memory and locks, but no threads. In a copy of a process in which torch has computed,
 the next parallel loop waits for OpenMP's threads for ever (pytorch/pytorch#17199). So a run's
 server and workers are copies of one fork server, which imports what they need, computes nothing
-and has one thread; where there is none, they are new interpreters.
+and has one thread; where there is no fork server, they are new interpreters.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ IMPORTED = [
     "pfedgpa_app.client.cohort",
     "pfedgpa_app.runs.experiment",
     "flwr.serverapp",
-]  # before they start
-GRACE = 5.0  # seconds that a process which is to end may take
-_SOCKET = 70  # characters of a folder in which the fork server's socket has a valid name
+]  # what is imported before they start
+GRACE = 5.0  # seconds that a process is given to end
+_SOCKET = 70  # longest temporary folder in which the name of the fork server's socket is valid
 
 
 class Server:
     """A run's server process, which waits for its orders and ends with the ``with`` block."""
 
     def __init__(self, serve: Callable[[Connection], None], start: Any = None) -> None:
-        """Start it.
+        """Start the process.
 
         Args:
             serve: what it does, given the connection that its orders come through.
-            start: what starts it, as ``multiprocessing`` has it; as a rule, what starts all.
+            start: a ``multiprocessing`` context to start it with; None: the usual one.
         """
         start = start or starter()
         self.connection, theirs = start.Pipe()
@@ -55,7 +55,7 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End it; for good, if need be."""
+        """End the process, by killing it if need be."""
         self.process.terminate()
         self.process.join(GRACE)
         self.process.kill()
@@ -72,7 +72,7 @@ def _serve(
 
 
 def _as_the_launcher(environment: dict[str, str], key: Any) -> None:
-    """Give a copy of the fork server what the launcher has: its environment and the fork server."""
+    """Give a copy of the fork server the launcher's environment, and its fork server."""
     if forkserver.get_inherited_fds() is None:  # a new interpreter
         return
     os.environ.clear()  # the fork server may have been started long ago
@@ -81,21 +81,21 @@ def _as_the_launcher(environment: dict[str, str], key: Any) -> None:
 
 
 def _key() -> Any:
-    """What newer Pythons' fork servers ask for; None in others."""
+    """Return the key that newer Pythons' fork servers ask for; None in other Pythons."""
     return getattr(forkserver._forkserver, "_forkserver_authkey", None)
 
 
 def _share_fork_server(key: Any) -> None:
-    """Have this copy of a fork server start processes by it, too.
+    """Have this copy of a fork server start its processes by the same fork server.
 
-    ``multiprocessing`` means to (``ForkServer.ensure_running``), but sees no fork server that it
-    has not started itself, and starts another, which imports everything anew.
+    ``multiprocessing`` means to do so (``ForkServer.ensure_running``). But it sees no fork server
+    that it has not started itself, and starts another, which imports everything anew.
     """
     known, parent = cast(Any, forkserver)._forkserver, os.getppid()
     start_another = known.ensure_running
 
     def ensure_running() -> None:
-        if os.getppid() != parent:  # it has died
+        if os.getppid() != parent:  # the fork server has died
             start_another()
 
     known._forkserver_authkey = key
@@ -105,7 +105,7 @@ def _share_fork_server(key: Any) -> None:
 
 @contextlib.contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
-    """What is started meanwhile does not hear Ctrl-C."""
+    """Have the processes that are started in the block ignore Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -117,7 +117,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 def starter() -> Any:
-    """What starts a run's processes, as ``multiprocessing`` has it."""
+    """Return the ``multiprocessing`` context that starts a run's processes."""
     if _has_fork_server():
         prepare()
         return multiprocessing.get_context("forkserver")
@@ -156,7 +156,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def write_to(log: Path | None) -> None:
-    """Append what this process says to ``log``."""
+    """Append what this process prints to ``log``."""
     if log is not None:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
@@ -166,10 +166,10 @@ def write_to(log: Path | None) -> None:
 def end_with_parent(
     questions: Connection | None = None, answer: Callable[[], object] = lambda: None
 ) -> None:
-    """Have a thread end this process soon after the one that started it is gone.
+    """Have a thread end this process soon after its parent is gone.
 
     Args:
-        questions: where the parent asks for an ``answer`` now and then.
+        questions: a connection on which the parent asks for an ``answer`` now and then.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -1,4 +1,4 @@
-"""The run's network: the paper family's, torchvision's or the user's own, by ``model``."""
+"""Build the run's network, by ``model``: the paper family's, torchvision's or the user's own."""
 
 from __future__ import annotations
 
@@ -36,16 +36,17 @@ Maker = Callable[[int, tuple[int, ...]], nn.Module]
 
 
 def network_of(settings: TrainingSettings, schema: Schema) -> nn.Module:
-    """A network for the data, initialised from the run's seed; the same on every machine.
+    """Return a new network for the data, initialised from the run's seed, alike on every machine.
 
     Raises:
-        ConfigError: ``model`` names none that fits, or one that cannot be used; why and what to do.
+        ConfigError: ``model`` names no network that fits or can be used; it says why and what to
+            do.
     """
     return copy.deepcopy(_template_of(settings, schema))
 
 
 def tensors_of(settings: TrainingSettings, schema: Schema) -> Mapping[str, Tensor]:
-    """What such a network has by name, to look at only.
+    """Return the tensors of such a network by name, which must not be changed.
 
     Raises:
         ConfigError: as ``network_of``.
@@ -54,16 +55,16 @@ def tensors_of(settings: TrainingSettings, schema: Schema) -> Mapping[str, Tenso
 
 
 def forget_edited() -> None:
-    """Make the user's own networks anew where their code was edited since it was imported."""
+    """Have users' networks made anew where their code was edited since it was imported."""
     if own_code.forget_edited():
         _template.cache_clear()
 
 
 def classifier_bias(settings: TrainingSettings, schema: Schema) -> str:
-    """The name of the network's last layer's bias [classes].
+    """Return the name of the bias [classes] of the network's last layer.
 
     Raises:
-        ConfigError: it has none, or there is no network.
+        ConfigError: the layer has none that is trained, or there is no network.
     """
     network = _template_of(settings, schema)
     *_, last = weight_names(network)
@@ -93,7 +94,7 @@ def _template_of(settings: TrainingSettings, schema: Schema) -> nn.Module:
 def _template(
     model: str, weights: str, head: str, code_dir: str, seed: int, schema: Schema
 ) -> nn.Module:
-    """The network that is copied for whoever asks; looked over once a process."""
+    """Make and check the network that is copied for each caller, once per process."""
     made = _made_by(seed, model, code_dir, schema)
     if is_reference(model):
         _check_alike(made, _made_by(seed, model, code_dir, schema), model)
@@ -115,10 +116,10 @@ def _made_by(seed: int, model: str, code_dir: str, schema: Schema) -> nn.Module:
 
 
 def _check_alike(made: nn.Module, again: nn.Module, model: str) -> None:
-    """Refuse a network of which other processes would have another.
+    """Refuse a network that turns out different each time it is made: other processes would differ.
 
     Raises:
-        ConfigError: which of its tensors differ from those that it was made with before.
+        ConfigError: it names the tensors that differ.
     """
     before, after = made.state_dict(), again.state_dict()
     odd = [name for name in before if name not in after or not _alike(before[name], after[name])]
@@ -206,10 +207,10 @@ def _own(model: str, code_dir: str, classes: int, shape: tuple[int, ...]) -> nn.
 
 
 def _load_from(network: nn.Module, path: str) -> None:
-    """Set the weights that a file has; a last layer of another shape stays as it is.
+    """Load a file's weights; a last layer of another shape keeps its initial weights.
 
     Raises:
-        ConfigError: it cannot be read, or is another network's.
+        ConfigError: the file cannot be read, or is of another network.
     """
     try:
         found = _read(user_path(path))
@@ -244,10 +245,11 @@ def _read(path: Path) -> Weights:
 
 
 def _used_in_order(network: nn.Module, model: str, schema: Schema) -> list[str]:
-    """The names of the modules in the order in which an example passes them.
+    """Return the names of the modules in the order in which an example passes them.
 
     Raises:
-        ConfigError: the network does not take such examples, or returns no logits of all classes.
+        ConfigError: the network does not take such examples, returns no logits of all classes, or
+            cannot be trained.
     """
     probe, used = copy.deepcopy(network), list[str]()
     for name, module in probe.named_modules():
@@ -276,16 +278,16 @@ def _used_in_order(network: nn.Module, model: str, schema: Schema) -> list[str]:
 
 
 def _examples(schema: Schema) -> Tensor:
-    """Two that a network must take."""
+    """Make two examples that a network must take."""
     if schema.tokens:
         return torch.zeros(2, *schema.shape, dtype=torch.long)
     return torch.randn(2, *schema.shape)
 
 
 def _check_alone(network: nn.Module, examples: Tensor, model: str, classes: int) -> None:
-    """Refuse a network in which an example's logits hang on the others of its batch.
+    """Refuse a network in which an example's logits depend on the others of its batch.
 
-    Normalising by the batch is one's own choice.
+    A network that normalises by the batch on purpose is not refused.
     """
     both, again = (_logits(network, examples, model, classes) for _ in range(2))
     norms = (m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))

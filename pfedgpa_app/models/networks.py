@@ -1,8 +1,8 @@
-"""The paper family's networks, and two for data of any size; what clients share of a network.
+"""The paper family's networks, two for data of any size, and what clients share of a network.
 
-The paper's sizes are from FedPAC's code, which pFedGPA's authors share. In them max-pooling comes
-before the leaky ReLU: the two commute, since the activation increases, and pooling first leaves it
-a quarter of the work.
+The paper's sizes are from FedPAC's code, which pFedGPA's authors share. In these networks
+max-pooling comes before the leaky ReLU: the two commute, since the activation increases, and
+pooling first leaves the activation a quarter of the work.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def conv(classes: int, shape: tuple[int, ...]) -> nn.Sequential:
 
 
 def mlp(classes: int, shape: tuple[int, ...]) -> nn.Sequential:
-    """Rows of a table [F] → classes, by two hidden layers."""
+    """Rows of a table [F] → classes, with two hidden layers."""
     return nn.Sequential(
         OrderedDict[str, nn.Module](
             fc1=nn.Linear(shape[0], 64),
@@ -91,20 +91,20 @@ SHAPES: dict[tuple[int, ...], str] = {
     (3, 32, 32): "cifar",
 }
 MADE_FOR_ANY = {"conv": conv, "mlp": mlp}
-_ORDER = "_pfedgpa_weights"  # the attribute of a network that names its weights in order
+_ORDER = "_pfedgpa_weights"  # the attribute with the ordered names of a network's weights
 
 
 def build(name: str, classes: int, seed: int) -> nn.Module:
-    """A freshly initialised network of the paper's, the same for a seed on every machine."""
+    """Make one of the paper's networks from ``seed``; the same on every machine."""
     with seeded(seed):
         return NETWORKS[name](classes)
 
 
 def weight_names(network: nn.Module) -> list[str]:
-    """What clients share of a network, by its place: from the first layer to the last.
+    """Return the names of the tensors that clients share of a network, from the first layer on.
 
-    That is what is trained, tied tensors once, and running statistics. What is frozen, counters
-    and other buffers are the same everywhere, as the network is made.
+    These are the trained weights, tied tensors only once, and running statistics. Frozen weights,
+    counters and other buffers are not shared: they are the same everywhere, as the network is made.
     """
     if order := getattr(network, _ORDER, None):
         return list(order)
@@ -113,20 +113,20 @@ def weight_names(network: nn.Module) -> list[str]:
 
 
 def order_weights(network: nn.Module, used: list[str], head: str) -> None:
-    """Have ``weight_names`` go by use, and by ``head``, whatever order they were declared in.
+    """Order ``weight_names`` by use, with ``head`` last, whatever order they were declared in.
 
     Args:
-        used: the names of the modules, the first one first.
-        head: the module whose weights are the last; "" for the last one used.
+        used: the names of the modules, in the order of use.
+        head: the module whose weights come last; "" for the one that is used last.
 
     Raises:
-        ConfigError: there is no such module, or nothing of it is trained.
+        ConfigError: there is no such module, nothing of it is trained, or it is several layers.
     """
     place = {name: i for i, name in enumerate(used)}
 
     def place_of(name: str) -> int:
         module = name.rpartition(".")[0]
-        while module and module not in place:  # a parent uses its weights
+        while module and module not in place:  # then a parent uses its weights
             module = module.rpartition(".")[0]
         return place.get(module, -1)
 
@@ -150,21 +150,21 @@ def order_weights(network: nn.Module, used: list[str], head: str) -> None:
 
 
 def head_of(network: nn.Module) -> nn.Module:
-    """The module that holds the last layer's weights."""
+    """Return the module that holds the last layer's weights."""
     return network.get_submodule(module_of(weight_names(network)[-1]))
 
 
 def weights_of(network: nn.Module) -> Weights:
-    """A detached copy of what clients share of a network, on the CPU."""
+    """Return a detached copy, on the CPU, of what clients share of a network."""
     tensors = network.state_dict()
     return {n: tensors[n].detach().cpu().clone() for n in weight_names(network)}
 
 
 def load(network: nn.Module, weights: Weights) -> None:
-    """Set ``weights`` by name; the network's others stay as they are.
+    """Set ``weights`` by name; the network's other tensors stay as they are.
 
     Raises:
-        RuntimeError: a name that the network does not have, or another shape.
+        RuntimeError: the network has no tensor of a name, or one of another shape.
     """
     refused = network.load_state_dict(weights, strict=False).unexpected_keys
     if refused:

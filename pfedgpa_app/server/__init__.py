@@ -1,1 +1,1 @@
-"""The server's side: who is asked, what is accepted, what it is worth."""
+"""The server's side: which clients it asks, which replies it accepts, how they are evaluated."""

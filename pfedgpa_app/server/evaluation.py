@@ -1,4 +1,4 @@
-"""What clients' weights are worth: evaluations that clients are asked for, and their answers."""
+"""How good clients' weights are: the evaluations that clients are asked for, and their answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 
 
 class Evaluator:
-    """Asks clients of one federation, by its ``name``, how good weights are."""
+    """Asks the clients of one federation, called ``name``, how good weights are."""
 
     def __init__(self, name: str, roster: Roster, config: Config, log: RunLog) -> None:
         self.name, self.roster, self.config, self.log = name, roster, config, log
@@ -28,10 +28,10 @@ class Evaluator:
     def message(
         self, client: int, weights: Weights, server_round: int, leave: bool = False
     ) -> Message:
-        """The question to ``client``.
+        """Make the question to ``client``.
 
         Args:
-            leave: whether it leaves what is its own beside a simulation's results.
+            leave: whether it saves the weights that are its own beside a simulation's results.
         """
         settings = {"method": self.name, "round": server_round, "leave": leave}
         return self.roster.message(client, MessageType.EVALUATE, weights, settings)
@@ -39,7 +39,7 @@ class Evaluator:
     def scores(
         self, server_round: int, sent: Iterable[int], answers: dict[int, Message]
     ) -> dict[int, dict[str, float]]:
-        """Accuracy in % and mean test loss of every client that could be evaluated."""
+        """Return accuracy in % and mean test loss of every client that could be evaluated."""
         return {
             client: {
                 "accuracy": 100 * counts["correct"] / counts["images"],
@@ -51,7 +51,10 @@ class Evaluator:
     def accuracies(
         self, weights: dict[int, Weights], server_round: int, leave: bool = False
     ) -> dict[int, float]:
-        """Every answering client's accuracy in % with its ``weights``; ``leave`` as above."""
+        """Return the accuracy in % of every answering client with its ``weights``.
+
+        ``leave`` is as in ``message``.
+        """
         messages = {c: self.message(c, mine, server_round, leave) for c, mine in weights.items()}
         scores = self.scores(server_round, messages, self.roster.exchange(messages))
         return {client: score["accuracy"] for client, score in scores.items()}
@@ -66,11 +69,11 @@ class Evaluator:
         """Evaluate every client with its own ``weights``, before and after each fine-tuning.
 
         Args:
-            references: weights to compare a client's predictions with, where there are some.
+            references: for some clients, weights to compare the client's predictions with.
 
         Returns:
-            each answering client's counts, and the bytes that the hand-over took, references
-            not among them: nobody needs them but this evaluation.
+            each answering client's counts, and the bytes that sending the weights took. References
+            do not count, since only this evaluation needs them.
 
         Raises:
             NoUploadsError: no client answers.
@@ -112,10 +115,10 @@ class Evaluator:
         answers: dict[int, Message],
         fine_tunings: int | None = None,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(client, what it counted), of those whose evaluation can be used; others are named.
+        """Yield (client, its counts) of every usable evaluation; unusable ones are logged.
 
         Raises:
-            MethodError: the method's own code is what makes it fail at all of them.
+            MethodError: every client fails, and the method's own code is the reason.
         """
         wrong, asked = list[str](), 0
         when = f"round {server_round}" if fine_tunings is None else "last evaluation"

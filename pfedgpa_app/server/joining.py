@@ -16,11 +16,11 @@ from pfedgpa_app.server.strategy import Personalised
 def join(
     strategy: Personalised, method: Personaliser[Any]
 ) -> tuple[list[dict[int, float]], dict[int, Weights]]:
-    """Let the clients join that were held back; ``method`` makes their weights.
+    """Let the clients join that were held back, with weights that ``method`` makes.
 
     Returns:
-        every client's accuracy in % as first sent weights and after each iteration, and what each
-        was sent for the last of these evaluations.
+        every client's accuracy in %, with the weights first sent and after each iteration, and
+        what each was sent for the last of these evaluations.
     """
     config, roster = strategy.config, strategy.roster
     rounds, last = config.num_server_rounds, config.num_server_rounds + config.join_iterations
@@ -49,6 +49,6 @@ def join(
 def _sent(
     strategy: Personalised, given: dict[int, Weights], server_round: int
 ) -> dict[int, Weights]:
-    """What every client is evaluated by, ``given`` being what they train from."""
+    """Return what every client is evaluated with if it trains from ``given``."""
     half = strategy.half
     return {c: half.evaluation_of(server_round, c, mine) for c, mine in given.items()}

@@ -1,4 +1,4 @@
-"""What a whole run tells of a client, where uploads have local differential privacy."""
+"""What a whole run reveals of a client if its uploads have local differential privacy."""
 
 from __future__ import annotations
 
@@ -21,16 +21,19 @@ from pfedgpa_app.server.strategy import missing, sampled
 
 
 def noise_multiplier(config: Config) -> float:
-    """σ: the noise's deviation in units of how far two updates can be apart, √(2 ln(1.25/δ))/ε."""
+    """Return σ = √(2 ln(1.25/δ))/ε.
+
+    This is the noise's deviation, in units of how far two updates can be apart.
+    """
     return math.sqrt(2 * math.log(1.25 / config.local_dp_delta)) / config.local_dp_epsilon
 
 
 def epsilon_of(config: Config, uploads: int) -> float:
-    """ε of so many of a client's uploads together, at one upload's δ.
+    """Return ε of ``uploads`` uploads of one client together, at one upload's δ.
 
-    Exact: Gaussian releases of multiplier σ compose to one of σ/√uploads (Dong, Roth and Su 2022,
-    Corollary 3.3), whose δ(ε) = Φ(μ/2 − ε/μ) − exp(ε) Φ(−μ/2 − ε/μ), μ = √uploads/σ (Balle and
-    Wang 2018, Theorem 8). Whose turn it is, the server sees: sampling amplifies nothing.
+    It is exact: Gaussian releases of multiplier σ compose to one of σ/√uploads (Dong, Roth and Su
+    2022, Corollary 3.3), whose δ(ε) = Φ(μ/2 − ε/μ) − exp(ε) Φ(−μ/2 − ε/μ), μ = √uploads/σ (Balle
+    and Wang 2018, Theorem 8). Sampling clients does not lower ε: the server sees who is sampled.
     """
     if not uploads:
         return 0.0
@@ -50,15 +53,15 @@ def epsilon_of(config: Config, uploads: int) -> float:
     return high
 
 
-FILE = "asked.jsonl"  # in a run's folder, whom each round asked for an upload
-Done = tuple[str, int]  # a federation, and how many rounds of it
+FILE = "asked.jsonl"  # in a run's folder: the clients that each round asked for an upload
+Done = tuple[str, int]  # a federation, and how many of its rounds are done
 
 
 class Uploads:
-    """How often clients upload in a run: the uploads they were asked for, and those to come.
+    """How often clients upload in a run: the uploads asked for so far, and those to come.
 
-    Each upload has noise of its own. So rounds that a run repeats, because it was killed before it
-    kept them, count again: whom a round asks is written to ``file`` first.
+    Each upload has noise of its own. So rounds that a resumed run repeats, because it was killed
+    before it kept them, count again: the clients that a round asks are written to ``file`` first.
     """
 
     def __init__(
@@ -68,18 +71,18 @@ class Uploads:
         finished: Sequence[str] = (),
         going: Done = ("", 0),
     ) -> None:
-        """Of a whole run; of one that goes on where its ``file`` and checkpoint are.
+        """Count the uploads of a whole run, or of one resumed from its ``file`` and checkpoint.
 
         Args:
             finished: federations that are done.
-            going: the one that is going on.
+            going: the federation in progress, and how many of its rounds are done.
         """
         self._file = file
         self.counts: Counter[int] = Counter()
         if file is not None and file.exists():
             for clients in _asked(file, config.num_clients):
                 self.counts.update(clients)
-        else:  # none of it is on record, if an earlier version began it
+        else:  # no record, as of a run that an earlier version began: all of it counts
             finished, going = (), ("", 0)
         for name, methods in federations(config.method).items():
             if name not in finished and rounds_class(name).sends != NOTHING:
@@ -92,7 +95,7 @@ class Uploads:
 
     @property
     def most(self) -> int:
-        """Of the client that uploads most often."""
+        """The number of uploads of the client that uploads most often."""
         return max(self.counts.values(), default=0)
 
     def ask(self, federation: str, server_round: int, clients: Iterable[int]) -> None:
@@ -105,13 +108,13 @@ class Uploads:
 
 
 def _asked(file: Path, clients: int) -> Iterator[list[int]]:
-    """Whom each round asked, by ``file``.
+    """Yield the clients that each round asked, from ``file``.
 
-    A last line that was not written to its end may have asked any of all ``clients``, and is made
-    one that did.
+    A last line that was not written to its end may have asked any client. It counts as all
+    ``clients``, and is replaced by a line that says so.
 
     Raises:
-        ConfigError: it is damaged elsewhere.
+        ConfigError: another line is damaged.
     """
     *whole, torn = file.read_bytes().split(b"\n")
     if torn:
@@ -129,7 +132,7 @@ def _asked(file: Path, clients: int) -> Iterator[list[int]]:
 
 
 def in_words(config: Config, uploads: int) -> str:
-    """What the run will have told of a client that makes so many ``uploads``."""
+    """Say how private one upload is, and all ``uploads`` that a client makes in the run."""
     one, every = (f"({epsilon_of(config, n):.3g}, {config.local_dp_delta:g})" for n in (1, uploads))
     return (
         f"privacy: each upload is {one}-differentially private, the {uploads} that a client makes "
@@ -141,10 +144,10 @@ def check(config: Config, uploads: Uploads | None = None) -> None:
     """Refuse a run that would spend more than ``max-epsilon``, or whose uploads take no noise.
 
     Args:
-        uploads: of a run that goes on.
+        uploads: those of a run that is resumed.
 
     Raises:
-        ConfigError: it would; the text says how many rounds would not.
+        ConfigError: it would; for a new run, the text says how many rounds would not.
     """
     most = config.max_epsilon
     if not config.local_dp_epsilon:
@@ -173,7 +176,7 @@ def check(config: Config, uploads: Uploads | None = None) -> None:
 
 
 def _way_to_keep(config: Config, most: float) -> str:
-    """How many rounds, or iterations of clients that join, do not spend more than ``most``."""
+    """Say how many rounds, or iterations of joining clients, spend no more than ``most``."""
     ways = (
         ("num-server-rounds", config.num_server_rounds, "num_server_rounds"),
         ("join-iterations", config.join_iterations, "join_iterations"),

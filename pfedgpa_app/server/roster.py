@@ -1,8 +1,8 @@
 """Which client lives on which Flower node, and how messages reach it.
 
-Flower's node ids are random; a client is a partition. Usually there is a node for each
-client. A simulation with fewer nodes (Flower's default is two) hosts several clients on
-each, one message a node at a time, so that a node's state is never written by two at once.
+Flower's node ids are random, so a client is known by its partition. Usually there is a node for
+each client. In a simulation with fewer nodes (Flower's default is two) each node hosts several
+clients and is sent one message at a time, so that two never write its state at once.
 """
 
 from __future__ import annotations
@@ -28,21 +28,24 @@ from pfedgpa_app.server.screening import cause
 
 logger = logging.getLogger("pfedgpa")
 
-NOBODY = 0  # no node's id
-ARRIVAL = 3.0  # seconds without a new node, after which no more are waited for
+NOBODY = 0  # an id that no node has
+ARRIVAL = 3.0  # after so many seconds without a new node, the server stops waiting for more
 POLL = 0.25  # seconds between polls for replies over HTTP
-_LOST_ACTOR = re.compile(r"<class 'ray\.exceptions\.\w*Actor\w*'>")  # as Flower passes it on
-Settings = dict[str, Any]  # what a ConfigRecord takes
+_LOST_ACTOR = re.compile(r"<class 'ray\.exceptions\.\w*Actor\w*'>")  # as Flower reports it
+Settings = dict[str, Any]  # the values that a ConfigRecord takes
 
 
 def array_bytes(message: Message) -> int:
-    """Bytes of the arrays that a message carries, as they travel."""
+    """Return how many bytes a message's arrays take when it is sent."""
     records = message.content.array_records.values()
     return sum(bytes_of(array) for record in records for array in record.values())
 
 
 def is_flowers(grid: Grid, name: str) -> bool:
-    """Whether ``grid`` is of Flower's class called ``name``, which takes a second to import."""
+    """Whether ``grid`` is of Flower's class called ``name``.
+
+    Names are compared because importing the class takes a second.
+    """
     return any(kind.__name__ == name for kind in type(grid).__mro__)
 
 
@@ -51,10 +54,10 @@ def _logged(kind: str, text: str) -> None:
 
 
 class Answer(NamedTuple):
-    """Who a node says it is, and what its own data are, if clients' data are that."""
+    """What a node answers: its partition and, where the run uses nodes' own data, their schema."""
 
     partition: int
-    data: Any  # a schema as a dict
+    data: Any  # the schema as a dict, else None
 
 
 class RosterError(RuntimeError):
@@ -62,7 +65,7 @@ class RosterError(RuntimeError):
 
 
 class OneAtATime(Grid):
-    """A grid on which no node has two messages at once; otherwise the grid it wraps."""
+    """A grid that sends a node only one message at a time; the rest is up to the grid it wraps."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -70,9 +73,10 @@ class OneAtATime(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Send in waves of one message a node; ``timeout`` seconds are for each wave.
+        """Send in waves of one message per node; ``timeout`` seconds are for each wave.
 
-        A later wave's messages live so much longer: Flower refuses to send an expired one.
+        Messages of later waves get a time to live that covers the earlier waves: Flower refuses to
+        send an expired one.
         """
         waves: list[list[Message]] = []
         sent_to: Counter[int] = Counter()
@@ -86,7 +90,9 @@ class OneAtATime(Grid):
         return [reply for wave in waves for reply in self._exchange(wave, timeout)]
 
     def _exchange(self, messages: list[Message], timeout: float | None) -> Iterable[Message]:
-        """As the grid does it, but for Flower's over HTTP, which looks every 3 s only.
+        """Send messages and return the replies.
+
+        Over HTTP this polls by itself, because Flower's own grid looks only every 3 s.
 
         Raises:
             RosterError: Ray has lost a process of the simulation.
@@ -138,9 +144,10 @@ class Roster:
     """The clients 0..n−1, and how to send to them and collect from them.
 
     Attributes:
-        partitions: of the nodes, in the clients' order.
-        schema: of the data, if they are the nodes' own.
-        present: the ids of the nodes that were connected when they were looked at last.
+        partitions: the nodes' partitions, in the order of the clients; where there are fewer than
+            clients, clients take them in turn.
+        schema: that of the nodes' own data; None if clients share a data set.
+        present: the ids of the nodes that were connected at the last look.
     """
 
     def __init__(
@@ -152,22 +159,23 @@ class Roster:
         before: Iterable[int] = (),
         tell: Callable[[str, str], object] = _logged,
     ) -> None:
-        """Ask every node who it is, until all are there.
+        """Wait for the nodes and ask each who it is.
 
         Args:
-            own_data: clients' data are their nodes' own, so that each needs its node.
-            before: with data of their own, the partitions of all clients in a run that goes on,
-                which can do so without some of them.
-            tell: is told the kind, "warning" or "status", and the text of what happens.
+            timeout: seconds to wait for nodes (at most two minutes), and for replies to messages.
+            own_data: whether the clients' data are their nodes' own, so that each needs its node.
+            before: for a resumed run on nodes' own data, the partitions of all its clients; it can
+                go on without some of them.
+            tell: is called with the kind ("warning" or "status") and the text of what happens.
 
         Raises:
-            RosterError: no node within ``timeout`` seconds, none that answers, two that claim
-                the same partition, or, with data of their own, too few, others than before, or
-                data that differ in classes or shape.
+            RosterError: no node connects in time, none answers, or two claim the same partition;
+                or, with nodes' own data, there are too few, others than before, or their data
+                differ in classes or shape.
         """
         self._own_data, self._before, self._tell = own_data, sorted(before), tell
-        self.common: Settings = {}  # what every message tells clients
-        self.data: Settings = {}  # by what they know the data set, if it is shared
+        self.common: Settings = {}  # settings that every message carries
+        self.data: Settings = {}  # a shared data set's fingerprint, for clients to compare
         self.grid, self.timeout = OneAtATime(grid), timeout
         answers = self._discover(num_clients)
         node_at = _node_at(answers)
@@ -196,11 +204,14 @@ class Roster:
         return self._hosts.get(client % len(self.partitions), NOBODY)
 
     def is_here(self, client: int) -> bool:
-        """Whether its node was connected when they were looked at last."""
+        """Whether the client's node was connected at the last look."""
         return self.node_of(client) in self.present
 
     def poll(self) -> None:
-        """See which nodes are connected; one that comes back by a new name is the same node."""
+        """See which nodes are connected.
+
+        A node that comes back under a new id is recognised by its partition.
+        """
         self.present = set(self.grid.get_node_ids())
         if not (new := sorted(self.present - self._known)):
             return
@@ -213,7 +224,7 @@ class Roster:
                 self._hosts[place] = node
 
     def await_nodes(self, clients: Iterable[int], count: int) -> None:
-        """Return when ``count`` of the clients' nodes are here, or after ``timeout`` seconds."""
+        """Wait until ``count`` of the clients' nodes are here, for ``timeout`` seconds at most."""
         clients = list(clients)
         deadline = time.monotonic() + self.timeout
         while True:
@@ -224,7 +235,7 @@ class Roster:
             time.sleep(1)
 
     def _asked(self, nodes: Iterable[int]) -> tuple[dict[int, Answer], str]:
-        """{node: who it says it is}, and why the last of those failed that did."""
+        """Ask nodes who they are: {node: its answer}, and why the last failing one failed or ""."""
         questions = [
             Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
             for node in nodes
@@ -244,7 +255,7 @@ class Roster:
         return answers, failed
 
     def _check_before(self, there: Iterable[int]) -> None:
-        """Refuse partitions that a run that goes on did not have; tell which are missing."""
+        """Refuse partitions that a resumed run did not have, and name those that are missing."""
         if others := sorted(set(there) - set(self.partitions)):
             raise RosterError(
                 f"resume: the run has the partition-ids {_listed(self.partitions)}, and nodes say "
@@ -257,7 +268,13 @@ class Roster:
             )
 
     def _discover(self, num_clients: int) -> dict[int, Answer]:
-        """{node id: its answer}, once all are there or none has arrived for a while."""
+        """Wait until all nodes are here or no more arrive, and ask them: {node id: its answer}.
+
+        Nodes with their own data are all waited for, since each client needs its node.
+
+        Raises:
+            RosterError: no node connects or answers, or nodes with their own data are missing.
+        """
         now = arrived = started = time.monotonic()
         nodes: set[int] = set()
         patience = min(self.timeout, 120)
@@ -299,7 +316,7 @@ class Roster:
         return answers
 
     def message(self, client: int, kind: str, weights: Weights, settings: Settings) -> Message:
-        """A message of its own for ``client``: nothing is shared between recipients."""
+        """Make a message for ``client``, which shares no record with other clients' messages."""
         content = RecordDict(
             {
                 "arrays": record_of(weights),
@@ -313,9 +330,9 @@ class Roster:
         )
 
     def exchange(self, messages: dict[int, Message]) -> dict[int, Message]:
-        """Send one message a client and return the replies by client.
+        """Send each client its message and return the replies by client.
 
-        Those of silent ones are absent, and those of clients whose nodes are not connected.
+        Silent clients, and those whose nodes are not connected, are missing from the result.
         """
         self.poll()
         to = [message for client, message in messages.items() if self.is_here(client)]
@@ -324,9 +341,10 @@ class Roster:
 
 
 def _check_all_actors_live(replies: Iterable[Message]) -> None:
-    """Raise a RosterError if Ray's simulation has lost an actor, to memory or with its machine.
+    """Raise a RosterError if Ray's simulation has lost an actor, to lack of memory or otherwise.
 
-    Flower keeps handing clients to it, and all of these fail at once: hardly any is left to learn.
+    Flower keeps sending clients to the lost actor, where all of them fail at once, so that hardly
+    any client would still learn.
     """
     for reply in replies:
         reason = (reply.error.reason or "") if reply.has_error() else ""
@@ -346,7 +364,7 @@ def _partition_of(reply: Message) -> int | None:
 
 
 def _node_at(answers: dict[int, Answer]) -> dict[int, int]:
-    """{partition: its node}, in rising order."""
+    """Return {partition: its node}, in rising order; refuse a partition that two nodes have."""
     for partition, times in Counter(answer.partition for answer in answers.values()).items():
         if times > 1:
             raise RosterError(
@@ -356,7 +374,11 @@ def _node_at(answers: dict[int, Answer]) -> dict[int, int]:
 
 
 def _schema_of(answers: Iterable[Answer]) -> Schema | None:
-    """What the nodes' own data are, if clients' data are that."""
+    """Return the schema of the nodes' own data; None if a node has none, as with shared data.
+
+    Raises:
+        RosterError: a schema cannot be read, or two differ.
+    """
     first: tuple[int, Schema] | None = None
     for partition, data in answers:
         if data is None:
@@ -382,7 +404,7 @@ def _listed(partitions: Iterable[int]) -> str:
 
 
 def _difference(one: tuple[int, Schema], other: tuple[int, Schema]) -> str:
-    """In what the data of two partitions differ: in the order of columns, or altogether."""
+    """Say how the data of two partitions differ: in the order of columns, or altogether."""
     (first, ours), (second, theirs) = one, other
     if ours.classes == theirs.classes and sorted(ours.columns) == sorted(theirs.columns):
         for place, (here, there) in enumerate(zip(ours.columns, theirs.columns, strict=True), 1):
@@ -395,7 +417,7 @@ def _difference(one: tuple[int, Schema], other: tuple[int, Schema]) -> str:
 
 
 def _remedy(one: Schema, other: Schema) -> str:
-    """What makes nodes' data alike."""
+    """Say how to make the nodes' data alike."""
     if one.classes != other.classes:
         return (
             "give classes the same names; where a node has no example of some, name them all to "
@@ -411,10 +433,10 @@ def _remedy(one: Schema, other: Schema) -> str:
 
 
 def match(sent: dict[int, Message], received: Iterable[Message]) -> dict[int, Message]:
-    """Replies by client, in rising order.
+    """Return the replies by client, in rising order.
 
-    By the message replied to, not by sender: a reply that the server made for a dead node
-    comes from node 1.
+    They are matched by the message they reply to, not by sender: a reply that the server made for
+    a dead node comes from node 1.
     """
     client_of = {message.metadata.message_id: client for client, message in sent.items()}
     by_client = {}

@@ -1,4 +1,4 @@
-"""What is wrong with a client's reply, if anything: every check of it."""
+"""All checks of a client's reply; each says what is wrong with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pfedgpa_app.messages import bytes_of
 from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.training.evaluation import TEMPERATURES
 
-_WHAT: dict[int, str] = {  # what Flower's codes mean for whom reads the log
+_WHAT: dict[int, str] = {  # Flower's error codes in words, for the log
     ErrorCode.MESSAGE_UNAVAILABLE: "did not answer in time",
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "did not answer in time",
     ErrorCode.MOD_FAILED_PRECONDITION: "uploads what its privacy mod does not take",
@@ -28,19 +28,19 @@ _WHAT: dict[int, str] = {  # what Flower's codes mean for whom reads the log
     ErrorCode.CLIENT_APP_CRASHED: "lost its process",
 }
 _LAST_WORDS = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception)\b.*)", re.MULTILINE)  # of a traceback
-MOST_EXAMPLES = 2**53  # that a client may claim: further than float64 counts
+MOST_EXAMPLES = 2**53  # the most that a client may claim; float64 counts no further
 _HEADER = 4096  # bytes; NumPy's format needs some 128
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _BY_METHOD = "failed: method "
-_RAISED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'(.*)'>", re.DOTALL)  # as Flower tells errors
+_RAISED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'(.*)'>", re.DOTALL)  # as Flower reports errors
 
 
 class NoUploadsError(RuntimeError):
-    """A round ended without one usable upload: the run cannot go on."""
+    """Too few uploads of a round, or no final evaluation, can be used: the run cannot go on."""
 
 
 def failure(reply: Message) -> str:
-    """Why an error reply says that the client failed, in one short text."""
+    """Return why a client failed, by its error reply, in one short text."""
     code, said = reply.error.code, cause(reply)
     if said.startswith(f"{MethodError.__name__}: "):
         return f"failed: {said.partition(': ')[2]}"[:600]
@@ -48,24 +48,24 @@ def failure(reply: Message) -> str:
 
 
 def cause(reply: Message) -> str:
-    """What went wrong there, by an error reply."""
+    """Return what went wrong at the client, by its error reply."""
     reason = _ANSI.sub("", reply.error.reason or "no reason given").strip()
     said = _LAST_WORDS.findall(reason)
     return said[-1] if said else _RAISED.sub(r"\1: \2", reason)
 
 
 def method_fault(reasons: Collection[str]) -> str:
-    """What a method's own code did wrong, where clients failed by that alone; else ""."""
+    """Return what a method's own code did wrong if that alone made clients fail; else ""."""
     if reasons and all(reason.startswith(_BY_METHOD) for reason in reasons):
         return next(iter(reasons)).removeprefix("failed: ")
     return ""
 
 
 def remedy(reasons: Collection[str], rates: Collection[str], is_noised: bool = False) -> str:
-    """What to do where a round failed for these ``reasons``; "" where nobody knows.
+    """Say what to do about a round that failed for these ``reasons``; "" if that is unknown.
 
     Args:
-        rates: the settings of learning rates that its clients go by.
+        rates: the settings of learning rates that its clients use.
         is_noised: whether uploads have noise for differential privacy.
     """
     if not reasons or not all(reason.endswith(NOT_FINITE) for reason in reasons):
@@ -82,11 +82,11 @@ def remedy(reasons: Collection[str], rates: Collection[str], is_noised: bool = F
 
 
 def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str]:
-    """A client's arrays in the order of ``expected``, or None and what is wrong with them.
+    """Return a client's arrays in the order of ``expected``, or None and what is wrong with them.
 
     Args:
-        expected: tensors of the names, shapes and dtypes that they must have, finite where
-            these are.
+        expected: tensors of the names, shapes and dtypes that they must have; they must be finite
+            where these are.
     """
     missing, extra = sorted(expected.keys() - arrays), sorted(arrays.keys() - expected)
     if missing or extra:
@@ -113,7 +113,7 @@ def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str
 def check_upload(
     reply: Message, expected: Weights, server_round: int, classes: int = 0
 ) -> tuple[Upload | None, str]:
-    """The reply's upload, or None and what is wrong with it.
+    """Return the reply's upload, or None and what is wrong with it.
 
     Args:
         expected: tensors of the names, shapes and dtypes that an upload must have.
@@ -151,10 +151,10 @@ def check_upload(
 
 
 def check_counts(counts: Mapping[str, Any], fine_tunings: int | None = None) -> str:
-    """What is wrong with a client's evaluation; "" for nothing.
+    """Return what is wrong with a client's evaluation; "" if nothing is.
 
     Args:
-        fine_tunings: how many the final evaluation is to follow; None: it is a round's.
+        fine_tunings: how many the final evaluation is to compare; None: it is a round's.
     """
     tested, validated = counts.get("test-images"), counts.get("validation-images")
     if fine_tunings is None:
@@ -169,14 +169,14 @@ def check_counts(counts: Mapping[str, Any], fine_tunings: int | None = None) -> 
 
 
 def _are_counts(correct: Any, images: Any, many: int) -> bool:
-    """Whether ``correct`` are so ``many`` counts of ``images``."""
+    """Whether ``correct`` has ``many`` counts, each from 0 to ``images``."""
     if not isinstance(images, int) or not isinstance(correct, list) or len(correct) != many:
         return False
     return all(isinstance(n, int) and 0 <= n <= images for n in correct)
 
 
 def norm(weights: Weights) -> float:
-    """Of all finite numbers of all tensors as one vector."""
+    """Return the norm of all tensors as one vector; numbers that are not finite count as 0."""
     wide = [t.to(torch.promote_types(t.dtype, torch.float64)) for t in weights.values()]
     size = math.hypot(*(float(torch.linalg.vector_norm(t)) for t in wide))
     if math.isfinite(size):
@@ -185,17 +185,17 @@ def norm(weights: Weights) -> float:
 
 
 def _trained(weights: Weights, beside: tuple[str, ...]) -> Weights:
-    """Without tensors that are sent beside those that were trained, by their names' beginnings."""
+    """Return ``weights`` without the tensors whose names begin with one of ``beside``."""
     return {name: tensor for name, tensor in weights.items() if not name.startswith(beside)}
 
 
 def too_large(
     uploads: dict[int, Upload], expected: Weights, limit: float, beside: tuple[str, ...] = ()
 ) -> dict[int, str]:
-    """Clients whose upload is more than ``limit`` times as large as the median, and why so.
+    """Return, by client, why uploads over ``limit`` times as large as the median are refused.
 
-    Where there are too few to have a median that one cannot move, ``expected`` is the measure.
-    Names that begin as ``beside`` says do not count.
+    With fewer than three uploads one could move the median, so ``expected`` is the measure. Tensors
+    whose names begin with one of ``beside`` do not count.
     """
     norms = {client: norm(_trained(upload.weights, beside)) for client, upload in uploads.items()}
     usual = (
@@ -213,10 +213,11 @@ def too_large(
 def too_far(
     uploads: dict[int, Upload], limit: float, beside: tuple[str, ...] = ()
 ) -> dict[int, str]:
-    """Clients whose upload is ``limit`` times as far from the median as the median client's.
+    """Return, by client, why uploads over ``limit`` times as far off as is usual are refused.
 
-    The median of each weight over the uploads, which a minority cannot move far. Names that begin
-    as ``beside`` says do not count.
+    Distances are from the median of each weight over the uploads, which a minority cannot move far;
+    usual is the median distance. Fewer than three uploads are not compared. Tensors whose names
+    begin with one of ``beside`` do not count.
     """
     trained = {client: _trained(upload.weights, beside) for client, upload in uploads.items()}
     weights = {client: own for client, own in trained.items() if own}
@@ -224,7 +225,7 @@ def too_far(
         return {}
     layout = Layout.of(next(iter(weights.values())))
     vectors = torch.stack([layout.flatten(own) for own in weights.values()])
-    # torch's median of an even number is the lower one of the middle two
+    # by NumPy: torch's median of an even number is the lower one of the middle two
     middle = torch.from_numpy(np.median(vectors.numpy(), axis=0))
     distances = (vectors - middle).norm(dim=1).tolist()
     usual = statistics.median(distances)
@@ -244,13 +245,14 @@ def screened(
     config: FederationSettings,
     beside: tuple[str, ...] = (),
 ) -> tuple[dict[int, Upload], dict[int, str]]:
-    """The usable uploads of a round, and why the others are not.
+    """Return the usable uploads of a round, and why the others are not usable, by client.
 
     Args:
         sent: clients that were asked.
         expected: tensors of the names, shapes and dtypes that an upload must have.
         classes: how many class counts a client that shares them must send.
-        beside: beginnings of the names of tensors by which no upload is large or far.
+        beside: beginnings of the names of tensors that do not count for an upload's size or
+            distance.
     """
     uploads: dict[int, Upload] = {}
     rejected: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""The Flower strategy that all methods share: one model a client, checked uploads, evaluation."""
+"""The Flower strategy of all methods: one model per client, checked uploads, evaluation."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ logger = logging.getLogger("pfedgpa")
 
 
 class Personalised(Strategy):
-    """Runs one federation: every client may be sent weights of its own.
+    """Runs one federation, in which every client may be sent weights of its own.
 
-    Replies that cannot be used are named in the log and left out; a round without any
-    usable reply ends the run.
+    Replies that cannot be used are named in the log and left out; a round with fewer than
+    ``min_uploads`` usable uploads ends the run.
     """
 
     def __init__(
@@ -46,13 +46,13 @@ class Personalised(Strategy):
         keep: Callable[[int], None] = lambda _: None,
         ask: Callable[[int, Iterable[int]], None] = lambda _, __: None,
     ) -> None:
-        """The rounds of ``method``, called ``name``.
+        """Prepare the rounds of ``method``, called ``name``.
 
         Args:
             initial: the network's weights.
-            classes: of the clients' data.
-            keep: is called after each round.
-            ask: is told of each round, and of whom an upload is about to be asked.
+            classes: how many classes the clients' data have.
+            keep: is called with each round's number at its end.
+            ask: is called with each round's number and the clients about to be asked for an upload.
         """
         self.method, self.name, self.roster = method, name, roster
         self.half = ServerHalf(name, method, initial)
@@ -61,17 +61,17 @@ class Personalised(Strategy):
         self.honest = [
             c for c in range(config.initial_clients) if c not in config.malicious_clients
         ]
-        self.done = 0  # rounds before those of ``start``
+        self.done = 0  # rounds done before, which a resumed run does not repeat
         self._classes = classes if config.share_label_counts else 0
         self.server_seconds = 0.0
         self.bytes_up = self.bytes_down = self._round_down = 0
         self._sent: dict[int, Message] = {}
         self._away: list[int] = []  # sampled, but not connected
-        self._late: set[int] = set()  # whose uploads are as if they had not come
+        self._late: set[int] = set()  # clients whose uploads count as too late
         self._participants: dict[int, dict[str, float]] = {}
 
     def costs(self) -> dict[str, float]:
-        """What the rounds cost so far."""
+        """Return what the rounds have cost so far."""
         return {
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
@@ -153,7 +153,7 @@ class Personalised(Strategy):
         return None, MetricRecord(metrics)
 
     def _loss(self) -> float:
-        """The mean training loss of a round's honest clients."""
+        """Return the mean training loss of the round's honest clients."""
         told = self._participants.values()
         return mean([p["train_loss"] for p in told if "malicious" not in p])
 
@@ -164,7 +164,7 @@ class Personalised(Strategy):
         answers: dict[int, Message],
         away: Iterable[int] = (),
     ) -> tuple[dict[int, Upload], dict[int, str]]:
-        """The usable uploads, and why the others are not, which the log is told, too."""
+        """Return the usable uploads, and why the others are not; these are logged, too."""
         expected = self.half.expected_upload(server_round)
         how = self._classes, self.config, self.method.beside
         uploads, wrong = screened(sent, answers, expected, server_round, *how)
@@ -209,16 +209,16 @@ class Personalised(Strategy):
 
 
 def sampled(config: Config, server_round: int) -> list[int]:
-    """The round's clients, in rising order; in all federations of a run the same."""
+    """Draw the round's clients, in rising order; the same in all federations of a run."""
     rng = numpy_generator(config.seed, "sample", server_round)
     chosen = rng.choice(config.initial_clients, config.round_clients, replace=False)
     return sorted(int(c) for c in chosen)
 
 
 def missing(config: Config, server_round: int) -> tuple[set[int], set[int]]:
-    """Who of the round's clients drops out and whose upload is late, in a simulation of such.
+    """Draw which of the round's clients drop out, and whose uploads are late, in a simulation.
 
-    ``min-uploads`` are always left.
+    ``min_uploads`` clients are always left.
     """
     chosen = sampled(config, server_round)
     order = numpy_generator(config.seed, "missing", server_round).permutation(chosen).tolist()

@@ -1,4 +1,4 @@
-"""Scores, and fine-tunings to compare."""
+"""Scores of networks, and fine-tunings to compare."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pfedgpa_app.data.images import Images
 
 @dataclass(frozen=True)
 class FinalScore:
-    """One client's counts after the last round; index 0 is before fine-tuning.
+    """One client's counts of correct predictions after the last round.
 
-    Counts are of correct predictions.
+    Index 0 is before fine-tuning, each further index after one fine-tuning.
     """
 
     test: list[int]
     test_images: int
     validation: list[int]
     validation_images: int
-    agreement: int | None = None  # test images on which its reference predicts the same
+    agreement: int | None = None  # test images on which the reference weights predict the same
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class FineTuning:
     full_batch: bool = False  # an epoch is one step against the gradient on all training images
 
 
-EVALUATION_BATCH = 500  # of 1,000 the activations are so large that a CPU takes a fifth longer
+EVALUATION_BATCH = 500  # 1,000 make activations so large that a CPU takes a fifth longer
 TEMPERATURES = (0.7, 1.0, 1.5, 2.0, 3.0, 5.0)
 
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over the evaluated images."""
+    """Sums over a client's evaluated images."""
 
     correct: int
     loss: float
@@ -50,13 +50,13 @@ class Score:
 
     @property
     def accuracy(self) -> float:
-        """In percent; NaN without images."""
+        """Accuracy in percent; NaN without images."""
         return 100 * self.correct / self.images if self.images else float("nan")
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Images) -> Score:
-    """Count the correct predictions of ``model`` on ``data``."""
+    """Count the correct predictions of ``model`` on ``data``, and sum its losses."""
     correct, loss = 0, 0.0
     for logits, labels in _logits(model, data):
         correct += int((logits.argmax(1) == labels).sum())
@@ -66,11 +66,11 @@ def evaluate(model: nn.Module, data: Images) -> Score:
 
 @torch.no_grad()
 def tempered_losses(model: nn.Module, data: Images) -> list[float]:
-    """Mean cross-entropies of ``model`` on ``data``, logits divided by each of ``TEMPERATURES``.
+    """Return mean cross-entropies of ``model`` on ``data``, one for each of ``TEMPERATURES``.
 
-    The smallest of them compares networks of which one is surer of itself than the other: what
-    clients have learned by heart makes it so (Guo et al. 2017, "On Calibration of Modern Neural
-    Networks").
+    Logits are divided by the temperature. The smallest loss serves to compare networks of different
+    confidence: what clients have learned by heart makes a network too sure of itself (Guo et al.
+    2017, "On Calibration of Modern Neural Networks").
     """
     sums = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
     for logits, labels in _logits(model, data):
@@ -81,7 +81,7 @@ def tempered_losses(model: nn.Module, data: Images) -> list[float]:
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Images) -> Tensor:
-    """The class that ``model`` sees in each image [N], on its device."""
+    """Return the class that ``model`` predicts for each image [N], on its device."""
     return torch.cat([logits.argmax(1) for logits, _ in _logits(model, data)])
 
 
@@ -92,7 +92,7 @@ def evaluation_batches(model: nn.Module, data: Images) -> Iterator[tuple[Tensor,
     for start in range(0, len(data), EVALUATION_BATCH):
         batch = data[start : start + EVALUATION_BATCH].to(device)
         inputs = batch.floats()
-        if inputs is batch.pixels:  # which the network may change in place
+        if inputs is batch.pixels:  # the network may change its inputs in place
             inputs = inputs.clone()
         yield inputs, batch.labels
 

@@ -21,7 +21,7 @@ GradientHook = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Sequence[T
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a client trains: plain SGD, its momentum starting afresh at each call."""
+    """How a client trains: by plain SGD, whose momentum starts afresh at each call."""
 
     epochs: int
     learning_rate: float
@@ -34,7 +34,7 @@ class Recipe:
     clip: float | None = None  # largest norm of a client's gradient
 
     def at(self, rate: float) -> Recipe:
-        """The same at ``rate`` times its learning rate."""
+        """Return the same recipe at ``rate`` times its learning rate."""
         return replace(self, learning_rate=self.learning_rate * rate)
 
     def computing(self, device: torch.device) -> torch.autocast:
@@ -48,7 +48,7 @@ def recipe(
     learning_rate: float,
     trainable: Sequence[str] | None = None,
 ) -> Recipe:
-    """How the run's clients train for so many epochs at that rate."""
+    """Return how the run's clients train for ``epochs`` at this learning rate."""
     return Recipe(
         epochs,
         learning_rate,
@@ -62,12 +62,12 @@ def recipe(
 
 
 def bfloat16_is_emulated(device: torch.device) -> bool:
-    """Whether ``device`` is a CPU without instructions for it."""
+    """Whether ``device`` is a CPU without instructions for bfloat16."""
     return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def slow_precision(config: TrainingSettings) -> str:
-    """A warning where this machine must emulate a run's ``precision``; "" for nothing to say."""
+    """Return a warning if this machine must emulate the run's ``precision``; else ""."""
     if config.precision != "bfloat16" or not bfloat16_is_emulated(device_for(config.device)):
         return ""
     return (
@@ -86,7 +86,7 @@ def device_for(setting: str) -> torch.device:
 def batches(
     size: int, recipe: Recipe, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """What each step of a client learns from: the only place where training draws.
+    """Yield what each step of a client learns from; nowhere else does training draw.
 
     Each epoch is one shuffled pass over ``size`` images, a short last batch included.
 
@@ -103,14 +103,14 @@ def batches(
 
 
 def draw_crops(n: int, generator: torch.Generator) -> Tensor:
-    """Each image's offset from the top and the left (0..8) and whether it is flipped, [3, n]."""
+    """Draw each image's offset from the top and the left (0..8), and whether to flip it, [3, n]."""
     offsets = torch.randint(0, 9, (2, n), generator=generator)
     flip = torch.rand(n, generator=generator) < 0.5
     return torch.cat([offsets, flip[None].long()])
 
 
 def crop_and_flip(images: Tensor, crops: Tensor) -> Tensor:
-    """Images [n, C, H, W] padded by 4, cropped and mirrored as ``crops`` [3, n] says."""
+    """Pad images [n, C, H, W] by 4, then crop and mirror them as ``crops`` [3, n] says."""
     _, _, height, width = images.shape
     top, left, flip = crops[:, :, None].to(images.device)
     rows = top + torch.arange(height, device=images.device)
@@ -128,9 +128,9 @@ def sgd_step(
     velocity: list[Tensor | None],
     recipe: Recipe,
 ) -> None:
-    """One step of plain SGD in place; ``velocity`` starts as None and is filled here.
+    """Take one step of plain SGD in place; ``velocity`` starts as None and is filled here.
 
-    torch's own update without its Optimizer class, whose first use imports the compiler:
+    This is torch's own update without its Optimizer class, whose first use imports the compiler:
     over a second in every process that trains.
     """
     sgd(
@@ -148,7 +148,10 @@ def sgd_step(
 
 
 def by_batch(model: nn.Module) -> list[str]:
-    """The layers that want a batch's variance as ``model`` is now, so that no step is of one."""
+    """List the layers that need a batch's variance in the mode that ``model`` is in.
+
+    With any of them, no step can be made on one example.
+    """
     return [
         f"layer {name} ({type(module).__name__})"
         for name, module in model.named_modules()
@@ -157,12 +160,12 @@ def by_batch(model: nn.Module) -> list[str]:
 
 
 def least_batch(model: nn.Module) -> int:
-    """How many examples a step takes at least."""
+    """Return how many examples a step needs at least."""
     return 2 if by_batch(model) else 1
 
 
 def no_step_on_one(network: nn.Module) -> str:
-    """Why ``network``, all of which is trained, takes no step on one example; "" if it does."""
+    """Say why ``network``, trained as a whole, takes no step on one example; "" if it does."""
     to_train(network)
     if layers := by_batch(network):
         return f"{layers[0]} takes no step on one example, of which there is no variance"
@@ -172,9 +175,9 @@ def no_step_on_one(network: nn.Module) -> str:
 def training_batches(
     model: nn.Module, data: Images, recipe: Recipe, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each step's images [B, C, H, W] and labels [B] on the model's device, as ``batches`` says.
+    """Yield each step's images [B, C, H, W] and labels [B] on the model's device, from ``batches``.
 
-    A last batch of one is left out where BatchNorm would want its variance.
+    A last batch of one image is left out where BatchNorm would need its variance.
     """
     data = data.to(next(model.parameters()).device)
     images, labels = data.floats(), data.labels
@@ -187,19 +190,19 @@ def training_batches(
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The mean loss of images x [B, C, H, W] with labels y [B]."""
+    """Return the mean loss of images x [B, C, H, W] with labels y [B]."""
     return F.cross_entropy(model(x).float(), y)
 
 
 def clipped(gradients: Sequence[Tensor], most: float) -> list[Tensor]:
-    """Every client's gradient, tensors [C, …], scaled down to the norm ``most`` if it has more."""
+    """Scale every client's gradient, tensors [C, …], down to the norm ``most`` if it has more."""
     squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0)
     scale = (most / squares.sqrt().clamp_min(1e-12)).clamp_max(1)
     return [g * scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
 
 
 def trained_of(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
-    """{name: parameter} of those that are trained where ``names`` are; None for all."""
+    """Return {name: parameter} of what is trained if only ``names`` are; None: all."""
     trained: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if names is None:
         return trained
@@ -207,14 +210,14 @@ def trained_of(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tenso
 
 
 def to_train(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """Set ``model`` to training; {name: parameter} of those that are trained.
+    """Set ``model`` to training mode and return {name: parameter} of what is trained.
 
-    A normalisation layer none of whose parameters are trained goes on as in evaluation: what it
-    has seen of the data must not move, either. One that has none moves if ``names`` have what it
-    has seen.
+    A normalisation layer with parameters, none of them trained, stays in evaluation mode: its
+    statistics must not move either. Those of a layer without parameters move only if ``names`` have
+    them.
 
     Args:
-        names: of those of the weights that are trained; None for all.
+        names: the weights that are trained; None: all.
     """
     trained = trained_of(model, names)
     moving = {id(parameter) for parameter in trained.values()}
@@ -244,11 +247,12 @@ def train(
     What is not trained gets no gradient, no momentum and no decay: it does not move at all.
 
     Args:
-        loss_of: the loss of a batch, given the model, its images and labels.
-        gradient_hook: each step's gradients anew, given the trained weights and gradients by name.
+        loss_of: returns the loss of a batch, given the model, its images and labels.
+        gradient_hook: returns each step's gradients anew, given the trained weights and their
+            gradients by name.
 
     Returns:
-        the mean loss over what was trained on in all epochs (0 without a step).
+        the mean loss over all images trained on, in all epochs (0 without a step).
     """
     trained = to_train(model, recipe.trainable)
     parameters: list[Tensor] = list(trained.values())
@@ -271,7 +275,10 @@ def train(
 
 
 def pull_to(anchor: Weights, strength: float) -> GradientHook:
-    """Add strength·(θ − anchor): the gradient of (strength/2)·‖θ − anchor‖²."""
+    """Return a gradient hook that adds strength·(θ − anchor).
+
+    This is the gradient of (strength/2)·‖θ − anchor‖².
+    """
 
     def pull(trained: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Sequence[Tensor]:
         return [
