@@ -80,12 +80,13 @@ class Layout:
     def layers(self) -> list[slice]:
         """Return each layer's slice of a vector.
 
-        A layer is a row of neighbouring tensors of one module.
+        A layer is a row of neighbouring tensors of one module; a tensor of the network itself is
+        a layer of its own.
         """
         found: list[slice] = []
         end, before = 0, None
         for name, size in zip(self.names, self.sizes, strict=True):
-            layer = module_of(name)
+            layer = module_of(name) or name
             start = found.pop().start if layer == before else end
             end, before = end + size, layer
             found.append(slice(start, end))

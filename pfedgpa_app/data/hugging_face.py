@@ -17,6 +17,7 @@ from pfedgpa_app.data.dataset import Dataset, dataset_of
 from pfedgpa_app.data.pictures import decoded
 
 LABELS = ("label", "labels", "fine_label", "target", "y")  # if no single column has classes
+NUMBERS = ("int", "uint", "float", "bool", "decimal")  # beginnings of their types' names
 CHOICES = ("subset", "input", "label", "user", "train", "test")
 
 
@@ -121,7 +122,7 @@ def _image_of(rows: Any) -> str | None:
 def _numbers_of(rows: Any, others: set[str | None]) -> list[str]:
     """Return the columns of a table that hold numbers, apart from ``others``."""
     numbers = rows.select_columns([c for c in rows.column_names if c not in others])
-    return [c for c, f in numbers.features.items() if getattr(f, "dtype", "string") != "string"]
+    return [c for c, f in numbers.features.items() if getattr(f, "dtype", "").startswith(NUMBERS)]
 
 
 def _inputs(name: str, rows: Any, columns: list[str], size: int) -> np.ndarray:

@@ -73,6 +73,15 @@ def test_a_table(hub: Path) -> None:
     assert load("hf:table?input=b", "").train_images.shape == (40, 1)
 
 
+def test_a_tables_texts_and_times_are_no_numbers(hub: Path) -> None:
+    rows = {"a": [0.5] * ROWS, "name": ["x"] * ROWS, "when": [0] * ROWS, "b": [True] * ROWS}
+    kinds = {"a": "float64", "name": "large_string", "when": "timestamp[s]", "b": "bool"}
+    rows, kinds = rows | {"label": [0, 1] * 30}, kinds | {"label": "int64"}
+    features = datasets.Features({c: datasets.Value(kind) for c, kind in kinds.items()})
+    _write(hub / "visits", rows, features)
+    assert load("hf:visits", "").columns == ("a", "b")
+
+
 def test_a_run_by_its_users(hub: Path) -> None:
     folder, _ = federate(
         hub / "out",

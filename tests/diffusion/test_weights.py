@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from pfedgpa_app.core.uploads import Buffer
-from pfedgpa_app.core.weights import Layout
+from pfedgpa_app.core.weights import Layout, layers
 from pfedgpa_app.diffusion import autoencoder
 from pfedgpa_app.diffusion.autoencoder import (
     Deltas,
@@ -31,6 +32,7 @@ from pfedgpa_app.diffusion.distribution import WeightDistribution, likeness_of
 from pfedgpa_app.diffusion.rank import choose_rank, hard_threshold
 from pfedgpa_app.diffusion.saved import load, save
 from pfedgpa_app.diffusion.settings import RULES, DiffusionSettings
+from pfedgpa_app.models.networks import weights_of
 
 SHAPES = {"body": (20, 30), "bias": (20,), "head": (5, 20)}
 GROUPS, CLIENTS, ROUNDS = 4, 12, 6
@@ -250,8 +252,16 @@ class TestAutoencoder:
 
     def test_layers_with_one_name_are_neighbours_only(self) -> None:
         like = {name: torch.zeros(2) for name in ("a.weight", "a.bias", "b.weight", "a.other", "c")}
-        layers = Layout.of(like).layers()
-        assert layers == [slice(0, 4), slice(4, 6), slice(6, 8), slice(8, 10)]
+        found = Layout.of(like).layers()
+        assert found == [slice(0, 4), slice(4, 6), slice(6, 8), slice(8, 10)]
+
+    @pytest.mark.parametrize("inside", [True, False])
+    def test_a_parametrised_layer_is_one(self, inside: bool) -> None:
+        normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+        like = weights_of(nn.Sequential(normed) if inside else normed)
+        assert len(like) == 3
+        assert layers(like) == [list(like)]
+        assert not inside or Layout.of(like).layers() == [slice(0, 10)]
 
     def test_convolutional_learns_to_reconstruct_what_it_has_latents_for(self) -> None:
         # three directions, in 4,000 weights of two tensors of very different size
