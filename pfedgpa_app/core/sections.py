@@ -13,15 +13,16 @@ from pfedgpa_app.core.settings import LAUNCH, LEARNING_RATES, TRACKERS, setting
 
 DATASET_HELP = (
     "digits, mnist, fashion-mnist, kmnist, emnist-SPLIT (balanced, byclass, bymerge, digits, "
-    "letters, mnist), cifar10, cifar100, svhn; imagefolder:PATH, a folder a class, maybe below "
-    "train/ and test/; npz:PATH, arrays; hf:NAME, of the Hugging Face Hub; "
-    "MODULE:CALLABLE of your own (docs/own.md); a relative PATH is below the current folder, "
-    "else below data-dir; or nodes: each node's own, which its --node-config names as dataset"
+    "letters, mnist), cifar10, cifar100, svhn; imagefolder:PATH with a folder per class, maybe "
+    "below train/ and test/; npz:PATH, arrays; hf:NAME, from the Hugging Face Hub; "
+    "MODULE:CALLABLE, your own (docs/own.md); a relative PATH is looked up below the current "
+    "folder, else below data-dir; or nodes: each node's own data, which dataset in its "
+    "--node-config names"
 )
 MODEL_HELP = (
-    "auto: by the shape of the data; the paper's digits, fashion and cifar; conv, for "
-    "images of any size; mlp, for tables; torchvision:NAME; or MODULE:CALLABLE of your own, which "
-    "makes one of (classes, shape) (docs/own.md)"
+    "auto: by the shape of the data; digits, fashion and cifar: the paper's; conv: for images of "
+    "any size; mlp: for tables; torchvision:NAME; or MODULE:CALLABLE, your own, called with "
+    "(classes, shape) (docs/own.md)"
 )
 NODES = "nodes"  # the data set with which each node has its own data
 TORCHVISION = "torchvision:"
@@ -46,8 +47,8 @@ class Basics:
 
     conf: str = setting(
         "demo",
-        "experiment: a name in conf/ or the path of a YAML file; with another data set than "
-        "digits, the default is own",
+        "the experiment to start from: a name in conf/, or the path of a YAML file; the "
+        "default is own if a data set other than digits is given",
         part=LAUNCH,
     )
     method: tuple[str, ...] = setting(
@@ -55,14 +56,14 @@ class Basics:
     )
     code_dir: str = setting(
         "",
-        "folder that your own MODULEs (model, dataset, method) are imported from, before what is "
-        "installed; empty: the current one",
+        "folder from which your own modules (model, dataset, method) are imported, before "
+        "installed ones; empty: the current folder",
         part=LAUNCH,
     )
-    seed: int = setting(0, "the run's only seed", low=0)
-    num_clients: int = setting(10, "clients of the federation", low=1, high=MOST_CLIENTS)
+    seed: int = setting(0, "the seed of everything random in the run", low=0)
+    num_clients: int = setting(10, "number of clients in the federation", low=1, high=MOST_CLIENTS)
     join_clients: int = setting(
-        0, "so many clients, the last ones, join after the last round; 0: none", low=0
+        0, "number of clients, the last ones, that join only after the last round", low=0
     )
 
     @property
@@ -77,21 +78,24 @@ class DataSettings(Basics):
 
     dataset: str = setting("digits", DATASET_HELP)
     data_dir: str = setting(
-        "", "where data sets lie; empty: $PFEDGPA_DATA, else ./data", part=LAUNCH
+        "", "folder of the data sets; empty: $PFEDGPA_DATA, else ./data", part=LAUNCH
     )
     download: bool = setting(
-        False, "let torchvision download the data set if it is absent", part=LAUNCH
+        False, "whether the data set may be downloaded if it is absent", part=LAUNCH
     )
     image_size: int = setting(
-        0, "imagefolder: resize to this square; 0: as they are", low=0, high=4096
+        0,
+        "side in pixels of the square that images are resized to; 0: not resized",
+        low=0,
+        high=4096,
     )
     test_share: float = setting(
-        0.2, "share of each class that tests, of data that have no test split", above=0, high=0.9
+        0.2, "share of each class to test on, for data without a test split", above=0, high=0.9
     )
     classes: tuple[str, ...] = setting(
         (),
-        "dataset=nodes: all classes by name, where a node may lack examples of some; empty: all "
-        "nodes name the same",
+        "dataset=nodes: the names of all classes, if some nodes lack examples of some "
+        "classes; empty: all nodes have the same classes",
     )
     partition: str = setting(
         "dominant",
@@ -101,20 +105,28 @@ class DataSettings(Basics):
     )
     train_per_client: int | None = setting(
         600,
-        "training images a client, validation included; auto: all there are, and no image twice",
+        "training images per client, validation images included; auto: all images are dealt, "
+        "each to one client",
         low=1,
     )
-    test_per_client: int | None = setting(600, "test images a client; auto: likewise", low=1)
+    test_per_client: int | None = setting(
+        600, "test images per client; auto: as for train-per-client", low=1
+    )
     uniform_share: float = setting(
-        0.2, "dominant: share of a client's images uniform over all classes", low=0, high=1
+        0.2,
+        "dominant: share of a client's images that is drawn uniformly from all classes",
+        low=0,
+        high=1,
     )
     group_shares: tuple[float, ...] = setting(
-        (), "dominant: relative sizes of the hidden groups; empty: all alike", above=0, high=1e6
+        (), "dominant: relative sizes of the hidden groups; empty: equal", above=0, high=1e6
     )
-    dirichlet_alpha: float = setting(0.5, "dirichlet: concentration", above=0, high=1e6)
-    shards_per_client: int = setting(2, "shards: one-class shards a client", low=1)
+    dirichlet_alpha: float = setting(
+        0.5, "dirichlet: concentration α; the smaller, the more clients differ", above=0, high=1e6
+    )
+    shards_per_client: int = setting(2, "shards: number of one-class shards per client", low=1)
     validation_share: float = setting(
-        0.1, "share of a client's training images that it keeps for validation", low=0, high=0.9
+        0.1, "share of a client's training images that is set aside for validation", low=0, high=0.9
     )
 
     @property
@@ -145,35 +157,48 @@ class TrainingSettings(Basics):
 
     model: str = setting("auto", f"network; {MODEL_HELP}")
     model_weights: str = setting(
-        "", "file of weights that the network starts from: safetensors, or torch's of tensors alone"
+        "",
+        "file of weights that the network starts from: safetensors, or a torch file that "
+        "holds only tensors",
     )
     head: str = setting(
-        "", "the network's last layer, by its module's name; empty: the one that is used last"
+        "",
+        "module name of the network's last layer, the classifier; empty: the layer that is "
+        "used last",
     )
     start_from: str = setting(
-        "", "a run's distribution.safetensors, whose mean methods start from if they share weights"
+        "",
+        "distribution.safetensors of another run; methods that share weights start from its mean",
     )
-    device: str = setting("auto", "auto: a GPU when there is one", choices=("auto", "cpu", "cuda"))
+    device: str = setting(
+        "auto", "device to compute on; auto: a GPU if there is one", choices=("auto", "cpu", "cuda")
+    )
     precision: str = setting(
         "float32",
-        "what clients' training computes in; weights, updates and evaluation stay float32",
+        "number format of clients' training; weights, updates and evaluation stay float32",
         choices=("float32", "bfloat16"),
     )
-    local_epochs: int = setting(2, "epochs a client trains each round", low=1)
-    batch_size: int = setting(50, "images a step", low=1)
-    learning_rate: float = setting(0.01, "SGD learning rate", above=0, grid=LEARNING_RATES)
-    momentum: float = setting(0.5, "SGD momentum", low=0, high=0.999)
-    weight_decay: float = setting(5e-4, "SGD weight decay", low=0)
-    augment: bool = setting(False, "random crop and flip of training images")
+    local_epochs: int = setting(2, "epochs that a client trains per round", low=1)
+    batch_size: int = setting(50, "images per training step", low=1)
+    learning_rate: float = setting(
+        0.01, "learning rate of clients' SGD", above=0, grid=LEARNING_RATES
+    )
+    momentum: float = setting(0.5, "momentum of clients' SGD", low=0, high=0.999)
+    weight_decay: float = setting(5e-4, "weight decay of clients' SGD", low=0)
+    augment: bool = setting(False, "whether training images are randomly cropped and flipped")
     logit_adjustment: bool = setting(
         False,
         "clients add the logarithms of their class frequencies to the shared classifier's bias, "
         "and take them off before they upload",
     )
-    fine_tune_epochs: int = setting(1, "epochs of gentle fine-tuning", low=0)
-    fine_tune_learning_rate: float = setting(0.002, "gentle fine-tuning's learning rate", above=0)
+    fine_tune_epochs: int = setting(
+        1, "epochs of the gentle fine-tuning after the last round", low=0
+    )
+    fine_tune_learning_rate: float = setting(
+        0.002, "learning rate of the gentle fine-tuning", above=0
+    )
     fine_tune_grid_epochs: int = setting(
-        0, "tuned fine-tuning tries 1..this many epochs; 0: no tuning", low=0, high=1000
+        0, "most epochs that tuned fine-tuning tries, from 1 on; 0: no tuning", low=0, high=1000
     )
     fine_tune_grid_learning_rates: tuple[float, ...] = setting(
         (0.001, 0.002, 0.005, 0.02), "learning rates that tuned fine-tuning tries", above=0
@@ -184,46 +209,53 @@ class TrainingSettings(Basics):
 class FederationSettings(Basics):
     """The rounds, who takes part in them, and which uploads are used."""
 
-    num_server_rounds: int = setting(200, "rounds", low=1)
-    fraction_train: float = setting(1.0, "share of clients sampled each round", above=0, high=1)
+    num_server_rounds: int = setting(200, "number of rounds", low=1)
+    fraction_train: float = setting(
+        1.0, "share of the clients that take part in a round", above=0, high=1
+    )
     join_iterations: int = setting(
-        3, "how often one that joins trains, uploads and is sent weights", low=1
+        3, "how many times a joining client trains, uploads and is sent weights", low=1
     )
     join_rate: float = setting(
         0.1,
-        "learning rate of clients that join, in units of the run's, where trained weights await",
+        "learning rate of joining clients that start from trained weights, as a multiple of "
+        "the run's",
         above=0,
     )
     share_label_counts: bool = setting(
-        False, "clients tell the server how many images of each class they hold"
+        False, "whether clients tell the server how many images of each class they hold"
     )
     evaluate_every: int = setting(
         5,
-        "rounds between evaluations of all clients; the last five are evaluated, too; 0: none is",
+        "rounds between evaluations of all clients; the last five rounds are evaluated, too; "
+        "0: no evaluation during rounds",
         low=0,
     )
-    timeout: float = setting(3600.0, "seconds that a round waits for replies", above=0, part=LAUNCH)
+    timeout: float = setting(
+        3600.0, "seconds that a round waits for clients' replies", above=0, part=LAUNCH
+    )
     min_uploads: int = setting(
-        1, "usable uploads that a round needs; with fewer the run stops, and can be resumed", low=1
+        1, "usable uploads that a round needs; with fewer, the run stops and can be resumed", low=1
     )
     dropout_share: float = setting(
         0.0,
-        "simulations: share of a round's clients that drop out and do nothing; min-uploads of "
-        "them are left",
+        "simulations: share of a round's clients that drop out; min-uploads clients are "
+        "always left",
         low=0,
         high=1,
     )
     straggler_share: float = setting(
-        0.0, "simulations: share of a round's clients whose upload comes too late", low=0, high=1
+        0.0, "simulations: share of a round's clients whose uploads come too late", low=0, high=1
     )
     max_upload_norm: float = setting(
         100.0,
-        "an upload so many times as large as the round's median is refused; 0: none is",
+        "refuse an upload that is this many times as large as the round's median; 0: refuse none",
         low=0,
     )
     max_distance: float = setting(
         0.0,
-        "an upload so many times as far from the median as is usual is refused; 0: none is",
+        "refuse an upload that is this many times as far from the round's median as the "
+        "usual one; 0: refuse none",
         low=0,
     )
 
@@ -255,12 +287,19 @@ class PrivacySettings(Basics):
     """Local differential privacy of uploads."""
 
     local_dp_epsilon: float = setting(
-        0.0, "ε of each upload's local differential privacy (docs/privacy.md); 0: none", low=0
+        0.0, "ε of each upload's local differential privacy (docs/privacy.md); 0: no noise", low=0
     )
-    local_dp_delta: float = setting(1e-5, "its δ", above=0, high=0.5)
-    local_dp_clip: float = setting(1.0, "its C: updates are clipped to this norm", above=0)
+    local_dp_delta: float = setting(
+        1e-5, "δ of each upload's local differential privacy", above=0, high=0.5
+    )
+    local_dp_clip: float = setting(
+        1.0, "C, the norm that updates are clipped to for local differential privacy", above=0
+    )
     max_epsilon: float = setting(
-        0.0, "most ε that a run may spend on a client, or it is refused; 0: any", low=0, part=LAUNCH
+        0.0,
+        "refuse a run that spends more than this ε of a client's privacy; 0: refuse none",
+        low=0,
+        part=LAUNCH,
     )
 
 
@@ -268,10 +307,12 @@ class PrivacySettings(Basics):
 class AttackSettings(Basics):
     """Malicious clients, in simulations."""
 
-    attack: str = setting("none", "what malicious clients do, in simulations", choices=ATTACKS)
-    malicious_share: float = setting(0.1, "share of the clients that attack", low=0, high=1)
+    attack: str = setting("none", "simulations: what malicious clients do", choices=ATTACKS)
+    malicious_share: float = setting(
+        0.1, "share of the clients that are malicious, if attack is set", low=0, high=1
+    )
     attack_strength: float = setting(
-        4.0, "by how much updates are flipped, scaled or drowned in noise", above=0
+        4.0, "factor by which an attack scales updates, or its noise", above=0
     )
 
     @property
@@ -288,34 +329,44 @@ class AttackSettings(Basics):
 class OutputSettings:
     """Where results go, and what is kept of a run."""
 
-    out_dir: str = setting("results", "where results/<run>/ is made", part=LAUNCH)
+    out_dir: str = setting("results", "folder in which the run's folder is made", part=LAUNCH)
     run_name: str = setting(
-        "", "name of the run's folder; empty: made from data set and time", part=LAUNCH
+        "", "name of the run's folder; empty: made of data set, clients, seed and time", part=LAUNCH
     )
     save_weights: bool = setting(
-        True, "write what the server makes for each client beside the results", part=LAUNCH
+        True,
+        "whether the weights made for each client are written to the run's folder",
+        part=LAUNCH,
     )
     track: tuple[str, ...] = setting(
         (),
-        "what shows the run's figures as it goes, separated by commas: tensorboard, wandb, mlflow; "
-        "each wants pip install 'pfedgpa-app[…]'",
+        "dashboards that get the run's figures while it runs, separated by commas; each "
+        "needs pip install 'pfedgpa-app[NAME]'",
         choices=TRACKERS,
         part=LAUNCH,
     )
-    report: bool = setting(True, "make the run's page, report.html, and its pictures", part=LAUNCH)
-    save_uploads: bool = setting(False, "keep the buffered uploads beside the results", part=LAUNCH)
+    report: bool = setting(
+        True, "whether the run's page, report.html, and its pictures are made", part=LAUNCH
+    )
+    save_uploads: bool = setting(
+        False,
+        "whether the uploads that the server remembers are written to the run's folder",
+        part=LAUNCH,
+    )
     uploads: str = setting(
-        "", "make weights from a run's uploads.safetensors instead of running FedAvg's rounds"
+        "",
+        "uploads.safetensors of another run; weights are made from it, and FedAvg's rounds "
+        "are not run",
     )
     checkpoint_every: int = setting(
         1,
-        "rounds between checkpoints, from which a killed run can go on; 0: none",
+        "rounds between checkpoints, from which a killed run can be resumed; 0: no checkpoints",
         low=0,
         part=LAUNCH,
     )
     resume: bool = setting(
         False,
-        "go on with the run of this out-dir and run-name where its last checkpoint is",
+        "continue the run of this out-dir and run-name from its last checkpoint",
         part=LAUNCH,
     )
 
@@ -326,13 +377,13 @@ class EngineSettings:
 
     engine: str = setting(
         "auto",
-        "what serves the clients under `pfedgpa run`; auto: batched with a GPU, else process",
+        "what runs the clients under `pfedgpa run`; auto: batched with a GPU, else process",
         choices=("auto", "ray", "process", "batched"),
         part=LAUNCH,
     )
     workers: int | None = setting(
         None,
-        "clients served at the same time by ray and process; auto: one a core",
+        "clients that ray and process run at the same time; auto: one per core",
         low=1,
         part=LAUNCH,
     )

@@ -34,19 +34,21 @@ class ClusteredSettings(MethodSettings):
 
     eps1: float = setting(
         0.4,
-        "ε₁: a cluster has settled below this norm of the mean update",
+        "ε₁: below this norm of its mean update, a cluster has settled",
         low=0,
         grid=(0.4, 0.8, 1.6),
     )
     eps2: float = setting(
         1.6,
-        "ε₂: a client still pulls above this norm of its update",
+        "ε₂: above this norm of its update, a client still pulls away",
         low=0,
         grid=(0.4, 0.8, 1.6),
     )
     first_round: int = setting(20, "no split before this round", low=1)
     linkage: str = setting(
-        "complete", "how updates are cut in two", choices=("complete", "single", "average")
+        "complete",
+        "linkage of the clustering that splits a cluster in two",
+        choices=("complete", "single", "average"),
     )
 
 

@@ -36,10 +36,10 @@ STEADY, LOSSES, MOST_PASSES = 0.1, 10, 100  # the authors' deviation and window;
 class FedALASettings(MethodSettings):
     """What is mixed, and how that is learned."""
 
-    layers: int = setting(1, "p: so many last layers are mixed", low=1, grid=(1, 2))
-    eta: float = setting(1.0, "η, the step of W; 0 is FedAvg", low=0)
+    layers: int = setting(1, "p, the number of last layers that are mixed", low=1, grid=(1, 2))
+    eta: float = setting(1.0, "η, step size of W; 0 is FedAvg", low=0)
     data_share: float = setting(
-        0.8, "share of the training images W is learned on", above=0, high=1
+        0.8, "share of a client's training images that W is learned on", above=0, high=1
     )
 
 

@@ -35,9 +35,11 @@ AFFINITY = "affinity"
 class FedFomoSettings(MethodSettings):
     """Which models a client gets to see."""
 
-    models: int = setting(5, "M: so many clients' models are sent to each", low=1)
-    explore: float = setting(0.3, "ε: chance that a model sent is a random one", low=0, high=1)
-    decay: float = setting(0.05, "by how much ε falls a round", low=0)
+    models: int = setting(
+        5, "M, the number of other clients' models that each client is sent", low=1
+    )
+    explore: float = setting(0.3, "ε, the chance that a sent model is a random one", low=0, high=1)
+    decay: float = setting(0.05, "by how much ε falls per round", low=0)
 
 
 @dataclass

@@ -21,7 +21,7 @@ from pfedgpa_app.methods.averaging import Averaging, Shared
 class FedPerSettings(MethodSettings):
     """Which layers are personal."""
 
-    head_layers: int = setting(1, "K_P: so many last layers are personal", low=0)
+    head_layers: int = setting(1, "K_P, the number of last layers that are personal", low=0)
 
 
 class FedPer(Averaging[Shared]):

@@ -42,7 +42,7 @@ class FedProtoSettings(MethodSettings):
     )
     predict: str = setting(
         "prototype",
-        "by the nearest global prototype, or by the client's own last layer",
+        "what predicts: the nearest global prototype, or the client's own last layer",
         choices=("prototype", "classifier"),
     )
 

@@ -28,12 +28,16 @@ class FedRepSettings(MethodSettings):
     """How a round is divided between head and body."""
 
     head_epochs: int = setting(
-        10, "τ: epochs on the head, the body standing still; not local-epochs", low=0
+        10,
+        "τ, epochs in which the head trains and the body does not, in place of local-epochs",
+        low=0,
     )
     body_epochs: int = setting(
-        1, "then on the body, the head standing still; not local-epochs", low=1
+        1, "epochs after that, in which the body trains and the head does not", low=1
     )
-    fine_tune_epochs: int = setting(10, "epochs on the head after the last round", low=0)
+    fine_tune_epochs: int = setting(
+        10, "epochs in which the head is fine-tuned after the last round", low=0
+    )
 
 
 class FedRep(Averaging[Shared]):

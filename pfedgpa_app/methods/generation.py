@@ -44,21 +44,21 @@ class PFedGPASettings(DiffusionSettings):
 
     generate_from: int | None = setting(
         None,
-        "first round in which clients train on from what is generated for them, by uploads of the "
-        "rounds before; auto: the last 8 % of the rounds are so",
+        "first gentle round, in which clients train on from weights generated for them; "
+        "auto: the last 8 % of the rounds are gentle",
         low=1,
         part=ROUNDS,
     )
     round_rate: float = setting(
         0.1,
-        "learning rate of those rounds, in units of the run's",
+        "learning rate of gentle rounds, as a multiple of the run's",
         above=0,
         part=ROUNDS,
     )
     momentum: float | None = setting(
         None,
-        "the server's momentum in the rounds before; auto: 1 - fraction-train, 0.7 at most, and "
-        "where clients' training loss falls later than the rounds pass up to 0.7, or 0.9",
+        "the server's momentum before gentle rounds; auto: 1 - fraction-train, at most 0.7, "
+        "and more, up to 0.9, where clients' training loss falls late (docs/algorithm.md)",
         low=0,
         high=0.999,
         grid=("auto", 0.0, 0.5, 0.7, 0.9),
@@ -66,38 +66,41 @@ class PFedGPASettings(DiffusionSettings):
     )
     layers: int = setting(
         0,
-        "so many last layers are generated, the rest is the global mean; 0: everything",
+        "number of last layers that are generated, the rest being the global mean; 0: all layers",
         low=0,
         part=UPLOADS,
     )
     round_layers: int = setting(
-        0, "the same, at the end of a round that others follow; 0: as many", low=0, part=ROUNDS
+        0, "the same for all generations but the last; 0: as many as layers", low=0, part=ROUNDS
     )
     buffer_rounds: int = setting(
-        20, "uploads of so many newest rounds are learned from", low=1, part=UPLOADS
+        20, "number of newest rounds whose uploads the server learns from", low=1, part=UPLOADS
     )
     inversion: str = setting(
         "tweedie",
         "how an upload is carried through the diffusion model",
         choices=("identity", "sample", "invert", "ddim", "sdedit", "tweedie"),
     )
-    keep: float = setting(0.0, "share of the stored noise replayed by invert", low=0, high=1)
-    draws: int = setting(64, "decodings averaged for each client", low=1)
+    keep: float = setting(
+        0.0, "inversion=invert: share of the stored noise that is replayed", low=0, high=1
+    )
+    draws: int = setting(64, "number of decodings that are averaged for each client", low=1)
     round_denoiser: str = setting(
         "finite-set",
-        "of the rounds', which are fitted anew each time",
+        "denoiser of all generations but the last",
         choices=DENOISERS,
         part=ROUNDS,
     )
     descriptor: str = setting(
         "none",
-        "what mlp and transformer know of a client: nothing, the class counts that it shares "
-        "(share-label-counts), or an embedding learned for it",
+        "what mlp and transformer are told of a client: nothing, the class counts that it "
+        "shares (share-label-counts), or an embedding learned for it",
         choices=("none", "labels", "learned"),
     )
     join_mode: str = setting(
         "tweedie",
-        "clients that join: denoise their uploads, or the paper's reverse steps led by progress",
+        "weights of joining clients: their denoised uploads, or the paper's reverse steps "
+        "guided by their progress",
         choices=("tweedie", "guided"),
     )
 

@@ -27,11 +27,11 @@ class KrumSettings(MethodSettings):
 
     malicious: int | None = setting(
         None,
-        "f: so many clients may be malicious; auto: 2, or as many as Krum is known to withstand "
-        "with fewer than 7 uploads a round",
+        "f, the number of malicious clients to withstand; auto: 2, or with fewer than 7 "
+        "uploads per round as many as Krum is known to withstand",
         low=0,
     )
-    select: int = setting(1, "so many uploads are averaged; above 1: Multi-Krum", low=1)
+    select: int = setting(1, "number of uploads that are averaged; above 1: Multi-Krum", low=1)
 
 
 def malicious(config: Config) -> int:

@@ -27,8 +27,8 @@ from pfedgpa_app.methods.averaging import Averaging, Shared
 class LGFedAvgSettings(MethodSettings):
     """Which layers are global."""
 
-    share: str = setting("last", "which end of the network is global", choices=("last", "first"))
-    global_layers: int = setting(1, "so many layers of that end are global", low=1)
+    share: str = setting("last", "which end of the network is shared", choices=("last", "first"))
+    global_layers: int = setting(1, "number of layers at that end that are shared", low=1)
 
 
 class LGFedAvg(Averaging[Shared]):

@@ -32,7 +32,10 @@ class PerFedAvgSettings(MethodSettings):
     """The step that clients adapt with."""
 
     alpha: float | None = setting(
-        None, "α, the adaptation's step; auto: the learning rate", low=0, grid=(0.001, 0.003, 0.01)
+        None,
+        "α, step size of the adaptation; auto: the learning rate",
+        low=0,
+        grid=(0.001, 0.003, 0.01),
     )
 
 

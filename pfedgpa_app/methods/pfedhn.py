@@ -39,17 +39,21 @@ _EMBEDDING_STEPS = 200  # optimiser steps per iteration of joining
 class PFedHNSettings(MethodSettings):
     """The hypernetwork and its optimiser; the authors' values."""
 
-    embedding: int | None = setting(None, "size of an embedding; auto: 1 + clients/4", low=1)
+    embedding: int | None = setting(
+        None, "size of a client's embedding; auto: 1 + clients/4", low=1
+    )
     hidden: int = setting(100, "width of the hypernetwork", low=1)
-    hidden_layers: int = setting(3, "its hidden layers after the first", low=0)
+    hidden_layers: int = setting(3, "hidden layers of the hypernetwork after the first", low=0)
     server_learning_rate: float = setting(
         0.01, "the hypernetwork's learning rate", above=0, grid=(0.005, 0.01, 0.05)
     )
-    server_momentum: float = setting(0.9, "its momentum", low=0, high=0.999)
-    server_weight_decay: float = setting(1e-3, "its weight decay", low=0)
+    server_momentum: float = setting(
+        0.9, "momentum of the hypernetwork's training", low=0, high=0.999
+    )
+    server_weight_decay: float = setting(1e-3, "weight decay of the hypernetwork's training", low=0)
     clip: float = setting(
         50.0,
-        "largest norm of a gradient: of a client's in training, and of it for a client",
+        "largest norm of a gradient, in a client's training and of the hypernetwork for a client",
         above=0,
     )
 

@@ -34,13 +34,15 @@ from pfedgpa_app.training.sgd import cross_entropy, pull_to, sgd_step, to_train,
 class PFedMeSettings(MethodSettings):
     """The step sizes of the outer and the inner problem, and what ties these together."""
 
-    learning_rate: float = setting(0.005, "η, the step of w_i", above=0, grid=(0.005, 0.02, 0.06))
+    learning_rate: float = setting(0.005, "η, step size of w_i", above=0, grid=(0.005, 0.02, 0.06))
     personal_learning_rate: float = setting(
-        0.09, "the step of the inner problem", above=0, grid=(0.02, 0.05, 0.09)
+        0.09, "learning rate of the inner problem", above=0, grid=(0.02, 0.05, 0.09)
     )
     lam: float = setting(15.0, "λ, weight of the distance to w_i", low=0)
     steps: int = setting(5, "K, inner steps on each batch", low=1)
-    beta: float = setting(1.0, "β, how far the server goes to the mean; 0: not at all", low=0)
+    beta: float = setting(
+        1.0, "β, how far the server's weights move to the mean of the uploads; 0: not at all", low=0
+    )
 
 
 class PFedMe(Averaging[Shared]):

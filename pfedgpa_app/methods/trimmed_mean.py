@@ -25,7 +25,9 @@ from pfedgpa_app.methods.averaging import Defence
 class TrimmedMeanSettings(MethodSettings):
     """How much is cut off."""
 
-    beta: float = setting(0.2, "β, the share cut off at either end", low=0, high=0.49)
+    beta: float = setting(
+        0.2, "β, the share of values that is cut off at either end", low=0, high=0.49
+    )
 
 
 class TrimmedMean(Defence):
