@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import json
+import os
 import random
 import re
 import shlex
@@ -39,14 +40,16 @@ from pfedgpa_app.data.client import (
     load_dataset,
     load_own,
     load_partition,
+    schema_of,
 )
 from pfedgpa_app.data.dataset import dataset_of, remarks
+from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.models import build
 from pfedgpa_app.models.build import network_of
 from pfedgpa_app.models.layout import laid_out
 from pfedgpa_app.models.networks import head_of, weight_names, weights_of
-from pfedgpa_app.runs import api
+from pfedgpa_app.runs import api, experiment
 from pfedgpa_app.runs.checkpoint import Checkpoint
 from pfedgpa_app.runs.folder import locked
 from pfedgpa_app.runs.personal import client_weights
@@ -1305,6 +1308,67 @@ def test_another_methods_weights_are_not_taken_without_a_word(
     (folder / "weights" / "client-mean.safetensors").unlink()
     client_weights(folder, 0)
     assert "the weights of client-mean are not there any more; taken are those of" in caplog.text
+
+
+READS_FILES = """
+from pathlib import Path
+import numpy as np
+from torch import nn
+HIDDEN = int(Path("hidden.txt").read_text())
+def load():
+    rows = np.loadtxt("rows.csv", delimiter=",")
+    return {"x": rows[:, 1:], "y": rows[:, 0].astype(int)}
+def build(classes, shape):
+    assert Path("hidden.txt").is_file()
+    return nn.Sequential(nn.Linear(*shape, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, classes))
+"""
+
+
+def test_own_code_finds_its_files_where_flowers_processes_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These have a folder of their own."""
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    for folder in (mine, theirs):
+        folder.mkdir()
+    (mine / "reading.py").write_text(READS_FILES)
+    (mine / "hidden.txt").write_text("5")
+    rows = np.random.default_rng(0).random((60, 4))
+    np.savetxt(mine / "rows.csv", np.c_[np.arange(60) % 2, rows], delimiter=",")
+    monkeypatch.chdir(mine)
+    env = Simulation().env
+    monkeypatch.chdir(theirs)
+    for name in env.keys() - os.environ.keys():
+        monkeypatch.setenv(name, env[name])
+    config = Config(dataset="reading:load", model="reading:build", code_dir=str(mine))
+    data = load_dataset(config)
+    assert data.train_images.shape == (48, 4)
+    assert weights_of(network_of(config, schema_of(data)))["0.weight"].shape == (5, 4)
+    assert Path.cwd() == theirs
+
+
+def test_weights_of_which_a_part_is_on_nodes_are_refused(
+    here: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a deployment clients write nothing to the server's folder."""
+    monkeypatch.setattr(experiment, "is_simulated", lambda grid: False)
+    part = ["local", "fedper", "lg-fedavg", "fedala", "fedproto", "ditto", "pfedme", "fedfomo"]
+    whole = ["fedavg", "scaffold", "fedbabu", "pfedgpa"]
+    methods = ",".join([*whole, *part])
+    folder, _ = federate(here / "own", method=methods, num_server_rounds=2, num_clients=3)
+    for method in part:
+        with pytest.raises(ConfigError, match=f"clients of {method} keep a part"):
+            load_client(folder, 0, method)
+    right = {(r["method"], r["client"]): r["before_ft"] for r in records(folder, "clients.jsonl")}
+    for method in whole:
+        found = evaluate(folder, 0, method)
+        assert 100 * found["correct"] / found["examples"] == right[method, 0]
+    assert client_weights(folder, 0).keys() == client_weights(folder, 0, "pfedgpa").keys()
+    assert "fedfomo keep a part" in caplog.text
+    assert "taken are those of pfedgpa" in caplog.text
+    adjusted, _ = federate(here / "adjusted", method="fedavg", logit_adjustment=True)
+    with pytest.raises(ConfigError, match="clients of fedavg keep a part"):
+        load_client(adjusted, 0)
 
 
 @pytest.mark.slow

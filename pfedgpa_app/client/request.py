@@ -105,6 +105,7 @@ class ClientRequest:
         trains = message.metadata.message_type == MessageType.TRAIN
         before = self.round if trains else self.round + 1
         self.state: Weights = memory.recall(context, asked, self._state_key, before)
+        self._has_own_part = False  # whether it was evaluated with weights that only it has
 
     def _adjustment(self, sent: Collection[str]) -> Weights:
         """Return what the client adds to the classifier's bias, by the bias's name.
@@ -167,8 +168,10 @@ class ClientRequest:
         Its adjustment is saved as well, if it belongs to a bias that it was sent.
         """
         sent = {name for name, tensor in evaluated.items() if self.weights.get(name) is tensor}
-        memory.leave(self._asked, {n: t for n, t in evaluated.items() if n not in sent})
-        memory.leave(self._asked, self._adjustment(sent), LEFT)
+        own, adjustment = set(evaluated) - sent, self._adjustment(sent)
+        self._has_own_part = bool(own or adjustment)
+        memory.leave(self._asked, {n: t for n, t in evaluated.items() if n in own})
+        memory.leave(self._asked, adjustment, LEFT)
 
     def _before(self) -> Weights:
         """Return the weights trained from: as they were sent, else kept, else initialised."""
@@ -249,6 +252,7 @@ class ClientRequest:
             "test-images": test[0].images,
             "validation": [score.correct for score in validation],
             "validation-images": validation[0].images,
+            "own-part": int(self._has_own_part),
         }
         return self.reply(metrics | ({} if agreement is None else {"agreement": agreement}))
 

@@ -6,8 +6,10 @@ import ast
 import contextlib
 import hashlib
 import importlib.machinery
+import os
 import re
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.settings import ConfigError
 
 _REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+FOLDER = "PFEDGPA_FOLDER"  # environment: where the user started what works in another folder
 # {module: {file: its digest}} as the module was imported, whatever is edited later
 _SOURCES: dict[str, dict[Path, str]] = {}
 
@@ -22,6 +25,15 @@ _SOURCES: dict[str, dict[Path, str]] = {}
 def is_reference(name: str) -> bool:
     """Whether ``name`` is an import path, ``MODULE:NAME``."""
     return _REFERENCE.fullmatch(name) is not None
+
+
+def in_users_folder() -> AbstractContextManager[None]:
+    """In the block, relative paths are of the folder where the user started what runs here.
+
+    Flower's own processes work in another one, where the user's code would not find its files.
+    """
+    folder = os.environ.get(FOLDER)
+    return contextlib.chdir(folder) if folder else contextlib.nullcontext()
 
 
 def imported(reference: str, folder: str, setting: str) -> Any:
@@ -41,7 +53,7 @@ def imported(reference: str, folder: str, setting: str) -> Any:
     _forget_another(module_name.partition(".")[0], place)
     is_new = module_name not in sys.modules or module_name not in _SOURCES
     try:
-        with seeded(0):
+        with seeded(0), in_users_folder():
             module = importlib.import_module(module_name)
     except Exception as error:  # whatever a foreign module raises
         why = f"{type(error).__name__}: {error}"

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pfedgpa_app.core.own_code import imported, is_reference
+from pfedgpa_app.core.own_code import imported, in_users_folder, is_reference
 from pfedgpa_app.core.paths import remembered, user_path
 from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.settings import ConfigError, DataError, near
@@ -160,7 +160,7 @@ def _own(name: str, code_dir: str, test_share: float) -> Dataset:
     if not callable(make):
         raise ConfigError(f"dataset = {name!r}: is a {type(make).__name__}, no callable")
     try:
-        with seeded(0):  # all processes get the same data
+        with seeded(0), in_users_folder():  # all processes get the same data
             found = make()
     except Exception as error:  # whatever foreign code raises
         last = traceback.extract_tb(error.__traceback__)[1:2]  # the user's frame, below this

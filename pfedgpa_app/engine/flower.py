@@ -24,6 +24,7 @@ import psutil
 from flwr.common.config import get_project_config
 
 from pfedgpa_app.config.parse import in_toml
+from pfedgpa_app.core.own_code import FOLDER
 from pfedgpa_app.core.paths import INSTALLED, package_of
 from pfedgpa_app.engine import LaunchError
 
@@ -72,6 +73,7 @@ class Flower:
         self.env = os.environ | {
             "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}",
             "FLWR_HOME": str(self.home),  # marks the processes
+            FOLDER: os.getcwd(),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pfedgpa_app.core import own_code
-from pfedgpa_app.core.own_code import imported, is_reference
+from pfedgpa_app.core.own_code import imported, in_users_folder, is_reference
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.schema import Schema
@@ -193,7 +193,8 @@ def _own(model: str, code_dir: str, classes: int, shape: tuple[int, ...]) -> nn.
     except ValueError:  # built-ins have no signature
         pass
     try:
-        made = build(classes, shape)
+        with in_users_folder():
+            made = build(classes, shape)
     except Exception as error:  # whatever foreign code raises
         raise ConfigError(
             f"model = {model!r}: called with ({classes}, {shape}) it raises "

@@ -44,7 +44,7 @@ from pfedgpa_app.results.tracking import Tracking, check
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import CONFIG, keep_holdings, locked, run_folder, running
 from pfedgpa_app.runs.initial import initial_weights, learn_nothing, share_little
-from pfedgpa_app.runs.personal import MODEL, WEIGHTS, write_about
+from pfedgpa_app.runs.personal import MODEL, WEIGHTS, note_parts_on_nodes, write_about
 from pfedgpa_app.runs.resuming import CHECKPOINT, Resuming
 from pfedgpa_app.runs.summary import Summary, save_weights
 from pfedgpa_app.server import privacy
@@ -372,6 +372,8 @@ class Experiment:
                 )
             self.log.advance(work)
         counted, hand_over = scores[source]
+        if self.config.save_weights and not is_simulated(self.grid):
+            note_parts_on_nodes(self.folder, name, counted)
         self.summary.add(
             name,
             method,

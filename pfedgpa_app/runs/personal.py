@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.models.build import forget_edited, network_of
 from pfedgpa_app.models.networks import load, weight_names
 from pfedgpa_app.runs.folder import is_running, kept_methods, kept_settings, unfinished
+from pfedgpa_app.training.evaluation import FinalScore
 
 MODEL, WEIGHTS = "model.json", "weights"
+ON_NODES = "on-nodes.json"  # {method: clients that keep a part of their network on their nodes}
 REST = "network.safetensors"  # the network's tensors that clients do not share, such as frozen ones
 FORMAT = "pfedgpa-model-1"
 AT_ONCE = 500  # examples in a batch
@@ -237,18 +239,51 @@ def read_about(folder: Path) -> About:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
-def the_method(folder: Path, method: str) -> str:
-    """Return ``method``, or by default the run's last method that has weights of its own.
+def note_parts_on_nodes(folder: Path, method: str, scores: Mapping[int, FinalScore]) -> None:
+    """Write which of the clients of ``method`` keep a part of their network on their nodes.
+
+    Without these parts, the weights in a deployment's folder are nobody's.
+    """
+    if keep := [client for client, score in scores.items() if score.own_part]:
+        (folder / WEIGHTS).mkdir(exist_ok=True)
+        found = _on_nodes(folder) | {method: sorted(keep)}
+        write_text(folder / WEIGHTS / ON_NODES, as_json(found) + "\n")
+
+
+def _on_nodes(folder: Path) -> dict[str, list[int]]:
+    """Return what ``note_parts_on_nodes`` wrote; {} in a simulation.
 
     Raises:
-        ConfigError: the run has no weights, or none of ``method``.
+        ConfigError: it cannot be read.
     """
+    path = folder / WEIGHTS / ON_NODES
+    try:
+        found: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+
+
+def the_method(folder: Path, method: str) -> str:
+    """Return ``method``, or by default the run's last method all of whose weights are there.
+
+    Raises:
+        ConfigError: the run has no weights, or none or only a part of those of ``method``.
+    """
+    elsewhere = _on_nodes(folder)
     alone = {path.name.partition(".client-")[0] for path in (folder / WEIGHTS).glob("*.client-*")}
     there = [
         name
         for name in kept_methods(folder)
-        if (folder / WEIGHTS / _file(name)).is_file() or federation_of(name) in alone
+        if name not in elsewhere
+        and ((folder / WEIGHTS / _file(name)).is_file() or federation_of(name) in alone)
     ]
+    last = kept_methods(folder)[-1]
+    if method in elsewhere or (not there and last in elsewhere):
+        whole = f"; all weights of {', '.join(there)} are here (--method)" if there else ""
+        raise ConfigError(f"{folder}: {_kept_on_nodes(method or last)}{whole}")
     if not there:
         why = "its run had save-weights=false, or failed"
         if is_running(folder):
@@ -259,10 +294,22 @@ def the_method(folder: Path, method: str) -> str:
             f"{folder}: has no weights of {method!r}{near(method, there)} It has those of "
             f"{', '.join(there)}"
         )
-    if not method and there[-1] != (last := kept_methods(folder)[-1]):
-        why = unfinished(folder) or f"{folder}: the weights of {last} are not there any more"
+    if not method and there[-1] != last:
+        gone = (
+            _kept_on_nodes(last)
+            if last in elsewhere
+            else (f"the weights of {last} are not there any more")
+        )
+        why = unfinished(folder) or f"{folder}: {gone}"
         warn_once(f"{why}; taken are those of {there[-1]}")
     return method or there[-1]
+
+
+def _kept_on_nodes(method: str) -> str:
+    return (
+        f"clients of {method} keep a part of their networks on their nodes, without which the "
+        "weights in this folder are not what they use"
+    )
 
 
 def _file(method: str) -> str:

@@ -100,6 +100,7 @@ class Evaluator:
                 validation=list(counts["validation"]),
                 validation_images=int(counts["validation-images"]),
                 agreement=counts.get("agreement"),
+                own_part=bool(counts.get("own-part", 0)),
             )
             for client, counts in self._counted(method, rounds, messages, answers, len(asked))
         }

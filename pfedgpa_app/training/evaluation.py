@@ -24,6 +24,7 @@ class FinalScore:
     validation: list[int]
     validation_images: int
     agreement: int | None = None  # test images on which the reference weights predict the same
+    own_part: bool = False  # whether some of the weights were the client's alone
 
 
 @dataclass(frozen=True)
