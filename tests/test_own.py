@@ -784,6 +784,15 @@ class TestData:
         expected = dataset_of("mine", {"x": ROWS, "y": LABELS}, 0.2)
         assert np.array_equal(found.train_labels, expected.train_labels)
 
+    def test_labels_may_be_a_frame_of_one_column(self) -> None:
+        pandas = pytest.importorskip("pandas")
+        for labels in (LABELS, np.array(["a", "b", "c"])[LABELS]):
+            frame = pandas.DataFrame({"kind": labels})
+            found = dataset_of("mine", {"x": ROWS, "y": frame}, 0.2)
+            expected = dataset_of("mine", {"x": ROWS, "y": labels}, 0.2)
+            assert found.classes == expected.classes
+            assert np.array_equal(found.train_labels, expected.train_labels)
+
     def test_numbers_of_several_kinds_are_numbers(self) -> None:
         pandas = pytest.importorskip("pandas")
         frame = pandas.DataFrame({"a": ROWS[:, 0], "kind": np.where(LABELS > 0, "x", "y")})

@@ -168,7 +168,8 @@ class TrainingSettings(Basics):
     )
     start_from: str = setting(
         "",
-        "distribution.safetensors of another run; methods that share weights start from its mean",
+        "folder of another run, or its distribution.safetensors; methods that share weights start "
+        "from its mean",
     )
     device: str = setting(
         "auto", "device to compute on; auto: a GPU if there is one", choices=("auto", "cpu", "cuda")

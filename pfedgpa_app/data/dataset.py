@@ -302,6 +302,8 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
             array = value.to_numpy(dtype=float, na_value=np.nan)
     except ValueError as error:
         raise DataError(f"dataset {name}: {key} is no array: {error}") from error
+    if key.startswith("y") and array.ndim == 2 and array.shape[1] == 1:
+        value = array = array[:, 0]  # a frame of one column
     if array.ndim == 1 and array.dtype.kind in "UO":
         texts = [isinstance(each, str) for each in value]
         if any(texts) and not all(texts):  # NumPy would make missing text a class "nan"

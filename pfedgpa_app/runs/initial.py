@@ -78,9 +78,12 @@ def warm_start(path: Path, initial: Weights) -> Weights:
     Raises:
         ConfigError: it cannot be read, or was learned from another network's weights.
     """
+    file = user_path(path).absolute()
+    if file.is_dir():  # a run's
+        file /= saved.FILE
     try:
-        start = saved.load(user_path(path).absolute())
-        seen = saved.statistics(user_path(path).absolute())
+        start = saved.load(file)
+        seen = saved.statistics(file)
     except ValueError as error:
         raise ConfigError(f"start-from = {str(path)!r}: {error}") from error
     if lacks := [n for n in own_statistics(initial, start.layout.names) if n not in seen]:

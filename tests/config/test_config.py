@@ -515,6 +515,7 @@ class TestPlainFlower:
         ({"momentum": 0.1, "method": "fedavg,pfedme"}, 1),
         ({"momentum": 0.1, "method": "per-fedavg,fedrep"}, 0),
         ({"dataset": "nodes", "train-per-client": 40, "test-per-client": 30}, 2),
+        ({"dataset": "nodes", "train-per-client": "auto", "test-per-client": "auto"}, 0),
     ],
 )
 def test_settings_without_effect_are_told(settings: dict[str, Any], idle: int) -> None:

@@ -393,7 +393,7 @@ class TestMethods:
         one, _ = federate(tmp_path / "1", method="pfedgpa-once", evaluate_every=1)
         saved_to = one / "distribution.safetensors"
         settings = {"method": "fedavg,fedper", "evaluate_every": 1, "seed": 1}
-        two, grid = federate(tmp_path / "2", start_from=str(saved_to), **settings)
+        two, grid = federate(tmp_path / "2", start_from=str(one), **settings)  # its folder
         first = train_messages(grid)[0].content.array_records["arrays"].to_torch_state_dict()
         mean = load(saved_to)
         assert torch.equal(mean.layout.flatten(dict(first)), mean.anchor)
