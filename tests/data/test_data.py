@@ -97,7 +97,7 @@ class TestPartition:
         [said] = caplog.messages  # once, in one line, three of the classes by name
         assert said.count("there are 5000") == 3
         assert "; and of 2 more classes: lower" in said
-        assert "training images are shared by clients, who are to hold 7600 of 'a', there" in said
+        assert "training images are shared by clients, who should hold 7600 of 'a' (there" in said
         assert "lower train-per-client or num-clients" in said
         assert used[LABELS[: len(used)] % 2 == 1].max() == 1
         assert used.max() == 2
@@ -532,8 +532,11 @@ class TestDatasets:
     @pytest.mark.parametrize(
         ("name", "said"),
         [
-            ("train/cat/9.HEIC", "train/cat/9.HEIC: images of this kind are not read: save it as"),
-            ("train/cow/0.xcf", r"the folder .*train/cow has no image, but 0.xcf: .*\.png.* put"),
+            (
+                "train/cat/9.HEIC",
+                "train/cat/9.HEIC: images of this kind cannot be read: save it",
+            ),
+            ("train/cow/0.xcf", r"the folder .*train/cow has no image, only 0.xcf .*\.png.* add"),
         ],
     )
     def test_images_that_would_be_missing_are_named(
@@ -739,7 +742,7 @@ class TestDatasets:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         data = load(f"imagefolder:{make_images(tmp_path / 'own')}", "")
         assert data.train_images.shape == (8, 3, 32, 32)
-        assert "cannot be kept there" in caplog.text
+        assert "cannot be cached there" in caplog.text
 
     def test_fashion_mnist(self, fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         data = load("fashion-mnist", str(fashion_mnist))
@@ -781,7 +784,7 @@ def test_tokens_of_a_file_are_whole_numbers(tmp_path: Path) -> None:
     file.write_text("1,2,3\n4,5,6.0\n")
     assert examples([file], schema, resize=False)[1].tolist() == [[1, 2, 3], [4, 5, 6]]
     file.write_text("1,2,3\n4,1.7,6\n")
-    with pytest.raises(DataError, match=r"words.csv: has 1.7, and the network takes whole numbers"):
+    with pytest.raises(DataError, match=r"words.csv: has 1.7, but the network takes whole numbers"):
         examples([file], schema, resize=False)
 
 

@@ -465,7 +465,7 @@ class TestKeys:
         before = (tmp_path / "k" / "node-0").read_bytes()
         assert before != (tmp_path / "k" / "node-1").read_bytes()
         assert cli.main(words) == 2
-        assert "exists already" in capsys.readouterr().err
+        assert "already exists" in capsys.readouterr().err
         assert (tmp_path / "k" / "node-0").read_bytes() == before
 
 
@@ -502,7 +502,7 @@ class TestDoctor:
             ({"superlink": f"{'x' * 300}:1"}, "connection", "cannot be reached"),
             ({"superlink": "nowhere"}, "connection", "HOST:PORT"),
             ({"superlink": "127.0.0.1:9"}, "connection", "cannot be reached"),
-            ({"key": "/nowhere"}, "key", "no private key"),
+            ({"key": "/nowhere"}, "key", "is not a private key"),
             ({"certificates": "/nowhere"}, "certificate", "no certificate"),
             ({"state_dir": f"{__file__}/nowhere"}, "state-dir", "cannot be written"),
         ],

@@ -616,7 +616,7 @@ class TestSaved:
             load(tmp_path / "other.safetensors")
         described = {"format": "pfedgpa-distribution-1", "distribution": '{"tensors": []}'}
         save_file({"anchor": torch.zeros(2)}, tmp_path / "half.safetensors", described)
-        with pytest.raises(ValueError, match="is not whole"):
+        with pytest.raises(ValueError, match="is damaged"):
             load(tmp_path / "half.safetensors")
 
     @pytest.mark.parametrize(

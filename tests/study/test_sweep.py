@@ -255,7 +255,7 @@ def test_what_cannot_run_is_refused_before_anything_starts(
     monkeypatch.chdir(tmp_path)
     for arguments, words in (
         (["--over", "sed=1"], "did you mean seed?"),
-        (["--over", "seed=1,x"], "wants a whole number"),
+        (["--over", "seed=1,x"], "must be a whole number"),
         ([], "nothing to sweep over"),
         (["--over", "num-server-rounds=2,3"], "num-server-rounds=2: the sweep varies it over 2, 3"),
         (["--over", "seed=1", "--jobs", "0"], "--jobs 0"),
