@@ -407,7 +407,7 @@ class TestNormalisingByTheBatch:
     ) -> None:
         command = ["run", "method=fedavg", "batch-size=1", "model=nets:small"]
         assert cli.main(command) == 2
-        said = "batch-size = 1: the network's layer norm (BatchNorm2d) takes no step on one"
+        said = "batch-size = 1: the network's layer norm (BatchNorm2d) cannot take a step on one"
         assert f"pfedgpa: {said}" in capsys.readouterr().err
         assert not list(nets.glob("results/*/*"))
 
@@ -418,7 +418,7 @@ class TestNormalisingByTheBatch:
         folder, _ = federate(nets, model=f"nets:{model}", **how)
         told = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
         said = (
-            "each: clients 0, 1, 2, 3; the network's layer norm (BatchNorm2d) takes no step on one"
+            "clients 0, 1, 2, 3; the network's layer norm (BatchNorm2d) cannot take a step on one"
         )
         assert [said in text for text in told] == ([] if learns else [True])
         assert all((r["train_loss"] > 0) == learns for r in records(folder))
@@ -818,10 +818,10 @@ class TestData:
             ({"x": ROWS, "y": np.where(LABELS > 1, np.nan, LABELS)}, "y_train has nan in row 2"),
             (
                 {"x": ROWS, "y": np.eye(3)[LABELS]},
-                r"y_train.argmax\(1\) makes one label of each row",
+                r"y_train.argmax\(1\) makes one label of each",
             ),
             ({"x": ROWS / np.where(ROWS > 2, 0, 1), "y": LABELS}, "a number that is not finite"),
-            ({"x": [[1, 2], [3]] * 30, "y": LABELS}, "x_train is no array"),
+            ({"x": [[1, 2], [3]] * 30, "y": LABELS}, "x_train is not an array"),
             ({"x": ROWS.astype(object), "y": LABELS}, "x_train holds objects"),
             ({"x": ROWS.astype(complex), "y": LABELS}, "x_train holds complex128"),
             ((ROWS, LABELS, ROWS[:, :4], LABELS), r"of shape \[5\], x_test float32 of \[4\]"),
@@ -838,7 +838,7 @@ class TestData:
     def test_features_that_nobody_scaled_are_named(self, tmp_path: Path) -> None:
         found = {"x": ROWS * [1, 1, 1e5, 1, 1], "y": LABELS}
         [said] = remarks(dataset_of("mine", found, 0.2))
-        assert re.search(r"mine: number 2 of an example is some 9.1e\+04 in size", said)
+        assert re.search(r"mine: number 2 of an example is about 9.1e\+04 in size", said)
         columns = {"columns": ["age", "sex", "income", "height", "weight"]}
         [said] = remarks(dataset_of("mine", found | columns, 0.2))
         assert "column 'income'" in said
@@ -917,7 +917,7 @@ class TestSameData:
             forget()  # as another process would
             return reply
 
-        with pytest.raises(NoUploadsError, match=r"dataset loose:load: is not .* fix the seed"):
+        with pytest.raises(NoUploadsError, match=r"loose:load: differs from .* fix the seed"):
             federate(tmp_path, read_anew, dataset="loose:load", **self.SMALL)
         assert not seen[0]
         assert seen[-1]

@@ -278,7 +278,7 @@ def _with_classes(data: Dataset, classes: tuple[str, ...]) -> Dataset:
         return data
     if other := [name for name in data.classes if name not in classes]:
         raise DataError(
-            f"dataset {data.name}: unknown class {other[0]!r}{near(other[0], classes)} The run's "
+            f"dataset {data.name}: has the class {other[0]!r}{near(other[0], classes)} The run's "
             f"classes are {', '.join(classes)}"
         )
     places = np.array([classes.index(name) for name in data.classes])

@@ -221,10 +221,14 @@ class TestPartition:
             (
                 "train",
                 5,
-                "'cat': one client is to hold 6 training images, there are 5: lower train-",
+                "'cat': one client should hold 6 training images, but there are 5: lower train-",
             ),
-            ("test", 5, "'cat': one client is to hold 6 test images, there are 5: lower test-"),
-            ("test", 0, "'cat' has no test images, but clients are to hold some: add some"),
+            (
+                "test",
+                5,
+                "'cat': one client should hold 6 test images, but there are 5: lower test-",
+            ),
+            ("test", 0, "'cat' has no test images, but clients should hold some: add some"),
         ],
     )
     def test_one_client_cannot_hold_more_than_there_is(
@@ -487,8 +491,8 @@ class TestDatasets:
             ("train/cat/9.png", "nowhere.png", "train/cat/9.png cannot be read: No such file"),
             ("test/dog/9.png", "9.png", "test/dog/9.png cannot be read: Too many levels"),
             ("train/cow", "nowhere", "train/cow cannot be read: No such file"),
-            ("train/cat/up", "..", "train/cat/up: is a link to a folder that it lies in"),
-            ("train/cat/self", ".", "train/cat/self: is a link to a folder that it lies in"),
+            ("train/cat/up", "..", "train/cat/up: is a link to a folder that contains it"),
+            ("train/cat/self", ".", "train/cat/self: is a link to a folder that contains it"),
         ],
     )
     def test_links_that_lead_nowhere_are_named(
@@ -497,7 +501,7 @@ class TestDatasets:
         root = make_images(tmp_path / "own")
         (root / link).symlink_to(to)
         if to == "..":
-            said = "train/cat/up/cat: is a link to a folder that it lies in"
+            said = "train/cat/up/cat: is a link to a folder that contains it"
         with pytest.raises(DataError, match=said):
             load(f"imagefolder:{root}", "")
 
@@ -573,7 +577,7 @@ class TestDatasets:
             (tmp_path / name).mkdir()
             for i in range(count):
                 Image.new("L", (4, 4)).save(tmp_path / name / f"{i}.png")
-        with pytest.raises(DataError, match="class dog has one example"):
+        with pytest.raises(DataError, match="class dog has only one example"):
             load(f"imagefolder:{tmp_path}", "")
 
     @pytest.mark.parametrize("side", [10_000, 14_000])  # where Pillow warns, and where it refuses

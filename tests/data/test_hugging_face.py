@@ -111,5 +111,5 @@ def test_refusals(hub: Path, name: str, words: str) -> None:
 
 
 def test_an_unknown_choice(hub: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no 'lable'.*label"):
+    with pytest.raises(ConfigError, match=r"no option 'lable'.*label"):
         load("hf:people/letters?lable=kind", "")

@@ -61,7 +61,7 @@ class TestPartitionFile:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            ('{"cat/99.png": 0}', "names the sample 'cat/99.png', which the data set has not"),
+            ('{"cat/99.png": 0}', "names the sample 'cat/99.png', which the data set lacks"),
             (
                 '{"cat/0.png": 0, "cat/1.png": 2}',
                 "gives 'cat/1.png' to client 2, but nothing to client 1: number clients from",
@@ -165,14 +165,14 @@ class TestPartitionFile:
             owners = dict.fromkeys(mine[:3].tolist(), 0) | {mine[3]: 1, few[0]: 1}
             Path("who.json").write_text(json.dumps(owners))
             kind = "test" if mine is train else "training"
-            said += (
-                rf" samples \(test-share decided .*: give it a {kind} sample, such as '{few[1]}'"
-            )
+            said += r" samples \(test-share decided .*: "
+            said += f"give it a {kind} sample, such as '{few[1]}', "
             with pytest.raises(ConfigError, match=f"{said}.* make a test split yourself"):
                 load_partition(by("who.json"))
         Path("who.json").write_text('{"train/0": 0, "train/1": 1, "test/0": 1}')
         said = (
-            "gives it 1 training and 0 test samples: give it a test sample, as 'test/1', 'test/2'"
+            "gives it 1 training and 0 test samples: give it a test sample, "
+            "such as 'test/1', 'test/2'"
         )
         with pytest.raises(ConfigError, match=said) as refused:
             load_partition(by("who.json", dataset="digits"))

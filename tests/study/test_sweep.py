@@ -264,7 +264,7 @@ def test_what_cannot_run_is_refused_before_anything_starts(
         assert cli.main(command(*arguments)[3:]) == 2, arguments
         assert words in capsys.readouterr().err
     assert cli.main(["sweep", "--over", "train-per-client=60,90000", "--out", "out"]) == 2
-    assert "one client is to hold" in capsys.readouterr().err
+    assert "one client should hold" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
