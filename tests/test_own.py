@@ -417,9 +417,8 @@ class TestNormalisingByTheBatch:
         how |= {"train_per_client": 1, "validation_share": 0.0, "partition": "iid"}
         folder, _ = federate(nets, model=f"nets:{model}", **how)
         told = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
-        said = (
-            "clients 0, 1, 2, 3; the network's layer norm (BatchNorm2d) cannot take a step on one"
-        )
+        said = "each: clients 0, 1, 2, 3; the network's layer norm (BatchNorm2d) "
+        said += "cannot take a step on one"
         assert [said in text for text in told] == ([] if learns else [True])
         assert all((r["train_loss"] > 0) == learns for r in records(folder))
 
