@@ -180,7 +180,7 @@ def check_runs(settings: dict[str, Any], options: Namespace, out: Path) -> None:
     for key in ("out-dir", "run-name"):
         if key in settings:
             raise ConfigError(
-                f"{key}: cannot be set, as many runs' folders are named for them; use --out"
+                f"{key}: cannot be set: each run's folder gets a name of its own; use --out"
             )
     check_folder(out)
 

@@ -98,7 +98,7 @@ def handle(options: Namespace) -> int:
         f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{math.ceil(seconds / 60)} minutes"
     )
     print(
-        f"about {long} of one core for seed {seeds[0]}; searches, other seeds, the server are extra"
+        f"about {long} of one core for seed {seeds[0]}, plus searches, other seeds and the server"
     )
     print(atlas.fill(cells, seeds))
     return 0

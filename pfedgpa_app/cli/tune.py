@@ -21,7 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
     shared.add_conf(parser, required=True)
     parser.add_argument(
         "--methods",
-        help="separated by commas; default: the experiment's; all: all with settings to choose",
+        help="separated by commas; default: the experiment's; all: any with settings to choose",
     )
     parser.add_argument(
         "--trials",

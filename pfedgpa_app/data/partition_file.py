@@ -109,7 +109,9 @@ def _require_both_kinds(
         lacks, verb = ("test", "be tested") if len(train) else ("training", "train")
         kind = ("training", "test").index(lacks)
         left = np.delete(names[kind], np.concatenate(splits[kind]))[:3]
-        which = f"such as {', '.join(map(repr, left.tolist()))}" if len(left) else "held by others"
+        which = (
+            f"such as {', '.join(map(repr, left.tolist()))}" if len(left) else "which others hold"
+        )
         why, instead = "", ""
         if not str(names[0][0]).startswith("train/"):  # as where the source has both splits
             why = " (test-share decided which are which, the same in every run)"

@@ -115,7 +115,9 @@ def certificate(node: Node) -> str:
         raise NodeError(f"{path}: is not a certificate: {error}") from error
     left = found.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
     if left.total_seconds() < 0:
-        raise NodeError(f"{path}: expired on {found.not_valid_after_utc:%Y-%m-%d}: pfedgpa keys")
+        raise NodeError(
+            f"{path}: expired on {found.not_valid_after_utc:%Y-%m-%d}: run pfedgpa keys"
+        )
     return f"{path}: valid for {left.days} days"
 
 
@@ -127,7 +129,7 @@ def key(node: Node) -> str:
     except (OSError, ValueError, TypeError) as error:
         raise NodeError(f"{path}: is not a private key in OpenSSH's format: {error}") from error
     if not isinstance(found, ec.EllipticCurvePrivateKey):
-        raise NodeError(f"{path}: Flower takes only keys on NIST's curves: pfedgpa keys")
+        raise NodeError(f"{path}: Flower takes only keys on NIST's curves: run pfedgpa keys")
     if path.stat().st_mode & 0o077:
         raise NodeError(f"{path}: others may read it: chmod 600 {path}")
     return f"{path}: {found.curve.name}"
@@ -157,7 +159,7 @@ def connection(node: Node) -> str:
     try:
         with socket.create_connection((host, port), _PATIENCE) as plain:
             if not node.certificates:
-                return f"{node.superlink}: it listens; not encrypted"
+                return f"{node.superlink}: it listens, without encryption"
             context = ssl.create_default_context(cafile=user_path(node.certificates))
             with context.wrap_socket(plain, server_hostname=host) as secure:
                 return f"{node.superlink}: {secure.version()}, a certificate for {host}"

@@ -181,7 +181,7 @@ class TestPartitionFile:
     def test_a_client_that_lacks_what_others_hold(self, here: Path) -> None:
         train, test = np.array(["0", "1"]), np.array(["2"])
         Path("who.json").write_text('{"0": 0, "1": 1, "2": 1}')
-        with pytest.raises(ConfigError, match="give it a test sample, held by others, or"):
+        with pytest.raises(ConfigError, match="give it a test sample, which others hold, or"):
             by_file(Path("who.json"), train, test, 2)
 
     def test_the_documents_file(self, here: Path) -> None:
