@@ -61,10 +61,10 @@ def test_an_error_is_one_line_and_with_debug_its_traceback(
 @pytest.mark.parametrize(
     ("words", "meant"),
     [
-        ("run --method fedavg", "settings have no dashes: method=VALUE"),
-        ("run --num_clients=20", "settings have no dashes: num-clients=VALUE"),
-        ("run --lr 0.1", "settings have no dashes: learning-rate=VALUE"),
-        ("run --out kept", "settings have no dashes: out-dir=VALUE"),
+        ("run --method fedavg", "settings are given without --: method=VALUE"),
+        ("run --num_clients=20", "settings are given without --: num-clients=VALUE"),
+        ("run --lr 0.1", "settings are given without --: learning-rate=VALUE"),
+        ("run --out kept", "settings are given without --: out-dir=VALUE"),
         ("sweep own.yaml --jbos 2", "did you mean --jobs?"),
         ("doctor --xyz", "all options: pfedgpa doctor --help"),
     ],

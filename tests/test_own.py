@@ -367,23 +367,23 @@ class TestNetworks:
         [
             ("nowhere:build", "the module nowhere cannot be imported from .*ModuleNotFoundError"),
             ("nets:nothing", "has nothing called nothing"),
-            ("nets:NUMBER", "is a int, no callable"),
+            ("nets:NUMBER", "is a int, not a callable"),
             ("nets:of_one", r"cannot be called with \(classes, shape\)"),
             ("nets:raises", "raises ValueError: not today"),
             ("nets:no_module", "returns a str, not a torch.nn.Module"),
-            ("nets:too_few", r"output of shape \[2, 3\], and 10 classes want \[2, 10\]"),
+            ("nets:too_few", r"output is of shape \[2, 3\], but 10 classes need \[2, 10\]"),
             (
                 "nets:mixing",
-                "for an example is another beside others than alone: .*batch_first=True",
+                "for an example depends on the others beside it: .*batch_first=True",
             ),
-            ("nets:squeezed", r"of 1 example it makes an output of shape \[10\], .* \[1, 10\]"),
-            ("nets:probable", "returns probabilities, where logits are wanted: leave its last"),
-            ("nets:loose", r"makes another network each time \(scale\): fix the seed"),
+            ("nets:squeezed", r"for 1 example its output is of shape \[10\], .* \[1, 10\]"),
+            ("nets:probable", "returns probabilities, but must return logits: leave out its last"),
+            ("nets:loose", r"makes a different network each time \(scale\): fix the seed"),
             ("nets:idle", "left_over.* takes no part in its output"),
             ("nets:two_outputs", "returns tuple in eval.* mode"),
             ("torchvision:resnet81", "torchvision has no classifier 'resnet81'; did you mean"),
             ("torchvision:resnet18", r"does not take 2 examples of shape \[1, 8, 8\]"),
-            ("cifar", "takes images of 3×32×32, and these are 1×8×8"),
+            ("cifar", "takes images of 3×32×32, but these are 1×8×8"),
             ("mlp", r"does not take examples of shape \[1, 8, 8\]"),
         ],
     )
@@ -410,7 +410,7 @@ class TestNormalisingByTheBatch:
     ) -> None:
         command = ["run", "method=fedavg", "batch-size=1", "model=nets:small"]
         assert cli.main(command) == 2
-        said = "batch-size = 1: the network's layer norm (BatchNorm2d) takes no step on one"
+        said = "batch-size = 1: the network's layer norm (BatchNorm2d) cannot take a step on one"
         assert f"pfedgpa: {said}" in capsys.readouterr().err
         assert not list(nets.glob("results/*/*"))
 
@@ -420,9 +420,8 @@ class TestNormalisingByTheBatch:
         how |= {"train_per_client": 1, "validation_share": 0.0, "partition": "iid"}
         folder, _ = federate(nets, model=f"nets:{model}", **how)
         told = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
-        said = (
-            "each: clients 0, 1, 2, 3; the network's layer norm (BatchNorm2d) takes no step on one"
-        )
+        said = "each: clients 0, 1, 2, 3; the network's layer norm (BatchNorm2d) "
+        said += "cannot take a step on one"
         assert [said in text for text in told] == ([] if learns else [True])
         assert all((r["train_loss"] > 0) == learns for r in records(folder))
 
@@ -546,7 +545,7 @@ class TestMethods:
             assert federation_of("fedx") == "fedx"
             assert load_client(folder, 0, "fedx").classes == DIGITS.classes
             assert cli.main(["run", "method=fedavg", "fedx.step=0.3"]) == 2
-            assert "none of this run's methods (fedavg) goes by it" in capsys.readouterr().err
+            assert "none of this run's methods (fedavg) uses it" in capsys.readouterr().err
 
     def test_a_state_of_ones_own_is_checkpointed(self, nets: Path) -> None:
         (nets / "fedz.py").write_text(
@@ -619,13 +618,13 @@ class TestData:
             for kind in ("cat", "dog"):
                 Path("ph", split, kind).mkdir(parents=True)
                 Image.new("L", (8, 8)).save(Path("ph", split, kind, "0.png"))
-        with pytest.raises(DataError, match="has Training/ and Test/, which are no classes"):
+        with pytest.raises(DataError, match="has Training/ and Test/, which are not classes"):
             load_dataset(Config(dataset="imagefolder:ph"))
 
     def test_torch_datasets_of_other_classes(self) -> None:
         splits = [TensorDataset(torch.from_numpy(ROWS), torch.from_numpy(LABELS)) for _ in "12"]
         splits[0].classes, splits[1].classes = ["a", "b", "c"], ["c", "b", "a"]  # type: ignore[attr-defined]
-        with pytest.raises(DataError, match=r"have other classes: a, b, c to train on, c, b, a to"):
+        with pytest.raises(DataError, match=r"different classes: a, b, c to train on, c, b, a to"):
             dataset_of("mine", tuple(splits), 0.2)
 
     def test_a_table_is_split_by_class(self) -> None:
@@ -688,8 +687,8 @@ class TestData:
     @pytest.mark.parametrize(
         ("items", "said"),
         [
-            ([(ROWS[0], 0), (ROWS[0, :2], 1)], r"of shape \[5\], and item 1 is of \[2\]"),
-            ([ROWS[0], ROWS[1]], r"as item 0: wanted is \(example, label\)"),
+            ([(ROWS[0], 0), (ROWS[0, :2], 1)], r"of shape \[5\], but item 1 is of \[2\]"),
+            ([ROWS[0], ROWS[1]], r"as item 0: it must be \(example, label\)"),
         ],
     )
     def test_torch_data_sets_that_are_refused(self, items: list[Any], said: str) -> None:
@@ -747,7 +746,7 @@ class TestData:
             assert found.classes == ("cat", "dog", "owl")
         for missing in (None, float("nan")):
             for labels in (pandas.Series([missing, *names[1:]]), [*names[:59], missing]):
-                with pytest.raises(DataError, match=r"y_train has text, but none in row (0|59)"):
+                with pytest.raises(DataError, match=r"y_train has text, but row (0|59) has none"):
                     dataset_of("mine", {"x": frame[["age"]], "y": labels}, 0.2)
         said = r"x_train holds objects.*, in town \(row 0 has 'Ulm'\), job \(row 0 .*: encode these"
         with pytest.raises(DataError, match=said):
@@ -814,20 +813,26 @@ class TestData:
     @pytest.mark.parametrize(
         ("found", "said"),
         [
-            ("text", "is a str: wanted is a dict"),
+            ("text", "is a str, but must be a dict"),
             ((ROWS, LABELS, ROWS), "is a tuple of 3"),
             ({"x": ROWS}, "has no y_train"),
-            ({"x": ROWS, "y": LABELS, "clases": []}, "has 'clases'; did you mean classes"),
-            ({"x": ROWS, "y": LABELS[1:]}, "x_train has 60 examples, and y_train has 59"),
+            ({"x": ROWS, "y": LABELS, "clases": []}, "unknown name 'clases'; did you mean classes"),
+            ({"x": ROWS, "y": LABELS[1:]}, "x_train has 60 examples, but y_train has 59"),
             ({"x": ROWS[:0], "y": LABELS[:0]}, "x_train is empty"),
-            ({"x": ROWS, "y": LABELS, "classes": ["a", "b"]}, "label 2, which is none of the 2"),
+            ({"x": ROWS, "y": LABELS, "classes": ["a", "b"]}, "label 2, which is not one of the 2"),
             ({"x": ROWS, "y": LABELS, "classes": ["a", "b", "a"]}, "of different names"),
-            ({"x": ROWS, "y": LABELS * 0}, "wants two classes or more"),
-            ({"x": ROWS, "y": LABELS + 0.5}, "y_train has 0.5 in row 0: a label is a whole number"),
+            ({"x": ROWS, "y": LABELS * 0}, "must have two or more classes"),
+            (
+                {"x": ROWS, "y": LABELS + 0.5},
+                "has 0.5 in row 0: a label must be a whole number",
+            ),
             ({"x": ROWS, "y": np.where(LABELS > 1, np.nan, LABELS)}, "y_train has nan in row 2"),
-            ({"x": ROWS, "y": np.eye(3)[LABELS]}, r"y_train.argmax\(1\) makes one of each row"),
+            (
+                {"x": ROWS, "y": np.eye(3)[LABELS]},
+                r"y_train.argmax\(1\) makes one label of each",
+            ),
             ({"x": ROWS / np.where(ROWS > 2, 0, 1), "y": LABELS}, "a number that is not finite"),
-            ({"x": [[1, 2], [3]] * 30, "y": LABELS}, "x_train is no array"),
+            ({"x": [[1, 2], [3]] * 30, "y": LABELS}, "x_train is not an array"),
             ({"x": ROWS.astype(object), "y": LABELS}, "x_train holds objects"),
             ({"x": ROWS.astype(complex), "y": LABELS}, "x_train holds complex128"),
             ((ROWS, LABELS, ROWS[:, :4], LABELS), r"of shape \[5\], x_test float32 of \[4\]"),
@@ -844,7 +849,7 @@ class TestData:
     def test_features_that_nobody_scaled_are_named(self, tmp_path: Path) -> None:
         found = {"x": ROWS * [1, 1, 1e5, 1, 1], "y": LABELS}
         [said] = remarks(dataset_of("mine", found, 0.2))
-        assert re.search(r"mine: number 2 of an example is some 9.1e\+04 in size", said)
+        assert re.search(r"mine: number 2 of an example is about 9.1e\+04 in size", said)
         columns = {"columns": ["age", "sex", "income", "height", "weight"]}
         [said] = remarks(dataset_of("mine", found | columns, 0.2))
         assert "column 'income'" in said
@@ -865,7 +870,7 @@ class TestData:
             tmp_path / "mine.npz", x_train=train[0], y_train=train[1], x_test=ROWS, y_test=LABELS
         )
         config = Config(dataset=f"npz:{tmp_path}/mine.npz")
-        with pytest.raises(DataError, match="class '1' is there to test on, and has no training"):
+        with pytest.raises(DataError, match="class '1' has test examples but no training"):
             load_dataset(config)
         config = Config(dataset="nodes", classes=("0", "1", "2", "3"))
         held = load_own(config, f"npz:{tmp_path}/mine.npz")
@@ -923,7 +928,7 @@ class TestSameData:
             forget()  # as another process would
             return reply
 
-        with pytest.raises(NoUploadsError, match=r"dataset loose:load: is not .* fix the seed"):
+        with pytest.raises(NoUploadsError, match=r"loose:load: differs from .* fix the seed"):
             federate(tmp_path, read_anew, dataset="loose:load", **self.SMALL)
         assert not seen[0]
         assert seen[-1]
@@ -960,14 +965,14 @@ class TestSameData:
             federate(tmp_path, ended, dataset="npz:mine.npz", **self.SMALL)
         np.savez("mine.npz", x=np.r_[ROWS, ROWS], y=np.r_[LABELS, LABELS])
         forget()
-        with pytest.raises(DataError, match="leave its files as they were"):
+        with pytest.raises(DataError, match="keep its files as they were"):
             federate(tmp_path, dataset="npz:mine.npz", resume=True, **self.SMALL)
         np.savez("mine.npz", x=ROWS, y=LABELS)
         forget()
         folder, _ = federate(tmp_path, dataset="npz:mine.npz", resume=True, **self.SMALL)
         assert evaluate(folder, 0)["examples"]
         np.savez("mine.npz", x=np.r_[ROWS, ROWS], y=np.r_[LABELS, LABELS])
-        with pytest.raises(DataError, match="leave its files as they were"):
+        with pytest.raises(DataError, match="keep its files as they were"):
             evaluate(folder, 0)
 
     def test_machines_may_round_otherwise(self, tmp_path: Path) -> None:
@@ -1024,11 +1029,11 @@ class TestPartitions:
         }
         said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
         assert "3 clients train on 6 each (nobody holds 54)" in said
-        assert "has none of" not in said
+        assert "does not train on" not in said
         few = {"train_per_client": 1, "partition": "iid"}
         said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes | few))
         # of three classes each has one test image, and one has a training image
-        assert "67 % are of classes that their client has none of to train" in said
+        assert "67 % are of classes that their client does not train on" in said
         sizes["test_per_client"] = 8  # of 18 in all
         said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
         assert "held more than once" in said
@@ -1222,9 +1227,9 @@ class TestHome:
         Image.fromarray(np.zeros((9, 9), np.uint8)).save("other.png")
         Path("broken.png").write_bytes(b"no image")
         for place, said in (
-            ("other.png", "is 1×9×9, and the network takes 1×8×8: resize it"),
+            ("other.png", "is 1×9×9, but the network takes 1×8×8: resize it"),
             ("broken.png", "cannot be read as an image"),
-            ("nowhere.png", "is not there"),
+            ("nowhere.png", "does not exist"),
         ):
             assert cli.main(["predict", str(folder), "--client", "0", place]) == 2
             assert said in capsys.readouterr().err

@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopped: {stop}", file=sys.stderr)
         if options.command != "rehearse":  # its nodes are gone
             words = sys.argv[1:] if arguments is None else arguments
-            print(f"to go on: {_again(options.command, words, stop.folder)}", file=sys.stderr)
+            print(f"to continue: {_again(options.command, words, stop.folder)}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -127,7 +127,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             epilog=f"example: pfedgpa {command.EXAMPLE}",
         )
         command.add_options(own)
-        own.add_argument("--debug", action="store_true", help="show an error's traceback, too")
+        own.add_argument("--debug", action="store_true", help="also show an error's traceback")
     if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions
         import argcomplete
 
@@ -147,7 +147,7 @@ def _unknown(words: list[str], own: argparse.ArgumentParser) -> str:
     """Say why a command refuses ``words`` that it does not know, and what may be meant."""
     word = next((word for word in words if word.startswith("-")), words[0])
     if not word.startswith("-"):
-        return f"{word}: nothing is known to do with it"
+        return f"{word}: unexpected argument"
     name = word.lstrip("-").partition("=")[0]
     if meant := closest(name, re.findall(r"--([a-z-]+)", own.format_help())):
         return f"{word}: no such option; did you mean --{meant}?"
@@ -155,7 +155,7 @@ def _unknown(words: list[str], own: argparse.ArgumentParser) -> str:
         from pfedgpa_app.config.names import in_full, keys
 
         if meant := closest(in_full(name), keys()):
-            return f"{word}: no such option; settings have no dashes: {meant}=VALUE"
+            return f"{word}: no such option; settings are given without --: {meant}=VALUE"
     return f"{word}: no such option; all options: {own.prog} --help"
 
 

@@ -1,4 +1,4 @@
-"""Writes the app's folder, which ``flwr run`` takes, with a run's settings in it.
+"""Writes an app folder for ``flwr run``, with a run's settings in it.
 
 ``flwr run FOLDER SUPERLINK --stream`` then starts the run on a deployment.
 """
@@ -15,7 +15,7 @@ EXAMPLE = "app hospitals-app dataset=nodes num-clients=2 num-server-rounds=50 ou
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="where to, a new folder")
+    parser.add_argument("folder", type=Path, help="the new folder to write")
     add_settings(parser)
     add_app(parser)
 
@@ -29,7 +29,7 @@ def handle(options: Namespace) -> int:
     folder = user_path(options.folder)
     check_folder(folder)
     if folder.exists():
-        raise ConfigError(f"{folder} exists already: name another folder, or move it away")
+        raise ConfigError(f"{folder} already exists: name another folder, or move it away")
     folder.parent.mkdir(parents=True, exist_ok=True)
     print(stage(options.app, folder, settings))
     return 0

@@ -1,6 +1,6 @@
-"""Every method on the same partitions and seeds, in one table with the paper's figures.
+"""Compares every method on the same partitions and seeds, in one table with the paper's figures.
 
-Runs what is not done yet, then writes compare.md. Stop it and start it again whenever you like.
+Runs what is not done yet, then writes compare.md. You can stop and restart it at any time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", help="separated by commas; default: 0,1,2 for the main methods, else 0"
     )
-    parser.add_argument("--out", type=Path, default=Path("results/compare"), help="where to")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/compare"), help="folder for the results"
+    )
     shared.add_jobs(parser)
     shared.add_app(parser)
 
@@ -54,4 +56,4 @@ def _seeds(text: str) -> list[int]:
     try:
         return [int(seed) for seed in shared.items("--seeds", text)]
     except ValueError as error:
-        raise ConfigError(f"--seeds {shown(text)}: wants whole numbers") from error
+        raise ConfigError(f"--seeds {shown(text)}: must be whole numbers") from error

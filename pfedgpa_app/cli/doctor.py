@@ -11,7 +11,7 @@ EXAMPLE = "doctor --dataset imagefolder:/data/scans --superlink superlink.exampl
 
 def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--dataset", default="", help="the node's data: imagefolder:PATH, …")
-    parser.add_argument("--data-dir", default="", help="where other data sets lie")
+    parser.add_argument("--data-dir", default="", help="folder of other data sets")
     parser.add_argument("--image-size", type=int, default=0, help="the run's image-size")
     parser.add_argument("--model", default="auto", help="the run's model")
     parser.add_argument("--superlink", default="", help="HOST:PORT")

@@ -1,4 +1,4 @@
-"""Tests the network that a client of a run was given: on your own data, or as the run did."""
+"""Tests the network of a run's client, on your own data or as the run did."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "dataset",
         nargs="*",
-        help="labelled data, as in dataset=NAME; without: the client's own test data of the run",
+        help="labelled data, as in dataset=NAME; default: the client's own test data in the run",
     )
-    parser.add_argument("--data-dir", default="", help="where other data sets lie")
-    parser.add_argument("--to", choices=("table", "json"), default="table", help="how to print")
+    parser.add_argument("--data-dir", default="", help="folder of other data sets")
+    parser.add_argument("--to", choices=("table", "json"), default="table", help="output format")
 
 
 def handle(options: Namespace) -> int:
@@ -36,7 +36,7 @@ def handle(options: Namespace) -> int:
     if options.to == "json":
         print(json.dumps(found, indent=2, ensure_ascii=False))
         return 0
-    print(f"{found['correct']} of {found['examples']} right: {found['accuracy']:.2f} %")
+    print(f"{found['correct']} of {found['examples']} correct: {found['accuracy']:.2f} %")
     for name, (correct, count) in found["classes"].items():
         print(f"  {name}: {correct} of {count}")
     return 0

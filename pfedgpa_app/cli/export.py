@@ -1,4 +1,4 @@
-"""Writes the network that a client of a run was given as one file for other programs."""
+"""Exports the network of a run's client as one file for other programs."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def add_options(parser: ArgumentParser) -> None:
         "--to",
         choices=("onnx", "torch"),
         required=True,
-        help="onnx, which wants pip install 'pfedgpa-app[onnx]', or torch.export's .pt2",
+        help="onnx (needs pip install 'pfedgpa-app[onnx]') or torch (torch.export's .pt2)",
     )
     parser.add_argument(
-        "--out", type=Path, help="a new file; default: RUN-METHOD-client-N.onnx or .pt2 here"
+        "--out", type=Path, help="the new file; default: RUN-METHOD-client-N.onnx or .pt2, here"
     )
 
 
@@ -35,6 +35,6 @@ def handle(options: Namespace) -> int:
     ending = {"onnx": "onnx", "torch": "pt2"}[options.to]
     out = options.out or Path(f"{folder.name}-{method}-client-{options.client}.{ending}")
     if out.exists():
-        raise ConfigError(f"{out}: exists: give --out another name, or remove it")
+        raise ConfigError(f"{out}: already exists: give --out another name, or remove it")
     print(f"wrote {export(model, options.to, out).absolute()}")
     return 0

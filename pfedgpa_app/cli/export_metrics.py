@@ -35,5 +35,5 @@ def handle(options: Namespace) -> int:
     if wrong:
         raise LaunchError(f"{options.to}: {wrong[0]}")
     for federation, numbers in rounds.items():
-        print(f"told {options.to} of {len(numbers)} rounds of {federation}")
+        print(f"sent {len(numbers)} rounds of {federation} to {options.to}")
     return 0

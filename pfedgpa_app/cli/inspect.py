@@ -1,4 +1,4 @@
-"""Says what a run's folder holds and how far the run is, or describes a learned distribution."""
+"""Shows what a run's folder holds and how far the run is, or describes a distribution."""
 
 from __future__ import annotations
 

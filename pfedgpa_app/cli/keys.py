@@ -16,15 +16,17 @@ EXAMPLE = "keys keys --host superlink.example.org --nodes 3"
 
 
 def add_options(parser: ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="where to, for instance keys")
+    parser.add_argument("folder", type=Path, help="folder to write them to, for instance keys")
     parser.add_argument(
         "--host",
         action="append",
         required=True,
-        help="name or address by which nodes reach the SuperLink; may be given again",
+        help="name or address by which nodes reach the SuperLink; may be repeated",
     )
-    parser.add_argument("--nodes", type=int, required=True, help="how many SuperNodes there are")
-    parser.add_argument("--days", type=int, default=365, help="how long certificates are good")
+    parser.add_argument("--nodes", type=int, required=True, help="number of SuperNodes")
+    parser.add_argument(
+        "--days", type=int, default=365, help="days for which certificates are valid"
+    )
 
 
 def handle(options: Namespace) -> int:

@@ -54,19 +54,21 @@ def add_app(parser: ArgumentParser) -> None:
 def add_client(parser: ArgumentParser) -> None:
     """Add the options that choose a run and a client's network in it."""
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("--client", type=int, required=True, help="which client's: 0, 1, …")
-    parser.add_argument("--method", default="", help="whose weights; default: the run's last")
+    parser.add_argument("--client", type=int, required=True, help="the client's number: 0, 1, …")
+    parser.add_argument(
+        "--method", default="", help="the method whose weights to use; default: the run's last"
+    )
 
 
 def add_jobs(parser: ArgumentParser) -> None:
     """Add the options for how many runs go on at a time, and where."""
-    text = "runs at a time; default: as the cores allow"
+    text = "runs at a time; default: as many as the cores allow"
     parser.add_argument("--jobs", type=int, help=text)
     parser.add_argument(
         "--on",
         choices=("here", "ray", "slurm"),
         default="here",
-        help="where runs go on: this machine, the Ray cluster's at RAY_ADDRESS, or Slurm's",
+        help="where to run: on this machine, on the Ray cluster at RAY_ADDRESS, or by Slurm",
     )
 
 
@@ -146,7 +148,7 @@ def items(option: str, text: str) -> list[str]:
     """Return the values in an option's text, which commas separate."""
     found = [item.strip() for item in text.split(",")]
     if "" in found:
-        raise ConfigError(f"{option} {text!r}: wants at least one value, separated by commas")
+        raise ConfigError(f"{option} {text!r}: must be one or more values, separated by commas")
     return found
 
 
@@ -168,7 +170,7 @@ def check_folder(folder: Path) -> None:
     """Refuse a path at which no folder can be made to write to."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{folder}: nothing can be written there: {there} is no folder of yours")
+        raise ConfigError(f"{folder}: cannot be written to: {there} is not a folder of yours")
 
 
 def check_runs(settings: dict[str, Any], options: Namespace, out: Path) -> None:
@@ -177,7 +179,9 @@ def check_runs(settings: dict[str, Any], options: Namespace, out: Path) -> None:
         raise ConfigError(f"--jobs {options.jobs}: must be >= 1")
     for key in ("out-dir", "run-name"):
         if key in settings:
-            raise ConfigError(f"{key}: many runs' folders are named for them; use --out")
+            raise ConfigError(
+                f"{key}: cannot be set: each run's folder gets a name of its own; use --out"
+            )
     check_folder(out)
 
 

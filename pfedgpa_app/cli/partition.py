@@ -18,7 +18,10 @@ def add_options(parser: ArgumentParser) -> None:
     add_settings(parser)
     add_conf(parser)
     parser.add_argument(
-        "--out", type=Path, default=Path("partition.png"), help="the picture, or the table as .csv"
+        "--out",
+        type=Path,
+        default=Path("partition.png"),
+        help="file for the picture, or for the table as .csv",
     )
 
 
@@ -47,7 +50,7 @@ def handle(options: Namespace) -> int:
     if len(header) <= WIDEST:
         print(markdown(header, rows))
     else:
-        print(f"{len(data.classes)} classes: --out {out.with_suffix(CSV).name} has all counts")
+        print(f"{len(data.classes)} classes: for all counts, --out {out.with_suffix(CSV).name}")
     print(f"wrote {out.absolute()}")
     return 0
 
@@ -66,4 +69,4 @@ def _check_picture(out: Path) -> None:
     if not os.path.isdir(out.parent):
         raise ConfigError(f"--out {out}: there is no folder {out.parent}")
     if not os.access(out if os.path.exists(out) else out.parent, os.W_OK):
-        raise ConfigError(f"--out {out}: may not be written")
+        raise ConfigError(f"--out {out}: cannot be written")

@@ -1,4 +1,4 @@
-"""Predicts classes with the network that a client of a run was given."""
+"""Predicts classes with the network of a run's client."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--resize", action="store_true", help="resize images to the network's size")
     parser.add_argument(
-        "--to", choices=("table", "csv", "json"), default="table", help="how to print"
+        "--to", choices=("table", "csv", "json"), default="table", help="output format"
     )
 
 

@@ -11,7 +11,7 @@ EXAMPLE = "rehearse --nodes 3 num-server-rounds=5"
 
 def add_options(parser: ArgumentParser) -> None:
     add_settings(parser)
-    parser.add_argument("--nodes", type=int, default=3, help="how many SuperNodes; default: 3")
+    parser.add_argument("--nodes", type=int, default=3, help="number of SuperNodes; default: 3")
     add_app(parser)
 
 

@@ -16,9 +16,11 @@ def add_options(parser: ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="FOLDER",
-        help="of a run, a sweep or a comparison; the runs of several are compared",
+        help="folder of a run, a sweep or a comparison; the runs of several are compared",
     )
-    parser.add_argument("--out", type=Path, help="the page; default: report.html in the first")
+    parser.add_argument(
+        "--out", type=Path, help="the page; default: report.html in the first folder"
+    )
 
 
 def handle(options: Namespace) -> int:

@@ -1,9 +1,9 @@
 """Repeats the project's own measurements, and the paper's.
 
-They are: the map of where generation helps; the paper's Table 1; its Table 2 and Figure 4, which
-are one study; clients that join; federations that start from what another learned. Runs what is
-not done yet, place by place, and after each place writes rows (.jsonl), tables (.md) and figures
-(.svg) again. Stop it and start it again whenever you like.
+These are the map of where generation helps; the paper's Table 1; its Table 2 and Figure 4, in one
+study; clients that join; and federations that start from what another has learned. Runs what is not
+done yet, place by place, and rewrites rows (.jsonl), tables (.md) and figures (.svg) after each
+place. You can stop and restart it at any time.
 """
 
 from __future__ import annotations
@@ -28,32 +28,34 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "what",
         choices=WHAT,
-        help="map: accuracy over images a client; table1, table2, figure4: the paper's",
+        help="map: accuracy by images per client; table1, table2, figure4: the paper's",
     )
     shared.add_settings(parser)
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one or two of its places, 20 rounds, one seed; for a table nothing is searched",
+        help="only one or two places, 20 rounds and one seed; no search for a table's settings",
     )
     parser.add_argument(
         "--only",
-        help="places of these names, or with these in their names, by commas: cifar10-20",
+        help="only places with these names or parts of names, separated by commas: cifar10-20",
     )
-    parser.add_argument("--methods", help="these alone, by commas; default: all that it has")
+    parser.add_argument("--methods", help="only these methods, separated by commas; default: all")
     parser.add_argument(
         "--seeds",
         default="",
-        help="by commas; default: 0, and 1 and 2 where a gain is below 1 or a study is small",
+        help="separated by commas; default: 0; also 1 and 2 for a gain below 1 or a small study",
     )
     parser.add_argument(
         "--data",
         action="append",
         default=[],
         metavar="NAME=DATASET",
-        help="where a data set lies, as in cifar10=imagefolder:cifar10; may be repeated",
+        help="where a data set is, as in cifar10=imagefolder:cifar10; may be repeated",
     )
-    parser.add_argument("--out", type=Path, help="where to; default: results/ and its name")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the results; default: results/ and the study's name"
+    )
     shared.add_jobs(parser)
     shared.add_app(parser)
 
@@ -71,7 +73,7 @@ def handle(options: Namespace) -> int:
     shared.check_runs(overrides, options, out)
     shared.refuse_as_settings(overrides, {"dataset": "--data", "seed": "--seeds"})
     if taken := overrides.keys() & kind.own:
-        raise ConfigError(f"{', '.join(sorted(taken))}: is the {kind.thing}'s own to say")
+        raise ConfigError(f"{', '.join(sorted(taken))}: cannot be set; the {kind.thing} sets it")
     places = dict(_place(text, DATA) for text in options.data)
     cells = _cells(options, kind)
     methods = _methods(options, kind)
@@ -88,7 +90,7 @@ def handle(options: Namespace) -> int:
     atlas = kind(out, overrides, places, run_all, methods, options.quick)
     cells = atlas.running(cells)
     if unused := places.keys() - {cell.data for cell in cells}:
-        warn_once(f"--data {', '.join(sorted(unused))} is without effect: nothing here is of it")
+        warn_once(f"--data {', '.join(sorted(unused))} is without effect: nothing here uses it")
     done = len(atlas.done(cells, seeds[0]))
     print(f"{len(cells)} places with {len(methods)} methods each, {done} of them done, in {out}")
     seconds = atlas.seconds(cells, seeds[0])
@@ -96,7 +98,7 @@ def handle(options: Namespace) -> int:
         f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{math.ceil(seconds / 60)} minutes"
     )
     print(
-        f"about {long} of one core for seed {seeds[0]}; searches, others, the server come to that"
+        f"about {long} of one core for seed {seeds[0]}, plus searches, other seeds and the server"
     )
     print(atlas.fill(cells, seeds))
     return 0
@@ -123,9 +125,10 @@ def _cells(options: Namespace, kind: type[Atlas]) -> list[Cell]:
         # a whole name means that place alone: cifar10-10 does not mean cifar10-100
         found = {part} & {*names} or {name for name in names if part in name}
         if not found:
-            small = ", as it is with --quick," if options.quick else ""
+            small = " with --quick" if options.quick else ""
             raise ConfigError(
-                f"--only {part}: no place of the {kind.thing}{small} has it: {', '.join(names)}"
+                f"--only {part}: no place of the {kind.thing}{small} matches; there are "
+                f"{', '.join(names)}"
             )
         meant |= found
     return [cell for cell in every if cell.name in meant]
@@ -136,7 +139,7 @@ def _methods(options: Namespace, kind: type[Atlas]) -> tuple[str, ...]:
         return kind.known
     asked = shared.items("--methods", options.methods)
     if unknown := set(asked) - set(kind.known):
-        what = f"the {kind.thing} has {', '.join(kind.known)}"
+        what = f"not in the {kind.thing}, which has {', '.join(kind.known)}"
         raise ConfigError(f"--methods: {', '.join(sorted(unknown))}: {what}")
     return tuple(method for method in kind.known if method in asked)
 
@@ -144,12 +147,12 @@ def _methods(options: Namespace, kind: type[Atlas]) -> tuple[str, ...]:
 def _seeds(text: str) -> list[int]:
     words = shared.items("--seeds", text)
     if not all(word.isdecimal() for word in words):
-        raise ConfigError(f"--seeds {text}: wants whole numbers by commas, as in 0,1,2")
+        raise ConfigError(f"--seeds {text}: must be whole numbers separated by commas, as in 0,1,2")
     return list(dict.fromkeys(map(int, words)))
 
 
 def _place(text: str, known: dict[str, str]) -> tuple[str, str]:
     name, _, place = text.partition("=")
     if name not in known or not place:
-        raise ConfigError(f"--data {text}: wants NAME=DATASET, NAME one of {', '.join(known)}")
+        raise ConfigError(f"--data {text}: must be NAME=DATASET, NAME one of {', '.join(known)}")
     return name, place

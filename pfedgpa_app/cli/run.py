@@ -17,7 +17,7 @@ EXAMPLE = "run --conf fashion-mnist-20 method=fedavg,pfedgpa seed=1"
 
 def add_options(parser: ArgumentParser) -> None:
     add_settings(parser)
-    parser.add_argument("-c", "--run-config", action="append", default=[], help="the same")
+    parser.add_argument("-c", "--run-config", action="append", default=[], help="more settings")
     add_conf(parser)
     add_engine(parser)
     add_app(parser)

@@ -14,7 +14,7 @@ def add_options(parser: ArgumentParser) -> None:
         "names",
         nargs="*",
         metavar="NAME",
-        help="a method, a section of the run's (data, training, …) or a setting; all if none",
+        help="a method, a section of settings (data, training, …) or a setting; default: all",
     )
     add_conf(parser)
 

@@ -1,6 +1,6 @@
 """Runs every combination of settings, as many at once as the machine allows.
 
-Finished runs are skipped, so a sweep that was stopped goes on where it was.
+Finished runs are skipped, so a stopped sweep continues where it was.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def handle(options: Namespace) -> int:
         if key in over:
             raise ConfigError(
                 f"{key}={overrides[key]}: the sweep varies it over "
-                f"{', '.join(map(str, over[key]))}; for this value alone say --over "
+                f"{', '.join(map(str, over[key]))}; for this value alone, give --over "
                 f"{key}={overrides[key]}"
             )
     name = Path(files[0]).stem if files else "sweep"
@@ -78,7 +78,7 @@ def _varied(texts: list[str]) -> dict[str, list[Any]]:
     for text in texts:
         key, found, values = text.partition("=")
         if not found:
-            raise ConfigError(f"--over {text!r}: wants KEY=V1,V2")
+            raise ConfigError(f"--over {text!r}: must be KEY=V1,V2")
         known(key, "--over")
         if key in over:
             raise ConfigError(f"--over {key}: is given twice")

@@ -1,6 +1,6 @@
 """Chooses methods' main settings on validation images, and keeps them in the experiment.
 
-Runs a small grid for each method, or as many trials by Optuna as you say, then writes the chosen
+Runs a small grid for each method, or a given number of trials by Optuna, then writes the chosen
 values into the experiment's YAML file and the search's results beside it.
 """
 
@@ -21,10 +21,13 @@ def add_options(parser: ArgumentParser) -> None:
     shared.add_conf(parser, required=True)
     parser.add_argument(
         "--methods",
-        help="by commas; default: the experiment's; all: every one that has settings to choose",
+        help="separated by commas; default: the experiment's; all: any with settings to choose",
     )
     parser.add_argument(
-        "--trials", type=int, metavar="N", help="N runs a method, chosen by Optuna, and no grid"
+        "--trials",
+        type=int,
+        metavar="N",
+        help="N runs per method, chosen by Optuna, instead of a grid",
     )
     parser.add_argument("--out", type=Path, help="where the runs go; default: results/tune-CONF")
     shared.add_jobs(parser)
@@ -55,7 +58,7 @@ def handle(options: Namespace) -> int:
     if not methods:
         raise ConfigError(
             f"--conf {options.conf}: none of its methods ({', '.join(config.method)}) has settings "
-            "to choose: name others by --methods"
+            "to choose: name others with --methods"
         )
     # the command can be repeated elsewhere: it has no paths of this machine
     conf = Path(options.conf).name if Path(options.conf).is_absolute() else options.conf

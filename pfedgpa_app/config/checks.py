@@ -54,19 +54,18 @@ def _refuse_idle(config: Config, sources: Mapping[str, str]) -> None:
     for name in _given(sources):
         if name == "partition" and config.dataset == NODES:
             raise ConfigError(
-                f"partition = {config.partition} (run-config): deals out one data set; with "
-                "dataset = nodes every node has its own"
+                f"partition = {config.partition} (run-config): is for one shared data set; "
+                "with dataset = nodes every node has its own"
             )
         if not is_idle(keys()[name], config):
             continue
         if name in OF_PARTITION:
             raise ConfigError(
-                f"{name} (run-config): partition = {config.partition} does not go by it, but "
+                f"{name} (run-config): partition = {config.partition} does not use it, but "
                 f"partition={OF_PARTITION[name]} does"
             )
         raise ConfigError(
-            f"{name} (run-config): none of this run's methods ({', '.join(config.method)}) "
-            "goes by it"
+            f"{name} (run-config): none of this run's methods ({', '.join(config.method)}) uses it"
         )
 
 
@@ -82,8 +81,8 @@ def _check(config: Config) -> None:
     others = [method for method in config.method if federation_of(method) != kept]
     if config.uploads and others:
         raise ConfigError(
-            f"uploads: holds {METHODS[kept].title}'s rounds, but {', '.join(others)} has rounds of "
-            "its own"
+            f"uploads: are from {METHODS[kept].title}'s rounds, but {', '.join(others)} has "
+            "rounds of its own"
         )
     if config.join_clients >= config.num_clients:
         raise ConfigError(
@@ -92,16 +91,18 @@ def _check(config: Config) -> None:
         )
     if config.min_uploads > config.round_clients:
         raise ConfigError(
-            f"min-uploads = {config.min_uploads}: no round has so many; by fraction-train, "
-            f"{config.round_clients} of {config.initial_clients} clients take part in one"
+            f"min-uploads = {config.min_uploads}: is more than a round has; by fraction-train, "
+            f"{config.round_clients} of {config.initial_clients} clients take part in a round"
         )
     _check_missing(config)
     if config.dataset == NODES and config.attack != "none":
-        raise ConfigError(f"attack = {config.attack}: is for simulations; real nodes would attack")
+        raise ConfigError(
+            f"attack = {config.attack}: is for simulations; real nodes would really attack"
+        )
     for name in config.method:
         METHODS[name].check(config)
     if config.fine_tune_grid_epochs and (why := config.why_no_validation):
-        raise ConfigError(f"fine-tune-grid-epochs > 0 chooses by validation: {why}")
+        raise ConfigError(f"fine-tune-grid-epochs > 0 needs validation images: {why}")
     size, aside = config.train_per_client, config.set_aside
     if size is not None and aside is not None and size - aside < 1:
         raise ConfigError("validation-share leaves no image to train on")
@@ -114,29 +115,31 @@ def _check_data(config: Config) -> None:
     resized = config.dataset.startswith((IMAGEFOLDER, HUGGING_FACE)) or config.dataset == NODES
     if config.image_size and not resized:
         raise ConfigError(
-            f"image-size = {config.image_size}: resizes the images of imagefolder: and hf:, and "
-            f"dataset = {config.dataset} is none of them"
+            f"image-size = {config.image_size}: resizes only images of imagefolder: and hf:, and "
+            f"dataset = {config.dataset} is neither"
         )
     if config.classes and config.dataset != NODES:
         raise ConfigError(
-            f"classes: are named for dataset = nodes; those of {config.dataset} are its own"
+            f"classes: can be named only for dataset = nodes; {config.dataset} has its own"
         )
     if len(config.classes) == 1 or len(set(config.classes)) < len(config.classes):
         raise ConfigError(
-            f"classes = {','.join(config.classes)}: wants two or more, of different names"
+            f"classes = {','.join(config.classes)}: must be two or more different names"
         )
 
 
 def _check_missing(config: Config) -> None:
     """Refuse drop-outs and stragglers on real nodes, and shares that come to no client."""
     if config.dataset == NODES and config.dropout_share + config.straggler_share:
-        raise ConfigError("dropout-share, straggler-share: are for simulations; real nodes fail so")
+        raise ConfigError(
+            "dropout-share, straggler-share: are for simulations; real nodes fail anyway"
+        )
     shares = {"dropout-share": config.dropout_share, "straggler-share": config.straggler_share}
     for name, share in shares.items():
         if share and not round(share * config.round_clients):
             raise ConfigError(
-                f"{name} = {share:g}: of a round's {config.round_clients} clients that is nobody; "
-                f"{name}={1 / config.round_clients:.2g} is one of them"
+                f"{name} = {share:g}: comes to none of a round's {config.round_clients} clients; "
+                f"{name}={1 / config.round_clients:.2g} makes it one"
             )
 
 
@@ -150,24 +153,24 @@ def _check_attack(config: Config, sources: Mapping[str, str]) -> None:
             here = sources[name]
             if here != "default" and (there == "default" or here == RUN_CONFIG != there):
                 raise ConfigError(
-                    f"{name} = {value:g} ({here}): without an attack nobody is malicious; "
+                    f"{name} = {value:g} ({here}): without an attack no client is malicious; "
                     f"set attack, too: {', '.join(ATTACKS)}"
                 )
         return
     count = len(config.malicious_clients)
     if clients == 1:
         raise ConfigError(
-            f"attack = {config.attack}: wants an honest client beside a malicious one, and only 1 "
-            "is there from the start"
+            f"attack = {config.attack}: needs an honest client beside a malicious one, but only 1 "
+            "takes part from the start"
         )
     if count == clients:
         raise ConfigError(
-            f"malicious-share = {share:g}: leaves no honest client of {clients} to evaluate"
+            f"malicious-share = {share:g}: leaves none of {clients} clients honest to evaluate"
         )
     if not count:
         raise ConfigError(
-            f"attack = {config.attack}: malicious-share = {share:g} of {clients} clients is "
-            f"nobody; malicious-share={1 / clients:.2g} makes one of them malicious"
+            f"attack = {config.attack}: malicious-share = {share:g} of {clients} clients "
+            f"makes none malicious; malicious-share={1 / clients:.2g} makes one malicious"
         )
 
 
@@ -194,10 +197,10 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
     if not config.fine_tune_grid_epochs:
         why["fine-tune-grid-learning-rates"] = "fine-tune-grid-epochs = 0: no fine-tuning is tuned"
     if config.share_label_counts and not _reads_label_counts(config):
-        why["share-label-counts"] = "pfedgpa.descriptor=labels alone goes by them"
+        why["share-label-counts"] = "only pfedgpa.descriptor=labels uses them"
     kept = name_of(FromUploads.of)
     if not any(federation_of(method) == kept for method in config.method):
-        why["save-uploads"] = f"{METHODS[kept].title}'s are kept, and no method goes by its rounds"
+        why["save-uploads"] = f"only {METHODS[kept].title}'s are kept, and no method has its rounds"
     why |= _idle_in_rounds(config)
     if own_test:
         why["test-share"] = f"{config.dataset} has a test split"
@@ -216,25 +219,25 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
 def _idle_in_rounds(config: Config) -> dict[str, str]:
     """Return {setting: why} of settings without effect in such small rounds or this attack."""
     why: dict[str, str] = {}
-    left = f"min-uploads = {config.min_uploads} of a round's {config.round_clients} are left"
+    left = f"min-uploads = {config.min_uploads} of a round's {config.round_clients} are always left"
     if config.dropout_share and not config.dropped_clients:
         why["dropout-share"] = left
     if config.straggler_share and not config.late_clients:
         why["straggler-share"] = left
     if config.max_distance and config.round_uploads < 3:
         many = f"a round has {config.round_uploads} uploads"
-        why["max-distance"] = f"{many}, and it compares three or more"
+        why["max-distance"] = f"{many}, and comparing takes three or more"
     if config.attack == LABEL_FLIP:
-        why["attack-strength"] = f"attack = {LABEL_FLIP} has none"
+        why["attack-strength"] = f"attack = {LABEL_FLIP} has no strength"
     return why
 
 
 def _all_of_it(config: Config) -> str:
     """Say why clients hold all of their data, whatever its size; empty if numbers are dealt."""
     if config.dataset == NODES:
-        return "with dataset = nodes each node has its own data, all of it"
+        return "with dataset = nodes each node uses all of its own data"
     if config.partition == "natural" or config.partition.startswith(PARTITION_FILE):
-        return f"with partition = {config.partition} clients have what is theirs, all of it"
+        return f"with partition = {config.partition} clients hold all that is theirs"
     return ""
 
 
@@ -245,8 +248,8 @@ def _other_rates(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
         rates = method.rounds_class().rate_settings(name, config)
         if "learning-rate" not in rates and all(sources.get(r) == "default" for r in rates):
             yield (
-                f"learning-rate is without effect on {method.title}'s rounds, which go by "
-                f"{' and '.join(rates)}; its fine-tuning goes by it"
+                f"learning-rate is without effect on {method.title}'s rounds, which use "
+                f"{' and '.join(rates)}; only its fine-tuning uses it"
             )
 
 

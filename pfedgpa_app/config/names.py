@@ -67,8 +67,8 @@ def keys_of(name: str) -> list[Key]:
             raise ConfigError(f"{name}: has no settings of its own; see: pfedgpa settings training")
     if not found:
         raise ConfigError(
-            f"{name}: no setting, no section ({', '.join(SECTIONS)}), and no method with settings "
-            f"of its own{near(name, (*SECTIONS, *sections(), *keys()))}"
+            f"{name}: is neither a setting, a section ({', '.join(SECTIONS)}) nor a method with "
+            f"settings of its own{near(name, (*SECTIONS, *sections(), *keys()))}"
         )
     return found
 
@@ -110,7 +110,7 @@ def require_model(name: str) -> None:
     """Refuse a ``name`` that no network has."""
     if name not in MODELS and not name.startswith(TORCHVISION) and not is_reference(name):
         raise ConfigError(
-            f"model = {name!r}: no network{near(name, MODELS)} There are {MODEL_HELP}"
+            f"model = {name!r}: no such network{near(name, MODELS)} There are {MODEL_HELP}"
         )
 
 

@@ -53,15 +53,15 @@ def parse(key: Key, value: Any, source: str) -> Any:
         items = items if isinstance(items, (list, tuple)) else [items]
         items = [i.strip() if isinstance(i, str) else i for i in items]
         if not items or "" in items:
-            raise refuse("wants at least one value, separated by commas")
+            raise refuse("must be one or more values, separated by commas")
         return tuple(parse(dataclasses.replace(key, type=item), i, source) for i in items)
 
     if wanted is bool:
         if not isinstance(value, bool):
-            raise refuse("wants true or false")
+            raise refuse("must be true or false")
     elif wanted is str:
         if not isinstance(value, str):
-            raise refuse("wants text; put it in quotes")
+            raise refuse("must be text; put it in quotes")
         if "\0" in value:
             raise refuse("must not hold a NUL character")
     else:
@@ -70,8 +70,8 @@ def parse(key: Key, value: Any, source: str) -> Any:
             kind = "a whole number" if wanted is int else "a number"
             several = value.split(",") if isinstance(value, str) else value
             many = isinstance(several, (list, tuple)) and len(several) > 1
-            how = f"; for several, pfedgpa sweep --over {key.name}={argument(several)}"
-            raise refuse(f"wants {kind}" + (' or "auto"' if auto else "") + (how if many else ""))
+            how = f"; for several values, use pfedgpa sweep --over {key.name}={argument(several)}"
+            raise refuse(f"must be {kind}" + (' or "auto"' if auto else "") + (how if many else ""))
         if bounds := _bounds_broken(number, key.rules):
             raise refuse(f"must be {bounds}")
         value = number

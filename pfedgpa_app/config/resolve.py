@@ -47,9 +47,9 @@ def conf_path(conf: str) -> Path:
         if os.path.isfile(path):  # also false for a name that is too long
             return path
     if os.path.isdir(given):
-        why = "no file but a folder"
+        why = "is a folder, not a file"
     elif os.path.isfile(given):
-        why = f"no file whose name ends in {' or '.join(YAML)}"
+        why = f"is a file, but its name does not end in {' or '.join(YAML)}"
     elif given.suffix not in YAML:
         why = f"no file of that name in {own}"
     else:
@@ -72,7 +72,7 @@ def _conf_layers(
     """
     path = conf_path(conf)
     if path in above:
-        raise ConfigError(f"{path}: builds on itself by its `conf`")
+        raise ConfigError(f"{path}: builds on itself through its `conf`")
     values = flat(yaml_file.read(path), str(path))
     base, over = values.pop("conf", None), {**values, **over}
     if not base and path.resolve().parent != (APP_DIR / "conf").resolve():

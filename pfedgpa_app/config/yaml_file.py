@@ -20,7 +20,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
         if not isinstance(key, yaml.ScalarNode):
             raise yaml.MarkedYAMLError(problem="a key must be text", problem_mark=key.start_mark)
         if key.value in lines:
-            problem = f"{key.value} stands here and in line {lines[key.value]}"
+            problem = f"{key.value} is given here and in line {lines[key.value]}"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         lines[key.value] = key.start_mark.line + 1
     loader.flatten_mapping(node)  # resolves "<<: *alias"
@@ -42,7 +42,7 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
-        raise ConfigError(f"{path}: is not text in UTF-8; save it in that encoding") from error
+        raise ConfigError(f"{path}: is not UTF-8 text; save it in that encoding") from error
     except RecursionError as error:
         raise ConfigError(f"{path}: not valid YAML: nested too deeply") from error
     except yaml.MarkedYAMLError as error:

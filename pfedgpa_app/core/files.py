@@ -93,7 +93,7 @@ def _opened(path: Path, file_format: str) -> Iterator[tuple[Any, dict[str, str]]
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != file_format:
-                raise ValueError(f"format {metadata.get('format')!r}, not {file_format}")
+                raise ValueError(f"its format is {metadata.get('format')!r}, not {file_format}")
             yield file, metadata
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot be read: {error}") from error

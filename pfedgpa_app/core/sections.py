@@ -146,8 +146,8 @@ class DataSettings(Basics):
         if self.set_aside != 0:
             return ""
         return (
-            f"of train-per-client = {self.train_per_client} validation-share = "
-            f"{self.validation_share:g} puts nothing aside"
+            f"validation-share = {self.validation_share:g} of train-per-client = "
+            f"{self.train_per_client} sets no image aside"
         )
 
 

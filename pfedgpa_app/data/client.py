@@ -59,7 +59,7 @@ def load_dataset(config: DataSettings) -> Dataset:
     learned, tested = (np.bincount(labels, minlength=len(data.classes)) for labels in each)
     if missing := np.flatnonzero((tested > 0) & (learned == 0)).tolist():  # a node's own data may
         raise DataError(
-            f"dataset {data.name}: class {data.classes[missing[0]]!r} is there to test on, and has "
+            f"dataset {data.name}: class {data.classes[missing[0]]!r} has test examples but "
             "no training examples: add some, or leave it out"
         )
     return data
@@ -126,8 +126,8 @@ def check_same(config: DataSettings, told: Mapping[str, Any]) -> None:
     """
     if not _alike(fingerprint(config), told):
         raise DataError(
-            f"dataset {config.dataset}: is not what the run's server has read: leave its files as "
-            "they were, the same everywhere, and " + _SEED
+            f"dataset {config.dataset}: differs from what the run's server has read: keep its "
+            "files as they were, the same everywhere, and " + _SEED
         )
 
 
@@ -139,8 +139,8 @@ def check_own(config: DataSettings, source: str, told: Mapping[str, Any]) -> Non
     """
     if not _alike(own_fingerprint(config, source), told):
         raise DataError(
-            f"dataset {source}: is not what this node has read before in this run: leave its files "
-            "as they were, and " + _SEED
+            f"dataset {source}: differs from what this node has read before in this run: keep its "
+            "files as they were, and " + _SEED
         )
 
 
@@ -248,7 +248,7 @@ def data_in_words(config: DataSettings) -> str:
             )
             if strange:
                 share = 100 * strange / len(held)
-                notes.append(f"{share:.2g} % are of classes that their client has none of to train")
+                notes.append(f"{share:.2g} % are of classes that their client does not train on")
         note = f" ({', '.join(notes)})" if notes else ""
         parts.append(f"{verb} on {each} each{note}")
     return f"{parts[0]}; {len(splits)} clients {parts[1]} and {parts[2]}"

@@ -82,14 +82,14 @@ def remarks(data: Dataset) -> Iterator[str]:
         is_or_are = "is" if len(data.unused) == 1 else "are"
         yield (
             f"dataset {data.name}: {listed(data.unused)} {is_or_are} left out; validation-share "
-            "takes each client's validation examples of its training examples"
+            "takes validation examples from each client's training examples"
         )
     if data.tokens or data.pixels:
         return
     if len(data.shape) == 3 and data.shape[2] in _CHANNELS and data.shape[0] not in _CHANNELS:
         yield (
             f"dataset {data.name}: an example is of shape {list(data.shape)}; if it is an image, "
-            "its channels are last, and PyTorch's layers want them first: np.moveaxis(x, -1, 1)"
+            "its channels are last, but PyTorch's layers need them first: np.moveaxis(x, -1, 1)"
         )
     if text := _unscaled(data):
         yield text
@@ -105,7 +105,7 @@ def _unscaled(data: Dataset) -> str:
         return ""
     which = f"column {data.columns[most]!r}" if data.columns else f"number {most} of an example"
     return (
-        f"dataset {data.name}: {which} is some {sizes[most]:.2g} in size, and networks learn from "
+        f"dataset {data.name}: {which} is about {sizes[most]:.2g} in size, but networks learn from "
         "numbers of about 1: scale it"
     )
 
@@ -137,8 +137,8 @@ def split_off_test(
         if len(members) < 2:
             called = classes[int(kind)] if of == "class" else kind
             raise DataError(
-                f"dataset {name}: {of} {called} has one example, and needs one to train on and "
-                "one to test on: add some, or leave it out"
+                f"dataset {name}: {of} {called} has only one example, but needs one to train on "
+                "and one to test on: add some, or leave it out"
             )
         test.append(members[: min(max(1, round(share * len(members))), len(members) - 1)])
     tests = np.zeros(len(labels), dtype=bool)
@@ -208,28 +208,26 @@ def _by_name(name: str, found: Any) -> dict[str, Any]:
     several = found if isinstance(found, (tuple, list)) else [found]
     if several and all(map(_is_torch_dataset, several)):
         if len(several) > 2:
-            raise DataError(
-                f"dataset {name}: is {len(several)} torch Datasets: wanted is one, or two"
-            )
+            raise DataError(f"dataset {name}: is {len(several)} torch Datasets: give one, or two")
         splits = [_of_torch(name, *each) for each in zip(SPLITS, several, strict=False)]
         lists = [list(map(str, part["classes"])) for part in splits if "classes" in part]
         if any(each != lists[0] for each in lists):
             raise DataError(
-                f"dataset {name}: its torch Datasets have other classes: {listed(lists[0])} to "
-                f"train on, {listed(lists[1])} to test on; labels go by one list"
+                f"dataset {name}: its torch Datasets have different classes: {listed(lists[0])} "
+                f"to train on, {listed(lists[1])} to test on; give both the same list"
             )
         return {key: value for part in splits for key, value in part.items()}
     if isinstance(found, (tuple, list)):
         if len(found) not in (2, 4, 5):
             raise DataError(
-                f"dataset {name}: is a {type(found).__name__} of {len(found)}: wanted are "
-                "(x_train, y_train, x_test, y_test), perhaps with the classes, or (x, y)"
+                f"dataset {name}: is a {type(found).__name__} of {len(found)}, but must be "
+                "(x_train, y_train, x_test, y_test), optionally with the classes, or (x, y)"
             )
         return dict(zip((*KEYS, "classes"), found, strict=False))
     if not isinstance(found, Mapping):
         raise DataError(
-            f"dataset {name}: is a {type(found).__name__}: wanted is a dict of "
-            f"{', '.join(KEYS)}, or a tuple of these, or of torch Datasets"
+            f"dataset {name}: is a {type(found).__name__}, but must be a dict of "
+            f"{', '.join(KEYS)}, a tuple of these, or one or two torch Datasets"
         )
     parts = {ALSO.get(str(key), str(key)): value for key, value in found.items()}
     parts |= {f"{k}_train": parts.pop(k) for k in ALONE if k in parts}
@@ -237,7 +235,8 @@ def _by_name(name: str, found: Any) -> dict[str, Any]:
     odd = [key for key in parts if key not in known and not key.startswith(UNUSED)]
     if odd:
         raise DataError(
-            f"dataset {name}: has {odd[0]!r}{near(odd[0], known)} Known are {', '.join(known)}"
+            f"dataset {name}: unknown name {odd[0]!r}{near(odd[0], known)} Known are "
+            f"{', '.join(known)}"
         )
     for key in KEYS[:2] if "x_test" not in parts and "y_test" not in parts else KEYS:
         if key not in parts:
@@ -258,18 +257,18 @@ def _of_torch(name: str, split: str, data: Any) -> dict[str, Any]:
     """
     where = f"dataset {name}: the torch Dataset to {'train on' if split == 'train' else 'test on'}"
     if not hasattr(data, "__len__"):
-        raise DataError(f"{where} has no length: wanted is one with __len__ and __getitem__")
+        raise DataError(f"{where} has no length: it needs __len__ and __getitem__")
     inputs, labels = [], []
     for i in range(len(data)):
         item = data[i]
         if not isinstance(item, (tuple, list)) or len(item) != 2:
-            raise DataError(f"{where} has {shown(item)} as item {i}: wanted is (example, label)")
+            raise DataError(f"{where} has {shown(item)} as item {i}: it must be (example, label)")
         inputs.append(_example(name, f"{where}: item {i}", f"x_{split}", item[0]))
         labels.append(item[1])
     for i, array in enumerate(inputs):
         if array.shape != inputs[0].shape:
             raise DataError(
-                f"{where} has examples of shape {list(inputs[0].shape)}, and item {i} is of "
+                f"{where} has examples of shape {list(inputs[0].shape)}, but item {i} is of "
                 f"{list(array.shape)}: all must be alike"
             )
     parts = {f"x_{split}": np.array(inputs), f"y_{split}": np.array(labels)}
@@ -301,14 +300,14 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
         if array.dtype == object and _is_of_numbers(value):  # of several types, or some missing
             array = value.to_numpy(dtype=float, na_value=np.nan)
     except ValueError as error:
-        raise DataError(f"dataset {name}: {key} is no array: {error}") from error
+        raise DataError(f"dataset {name}: {key} is not an array: {error}") from error
     if key.startswith("y") and array.ndim == 2 and array.shape[1] == 1:
         value = array = array[:, 0]  # a frame of one column
     if array.ndim == 1 and array.dtype.kind in "UO":
         texts = [isinstance(each, str) for each in value]
         if any(texts) and not all(texts):  # NumPy would make missing text a class "nan"
             row = texts.index(False)
-            raise DataError(f"dataset {name}: {key} has text, but none in row {row}: fill it in")
+            raise DataError(f"dataset {name}: {key} has text, but row {row} has none: fill it in")
         array = array.astype(str) if all(texts) else array  # pandas keeps text as objects
     if array.dtype == object or not array.ndim:
         raise DataError(
@@ -336,8 +335,8 @@ def _columns(name: str, parts: Mapping[str, Any], shape: tuple[int, ...]) -> tup
     columns = tuple(map(str, np.asarray(parts["columns"]).ravel()))
     if (len(columns),) != shape or len(set(columns)) < len(columns):
         raise DataError(
-            f"dataset {name}: names {len(columns)} columns, and an example is of shape "
-            f"{list(shape)}: wanted is a different name for each column of a table"
+            f"dataset {name}: names {len(columns)} columns, but an example is of shape "
+            f"{list(shape)}: give each column of a table a different name"
         )
     return columns
 
@@ -385,7 +384,7 @@ def _check_lengths(
     for key, array in others.items():
         if len(array) != rows:
             raise DataError(
-                f"dataset {name}: x_{split} has {rows} examples, and {key} has {len(array)}"
+                f"dataset {name}: x_{split} has {rows} examples, but {key} has {len(array)}"
             )
     if not rows:
         raise DataError(f"dataset {name}: x_{split} is empty")
@@ -413,12 +412,12 @@ def _labels(
         names = tuple(str(each) for each in np.asarray(classes).ravel())
         known = np.array(names) if given["train"].dtype.kind == "U" else np.arange(len(names))
     if len(names) < least or len(set(names)) < len(names):
-        raise DataError(f"dataset {name}: wants two classes or more, of different names")
+        raise DataError(f"dataset {name}: must have two or more classes, of different names")
     indices = {}
     for split, labels in given.items():
         if unknown := sorted(set(labels.tolist()) - set(known.tolist())):
             raise DataError(
-                f"dataset {name}: y_{split} has the label {unknown[0]!r}, which is none of the "
+                f"dataset {name}: y_{split} has the label {unknown[0]!r}, which is not one of the "
                 f"{len(names)} classes ({listed(names)})"
             )
         order = np.argsort(known, kind="stable")
@@ -431,16 +430,16 @@ def _one_each(name: str, key: str, labels: np.ndarray) -> np.ndarray:
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iubUf":
-        rows = f"; {key}.argmax(1) makes one of each row" if labels.ndim == 2 else ""
+        rows = f"; {key}.argmax(1) makes one label of each row" if labels.ndim == 2 else ""
         raise DataError(
             f"dataset {name}: {key} holds {labels.dtype} of shape {list(labels.shape)}: "
-            f"wanted is one whole number or name an example{rows}"
+            f"give one whole number or name for each example{rows}"
         )
     if labels.dtype.kind == "f":
         odd = np.flatnonzero(~np.isfinite(labels) | (labels % 1 != 0))
         if len(odd):
             raise DataError(
-                f"dataset {name}: {key} has {labels[odd[0]]:g} in row {odd[0]}: a label is a "
+                f"dataset {name}: {key} has {labels[odd[0]]:g} in row {odd[0]}: a label must be a "
                 "whole number or a name"
             )
         labels = labels.astype(np.int64)
@@ -473,4 +472,4 @@ def _inputs(name: str, key: str, array: np.ndarray, columns: Sequence[str]) -> n
         return np.ascontiguousarray(array)
     if array.dtype.kind in "iub":
         return np.ascontiguousarray(array.astype(np.int64))
-    raise DataError(f"dataset {name}: {key} holds {array.dtype}: wanted are numbers")
+    raise DataError(f"dataset {name}: {key} holds {array.dtype}, but must hold numbers")

@@ -95,7 +95,7 @@ def load(
         if is_reference(name):
             return _own(name, code_dir, test_share)
         if name not in TORCHVISIONS:
-            raise DataError(f"dataset {name}: there is none of that name{near(name, DATASETS)}")
+            raise DataError(f"dataset {name}: no such data set{near(name, DATASETS)}")
         folder = root / TORCHVISIONS[name][1]
         if not folder.is_dir():
             return _torchvision(name, root, download)  # downloads, or says what to do
@@ -104,7 +104,7 @@ def load(
     except OSError as error:
         raise DataError(
             f"dataset {name}: {error.filename} cannot be read: {error.strerror}; if it is a link, "
-            "mend what it points to, or remove it"
+            "repair its target, or remove it"
         ) from error
 
 
@@ -158,7 +158,7 @@ def _own(name: str, code_dir: str, test_share: float) -> Dataset:
     """Return the data set that the user's own code makes; each process calls it once."""
     make = imported(name, code_dir, "dataset")
     if not callable(make):
-        raise ConfigError(f"dataset = {name!r}: is a {type(make).__name__}, no callable")
+        raise ConfigError(f"dataset = {name!r}: is a {type(make).__name__}, not a callable")
     try:
         with seeded(0), in_users_folder():  # all processes get the same data
             found = make()
@@ -254,7 +254,7 @@ def _cached(identity: Any, read: Callable[[], Dataset]) -> Dataset:
     try:
         _store(data, cache)
     except OSError as error:
-        logger.warning("%s: data sets cannot be kept there for other processes: %s", home, error)
+        logger.warning("%s: data sets cannot be cached there for other processes: %s", home, error)
     return _stored(cache) or data
 
 

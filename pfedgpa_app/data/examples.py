@@ -40,7 +40,7 @@ def examples(places: Sequence[Path], schema: Schema, resize: bool) -> tuple[list
             rows.append(_image(place, schema, resize)[None])
         else:
             raise DataError(
-                f"{place}: the run's examples are no images: give a file of arrays, "
+                f"{place}: the run's examples are not images: give a file of arrays, "
                 f"{', '.join(ARRAYS)}"
             )
     if not rows:
@@ -55,7 +55,7 @@ def _files(places: Sequence[Path], pixels: bool) -> Iterator[Path]:
                 if is_image(path) if pixels else path.suffix.lower() in ARRAYS:
                     yield path
         elif not place.exists():
-            raise DataError(f"{place}: is not there")
+            raise DataError(f"{place}: does not exist")
         else:
             yield place
 
@@ -73,8 +73,8 @@ def _image(file: Path, schema: Schema, resize: bool) -> np.ndarray:
     if array.shape != schema.shape:
         found = "×".join(map(str, array.shape))
         raise DataError(
-            f"{file}: is {found}, and the network takes {'×'.join(map(str, schema.shape))}: "
-            "resize it, or have it resized by --resize"
+            f"{file}: is {found}, but the network takes {'×'.join(map(str, schema.shape))}: "
+            "resize it, or use --resize"
         )
     return array
 
@@ -94,12 +94,12 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DataError(f"{file}: cannot be read as an array of numbers: {error}") from error
     if found.dtype.kind not in "biuf":
-        raise DataError(f"{file}: holds {found.dtype}, and the network takes numbers")
+        raise DataError(f"{file}: holds {found.dtype}, but the network takes numbers")
     if found.shape == schema.shape:
         found = found[None]
     if found.shape[1:] != schema.shape:
         raise DataError(
-            f"{file}: has rows of shape {list(found.shape[1:])}, and the network takes "
+            f"{file}: has rows of shape {list(found.shape[1:])}, but the network takes "
             f"{list(schema.shape)}"
         )
     if schema.pixels and found.dtype.kind in "iu":
@@ -107,7 +107,7 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
     if not np.isfinite(found).all():
         raise DataError(f"{file}: has a number that is not finite")
     if schema.tokens and (odd := found[found % 1 != 0]).size:
-        raise DataError(f"{file}: has {odd[0]:g}, and the network takes whole numbers")
+        raise DataError(f"{file}: has {odd[0]:g}, but the network takes whole numbers")
     return found.astype(np.int64 if schema.tokens else np.float32)
 
 
@@ -135,7 +135,7 @@ def _in_order(
     for number, row in enumerate(rows, start=1):
         if len(row) != len(there):
             raise DataError(
-                f"{file}: row {number} has {len(row)} cells, and there are {len(there)} columns"
+                f"{file}: row {number} has {len(row)} cells, but there are {len(there)} columns"
             )
     return [[row[place] for place in places] for row in rows]
 
@@ -152,7 +152,7 @@ def _numbers(file: Path, lines: Sequence[Sequence[str]]) -> np.ndarray:
     except ValueError as error:
         for row, line in enumerate(lines, start=1):
             if others := [cell for cell in line if not _is_number(cell)]:
-                said = f"{file}: row {row} has {others[0]!r}: wanted are numbers"
+                said = f"{file}: row {row} has {others[0]!r}, which is not a number"
                 raise DataError(said) from error
         raise
 

@@ -31,7 +31,7 @@ def parsed(name: str) -> tuple[str, dict[str, str]]:
     chosen = dict(parse_qsl(query, keep_blank_values=True))
     for key in chosen:
         if key not in CHOICES:
-            raise ConfigError(f"dataset = {name!r}: has no {key!r}{near(key, CHOICES)}")
+            raise ConfigError(f"dataset = {name!r}: has no option {key!r}{near(key, CHOICES)}")
     return place.removeprefix("hf:"), chosen
 
 
@@ -93,7 +93,7 @@ def _splits(
     try:
         splits = datasets.load_dataset(here, chosen.get("subset"))
     except Exception as error:  # the library raises many kinds
-        how = "" if download or folder.is_dir() else "; download=true asks the Hub"
+        how = "" if download or folder.is_dir() else "; to ask the Hub, set download=true"
         raise DataError(f"dataset {name}: {type(error).__name__}: {error}{how}") from error
     for wanted in (chosen.get("train", "train"), *filter(None, [chosen.get("test")])):
         if wanted not in splits:
@@ -107,7 +107,7 @@ def _label_of(name: str, rows: Any) -> str:
     called = [c for c in LABELS if c in rows.column_names]
     if len(classes) != 1 and not called:
         raise DataError(
-            f"dataset {name}: which column is the label? Say so with ?label=…: it has "
+            f"dataset {name}: which column is the label? Name it with ?label=…; there are "
             f"{', '.join(rows.column_names)}"
         )
     return classes[0] if len(classes) == 1 else called[0]

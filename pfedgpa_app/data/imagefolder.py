@@ -39,7 +39,7 @@ def files_below(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[os.
     """
     real = os.path.realpath(folder)
     if real in above:
-        raise DataError(f"{folder}: is a link to a folder that it lies in itself: remove it")
+        raise DataError(f"{folder}: is a link to a folder that contains it: remove it")
     with os.scandir(folder) as entries:
         for entry in filter(_is_there, entries):
             if entry.is_dir():
@@ -61,7 +61,7 @@ def is_image(file: str | Path) -> bool:
     suffix = _suffix(os.fspath(file))
     if suffix in UNREAD:
         raise DataError(
-            f"{file}: images of this kind are not read: save it as PNG or JPEG, or remove it"
+            f"{file}: images of this kind cannot be read: save it as PNG or JPEG, or remove it"
         )
     return suffix in SUFFIXES
 
@@ -95,7 +95,7 @@ def _listing(path: Path, least: int) -> dict[str, list[File]]:
     if alone := [split for split in SPLITS if (path / split).is_dir() and "" in splits]:
         [other] = {*SPLITS} - {*alone}
         raise DataError(
-            f"dataset imagefolder:{path}: has {alone[0]}/ and no {other}/: add it, or name "
+            f"dataset imagefolder:{path}: has {alone[0]}/ but no {other}/: add it, or name "
             f"{path / alone[0]}, whose images are then split by test-share"
         )
     names = _folders(path)
@@ -103,7 +103,7 @@ def _listing(path: Path, least: int) -> dict[str, list[File]]:
     if "" in splits and all(alike.values()):
         raise DataError(
             f"dataset imagefolder:{path}: has {alike['train'][0]}/ and {alike['test'][0]}/, which "
-            "are no classes: name them train and test"
+            "are not classes: rename them train and test"
         )
     listing = {split: _classes_in(path, split) for split in splits}
     for split, files in listing.items():
@@ -120,7 +120,7 @@ def _listing(path: Path, least: int) -> dict[str, list[File]]:
         )
     if "" in listing and len(first) < least:
         raise DataError(
-            f"dataset imagefolder:{path}: has one class, {next(iter(first))}: two are the least"
+            f"dataset imagefolder:{path}: has only one class, {next(iter(first))}: add a second"
         )
     return listing
 
@@ -134,9 +134,9 @@ def _classes_in(path: Path, split: str) -> list[File]:
             images = [file for file in files if is_image(file.path)]
             if files and not images:
                 raise DataError(
-                    f"dataset imagefolder:{path}: the folder {entry} has no image, but "
-                    f"{files[0].name}: images are known by {', '.join(sorted(SUFFIXES))}; "
-                    "put some in, or take the folder away"
+                    f"dataset imagefolder:{path}: the folder {entry} has no image, only "
+                    f"{files[0].name} or the like: images end in {', '.join(sorted(SUFFIXES))}; "
+                    "add some, or remove the folder"
                 )
             for file, size, changed in sorted(map(stamped, images)):
                 found.append((file[start:], entry.name, size, changed))

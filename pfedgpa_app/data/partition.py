@@ -183,16 +183,16 @@ def deal(
         wanted = counts[:, c]
         if wanted.sum() and not len(pool):
             raise ValueError(
-                f"class {name!r} has no {images}, but clients are to hold some: add some, or leave "
+                f"class {name!r} has no {images}, but clients should hold some: add some, or leave "
                 "the class out"
             )
         if wanted.max(initial=0) > len(pool):
             raise ValueError(
-                f"class {name!r}: one client is to hold {wanted.max()} {images}, there are "
+                f"class {name!r}: one client should hold {wanted.max()} {images}, but there are "
                 f"{len(pool)}: lower {split}-per-client"
             )
         if wanted.sum() > len(pool):
-            short.append(f"{wanted.sum()} of {name!r}, there are {len(pool)}")
+            short.append(f"{wanted.sum()} of {name!r} (there are {len(pool)})")
         start = 0
         for client, n in enumerate(wanted):
             dealt[client].append(pool[(start + np.arange(n)) % max(1, len(pool))])
@@ -200,7 +200,7 @@ def deal(
     if short:
         more = f"; and of {len(short) - 3} more classes" if len(short) > 3 else ""
         warn_once(
-            f"some {images} are shared by clients, who are to hold {'; '.join(short[:3])}{more}: "
+            f"some {images} are shared by clients, who should hold {'; '.join(short[:3])}{more}: "
             f"lower {split}-per-client or num-clients to avoid it"
         )
     return [np.sort(np.concatenate(parts)) for parts in dealt]

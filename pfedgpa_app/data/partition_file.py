@@ -80,13 +80,13 @@ def _require_clients(where: str, owners: Mapping[str, int], num_clients: int) ->
     missing = next(client for client in range(last + 2) if client not in named)
     if missing < last:
         raise ConfigError(
-            f"{where}: gives {shown(sample)} to client {last}, and nothing to client {missing}: "
-            "clients are numbered from 0 without a gap"
+            f"{where}: gives {shown(sample)} to client {last}, but nothing to client {missing}: "
+            "number clients from 0 without a gap"
         )
     if missing != num_clients:
         clients = f"clients 0 to {last}" if last else "client 0 alone"
         raise ConfigError(
-            f"{where}: the file names {clients}, and num-clients is {num_clients}: set "
+            f"{where}: the file names {clients}, but num-clients is {num_clients}: set "
             f"num-clients={missing}"
         )
 
@@ -109,10 +109,12 @@ def _require_both_kinds(
         lacks, verb = ("test", "be tested") if len(train) else ("training", "train")
         kind = ("training", "test").index(lacks)
         left = np.delete(names[kind], np.concatenate(splits[kind]))[:3]
-        which = f"as {', '.join(map(repr, left.tolist()))}" if len(left) else "which others hold"
+        which = (
+            f"such as {', '.join(map(repr, left.tolist()))}" if len(left) else "which others hold"
+        )
         why, instead = "", ""
         if not str(names[0][0]).startswith("train/"):  # as where the source has both splits
-            why = " (test-share drew which are which, the same in every run)"
+            why = " (test-share decided which are which, the same in every run)"
             instead = ", or make a test split yourself (docs/own.md)"
         raise ConfigError(
             f"{where}: client {client} would have no image to {verb} on: the file gives it "
@@ -132,20 +134,20 @@ def _read_owners(path: Path, known: Collection[str]) -> dict[str, int]:
     for where, sample, client in _entries(path):
         if not re.fullmatch(r"[0-9]{1,9}", client):
             raise ConfigError(
-                f"{where}: gives {shown(sample)} to {shown(client)}: wanted is the client's "
+                f"{where}: gives {shown(sample)} to {shown(client)}: give the client's "
                 "number, from 0"
             )
         name = _composed(sample)
         if name not in known:
             raise ConfigError(
-                f"{where}: names the sample {shown(sample)}, which the data set has not; it has "
+                f"{where}: names the sample {shown(sample)}, which the data set lacks; it has "
                 f"{', '.join([*known][:3])}, …"
             )
         owner = owners.setdefault(name, int(client))
         if owner != int(client):
             raise ConfigError(
-                f"{where}: gives {shown(sample)} to client {int(client)}, and before to client "
-                f"{owner}: a sample is one client's, delete one of the two"
+                f"{where}: gives {shown(sample)} to client {int(client)}, and earlier to client "
+                f"{owner}: a sample belongs to one client, delete one of the two"
             )
     if not owners:
         raise ConfigError(f"partition = {PARTITION_FILE}{path}: names no sample")
@@ -181,9 +183,9 @@ def _json_entries(where: str, text: str) -> Iterator[Entry]:
     try:
         found = json.loads(text, object_pairs_hook=tuple)  # a dict would hide duplicate keys
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: is no JSON: {error}") from error
+        raise ConfigError(f"{where}: is not valid JSON: {error}") from error
     if not isinstance(found, tuple):
-        raise ConfigError(f'{where}: wants a JSON object, as in {{"cat/1.jpg": 0}}')
+        raise ConfigError(f'{where}: must be a JSON object, as in {{"cat/1.jpg": 0}}')
     for sample, client in found:
         yield where, sample, str(client)
 
@@ -203,12 +205,12 @@ def _csv_entries(where: str, text: str) -> Iterator[Entry]:
         header = [name.strip().lower() for name in next(rows, [])]
         if not {"sample", "client"} <= {*header}:
             raise ConfigError(
-                f"{where}, line 1: has the columns {shown(first)}: wanted are sample and client, "
-                "parted by comma, semicolon or tab; or the file is a JSON object"
+                f"{where}, line 1: has the columns {shown(first)}, but must have sample and "
+                "client, separated by comma, semicolon or tab; or use a JSON object"
             )
         for row in filter(any, rows):
             cells = dict(zip(header, row, strict=False))
             at = f"{where}, line {rows.line_num}"
             yield at, cells.get("sample", ""), cells.get("client", "").strip()
     except csv.Error as error:
-        raise ConfigError(f"{where}, line {rows.line_num}: is no CSV: {error}") from error
+        raise ConfigError(f"{where}, line {rows.line_num}: is not valid CSV: {error}") from error

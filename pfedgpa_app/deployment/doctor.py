@@ -81,7 +81,7 @@ def packages() -> str:
 
 def _examples(node: Node) -> Dataset:
     if node.dataset == NODES:
-        raise NodeError("dataset nodes: name the data set that this node has of its own")
+        raise NodeError("dataset nodes: name this node's own data set")
     try:
         return load(node.dataset, node.data_dir, image_size=node.image_size)
     except (DataError, ValueError) as error:
@@ -112,11 +112,13 @@ def certificate(node: Node) -> str:
     try:
         found = x509.load_pem_x509_certificate(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise NodeError(f"{path}: no certificate: {error}") from error
+        raise NodeError(f"{path}: is not a certificate: {error}") from error
     left = found.not_valid_after_utc - datetime.datetime.now(datetime.UTC)
     if left.total_seconds() < 0:
-        raise NodeError(f"{path}: ended on {found.not_valid_after_utc:%Y-%m-%d}: pfedgpa keys")
-    return f"{path}: good for {left.days} days"
+        raise NodeError(
+            f"{path}: expired on {found.not_valid_after_utc:%Y-%m-%d}: run pfedgpa keys"
+        )
+    return f"{path}: valid for {left.days} days"
 
 
 def key(node: Node) -> str:
@@ -125,9 +127,9 @@ def key(node: Node) -> str:
     try:
         found = load_ssh_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
-        raise NodeError(f"{path}: no private key in OpenSSH's format: {error}") from error
+        raise NodeError(f"{path}: is not a private key in OpenSSH's format: {error}") from error
     if not isinstance(found, ec.EllipticCurvePrivateKey):
-        raise NodeError(f"{path}: Flower takes keys on NIST's curves only: pfedgpa keys")
+        raise NodeError(f"{path}: Flower takes only keys on NIST's curves: run pfedgpa keys")
     if path.stat().st_mode & 0o077:
         raise NodeError(f"{path}: others may read it: chmod 600 {path}")
     return f"{path}: {found.curve.name}"
@@ -152,18 +154,18 @@ def connection(node: Node) -> str:
     """Check that the SuperLink answers, and that the authority vouches for it."""
     found = re.fullmatch(r"(?:\[(.+)\]|([^:]+)):(\d+)", node.superlink)
     if found is None:
-        raise NodeError(f"{node.superlink!r}: wants HOST:PORT")
+        raise NodeError(f"{node.superlink!r}: must be HOST:PORT")
     host, port = found[1] or found[2], int(found[3])
     try:
         with socket.create_connection((host, port), _PATIENCE) as plain:
             if not node.certificates:
-                return f"{node.superlink}: it listens; not encrypted"
+                return f"{node.superlink}: it listens, without encryption"
             context = ssl.create_default_context(cafile=user_path(node.certificates))
             with context.wrap_socket(plain, server_hostname=host) as secure:
                 return f"{node.superlink}: {secure.version()}, a certificate for {host}"
     except ssl.SSLCertVerificationError as error:
         raise NodeError(
-            f"{node.superlink}: its certificate is not good: {error.verify_message}; is it made "
+            f"{node.superlink}: its certificate is not valid: {error.verify_message}; was it made "
             "for this host, by this authority?"
         ) from error
     except ssl.SSLError as error:

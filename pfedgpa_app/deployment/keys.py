@@ -48,9 +48,9 @@ def _host(text: str) -> str:
     try:
         host = text.encode("idna").decode()
     except UnicodeError as error:
-        raise ConfigError(f"--host {text!r}: is no host's name") from error
+        raise ConfigError(f"--host {text!r}: is not a host name") from error
     if not host or set(host) - _IN_HOSTS:
-        raise ConfigError(f"--host {text!r}: is no host's name")
+        raise ConfigError(f"--host {text!r}: is not a host name")
     return host
 
 
@@ -82,7 +82,7 @@ def make(folder: Path, hosts: Sequence[str], nodes: int, days: int = 365) -> lis
     names += [f"node-{i}{end}" for i in range(nodes) for end in ("", ".pub")]
     paths = [folder / name for name in names]
     if there := [path for path in paths if path.exists()]:
-        raise ConfigError(f"{there[0]} exists already: name another folder, or move it away")
+        raise ConfigError(f"{there[0]} already exists: name another folder, or move it away")
     folder.mkdir(parents=True, exist_ok=True)
 
     authority, server = _new_key(), _new_key()

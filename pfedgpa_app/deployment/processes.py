@@ -80,7 +80,7 @@ class Deployment(Flower):
             listed = self.flwr("supernode", "list", CONNECTION)["nodes"]
             if sum(node["status"] == "online" for node in listed) >= len(self.nodes):
                 return
-        raise LaunchError(f"not all of {len(self.nodes)} SuperNodes have connected")
+        raise LaunchError(f"not all {len(self.nodes)} SuperNodes have connected")
 
     def node_log(self, number: int) -> Path:
         """Return the file to which a node's SuperNode and clients write."""

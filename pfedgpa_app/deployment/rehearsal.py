@@ -75,7 +75,7 @@ def prepared(nodes: int, overrides: dict[str, Any]) -> tuple[dict[str, Any], Pat
     config = resolve(settings).config
     if config.num_clients != nodes:
         raise ConfigError(
-            f"num-clients = {config.num_clients}: the rehearsal has --nodes {nodes}, one a client"
+            f"num-clients = {config.num_clients}: the rehearsal has --nodes {nodes}, one per client"
         )
     settings = with_absolute_paths(settings, config)
     folder = run_folder(resolve(settings))
@@ -107,13 +107,13 @@ def rehearse(nodes: int, overrides: dict[str, Any], app: Path = APP_DIR) -> Path
         say(f"keys and certificates for 1 server and {nodes} nodes")
         with Deployment(certificates) as deployment:
             deployment.wait_until_ready()
-            say(f"SuperLink at 127.0.0.1:{deployment.port}, TLS, nodes by their keys")
+            say(f"SuperLink at 127.0.0.1:{deployment.port}, with TLS and nodes known by their keys")
             for node in range(nodes):
                 deployment.register(node)
                 deployment.start_node(node, **node_config(Path(place), node, nodes, config))
             own = config.dataset == NODES
             data = "its own images" if own else f"its part of {config.dataset}"
-            say(f"{nodes} SuperNodes, each with {data}; they take part in about 15 s")
+            say(f"{nodes} SuperNodes, each with {data}; they will take part in about 15 s")
             staged = stage(app, deployment.home / "app", settings)
 
             def run_it(poll: Poll) -> str:
@@ -124,5 +124,5 @@ def rehearse(nodes: int, overrides: dict[str, Any], app: Path = APP_DIR) -> Path
                     said = deployment.node_log(node).read_text(encoding="utf-8", errors="replace")
                     (folder / f"node-{node}.log").write_text(said, encoding="utf-8")
                 raise LaunchError(f"{reason}\nFlower's and the nodes' logs are in {folder}")
-    say("everything is taken down; nothing is left but the results")
+    say("everything is stopped; only the results are left")
     return folder

@@ -76,7 +76,7 @@ def regenerate(
     if mode not in MODES:
         raise ValueError(f"no inversion called {mode!r}; there are {', '.join(MODES)}")
     if not 0 <= strength <= schedule.steps or not 0 <= keep <= 1 or draws < 1:
-        raise ValueError("wants 0 <= strength <= T, 0 <= keep <= 1 and draws >= 1")
+        raise ValueError("must have 0 <= strength <= T, 0 <= keep <= 1 and draws >= 1")
     if strength == 0 and mode != "sample":
         return latents.clone()
 

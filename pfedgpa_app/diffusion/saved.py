@@ -73,7 +73,7 @@ def load(path: Path) -> Distribution:
     try:
         return _from(tensors, json.loads(metadata["distribution"]))
     except (LookupError, TypeError, AttributeError, RuntimeError, ValueError) as error:
-        raise ValueError(f"is not whole: {' '.join(str(error).split())}") from error
+        raise ValueError(f"is damaged: {' '.join(str(error).split())}") from error
 
 
 def statistics(path: Path) -> Tensors:
@@ -96,7 +96,7 @@ def _from(tensors: Tensors, description: dict[str, object]) -> Distribution:
     given: dict[str, Any] = description["settings"]  # type: ignore[assignment]
     known = {field.name for field in fields(DiffusionSettings)}
     if gone := sorted(name for name, value in given.items() if name not in known and value):
-        raise ValueError(f"it was learned with {', '.join(gone)}, which is no setting any more")
+        raise ValueError(f"it was learned with {', '.join(gone)}, which is no longer a setting")
     settings = DiffusionSettings(**{name: given[name] for name in given if name in known})
     autoencoder = _autoencoder(settings, layout, tensors)
     latents, schedule = tensors["latents"], Schedule(settings.diffusion_steps, settings.schedule)

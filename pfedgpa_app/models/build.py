@@ -72,9 +72,9 @@ def classifier_bias(settings: TrainingSettings, schema: Schema) -> str:
     trained = dict(network.named_parameters()).get(bias)
     if bias not in weight_names(network) or trained is None or trained.ndim != 1:
         raise ConfigError(
-            f"logit-adjustment = true: is made to the last layer's bias, and the network's "
-            f"({type(head_of(network)).__name__}) has none that is trained: give it one, or head= "
-            "names another layer"
+            f"logit-adjustment = true: changes the last layer's bias, but the network's last layer "
+            f"({type(head_of(network)).__name__}) has none that is trained: give it one, or name "
+            "another layer by head="
         )
     return bias
 
@@ -125,8 +125,8 @@ def _check_alike(made: nn.Module, again: nn.Module, model: str) -> None:
     odd = [name for name in before if name not in after or not _alike(before[name], after[name])]
     if odd or len(after) > len(before):
         raise ConfigError(
-            f"model = {model!r}: makes another network each time ({', '.join(odd[:3])}): fix the "
-            "seed of what it draws by a generator of its own, as in default_rng(0)"
+            f"model = {model!r}: makes a different network each time ({', '.join(odd[:3])}): fix "
+            "the seed of what it draws with a generator of its own, as in default_rng(0)"
         )
 
 
@@ -145,9 +145,9 @@ def _made(model: str, code_dir: str, schema: Schema) -> nn.Module:
     if model == "auto":
         if schema.tokens or len(shape) not in (1, 3):
             what = "whole numbers" if schema.tokens else f"examples of shape {list(shape)}"
-            floats = "make floats of what is measured or counted, or " if schema.tokens else ""
+            floats = "convert measurements and counts to floats, or " if schema.tokens else ""
             raise ConfigError(
-                f"model = auto: no network of ours takes {what}: {floats}give your own, "
+                f"model = auto: no built-in network takes {what}: {floats}give your own, "
                 "model=MODULE:CALLABLE (docs/own.md)"
             )
         model = SHAPES.get(shape) or ("mlp" if len(shape) == 1 else "conv")
@@ -160,7 +160,7 @@ def _made(model: str, code_dir: str, schema: Schema) -> nn.Module:
     if shape != fitting:
         wanted, found = ("×".join(map(str, s)) for s in (fitting, shape))
         raise ConfigError(
-            f"model = {model}: takes images of {wanted}, and these are {found}: model=auto takes "
+            f"model = {model}: takes images of {wanted}, but these are {found}: model=auto takes "
             "any size"
         )
     return NETWORKS[model](classes)
@@ -182,7 +182,7 @@ def _torchvisions(model: str, classes: int) -> nn.Module:
 def _own(model: str, code_dir: str, classes: int, shape: tuple[int, ...]) -> nn.Module:
     build = imported(model, code_dir, "model")
     if not callable(build):
-        raise ConfigError(f"model = {model!r}: is a {type(build).__name__}, no callable")
+        raise ConfigError(f"model = {model!r}: is a {type(build).__name__}, not a callable")
     try:
         inspect.signature(build).bind(classes, shape)
     except TypeError as error:
@@ -264,7 +264,7 @@ def _used_in_order(network: nn.Module, model: str, schema: Schema) -> list[str]:
         raise ConfigError(f"model = {model!r}: has no parameter that is trained")
     odd = [n for n, p in trained.items() if not p.is_floating_point()]
     if odd:
-        raise ConfigError(f"model = {model!r}: {odd[0]} is trained and not floating-point")
+        raise ConfigError(f"model = {model!r}: {odd[0]} is trained but not floating-point")
     try:
         gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
     except RuntimeError as error:
@@ -273,7 +273,7 @@ def _used_in_order(network: nn.Module, model: str, schema: Schema) -> list[str]:
     if idle:
         raise ConfigError(
             f"model = {model!r}: {', '.join(idle[:3])} takes no part in its output: leave it out, "
-            "or freeze it by requires_grad_(False)"
+            "or freeze it with requires_grad_(False)"
         )
     return list(dict.fromkeys(used))
 
@@ -297,9 +297,9 @@ def _check_alone(network: nn.Module, examples: Tensor, model: str, classes: int)
     alone = _logits(network, examples[1:], model, classes)
     if torch.equal(both, again) and not torch.allclose(both[1:], alone, rtol=1e-2, atol=1e-3):
         raise ConfigError(
-            f"model = {model!r}: in eval() mode its output for an example is another beside "
-            "others than alone: it mixes a batch's examples. torch's recurrent layers and "
-            "attention want batch_first=True, and examples as [batch, steps, features]"
+            f"model = {model!r}: in eval() mode its output for an example depends on the "
+            "others beside it: it mixes a batch's examples. torch's recurrent layers and "
+            "attention need batch_first=True, and examples as [batch, steps, features]"
         )
 
 
@@ -315,17 +315,17 @@ def _logits(network: nn.Module, examples: Tensor, model: str, classes: int) -> T
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise ConfigError(
-            f"model = {model!r}: returns {kind} in {'training' if network.training else 'eval'}() "
-            "mode, where one floating-point tensor of logits is wanted"
+            f"model = {model!r}: returns {kind} in {'train' if network.training else 'eval'}() "
+            "mode, but must return one floating-point tensor of logits"
         )
     if logits.shape != (len(examples), classes):
         raise ConfigError(
-            f"model = {model!r}: of {number} it makes an output of shape {list(logits.shape)}, and "
-            f"{classes} classes want [{len(examples)}, {classes}]"
+            f"model = {model!r}: for {number} its output is of shape {list(logits.shape)}, but "
+            f"{classes} classes need [{len(examples)}, {classes}]"
         )
     if bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()):
         raise ConfigError(
-            f"model = {model!r}: returns probabilities, where logits are wanted: leave its last "
-            "softmax out, the loss has one"
+            f"model = {model!r}: returns probabilities, but must return logits: leave out its last "
+            "softmax, the loss has one"
         )
     return logits

@@ -142,7 +142,7 @@ def order_weights(network: nn.Module, used: list[str], head: str) -> None:
             raise ConfigError(f"head = {head!r}: nothing of that module is trained")
         if len(several := [module_of(layer[0]) for layer in layers(last)]) > 1:
             raise ConfigError(
-                f"head = {head!r}: the head is one layer, and that module has {len(several)}: "
+                f"head = {head!r}: the head must be one layer, but that module has {len(several)}: "
                 f"{', '.join(several)}; name one: head={several[-1]}"
             )
         names = [name for name in names if name not in last] + last

@@ -71,7 +71,7 @@ def slow_precision(config: TrainingSettings) -> str:
     if config.precision != "bfloat16" or not bfloat16_is_emulated(device_for(config.device)):
         return ""
     return (
-        "precision = bfloat16: this CPU has no instructions for it, training may take ten times "
+        "precision = bfloat16: this CPU has no instructions for it, so training may take ten times "
         "as long as with precision=float32"
     )
 
@@ -168,7 +168,7 @@ def no_step_on_one(network: nn.Module) -> str:
     """Say why ``network``, trained as a whole, takes no step on one example; "" if it does."""
     to_train(network)
     if layers := by_batch(network):
-        return f"{layers[0]} takes no step on one example, of which there is no variance"
+        return f"{layers[0]} cannot take a step on one example, which has no variance"
     return ""
 
 

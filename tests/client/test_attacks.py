@@ -197,7 +197,7 @@ class TestAttacks:
             attack_strength=8.0,
         )
         said = [e["text"] for e in records(folder, "events.jsonl")]
-        assert "attack-strength is without effect: attack = label-flip has none" in said
+        assert "attack-strength is without effect: attack = label-flip has no strength" in said
 
 
 class TestDefences:

@@ -104,7 +104,10 @@ class TestRefusals:
             ({"method": "fedavg,fedavg"}, ["method", "twice"]),
             ({"dataset": "imagenet"}, ["dataset", "imagenet", "fashion-mnist"]),
             ({"classes": "cat,dog"}, ["classes", "dataset = nodes", "digits"]),
-            ({"classes": "cat,cat", "dataset": "nodes"}, ["classes", "of different names"]),
+            (
+                {"classes": "cat,cat", "dataset": "nodes"},
+                ["classes", "two or more different"],
+            ),
             ({"partition": "iid", "dataset": "nodes"}, ["partition", "every node has its own"]),
             ({"dataset": "fashon-mnist"}, ["dataset", "did you mean fashion-mnist?"]),
             ({"engine": "proces"}, ["engine", "did you mean process?"]),
@@ -115,11 +118,14 @@ class TestRefusals:
             ({"rounds": 3}, ["rounds", "did you mean num-server-rounds?"]),
             ({"method": "FedAvg-FT (tuned)"}, ["method", "did you mean fedavg-ft-tuned?"]),
             ({"zzz": 1}, ["zzz", "no such setting. All settings: pfedgpa settings"]),
-            ({"seed": "0,1"}, ["a whole number; for several, pfedgpa sweep --over seed=0,1"]),
+            (
+                {"seed": "0,1"},
+                ["whole number; for several values, use pfedgpa sweep --over seed=0,1"],
+            ),
             ({"learning-rate": [0.1, 0.2]}, ["sweep --over learning-rate=0.1,0.2"]),
             ({"seed": 2**63}, ["seed", "<= 9223372036854775807"]),
             ({"seed": 10**400}, ["seed", "…", "<= 9223372036854775807"]),
-            ({"learning-rate": 10**400}, ["learning-rate", "wants a number"]),
+            ({"learning-rate": 10**400}, ["learning-rate", "must be a number"]),
             ({"num-clients": 10**12}, ["num-clients", "<= 1000000"]),
             ({"dirichlet-alpha": 1e300}, ["dirichlet-alpha", "<= 1000000"]),
             ({"learning-rate": 0}, ["learning-rate", "0", "> 0"]),
@@ -144,7 +150,7 @@ class TestRefusals:
             ({"attack": "scale", "num-clients": 2, "join-clients": 3}, ["join-clients = 3"]),
             (
                 {"attack": "sign-flip", "num-clients": 4},
-                ["attack = sign-flip", "0.1 of 4 clients is nobody", "malicious-share=0.25 makes"],
+                ["attack = sign-flip", "0.1 of 4 clients makes none", "malicious-share=0.25 makes"],
             ),
             (
                 {"attack": "scale", "num-clients": 10, "join-clients": 7},
@@ -173,7 +179,7 @@ class TestRefusals:
             ),
             (
                 {"dropout-share": 0.1, "num-clients": 4},
-                ["dropout-share = 0.1", "round's 4 clients", "nobody", "dropout-share=0.25"],
+                ["dropout-share = 0.1", "none of a round's 4 clients", "dropout-share=0.25"],
             ),
             (
                 {"straggler-share": 0.1, "fraction-train": 0.3},
@@ -224,23 +230,26 @@ class TestRefusals:
             (b"a: [1,", "line 1: not valid YAML"),
             (b"- 1", "must map settings"),
             (b"text", "must map settings"),
-            ("method: é".encode("latin-1"), "is not text in UTF-8"),
-            ("method: fedavg".encode("utf-16"), "is not text in UTF-8"),
+            ("method: é".encode("latin-1"), "is not UTF-8 text"),
+            ("method: fedavg".encode("utf-16"), "is not UTF-8 text"),
             (b"a: &a [*a]", "line 1: not valid YAML: found unconstructable recursive node"),
             (b"&a\nmethod: *a", "recursive"),
             (b"a: " + b"[" * 5000, "nested too deeply"),
             (b"seed: " + b"9" * 400, "must be >= 0 and <= 9223372036854775807"),
             (b"seed: " + b"9" * 5000, "a value cannot be read"),
-            (b"seed: 2026-11-26", "wants a whole number"),
+            (b"seed: 2026-11-26", "must be a whole number"),
             (b"run-name: 2026-13-45", "a value cannot be read"),
-            (b"run-name: 2026-11-26", "wants text; put it in quotes"),
+            (b"run-name: 2026-11-26", "must be text; put it in quotes"),
             (b'out-dir: "a\\0b"', "NUL"),
             (b"seed:", "seed = None"),
             (b"1: 2", "no such setting"),
             (b"[1, 2]: 3", "a key must be text"),
             (b"seed: !!python/object:os.system 1", "not valid YAML"),
-            (b"seed: 1\nmethod: local\nseed: 2", "line 3: not valid YAML: seed stands here and in"),
-            (b"pfedgpa: {rank: 1, rank: 2}", "rank stands here and in line 1"),
+            (
+                b"seed: 1\nmethod: local\nseed: 2",
+                "line 3: not valid YAML: seed is given here and",
+            ),
+            (b"pfedgpa: {rank: 1, rank: 2}", "rank is given here and in line 1"),
             (b"pfedgpa.rank: 1\npfedgpa: {rank: 2}", "pfedgpa.rank .* is given twice"),
         ],
         ids=lambda value: repr(value)[:30],
@@ -258,7 +267,7 @@ class TestRefusals:
     ) -> None:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "folder.yaml").mkdir()
-        with pytest.raises(ConfigError, match=r"no file .*Experiments: .*demo"):
+        with pytest.raises(ConfigError, match=r"(no file|not a file).*Experiments: .*demo"):
             resolve({"conf": conf})
 
     def test_a_file_that_is_not_there(
@@ -272,8 +281,8 @@ class TestRefusals:
         for conf, said in (
             ("y/nofile.yaml", f"no file there, nor below {APP_DIR}"),
             (absolute, "no file there"),
-            ("folder.yaml", "no file but a folder"),
-            ("mine.txt", "no file whose name ends in .yaml or .yml"),
+            ("folder.yaml", "is a folder, not a file"),
+            ("mine.txt", "is a file, but its name does not end in .yaml or .yml"),
             ("nowhere", f"no file of that name in {APP_DIR / 'conf'}"),
         ):
             with pytest.raises(ConfigError) as refusal:
@@ -293,9 +302,9 @@ class TestRefusals:
         assert cli.main(["run", "dataset=cifar10", f"data-dir={tmp_path}"]) == 2
         assert "download=true" in capsys.readouterr().err
         assert cli.main(["run", "model=cifar"]) == 2
-        assert "takes images of 3×32×32, and these are 1×8×8" in capsys.readouterr().err
+        assert "takes images of 3×32×32, but these are 1×8×8" in capsys.readouterr().err
         assert cli.main(["run", "train-per-client=100000"]) == 2
-        assert "class '0': one client is to hold" in capsys.readouterr().err
+        assert "class '0': one client should hold" in capsys.readouterr().err
         assert cli.main(["run", "uploads=nowhere", "method=fedavg"]) == 2
         assert "no such file" in capsys.readouterr().err
         assert cli.main(["run", "start-from=nowhere"]) == 2
@@ -527,6 +536,6 @@ def test_settings_without_effect_are_told(settings: dict[str, Any], idle: int) -
 
 def test_nothing_is_tuned_by_no_image() -> None:
     few = {"train-per-client": 4, "fine-tune-grid-epochs": 3, "validation-share": 0.1}
-    with pytest.raises(ConfigError, match=r"validation-share = 0\.1 puts nothing aside"):
+    with pytest.raises(ConfigError, match=r"validation-share = 0\.1 of .* sets no image aside"):
         resolve(few)
     assert resolve(few | {"train-per-client": 5, "validation-share": 0.2})

@@ -97,7 +97,7 @@ class TestPartition:
         [said] = caplog.messages  # once, in one line, three of the classes by name
         assert said.count("there are 5000") == 3
         assert "; and of 2 more classes: lower" in said
-        assert "training images are shared by clients, who are to hold 7600 of 'a', there" in said
+        assert "training images are shared by clients, who should hold 7600 of 'a' (there" in said
         assert "lower train-per-client or num-clients" in said
         assert used[LABELS[: len(used)] % 2 == 1].max() == 1
         assert used.max() == 2
@@ -221,10 +221,14 @@ class TestPartition:
             (
                 "train",
                 5,
-                "'cat': one client is to hold 6 training images, there are 5: lower train-",
+                "'cat': one client should hold 6 training images, but there are 5: lower train-",
             ),
-            ("test", 5, "'cat': one client is to hold 6 test images, there are 5: lower test-"),
-            ("test", 0, "'cat' has no test images, but clients are to hold some: add some"),
+            (
+                "test",
+                5,
+                "'cat': one client should hold 6 test images, but there are 5: lower test-",
+            ),
+            ("test", 0, "'cat' has no test images, but clients should hold some: add some"),
         ],
     )
     def test_one_client_cannot_hold_more_than_there_is(
@@ -487,8 +491,8 @@ class TestDatasets:
             ("train/cat/9.png", "nowhere.png", "train/cat/9.png cannot be read: No such file"),
             ("test/dog/9.png", "9.png", "test/dog/9.png cannot be read: Too many levels"),
             ("train/cow", "nowhere", "train/cow cannot be read: No such file"),
-            ("train/cat/up", "..", "train/cat/up: is a link to a folder that it lies in"),
-            ("train/cat/self", ".", "train/cat/self: is a link to a folder that it lies in"),
+            ("train/cat/up", "..", "train/cat/up: is a link to a folder that contains it"),
+            ("train/cat/self", ".", "train/cat/self: is a link to a folder that contains it"),
         ],
     )
     def test_links_that_lead_nowhere_are_named(
@@ -497,7 +501,7 @@ class TestDatasets:
         root = make_images(tmp_path / "own")
         (root / link).symlink_to(to)
         if to == "..":
-            said = "train/cat/up/cat: is a link to a folder that it lies in"
+            said = "train/cat/up/cat: is a link to a folder that contains it"
         with pytest.raises(DataError, match=said):
             load(f"imagefolder:{root}", "")
 
@@ -532,8 +536,11 @@ class TestDatasets:
     @pytest.mark.parametrize(
         ("name", "said"),
         [
-            ("train/cat/9.HEIC", "train/cat/9.HEIC: images of this kind are not read: save it as"),
-            ("train/cow/0.xcf", r"the folder .*train/cow has no image, but 0.xcf: .*\.png.* put"),
+            (
+                "train/cat/9.HEIC",
+                "train/cat/9.HEIC: images of this kind cannot be read: save it",
+            ),
+            ("train/cow/0.xcf", r"the folder .*train/cow has no image, only 0.xcf .*\.png.* add"),
         ],
     )
     def test_images_that_would_be_missing_are_named(
@@ -570,7 +577,7 @@ class TestDatasets:
             (tmp_path / name).mkdir()
             for i in range(count):
                 Image.new("L", (4, 4)).save(tmp_path / name / f"{i}.png")
-        with pytest.raises(DataError, match="class dog has one example"):
+        with pytest.raises(DataError, match="class dog has only one example"):
             load(f"imagefolder:{tmp_path}", "")
 
     @pytest.mark.parametrize("side", [10_000, 14_000])  # where Pillow warns, and where it refuses
@@ -739,7 +746,7 @@ class TestDatasets:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
         data = load(f"imagefolder:{make_images(tmp_path / 'own')}", "")
         assert data.train_images.shape == (8, 3, 32, 32)
-        assert "cannot be kept there" in caplog.text
+        assert "cannot be cached there" in caplog.text
 
     def test_fashion_mnist(self, fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         data = load("fashion-mnist", str(fashion_mnist))
@@ -781,7 +788,7 @@ def test_tokens_of_a_file_are_whole_numbers(tmp_path: Path) -> None:
     file.write_text("1,2,3\n4,5,6.0\n")
     assert examples([file], schema, resize=False)[1].tolist() == [[1, 2, 3], [4, 5, 6]]
     file.write_text("1,2,3\n4,1.7,6\n")
-    with pytest.raises(DataError, match=r"words.csv: has 1.7, and the network takes whole numbers"):
+    with pytest.raises(DataError, match=r"words.csv: has 1.7, but the network takes whole numbers"):
         examples([file], schema, resize=False)
 
 

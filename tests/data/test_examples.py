@@ -28,7 +28,7 @@ def test_rows_of_a_table_with_names_or_without(tmp_path: Path) -> None:
 def test_a_cell_that_is_no_number_is_named(tmp_path: Path, cell: str, said: str) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text(f"age,height,weight\n1,2,3\n4,{cell},6\n")
-    with pytest.raises(DataError, match=f"rows.csv: {said}: wanted are numbers"):
+    with pytest.raises(DataError, match=f"rows.csv: {said}, which is not a number"):
         examples([rows], THREE, resize=False)
 
 
@@ -38,7 +38,7 @@ def test_a_file_of_no_numbers_is_refused(tmp_path: Path) -> None:
     np.save(words, np.array([["a", "b", "c"]]))
     with pytest.raises(DataError, match=r"garbled\.npz: cannot be read"):
         examples([garbled], THREE, resize=False)
-    with pytest.raises(DataError, match=r"words\.npy: holds <U1, and the network takes numbers"):
+    with pytest.raises(DataError, match=r"words\.npy: holds <U1, but the network takes numbers"):
         examples([words], THREE, resize=False)
 
 
@@ -64,7 +64,7 @@ class TestColumnsByName:
         [
             ("age,hieght,2020\n1,2,3\n", "has no column 'height'; did you mean hieght?"),
             ("age,height,age,2020\n1,2,3,4\n", "has more than one column 'age'"),
-            ("age,height,2020\n1,2,3\n4,5\n", "row 2 has 2 cells, and there are 3 columns"),
+            ("age,height,2020\n1,2,3\n4,5\n", "row 2 has 2 cells, but there are 3 columns"),
         ],
     )
     def test_what_cannot_be_matched_is_refused(self, tmp_path: Path, text: str, said: str) -> None:

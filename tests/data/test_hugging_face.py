@@ -102,7 +102,7 @@ def test_a_run_by_its_users(hub: Path) -> None:
         ("hf:people/letters?label=kin", "no column kin.*kind"),
         ("hf:people/letters?label=kind&input=pictur", "no column pictur.*picture"),
         ("hf:people/letters?label=kind&train=trai", "no split trai.*train"),
-        ("hf:nobody/nothing", "download=true asks the Hub"),
+        ("hf:nobody/nothing", "to ask the Hub, set download=true"),
     ],
 )
 def test_refusals(hub: Path, name: str, words: str) -> None:
@@ -111,5 +111,5 @@ def test_refusals(hub: Path, name: str, words: str) -> None:
 
 
 def test_an_unknown_choice(hub: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no 'lable'.*label"):
+    with pytest.raises(ConfigError, match=r"no option 'lable'.*label"):
         load("hf:people/letters?lable=kind", "")

@@ -61,21 +61,21 @@ class TestPartitionFile:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            ('{"cat/99.png": 0}', "names the sample 'cat/99.png', which the data set has not"),
+            ('{"cat/99.png": 0}', "names the sample 'cat/99.png', which the data set lacks"),
             (
                 '{"cat/0.png": 0, "cat/1.png": 2}',
-                "gives 'cat/1.png' to client 2, and nothing to client 1: clients are numbered from",
+                "gives 'cat/1.png' to client 2, but nothing to client 1: number clients from",
             ),
             ('{"cat/0.png": 0, "cat/1.png": 1, "cat/2.png": 2}', "clients 0 to 2, .*num-clients=3"),
-            ('{"cat/0.png": 0}', "client 0 alone, and num-clients is 2: set num-clients=1"),
-            ('{"cat/0.png": "me"}', "gives 'cat/0.png' to 'me': wanted is the client's number"),
-            ('{"cat/0.png": true}', "gives 'cat/0.png' to 'True': wanted is the client's number"),
-            ("[1]", "wants a JSON object"),
-            ("{1", "is no JSON: .*line 1"),
+            ('{"cat/0.png": 0}', "client 0 alone, but num-clients is 2: set num-clients=1"),
+            ('{"cat/0.png": "me"}', "gives 'cat/0.png' to 'me': give the client's number"),
+            ('{"cat/0.png": true}', "gives 'cat/0.png' to 'True': give the client's number"),
+            ("[1]", "must be a JSON object"),
+            ("{1", "is not valid JSON: .*line 1"),
             ("{}", "names no sample"),
             (
                 '{"cat/0.png": 0, "cat/1.png": 1, "cat/0.png": 1}',
-                "gives 'cat/0.png' to client 1, and before to client 0: a sample is one client's",
+                "gives 'cat/0.png' to client 1, and earlier to client 0: a sample belongs to one",
             ),
             (None, "cannot be read: No such file"),
         ],
@@ -91,7 +91,7 @@ class TestPartitionFile:
         Path("who.json").write_text('{"cat/0.png": 0, "cat/1.png": 1}')
         words = ["dataset=imagefolder:photos", "partition=file:who.json"]
         assert cli.main(["partition", *words]) == 2
-        said = "the file names clients 0 to 1, and num-clients is 10: set num-clients=2"
+        said = "the file names clients 0 to 1, but num-clients is 10: set num-clients=2"
         assert said in capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ class TestPartitionFile:
                 "line 4: gives 'cat/0.png' ",
             ),
             (b"sample,client\ncat/0.png,0\ncow/0.png,0\n", "line 3: names the sample 'cow/0.png'"),
-            (b"sample;client\ncat/0.png;eins\n", "line 2: gives 'cat/0.png' to 'eins': wanted is"),
-            (b"sample,client\ncat/0.png\n", "line 2: gives 'cat/0.png' to '': wanted is"),
-            (b"sample,client\ncat/0.png,-1\n", "line 2: gives 'cat/0.png' to '-1': wanted is"),
-            (b"file,client\ncat/0.png,0\n", "line 1: has the columns 'file,client': wanted are"),
-            (b"", "line 1: has the columns '': wanted are sample and client"),
-            (b'sample,client\n"cat/0.png,0\n', "line 2: is no CSV: unexpected end"),
+            (b"sample;client\ncat/0.png;eins\n", "line 2: gives 'cat/0.png' to 'eins': give the"),
+            (b"sample,client\ncat/0.png\n", "line 2: gives 'cat/0.png' to '': give the"),
+            (b"sample,client\ncat/0.png,-1\n", "line 2: gives 'cat/0.png' to '-1': give the"),
+            (b"file,client\ncat/0.png,0\n", "line 1: has the columns 'file,client', but must have"),
+            (b"", "line 1: has the columns '', but must have sample and client"),
+            (b'sample,client\n"cat/0.png,0\n', "line 2: is not valid CSV: unexpected end"),
             ("sample,client\ncat/ä.png,0\n".encode("latin-1"), "line 2: is not in UTF-8: save it"),
             ("sample,client\ncat/0.png,0\n".encode("utf-16"), "line 1: is not in UTF-8: save it"),
         ],
@@ -144,7 +144,7 @@ class TestPartitionFile:
             held = {*data.train_samples[split.train], *data.test_samples[split.test]}
             assert f"cat/{name}{j}.png" in held
         Path("who.json").write_text(json.dumps(owners | {f"cat/{one}0.png": 1}))
-        with pytest.raises(ConfigError, match=r"0.png' to client 1, and before to client 0"):
+        with pytest.raises(ConfigError, match=r"0.png' to client 1, and earlier to client 0"):
             load_partition(by("who.json"))
 
     def test_samples_that_look_alike_are_refused(self, here: Path) -> None:
@@ -165,12 +165,14 @@ class TestPartitionFile:
             owners = dict.fromkeys(mine[:3].tolist(), 0) | {mine[3]: 1, few[0]: 1}
             Path("who.json").write_text(json.dumps(owners))
             kind = "test" if mine is train else "training"
-            said += rf" samples \(test-share drew .*: give it a {kind} sample, as '{few[1]}', "
+            said += r" samples \(test-share decided .*: "
+            said += f"give it a {kind} sample, such as '{few[1]}', "
             with pytest.raises(ConfigError, match=f"{said}.* make a test split yourself"):
                 load_partition(by("who.json"))
         Path("who.json").write_text('{"train/0": 0, "train/1": 1, "test/0": 1}')
         said = (
-            "gives it 1 training and 0 test samples: give it a test sample, as 'test/1', 'test/2'"
+            "gives it 1 training and 0 test samples: give it a test sample, "
+            "such as 'test/1', 'test/2'"
         )
         with pytest.raises(ConfigError, match=said) as refused:
             load_partition(by("who.json", dataset="digits"))

@@ -198,7 +198,9 @@ class TestOwnData:
         grid.tamper = read_anew
         self.start(grid)
         assert len(failed) >= 4  # two rounds of training and evaluation
-        assert all(f"dataset {sources[1]}: is not what this node has" in why for why in failed)
+        assert all(
+            f"dataset {sources[1]}: differs from what this node has" in why for why in failed
+        )
         assert {m["client"] for m in grid.received} == {0}
 
     def test_too_few_nodes(self, tmp_path: Path) -> None:
@@ -465,7 +467,7 @@ class TestKeys:
         before = (tmp_path / "k" / "node-0").read_bytes()
         assert before != (tmp_path / "k" / "node-1").read_bytes()
         assert cli.main(words) == 2
-        assert "exists already" in capsys.readouterr().err
+        assert "already exists" in capsys.readouterr().err
         assert (tmp_path / "k" / "node-0").read_bytes() == before
 
 
@@ -498,12 +500,12 @@ class TestDoctor:
         ("node", "check", "says"),
         [
             ({"dataset": "imagefolder:/nowhere"}, "data", "no folder"),
-            ({"dataset": "nodes"}, "data", "name the data set that this node has of its own"),
+            ({"dataset": "nodes"}, "data", "name this node's own data set"),
             ({"superlink": f"{'x' * 300}:1"}, "connection", "cannot be reached"),
             ({"superlink": "nowhere"}, "connection", "HOST:PORT"),
             ({"superlink": "127.0.0.1:9"}, "connection", "cannot be reached"),
-            ({"key": "/nowhere"}, "key", "no private key"),
-            ({"certificates": "/nowhere"}, "certificate", "no certificate"),
+            ({"key": "/nowhere"}, "key", "is not a private key"),
+            ({"certificates": "/nowhere"}, "certificate", "is not a certificate"),
             ({"state_dir": f"{__file__}/nowhere"}, "state-dir", "cannot be written"),
         ],
     )
@@ -549,7 +551,7 @@ def test_no_more_sites_are_rehearsed_than_begin_or_are_clients(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"--nodes 1000: at most \d+ on this machine's \d+ cores"):
         rehearse(1000, {})
-    with pytest.raises(ConfigError, match=r"num-clients = 5: .* --nodes 3, one a client"):
+    with pytest.raises(ConfigError, match=r"num-clients = 5: .* --nodes 3, one per client"):
         rehearse(3, {"num-clients": 5})
     assert not list(tmp_path.iterdir())
 

@@ -612,11 +612,11 @@ class TestSaved:
         with pytest.raises(ValueError, match="cannot be read"):
             load(tmp_path / "text")
         save_file({"anchor": torch.zeros(2)}, tmp_path / "other.safetensors")
-        with pytest.raises(ValueError, match="format None"):
+        with pytest.raises(ValueError, match="its format is None"):
             load(tmp_path / "other.safetensors")
         described = {"format": "pfedgpa-distribution-1", "distribution": '{"tensors": []}'}
         save_file({"anchor": torch.zeros(2)}, tmp_path / "half.safetensors", described)
-        with pytest.raises(ValueError, match="is not whole"):
+        with pytest.raises(ValueError, match="is damaged"):
             load(tmp_path / "half.safetensors")
 
     @pytest.mark.parametrize(
@@ -636,7 +636,7 @@ class TestSaved:
         with safe_open(tmp_path / "d.safetensors", "pt") as file:
             tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
             save_file(tensors | {name: damaged}, tmp_path / "bad.safetensors", file.metadata())
-        with pytest.raises(ValueError, match=r"is not (whole|finite)"):
+        with pytest.raises(ValueError, match=r"is (damaged|not finite)"):
             load(tmp_path / "bad.safetensors")
 
 

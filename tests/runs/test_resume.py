@@ -594,7 +594,7 @@ class TestStopped:
         [folder] = (tmp_path / "my results").iterdir()
         stopped, again = capsys.readouterr().err.splitlines()
         assert stopped == f"stopped: results so far are in {folder}"
-        assert again.startswith("to go on: pfedgpa run num-clients=4 ")
+        assert again.startswith("to continue: pfedgpa run num-clients=4 ")
         given: list[Any] = []
 
         def stop(*arguments: Any) -> str:
@@ -602,7 +602,7 @@ class TestStopped:
             return self.stop()
 
         monkeypatch.setattr("pfedgpa_app.runs.launcher.local.run", stop)
-        repeated = shlex.split(again.removeprefix("to go on: pfedgpa "))
+        repeated = shlex.split(again.removeprefix("to continue: pfedgpa "))
         assert cli.main(repeated) == 130
         config = resolve(given[0][1]).config
         assert (config.resume, config.run_name, config.num_clients) == (True, folder.name, 4)
@@ -627,7 +627,7 @@ class TestStopped:
         assert cli.main(words) == 130
         assert capsys.readouterr().err.splitlines() == [
             f"stopped: results so far are in {tmp_path / 'out'}",
-            f"to go on: pfedgpa {shlex.join(words)}",
+            f"to continue: pfedgpa {shlex.join(words)}",
         ]
 
     def test_a_run_that_goes_on_shows_what_is_new(self, tmp_path: Path) -> None:

@@ -197,7 +197,9 @@ class TestExport:
             before = Path(out).read_bytes()
             assert cli.main([*words, *more]) == 2
             said = capsys.readouterr().err
-            assert said == f"pfedgpa: {out}: exists: give --out another name, or remove it\n"
+            assert said == (
+                f"pfedgpa: {out}: already exists: give --out another name, or remove it\n"
+            )
             assert Path(out).read_bytes() == before
 
 

@@ -413,7 +413,7 @@ class TestTune:
         ("given", "why"),
         [
             ({"validation-share": 0.0}, "must be > 0"),
-            ({"train-per-client": 2}, "puts nothing aside"),
+            ({"train-per-client": 2}, "sets no image aside"),
         ],
     )
     def test_what_has_no_images_to_choose_by_is_refused_before_it_runs(

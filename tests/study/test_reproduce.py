@@ -192,14 +192,14 @@ def test_hidden_groups_are_where_the_partition_has_some() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["conf=demo"], "is the map's own to say"),
+        (["conf=demo"], "cannot be set; the map sets it"),
         (["seed=3"], "use --seeds"),
-        (["--seeds", "0,x"], "wants whole numbers by commas"),
+        (["--seeds", "0,x"], "must be whole numbers separated by commas"),
         (["dataset=mnist"], "use --data"),
         (["--data", "mnist=here"], "NAME one of cifar10"),
-        (["--only", "cifar100"], "no place of the map has it"),
-        (["--quick", "--only", "cifar10"], "no place of the map, as it is with --quick, has it"),
-        (["--methods", "fedavg,fedx"], "--methods: fedx: the map has fedavg, "),
+        (["--only", "cifar100"], "no place of the map matches; there are "),
+        (["--quick", "--only", "cifar10"], "no place of the map with --quick matches; there are "),
+        (["--methods", "fedavg,fedx"], "--methods: fedx: not in the map, which has fedavg, "),
     ],
 )
 def test_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,7 +215,7 @@ def test_what_a_table_is_laid_out_by_is_its_own(
     study: str, setting: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["reproduce", study, setting]) == 2
-    assert f"{setting.partition('=')[0]}: is the " in capsys.readouterr().err
+    assert f"{setting.partition('=')[0]}: cannot be set; the " in capsys.readouterr().err
 
 
 def test_the_map_s_figure_has_all_that_is_kept() -> None:

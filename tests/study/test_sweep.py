@@ -255,7 +255,7 @@ def test_what_cannot_run_is_refused_before_anything_starts(
     monkeypatch.chdir(tmp_path)
     for arguments, words in (
         (["--over", "sed=1"], "did you mean seed?"),
-        (["--over", "seed=1,x"], "wants a whole number"),
+        (["--over", "seed=1,x"], "must be a whole number"),
         ([], "nothing to sweep over"),
         (["--over", "num-server-rounds=2,3"], "num-server-rounds=2: the sweep varies it over 2, 3"),
         (["--over", "seed=1", "--jobs", "0"], "--jobs 0"),
@@ -264,7 +264,7 @@ def test_what_cannot_run_is_refused_before_anything_starts(
         assert cli.main(command(*arguments)[3:]) == 2, arguments
         assert words in capsys.readouterr().err
     assert cli.main(["sweep", "--over", "train-per-client=60,90000", "--out", "out"]) == 2
-    assert "one client is to hold" in capsys.readouterr().err
+    assert "one client should hold" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

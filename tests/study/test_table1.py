@@ -130,9 +130,9 @@ def test_a_whole_name_is_one_place(only: str, meant: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--methods", "cfl"], "--methods: cfl: the table has local, fedavg, "),
+        (["--methods", "cfl"], "--methods: cfl: not in the table, which has local, fedavg, "),
         (["--only", "cifar10-30"], "no place of the table"),
-        (["num-clients=20"], "is the table's own to say"),
+        (["num-clients=20"], "cannot be set; the table sets it"),
     ],
 )
 def test_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
