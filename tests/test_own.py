@@ -821,7 +821,7 @@ class TestData:
             ({"x": ROWS[:0], "y": LABELS[:0]}, "x_train is empty"),
             ({"x": ROWS, "y": LABELS, "classes": ["a", "b"]}, "label 2, which is not one of the 2"),
             ({"x": ROWS, "y": LABELS, "classes": ["a", "b", "a"]}, "of different names"),
-            ({"x": ROWS, "y": LABELS * 0}, "must have two or more classes"),
+            ({"x": ROWS, "y": LABELS * 0}, "must have 2 or more classes"),
             (
                 {"x": ROWS, "y": LABELS + 0.5},
                 "has 0.5 in row 0: a label must be a whole number",

@@ -28,7 +28,8 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "what",
         choices=WHAT,
-        help="map: accuracy by images per client; table1, table2, figure4: the paper's",
+        help="map: accuracy by images per client; table1, table2, figure4: the paper's; join: "
+        "clients that come late; warm-start: a start from what another federation learned",
     )
     shared.add_settings(parser)
     parser.add_argument(

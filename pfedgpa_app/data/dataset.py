@@ -412,7 +412,7 @@ def _labels(
         names = tuple(str(each) for each in np.asarray(classes).ravel())
         known = np.array(names) if given["train"].dtype.kind == "U" else np.arange(len(names))
     if len(names) < least or len(set(names)) < len(names):
-        raise DataError(f"dataset {name}: must have two or more classes, of different names")
+        raise DataError(f"dataset {name}: must have {least} or more classes, of different names")
     indices = {}
     for split, labels in given.items():
         if unknown := sorted(set(labels.tolist()) - set(known.tolist())):

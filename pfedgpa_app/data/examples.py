@@ -44,7 +44,8 @@ def examples(places: Sequence[Path], schema: Schema, resize: bool) -> tuple[list
                 f"{', '.join(ARRAYS)}"
             )
     if not rows:
-        raise DataError(f"{', '.join(map(str, places))}: holds no images")
+        kinds = "images" if schema.pixels else f"files of arrays ({', '.join(ARRAYS)})"
+        raise DataError(f"{', '.join(map(str, places))}: holds no {kinds}")
     return names, np.concatenate(rows)
 
 
@@ -83,9 +84,7 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
     """Read the rows of a file, [N, *shape]."""
     try:
         if file.suffix.lower() == ".csv":
-            with file.open(newline="", encoding="utf-8-sig") as opened:
-                lines = [line for line in csv.reader(opened) if line]
-            found = _numbers(file, _in_order(file, lines, schema.columns))
+            found = _numbers(file, _in_order(file, _lines(file), schema.columns))
         else:
             loaded = np.load(file, allow_pickle=False)
             found = loaded if isinstance(loaded, np.ndarray) else loaded["x"]
@@ -105,10 +104,24 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
     if schema.pixels and found.dtype.kind in "iu":
         return found  # prediction refuses what is not uint8
     if not np.isfinite(found).all():
-        raise DataError(f"{file}: has a number that is not finite")
+        row = int(np.argwhere(~np.isfinite(found))[0][0])
+        raise DataError(f"{file}: has a number that is not finite, the first in row {row}")
     if schema.tokens and (odd := found[found % 1 != 0]).size:
         raise DataError(f"{file}: has {odd[0]:g}, but the network takes whole numbers")
     return found.astype(np.int64 if schema.tokens else np.float32)
+
+
+def _lines(file: Path) -> list[list[str]]:
+    """Return the lines of a CSV file, but empty ones.
+
+    If the first line has a semicolon, or else a tab, that separates the cells, as Excel writes it
+    in countries with decimal commas.
+    """
+    with file.open(newline="", encoding="utf-8-sig") as opened:
+        first = opened.readline()
+        delimiter = next((each for each in ";\t" if each in first), ",")
+        opened.seek(0)
+        return [line for line in csv.reader(opened, delimiter=delimiter) if line]
 
 
 def _in_order(
@@ -132,7 +145,7 @@ def _in_order(
         lacks = "has no column" if odd[0] not in there else "has more than one column"
         raise DataError(f"{file}: {lacks} {odd[0]!r}{near(odd[0], there)}")
     places = [there.index(name) for name in columns]
-    for number, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows):
         if len(row) != len(there):
             raise DataError(
                 f"{file}: row {number} has {len(row)} cells, but there are {len(there)} columns"
@@ -150,7 +163,7 @@ def _numbers(file: Path, lines: Sequence[Sequence[str]]) -> np.ndarray:
     try:
         return np.array(lines, dtype=np.float64)
     except ValueError as error:
-        for row, line in enumerate(lines, start=1):
+        for row, line in enumerate(lines):
             if others := [cell for cell in line if not _is_number(cell)]:
                 said = f"{file}: row {row} has {others[0]!r}, which is not a number"
                 raise DataError(said) from error

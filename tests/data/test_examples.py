@@ -24,12 +24,30 @@ def test_rows_of_a_table_with_names_or_without(tmp_path: Path) -> None:
         assert len(names) == 2
 
 
-@pytest.mark.parametrize(("cell", "said"), [("", "row 2 has ''"), ("tall", "row 2 has 'tall'")])
+@pytest.mark.parametrize(("cell", "said"), [("", "row 1 has ''"), ("tall", "row 1 has 'tall'")])
 def test_a_cell_that_is_no_number_is_named(tmp_path: Path, cell: str, said: str) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text(f"age,height,weight\n1,2,3\n4,{cell},6\n")
     with pytest.raises(DataError, match=f"rows.csv: {said}, which is not a number"):
         examples([rows], THREE, resize=False)
+
+
+@pytest.mark.parametrize("separator", [";", "\t", ","])
+@pytest.mark.parametrize("head", ["", "age,height,weight\n"])
+def test_cells_may_be_separated_as_excel_does(tmp_path: Path, separator: str, head: str) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(f"\ufeff{head}1.5,2,3\n4,5,6\n".replace(",", separator), encoding="utf-8")
+    assert examples([rows], THREE, resize=False)[1].tolist() == [[1.5, 2, 3], [4, 5, 6]]
+
+
+def test_a_number_that_is_not_finite_is_found(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("1,2,3\n4,nan,6\n")
+    with pytest.raises(DataError, match="not finite, the first in row 1"):
+        examples([rows], THREE, resize=False)
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(DataError, match=r"photos: holds no files of arrays \(\.npy"):
+        examples([tmp_path / "photos"], THREE, resize=False)
 
 
 def test_a_file_of_no_numbers_is_refused(tmp_path: Path) -> None:
@@ -64,7 +82,7 @@ class TestColumnsByName:
         [
             ("age,hieght,2020\n1,2,3\n", "has no column 'height'; did you mean hieght?"),
             ("age,height,age,2020\n1,2,3,4\n", "has more than one column 'age'"),
-            ("age,height,2020\n1,2,3\n4,5\n", "row 2 has 2 cells, but there are 3 columns"),
+            ("age,height,2020\n1,2,3\n4,5\n", "row 1 has 2 cells, but there are 3 columns"),
         ],
     )
     def test_what_cannot_be_matched_is_refused(self, tmp_path: Path, text: str, said: str) -> None:
