@@ -263,7 +263,7 @@ class TestNetworks:
         folder, _ = federate(nets / "still", method="fedrep", model="nets:one_layer", **still)
         assert len({r["accuracy"] for r in records(folder) if r["client"] == 0}) == 1
         for model in ("frozen_below", "one_layer"):
-            with pytest.raises(ConfigError, match="fedbabu: trains what lies below"):
+            with pytest.raises(ConfigError, match="fedbabu: trains the layers below"):
                 federate(nets / model, method="fedbabu", model=f"nets:{model}", **how)
 
     def test_the_same_seed_makes_the_same_network(self, nets: Path) -> None:
@@ -597,12 +597,12 @@ class TestMethods:
         self, nets: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert cli.main(["run", "method=nets:Small"]) == 2
-        assert "is no class that extends one of pfedgpa_app.methods" in capsys.readouterr().err
+        assert "must be a class that extends one of pfedgpa_app.methods" in capsys.readouterr().err
         (nets / "fedavg.py").write_text(
             "from pfedgpa_app.methods.fedprox import FedProx\nclass FedAvg(FedProx): pass\n"
         )
         assert cli.main(["run", "method=fedavg:FedAvg"]) == 2
-        assert "there is a method fedavg already" in capsys.readouterr().err
+        assert "there is already a method fedavg: rename" in capsys.readouterr().err
 
 
 RNG = np.random.default_rng(0)

@@ -277,7 +277,7 @@ class TestDefences:
 
         malicious, select, beta = warnings("few", few)
         assert "krum.malicious = 1" in malicious
-        assert "withstand 1 of 5 or more uploads a round; of the 4 here, 0" in malicious
+        assert "stand 1 malicious of 5 or more uploads a round; of the 4 here, 0" in malicious
         assert "krum.select = 4: if 1 of the 4 uploads of a round are malicious, 1" in select
         assert "trimmed-mean.beta = 0.2: cuts off none of the 4 uploads" in beta
         assert "from 0.25 on" in beta
@@ -295,7 +295,7 @@ class TestDefences:
         assert any("cuts off none of the 3 uploads" in text for text in said)
         fewer = {"method": "krum", "num-clients": 7, "dropout-share": 0.7, "krum.malicious": 0}
         with pytest.raises(
-            ConfigError, match=r"a round has 2 uploads; Krum wants 3 or more: .* or let"
+            ConfigError, match=r"a round has 2 uploads; Krum needs 3 or more: .* or let"
         ):
             resolve(fewer)
 
