@@ -127,12 +127,12 @@ class TestAttacks:
         how: dict[str, Any] = {"method": "fedavg", "num_server_rounds": 1, "num_clients": 5}
         folder, _ = federate(tmp_path / "joining", join_clients=1, **how)
         table = (folder / "table.md").read_text()
-        assert "of 4 of 5 clients: the clients that were there from the start." in table
+        assert "cover 4 of 5 clients: the clients that were there from the start." in table
         assert "could not be evaluated" not in table
         how |= {"attack": "scale", "malicious_share": 0.25, "join_clients": 1}
         folder, _ = federate(tmp_path / "attacked", **how)
         table = (folder / "table.md").read_text()
-        assert "of 3 of 5 clients: the honest clients that were there from the start." in table
+        assert "cover 3 of 5 clients: the honest clients that were there from the start." in table
         assert "could not be evaluated" not in table
         row = summary(folder)["fedavg"] | {"clients_evaluated": 2}  # had one not answered
         assert "FedAvg: of 2 of 3 honest clients that were there" in text_table([row])
@@ -283,7 +283,7 @@ class TestDefences:
         assert "from 0.25 on" in beta
         assert not warnings("many", many)
         by_itself, _ = warnings("default", {})
-        assert "krum.malicious = 0: Krum is known to withstand 1 of 5 or more" in by_itself
+        assert "krum.malicious = 0: Krum is known to withstand 1 malicious of 5 or" in by_itself
 
     def test_who_drops_out_or_is_late_guards_nobody(self, tmp_path: Path) -> None:
         """Of seven uploads three are left, of which a fifth is nobody."""
