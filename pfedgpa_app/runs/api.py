@@ -162,8 +162,8 @@ def _words(settings: Mapping[str, Any], section: str = "") -> Iterator[str]:
 def _text(key: str, value: Any) -> str:
     if key == "dataset" and not callable(value) and not isinstance(value, (str, Path)):
         raise ConfigError(
-            f"dataset: cannot be of type {type(value).__name__}; give data in memory by a function in "
-            'a file, as in dataset="my_file:load"'
+            f"dataset: cannot be of type {type(value).__name__}; give data in memory by a "
+            'function in a file, as in dataset="my_file:load"'
         )
     if callable(value):
         name, module = (getattr(value, of, "") for of in ("__qualname__", "__module__"))

@@ -135,7 +135,7 @@ class TestAttacks:
         assert "cover 3 of 5 clients: the honest clients that were there from the start." in table
         assert "could not be evaluated" not in table
         row = summary(folder)["fedavg"] | {"clients_evaluated": 2}  # had one not answered
-        assert "FedAvg: of 2 of 3 honest clients that were there" in text_table([row])
+        assert "FedAvg: figures cover 2 of 3 honest clients that were there" in text_table([row])
 
     @pytest.mark.parametrize(
         ("method", "stays", "changes"),
