@@ -328,7 +328,7 @@ class SlurmCluster:
             ) from error
         if missing := [name for name in ("sbatch", "srun", "sacct") if not shutil.which(name)]:
             raise ConfigError(
-                f"--on slurm: there is no {missing[0]} on this machine: start it where the "
+                f"--on slurm: there is no {missing[0]} on this machine: start this where the "
                 "cluster's jobs are submitted"
             )
         self.submitit: Any = submitit
