@@ -163,17 +163,17 @@ class TestServerHalf:
                 "made weights that are not finite (fc1.bias) in round 2: clients' uploads were",
             ),
             ("{}['nothing']", "failed in round 1: KeyError: 'nothing' (mine.py, line 18)"),
-            ("mean = None", "left state.global_weights as None in round 1: a dict of tensors"),
+            ("mean = None", "left state.global_weights as None in round 1: expected a dict"),
             ("del mean['fc2.bias']", "left state.global_weights without fc2.bias in round 1"),
             ("mean['b'] = mean['fc2.bias']", "put 'b', a Tensor, into state.global_weights"),
             ("mean['fc2.bias'] = 0.5", "put a float into state.global_weights['fc2.bias']"),
             (
                 "mean = {n: t.mean() for n, t in mean.items()}",
-                "made state.global_weights['block1.conv.weight'] torch.float32 [] in round 1",
+                "changed state.global_weights['block1.conv.weight'] to torch.float32 [] in round 1",
             ),
             (
                 "mean['fc2.bias'] = mean['fc2.bias'].double()",
-                "made state.global_weights['fc2.bias'] torch.float64 [10] in round 1",
+                "changed state.global_weights['fc2.bias'] to torch.float64 [10] in round 1",
             ),
         ],
     )
@@ -215,7 +215,7 @@ class TestServerHalf:
             (
                 "download(self, client):\n        w = self.state.global_weights\n"
                 "        return {n: t.flatten() for n, t in w.items()}",
-                "its download returned block1.conv.weight of shape [144] in round 1: the network",
+                "its download returned block1.conv.weight of shape [144] in round 1: in the",
             ),
             ("expected_upload(self): return []", "its expected_upload returned a list"),
             ("rate(self, server_round): return None", "its rate returned None in round 1"),
@@ -230,13 +230,16 @@ class TestServerHalf:
                 "'fc1.bias'].bfloat16()}",
                 "returned a tensor of torch.bfloat16 as 'fc1.bias' in round 1: Flower cannot send",
             ),
-            ("learned(self): return self.state", "its learned returned a Shared: a Weight"),
+            (
+                "learned(self): return self.state",
+                "returned a Shared: expected a WeightDistributio",
+            ),
             ("learned(self): return {}[0]", "its learned failed: KeyError: 0 (mine.py, line "),
-            ("reference(self, client): return [1]", "its reference returned a list: a dict of"),
-            ("report(self): return None", "its report returned None: a dict that JSON can hold"),
+            ("reference(self, client): return [1]", "reference returned a list: expected a dict"),
+            ("report(self): return None", "report returned None: expected a dict that JSON"),
             (
                 "report(self): return {'mean': self.state.global_weights['fc1.bias']}",
-                "its report returned a Tensor as 'mean': a dict that JSON can hold is wanted",
+                "its report returned a Tensor as 'mean': expected a dict that JSON can hold",
             ),
         ],
     )
@@ -250,10 +253,10 @@ class TestServerHalf:
     @pytest.mark.parametrize(
         ("hook", "said"),
         [
-            (f"{SHARED}        return 'b'\n", "its shared returned a str: a list of names"),
-            (f"{SHARED}        return None\n", "its shared returned None: a list of names"),
-            (f"{SHARED}        return ['nope']\n", "returned 'nope', which no weight is called"),
-            (f"{SHARED}        return [3]\n", "its shared returned 3, which no weight is called"),
+            (f"{SHARED}        return 'b'\n", "shared returned a str: expected a list of names"),
+            (f"{SHARED}        return None\n", "shared returned None: expected a list of names"),
+            (f"{SHARED}        return ['nope']\n", "returned 'nope', which is no weight's name"),
+            (f"{SHARED}        return [3]\n", "its shared returned 3, which is no weight's name"),
             (f"{SHARED}        return {{}}['b']\n", "failed: KeyError: 'b' (mine.py, line 18)"),
             (
                 "    @classmethod\n    def begin(cls, config, initial): return initial.nothing\n",
@@ -323,23 +326,23 @@ class TestClientHalf:
             ("Trained(weights, {'fc1.bias': [3]}, loss)", "a list as state 'fc1.bias'"),
             (
                 "Trained({n: t.numpy() for n, t in weights.items()}, {}, loss)",
-                "returned a ndarray as upload 'block1.conv.weight' in round 1: a dict of torch",
+                "returned a ndarray as upload 'block1.conv.weight' in round 1: expected a dict",
             ),
             (
                 "Trained({n: t.to_sparse() for n, t in weights.items()}, {}, loss)",
                 "returned a tensor of torch.sparse_coo as upload 'block1.conv.weight' in round 1",
             ),
             ("Trained(weights, None, loss)", "returned None as state in round 1"),
-            ("Trained(weights, {}, None)", "returned None as loss in round 1: a number"),
+            ("Trained(weights, {}, None)", "returned None as loss in round 1: expected a number"),
             ("Trained(weights, {}, torch.tensor(loss))", "returned a Tensor as loss in round 1"),
             ("weights['nope']", "failed in round 1: KeyError: 'nope' (mine.py, line 19)"),
             (
                 "Trained(weights, {'rounds': torch.ones(1)}, loss)",
-                "keeps rounds in its client's state, which is no weight of the network in round 1",
+                "keeps rounds in its client's state, which is not a weight of the network in round",
             ),
             (
                 "Trained(weights, {'fc1.bias': torch.ones(1)}, loss)",
-                "returned fc1.bias of shape [1] in round 1: the network has it of shape [20]",
+                "returned fc1.bias of shape [1] in round 1: in the network its shape is [20]",
             ),
         ],
     )
@@ -355,8 +358,8 @@ class TestClientHalf:
     @pytest.mark.parametrize(
         ("returns", "said"),
         [
-            ("{**weights, **state}", "returned rounds, which is no weight of the network in"),
-            ("None", "returned None in round 1: a dict of torch tensors"),
+            ("{**weights, **state}", "returned rounds, which is not a weight of the network in"),
+            ("None", "returned None in round 1: expected a dict of torch tensors"),
             ("weights['nope']", "failed in round 1: KeyError: 'nope' (mine.py"),
         ],
     )
@@ -391,17 +394,17 @@ class TestSettings:
         [
             (
                 "class S(MethodSettings):\n    step: float = setting(0.5, 's')\n",
-                "S declares step, and is no dataclass: write @dataclass(frozen=True) above it",
+                "S declares step, but is not a dataclass: write @dataclass(frozen=True) above it",
             ),
             (
                 "class S(MethodSettings):\n    step = setting(0.5, 's')\n",
-                "S declares step, and is no dataclass",
+                "S declares step, but is not a dataclass",
             ),
             ("class S: pass\n", "S, its `settings`, must extend MethodSettings"),
             ("S = {'step': 0.5}\n", "its `settings` must be a class that extends"),
             (
                 "@dataclass(frozen=True)\nclass S(MethodSettings):\n    mode: str = 'plain'\n",
-                'mode of S is no setting: write it as mode: str = setting(DEFAULT, "what it ',
+                'mode of S is not a setting: write it as mode: str = setting(DEFAULT, "what it ',
             ),
             (
                 "@dataclass(frozen=True)\nclass S(MethodSettings):\n"
@@ -411,7 +414,7 @@ class TestSettings:
             (
                 "@dataclass(frozen=True)\nclass S(MethodSettings):\n"
                 "    step: torch.Tensor = setting(None, 's')\n",
-                "step of S is a Tensor: a setting is a str, int,",
+                "step of S is a Tensor: a setting must be a str, int,",
             ),
         ],
     )
@@ -440,7 +443,7 @@ class TestSettings:
         [
             (
                 "('momentun',)",
-                "names 'momentun', and there is no such setting in Config; did you mean mom",
+                "names 'momentun', but there is no such setting in Config; did you mean mom",
             ),
             ("('local_epochs',)", "no such setting in Config; did you mean local-epochs?"),
             ("'momentum'", "must be a tuple of settings' names"),

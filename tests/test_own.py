@@ -266,7 +266,7 @@ class TestNetworks:
         folder, _ = federate(nets / "still", method="fedrep", model="nets:one_layer", **still)
         assert len({r["accuracy"] for r in records(folder) if r["client"] == 0}) == 1
         for model in ("frozen_below", "one_layer"):
-            with pytest.raises(ConfigError, match="fedbabu: trains what lies below"):
+            with pytest.raises(ConfigError, match="fedbabu: trains the layers below"):
                 federate(nets / model, method="fedbabu", model=f"nets:{model}", **how)
 
     def test_the_same_seed_makes_the_same_network(self, nets: Path) -> None:
@@ -593,18 +593,18 @@ class TestMethods:
             ]
             (nets / "mine.yaml").write_text("conf: demo\n")
             assert cli.main(["tune", "--conf", "mine.yaml", "--methods", "fedy:FedY"]) == 2
-            assert "must name fedy:FedY among its method" in capsys.readouterr().err
+            assert "must list fedy:FedY under method" in capsys.readouterr().err
 
     def test_what_is_no_method_is_refused(
         self, nets: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         assert cli.main(["run", "method=nets:Small"]) == 2
-        assert "is no class that extends one of pfedgpa_app.methods" in capsys.readouterr().err
+        assert "must be a class that extends one of pfedgpa_app.methods" in capsys.readouterr().err
         (nets / "fedavg.py").write_text(
             "from pfedgpa_app.methods.fedprox import FedProx\nclass FedAvg(FedProx): pass\n"
         )
         assert cli.main(["run", "method=fedavg:FedAvg"]) == 2
-        assert "there is a method fedavg already" in capsys.readouterr().err
+        assert "there is already a method fedavg: rename" in capsys.readouterr().err
 
 
 RNG = np.random.default_rng(0)
@@ -1152,7 +1152,7 @@ class TestHome:
         model, pixels = load_client(folder, 0), np.full((8, 1, 8, 8), 200, np.uint8)
         kinds = (np.int64, np.uint16, np.float32)
         for other in (*map(pixels.astype, kinds), pixels / -255):
-            with pytest.raises(DataError, match="images are uint8 from 0 to 255, or floats from 0"):
+            with pytest.raises(DataError, match="images must be uint8 from 0 to 255, or floats"):
                 model.probabilities(other)
         np.savez("whole.npz", x=pixels.astype(np.int64), y=[0, 1] * 4)
         np.savez("grey.npz", x=pixels, y=[0, 1] * 4)
@@ -1214,10 +1214,10 @@ class TestHome:
         ]
         found = evaluate(folder, absent, "client-mean")
         assert found["accuracy"] == pytest.approx(told, abs=1e-9)
-        assert f"client {absent} took no part: client-mean sent it what all start" in caplog.text
+        assert f"client {absent} took no part: client-mean sent it the weights" in caplog.text
         file = folder / "weights" / "client-mean.safetensors"
         save_file(load_file(file), file)  # as an earlier version did, without the clients' numbers
-        with pytest.raises(ConfigError, match=f"client {absent} took no part, so that client-mean"):
+        with pytest.raises(ConfigError, match=f"client {absent} took no part, so client-mean"):
             evaluate(folder, absent, "client-mean")
 
     def test_what_cannot_be_predicted_is_refused(
@@ -1248,10 +1248,10 @@ class TestHome:
         assert "its run had save-weights=false, or failed" in capsys.readouterr().err
         with locked(folder, "taken"):  # as a run does that goes on
             assert cli.main(["predict", str(folder), "--client", "0", "other.png"]) == 2
-        assert "its run goes on, and none of its methods is done" in capsys.readouterr().err
+        assert "its run is still going, and none of its methods is done" in capsys.readouterr().err
         Path("put away").rename(folder / "weights")
         assert cli.main(["predict", "photos", "--client", "0", "other.png"]) == 2
-        assert "is no run's folder" in capsys.readouterr().err
+        assert "is not a run's folder" in capsys.readouterr().err
         assert cli.main(["evaluate", str(folder), "--client", "0", "imagefolder:photos"]) == 2
         assert "has examples of shape [3, 16, 16]" in capsys.readouterr().err
 
@@ -1296,8 +1296,11 @@ def test_a_text_from_python_is_one_setting(name: str) -> None:
     [
         ({"model": functools.partial(print)}, "model: partial is defined here"),
         ({"model": lambda: 0}, r"model: .*<lambda> is defined here"),
-        ({"dataset": (np.zeros(3), np.zeros(3))}, "dataset: is no tuple; what is in memory"),
-        ({"dataset": np.zeros(3)}, "dataset: is no ndarray; what is in memory"),
+        (
+            {"dataset": (np.zeros(3), np.zeros(3))},
+            "dataset: cannot be of type tuple; give data",
+        ),
+        ({"dataset": np.zeros(3)}, "dataset: cannot be of type ndarray; give data"),
     ],
 )
 def test_what_has_no_name_is_refused_from_python(settings: dict[str, Any], said: str) -> None:
@@ -1318,10 +1321,10 @@ def test_another_methods_weights_are_not_taken_without_a_word(
 ) -> None:
     folder, _ = federate(here, method="fedavg,client-mean", num_server_rounds=1)
     client_weights(folder, 0)
-    assert "taken are those of" not in caplog.text
+    assert "using those of" not in caplog.text
     (folder / "weights" / "client-mean.safetensors").unlink()
     client_weights(folder, 0)
-    assert "the weights of client-mean are not there any more; taken are those of" in caplog.text
+    assert "the weights of client-mean are no longer there; using those of" in caplog.text
 
 
 READS_FILES = """
@@ -1379,7 +1382,7 @@ def test_weights_of_which_a_part_is_on_nodes_are_refused(
         assert 100 * found["correct"] / found["examples"] == right[method, 0]
     assert client_weights(folder, 0).keys() == client_weights(folder, 0, "pfedgpa").keys()
     assert "fedfomo keep a part" in caplog.text
-    assert "taken are those of pfedgpa" in caplog.text
+    assert "using those of pfedgpa" in caplog.text
     adjusted, _ = federate(here / "adjusted", method="fedavg", logit_adjustment=True)
     with pytest.raises(ConfigError, match="clients of fedavg keep a part"):
         load_client(adjusted, 0)

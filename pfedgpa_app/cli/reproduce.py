@@ -91,7 +91,7 @@ def handle(options: Namespace) -> int:
     atlas = kind(out, overrides, places, run_all, methods, options.quick)
     cells = atlas.running(cells)
     if unused := places.keys() - {cell.data for cell in cells}:
-        warn_once(f"--data {', '.join(sorted(unused))} is without effect: nothing here uses it")
+        warn_once(f"--data {', '.join(sorted(unused))} has no effect: nothing here uses it")
     done = len(atlas.done(cells, seeds[0]))
     print(f"{len(cells)} places with {len(methods)} methods each, {done} of them done, in {out}")
     seconds = atlas.seconds(cells, seeds[0])

@@ -291,8 +291,8 @@ def describe(context: Context) -> RecordDict:
             network = network_of(config, schema)  # the user's own may be missing here
             if len(data.train) == 1 and (why := no_step_on_one(network)):
                 warn_once(
-                    f"partition-id={partition} has one training example, and the network's {why}: "
-                    "nothing is learned here; give it more"
+                    f"partition-id={partition} has only one training example, and the network's "
+                    f"{why}: it learns nothing; give it more"
                 )
             content["data"] = ConfigRecord(schema.as_dict())
         except (ConfigError, DataError) as error:  # Flower does not say which node it was

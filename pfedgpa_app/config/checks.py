@@ -207,13 +207,13 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
     given = _given(sources)
     for name, reason in why.items():
         if name in given:
-            yield f"{name} is without effect: {reason}"
+            yield f"{name} has no effect: {reason}"
     if "learning-rate" in given:
         yield from _other_rates(config, sources)
     for method in (METHODS[name] for name in federations(config.method)):
         for name, reason in method.rounds_class().unused.items():
             if name in given:
-                yield f"{name} is without effect on {method.title}'s rounds: {reason}"
+                yield f"{name} has no effect on {method.title}'s rounds: {reason}"
 
 
 def _idle_in_rounds(config: Config) -> dict[str, str]:
@@ -248,7 +248,7 @@ def _other_rates(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
         rates = method.rounds_class().rate_settings(name, config)
         if "learning-rate" not in rates and all(sources.get(r) == "default" for r in rates):
             yield (
-                f"learning-rate is without effect on {method.title}'s rounds, which use "
+                f"learning-rate has no effect on {method.title}'s rounds, which use "
                 f"{' and '.join(rates)}; only its fine-tuning uses it"
             )
 

@@ -41,12 +41,12 @@ class Network:
         try:
             self.expected = dict(initial.to_torch_state_dict())
         except (TypeError, ValueError) as error:  # types that NumPy has and torch has not
-            raise ConfigError(f"initial_arrays: are no tensors of torch's: {error}") from error
+            raise ConfigError(f"initial_arrays: torch cannot hold them: {error}") from error
         self.generated = {name: t for name, t in self.expected.items() if is_generated(t)}
         self.others = {name: t for name, t in self.expected.items() if name not in self.generated}
         if not self.generated:
             raise ConfigError(
-                "initial_arrays: no floating-point tensor that is finite, to generate"
+                "initial_arrays: they contain no finite floating-point tensor to generate"
             )
 
     def record(self, generated: Weights) -> ArrayRecord:

@@ -40,7 +40,7 @@ def unusable_metrics(reply: Message, counted_by: str) -> str:
     examples: Any = metrics[0].get(counted_by)
     number = isinstance(examples, (int, float)) and not isinstance(examples, bool)
     if not number or not 0 < examples <= MOST_EXAMPLES:
-        return f"sent {counted_by} {examples!r} instead of a number above 0, at most 2^53"[:300]
+        return f"sent {counted_by} {examples!r} instead of a number above 0 and at most 2^53"[:300]
     return ""
 
 

@@ -228,7 +228,7 @@ class PFedGPA(FedAvg):
             return None
         others = with_other_metrics(contents)
         self._left.warn(
-            server_round, dict.fromkeys(others, "sent other metrics than most: left out")
+            server_round, dict.fromkeys(others, "sent metrics unlike those of most nodes: left out")
         )
         alike = [content for node, content in contents.items() if node not in others]
         return function(alike, self.weighted_by_key)
@@ -253,8 +253,8 @@ def check_going(going: bool) -> None:
     """
     if not going:
         raise ConfigError(
-            "PFedGPA does not work inside another strategy: noise that one adds to the mean, for "
-            "central differential privacy, would not be on the weights that PFedGPA generates for "
+            "PFedGPA does not work inside another strategy: noise that it adds to the mean, for "
+            "central differential privacy, would not reach the weights that PFedGPA generates for "
             "each node. Start PFedGPA itself; for privacy give clients Flower's LocalDpMod"
         )
 
@@ -263,8 +263,8 @@ def warn_of_rate(train_config: ConfigRecord | None, key: str) -> None:
     """Warn if clients cannot be sent the last rounds' learning rate."""
     if not isinstance(dict(train_config or {}).get(key), (int, float)):
         logger.warning(
-            "PFedGPA: train_config has no number %r: clients train at their own learning rate "
-            "in the last rounds, too",
+            "PFedGPA: train_config has no number named %r: clients train at their own learning "
+            "rate in the last rounds too",
             key,
         )
 
@@ -279,8 +279,8 @@ def warn_of_losses(uploads: Mapping[int, Upload], key: str) -> None:
     """Warn if no client reports the training loss on which the server's momentum depends."""
     if not any(math.isfinite(upload.loss) for upload in uploads.values()):
         logger.warning(
-            "PFedGPA: no reply's metrics have a number %r, the training loss: the server's "
-            "momentum cannot go by it",
+            "PFedGPA: no reply's metrics have a number named %r, the training loss: the server's "
+            "momentum cannot depend on it",
             key,
         )
 

@@ -285,11 +285,11 @@ class BatchedGrid(LocalGrid):
         private = config.local_dp_epsilon > 0
         self.batches = can_batch(self.model) and self.data is not None and not private
         if private:
-            self._say("every client learns on its own: its noise is its own")
+            self._say("clients train one at a time: each has noise of its own")
         if not can_batch(self.model):
-            self._say("every client learns on its own: the network has layers without batched form")
+            self._say("clients train one at a time: the network has layers without a batched form")
         if self.data is None:
-            self._say("every client learns on its own: they hold unequal numbers of images")
+            self._say("clients train one at a time: they hold unequal numbers of images")
 
     def _say(self, text: str) -> None:
         self.remark(f"batched engine: {text}")
@@ -312,7 +312,7 @@ class BatchedGrid(LocalGrid):
             requests = [ClientRequest(m, self.contexts[m.metadata.dst_node_id]) for m in messages]
             method = requests[0].method
             if kind == "train" and not method.is_plain_sgd():
-                self._say(f"{method.title}: clients train one after another, not by plain SGD")
+                self._say(f"{method.title}: clients train one at a time: not by plain SGD")
                 return [self._alone(message) for message in messages]
             if len(requests) not in self._cohorts:
                 self._cohorts[len(requests)] = BatchedCohort(self.model, self.data, len(requests))

@@ -99,13 +99,13 @@ def _state(server: Server) -> str:
     if not answers:
         return f"the server (process {pid}, {load[pid]}) does not answer"
     if not awaited:
-        return f"the server (process {pid}, {load[pid]}) waits for no client"
+        return f"the server (process {pid}, {load[pid]}) is waiting for no client"
     clients = ", ".join(
         f"client {each.client} (process {each.process}, {load[each.process]}, "
         f"for {clock(each.seconds)})"
         for each in awaited
     )
-    return f"the server (process {pid}, {load[pid]}) waits for {clients}"
+    return f"the server (process {pid}, {load[pid]}) is waiting for {clients}"
 
 
 def _load(pids: Sequence[int]) -> dict[int, str]:

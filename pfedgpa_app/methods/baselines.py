@@ -70,10 +70,10 @@ class GroupMean(ClientMean):
     @classmethod
     def check(cls, config: Config) -> None:
         if config.dataset == NODES:
-            raise ConfigError("group-mean: nobody knows the groups of nodes' own data")
+            raise ConfigError("group-mean: the groups of nodes' own data are unknown")
         if config.partition != "dominant":
             raise ConfigError(
-                f"group-mean: partition = {config.partition} has no hidden groups, dominant has"
+                f"group-mean: partition = {config.partition} has no hidden groups; dominant does"
             )
 
     def members(self) -> list[list[int]]:

@@ -89,7 +89,7 @@ def check_tensors(hook: Hook, weights: Any, what: str = "") -> None:
     Raises:
         MethodError: they are something else.
     """
-    wanted = "a dict of torch tensors by name is wanted, as weights_of(task.model) makes one"
+    wanted = "expected a dict of torch tensors by name, such as weights_of(task.model) returns"
     if not isinstance(weights, Mapping):
         raise hook.wrong(f"returned {kind_of(weights)}{what and f' as {what}'}", wanted)
     for name, tensor in weights.items():
@@ -100,7 +100,7 @@ def check_tensors(hook: Hook, weights: Any, what: str = "") -> None:
             kind = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout)
             raise hook.wrong(
                 f"returned a tensor of {kind} as {entry}",
-                "Flower cannot send such; .to_dense().float() makes one that it can",
+                "Flower cannot send such a tensor; .to_dense().float() makes one that it can",
             )
 
 
@@ -125,7 +125,7 @@ def check_shapes(hook: Hook, weights: Weights, like: Mapping[str, Tensor]) -> No
         if name in like and tensor.shape != like[name].shape:
             raise hook.wrong(
                 f"returned {name} of shape {list(tensor.shape)}",
-                f"the network has it of shape {list(like[name].shape)}",
+                f"in the network its shape is {list(like[name].shape)}",
             )
 
 
@@ -161,7 +161,7 @@ def refuse_not_finite(hook: Hook, names: list[str]) -> None:
         raise hook.wrong(
             f"made weights that are not finite ({listed(names, 3)})",
             "clients' uploads were finite, so the fault is in its own server half: look there for "
-            "a division by zero, or too long a step; what was learned before is kept",
+            "a division by zero or too large a step; what was learned before is kept",
         )
 
 
@@ -174,10 +174,12 @@ def check_constant(hook: Hook, weights: Any, begun: Weights) -> None:
     Raises:
         MethodError: it says what has changed.
     """
-    always = "what clients share has the same names, shapes and dtypes in every round"
+    always = "what clients share keeps the same names, shapes and dtypes in every round"
     place = "state.global_weights"
     if not isinstance(weights, Mapping):
-        raise hook.wrong(f"left {place} as {kind_of(weights)}", f"a dict of tensors; {always}")
+        raise hook.wrong(
+            f"left {place} as {kind_of(weights)}", f"expected a dict of tensors; {always}"
+        )
     if missing := [name for name in begun if name not in weights]:
         raise hook.wrong(f"left {place} without {listed(missing, 3)}", always)
     for name, tensor in weights.items():
@@ -185,7 +187,7 @@ def check_constant(hook: Hook, weights: Any, begun: Weights) -> None:
         if like is None or not isinstance(tensor, Tensor):
             what = f"{name!r}, {kind_of(tensor)}," if like is None else kind_of(tensor)
             where = place if like is None else f"{place}[{name!r}]"
-            raise hook.wrong(f"put {what} into {where}", f"a dict of tensors; {always}")
+            raise hook.wrong(f"put {what} into {where}", f"expected a dict of tensors; {always}")
         if tensor.shape != like.shape or tensor.dtype != like.dtype:
             made, was = (f"{t.dtype} {list(t.shape)}" for t in (tensor, like))
-            raise hook.wrong(f"made {place}[{name!r}] {made}", f"it was {was}; {always}")
+            raise hook.wrong(f"changed {place}[{name!r}] to {made}", f"it was {was}; {always}")

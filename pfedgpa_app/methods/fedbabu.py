@@ -43,8 +43,8 @@ class FedBABU(Averaging[Shared]):
     def check_network(cls, config: Config, network: nn.Module) -> None:
         if not trained_of(network, body(weight_names(network))):
             raise ConfigError(
-                "fedbabu: trains what lies below the network's last layer, and none of that is "
-                "trained; leave fedbabu out"
+                "fedbabu: trains the layers below the network's last one, but none of them is "
+                "trainable; leave fedbabu out"
             )
 
     @classmethod

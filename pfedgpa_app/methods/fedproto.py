@@ -82,9 +82,9 @@ class FedProto(Method[Prototypes]):
         head = head_of(network)
         if not isinstance(head, nn.Linear) or head.bias is None:
             raise ConfigError(
-                f"fedproto: makes a linear last layer with a bias of its prototypes, and the "
-                f"network's is {type(head).__name__}: give it one (head names another), or leave "
-                "fedproto out"
+                f"fedproto: makes a linear last layer with a bias from its prototypes, but the "
+                f"network's is {type(head).__name__}: give it such a layer (head names another), "
+                "or leave fedproto out"
             )
 
     @classmethod

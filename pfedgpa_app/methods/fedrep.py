@@ -47,7 +47,7 @@ class FedRep(Averaging[Shared]):
     settings = FedRepSettings
     fine_tuning = "own"
     uniform = True
-    unused: ClassVar = {"local-epochs": "they go by fedrep.head-epochs and fedrep.body-epochs"}
+    unused: ClassVar = {"local-epochs": "they use fedrep.head-epochs and fedrep.body-epochs"}
 
     @classmethod
     def shared(cls, config: Config, names: list[str]) -> list[str]:

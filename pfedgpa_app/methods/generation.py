@@ -217,13 +217,13 @@ class Generation(Personaliser[RememberedState]):
         heads = TokenTransformer.HEADS
         if "transformer" in (own.denoiser, own.round_denoiser) and own.width % heads:
             raise ConfigError(
-                f"pfedgpa.width = {own.width}: the transformer has {heads} heads of one width: "
-                f"a multiple of {heads}, please"
+                f"pfedgpa.width = {own.width}: the transformer has {heads} heads of equal width: "
+                f"set a multiple of {heads}"
             )
         if own.descriptor == "labels" and not config.share_label_counts:
             raise ConfigError(
                 "pfedgpa.descriptor = labels: clients must share their class counts: "
-                "share-label-counts=true"
+                "set share-label-counts=true"
             )
 
     def personalise(self) -> dict[int, Weights]:

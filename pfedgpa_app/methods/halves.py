@@ -44,12 +44,12 @@ def shared_names(
     hook = Hook(name, kind, "shared")
     with hook.told():
         found: Any = kind.shared(config, list(names))
-    wanted = "a list of names of the network's weights is wanted, some of those that it is given"
+    wanted = "expected a list of names of the network's weights, some of those that it is given"
     if isinstance(found, str) or not isinstance(found, Collection):
         raise hook.wrong(f"returned {kind_of(found)}", wanted)
     for each in found:
         if each not in names:
-            raise hook.wrong(f"returned {each!r}, which no weight is called", wanted)
+            raise hook.wrong(f"returned {each!r}, which is no weight's name", wanted)
     return list(found)
 
 
@@ -96,7 +96,7 @@ class ServerHalf:
         with hook.told():
             rate = self.method.rate(server_round)
         if not isinstance(rate, (int, float)):
-            raise hook.wrong(f"returned {kind_of(rate)}", "a number is wanted")
+            raise hook.wrong(f"returned {kind_of(rate)}", "expected a number")
         return rate
 
     def download(self, server_round: int, client: int) -> Weights:
@@ -152,7 +152,7 @@ def personalised(
     hook = Hook(name, type(method), "personalise")
     with hook.told():
         made: Any = method.personalise()
-    wanted = "every client's weights by its number are wanted"
+    wanted = "expected a dict of every client's weights by its number"
     if not isinstance(made, Mapping):
         raise hook.wrong(f"returned {kind_of(made)}", wanted)
     if missing := [str(client) for client in clients if client not in made]:
@@ -178,7 +178,7 @@ def learned(name: str, method: Personaliser[Any]) -> WeightDistribution | None:
     with hook.told():
         found: Any = method.learned()
     if found is not None and not isinstance(found, WeightDistribution):
-        raise hook.wrong(f"returned {kind_of(found)}", "a WeightDistribution or None is wanted")
+        raise hook.wrong(f"returned {kind_of(found)}", "expected a WeightDistribution or None")
     return found
 
 
@@ -205,7 +205,7 @@ def reported(name: str, method: Personaliser[Any]) -> dict[str, Any]:
         MethodError: it fails, or returns what JSON cannot hold.
     """
     hook = Hook(name, type(method), "report")
-    wanted = "a dict that JSON can hold is wanted: of numbers, texts, lists and dicts"
+    wanted = "expected a dict that JSON can hold: of numbers, texts, lists and dicts"
     with hook.told():
         more: Any = method.report()
     if not isinstance(more, Mapping):
@@ -273,14 +273,14 @@ class ClientHalf:
                 cannot be evaluated with.
         """
         hook = self._hook("upload" if self.is_plain_sgd() else "train")
-        must = "it must `return Trained(upload, state, loss)`, of pfedgpa_app.methods.base"
+        must = "it must `return Trained(upload, state, loss)`, from pfedgpa_app.methods.base"
         if not isinstance(trained, Trained):
             raise hook.wrong(f"returned {kind_of(trained)}", must)
         check_tensors(hook, trained.upload, "upload")
         check_tensors(hook, trained.state, "state")
         if not isinstance(trained.loss, (int, float)):
             loss = f"returned {kind_of(trained.loss)} as loss"
-            raise hook.wrong(loss, f"a number is wanted, as float(loss) is; {must}")
+            raise hook.wrong(loss, f"expected a number, such as float(loss); {must}")
         if self.kind.evaluated is Rounds.evaluated:
             odd = [name for name in trained.state if name not in network]
             if odd:
@@ -304,9 +304,9 @@ class ClientHalf:
         return found
 
     def _no_weights(self, hook: Hook, did: str, names: list[str]) -> MethodError:
-        each = "which is no weight" if len(names) == 1 else "which are no weights"
+        each = "which is not a weight" if len(names) == 1 else "which are not weights"
         return hook.wrong(
             f"{did}, {each} of the network",
-            "let `evaluated` return the network's weights alone, by default it returns "
+            "let `evaluated` return only the network's weights; by default it returns "
             f"{{**download, **state}} ({GUIDE})",
         )

@@ -55,11 +55,11 @@ class Krum(Defence):
         if most > uploads - 3:
             way = f"set it to at most {uploads - 3}"
             if uploads < 3:
-                way = "Krum wants 3 or more: raise num-clients or fraction-train"
+                way = "Krum needs 3 or more: raise num-clients or fraction-train"
                 way += ", or let fewer drop out" if uploads < config.round_clients else ""
             raise ConfigError(
                 f"krum.malicious = {most}: each upload is compared with all but "
-                f"{most} + 2 of a round's, and a round has {_many(uploads)}; {way}"
+                f"{most} + 2 of a round's, but a round has {_many(uploads)}; {way}"
             )
         if own.select > uploads:
             raise ConfigError(
@@ -73,14 +73,14 @@ class Krum(Defence):
         wanted = max(1, most)
         if uploads < 2 * wanted + 3:
             yield (
-                f"krum.malicious = {most}: Krum is known to withstand {wanted} of "
+                f"krum.malicious = {most}: Krum is known to withstand {wanted} malicious of "
                 f"{2 * wanted + 3} or more uploads a round; of the {uploads} here, "
                 f"{max(0, (uploads - 3) // 2)}"
             )
         if (beyond := own.select + most - uploads) > 0:
             yield (
                 f"krum.select = {own.select}: if {most} of the {uploads} uploads of a "
-                f"round are malicious, {beyond} or more of them are averaged, too"
+                f"round are malicious, {beyond} or more of them are averaged too"
             )
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:

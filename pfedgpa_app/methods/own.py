@@ -59,10 +59,11 @@ def reference_of(name: str) -> str:
 def _register(name: str, kind: object, source: str) -> None:
     if not isinstance(kind, type) or not issubclass(kind, Personaliser):
         raise ConfigError(
-            f"{source}: is no class that extends one of pfedgpa_app.methods (Method, Averaging, …)"
+            f"{source}: must be a class that extends one of pfedgpa_app.methods (Method, "
+            "Averaging, …)"
         )
     if name in METHODS:
-        raise ConfigError(f"{source}: there is a method {name} already: call the class otherwise")
+        raise ConfigError(f"{source}: there is already a method {name}: rename the class")
     _check_settings(kind, source)
     if "title" not in vars(kind):
         kind.title = kind.__name__
@@ -82,8 +83,8 @@ def _check_settings(kind: type[Personaliser[Any]], source: str) -> None:
         found = _declared(each)
         if found and "__dataclass_fields__" not in vars(each):
             raise ConfigError(
-                f"{source}: {each.__name__} declares {listed(found)}, and is no dataclass: write "
-                "@dataclass(frozen=True) above it"
+                f"{source}: {each.__name__} declares {listed(found)}, but is not a dataclass: "
+                "write @dataclass(frozen=True) above it"
             )
     if not dataclasses.is_dataclass(own):
         raise ConfigError(
@@ -93,7 +94,7 @@ def _check_settings(kind: type[Personaliser[Any]], source: str) -> None:
     for field in dataclasses.fields(own):
         if not field.metadata:
             raise ConfigError(
-                f"{source}: {field.name} of {own.__name__} is no setting: write it as "
+                f"{source}: {field.name} of {own.__name__} is not a setting: write it as "
                 f'{field.name}: {_written(field.type)} = setting(DEFAULT, "what it means")'
             )
     _check_types(own, source)
@@ -110,7 +111,7 @@ def _check_tuned(kind: type[Personaliser[Any]], settings: Any, source: str) -> N
     for name in kind.tuned:
         if name not in names:
             raise ConfigError(
-                f"{source}: its `tuned` names {name!r}, and there is no such setting in "
+                f"{source}: its `tuned` names {name!r}, but there is no such setting in "
                 f"{settings.__name__}{near(name, names)}"
             )
 
@@ -132,7 +133,7 @@ def _check_types(settings: type, source: str) -> None:
         if not _is_plain(hints[field.name]):
             raise ConfigError(
                 f"{source}: {field.name} of {settings.__name__} is a {_written(field.type)}: a "
-                "setting is a str, int, float, bool, tuple of these, or one of them | None"
+                "setting must be a str, int, float, bool, tuple of these, or one of them | None"
             )
 
 

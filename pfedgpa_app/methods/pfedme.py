@@ -51,7 +51,7 @@ class PFedMe(Averaging[Shared]):
     title = "pFedMe"
     settings = PFedMeSettings
     tuned = ("learning-rate", "personal-learning-rate")
-    unused: ClassVar = {"momentum": "the inner steps of its paper have none"}
+    unused: ClassVar = {"momentum": "its paper's inner steps use none"}
 
     @classmethod
     def check(cls, config: Config) -> None:

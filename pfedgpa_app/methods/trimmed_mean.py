@@ -40,10 +40,10 @@ class TrimmedMean(Defence):
     def doubts(cls, config: Config) -> Iterator[str]:
         beta, uploads = config.of(TrimmedMeanSettings).beta, config.round_uploads
         if beta and int(beta * uploads) < 1:
-            way = f"from {math.ceil(100 / uploads) / 100:g} on it cuts"
+            way = f"from {math.ceil(100 / uploads) / 100:g} on it cuts some off"
             yield (
                 f"trimmed-mean.beta = {beta:g}: cuts off none of the {uploads} uploads of a round, "
-                f"which leaves the plain mean; {way if uploads > 2 else 'it wants 3 or more'}"
+                f"which leaves the plain mean; {way if uploads > 2 else 'it needs 3 or more'}"
             )
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:

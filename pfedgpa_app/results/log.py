@@ -144,7 +144,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(rows, list) or not rows or not all(isinstance(r, dict) for r in rows):
-            raise ValueError("it has no entry a method")
+            raise ValueError("it has no entry per method")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{path} cannot be read: {error}; delete {folder}, and run it again"
@@ -230,8 +230,8 @@ class RunLog:
             there = path.stat().st_size if path.exists() else 0
             if there < size:
                 raise ConfigError(
-                    f"resume: {path} has {there} bytes, and the checkpoint counts {size}: it was "
-                    "cut since; put it back, or run anew under another run-name"
+                    f"resume: {path} has {there} bytes, but the checkpoint recorded {size}: it "
+                    "has been cut since; put it back, or run anew under another run-name"
                 )
         checksums = state.get("checksums", {})  # older checkpoints have none
         for path, size in sizes.items():
@@ -241,7 +241,7 @@ class RunLog:
             found = self._sums[path.name] = _summed(path)
             if found[1] != checksums.get(path.name, found[1]):
                 raise ConfigError(
-                    f"resume: {path} is damaged: it is not what the checkpoint counts; put it "
+                    f"resume: {path} is damaged: it is not what the checkpoint recorded; put it "
                     "back, or run anew under another run-name"
                 )
 
@@ -262,8 +262,8 @@ class RunLog:
         text = f"{error}" if ours else f"{type(error).__name__}: {error}".removesuffix(": ")
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             text = (
-                f"{error.filename or self.folder}: {error.strerror}: make room there, and go on "
-                "from the last checkpoint by resume=true"
+                f"{error.filename or self.folder}: {error.strerror}: make room there, then go on "
+                "from the last checkpoint with resume=true"
             )
         with contextlib.suppress(OSError):
             end_whole(self.folder / EVENTS)  # the disk may have filled up in the middle of a line

@@ -131,10 +131,10 @@ def summary_entry(
 
 
 LEGEND = (
-    "kept: what a client would use, as sent or after FT, whichever its own validation data favour; "
-    "as sent, if it has none.",
+    "kept: what a client would use: the weights as sent or after FT, whichever its own validation "
+    "data favour; as sent if it has none.",
     "FT: each client fine-tunes what it was sent on its training data, by the recipe beside it; "
-    "tuned FT: by one that pooled validation data chose.",
+    "tuned FT: by a recipe chosen on pooled validation data.",
 )
 
 
@@ -178,7 +178,7 @@ def text_table(rows: list[dict[str, Any]]) -> str:
     ]
     notes = *without_result(rows), *without_generation(rows)
     return "\n".join(
-        [*table, "", *LEGEND, "±: one standard deviation over clients, who count alike.", *notes]
+        [*table, "", *LEGEND, "±: one standard deviation over clients, weighted equally.", *notes]
     )
 
 
@@ -193,18 +193,18 @@ def without_generation(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         chosen = row.get("chosen_by_validation")
         if chosen == "mean":
             yield (
-                f"{row['title']}: clients' validation data favoured one network for all, which "
-                "they were sent; none was generated."
+                f"{row['title']}: clients' validation data favoured one network for all, so "
+                "all were sent that one; none was generated."
             )
         elif chosen == "own":
             yield (
-                f"{row['title']}: clients' validation data favoured their own uploads; what was "
-                "generated stays near these."
+                f"{row['title']}: clients' validation data favoured their own uploads; the "
+                "generated weights stay close to these."
             )
         elif row.get("rank") == 0:
             yield (
-                f"{row['title']}: uploads did not tell clients apart (rank 0), who were sent the "
-                "same."
+                f"{row['title']}: uploads did not tell clients apart (rank 0), so all were sent "
+                "the same weights."
             )
 
 
@@ -213,14 +213,14 @@ def without_result(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     by_design = dict.fromkeys((*_evaluated(row), row["num_clients"]) for row in rows)
     for meant, who, clients in by_design:
         if meant < clients:
-            yield f"Figures are of {meant} of {clients} clients: the {who}."
+            yield f"Figures cover {meant} of {clients} clients: the {who}."
     for row in rows:
         meant, who = _evaluated(row)
         there = row.get("clients_evaluated", meant)  # earlier versions evaluated all
         if there < meant:
             yield (
-                f"{row['title']}: of {there} of {meant} {who}; the others could not be evaluated "
-                "(events.jsonl says why)."
+                f"{row['title']}: figures cover {there} of {meant} {who}; the others could not be "
+                "evaluated (events.jsonl says why)."
             )
 
 

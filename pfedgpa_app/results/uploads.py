@@ -83,8 +83,8 @@ def check_whole(state: RememberedState) -> None:
     layout = state.buffer.layout
     if layout and list(layout.names) != generated(state.global_weights):
         raise ConfigError(
-            "save-uploads: the rounds before have kept the uploads' last layers alone "
-            "(pfedgpa.layers), and others could not learn from these: go on without save-uploads"
+            "save-uploads: earlier rounds kept only uploads' last layers (pfedgpa.layers), from "
+            "which other runs could not learn: go on without save-uploads"
         )
 
 
@@ -103,7 +103,7 @@ def settings_and_costs(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
         known = {name: float(costs[name]) for name in COSTS}
         return dict(json.loads(metadata["settings"])), known
     except KeyError as error:
-        raise _refused(path, f"is not whole: it lacks {error}") from error
+        raise _refused(path, f"is incomplete: it lacks {error}") from error
     except (ValueError, TypeError) as error:
         raise _refused(path, f"is damaged: {error}") from error
 
@@ -138,7 +138,7 @@ def load(path: Path, state: RememberedState, resolved: Resolved) -> dict[str, fl
     try:
         _fill(state, read_tensors(path, FORMAT)[0], resolved.config)
     except KeyError as error:
-        raise _refused(path, f"is not whole: it lacks {error}") from error
+        raise _refused(path, f"is incomplete: it lacks {error}") from error
     except (ValueError, TypeError, RuntimeError) as error:
         raise _refused(path, f"is damaged: {error}") from error
     return costs
@@ -154,7 +154,7 @@ def _fill(state: RememberedState, tensors: dict[str, Tensor], config: Config) ->
     for part in ("older-", "") if "older-vectors" in tensors else ("",):
         vectors, mine = tensors[f"{part}vectors"], tensors[f"{part}clients"].tolist()
         if not set(mine) <= set(range(config.num_clients)):
-            raise ValueError("it has clients that the federation has not")
+            raise ValueError("it has clients that are not in the federation")
         rounds = tensors[f"{part}rounds"].tolist()
         for server_round, client, vector in zip(rounds, mine, vectors, strict=True):
             state.buffer.add(server_round, client, kept.unflatten(vector))
@@ -169,7 +169,7 @@ def _fill(state: RememberedState, tensors: dict[str, Tensor], config: Config) ->
         scores, rank = tensors["likeness"], int(tensors["likeness-rank"])
         whole = scores.ndim == 2 and scores.isfinite().all()
         if not whole or not 1 <= rank <= max(1, scores.shape[1]):
-            raise ValueError("what it says of who is like whom makes no sense")
+            raise ValueError("what it says about which clients are alike makes no sense")
         known = dict(zip(tensors["likeness-clients"].tolist(), scores, strict=True))
         state.likeness = Likeness(rank, known)
     own = [name for name in layout.names if is_statistic(name)]

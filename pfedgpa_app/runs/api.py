@@ -77,7 +77,7 @@ class Result:
         except ImportError as error:
             raise ConfigError(
                 f"frame: needs pandas: pip install pandas; then Result.of({str(self.folder)!r}) "
-                "has this run's again"
+                "reads this run's results again"
             ) from error
         return pandas.DataFrame(getattr(self, what))
 
@@ -162,8 +162,8 @@ def _words(settings: Mapping[str, Any], section: str = "") -> Iterator[str]:
 def _text(key: str, value: Any) -> str:
     if key == "dataset" and not callable(value) and not isinstance(value, (str, Path)):
         raise ConfigError(
-            f"dataset: is no {type(value).__name__}; what is in memory comes from a function in a "
-            'file, as in dataset="my_file:load"'
+            f"dataset: cannot be of type {type(value).__name__}; give data in memory by a "
+            'function in a file, as in dataset="my_file:load"'
         )
     if callable(value):
         name, module = (getattr(value, of, "") for of in ("__qualname__", "__module__"))

@@ -75,9 +75,9 @@ def encode(value: Any, put: Put, frozen: bool = False) -> Any:
         }
         return ["data", f"{type(value).__module__}:{type(value).__qualname__}", parts]
     raise ConfigError(
-        f"a checkpoint cannot hold a {type(value).__name__}, only numbers, texts, lists, dicts, "
+        f"a checkpoint cannot hold a {type(value).__name__}: only numbers, texts, lists, dicts, "
         "tensors, modules and dataclasses of the module or package that a method is in; "
-        "checkpoint-every=0 does without"
+        "set checkpoint-every=0 to do without"
     )
 
 
@@ -104,8 +104,8 @@ def decode(node: Any, get: Get, like: Any = None) -> Any:
     if kind == "module":
         if not isinstance(like, nn.Module):
             raise CheckpointError(
-                "holds a module that the state of before the first round has not: let begin() make "
-                "all of them, or keep their state_dict()"
+                "holds a module that the state before the first round does not have: let begin() "
+                "make all modules, or keep their state_dict()"
             )
         like.load_state_dict(decode(content, get))
         return like
@@ -141,7 +141,7 @@ def _dataclass(where: str) -> type[Any]:
     module, _, name = where.partition(":")
     found = getattr(sys.modules.get(module), name, None) if _is_ours(module) else None
     if not isinstance(found, type) or not dataclasses.is_dataclass(found):
-        raise CheckpointError(f"names {where}, which is no data of this package")
+        raise CheckpointError(f"names {where}, which is no dataclass of this package")
     return found
 
 
@@ -214,12 +214,12 @@ class Checkpoint:
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             found = manifest.get("format") if isinstance(manifest, dict) else None
             raise CheckpointError(
-                f"{path}: its format is {found!r}, and this version reads {FORMAT}: run anew "
+                f"{path}: its format is {found!r}, but this version reads {FORMAT}: run anew "
                 "under another run-name"
             )
         content = {name: manifest.get(name, {}) for name in ("files", "parts")}
         if manifest.get("checksum") != _checksum(content):
-            raise CheckpointError(f"{path}: is damaged: its checksum does not fit")
+            raise CheckpointError(f"{path}: is damaged: its checksum does not match")
         self._checksums = content["files"]
         parts: dict[str, Any] = content["parts"]
         return parts
@@ -253,4 +253,4 @@ class Checkpoint:
         except CheckpointError:
             raise
         except _DAMAGED as error:
-            raise CheckpointError(f"{self.folder}: is not whole: {error}") from error
+            raise CheckpointError(f"{self.folder}: is incomplete: {error}") from error

@@ -153,25 +153,25 @@ def _attack_in_words(config: Config, malicious: Sequence[int]) -> str:
     strength = "" if config.attack == LABEL_FLIP else f" of strength {config.attack_strength:g}"
     many = f"{len(malicious)} of {config.initial_clients} clients"
     who = listed([str(client) for client in malicious])
-    return f"attack: {config.attack}{strength} by {many} ({who}); all figures are of honest ones"
+    return f"attack: {config.attack}{strength} by {many} ({who}); all figures are for honest ones"
 
 
 def _warnings(grid: Grid, config: Config) -> Iterator[str]:
     """Yield what the user may not expect of this run."""
     if config.engine not in ("auto", "ray") and not isinstance(grid, LocalGrid):
-        yield f"engine = {config.engine} is for `pfedgpa run`; Flower carries this run itself"
+        yield f"engine = {config.engine} is only for `pfedgpa run`; Flower runs this one itself"
     if is_simulated(grid) and (text := slow_precision(config)):
         yield text
     if config.local_dp_epsilon and config.share_label_counts:
         yield (
-            "share-label-counts: how many examples of each class clients have is sent as it is; "
-            "local-dp-epsilon's noise is on weights alone"
+            "share-label-counts: clients' class counts are sent as they are; local-dp-epsilon adds "
+            "noise only to weights"
         )
     for method in (METHODS[name] for name in config.method):
         if method.fine_tuning == "tuned" and not config.fine_tune_grid_epochs:
             yield (
                 f"fine-tune-grid-epochs = 0: {method.title} tunes nothing, and fine-tunes by "
-                "fine-tune-epochs and fine-tune-learning-rate; set fine-tune-grid-epochs=5, and "
+                "fine-tune-epochs and fine-tune-learning-rate; set fine-tune-grid-epochs=5 to let "
                 "validation data choose"
             )
         if issubclass(method, Defence):
@@ -188,7 +188,7 @@ def _groups(config: Config) -> list[int]:
 def _lost_tracker(folder: Path, log: RunLog, kind: str, why: str) -> None:
     """Say that a run goes on without a dashboard, and how it can be given the run's figures."""
     words = ["pfedgpa", "export-metrics", str(folder), "--to", kind]
-    text = f"track = {kind}: {why}; the run goes on without; afterwards: {shlex.join(words)}"
+    text = f"track = {kind}: {why}; the run goes on without it; afterwards: {shlex.join(words)}"
     log.event("warning", text)
 
 

@@ -80,9 +80,9 @@ def check_data(folder: Path, config: Config) -> None:
         check_same(config, held["data"])
     if "train" in held and held["train"] != class_counts(config):
         raise DataError(
-            f"{folder}: its clients held other examples than they would now: it is of a version "
-            "that dealt them otherwise, or its partition's file has changed since; run it anew, or "
-            "name data with labels (pfedgpa evaluate RUN DATASET)"
+            f"{folder}: its clients held other examples than they would now: an earlier version "
+            "dealt them differently, or its partition's file has changed since; run it anew, or "
+            "name labelled data (pfedgpa evaluate RUN DATASET)"
         )
 
 
@@ -102,12 +102,12 @@ def unfinished(folder: Path) -> str:
     end = last_event(folder)
     if end.get("kind") == "done":
         return ""
-    how = "was broken off"
+    how = "was interrupted"
     if is_running(folder):
-        how = "goes on"
+        how = "is still running"
     elif end.get("kind") == "failed":
         how = f"failed ({end['text']})"
-    return f"{folder} {how}: its results are those of the methods that were done by then"
+    return f"{folder} {how}: its results cover only the methods that are done"
 
 
 def running(folder: Path) -> str:
@@ -117,8 +117,8 @@ def running(folder: Path) -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start.get("time")))
     who = f"process {start['process']}, since {since}" if "process" in start else "it just began"
     return (
-        f"{folder}: a run is going on there ({who}; the last that it said: {said!r}): "
-        "wait for its end, or stop it, or choose another run-name"
+        f"{folder}: a run is going on there ({who}; its last message: {said!r}): "
+        "wait until it ends, stop it, or choose another run-name"
     )
 
 
@@ -134,9 +134,9 @@ def kept_settings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(kept, dict) or not all(isinstance(e, dict) for e in kept.values()):
-        raise ConfigError(f"{path} holds no run's settings: choose another folder")
+        raise ConfigError(f"{path} does not hold a run's settings: choose another folder")
     if "value" not in kept.get("method", {}):
-        raise ConfigError(f"{path} names no method: it is no run's, or damaged")
+        raise ConfigError(f"{path} names no method: it is not a run's, or is damaged")
     return kept
 
 
@@ -192,7 +192,7 @@ def run_folder(resolved: Resolved) -> Path:
     """
     config = resolved.config
     if config.resume and not config.run_name:
-        raise ConfigError("resume = true: give the run-name of the run that is to go on")
+        raise ConfigError("resume = true: give the run-name of the run to resume")
     out = user_path(config.out_dir).absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -213,7 +213,7 @@ def _named(out: Path, name: str) -> Path:
     """Make the run's folder by the name that the user gave it."""
     if not name.strip() or name.startswith(".") or not name.isprintable() or set(name) & set("/\\"):
         raise ConfigError(
-            f"run-name = {name!r}: wants a plain name, that of a folder in out-dir; set out-dir "
+            f"run-name = {name!r}: must be the plain name of a folder in out-dir; set out-dir "
             "for another place"
         )
     (out / name).mkdir(exist_ok=True)
@@ -240,13 +240,13 @@ def _refuse(folder: Path, resolved: Resolved) -> None:
     written = all((folder / file).exists() for file in (EVENTS, METRICS, HOLDINGS))
     if resolved.config.resume and written and not (folder / CONFIG).exists():
         raise ConfigError(
-            f"resume: {folder} has no {CONFIG}, which says how it went on so far: put it back, or "
+            f"resume: {folder} has no {CONFIG}, which says how it was run so far: put it back, or "
             "run anew under another run-name"
         )
     if is_foreign(folder):
         raise ConfigError(
-            f"run-name = {name!r}: {folder} is not empty, and not a run's folder: choose another "
-            "name"
+            f"run-name = {name!r}: {folder} is not empty and is not a run's folder: choose "
+            "another name"
         )
     if not (folder / CONFIG).exists():
         return
@@ -257,7 +257,7 @@ def _refuse(folder: Path, resolved: Resolved) -> None:
     if not resolved.config.resume:
         raise ConfigError(
             f"run-name = {name!r}: {folder} holds another run's results; choose another name, or "
-            "go on with it by resume=true"
+            "resume it with resume=true"
         )
     if other := differences(kept_settings(folder), resolved):
         raise ConfigError(f"resume: {folder} has other settings: {'; '.join(other)}")

@@ -36,11 +36,11 @@ def initial_weights(config: Config, schema: Schema) -> Weights:
         classifier_bias(config, schema)
     if config.augment and (len(schema.shape) != 3 or schema.tokens):
         raise ConfigError(
-            f"augment = true: crops and flips images; these data are of shape {list(schema.shape)}"
+            f"augment = true: crops and flips images, but the data have shape {list(schema.shape)}"
         )
     if config.batch_size == 1 and (why := no_step_on_one(network)):
         raise ConfigError(
-            f"batch-size = 1: the network's {why}: take 2 or more, or nn.GroupNorm in its place"
+            f"batch-size = 1: the network's {why}: set 2 or more, or use nn.GroupNorm in its place"
         )
     initial = weights_of(network)
     return warm_start(Path(config.start_from), initial) if config.start_from else initial
@@ -51,8 +51,8 @@ def learn_nothing(config: Config) -> Iterator[str]:
     alone = [str(i) for i, split in enumerate(load_partition(config)) if len(split.train) == 1]
     if alone and (why := no_step_on_one(network_of(config, load_schema(config)))):
         yield (
-            f"one training example each: clients {listed(alone)}; the network's {why}, so that "
-            "they learn nothing: give them more, or it nn.GroupNorm in its place"
+            f"only one training example each: clients {listed(alone)}; the network's {why}, so "
+            "they learn nothing: give them more, or use nn.GroupNorm in its place"
         )
 
 
@@ -64,10 +64,10 @@ def share_little(config: Config, schema: Schema, initial: Weights) -> Iterator[s
         shared = shared_names(name, kind, config, list(initial))
         if shared == [] and kind.sends != NOTHING:
             of = f"none of the network's {len(layers(initial))} layers"
-            yield f"{METHODS[name].title}: clients share {of}, so that each learns alone"
+            yield f"{METHODS[name].title}: clients share {of}, so each learns alone"
         if bias and not (kind.adjustable and (shared is None or bias in shared)):
             what = "its clients are sent no classifier to add their class frequencies to"
-            yield f"logit-adjustment is without effect on {METHODS[name].title}: {what}"
+            yield f"logit-adjustment has no effect on {METHODS[name].title}: {what}"
 
 
 def warm_start(path: Path, initial: Weights) -> Weights:
@@ -88,14 +88,14 @@ def warm_start(path: Path, initial: Weights) -> Weights:
         raise ConfigError(f"start-from = {str(path)!r}: {error}") from error
     if lacks := [n for n in own_statistics(initial, start.layout.names) if n not in seen]:
         raise ConfigError(
-            f"start-from = {str(path)!r}: does not say what normalisation layers have seen "
-            f"({listed(lacks, 3)}), as files of earlier versions do not: learn it again"
+            f"start-from = {str(path)!r}: lacks what normalisation layers have seen "
+            f"({listed(lacks, 3)}), as files of earlier versions do: learn it again"
         )
     mean = start.layout.unflatten(start.anchor) | seen
     for name, tensor in mean.items():
         if name not in initial or tensor.shape != initial[name].shape:
             raise ConfigError(
                 f"start-from = {str(path)!r}: has {name} of shape {list(tensor.shape)}, which this "
-                "run's network has not"
+                "run's network does not have"
             )
     return initial | mean

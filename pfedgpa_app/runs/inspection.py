@@ -31,7 +31,7 @@ def lines_about(path: Path) -> list[str]:
         return list(_run(path))
     if path.is_file():
         return list(_distribution(path))
-    kind = "a folder without a run" if path.is_dir() else "no file and no folder"
+    kind = "a folder without a run" if path.is_dir() else "neither a file nor a folder"
     raise ConfigError(f"{path}: is {kind}: give a run's folder, or a distribution.safetensors")
 
 
@@ -60,9 +60,9 @@ def _state(folder: Path) -> str:
     if is_done(folder):
         state = "done"
     elif is_running(folder):
-        state = f"going on, {progress:.0%} done; said last: {text}"
+        state = f"running, {progress:.0%} done; last message: {text}"
     else:
-        state = f"stopped with {progress:.0%} done; said last: {text}"
+        state = f"stopped, {progress:.0%} done; last message: {text}"
     return f"started {day}; {state}"
 
 
@@ -81,14 +81,14 @@ def _checkpoint(folder: Path) -> Iterator[str]:
     where = "a federation's last round"
     if "state" in kept:
         where = f"{kept['federation']} round {kept['round']}"
-    yield f"checkpoint: after {where}, {size / 1e6:.1f} MB; to go on: {_resuming(folder)}"
+    yield f"checkpoint: after {where}, {size / 1e6:.1f} MB; to continue: {_resuming(folder)}"
 
 
 def _resuming(folder: Path) -> str:
     """The command that resumes a run."""
     run = Run(folder)
     if run.settings["dataset"]["value"] == NODES:
-        return "flwr run FOLDER SUPERLINK --stream --run-config resume=true, as it was begun"
+        return "flwr run FOLDER SUPERLINK --stream --run-config resume=true, as when it began"
     place = {name: run.settings[name] for name in OF_ITS_PLACE if name in run.settings}
     words = [f"{n}={argument(e['value'])}" for n, e in place.items() if e["from"] == RUN_CONFIG]
     words += [f"out-dir={folder.absolute().parent}", f"run-name={folder.name}", "resume=true"]
@@ -99,7 +99,7 @@ def _distribution(path: Path) -> Iterator[str]:
     try:
         learned = saved.load(path)
     except ValueError as error:
-        raise ConfigError(f"{path}: is no distribution of a run: {error}") from error
+        raise ConfigError(f"{path}: is not a run's distribution: {error}") from error
     layout, rounds = learned.layout, learned.rounds
     yield (
         f"distribution: of {len(learned.latents)} uploads of {len(learned.clients.unique())} "

@@ -249,7 +249,7 @@ def advice(config: Config) -> str:
     """Say how to go on with a run that stands still."""
     if config.checkpoint_every:
         name = shlex.quote(f"run-name={config.run_name}")
-        again = f"go on from its last checkpoint by {name} resume=true"
+        again = f"go on from its last checkpoint with {name} resume=true"
     else:
         again = "start it again; with checkpoint-every=1 it could go on where it was"
     return f"if that does not change, stop it with Ctrl-C and {again}"

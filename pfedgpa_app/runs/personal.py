@@ -123,7 +123,7 @@ class ClientModel(nn.Module):
         every = torch.as_tensor(np.ascontiguousarray(examples))
         if tuple(every.shape[1:]) != self.shape:
             raise DataError(
-                f"examples are of shape {list(every.shape)}, and the network takes "
+                f"examples are of shape {list(every.shape)}, but the network takes "
                 f"[N, {', '.join(map(str, self.shape))}]"
             )
         if every.is_floating_point():
@@ -147,7 +147,7 @@ def _of_kind(schema: Schema, every: Tensor) -> Tensor:
     """
     if schema.tokens:
         if bool((every != every.long()).any()):
-            raise DataError("the network takes whole numbers, and some examples have others")
+            raise DataError("the network takes whole numbers, but some examples have others")
         return every.long()
     if not schema.pixels:
         return every.float()
@@ -155,7 +155,7 @@ def _of_kind(schema: Schema, every: Tensor) -> Tensor:
         low, high = map(float, every.float().aminmax())
         if not every.is_floating_point() or low < -_ROUNDING or high > 1 + _ROUNDING:
             raise DataError(
-                "images are uint8 from 0 to 255, or floats from 0 to 1; these are "
+                "images must be uint8 from 0 to 255, or floats from 0 to 1; these are "
                 f"{str(every.dtype).removeprefix('torch.')} from {low:g} to {high:g}"
             )
     return every
@@ -205,8 +205,8 @@ def changed_code(folder: Path, about: About, *references: str) -> Iterator[str]:
             before = kept.get(file.name, now)
             if before != now:
                 yield (
-                    f"{file}: {folder} was trained with another version of it; unless comments "
-                    "alone differ, its results no longer hold: bring that version back, or run anew"
+                    f"{file}: {folder} was trained with another version of it; unless only "
+                    "comments differ, its results no longer hold: restore that version, or run anew"
                 )
 
 
@@ -233,7 +233,7 @@ def read_about(folder: Path) -> About:
         return About(schema, **{name: found[name] for name in names}, code=code)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{folder}: is no run's folder, or of a version that kept no {MODEL}"
+            f"{folder}: is not a run's folder, or is from a version that kept no {MODEL}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
@@ -287,7 +287,7 @@ def the_method(folder: Path, method: str) -> str:
     if not there:
         why = "its run had save-weights=false, or failed"
         if is_running(folder):
-            why = "its run goes on, and none of its methods is done"
+            why = "its run is still going, and none of its methods is done"
         raise ConfigError(f"{folder}: has no weights: {why}")
     if method and method not in there:
         raise ConfigError(
@@ -295,13 +295,11 @@ def the_method(folder: Path, method: str) -> str:
             f"{', '.join(there)}"
         )
     if not method and there[-1] != last:
-        gone = (
-            _kept_on_nodes(last)
-            if last in elsewhere
-            else (f"the weights of {last} are not there any more")
+        gone = f"the weights of {last} are no longer there"
+        why = (
+            unfinished(folder) or f"{folder}: {_kept_on_nodes(last) if last in elsewhere else gone}"
         )
-        why = unfinished(folder) or f"{folder}: {gone}"
-        warn_once(f"{why}; taken are those of {there[-1]}")
+        warn_once(f"{why}; using those of {there[-1]}")
     return method or there[-1]
 
 
@@ -360,19 +358,19 @@ def _check_made(
     if client in made_for:
         if some and client < founders and client not in some:
             warn_once(
-                f"{folder}: client {client} took no part: {method} sent it what all start from, "
-                "and no weights of its own"
+                f"{folder}: client {client} took no part: {method} sent it the weights that all "
+                "start from, and none of its own"
             )
     elif client >= founders:
         raise ConfigError(
-            f"{folder}: client {client} joined after the last round, and what {method} sent it "
-            "then was not kept by the version that ran it: run it anew"
+            f"{folder}: client {client} joined after the last round, and the version that ran "
+            f"it did not keep what {method} sent it then: run it anew"
         )
     else:
         raise ConfigError(
-            f"{folder}: client {client} took no part, so that {method} made nothing for it: take a "
-            "method's that sends all the same (--method fedavg, if the run had it), or let it join "
-            "(docs/join.md)"
+            f"{folder}: client {client} took no part, so {method} made nothing for it: choose a "
+            "method that sends all the same weights (--method fedavg, if the run had it), or let "
+            "it join (docs/join.md)"
         )
 
 

@@ -80,9 +80,9 @@ def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np
     examples = np.concatenate([found.train_images, found.test_images])
     inputs = recoloured(examples, shape[0]) if found.pixels else examples
     if inputs.shape[1:] != shape:
-        what = "resize the images" if found.pixels else "it wants the run's"
+        what = "resize the images" if found.pixels else "give examples of that shape"
         raise DataError(
-            f"dataset {dataset}: has examples of shape {list(found.shape)}, and the network takes "
+            f"dataset {dataset}: has examples of shape {list(found.shape)}, but the network takes "
             f"{list(shape)}: {what}"
         )
     theirs = schema_of(found)
@@ -90,11 +90,11 @@ def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np
     if theirs.tokens != about.schema.tokens or (theirs.pixels and not about.schema.pixels):
         raise DataError(
             f"dataset {dataset}: has examples of another kind than the run's: "
-            f"{_kind(theirs)}, and the network takes {_kind(about.schema)}"
+            f"{_kind(theirs)}, but the network takes {_kind(about.schema)}"
         )
     if unknown := [name for name in found.classes if name not in about.schema.classes]:
         raise DataError(
-            f"dataset {dataset}: has the class {unknown[0]!r}, which the run had not; it had "
+            f"dataset {dataset}: has the class {unknown[0]!r}, which the run did not have; it had "
             f"{', '.join(about.schema.classes)}"
         )
     place = np.array([about.schema.classes.index(name) for name in found.classes])

@@ -118,15 +118,15 @@ def runs_in(paths: Sequence[Path]) -> list[Run]:
     for path in paths:
         folders = sorted(f.parent for f in path.rglob(SUMMARY) if (f.parent / CONFIG).is_file())
         if not folders and not next(path.rglob(CONFIG), None):
-            raise ConfigError(f"{path}: holds no run that is done")
+            raise ConfigError(f"{path}: holds no finished run")
         if not folders:
             undone.append(path)
         found |= dict.fromkeys(folders)
     for path in undone:
-        text = f"{path}: holds no run that is done"
+        text = f"{path}: holds no finished run"
         if not found:
             raise ConfigError(text)
-        warn_once(f"{text}: it is left out")
+        warn_once(f"{text}; it is left out")
     return [Run(folder) for folder in found]
 
 

@@ -113,7 +113,7 @@ def _over(runs: Sequence[Run]) -> str:
         return f"Seed {seeds[0]}. Server: seconds of aggregation and generation in all rounds."
     return (
         f"Means over seeds ({', '.join(map(str, seeds))}), ± one standard deviation over them. "
-        "Green is best, grey second; a click on a heading sorts."
+        "Green is best, grey second; click a heading to sort."
     )
 
 
@@ -142,8 +142,8 @@ def _about(runs: Sequence[Run]) -> list[str]:
 
 
 _PIES = (
-    " Its slices are the classes that it holds, which the server never sees: where pies of like "
-    "colours lie together, the server has found who is like whom."
+    " Its slices are the client's classes, which the server never sees: where pies of similar "
+    "colours lie together, the server has found which clients are alike."
 )
 
 
@@ -167,8 +167,8 @@ def _figures_of(run: Run) -> Iterator[dict[str, str]]:
     yield {
         "title": "Each client, before and after fine-tuning",
         "svg": figures.before_and_after(each) if each else "",
-        "caption": "A dot is what the client is sent, a bar what it has after fine-tuning it: a "
-        "bar to the right of its dot gained.",
+        "caption": "A dot is what the client is sent, a bar what it has after fine-tuning: a bar "
+        "to the right of its dot is a gain.",
     }
     if drawn := latent_map_of(run):
         yield {
@@ -177,7 +177,7 @@ def _figures_of(run: Run) -> Iterator[dict[str, str]]:
             "caption": "The two latent dimensions in which clients' uploads differ most. Small "
             "dots are uploads; a large one is the weights generated for a client; a grey line "
             "leads from its newest upload."
-            + (_PIES if run.read(HOLDINGS) else " What clients hold is on their nodes."),
+            + (_PIES if run.read(HOLDINGS) else " What clients hold is known only on their nodes."),
         }
     if holdings := run.read(HOLDINGS):
         yield {
@@ -192,10 +192,10 @@ def _parts_of(run: Run) -> Iterator[Row]:
     """Yield the tables and lists of a single run."""
     count = min(WORST, max(map(len, run.clients.values()), default=0))
     yield {
-        "title": "Clients worst off",
+        "title": "Worst-off clients",
         "header": ["method", *(f"{i}." for i in range(1, count + 1)), "spread over clients"],
         "rows": [_worst(name, clients, count) for name, clients in run.clients.items()],
-        "note": "Accuracy of what the client would keep, in percent; in brackets which client.",
+        "note": "Accuracy of what a client would keep, in percent; its number in brackets.",
     }
     if joined := [r for r in run.rows if r.get("accuracy_of_joining_clients")]:
         iterations = max(len(row["accuracy_of_joining_clients"]) for row in joined)
@@ -203,17 +203,17 @@ def _parts_of(run: Run) -> Iterator[Row]:
             "title": "Clients that joined",
             "header": ["method", "welcomed", *map(str, range(1, iterations))],
             "rows": [[r["title"], *map(percent, r["accuracy_of_joining_clients"])] for r in joined],
-            "note": "Mean accuracy in percent of those that joined after the last round: by what "
-            "they were sent first, and after each upload of theirs.",
+            "note": "Mean accuracy in percent of those that joined after the last round: with what "
+            "they were sent first, and after each of their uploads.",
         }
     events = list(run.lines(EVENTS))
     told = [e["text"] for e in events if e["kind"] in ("warning", "stalled", "resumed")]
     if told:
         shown = list(dict.fromkeys(told))
         more = [f"… and {len(shown) - 20} more, in events.jsonl"] if len(shown) > 20 else []
-        yield {"title": "Rejected uploads, warnings", "lines": [*shown[:20], *more]}
+        yield {"title": "Rejected uploads and warnings", "lines": [*shown[:20], *more]}
     yield {
-        "title": "Settings that are not the defaults",
+        "title": "Settings that differ from the defaults",
         "said": True,
         "header": ["setting", "value", "from"],
         "rows": [[name, argument(e["value"]), e["from"]] for name, e in chosen(run)],

@@ -63,7 +63,7 @@ class Resuming:
                 return {}
             if not every:  # clients would not keep their state either
                 raise ConfigError(
-                    "checkpoint-every = 0: a run that goes on keeps checkpoints; give 1 or more"
+                    "checkpoint-every = 0: a resumed run keeps checkpoints; set 1 or more"
                 )
             # older checkpoints have neither weights nor partitions
             kept = {"weights": encode({}, lambda _, frozen: [])} | kept
@@ -142,7 +142,7 @@ class Resuming:
             }
             self._checkpoint.save(every | going)
         except OSError as error:
-            text = f"no checkpoint could be written, the run goes on without: {error}"
+            text = f"no checkpoint could be written, the run goes on without one: {error}"
             self.log.event("warning", text)
 
     @property
@@ -174,7 +174,7 @@ class Resuming:
             if wrong := _harm(path, expected):
                 yield (
                     f"{path}, weights of a method that is done, is {wrong}: put it back; the "
-                    "figures are whole, but these weights are not made again"
+                    "figures are complete, but these weights are not made again"
                 )
 
     def _check_clients(self, files: dict[str, int]) -> None:

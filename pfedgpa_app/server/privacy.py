@@ -125,7 +125,7 @@ def _asked(file: Path, clients: int) -> Iterator[list[int]]:
         found = record_in(line).get("clients")
         if not isinstance(found, list) or not all(isinstance(client, int) for client in found):
             raise ConfigError(
-                f"{file}: line {number} is damaged; nobody can say what the run has spent; "
+                f"{file}: line {number} is damaged, so what the run has spent is unknown; "
                 "start it anew under another run-name"
             )
         yield found
@@ -135,8 +135,8 @@ def in_words(config: Config, uploads: int) -> str:
     """Say how private one upload is, and all ``uploads`` that a client makes in the run."""
     one, every = (f"({epsilon_of(config, n):.3g}, {config.local_dp_delta:g})" for n in (1, uploads))
     return (
-        f"privacy: each upload is {one}-differentially private, the {uploads} that a client makes "
-        f"at most {every}; losses and accuracies, which clients tell, too, have no noise"
+        f"privacy: each upload is {one}-differentially private, and a client's {uploads} "
+        f"together at most {every}; the losses and accuracies that clients report have no noise"
     )
 
 
@@ -152,26 +152,27 @@ def check(config: Config, uploads: Uploads | None = None) -> None:
     most = config.max_epsilon
     if not config.local_dp_epsilon:
         if most:
-            raise ConfigError("max-epsilon: uploads are private with local-dp-epsilon only; set it")
+            raise ConfigError("max-epsilon: uploads are private only with local-dp-epsilon; set it")
         return
     for method in config.method:
         if rounds_class(method).sends == OTHER:
             raise ConfigError(
-                f"local-dp-epsilon: {method} uploads other tensors than weights that were trained "
-                "on from what it is sent, and noise on the change is for these; leave it out"
+                f"local-dp-epsilon: {method} uploads tensors other than weights that were trained "
+                "from those it is sent, and only the change of such weights takes noise; leave it "
+                "out"
             )
     spent = epsilon_of(config, (uploads or Uploads(config)).most)
     if not most or spent <= most:
         return
     if uploads is not None:
         raise ConfigError(
-            f"max-epsilon = {most:g}: the run would spend {spent:.3g}, since rounds that were lost "
-            "are repeated and upload again: raise it, or let the run end as it is"
+            f"max-epsilon = {most:g}: the run would spend {spent:.3g}, since lost rounds are "
+            "repeated and upload again: raise it, or leave the run as it is"
         )
     way = _way_to_keep(config, most)
     raise ConfigError(
         f"max-epsilon = {most:g}: the run would spend {spent:.3g} on a client that takes part most "
-        f"often; {way}, or a smaller local-dp-epsilon, or fewer methods"
+        f"often; {way} a smaller local-dp-epsilon, or use fewer methods"
     )
 
 
@@ -188,5 +189,5 @@ def _way_to_keep(config: Config, most: float) -> str:
             return epsilon_of(config, Uploads(changed).most)
 
         if kept := bisect.bisect_right(range(1, now), most, key=spent):
-            return f"{key}={kept} keeps within it"
-    return "not even one round does"
+            return f"set {key}={kept} to keep within it, or"
+    return "even one round exceeds it: set"

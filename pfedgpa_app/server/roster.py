@@ -194,8 +194,8 @@ class Roster:
         if len(self.partitions) < num_clients:
             tell(
                 "warning",
-                f"{len(self.partitions)} nodes host {num_clients} clients in turn; for one node a "
-                "client use `pfedgpa run`, or flwr run . --federation-config "
+                f"{len(self.partitions)} nodes host {num_clients} clients in turn; for one node "
+                "per client use `pfedgpa run`, or flwr run . --federation-config "
                 f"'num-supernodes={num_clients} client-resources-num-cpus=1'",
             )
 
@@ -219,7 +219,7 @@ class Roster:
         for node, answer in self._asked(new)[0].items():
             place = self._place_of.get(answer.partition)
             if place is None:
-                self._tell("warning", f"node {node} is of no client of this run")
+                self._tell("warning", f"node {node} belongs to no client of this run")
             else:
                 self._hosts[place] = node
 
@@ -258,8 +258,8 @@ class Roster:
         """Refuse partitions that a resumed run did not have, and name those that are missing."""
         if others := sorted(set(there) - set(self.partitions)):
             raise RosterError(
-                f"resume: the run has the partition-ids {_listed(self.partitions)}, and nodes say "
-                f"that they have {_listed(others)}: start the same nodes as before"
+                f"resume: the run has the partition-ids {_listed(self.partitions)}, but nodes "
+                f"report {_listed(others)}: start the same nodes as before"
             )
         if missing := sorted(set(self.partitions) - set(there)):
             self._tell(
@@ -287,8 +287,8 @@ class Roster:
             if nodes != seen and self._own_data:
                 self._tell(
                     "status",
-                    f"{len(nodes)} of {num_clients} nodes are here; the others are waited for "
-                    f"{patience:g} s",
+                    f"{len(nodes)} of {num_clients} nodes are here; waiting {patience:g} s for "
+                    "the others",
                 )
             time.sleep(0.1)
         if not nodes:
@@ -302,13 +302,13 @@ class Roster:
             raise RosterError(f"none of {len(nodes)} nodes answered {within}")
         if self._own_data and len(answers) != num_clients and not (self._before and answers):
             silent = len(nodes) - len(answers)
-            why = ": start the others first" if len(nodes) < num_clients else ": name that number"
+            why = ": start the others first" if len(nodes) < num_clients else ": set it to that"
             if silent:
-                none = f"one that has none: {failed}"
+                none = f"one without data: {failed}"
                 why = f"; {none if failed else f'{silent} did not answer {within}'}"
             there = _listed(sorted(answer.partition for answer in answers.values()))
             raise RosterError(
-                f"num-clients is {num_clients}, and nodes with data are here: {len(answers)}"
+                f"num-clients is {num_clients}, but the number of nodes with data is {len(answers)}"
                 f"{f' (partition-id {there})' if answers else ''}{why}"
             )
         if not answers:
@@ -387,7 +387,7 @@ def _schema_of(answers: Iterable[Answer]) -> Schema | None:
             found = Schema.of(NODES, data)
         except (KeyError, TypeError, ValueError) as error:
             raise RosterError(
-                f"partition {partition} describes its data as this version does not: give all "
+                f"partition {partition} describes its data in another version's way: give all "
                 f"nodes the same version ({type(error).__name__}: {error})"
             ) from error
         first = first or (partition, found)
@@ -410,8 +410,8 @@ def _difference(one: tuple[int, Schema], other: tuple[int, Schema]) -> str:
         for place, (here, there) in enumerate(zip(ours.columns, theirs.columns, strict=True), 1):
             if here != there:
                 return (
-                    f"the same columns are in another order: column {place} is {here!r} of "
-                    f"partition {first} and {there!r} of partition {second}"
+                    f"the same columns are in another order: column {place} is {here!r} in "
+                    f"partition {first} and {there!r} in partition {second}"
                 )
     return f"partition {first} has {ours.examples()}, partition {second} has {theirs.examples()}"
 
@@ -420,16 +420,16 @@ def _remedy(one: Schema, other: Schema) -> str:
     """Say how to make the nodes' data alike."""
     if one.classes != other.classes:
         return (
-            "give classes the same names; where a node has no example of some, name them all to "
-            "the run, classes=cat,dog,owl"
+            "give classes the same names; if a node has no example of some, name them all for "
+            "the run, as in classes=cat,dog,owl"
         )
     if one.columns != other.columns:
-        return "give all the same columns in the same order"
+        return "give all nodes the same columns in the same order"
     if one.pixels and other.pixels and one.shape[1:] == other.shape[1:]:
         return "some are grey and some in colour: convert those of one kind at their site"
     if one.pixels and other.pixels:
-        return "give all images of the same size and colours; image-size=64 resizes them"
-    return "give all examples of the same shape and kind"
+        return "give all nodes images of the same size and colours; image-size=64 resizes them"
+    return "give all nodes examples of the same shape and kind"
 
 
 def match(sent: dict[int, Message], received: Iterable[Message]) -> dict[int, Message]:

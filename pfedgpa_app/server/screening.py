@@ -23,8 +23,8 @@ from pfedgpa_app.training.evaluation import TEMPERATURES
 _WHAT: dict[int, str] = {  # Flower's error codes in words, for the log
     ErrorCode.MESSAGE_UNAVAILABLE: "did not answer in time",
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "did not answer in time",
-    ErrorCode.MOD_FAILED_PRECONDITION: "uploads what its privacy mod does not take",
-    ErrorCode.NODE_UNAVAILABLE: "is not connected any more",
+    ErrorCode.MOD_FAILED_PRECONDITION: "uploads what its privacy mod does not accept",
+    ErrorCode.NODE_UNAVAILABLE: "is no longer connected",
     ErrorCode.CLIENT_APP_CRASHED: "lost its process",
 }
 _LAST_WORDS = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception)\b.*)", re.MULTILINE)  # of a traceback
@@ -73,11 +73,11 @@ def remedy(reasons: Collection[str], rates: Collection[str], is_noised: bool = F
     if is_noised:
         return (
             ": their training has diverged under the noise: raise local-dp-epsilon, or lower "
-            "local-dp-clip, to which the noise is in proportion"
+            "local-dp-clip, to which the noise is proportional"
         )
     return (
-        f": their training has diverged: lower {' or '.join(rates)}, or scale what the network is "
-        "fed (a table's columns to about -1 to 1)"
+        f": their training has diverged: lower {' or '.join(rates)}, or scale the network's inputs "
+        "(a table's columns to about -1 to 1)"
     )
 
 
@@ -138,7 +138,7 @@ def check_upload(
     if not isinstance(labels, list) or any(not isinstance(n, int) or n < 0 for n in labels):
         return None, f"sent label-counts {labels!r} instead of whole numbers"
     if labels and (len(labels) != classes or not sum(labels)):
-        return None, f"sent label-counts {labels!r} instead of the images of {classes} classes"
+        return None, f"sent label-counts {labels!r} instead of counts of {classes} classes"
     losses: Any = metrics.get("validation-losses", []) if metrics is not None else []
     each = len(TEMPERATURES)
     if not isinstance(losses, list) or len(losses) not in (0, each, 2 * each):
@@ -165,7 +165,7 @@ def check_counts(counts: Mapping[str, Any], fine_tunings: int | None = None) -> 
         good = good and _are_counts(counts.get("validation"), validated, 1 + fine_tunings)
         good = good and counts["test-images"] > 0
         good = good and _are_counts([counts.get("agreement", 0)], tested, 1)
-    return "" if good else f"sent an evaluation that cannot be: {dict(counts)!r}"[:300]
+    return "" if good else f"sent an impossible evaluation: {dict(counts)!r}"[:300]
 
 
 def _are_counts(correct: Any, images: Any, many: int) -> bool:
@@ -230,7 +230,7 @@ def too_far(
     distances = (vectors - middle).norm(dim=1).tolist()
     usual = statistics.median(distances)
     return {
-        client: f"sent weights {distance / usual:.3g} times as far from the median as is usual"
+        client: f"sent weights {distance / usual:.3g} times as far from the median as usual"
         for client, distance in zip(weights, distances, strict=True)
         if distance > limit * usual > 0
     }

@@ -188,5 +188,5 @@ def report_of(found: Finished) -> str:
         return ""
     rows = [row for methods in found.values() for seeds in methods.values() for row in seeds]
     tuned = any(row[COLUMNS["tuned FT"]] is not None for row in rows)
-    how = "" if tuned else " (which fine-tune-grid-epochs=5 would bring)"
+    how = "" if tuned else " (which needs fine-tune-grid-epochs=5)"
     return f"As sent / after tuned fine-tuning{how}:\n\n{overview(found)}\n\n{table(found)}"

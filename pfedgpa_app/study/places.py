@@ -171,7 +171,7 @@ class RayCluster:
             ray.init(address=address, log_to_driver=False, logging_level=logging.CRITICAL)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"--on ray: there is no Ray cluster at {address}: start one by `ray start`, and "
+                f"--on ray: there is no Ray cluster at {address}: start one with `ray start`, and "
                 f"set RAY_ADDRESS=HOST:PORT to its head ({error})"
             ) from error
         self.ray: Any = ray
@@ -328,8 +328,8 @@ class SlurmCluster:
             ) from error
         if missing := [name for name in ("sbatch", "srun", "sacct") if not shutil.which(name)]:
             raise ConfigError(
-                f"--on slurm: there is no {missing[0]} on this machine: start where the cluster's "
-                "jobs are submitted"
+                f"--on slurm: there is no {missing[0]} on this machine: start this where the "
+                "cluster's jobs are submitted"
             )
         self.submitit: Any = submitit
         self.home = out.absolute() / ".slurm"
@@ -351,7 +351,7 @@ class SlurmCluster:
         try:
             job = executor.submit(on_slurm, there, app, cores)
         except self.submitit.core.utils.FailedJobError as error:
-            raise ConfigError(f"--on slurm: sbatch refuses: {error}") from error
+            raise ConfigError(f"--on slurm: sbatch refused: {error}") from error
         return _Job(self.submitit, job, folder)
 
     def close(self) -> None:

@@ -33,14 +33,14 @@ def read(path: Path) -> tuple[Settings, dict[str, list[Any]]]:
     loaded = yaml_file.read(path)
     settings, over = loaded.get("settings") or {}, loaded.get("over") or {}
     if loaded.keys() - {"settings", "over"}:
-        raise ConfigError(f"{path}: wants settings: and over:, and nothing else")
+        raise ConfigError(f"{path}: may have settings: and over:, and nothing else")
     if not isinstance(settings, dict) or not isinstance(over, dict):
         raise ConfigError(f"{path}: settings: and over: must map settings to values")
     settings, over = flat(settings, f"{path}: settings"), flat(over, f"{path}: over")
     for key, values in over.items():
         known(key, f"{path}: over")
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"{path}: over: {key}: wants a list of values")
+            raise ConfigError(f"{path}: over: {key}: must be a list of values")
     return settings, over
 
 
@@ -115,10 +115,10 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
                 "choose another --out, or delete it"
             )
         if is_foreign(folder):
-            raise ConfigError(f"{folder} exists, and is not a run's folder: choose another --out")
+            raise ConfigError(f"{folder} exists and is not a run's folder: choose another --out")
         runs.append(run)
     if twice := [name for name, n in Counter(run.name for run in runs).items() if n > 1]:
-        raise ConfigError(f"over: the same run twice: {', '.join(sorted(twice))}")
+        raise ConfigError(f"over: makes the same run twice: {', '.join(sorted(twice))}")
     return runs
 
 

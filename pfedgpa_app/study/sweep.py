@@ -134,10 +134,10 @@ class Sweep:
             self._lost[run.name] += 1
             if self._lost[run.name] < self.TRIES:
                 self.waiting.append(run)
-                again = "goes on" if self.place.shared else "begins anew"
+                again = "it goes on" if self.place.shared else "it begins anew"
                 self.show.end(run, f"lost with its machine; {again}", self.state())
             else:
-                self._fail(run, f"its machine left {self.TRIES} times: {loss}")
+                self._fail(run, f"lost its machine {self.TRIES} times: {loss}")
             return
         event = going.event()
         fresh = event != self._earlier[run.name]
@@ -202,7 +202,7 @@ def summarise(runs: Sequence[PlannedRun], out: Path) -> str:
         spread = ": means ± one standard deviation over them" if len(alike) > 1 else ""
         parts.append(f"### {title}\n\nSeeds {seeds}{spread}.\n\n{figures}\n")
     if undone := [run.name for run in runs if run not in finished]:
-        parts.append(f"Without a result, and in no table: {', '.join(undone)}.\n")
+        parts.append(f"Without a result, so in no table: {', '.join(undone)}.\n")
     here = {run.folder.name for run in finished}
     there = (path.parent for path in out.glob(f"*/{SUMMARY}"))
     if left_out := [each for each in there if each.name not in here and is_done(each)]:
@@ -268,7 +268,7 @@ def run_sweep(
     """
     for run in runs:
         if on != "here" and run.config.engine == "ray":
-            raise ConfigError("engine = ray: on a cluster a run stays on one machine: process")
+            raise ConfigError("engine = ray: on a cluster a run stays on one machine; set process")
         preflight(run.settings, run.config)
         if on == "here" and not is_done(run.folder) and (text := slow_precision(run.config)):
             warn_once(text)

@@ -169,7 +169,7 @@ class Search:
         """
         done = self.study.get_trials(states=self._states("COMPLETE"))
         if not done:
-            raise ConfigError(f"tune: no run of {self.method} came to its end; see {self.out}")
+            raise ConfigError(f"tune: no run of {self.method} finished; see {self.out}")
         best = max(done, key=lambda trial: trial.value)
         return {name: given(best.params[name]) for name in self.grid}
 

@@ -122,7 +122,7 @@ def _check(path: Path, conf: str, methods: Sequence[str]) -> None:
     """Refuse an experiment that cannot be written into, and methods that cannot be tuned."""
     if path.is_relative_to(PACKAGE):
         raise ConfigError(
-            f"tune keeps what it chooses in the experiment, and {conf} is part of the installed "
+            f"tune keeps what it chooses in the experiment, but {conf} is part of the installed "
             f"package: copy {path} to a folder of yours and give the copy's path as --conf"
         )
     for method in methods:
@@ -132,7 +132,7 @@ def _check(path: Path, conf: str, methods: Sequence[str]) -> None:
     there = resolve({"conf": conf}).config.method
     if new := [m for m in methods if reference_of(m) != m and m not in there]:
         raise ConfigError(
-            f"{path}: must name {reference_of(new[0])} among its method: whoever runs it must know "
+            f"{path}: must list {reference_of(new[0])} under method: whoever runs it must know "
             "whose settings tune writes into it"
         )
     _refuse_in_sections(path, methods)
@@ -202,7 +202,7 @@ def search(
         for method, (key, runs) in going.items():
             best = max(runs, key=score)  # the first of equals
             if not score(best):
-                raise ConfigError(f"tune: no run of {method} came to its end; see {out}")
+                raise ConfigError(f"tune: no run of {method} finished; see {out}")
             chosen[method][key] = best.varied[key]
     return {key: value for own in chosen.values() for key, value in own.items()}
 
@@ -258,7 +258,7 @@ def _refuse_in_sections(path: Path, methods: Sequence[str]) -> None:
     text = path.read_text(encoding="utf-8").partition(MARK)[0]
     above = flat(yaml.safe_load(_without(text, chosen)) or {}, str(path))
     if twice := sorted(chosen & above.keys()):
-        raise ConfigError(f"{path}: has {', '.join(twice)}, which tune is to choose; take it out")
+        raise ConfigError(f"{path}: sets {', '.join(twice)}, which tune is to choose; take it out")
 
 
 def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:

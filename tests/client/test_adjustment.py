@@ -77,7 +77,9 @@ def test_frequencies_stay_with_their_client(method: str, tmp_path: Path) -> None
     assert float(by.abs().max()) > 1
     assert bool(moved) == (method not in PERSONAL_HEADS), method
     assert all(step < 0.2 for step in moved)
-    told = any("logit-adjustment is without" in e["text"] for e in records(folder, "events.jsonl"))
+    told = any(
+        "logit-adjustment has no effect" in e["text"] for e in records(folder, "events.jsonl")
+    )
     assert told == (method in PERSONAL_HEADS), method
 
 

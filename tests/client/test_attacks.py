@@ -127,15 +127,15 @@ class TestAttacks:
         how: dict[str, Any] = {"method": "fedavg", "num_server_rounds": 1, "num_clients": 5}
         folder, _ = federate(tmp_path / "joining", join_clients=1, **how)
         table = (folder / "table.md").read_text()
-        assert "of 4 of 5 clients: the clients that were there from the start." in table
+        assert "cover 4 of 5 clients: the clients that were there from the start." in table
         assert "could not be evaluated" not in table
         how |= {"attack": "scale", "malicious_share": 0.25, "join_clients": 1}
         folder, _ = federate(tmp_path / "attacked", **how)
         table = (folder / "table.md").read_text()
-        assert "of 3 of 5 clients: the honest clients that were there from the start." in table
+        assert "cover 3 of 5 clients: the honest clients that were there from the start." in table
         assert "could not be evaluated" not in table
         row = summary(folder)["fedavg"] | {"clients_evaluated": 2}  # had one not answered
-        assert "FedAvg: of 2 of 3 honest clients that were there" in text_table([row])
+        assert "FedAvg: figures cover 2 of 3 honest clients that were there" in text_table([row])
 
     @pytest.mark.parametrize(
         ("method", "stays", "changes"),
@@ -197,7 +197,7 @@ class TestAttacks:
             attack_strength=8.0,
         )
         said = [e["text"] for e in records(folder, "events.jsonl")]
-        assert "attack-strength is without effect: attack = label-flip has no strength" in said
+        assert "attack-strength has no effect: attack = label-flip has no strength" in said
 
 
 class TestDefences:
@@ -277,13 +277,13 @@ class TestDefences:
 
         malicious, select, beta = warnings("few", few)
         assert "krum.malicious = 1" in malicious
-        assert "withstand 1 of 5 or more uploads a round; of the 4 here, 0" in malicious
+        assert "stand 1 malicious of 5 or more uploads a round; of the 4 here, 0" in malicious
         assert "krum.select = 4: if 1 of the 4 uploads of a round are malicious, 1" in select
         assert "trimmed-mean.beta = 0.2: cuts off none of the 4 uploads" in beta
         assert "from 0.25 on" in beta
         assert not warnings("many", many)
         by_itself, _ = warnings("default", {})
-        assert "krum.malicious = 0: Krum is known to withstand 1 of 5 or more" in by_itself
+        assert "krum.malicious = 0: Krum is known to withstand 1 malicious of 5 or" in by_itself
 
     def test_who_drops_out_or_is_late_guards_nobody(self, tmp_path: Path) -> None:
         """Of seven uploads three are left, of which a fifth is nobody."""
@@ -295,7 +295,7 @@ class TestDefences:
         assert any("cuts off none of the 3 uploads" in text for text in said)
         fewer = {"method": "krum", "num-clients": 7, "dropout-share": 0.7, "krum.malicious": 0}
         with pytest.raises(
-            ConfigError, match=r"a round has 2 uploads; Krum wants 3 or more: .* or let"
+            ConfigError, match=r"a round has 2 uploads; Krum needs 3 or more: .* or let"
         ):
             resolve(fewer)
 

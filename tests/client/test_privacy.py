@@ -133,7 +133,7 @@ class TestLocalDP:
     def test_a_method_whose_uploads_take_no_noise_is_refused(
         self, method: str, tmp_path: Path
     ) -> None:
-        with pytest.raises(ConfigError, match=f"local-dp-epsilon: {method} uploads other tensors"):
+        with pytest.raises(ConfigError, match=f"local-dp-epsilon: {method} uploads tensors other"):
             federate(tmp_path, method=f"fedavg,{method}", local_dp_epsilon=1.0)
         assert not (tmp_path / "run" / "events.jsonl").exists()
 
@@ -210,7 +210,7 @@ class TestSum:
         given = {"method": methods, "num-server-rounds": 2, "local-dp-epsilon": 1.0}
         config = resolve(given | {"join-clients": 1, "join-iterations": 5}).config
         assert privacy.Uploads(config).most == 15  # local uploads nothing
-        with pytest.raises(ConfigError, match=r"max-epsilon = 2: .* join-iterations=1 keeps"):
+        with pytest.raises(ConfigError, match=r"max-epsilon = 2: .* set join-iterations=1 to keep"):
             privacy.check(dataclasses.replace(config, max_epsilon=2.0))
         joined = {"join_clients": 1, "join_iterations": 2, "num_server_rounds": 2}
         folder, grid = federate(
@@ -236,7 +236,7 @@ class TestSum:
                 federate(tmp_path, killed, resume=(tmp_path / "run").exists(), **how)
         config = resolve({"local-dp-epsilon": 1e4}).config
         within = privacy.epsilon_of(config, 8) + 1
-        with pytest.raises(ConfigError, match="rounds that were lost are repeated"):
+        with pytest.raises(ConfigError, match="since lost rounds are repeated"):
             federate(tmp_path, resume=True, max_epsilon=within, **how)
         folder, grid = federate(tmp_path, resume=True, max_epsilon=2 * within, **how)
         for message in filter(trains, grid.sent):
@@ -276,8 +276,8 @@ class TestSum:
         spent = round(privacy.epsilon_of(kept_config(folder), 4 + 2 + 4), 4)
         assert [row["epsilon_spent"] for row in summary(folder).values()] == [spent, spent]
         page = (folder / "report.html").read_text()
-        assert "the 10 that a client makes" in page
-        assert "the 8 that a client makes" not in page
+        assert "10 together at most" in page
+        assert "8 together at most" not in page
 
     def test_whom_a_torn_line_asked_is_everybody(self, tmp_path: Path) -> None:
         """A full disk tears it, and whatever it said may have been asked for."""
@@ -301,16 +301,16 @@ class TestSum:
         given = {"method": "fedavg", "local-dp-epsilon": 1.0, "num-server-rounds": 50}
         with pytest.raises(ConfigError, match="max-epsilon = 5") as refused:
             privacy.check(resolve(given | {"max-epsilon": 5.0}).config)
-        found = re.search(r"num-server-rounds=(\d+) keeps", str(refused.value))
+        found = re.search(r"set num-server-rounds=(\d+) to keep", str(refused.value))
         assert found
         rounds = int(found[1])
         privacy.check(resolve(given | {"max-epsilon": 5.0, "num-server-rounds": rounds}).config)
         more = resolve(given | {"max-epsilon": 5.0, "num-server-rounds": rounds + 1}).config
         with pytest.raises(ConfigError):
             privacy.check(more)
-        with pytest.raises(ConfigError, match="not even one round"):
+        with pytest.raises(ConfigError, match="even one round exceeds it"):
             privacy.check(resolve(given | {"max-epsilon": 0.01}).config)
-        with pytest.raises(ConfigError, match="with local-dp-epsilon only"):
+        with pytest.raises(ConfigError, match="only with local-dp-epsilon"):
             privacy.check(resolve({"max-epsilon": 5.0}).config)
 
 

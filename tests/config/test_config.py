@@ -530,7 +530,7 @@ class TestPlainFlower:
 def test_settings_without_effect_are_told(settings: dict[str, Any], idle: int) -> None:
     resolved = resolve(settings)
     said = list(without_effect(resolved.config, resolved.sources, own_test=True))
-    names = [name for name in settings if any(text.startswith(f"{name} is ") for text in said)]
+    names = [name for name in settings if any(text.startswith(f"{name} has no ") for text in said)]
     assert len(said) == len(names) == idle
 
 

@@ -206,7 +206,7 @@ class TestOwnData:
     def test_too_few_nodes(self, tmp_path: Path) -> None:
         sources = self.sites(tmp_path, 2)
         grid = self.grid(tmp_path, [*sources, ""])
-        said = r"nodes with data are here: 2 \(partition-id 0, 1\); .* names none: start"
+        said = r"nodes with data is 2 \(partition-id 0, 1\); one without data: .* names none: start"
         with pytest.raises(RosterError, match=said):
             self.start(grid)
 
@@ -215,11 +215,11 @@ class TestOwnData:
     ) -> None:
         caplog.set_level("INFO", "pfedgpa")
         sources = self.tables(tmp_path, "age height", "age height")
-        for clients, said in ((3, "start the others first"), (1, "name that number")):
-            here = rf"here: 2 \(partition-id 0, 1\): {said}"
+        for clients, said in ((3, "start the others first"), (1, "set it to that")):
+            here = rf"nodes with data is 2 \(partition-id 0, 1\): {said}"
             with pytest.raises(RosterError, match=f"num-clients is {clients}, .*{here}"):
                 Roster(self.grid(tmp_path, sources), clients, 0.5, True)
-        assert "2 of 3 nodes are here; the others are waited for" in caplog.text
+        assert "2 of 3 nodes are here; waiting 0.5 s for the others" in caplog.text
 
     def test_partition_ids(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         grid = self.grid(tmp_path, self.tables(tmp_path, "age height", "age height"))
@@ -253,12 +253,12 @@ class TestOwnData:
         grid.tamper = cut
         with pytest.raises(InterruptedError):
             self.start(grid)
-        with pytest.raises(RosterError, match=r"partition-ids 0, 1, 2, and nodes say .* have 9:"):
+        with pytest.raises(RosterError, match=r"partition-ids 0, 1, 2, but nodes report 9:"):
             again(9)
         folder = again(2)
         said = [event["text"] for event in records(folder, "events.jsonl")]
         assert "the run goes on without partition-id 1, until its node is here" in said
-        assert "2 of 3 nodes are here; the others are waited for 1.5 s" in said
+        assert "2 of 3 nodes are here; waiting 1.5 s for the others" in said
         trained = {(r["round"], r["client"]) for r in records(folder) if r["participated"]}
         assert trained == {(1, 0), (1, 1), (1, 2), (2, 0), (2, 2), (3, 0), (3, 2)}
         assert summary(folder)["fedavg"]["clients_evaluated"] == 2
@@ -315,13 +315,13 @@ class TestOwnData:
     @pytest.mark.parametrize(
         ("columns", "says"),
         [
-            ("height age", "in another order: column 1 is 'age' of partition 0 and 'height' of"),
+            ("height age", "in another order: column 1 is 'age' in partition 0 and 'height' in"),
             ("age weight", r"0 has examples of 2 \(age, height\).* 1 .*\(age, weight\)"),
         ],
     )
     def test_other_columns_are_refused(self, columns: str, says: str, tmp_path: Path) -> None:
         sources = self.tables(tmp_path, "age height", columns)
-        with pytest.raises(RosterError, match=f"{says}.*: give all the same columns"):
+        with pytest.raises(RosterError, match=f"{says}.*: give all nodes the same columns"):
             self.start(self.grid(tmp_path, sources))
 
     def test_a_node_without_examples_of_a_class(self, tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ class TestOwnData:
         sources = [f"npz:{tmp_path / f'{node}.npz'}" for node in range(2)]
         grid = self.grid(tmp_path, sources, model="normed:build", **{"code-dir": str(tmp_path)})
         assert summary(self.start(grid))["fedavg"]["accuracy_before_ft"] >= 0
-        said = "partition-id=1 has one training example, and the network's layer 1 (BatchNorm1d)"
+        said = "partition-id=1 has only one training example, and the network's layer 1 (BatchN"
         assert caplog.text.count(said) == 1
         assert "partition-id=0 has" not in caplog.text
 

@@ -357,7 +357,7 @@ class TestBatchedEngine:
         reference, _ = federate(tmp_path / "in-turn", method="fedavg")
         losses = [[r["train_loss"] for r in records(f)] for f in (folder, reference)]
         assert losses[0] == losses[1]  # trained by the ClientApp: the same to the last digit
-        said = "batched engine: peculiar: clients train one after another"
+        said = "batched engine: peculiar: clients train one at a time: not by plain SGD"
         assert caplog.text.count(said) == 1
         told = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
         assert [text for text in told if said in text] == told  # on the user's screen, too

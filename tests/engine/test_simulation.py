@@ -340,7 +340,7 @@ def check_a_sweep_outlives_a_node(folder: Path, cluster: Cluster) -> None:
     cluster.lose_the_other()
     said, _ = sweep.communicate()
     assert sweep.returncode == 0, said
-    assert "lost with its machine; begins anew" in said
+    assert "lost with its machine; it begins anew" in said
     for seed in (0, 1):
         run = folder / "sweep" / f"demo_seed={seed}"
         assert len({r["round"] for r in records(run)}) == 40

@@ -26,7 +26,7 @@ class Stopped(BaseException):
 
 def to_go_on(folder: Path) -> str:
     """The words that are to be given to pfedgpa."""
-    return "\n".join(lines_about(folder)).partition("to go on: pfedgpa ")[2].splitlines()[0]
+    return "\n".join(lines_about(folder)).partition("to continue: pfedgpa ")[2].splitlines()[0]
 
 
 def test_a_run_that_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,14 +55,15 @@ def test_a_run_that_was_stopped_tells_where_and_how_to_go_on(tmp_path: Path) -> 
     with pytest.raises(Stopped):
         federate(tmp_path, tamper=stop, **how)
     text = "\n".join(lines_about(tmp_path / "run"))
-    assert "stopped with" in text
+    assert "; stopped, " in text
+    assert "% done; last message: " in text
     assert "checkpoint: after fedavg round 2" in text
     again = resolve(overrides(cli.parse(shlex.split(to_go_on(tmp_path / "run")))))
     assert again.config.resume
     assert run_folder(again) == tmp_path / "run"
     assert not differences(kept_settings(tmp_path / "run"), again)
     with locked(tmp_path / "run", ""):
-        assert "going on" in "\n".join(lines_about(tmp_path / "run"))
+        assert "; running, " in "\n".join(lines_about(tmp_path / "run"))
     (tmp_path / "run" / "checkpoint" / "checkpoint.json").write_text("{")
     assert "checkpoint: cannot be used: " in "\n".join(lines_about(tmp_path / "run"))
 
@@ -90,7 +91,7 @@ def test_what_is_none_of_ours(content: str | None, tmp_path: Path) -> None:
     path = tmp_path / "other"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError, match=r"no file and no folder|is no distribution of a run"):
+    with pytest.raises(ConfigError, match=r"neither a file nor|is not a run's distribution"):
         lines_about(path)
     with pytest.raises(ConfigError, match="a folder without a run"):
         lines_about(tmp_path)

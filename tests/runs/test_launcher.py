@@ -22,7 +22,9 @@ from tests.support.federations import PLAIN, records
 
 
 def test_how_to_go_on_can_be_pasted() -> None:
-    assert "by 'run-name=my run' resume" in launcher.advice(resolve({"run-name": "my run"}).config)
+    assert "with 'run-name=my run' resume" in launcher.advice(
+        resolve({"run-name": "my run"}).config
+    )
 
 
 def test_an_experiment_s_name_is_not_taken_for_a_file(

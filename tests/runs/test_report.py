@@ -115,8 +115,8 @@ class TestOneRun:
             return text_table(rows), report.write([copy]).read_text()
 
         for choice, what in (
-            ({"chosen_by_validation": "mean", "rank": 0}, "one network for all, which they were"),
-            ({"chosen_by_validation": "own"}, "their own uploads; what was generated stays near"),
+            ({"chosen_by_validation": "mean", "rank": 0}, "one network for all, so all were sent"),
+            ({"chosen_by_validation": "own"}, "own uploads; the generated weights stay close"),
             ({"chosen_by_validation": None, "rank": 0}, "did not tell clients apart (rank 0)"),
         ):
             assert all(what in " ".join(text.split()) for text in said(**choice)), choice
@@ -200,7 +200,7 @@ class TestOneRun:
         page = (folder / "report.html").read_text()
         said = "2 rounds, all clients that were there from the start in each (of whom 20 % drop out"
         assert f"{said} and 20 % are late); run" in page
-        assert "Figures are of 4 of 6 clients: the honest clients that were there" in page
+        assert "Figures cover 4 of 6 clients: the honest clients that were there" in page
         joined = summary(folder)["fedavg"]["accuracy_of_joining_clients"]
         assert "Clients that joined" in page
         assert all(f">{accuracy:.1f}<" in page for accuracy in joined)
@@ -318,8 +318,8 @@ class TestSeveralRuns:
     @pytest.mark.parametrize(
         ("end", "said"),
         [
-            ({"kind": "failed", "text": "too hot"}, "failed (too hot): its results are those of"),
-            ({"kind": "round", "text": "round 3"}, "was broken off: its results are those of"),
+            ({"kind": "failed", "text": "too hot"}, "failed (too hot): its results cover only"),
+            ({"kind": "round", "text": "round 3"}, "was interrupted: its results cover only"),
         ],
     )
     def test_what_a_run_that_is_not_done_has_is_said(
@@ -332,7 +332,7 @@ class TestSeveralRuns:
     ) -> None:
         copy = tmp_path / "copy"
         shutil.copytree(folder, copy)
-        assert "its results are those of" not in report.write([copy]).read_text()
+        assert "its results cover only" not in report.write([copy]).read_text()
         with (copy / "events.jsonl").open("a") as file:
             file.write(json.dumps(end | {"time": 0.0, "progress": 0.5}) + "\n")
         assert said in report.write([copy]).read_text()
@@ -356,7 +356,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("words", "said"),
         [
-            (["nowhere"], "nowhere: holds no run that is done"),
+            (["nowhere"], "nowhere: holds no finished run"),
             ([".", "--out", "no/where.html"], "there is no folder no"),
             ([".", "--out", "report.pdf"], "ends in .html"),
         ],
@@ -381,10 +381,10 @@ class TestRefusals:
         shutil.copy(folder / "config.json", begun)
         [run] = runs_in([begun, folder])
         assert run.folder == folder
-        assert f"{begun}: holds no run that is done: it is left out" in caplog.text
-        with pytest.raises(ConfigError, match=r"begun: holds no run that is done$"):
+        assert f"{begun}: holds no finished run; it is left out" in caplog.text
+        with pytest.raises(ConfigError, match=r"begun: holds no finished run$"):
             runs_in([begun])
-        with pytest.raises(ConfigError, match="typo: holds no run"):
+        with pytest.raises(ConfigError, match="typo: holds no finished run"):
             runs_in([folder, tmp_path / "typo"])
 
     @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def test_uploads_may_be_kept_no_longer_but_not_from_the_middle(
         folder, _ = federate(tmp_path / "out", **how)
         assert records(folder, "clients.jsonl") == records(reference, "clients.jsonl")
         return
-    with pytest.raises(ConfigError, match=r"^save-uploads: the rounds before .*: go on without"):
+    with pytest.raises(ConfigError, match=r"^save-uploads: earlier rounds .*: go on without"):
         federate(tmp_path / "out", **how)
 
 
@@ -237,7 +237,7 @@ class TestRefused:
             path.unlink()
         else:
             os.truncate(path, left)
-        with pytest.raises(ConfigError, match=rf"{file} has \d+ bytes, and the checkpoint counts"):
+        with pytest.raises(ConfigError, match=rf"{file} has \d+ bytes, but the checkpoint rec"):
             federate(tmp_path, resume=True, **how)
         assert not path.exists() or path.stat().st_size == left
 
@@ -302,7 +302,7 @@ class TestRefused:
 
     def test_no_more_checkpoints(self, tmp_path: Path) -> None:
         self.interrupted(tmp_path)
-        with pytest.raises(ConfigError, match="checkpoint-every = 0: a run that goes on"):
+        with pytest.raises(ConfigError, match="checkpoint-every = 0: a resumed run"):
             federate(tmp_path, resume=True, method="fedavg", checkpoint_every=0)
 
     def test_no_name(self, tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ class TestRefused:
         folder = self.interrupted(tmp_path)
         manifest = json.loads((folder / MANIFEST).read_text())
         (folder / MANIFEST).write_text(json.dumps(manifest | {"format": "pfedgpa-checkpoint-9"}))
-        with pytest.raises(ConfigError, match="'pfedgpa-checkpoint-9', and this version reads"):
+        with pytest.raises(ConfigError, match="'pfedgpa-checkpoint-9', but this version reads"):
             federate(tmp_path, method="fedavg", resume=True)
 
     @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]"])
@@ -459,7 +459,7 @@ class TestCheckpoint:
         assert torch.equal(back["by client"][3].weight, old["by client"][3].weight)
         assert torch.equal(back["in a row"][0].weight, old["in a row"][0].weight)
         assert back["in a row"][1] == 5
-        with pytest.raises(CheckpointError, match="holds a module that the state of before"):
+        with pytest.raises(CheckpointError, match="holds a module that the state before"):
             kept.restore(kept.read()["state"], {"by client": {}, "in a row": []})
 
     def test_a_kill_between_two_files(self, tmp_path: Path) -> None:
@@ -478,10 +478,10 @@ class TestCheckpoint:
         (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
         monkeypatch.syspath_prepend(str(tmp_path))
         for name in ("evil:x", "pfedgpa_app.evil:x", "pfedgpa_app.strategy:asdict", "x", ""):
-            with pytest.raises(CheckpointError, match="no data of this package"):
+            with pytest.raises(CheckpointError, match="no dataclass of this package"):
                 kept.restore(["data", name, {}])
         for node in ([], ["dtype", "hub"], ["tensor", ["../1", "0"]]):
-            with pytest.raises(CheckpointError, match="is not whole"):
+            with pytest.raises(CheckpointError, match="is incomplete"):
                 kept.restore(node)
         with pytest.raises(CheckpointError, match="holds a module that"):
             kept.restore(["module", ["dict", []]])
@@ -661,7 +661,7 @@ class TestFolder:
         "name", ["..", ".", ".lock", "../up", "/abs", "a/b", "a//b", "a\\b", " ", "a\nb"]
     )
     def test_names_that_leave_their_place(self, name: str, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match=r"run-name = .* wants a plain name"):
+        with pytest.raises(ConfigError, match=r"run-name = .* must be the plain name"):
             run_folder(self.resolved(tmp_path / "out", run_name=name))
         assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
 
@@ -725,7 +725,7 @@ class TestFolder:
         assert refused == [2]
         said = capsys.readouterr().err
         assert f"{folder}: a run is going on there (process {os.getpid()}, since 20" in said
-        assert "wait for its end, or stop it, or choose another run-name" in said
+        assert "wait until it ends, stop it, or choose another run-name" in said
         rounds = [(r["round"], r["client"]) for r in records(folder)]
         assert len(rounds) == len(set(rounds)) == 2 * 4
         assert not is_running(folder)

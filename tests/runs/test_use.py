@@ -93,7 +93,7 @@ class TestEditedCode:
             status, said = in_a_new_process(more, tmp_path)
             assert status == 0
             assert f"{tmp_path / 'own_net.py'}: {folder} {EDITED}" in said
-            assert "bring that version back" in said
+            assert "restore that version" in said
 
     def test_so_does_python(
         self, anew: Anew, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -371,7 +371,7 @@ class TestTune:
     ) -> None:
         experiment.write_text("fedprox: {mu: 0.5}\n")
         assert cli.main(["tune", "--conf", str(experiment), "--methods", "fedprox"]) == 2
-        assert "has fedprox.mu, which tune is to choose" in capsys.readouterr().err
+        assert "sets fedprox.mu, which tune is to choose" in capsys.readouterr().err
 
     def test_reports_of_other_commands_stay(self) -> None:
         first, second = "Made by `a`.\n\n| 1 |\n", "Made by `b`.\n\n| 2 |\n"

@@ -161,4 +161,4 @@ def test_what_it_says_is_of_what_is_to_run(
     assert cli.main([*words, "--data", "cifar10=digits"]) == 1
     said = capsys.readouterr().out
     assert "1 places with 1 methods each, 0 of them done" in said  # none is guided
-    assert "--data cifar10 is without effect: nothing here uses it" in caplog.text
+    assert "--data cifar10 has no effect: nothing here uses it" in caplog.text

@@ -84,8 +84,8 @@ class TestPlan:
         with pytest.raises(ConfigError, match="same run twice"):
             runs(tmp_path, {"seed": [0, 0]})
         for text, words in (
-            ("over: {seed: 3}", "wants a list"),
-            ("seeds: [1]", "wants settings: and over:"),
+            ("over: {seed: 3}", "must be a list of values"),
+            ("seeds: [1]", "may have settings: and over:, and nothing else"),
             ("over: [1]", "must map"),
             ("{", "not valid YAML"),
         ):
@@ -246,7 +246,7 @@ def test_a_failed_run_does_not_stop_the_others(
     assert is_done(tmp_path / "out" / "demo_learning-rate=0.02")
     written = (tmp_path / "out" / "sweep.md").read_text()
     assert "learning-rate = 0.02" in written
-    assert "Without a result, and in no table: demo_learning-rate=1e+30." in written
+    assert "Without a result, so in no table: demo_learning-rate=1e+30." in written
 
 
 def test_what_cannot_run_is_refused_before_anything_starts(

@@ -183,7 +183,7 @@ def test_a_run_whose_training_loss_is_among_the_worst_is_ended(tmp_path: Path) -
 
 
 def test_where_every_run_fails_it_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run of fedavg came to its end"):
+    with pytest.raises(ConfigError, match="no run of fedavg finished"):
         trials.search(BASE, RATES, tmp_path, lambda *_: None, lambda _: (), 3, 2)
 
 
