@@ -319,12 +319,9 @@ class Experiment:
                 now = {"federation": name, "round": server_round, "state": method.state}
                 self.resuming.keep(now | {"costs": strategy.costs()})
 
-        classes = len(self.dataset.classes)
-        method = kind(config, state)
-        ask = partial(self.ask, name)
-        strategy = Personalised(
-            method, name, self.roster, config, self.log, self.initial, classes, keep, ask
-        )
+        method, classes = kind(config, state), len(self.dataset.classes)
+        own = self.roster, config, self.log, self.initial, classes
+        strategy = Personalised(method, name, *own, keep, partial(self.ask, name))
         if going:
             strategy.restore(going["costs"], going["round"])
         if config.uploads:

@@ -56,7 +56,7 @@ def test_what_slurm_loses_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
         killed(slurm.jobs(home)["1"])
     said, _ = sweep.communicate()
     assert sweep.returncode == 0, said
-    assert "demo_seed=0: lost with its machine; goes on" in said
+    assert "demo_seed=0: lost with its machine; it goes on" in said
     assert len(slurm.jobs(home)) == 3
     for seed in (0, 1):
         assert len({r["round"] for r in records(out / f"demo_seed={seed}")}) == ROUNDS
