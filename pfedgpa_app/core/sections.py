@@ -60,7 +60,11 @@ class Basics:
         "installed ones; empty: the current folder",
         part=LAUNCH,
     )
-    seed: int = setting(0, "the seed of everything random in the run", low=0)
+    seed: int = setting(
+        0,
+        "the run's only seed; neither the split by test-share nor local-dp-epsilon's noise uses it",
+        low=0,
+    )
     num_clients: int = setting(10, "number of clients in the federation", low=1, high=MOST_CLIENTS)
     join_clients: int = setting(
         0, "number of clients, the last ones, that join only after the last round", low=0
@@ -85,7 +89,7 @@ class DataSettings(Basics):
     )
     image_size: int = setting(
         0,
-        "side in pixels of the square that images are resized to; 0: not resized",
+        "imagefolder, hf, nodes: side in pixels of the square that images are resized to; 0: not resized",
         low=0,
         high=4096,
     )

@@ -58,7 +58,8 @@ class PFedGPASettings(DiffusionSettings):
     momentum: float | None = setting(
         None,
         "the server's momentum before gentle rounds; auto: 1 - fraction-train, at most 0.7, "
-        "and more, up to 0.9, where clients' training loss falls late (docs/algorithm.md)",
+        "and more, up to 0.9, where clients' training loss falls more slowly than the rounds pass "
+        "(docs/algorithm.md)",
         low=0,
         high=0.999,
         grid=("auto", 0.0, 0.5, 0.7, 0.9),
@@ -71,7 +72,10 @@ class PFedGPASettings(DiffusionSettings):
         part=UPLOADS,
     )
     round_layers: int = setting(
-        0, "the same for all generations but the last; 0: as many as layers", low=0, part=ROUNDS
+        0,
+        "number of last layers that all generations but the last generate; 0: as many as layers",
+        low=0,
+        part=ROUNDS,
     )
     buffer_rounds: int = setting(
         20, "number of newest rounds whose uploads the server learns from", low=1, part=UPLOADS
