@@ -89,7 +89,8 @@ class DataSettings(Basics):
     )
     image_size: int = setting(
         0,
-        "imagefolder, hf, nodes: side in pixels of the square that images are resized to; 0: not resized",
+        "imagefolder, hf, nodes: side in pixels of the square that images are resized to; 0: not "
+        "resized",
         low=0,
         high=4096,
     )

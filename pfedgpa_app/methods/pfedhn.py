@@ -53,7 +53,8 @@ class PFedHNSettings(MethodSettings):
     server_weight_decay: float = setting(1e-3, "weight decay of the hypernetwork's training", low=0)
     clip: float = setting(
         50.0,
-        "largest norm of a gradient: of a client's in training, and of the hypernetwork's for one client",
+        "largest norm of a gradient: of a client's in training, and of the hypernetwork's for one "
+        "client",
         above=0,
     )
 
