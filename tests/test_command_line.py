@@ -12,15 +12,17 @@ import pytest
 from pfedgpa_app import cli
 from pfedgpa_app.cli.options import methods_named
 from pfedgpa_app.methods import METHODS
+from tests.support.federations import known_for_a_while
 
 
 def test_a_method_of_one_s_own_is_looked_for_in_code_dir(tmp_path: Path) -> None:
     (tmp_path / "in_code_dir.py").write_text(
         "from pfedgpa_app.methods.fedavg import FedAvg\n\nclass Mine(FedAvg):\n    title = 'Mine'\n"
     )
-    [fedavg, mine] = methods_named("fedavg,in_code_dir:Mine", {"code-dir": str(tmp_path)})
-    assert fedavg == "fedavg"
-    assert METHODS[mine].title == "Mine"
+    with known_for_a_while("mine"):
+        [fedavg, mine] = methods_named("fedavg,in_code_dir:Mine", {"code-dir": str(tmp_path)})
+        assert fedavg == "fedavg"
+        assert METHODS[mine].title == "Mine"
 
 
 @pytest.mark.parametrize(

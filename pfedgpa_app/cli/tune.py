@@ -48,7 +48,7 @@ def handle(options: Namespace) -> int:
         raise ConfigError(f"--trials {options.trials}: must be at least 1")
     shared.refuse_as_settings(overrides, {"conf": "--conf", "method": "--methods"})
     config = resolve({"conf": options.conf}).config
-    every = tunable(config)
+    every = tunable()
     if options.methods == "all":
         methods = every
     elif options.methods is None:

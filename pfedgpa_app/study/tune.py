@@ -23,7 +23,6 @@ from pfedgpa_app.config.parse import flat
 from pfedgpa_app.config.resolve import conf_path, inherited, resolve
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import PACKAGE
-from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.methods.own import reference_of
@@ -46,7 +45,7 @@ def main_settings(method: str) -> dict[str, tuple[Any, ...]]:
     return {name: keys()[name].rules["grid"] for name in names if name in keys()}
 
 
-def tunable(config: Config) -> list[str]:
+def tunable() -> list[str]:
     """Return the methods that have rounds of their own and settings to choose."""
     return [m for m in METHODS if federation_of(m) == m and main_settings(m)]
 

@@ -247,7 +247,7 @@ def test_the_papers_figures_stand_beside_its_data_sets_alone(dataset: str, figur
 
 class TestTune:
     def test_every_main_setting_has_values_to_try_that_it_may_take(self) -> None:
-        for method in tune.tunable(resolve({}).config):
+        for method in tune.tunable():
             assert tune.main_settings(method)
             for name, values in tune.main_settings(method).items():
                 assert len(values) > 1
@@ -451,7 +451,7 @@ class TestTune:
             ("[fedprox]", [], ["fedprox"]),
             ("[client-mean, ditto]", [], ["fedavg", "ditto"]),  # whose rounds are FedAvg's
             ("[fedprox]", ["--methods", "ditto,fedavg"], ["ditto", "fedavg"]),
-            ("[fedprox]", ["--methods", "all"], tune.tunable(resolve({}).config)),
+            ("[fedprox]", ["--methods", "all"], tune.tunable()),
         ],
     )
     def test_the_experiments_methods_are_tuned(
@@ -480,7 +480,7 @@ class TestTune:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.setattr(tune, "tunable", lambda config: [])
+        monkeypatch.setattr(tune, "tunable", list)
         mine = tmp_path / "mine.yaml"
         mine.write_text("method: [trimmed-mean]\n")
         assert cli.main(["tune", "--conf", str(mine)]) == 2
