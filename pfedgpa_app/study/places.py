@@ -26,6 +26,7 @@ from joblib import cpu_count
 
 from pfedgpa_app.config.parse import argument
 from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.own_code import FOLDER
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.engine import PARENT
@@ -192,7 +193,7 @@ class RayCluster:
         if "data-dir" not in settings:  # each machine has a data folder of its own
             del there["data-dir"]
         # this package's own app lies somewhere else there
-        given = there, None if app.samefile(APP_DIR) else app, cores
+        given = there, None if app.samefile(APP_DIR) else app, cores, os.getcwd()
         return _Task(self.ray, task.remote(*given), folder)
 
     def close(self) -> None:
@@ -254,7 +255,7 @@ class _Task:
 
 
 def carry_out(
-    settings: dict[str, Any], app: Path | None, cores: int | None
+    settings: dict[str, Any], app: Path | None, cores: int | None, users_folder: str
 ) -> Iterator[str | Event | tuple[int, str, bytes]]:
     """Run on the machine where Ray calls this, as one of its tasks.
 
@@ -268,6 +269,7 @@ def carry_out(
     folder = home / settings["run-name"]
     if not Path(settings["code-dir"]).is_dir():  # the user has no code of their own there
         del settings["code-dir"]
+    os.environ[FOLDER] = users_folder if Path(users_folder).is_dir() else os.getcwd()
     run = _Process(settings | {"out-dir": str(home)}, app or APP_DIR, folder, cores)
     told: Event = {}
     try:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from rich.console import Console
@@ -22,6 +23,7 @@ from rich.console import Console
 from pfedgpa_app import cli
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.data.datasets import load
 from pfedgpa_app.engine import LaunchError, local
 from pfedgpa_app.engine.flower import Flower, processes_of
 from pfedgpa_app.engine.ray import Simulation
@@ -323,9 +325,17 @@ def test_an_interrupted_process_run_stops_what_it_started(tmp_path: Path) -> Non
 
 
 def check_a_sweep_outlives_a_node(folder: Path, cluster: Cluster) -> None:
-    """It has a run on each of two nodes; one leaves, and its run begins anew on the other."""
+    """It has a run on each of two nodes; one leaves, and its run begins anew on the other.
+
+    The user's own code finds its file there, by a relative path.
+    """
+    digits = load("digits", "")
+    np.savez(folder / "mine.npz", x=digits.train_images, y=digits.train_labels)
+    code = "import numpy\ndef read():\n    return dict(numpy.load('mine.npz'))\n"
+    (folder / "reading.py").write_text(code)
     command = [*cluster.head, sys.executable, "-m", "pfedgpa_app", "sweep", "--on", "ray"]
     settings = PLAIN | {"num-server-rounds": 40, "method": "fedavg"}
+    settings |= {"dataset": "reading:read"}
     command += ["--over", "seed=0,1", "--out", "sweep"]
     sweep = subprocess.Popen(
         [*command, *(f"{key}={value}" for key, value in settings.items())],
@@ -336,13 +346,13 @@ def check_a_sweep_outlives_a_node(folder: Path, cluster: Cluster) -> None:
         text=True,
     )
 
-    until(lambda: sweep.poll() is not None or len(cluster.running("run-name=demo_seed")) >= 2)
+    until(lambda: sweep.poll() is not None or len(cluster.running("run-name=own_seed")) >= 2)
     cluster.lose_the_other()
     said, _ = sweep.communicate()
     assert sweep.returncode == 0, said
     assert "lost with its machine; it begins anew" in said
     for seed in (0, 1):
-        run = folder / "sweep" / f"demo_seed={seed}"
+        run = folder / "sweep" / f"own_seed={seed}"
         assert len({r["round"] for r in records(run)}) == 40
 
 
