@@ -185,8 +185,10 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
     """
     why: dict[str, str] = {}
     if all_of_it := _all_of_it(config):
-        numbers = {"train-per-client": config.train_per_client}
-        numbers |= {"test-per-client": config.test_per_client}
+        numbers = {
+            "train-per-client": config.train_per_client,
+            "test-per-client": config.test_per_client,
+        }
         why |= {name: all_of_it for name, number in numbers.items() if number is not None}
     if not config.local_dp_epsilon:
         none = "without local-dp-epsilon nothing is clipped and no noise is added"

@@ -185,6 +185,22 @@ def _groups(config: Config) -> list[int]:
     return [split.group for split in load_partition(config)]
 
 
+def _keep_distribution(
+    folder: Path, config: Config, found: WeightDistribution, common: Weights
+) -> None:
+    """Write what a federation's server learned, and draw its latents, if the settings ask for it.
+
+    Args:
+        common: the weights that all clients share.
+    """
+    if config.save_weights:
+        beside = {name: common[name] for name in own_statistics(common, found.layout.names)}
+        saved.save(found, folder / saved.FILE, beside)
+    if config.report and (places := plots.latent_places(found)):
+        write_text(folder / report.LATENTS, as_json(places) + "\n")
+        plots.latents(folder / "latents.png", places, _groups(config))
+
+
 def _lost_tracker(folder: Path, log: RunLog, kind: str, why: str) -> None:
     """Say that a run goes on without a dashboard, and how it can be given the run's figures."""
     words = ["pfedgpa", "export-metrics", str(folder), "--to", kind]
@@ -289,13 +305,7 @@ class Experiment:
                 self._save(method_name, method, weights | sent)
             found = halves.learned(method_name, method) or found
         if found is not None:
-            if self.config.save_weights:
-                common = state.global_weights
-                beside = {n: common[n] for n in own_statistics(common, found.layout.names)}
-                saved.save(found, self.folder / saved.FILE, beside)
-            if self.config.report and (places := plots.latent_places(found)):
-                write_text(self.folder / report.LATENTS, as_json(places) + "\n")
-                plots.latents(self.folder / "latents.png", places, _groups(self.config))
+            _keep_distribution(self.folder, self.config, found, state.global_weights)
 
     def _run_rounds(self, name: str, methods: list[str]) -> Personalised:
         """Run one federation's rounds, or restore them, and return its strategy."""
@@ -319,9 +329,12 @@ class Experiment:
                 now = {"federation": name, "round": server_round, "state": method.state}
                 self.resuming.keep(now | {"costs": strategy.costs()})
 
-        method, classes = kind(config, state), len(self.dataset.classes)
-        own = self.roster, config, self.log, self.initial, classes
-        strategy = Personalised(method, name, *own, keep, partial(self.ask, name))
+        classes = len(self.dataset.classes)
+        method = kind(config, state)
+        ask = partial(self.ask, name)
+        strategy = Personalised(
+            method, name, self.roster, config, self.log, self.initial, classes, keep, ask
+        )
         if going:
             strategy.restore(going["costs"], going["round"])
         if config.uploads:

@@ -272,15 +272,15 @@ def the_method(folder: Path, method: str) -> str:
     Raises:
         ConfigError: the run has no weights, or none or only a part of those of ``method``.
     """
-    elsewhere = _on_nodes(folder)
+    kept, elsewhere = kept_methods(folder), _on_nodes(folder)
     alone = {path.name.partition(".client-")[0] for path in (folder / WEIGHTS).glob("*.client-*")}
     there = [
         name
-        for name in kept_methods(folder)
+        for name in kept
         if name not in elsewhere
         and ((folder / WEIGHTS / _file(name)).is_file() or federation_of(name) in alone)
     ]
-    last = kept_methods(folder)[-1]
+    last = kept[-1]
     if method in elsewhere or (not there and last in elsewhere):
         whole = f"; all weights of {', '.join(there)} are here (--method)" if there else ""
         raise ConfigError(f"{folder}: {_kept_on_nodes(method or last)}{whole}")
@@ -295,11 +295,10 @@ def the_method(folder: Path, method: str) -> str:
             f"{', '.join(there)}"
         )
     if not method and there[-1] != last:
-        gone = f"the weights of {last} are no longer there"
-        why = (
-            unfinished(folder) or f"{folder}: {_kept_on_nodes(last) if last in elsewhere else gone}"
-        )
-        warn_once(f"{why}; using those of {there[-1]}")
+        why = f"the weights of {last} are no longer there"
+        if last in elsewhere:
+            why = _kept_on_nodes(last)
+        warn_once(f"{unfinished(folder) or f'{folder}: {why}'}; using those of {there[-1]}")
     return method or there[-1]
 
 
@@ -403,6 +402,7 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
         raise ConfigError(f"{folder}: the weights of {method} cannot be read: {error}") from error
     if not kept:
         _check_made(folder, client, method, founders, _own_of(made), made_for)
+    # runs of earlier versions do not say what is on their nodes
     if settings.get("logit-adjustment") and settings["dataset"] == NODES:
         raise ConfigError(
             f"{folder}: clients added their own class frequencies (logit-adjustment = true), which "
