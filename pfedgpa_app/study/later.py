@@ -30,8 +30,8 @@ class LaterCell(Cell):
         return {"conf": conf, "train-per-client": self.images, "precision": "float32"}
 
     @property
-    def searched(self) -> Cell:
-        return self
+    def searched(self) -> tuple[Cell, Cell]:
+        return self, self
 
 
 @dataclass(frozen=True)

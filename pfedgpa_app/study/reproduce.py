@@ -1,10 +1,11 @@
 """Show where generation helps: run every method over how much a client has, by one command.
 
 A cell of the map is a federation's size, data and partition, and how many images each client has.
-For every data set and partition, two settings are searched on validation images, in the smallest
-federation and with a seed of its own: FedAvg's learning rate, which all methods then use, and
-FedAvgM's momentum. pFedGPA keeps its defaults. Then all methods run in every cell, and each is
-fine-tuned with the same grid. ``table1.py`` makes the paper's table by the same machinery.
+For every data set and partition, two settings are searched on validation images, with a seed of
+their own: FedAvg's learning rate, which all methods then use, in the smallest federation; and
+FedAvgM's momentum, in each size of federation. pFedGPA keeps its defaults. Then all methods run in
+every cell, and each is fine-tuned with the same grid. ``table1.py`` makes the paper's table by the
+same machinery.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ SIZES = {100: 0.3, 20: 1.0}  # {clients: the share of them that takes part in a 
 TEST_IMAGES = {20: 300, 100: 150}  # {clients: how many images each is tested on}
 PARTITIONS = ("dominant", "dirichlet")
 IMAGES = (60, 30, 150, 380)  # training images of a client, in the order in which they are run
-SEARCHED = (20, 60)  # clients, and images of each, in the cells in which settings are searched
+SMALLEST = 20  # clients
+SEARCHED = 60  # images of each client in the cells in which settings are searched
 SEEDS = (0, 1, 2)
 CLOSE = 1.0  # points; a cell with a smaller gain or loss is run with all seeds
 MERIT = "accuracy_after_ft_tuned"  # 0 to 5 epochs, chosen by all validation images
@@ -54,6 +56,7 @@ COLUMNS = {
 _TOLD = ("method", "title", "seed", "rounds", "fine_tuning_tuned", "server_seconds")
 RunAll = Callable[[list[PlannedRun]], bool]  # returns whether no run failed
 Row = dict[str, Any]
+Grids = dict[str, dict[str, tuple[Any, ...]]]  # {method: {setting: values to try}}
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,13 @@ class Cell:
         return f"{self.data}-{self.clients}-{self.partition}-{self.images}"
 
     @property
-    def searched(self) -> Cell:
-        """The cell in which this one's settings are searched."""
-        return replace(self, clients=SEARCHED[0], images=SEARCHED[1])
+    def searched(self) -> tuple[Cell, Cell]:
+        """The cells in which this one's settings are searched: what all methods use, then the rest.
+
+        How much server momentum is good depends on how many clients there are.
+        """
+        own = replace(self, images=SEARCHED)
+        return replace(own, clients=SMALLEST), own
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,7 @@ class Atlas:
     quick: bool = False
 
     @property
-    def grids(self) -> dict[str, dict[str, tuple[Any, ...]]]:
+    def grids(self) -> Grids:
         """{method: {setting: values}} to search after the common learning rate."""
         return {method: dict([MOMENTUM[method]]) for method in MOMENTUM if method in self.only}
 
@@ -135,19 +142,17 @@ class Atlas:
 
     def fill(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Run what is not done yet, writing the map again after every cell; return its tables."""
-        found: dict[Cell, Settings] = {}
+        found: dict[tuple[Cell, Cell], Settings] = {}
         cells = self.running(cells)
         for cell in cells:
-            there = cell.searched
-            if there not in found:
-                found[there] = self._search(there)
-            found[cell] = found[there]
-            self._run(cell, seeds[0], found[cell])
+            if cell.searched not in found:
+                found[cell.searched] = self._search(cell)
+            self._run(cell, seeds[0], found[cell.searched])
             self.write(cells, seeds)
         for cell in cells:
             if self.wants_more_seeds(cell, self.rows([cell], seeds)):
                 for seed in seeds[1:]:
-                    self._run(cell, seed, found[cell])
+                    self._run(cell, seed, found[cell.searched])
                 self.write(cells, seeds)
         return self.write(cells, seeds)
 
@@ -235,18 +240,26 @@ class Atlas:
         return self._settings(cell)
 
     def _search(self, cell: Cell) -> Settings:
-        """Return the settings that validation images choose in ``cell``, before any method runs."""
-        folder, base = self.out / cell.name / "search", DEFAULTS | self._searching(cell)
+        """Return the settings that validation images choose for ``cell``, before any method runs.
+
+        They are FedAvg's learning rate, then what each method has of its own.
+        """
         found: Settings = {}
-        for grids in ({"fedavg": main_settings("fedavg")}, self.grids):
-            alike: dict[tuple[str, ...], dict[str, Any]] = {}  # {settings they read: methods}
-            for method, grid in grids.items():
-                if wanted := {name: grid[name] for name in grid if name not in self.settings}:
-                    read = tuple(without_idle(base | found, [method]))
-                    alike.setdefault(read, {})[method] = wanted
-            for read, every in alike.items():
-                own = {name: (base | found)[name] for name in read}
-                found |= search(own, every, folder, self.run_all)
+        every = {"fedavg": main_settings("fedavg")}, self.grids
+        for there, grids in zip(cell.searched, every, strict=True):
+            found |= self._search_in(there, grids, found)
+        return found
+
+    def _search_in(self, cell: Cell, grids: Grids, chosen: Settings) -> Settings:
+        """Search in ``cell`` what the user does not give, by the settings ``chosen`` before."""
+        folder, base = self.out / cell.name / "search", DEFAULTS | self._searching(cell) | chosen
+        alike: dict[tuple[str, ...], Grids] = {}  # {settings they read: methods}
+        for method, grid in grids.items():
+            if wanted := {name: grid[name] for name in grid if name not in self.settings}:
+                alike.setdefault(tuple(without_idle(base, [method])), {})[method] = wanted
+        found: Settings = {}
+        for read, some in alike.items():
+            found |= search({name: base[name] for name in read}, some, folder, self.run_all)
         return found
 
     def _rows_of(self, folder: Path) -> list[Row]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pfedgpa_app.methods import federation_of
 from pfedgpa_app.methods.fine_tuning import FedAvgFTTuned
@@ -24,6 +24,7 @@ from pfedgpa_app.study.reproduce import (
     OURS,
     Atlas,
     Cell,
+    Grids,
     Row,
     contenders,
     means_of,
@@ -65,8 +66,8 @@ class PaperCell(Cell):
         return f"{self.data}-{self.clients}"
 
     @property
-    def searched(self) -> Cell:
-        return column(self.data, 20)
+    def searched(self) -> tuple[Cell, Cell]:
+        return column(self.data, 20), column(self.data, 20)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Table1(Atlas):
         return columns(quick)
 
     @property
-    def grids(self) -> dict[str, dict[str, tuple[Any, ...]]]:
+    def grids(self) -> Grids:
         own = [m for m in self.only if m != "fedavg" and federation_of(m) == m]
         return {method: grid for method in own if (grid := main_settings(method))}
 

@@ -75,7 +75,10 @@ def test_what_is_chosen_on_validation_images_is_run(
     machine = Machine(ahead)
     Atlas(tmp_path, {}, {"fashion-mnist": "mnist"}, machine).fill([CELL])
     searched = [run for run in machine.done if run.config.seed == 100]
-    assert {run.config.num_clients for run in searched} == {20}
+    assert {(run.config.method, run.config.num_clients) for run in searched} == {
+        (("fedavg",), 20),  # the learning rate that all use
+        (("fedavgm",), 100),  # its momentum, with as many clients as there are
+    }
     assert {run.config.train_per_client for run in searched} == {60}
     final = [run for run in machine.done if run.config.seed != 100]
     assert {run.config.learning_rate for run in searched} == {0.02, 0.05, 0.1}
