@@ -69,6 +69,16 @@ def test_pyproject_lists_every_setting() -> None:
     assert listed(text) == text
 
 
+def test_nothing_is_imported_that_windows_lacks() -> None:
+    lacks = {"fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios"}
+    for file in PACKAGE.rglob("*.py"):
+        for statement in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in statement.names}
+                names |= {getattr(statement, "module", None) or ""}
+                assert not names & lacks, f"{file}: {ast.unparse(statement)}"
+
+
 def test_every_benchmark_says_what_it_is_when_asked() -> None:
     """Instead of beginning to measure."""
     for file in (APP_DIR / "benchmarks").glob("*.py"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import os
 import re
 import shutil
 import socket
@@ -130,7 +131,7 @@ def key(node: Node) -> str:
         raise NodeError(f"{path}: is not a private key in OpenSSH's format: {error}") from error
     if not isinstance(found, ec.EllipticCurvePrivateKey):
         raise NodeError(f"{path}: Flower takes only keys on NIST's curves: run pfedgpa keys")
-    if path.stat().st_mode & 0o077:
+    if os.name == "posix" and path.stat().st_mode & 0o077:
         raise NodeError(f"{path}: others may read it: chmod 600 {path}")
     return f"{path}: {found.curve.name}"
 

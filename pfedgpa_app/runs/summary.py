@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pfedgpa_app.core.files import as_json, write_tensors, write_text
 from pfedgpa_app.core.sections import Config
@@ -45,6 +46,10 @@ def save_weights(
 
 def peak_memory() -> int:
     """Return the most memory that this process ever held, in bytes."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # Windows has no such module
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
