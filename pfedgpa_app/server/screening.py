@@ -122,28 +122,28 @@ def check_upload(
     """
     if reply.has_error():
         return None, failure(reply)
-    records, metrics = reply.content.array_records, reply.content.metric_records.get("metrics")
+    records = reply.content.array_records
+    metrics: Any = reply.content.metric_records.get("metrics", {})
     if list(records) != ["arrays"]:
         return None, f"sent array records {sorted(records)} instead of ['arrays']"
-    examples = metrics.get("num-examples") if metrics is not None else None
+    examples = metrics.get("num-examples")
     if not isinstance(examples, int) or not 1 <= examples <= MOST_EXAMPLES:
         return None, f"sent num-examples {examples!r} instead of a whole number from 1 to 2^53"
-    of_round = metrics.get("round") if metrics is not None else None
-    if of_round != server_round:
-        return None, f"sent an upload of round {of_round}"
+    if metrics.get("round") != server_round:
+        return None, f"sent an upload of round {metrics.get('round')}"
     weights, wrong = checked(records["arrays"], expected)
     if weights is None:
         return None, wrong
-    labels: Any = metrics.get("label-counts", []) if metrics is not None else []
+    labels = metrics.get("label-counts", [])
     if not isinstance(labels, list) or any(not isinstance(n, int) or n < 0 for n in labels):
         return None, f"sent label-counts {labels!r} instead of whole numbers"
     if labels and (len(labels) != classes or not sum(labels)):
         return None, f"sent label-counts {labels!r} instead of counts of {classes} classes"
-    losses: Any = metrics.get("validation-losses", []) if metrics is not None else []
+    losses = metrics.get("validation-losses", [])
     each = len(TEMPERATURES)
     if not isinstance(losses, list) or len(losses) not in (0, each, 2 * each):
         return None, f"sent validation-losses {losses!r} instead of {each} or {2 * each}"[:300]
-    loss: Any = metrics.get("loss", math.nan) if metrics is not None else math.nan
+    loss = metrics.get("loss", math.nan)
     if not isinstance(loss, (int, float)):
         return None, f"sent the loss {loss!r} instead of a number"[:300]
     rows = [losses[start : start + each] for start in range(0, len(losses), each)]
