@@ -17,7 +17,7 @@ from pfedgpa_app.methods.halves import reported
 from pfedgpa_app.results import plots
 from pfedgpa_app.results.log import SUMMARY, TABLE, RunLog, mean, participants
 from pfedgpa_app.results.tables import Outcome, outcome, percent, summary_entry, text_table
-from pfedgpa_app.server.strategy import Personalised, missing, sampled
+from pfedgpa_app.server.strategy import Personalised, asked_in
 from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 
 
@@ -119,7 +119,8 @@ class Summary:
         last = self.config.num_server_rounds
         in_it = participants(self.folder, strategy.name, last, self.config.num_clients)
         if not in_it:  # its uploads come from another run
-            in_it = set(sampled(self.config, last)).difference(*missing(self.config, last))
+            asked, late = asked_in(self.config, last)
+            in_it = set(asked) - late
         took_part = [a for c, a in zip(result.clients, result.before, strict=True) if c in in_it]
         curve = self.log.curves.get(strategy.name, []) if name == strategy.name else []
         accuracies = {server_round: accuracy for server_round, accuracy, _ in curve}

@@ -17,7 +17,7 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import federations, rounds_class
 from pfedgpa_app.methods.base import NOTHING, OTHER
 from pfedgpa_app.results.log import append, end_whole, record_in
-from pfedgpa_app.server.strategy import missing, sampled
+from pfedgpa_app.server.strategy import asked_in
 
 
 def noise_multiplier(config: Config) -> float:
@@ -88,8 +88,8 @@ class Uploads:
             if name not in finished and rounds_class(name).sends != NOTHING:
                 done = going[1] if name == going[0] else 0
                 for server_round in range(done + 1, config.num_server_rounds + 1):
-                    asked = set(sampled(config, server_round))
-                    self.counts.update(asked - missing(config, server_round)[0])
+                    asked, _ = asked_in(config, server_round)
+                    self.counts.update(asked)
                 for _ in range(config.join_iterations * len(methods)):
                     self.counts.update(range(config.initial_clients, config.num_clients))
 
