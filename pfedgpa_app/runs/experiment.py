@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from pfedgpa_app.config.checks import without_effect
 from pfedgpa_app.config.resolve import Resolved, values_of
-from pfedgpa_app.core.files import as_json, write_text
+from pfedgpa_app.core.files import write_json
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import LABEL_FLIP, NODES, Config
 from pfedgpa_app.core.settings import listed
@@ -82,7 +82,7 @@ def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
     config = resolved.config
     check(config.track)
     privacy.check(config)
-    write_text(folder / CONFIG, as_json(resolved.as_dict(), indent=2) + "\n")
+    write_json(folder / CONFIG, resolved.as_dict(), indent=2)
     shared = federations(config.method)
     evaluation = _evaluation_work(config)
     rounds = 0 if config.uploads else len(shared) * config.num_server_rounds
@@ -197,7 +197,7 @@ def _keep_distribution(
         beside = {name: common[name] for name in own_statistics(common, found.layout.names)}
         saved.save(found, folder / saved.FILE, beside)
     if config.report and (places := plots.latent_places(found)):
-        write_text(folder / report.LATENTS, as_json(places) + "\n")
+        write_json(folder / report.LATENTS, places)
         plots.latents(folder / "latents.png", places, _groups(config))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pfedgpa_app.client.adjustment import LEFT, adjusted
 from pfedgpa_app.config.resolve import values_of
-from pfedgpa_app.core.files import as_json, write_tensors, write_text
+from pfedgpa_app.core.files import write_json, write_tensors
 from pfedgpa_app.core.own_code import sources
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
@@ -172,7 +172,7 @@ def write_about(folder: Path, config: Config, schema: Schema) -> None:
         config.image_size,
         _own_code(config),
     )
-    write_text(folder / MODEL, as_json(about.as_dict(), indent=2) + "\n")
+    write_json(folder / MODEL, about.as_dict(), indent=2)
     network = network_of(config, schema)
     tensors = network.state_dict()
     # by address, as tied tensors have several names
@@ -246,8 +246,7 @@ def note_parts_on_nodes(folder: Path, method: str, scores: Mapping[int, FinalSco
     """
     if keep := [client for client, score in scores.items() if score.own_part]:
         (folder / WEIGHTS).mkdir(exist_ok=True)
-        found = _on_nodes(folder) | {method: sorted(keep)}
-        write_text(folder / WEIGHTS / ON_NODES, as_json(found) + "\n")
+        write_json(folder / WEIGHTS / ON_NODES, _on_nodes(folder) | {method: sorted(keep)})
 
 
 def _on_nodes(folder: Path) -> dict[str, list[int]]:

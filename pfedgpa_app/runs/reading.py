@@ -17,7 +17,15 @@ from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
 from pfedgpa_app.core.warning import warn_once
-from pfedgpa_app.results.log import SUMMARY, Records, accuracies_of, last_event, mean, rows_of
+from pfedgpa_app.results.log import (
+    CLIENTS,
+    SUMMARY,
+    Records,
+    accuracies_of,
+    last_event,
+    mean,
+    rows_of,
+)
 from pfedgpa_app.runs.folder import CONFIG, kept_methods, kept_settings
 
 Row = dict[str, Any]
@@ -99,7 +107,7 @@ class Run:
         """{method's title: {client: its accuracies}}."""
         titles = {row["method"]: row["title"] for row in self.rows}
         found: dict[str, dict[int, Row]] = {}
-        for record in self.lines("clients.jsonl"):
+        for record in self.lines(CLIENTS):
             if record["method"] in titles:
                 found.setdefault(titles[record["method"]], {})[record["client"]] = record
         return found

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.core.files import as_json, write_text
+from pfedgpa_app.core.files import write_json, write_text
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import StoppedError, engine_for
@@ -193,7 +193,7 @@ def summarise(runs: Sequence[PlannedRun], out: Path) -> str:
     finished = [run for run in runs if is_done(run.folder)]
     rows = {run.name: rows_of(run.folder) for run in finished}
     record = [{"run": r.name, "varied": r.varied, "summary": rows[r.name]} for r in finished]
-    write_text(out / "sweep.json", as_json(record, indent=1) + "\n")
+    write_json(out / "sweep.json", record, indent=1)
     parts = []
     for varied, alike in _groups(finished):
         title = ", ".join(f"{key} = {value}" for key, value in varied.items()) or "all runs"
