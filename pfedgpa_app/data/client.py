@@ -78,14 +78,8 @@ def _load(config: DataSettings, name: str) -> Dataset:
 
 def forget() -> None:
     """Have everything read anew: files may have changed since this process read them."""
-    for known in (
-        load,
-        fingerprint,
-        own_fingerprint,
-        load_partition,
-        load_own_client,
-        load_client,
-    ):
+    every = load, fingerprint, own_fingerprint, load_partition, load_own_client, load_client
+    for known in every:
         known.cache_clear()
 
 
@@ -204,9 +198,9 @@ def load_partition(config: DataSettings) -> list[ClientSplit]:
 
 def class_counts(config: DataSettings) -> list[list[int]]:
     """Count each client's training examples of each class, validation included."""
-    data, classes = load_dataset(config), len(load_dataset(config).classes)
-    held = [split.held for split in load_partition(config)]
-    return [np.bincount(data.train_labels[h], minlength=classes).tolist() for h in held]
+    data = load_dataset(config)
+    held = [data.train_labels[split.held] for split in load_partition(config)]
+    return [np.bincount(labels, minlength=len(data.classes)).tolist() for labels in held]
 
 
 def _names(samples: np.ndarray, labels: np.ndarray, split: str) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +172,18 @@ def image_folder(
             train, test = np.split(np.arange(len(files)), [len(listing["train"])])
         images = decoded(((path / f[0], str(path / f[0])) for f in files), len(files), size)
         samples = np.array([Path(f[0]).as_posix() for f in files])
-        rows = (train, test)
-        arrays = [part for r in rows for part in (images[r], labels[r])]
-        data = Dataset(f"imagefolder:{path.name}", classes, *arrays, *(samples[r] for r in rows))
-        return replace(data, own_test="" not in listing, unused=unused)
+        return Dataset(
+            f"imagefolder:{path.name}",
+            classes,
+            images[train],
+            labels[train],
+            images[test],
+            labels[test],
+            samples[train],
+            samples[test],
+            own_test="" not in listing,
+            unused=unused,
+        )
 
     identity: list[Any] = [str(path), size, listing, unused]
     return cached(identity + ([test_share] if "" in listing else []), read)
