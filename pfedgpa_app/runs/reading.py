@@ -15,7 +15,7 @@ from pfedgpa_app.config.names import defaults, keys, without_idle
 from pfedgpa_app.config.parse import argument
 from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.sections import NODES
-from pfedgpa_app.core.settings import LAUNCH, ConfigError
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.results.log import (
     CLIENTS,
@@ -142,8 +142,7 @@ def chosen(run: Run) -> Iterator[tuple[str, Any]]:
     """Yield the settings whose value is not the default, except those of the launch."""
     before = defaults()
     for name, entry in run.settings.items():
-        key = keys().get(name)
-        launch = key is not None and key.rules["part"] == LAUNCH
+        launch = name in keys() and keys()[name].is_for_launch
         if entry["value"] != before.get(name) and not launch:
             yield name, entry
 

@@ -11,7 +11,6 @@ from statistics import mean, stdev
 from typing import Any
 
 from pfedgpa_app.config.names import keys
-from pfedgpa_app.core.settings import LAUNCH
 from pfedgpa_app.results.figures import Curve
 from pfedgpa_app.results.tables import over_seeds, recipes_in_words
 from pfedgpa_app.runs.reading import Row, Run
@@ -96,7 +95,7 @@ def _varied(runs: Sequence[Run]) -> list[str]:
     found: dict[str, set[str]] = {}
     for run in runs:
         for name, entry in run.goes_by([row["method"] for row in run.rows]).items():
-            if name in keys() and keys()[name].rules["part"] != LAUNCH:
+            if name in keys() and not keys()[name].is_for_launch:
                 found.setdefault(name, set()).add(json.dumps(entry["value"]))
     return [n for n, kinds in found.items() if len(kinds) > 1 and n not in ("seed", "method")]
 
