@@ -44,7 +44,7 @@ from pfedgpa_app.results.tracking import Tracking, check
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import CONFIG, keep_holdings, locked, run_folder, running
 from pfedgpa_app.runs.initial import initial_weights, learn_nothing, share_little
-from pfedgpa_app.runs.personal import MODEL, WEIGHTS, note_parts_on_nodes, write_about
+from pfedgpa_app.runs.personal import MODEL, WEIGHTS, note_parts_on_nodes, weights_file, write_about
 from pfedgpa_app.runs.resuming import CHECKPOINT, Resuming
 from pfedgpa_app.runs.summary import Summary, save_weights
 from pfedgpa_app.server import privacy
@@ -401,6 +401,6 @@ class Experiment:
     def _save(self, name: str, method: Personaliser[Any], weights: dict[int, Weights]) -> None:
         """Write clients' weights to the run's folder, if the settings ask for it."""
         if self.config.save_weights:
-            path = self.folder / WEIGHTS / f"{name}.safetensors"
+            path = weights_file(self.folder, name)
             about = {"method": name, "model": (self.folder / MODEL).read_text(encoding="utf-8")}
             save_weights(path, weights, getattr(method.state, "global_weights", {}), about)

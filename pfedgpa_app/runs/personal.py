@@ -277,7 +277,7 @@ def the_method(folder: Path, method: str) -> str:
         name
         for name in kept
         if name not in elsewhere
-        and ((folder / WEIGHTS / _file(name)).is_file() or federation_of(name) in alone)
+        and (weights_file(folder, name).is_file() or federation_of(name) in alone)
     ]
     last = kept[-1]
     if method in elsewhere or (not there and last in elsewhere):
@@ -308,8 +308,9 @@ def _kept_on_nodes(method: str) -> str:
     )
 
 
-def _file(method: str) -> str:
-    return f"{method}.safetensors"
+def weights_file(folder: Path, method: str) -> Path:
+    """Return the file with the weights that the server made by ``method`` in a run's folder."""
+    return folder / WEIGHTS / f"{method}.safetensors"
 
 
 def own_weights(tensors: Weights, client: int) -> Weights:
@@ -387,7 +388,7 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
     if not hasattr(client, "__index__") or not 0 <= client < count:
         raise ConfigError(f"{folder}: has no client {client!r}; there are 0 to {count - 1}")
     founders = count - settings.get("join-clients", 0)
-    sent = folder / WEIGHTS / _file(method)
+    sent = weights_file(folder, method)
     federation = federation_of(method)
     own, by = (  # the client wrote these itself
         folder / WEIGHTS / f"{federation}.{kind}-{client}.safetensors" for kind in ("client", LEFT)
