@@ -20,10 +20,7 @@ from pfedgpa_app.diffusion.autoencoder import (
     remove_drift,
 )
 from pfedgpa_app.diffusion.convolutional import ConvolutionalAutoencoder, ConvolutionalSettings
-from pfedgpa_app.diffusion.denoiser import (
-    Denoiser,
-    NetworkDenoiser,
-)
+from pfedgpa_app.diffusion.denoiser import Denoiser, NetworkDenoiser
 from pfedgpa_app.diffusion.directions import (
     Likeness,
     client_means,
@@ -215,7 +212,7 @@ class WeightDistribution(Distribution):
         self.newest_latents = self._within(newest)
         given = settings.strength
         self.strength = self._calibrated() if given is None else given
-        self.denoiser = self._fit(settings, where, descriptors, progress)
+        self.denoiser = self._fit(where, descriptors, progress)
 
     def _calibrated(self) -> int:
         """The t0 at which clients' own uploads keep the posterior weight ``own_weight``."""
@@ -278,12 +275,9 @@ class WeightDistribution(Distribution):
         return LinearAutoencoder.fit(deltas, combinations)
 
     def _fit(
-        self,
-        settings: DiffusionSettings,
-        device: torch.device,
-        descriptors: dict[int, Tensor] | None,
-        progress: Progress,
+        self, device: torch.device, descriptors: dict[int, Tensor] | None, progress: Progress
     ) -> Denoiser:
+        settings = self.settings
         exact = closed_form(settings, self.latents, self.schedule)
         if exact is not None:
             return exact
