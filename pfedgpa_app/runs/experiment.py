@@ -33,7 +33,7 @@ from pfedgpa_app.data.dataset import remarks
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.engine.grid import LocalGrid, is_simulated, telling
-from pfedgpa_app.methods import METHODS, federations, halves, name_of, rounds_of
+from pfedgpa_app.methods import METHODS, federations, halves, name_of, rounds_class, rounds_of
 from pfedgpa_app.methods.averaging import Defence
 from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.fine_tuning import fine_tunings
@@ -311,7 +311,7 @@ class Experiment:
         """Run one federation's rounds, or restore them, and return its strategy."""
         config, rounds = self.config, self.config.num_server_rounds
         going, self.going = self.going, {}
-        kinds = [METHODS[each].rounds_class() for each in (name, *methods)]
+        kinds = [rounds_class(each) for each in (name, *methods)]
         if (config.save_uploads or config.uploads) and name == name_of(RememberingFedAvg):
             kinds.append(RememberingFedAvg)
         kind = rounds_of(kinds)
