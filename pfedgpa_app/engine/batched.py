@@ -282,14 +282,16 @@ class BatchedGrid(LocalGrid):
         self.model = build_model(config, load_schema(config))
         self.data = DeviceData.of(config, next(self.model.parameters()).device)
         self._cohorts: dict[int, BatchedCohort] = {}
-        private = config.local_dp_epsilon > 0
-        self.batches = can_batch(self.model) and self.data is not None and not private
-        if private:
-            self._say("clients train one at a time: each has noise of its own")
+        obstacles = []
+        if config.local_dp_epsilon:
+            obstacles.append("each has noise of its own")
         if not can_batch(self.model):
-            self._say("clients train one at a time: the network has layers without a batched form")
+            obstacles.append("the network has layers without a batched form")
         if self.data is None:
-            self._say("clients train one at a time: they hold unequal numbers of images")
+            obstacles.append("they hold unequal numbers of images")
+        for why in obstacles:
+            self._say(f"clients train one at a time: {why}")
+        self.batches = not obstacles
 
     def _say(self, text: str) -> None:
         self.remark(f"batched engine: {text}")
