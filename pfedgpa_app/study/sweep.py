@@ -19,7 +19,7 @@ from pfedgpa_app.core.files import write_json, write_text
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import StoppedError, engine_for
-from pfedgpa_app.results.log import SUMMARY, clock, is_done, last_event, rows_of
+from pfedgpa_app.results.log import clock, finished_in, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import is_running, locked
@@ -204,8 +204,7 @@ def summarise(runs: Sequence[PlannedRun], out: Path) -> str:
     if undone := [run.name for run in runs if run not in finished]:
         parts.append(f"Without a result, so in no table: {', '.join(undone)}.\n")
     here = {run.folder.name for run in finished}
-    there = (path.parent for path in out.glob(f"*/{SUMMARY}"))
-    if left_out := [each for each in there if each.name not in here and is_done(each)]:
+    if left_out := [each for each in finished_in(out) if each.name not in here]:
         parts.append(f"Not in these tables: {len(left_out)} more finished runs in {out.name}/.\n")
     write_text(out / "sweep.md", "\n".join(parts))
     if finished and all(run.config.report for run in finished):

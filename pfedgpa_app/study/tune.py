@@ -26,7 +26,7 @@ from pfedgpa_app.core.paths import PACKAGE
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.methods.own import reference_of
-from pfedgpa_app.results.log import is_done, rows_of
+from pfedgpa_app.results.log import finished_in, is_done, rows_of
 from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study import trials
@@ -274,9 +274,7 @@ def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:
 
 def _rows(out: Path, conf: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     path = conf_path(conf).absolute()
-    for folder in sorted(path.parent for path in out.glob("*/summary.json")):
-        if not is_done(folder):
-            continue
+    for folder in sorted(finished_in(out)):
         config, row = kept_settings(folder), rows_of(folder)[0]
         if config["conf"]["value"] in (conf, str(path)):
             names = list(main_settings(row["method"]))
