@@ -178,16 +178,12 @@ def check(config: Config, uploads: Uploads | None = None) -> None:
 
 def _way_to_keep(config: Config, most: float) -> str:
     """Say how many rounds, or iterations of joining clients, spend no more than ``most``."""
-    ways = (
-        ("num-server-rounds", config.num_server_rounds, "num_server_rounds"),
-        ("join-iterations", config.join_iterations, "join_iterations"),
-    )
-    for key, now, field in ways:
+    for field in ("num_server_rounds", "join_iterations"):
 
         def spent(fewer: int, field: str = field) -> float:
             changed: Config = dataclasses.replace(config, **{field: fewer})  # type: ignore[arg-type]
             return epsilon_of(config, Uploads(changed).most)
 
-        if kept := bisect.bisect_right(range(1, now), most, key=spent):
-            return f"set {key}={kept} to keep within it, or"
+        if kept := bisect.bisect_right(range(1, getattr(config, field)), most, key=spent):
+            return f"set {field.replace('_', '-')}={kept} to keep within it, or"
     return "even one round exceeds it: set"

@@ -243,15 +243,14 @@ class Roster:
         answers: dict[int, Answer] = {}
         failed = ""
         for reply in self.grid.send_and_receive(questions, timeout=self.timeout):
-            if reply.has_error():
-                failed = f"node {reply.metadata.src_node_id}: {cause(reply)[:300]}"
-                self._tell("warning", f"no client there: {failed}")
-            elif (partition := _partition_of(reply)) is None:
-                failed = f"node {reply.metadata.src_node_id}: does not say who it is"
+            node = reply.metadata.src_node_id
+            partition = None if reply.has_error() else _partition_of(reply)
+            if partition is None:
+                why = cause(reply)[:300] if reply.has_error() else "does not say who it is"
+                failed = f"node {node}: {why}"
                 self._tell("warning", f"no client there: {failed}")
             else:
-                data = reply.content.config_records.get("data")
-                answers[reply.metadata.src_node_id] = Answer(partition, data)
+                answers[node] = Answer(partition, reply.content.config_records.get("data"))
         return answers, failed
 
     def _check_before(self, there: Iterable[int]) -> None:
