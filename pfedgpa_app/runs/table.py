@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -38,7 +39,7 @@ class Entry:
 
     def text(self, column: str) -> str:
         """Return mean ± standard deviation over seeds."""
-        known = [value for value in self.values[column] if value == value]
+        known = [value for value in self.values[column] if not math.isnan(value)]
         return over_seeds(known, 1 if len(known) < 2 else 2)
 
     def cells(self, every: Sequence[Entry]) -> list[dict[str, str]]:
