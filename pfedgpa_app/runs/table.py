@@ -34,8 +34,8 @@ class Entry:
     recipes: str
     values: dict[str, list[float]]
     costs: tuple[str, str]
-    analysis_only: bool = False
-    only: str = ""  # names the seeds, if other rows have more
+    analysis_only: bool
+    only: str  # names the seeds, if other rows have more
 
     def text(self, column: str) -> str:
         """Return mean ± standard deviation over seeds."""

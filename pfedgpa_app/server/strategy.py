@@ -42,9 +42,9 @@ class Personalised(Strategy):
         config: Config,
         log: RunLog,
         initial: Weights,
-        classes: int = 0,
-        keep: Callable[[int], None] = lambda _: None,
-        ask: Callable[[int, Iterable[int]], None] = lambda _, __: None,
+        classes: int,
+        keep: Callable[[int], None],
+        ask: Callable[[int, Iterable[int]], None],
     ) -> None:
         """Prepare the rounds of ``method``, called ``name``.
 
