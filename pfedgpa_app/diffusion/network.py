@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -106,9 +105,10 @@ def fit_network(
         descriptor = 0 if descriptors is None else descriptors.shape[1]
         network = new_network(settings, latents.shape[1], tokens, descriptor).to(device)
     alpha_bar = schedule.alpha_bar.float().to(device)
-    n, k = latents.shape
-    sizes = settings.fit_batch_size, n, k, len(alpha_bar)
-    draw = functools.partial(_draw, *sizes, descriptors is not None, generator)
+    (n, k), described = latents.shape, descriptors is not None
+
+    def draw() -> list[Tensor]:
+        return _draw(settings.fit_batch_size, n, k, len(alpha_bar), described, generator)
 
     def loss(drawn: Sequence[Tensor]) -> Tensor:
         return denoising_loss(network, latents, noise, descriptors, alpha_bar, drawn)

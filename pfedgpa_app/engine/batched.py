@@ -165,9 +165,9 @@ class Step:
     def __init__(self, cohort: BatchedCohort, recipe: Recipe, batch: int) -> None:
         self.cohort, self.recipe = cohort, recipe
         self.names = tuple(cohort.weights) if recipe.trainable is None else recipe.trainable
-        whole = {"dtype": torch.long, "device": cohort.device}
-        self.index = torch.zeros(cohort.size, batch, **whole)  # type: ignore[call-overload]
-        self.crops = torch.zeros(3, cohort.size * batch, **whole)  # type: ignore[call-overload]
+        size, device = cohort.size, cohort.device
+        self.index = torch.zeros(size, batch, dtype=torch.long, device=device)
+        self.crops = torch.zeros(3, size * batch, dtype=torch.long, device=device)
         self._replayed = Replayed(self._step, cohort.device, cohort.pool)
 
     def _step(self) -> None:
