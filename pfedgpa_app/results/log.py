@@ -312,8 +312,7 @@ class RunLog:
 
     def rejected(self, name: str, when: str, client: int, reason: str) -> None:
         """Warn that a client's reply cannot be used."""
-        text = f"{name} {when}: client {client} {reason}"
-        self.event("warning", text)
+        self.event("warning", f"{name} {when}: client {client} {reason}")
 
     def round(
         self,

@@ -40,7 +40,7 @@ from pfedgpa_app.methods.fine_tuning import fine_tunings
 from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, say
-from pfedgpa_app.results.tracking import Tracking, check
+from pfedgpa_app.results.tracking import Tracking, require_installed
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import CONFIG, keep_holdings, locked, run_folder, running
 from pfedgpa_app.runs.initial import initial_weights, learn_nothing, share_little
@@ -80,7 +80,7 @@ def _lost_its_end(folder: Path) -> bool:
 def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
     """Run everything in a folder that this run alone writes to."""
     config = resolved.config
-    check(config.track)
+    require_installed(config.track)
     privacy.check(config)
     write_json(folder / CONFIG, resolved.as_dict(), indent=2)
     shared = federations(config.method)
@@ -257,33 +257,33 @@ class Experiment:
         """
         going = self.going.get("federation", ""), self.going.get("round", 0)
         finished = self.resuming.finished
-        uploads = privacy.Uploads(self.config, self.folder / privacy.FILE, finished, going)
-        privacy.check(self.config, uploads)
-        self.log.event("privacy", privacy.in_words(self.config, uploads.most))
-        self.ask = uploads.ask
-        spent = {"epsilon_spent": round(privacy.epsilon_of(self.config, uploads.most), 4)}
+        made = privacy.Uploads(self.config, self.folder / privacy.FILE, finished, going)
+        privacy.check(self.config, made)
+        self.log.event("privacy", privacy.in_words(self.config, made.most))
+        self.ask = made.ask
+        spent = {"epsilon_spent": round(privacy.epsilon_of(self.config, made.most), 4)}
         for row in self.summary.rows.values():  # of methods done before a resumption
             row |= spent
         return spent
 
-    def run_all(self, federations: dict[str, list[str]]) -> None:
+    def run_all(self, methods_of: dict[str, list[str]]) -> None:
         """Run all federations and write their results.
 
         Args:
-            federations: {federation: the names of its methods}.
+            methods_of: {federation: the names of its methods}.
         """
         try:
-            self._run_federations(federations)
+            self._run_federations(methods_of)
             self.summary.finish()
             self.tracking.results()
         finally:
             self.tracking.close()
 
-    def _run_federations(self, federations: dict[str, list[str]]) -> None:
+    def _run_federations(self, methods_of: dict[str, list[str]]) -> None:
         finished = self.resuming.finished
         for federation in finished:
             self.log.making.pop(federation, None)
-        for federation, names in federations.items():
+        for federation, names in methods_of.items():
             if federation not in finished:
                 self._run_federation(federation, names)
                 finished.append(federation)

@@ -134,7 +134,7 @@ def preflight(run_config: Mapping[str, Any], config: Config) -> None:
         ConfigError, DataError: says what is wrong and what to do.
     """
     try:
-        tracking.check(config.track)
+        tracking.require_installed(config.track)
         privacy.check(config)
         initial = initial_weights(config, load_schema(config))
         _begin_own(config, initial)
