@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -218,34 +218,34 @@ def _split(config: DataSettings, parts: list[list[np.ndarray]]) -> list[ClientSp
 def data_in_words(config: DataSettings) -> str:
     """Say what the run's data are, how many examples clients hold, and how many nobody holds."""
     data, splits = load_dataset(config), load_partition(config)
-    parts = [
+    strange = sum(
+        (~np.isin(data.test_labels[split.test], data.train_labels[split.held])).sum()
+        for split in splits
+    )
+    share = 100 * strange / sum(len(split.test) for split in splits)
+    unseen = [f"{share:.2g} % are of classes that their client does not train on"]
+    trained = _dealt_in_words([split.held for split in splits], len(data.train_labels))
+    tested = _dealt_in_words(
+        [split.test for split in splits], len(data.test_labels), unseen if strange else []
+    )
+    return (
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
-        f"{schema_of(data).examples(most=10)}"
-    ]
-    trained, tested = [split.held for split in splits], [split.test for split in splits]
-    for verb, rows, labels in (
-        ("train", trained, data.train_labels),
-        ("are tested", tested, data.test_labels),
-    ):
-        sizes, held = [len(mine) for mine in rows], np.concatenate(rows)
-        each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
-        different = len(np.unique(held))
-        notes = []
-        if different < len(labels):
-            notes.append(f"nobody holds {len(labels) - different:,}")
-        if different < len(held):
-            notes.append(f"{len(held) - different:,} are held more than once")
-        if rows is tested:
-            pairs = zip(trained, tested, strict=True)
-            strange = sum(
-                (~np.isin(labels[test], data.train_labels[train])).sum() for train, test in pairs
-            )
-            if strange:
-                share = 100 * strange / len(held)
-                notes.append(f"{share:.2g} % are of classes that their client does not train on")
-        note = f" ({', '.join(notes)})" if notes else ""
-        parts.append(f"{verb} on {each} each{note}")
-    return f"{parts[0]}; {len(splits)} clients {parts[1]} and {parts[2]}"
+        f"{schema_of(data).examples(most=10)}; {len(splits)} clients train on {trained} and are "
+        f"tested on {tested}"
+    )
+
+
+def _dealt_in_words(rows: Sequence[np.ndarray], number: int, more_notes: Sequence[str] = ()) -> str:
+    """Say how many of a split's ``number`` examples each client holds, given by their ``rows``."""
+    sizes, held = [len(mine) for mine in rows], np.concatenate(rows)
+    each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    different, notes = len(np.unique(held)), []
+    if different < number:
+        notes.append(f"nobody holds {number - different:,}")
+    if different < len(held):
+        notes.append(f"{len(held) - different:,} are held more than once")
+    notes += more_notes
+    return f"{each} each" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def load_own(config: DataSettings, source: str) -> Dataset:
