@@ -31,7 +31,7 @@ from pfedgpa_app.data.images import Images, normalised
 from pfedgpa_app.engine.grid import LocalGrid, raised
 from pfedgpa_app.models.networks import weight_names, weights_of
 from pfedgpa_app.training.evaluation import Score
-from pfedgpa_app.training.sgd import Recipe, batches, clipped, crop_and_flip, sgd_step
+from pfedgpa_app.training.sgd import Recipe, batches, clipped, crop_and_flip, phases, sgd_step
 
 IMAGES_AT_ONCE = 1500  # of all clients in a step; about 2 GB for CIFAR's CNN, and fills a GPU
 
@@ -335,10 +335,9 @@ class BatchedGrid(LocalGrid):
         cohort.load([r.method.start(r.weights, r.state) for r in requests])
         generators, losses = [r.generator("train") for r in requests], [0.0] * len(requests)
         first = requests[0]
-        for recipe in first.method.recipes(first.config, list(cohort.initial)):
-            if recipe.trainable == ():
-                continue
-            losses = cohort.train(recipe.at(first.rate), generators)
+        recipes = first.method.recipes(first.config, list(cohort.initial))
+        for recipe in phases(cohort.model, recipes, first.rate):
+            losses = cohort.train(recipe, generators)
         return [
             request.trained(request.method.upload(weights, request.weights, request.state, loss))
             for request, weights, loss in zip(requests, cohort.trained(), losses, strict=True)
