@@ -179,21 +179,7 @@ def load_partition(config: DataSettings) -> list[ClientSplit]:
         raise DataError(
             f"group-shares: names {len(config.group_shares)} groups, but {data.name} has {groups}"
         )
-    return partition(
-        data.train_labels,
-        data.test_labels,
-        data.classes,
-        config.num_clients,
-        kind=config.partition,
-        train_per_client=config.train_per_client,
-        test_per_client=config.test_per_client,
-        validation_share=config.validation_share,
-        uniform_share=config.uniform_share,
-        group_shares=config.group_shares,
-        alpha=config.dirichlet_alpha,
-        shards=config.shards_per_client,
-        seed=config.seed,
-    )
+    return partition(data.train_labels, data.test_labels, data.classes, config)
 
 
 def class_counts(config: DataSettings) -> list[list[int]]:
@@ -212,7 +198,7 @@ def _split(config: DataSettings, parts: list[list[np.ndarray]]) -> list[ClientSp
     """Make clients' splits from their training and test indices; there are no hidden groups."""
     train, test = parts
     groups = [0] * config.num_clients
-    return with_validation(train, test, groups, config.validation_share, config.seed)
+    return with_validation(train, test, groups, config)
 
 
 def data_in_words(config: DataSettings) -> str:
