@@ -281,11 +281,9 @@ class WeightDistribution(Distribution):
         exact = closed_form(settings, self.latents, self.schedule)
         if exact is not None:
             return exact
-        noise = self.latents.new_full((self.rank,), settings.latent_noise)
         with one_thread(device):
             fitted = fit_network(
                 self.latents,
-                noise,
                 self.schedule,
                 settings,
                 self.seed,

@@ -559,10 +559,10 @@ class TestLog:
 
     def test_fitting_tells_its_progress(self) -> None:
         shares: list[float] = []
-        latents, noise = torch.randn(8, 2), torch.zeros(2)
+        latents = torch.randn(8, 2)
         settings = DiffusionSettings(fit_steps=4, width=4, blocks=1, fit_batch_size=4)
         schedule, device = Schedule(10), torch.device("cpu")
-        fit_network(latents, noise, schedule, settings, 0, device, progress=shares.append)
+        fit_network(latents, schedule, settings, 0, device, progress=shares.append)
         assert shares == [0.25, 0.5, 0.75, 1.0]
 
     def test_the_run_passes_it_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
