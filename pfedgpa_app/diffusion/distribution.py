@@ -13,6 +13,7 @@ from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.core.uploads import Buffer
 from pfedgpa_app.core.weights import Layout, Weights
 from pfedgpa_app.diffusion.autoencoder import (
+    CPU,
     Autoencoder,
     Deltas,
     LayeredAutoencoder,
@@ -179,7 +180,7 @@ class WeightDistribution(Distribution):
         buffer: Buffer,
         settings: DiffusionSettings,
         seed: int,
-        device: str | torch.device = "cpu",
+        device: torch.device = CPU,
         descriptors: dict[int, Tensor] | None = None,
         progress: Progress = silent,
         known: Likeness | None = None,
@@ -197,8 +198,7 @@ class WeightDistribution(Distribution):
         """
         self.settings, self.seed = settings, seed
         self.layout, vectors, self.rounds, self.clients = buffer.stack()
-        where = torch.device(device)
-        deltas = remove_drift(vectors, self.rounds, self.clients, where, buffer.means)
+        deltas = remove_drift(vectors, self.rounds, self.clients, device, buffer.means)
         self.anchor = deltas.means[-1]
         head = self.layout.head()
         classifiers = deltas.gram(client_means(self.clients).T, head)
@@ -206,13 +206,13 @@ class WeightDistribution(Distribution):
         if rank is None:
             rank = choose_rank(settings.rank_rule, deltas, head, classifiers, self.clients, seed)
         self.own_weight = settings.own_weight or own_weight_of(len(classifiers), rank)
-        self.autoencoder, self.latents = self._encoded(deltas, classifiers, rank, known, where)
+        self.autoencoder, self.latents = self._encoded(deltas, classifiers, rank, known, device)
         self.newest = sorted(buffer.newest())
         newest = self.autoencoder.encode(_newest_deltas(buffer, deltas))
         self.newest_latents = self._within(newest)
         given = settings.strength
         self.strength = self._calibrated() if given is None else given
-        self.denoiser = self._fit(where, descriptors, progress)
+        self.denoiser = self._fit(device, descriptors, progress)
 
     def _calibrated(self) -> int:
         """The t0 at which clients' own uploads keep the posterior weight ``own_weight``."""
