@@ -59,12 +59,11 @@ def shares(
     """
     cores = sum(machines)
     engines = {engine_for(run.config.engine, run.config.device) for run in runs}
-    asked = {run.config.workers for run in runs} - {None}
+    asked = [run.config.workers for run in runs if run.config.workers]
     if engines != {"process"}:
         return jobs or len(machines), None
     if asked:
-        most = max(w for w in asked if w)
-        return jobs or max(1, cores // most), None
+        return jobs or max(1, cores // max(asked)), None
     at_once = jobs or max(1, min(cores, len(runs)))
     return at_once, max(1, min(cores // at_once, *machines))
 
