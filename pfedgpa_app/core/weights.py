@@ -164,7 +164,7 @@ def module_of(name: str) -> str:
 def last_layers(names: Iterable[str], count: int) -> list[str]:
     """Return the names of the weights of the last ``count`` layers; the last one is the head."""
     every = layers(names)
-    return [name for layer in every[len(every) - min(count, len(every)) :] for name in layer]
+    return [name for layer in every[max(0, len(every) - count) :] for name in layer]
 
 
 def body(names: Sequence[str], head_layers: int = 1) -> list[str]:

@@ -165,13 +165,18 @@ def check_counts(counts: Mapping[str, Any], fine_tunings: int | None = None) -> 
     """
     tested, validated = counts.get("test-images"), counts.get("validation-images")
     if fine_tunings is None:
-        good = _are_counts([counts.get("correct")], counts.get("images"), 1)
-        good = good and counts["images"] > 0 and isinstance(counts.get("loss"), (int, float))
+        good = (
+            _are_counts([counts.get("correct")], counts.get("images"), 1)
+            and counts["images"] > 0
+            and isinstance(counts.get("loss"), (int, float))
+        )
     else:
-        good = _are_counts(counts.get("test"), tested, 1 + fine_tunings)
-        good = good and _are_counts(counts.get("validation"), validated, 1 + fine_tunings)
-        good = good and counts["test-images"] > 0
-        good = good and _are_counts([counts.get("agreement", 0)], tested, 1)
+        good = (
+            _are_counts(counts.get("test"), tested, 1 + fine_tunings)
+            and _are_counts(counts.get("validation"), validated, 1 + fine_tunings)
+            and counts["test-images"] > 0
+            and _are_counts([counts.get("agreement", 0)], tested, 1)
+        )
     return "" if good else f"sent an impossible evaluation: {dict(counts)!r}"[:300]
 
 
