@@ -176,9 +176,8 @@ def search(
 
     def runs_of(method: str, key: str, values: Sequence[Any]) -> list[PlannedRun]:
         own = settings_of(base, [method], list(grids))
-        fixed = {name: [value] for name, value in ((shared or {}) | chosen[method]).items()}
-        over = {"method": [reference_of(method)], **fixed}
-        return _possible([(own, over | {key: [value]}) for value in values], out)
+        fixed = {"method": reference_of(method)} | (shared or {}) | chosen[method]
+        return _possible(own, fixed, key, values, out)
 
     for step in range(max(map(len, grids.values()))):
         going: dict[str, tuple[str, list[PlannedRun]]] = {}
@@ -207,18 +206,18 @@ def search(
 
 
 def _possible(
-    each: Iterable[tuple[Settings, Mapping[str, Sequence[Any]]]], out: Path
+    settings: Settings, fixed: Settings, key: str, values: Iterable[Any], out: Path
 ) -> list[PlannedRun]:
-    """Return the runs of these settings, without values that are out of range or refused together.
+    """Return a run for each of the ``values`` that is in range and goes with the other settings.
 
     Raises:
         ConfigError: no run is left.
     """
     found: list[PlannedRun] = []
     refused: ConfigError | None = None
-    for own, over in each:
+    for value in values:
         try:
-            found += expand(own, over, out)
+            found += expand(settings, {n: [v] for n, v in (fixed | {key: value}).items()}, out)
         except ConfigError as error:
             refused = error
     if refused and not found:
