@@ -204,7 +204,7 @@ class Personalised(Strategy):
         self._keep(server_round)
         if not scores:
             return None
-        return MetricRecord({"accuracy": sum(s["accuracy"] for s in scores.values()) / len(scores)})
+        return MetricRecord({"accuracy": mean([s["accuracy"] for s in scores.values()])})
 
 
 def asked_in(config: Config, server_round: int) -> tuple[list[int], set[int]]:
