@@ -165,8 +165,9 @@ class Personalised(Strategy):
     ) -> tuple[dict[int, Upload], dict[int, str]]:
         """Return the usable uploads, and why the others are not; these are logged, too."""
         expected = self.half.expected_upload(server_round)
-        how = self._classes, self.config, self.method.beside
-        uploads, wrong = screened(sent, answers, expected, server_round, *how)
+        uploads, wrong = screened(
+            sent, answers, expected, server_round, self._classes, self.config, self.method.beside
+        )
         rejected = dict.fromkeys(away, "is not connected") | wrong
         for client, reason in sorted(rejected.items()):
             self.log.rejected(self.name, f"round {server_round}", client, reason)
