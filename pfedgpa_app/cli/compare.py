@@ -30,7 +30,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def handle(options: Namespace) -> int:
     from pfedgpa_app.core.files import write_text
-    from pfedgpa_app.study.compare import EXPERIMENTS, plan, report
+    from pfedgpa_app.study.compare import EXPERIMENTS, finished, plan, report_of
     from pfedgpa_app.study.sweep import run_sweep
 
     overrides = shared.parse_overrides(options.settings)
@@ -46,7 +46,7 @@ def handle(options: Namespace) -> int:
     try:
         done = run_sweep(runs, options.out, options.app.absolute(), options.jobs, on=options.on)
     finally:
-        if text := report(options.out):
+        if text := report_of(finished(options.out)):
             write_text(options.out / "compare.md", text)
     print(text)
     return 0 if done else 1

@@ -19,11 +19,11 @@ def add_options(parser: ArgumentParser) -> None:
 def handle(options: Namespace) -> int:
     from pfedgpa_app.config.resolve import values_of
     from pfedgpa_app.results.log import SUMMARY, rounds_of
-    from pfedgpa_app.results.tracking import Tracking, check
+    from pfedgpa_app.results.tracking import Tracking, require_installed
     from pfedgpa_app.runs.folder import kept_settings
 
     folder = options.run
-    check([options.to])
+    require_installed([options.to])
     settings = values_of(kept_settings(folder))
     if not (rounds := rounds_of(folder)):
         raise ConfigError(f"{folder} has no round in its log yet")

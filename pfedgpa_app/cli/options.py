@@ -34,10 +34,10 @@ def _settings_like(prefix: str, **more: Any) -> list[str]:
     return [f"{key}={c}" for c in choices or () if str(c).startswith(value)]
 
 
-def add_conf(parser: ArgumentParser, *names: str, required: bool = False) -> None:
+def add_conf(parser: ArgumentParser, required: bool = False) -> None:
     """Add the option for the experiment, whose settings the given ones override."""
     text = "experiment in conf/, or a YAML file"
-    parser.add_argument(*names, "--conf", required=required, help=text)
+    parser.add_argument("--conf", required=required, help=text)
 
 
 def add_engine(parser: ArgumentParser) -> None:

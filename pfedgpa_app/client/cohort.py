@@ -94,7 +94,10 @@ def compare_fine_tunings(cohort: Cohort, requests: Sequence[ClientRequest]) -> l
     order = [before, *asked]
     return [
         request.compared(
-            [test[each][i] for each in order], [validation[each][i] for each in order], agreement[i]
+            weights[i],
+            [test[each][i] for each in order],
+            [validation[each][i] for each in order],
+            agreement[i],
         )
         for i, request in enumerate(requests)
     ]

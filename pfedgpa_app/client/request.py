@@ -101,11 +101,10 @@ class ClientRequest:
         self.reference: Weights | None = (
             self._adjusted(dict(reference.to_torch_state_dict())) if reference is not None else None
         )
-        self._state_key = f"{asked['method']}.{self.client}"
+        self._state_key = f"{name}.{self.client}"
         trains = message.metadata.message_type == MessageType.TRAIN
         before = self.round if trains else self.round + 1
         self.state: Weights = memory.recall(context, asked, self._state_key, before)
-        self._has_own_part = False  # whether it was evaluated with weights that only it has
 
     def _adjustment(self, sent: Collection[str]) -> Weights:
         """Return what the client adds to the classifier's bias, by the bias's name.
@@ -159,19 +158,18 @@ class ClientRequest:
         network = tensors_of(self.config, self.schema())
         evaluated = self.method.evaluated(self.weights, self.state, network)
         if self._asked.get("leave"):
-            self._leave(evaluated)
+            own, adjustment = self._own_parts(evaluated)
+            memory.leave(self._asked, own)  # beside a simulation's results
+            memory.leave(self._asked, adjustment, LEFT)
         return evaluated
 
-    def _leave(self, evaluated: Weights) -> None:
-        """Save what only this client has of ``evaluated`` beside a simulation's results.
+    def _own_parts(self, evaluated: Weights) -> tuple[Weights, Weights]:
+        """Return what only this client has of ``evaluated``, and its adjustment.
 
-        Its adjustment is saved as well, if it belongs to a bias that it was sent.
+        The latter is {} unless it belongs to a bias that the client was sent.
         """
-        sent = {name for name, tensor in evaluated.items() if self.weights.get(name) is tensor}
-        own, adjustment = set(evaluated) - sent, self._adjustment(sent)
-        self._has_own_part = bool(own or adjustment)
-        memory.leave(self._asked, {n: t for n, t in evaluated.items() if n in own})
-        memory.leave(self._asked, adjustment, LEFT)
+        own = {name: t for name, t in evaluated.items() if self.weights.get(name) is not t}
+        return own, self._adjustment(evaluated.keys() - own.keys())
 
     def _before(self) -> Weights:
         """Return the weights trained from: as they were sent, else kept, else initialised."""
@@ -240,19 +238,25 @@ class ClientRequest:
         return self.reply({"correct": score.correct, "loss": score.loss, "images": score.images})
 
     def compared(
-        self, test: list[Score], validation: list[Score], agreement: int | None
+        self,
+        evaluated: Weights,
+        test: list[Score],
+        validation: list[Score],
+        agreement: int | None,
     ) -> Message:
         """Make the answer to the final evaluation: before fine-tuning, then after each kind of it.
 
-        ``agreement``: test images on which its weights and the reference predict the same; None
-        without a reference.
+        Args:
+            evaluated: the weights before fine-tuning.
+            agreement: test images on which these and the reference predict the same; None without
+                a reference.
         """
         metrics: Metrics = {
             "test": [score.correct for score in test],
             "test-images": test[0].images,
             "validation": [score.correct for score in validation],
             "validation-images": validation[0].images,
-            "own-part": int(self._has_own_part),
+            "own-part": int(any(self._own_parts(evaluated))),
         }
         return self.reply(metrics | ({} if agreement is None else {"agreement": agreement}))
 

@@ -22,7 +22,7 @@ from pfedgpa_app.core.sections import (
 )
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.data import HUGGING_FACE, IMAGEFOLDER
-from pfedgpa_app.methods import METHODS, federation_of, federations, name_of
+from pfedgpa_app.methods import METHODS, federation_of, federations, name_of, rounds_class
 from pfedgpa_app.methods.baselines import FromUploads
 from pfedgpa_app.methods.generation import PFedGPASettings
 from pfedgpa_app.methods.own import reference_of
@@ -212,10 +212,10 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
             yield f"{name} has no effect: {reason}"
     if "learning-rate" in given:
         yield from _other_rates(config, sources)
-    for method in (METHODS[name] for name in federations(config.method)):
-        for name, reason in method.rounds_class().unused.items():
+    for federation in federations(config.method):
+        for name, reason in rounds_class(federation).unused.items():
             if name in given:
-                yield f"{name} has no effect on {method.title}'s rounds: {reason}"
+                yield f"{name} has no effect on {METHODS[federation].title}'s rounds: {reason}"
 
 
 def _idle_in_rounds(config: Config) -> dict[str, str]:
@@ -246,11 +246,10 @@ def _all_of_it(config: Config) -> str:
 def _other_rates(config: Config, sources: Mapping[str, str]) -> Iterator[str]:
     """Yield, in words, which federations ignore learning-rate for rates of their own."""
     for name in federations(config.method):
-        method = METHODS[name]
-        rates = method.rounds_class().rate_settings(name, config)
+        rates = rounds_class(name).rate_settings(name, config)
         if "learning-rate" not in rates and all(sources.get(r) == "default" for r in rates):
             yield (
-                f"learning-rate has no effect on {method.title}'s rounds, which use "
+                f"learning-rate has no effect on {METHODS[name].title}'s rounds, which use "
                 f"{' and '.join(rates)}; only its fine-tuning uses it"
             )
 

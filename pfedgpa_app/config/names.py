@@ -25,7 +25,7 @@ from pfedgpa_app.core.sections import (
     TORCHVISION,
     Config,
 )
-from pfedgpa_app.core.settings import LAUNCH, ConfigError, near
+from pfedgpa_app.core.settings import ConfigError, near
 from pfedgpa_app.data import DATASETS, is_known_dataset
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.baselines import FromUploads
@@ -146,7 +146,7 @@ def require_method(name: str, source: str) -> None:
 
 def is_read(key: Key, config: Config) -> bool:
     """Whether a setting influences the results of a run."""
-    return bool(key.rules["part"] != LAUNCH) and not is_idle(key, config)
+    return not key.is_for_launch and not is_idle(key, config)
 
 
 def is_idle(key: Key, config: Config) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pfedgpa_app.core.settings import ConfigError, near, shown
+from pfedgpa_app.core.settings import LAUNCH, ConfigError, near, shown
 
 MOST = 2**63 - 1  # the largest whole number that NumPy and Flower hold
 Scalar = str | int | float | bool
@@ -25,6 +25,11 @@ class Key:
     type: Any
     default: Any
     rules: Mapping[str, Any]
+
+    @property
+    def is_for_launch(self) -> bool:
+        """Whether it influences a run's launch only, not its results."""
+        return bool(self.rules["part"] == LAUNCH)
 
 
 def fields_of(kind: type, prefix: str = "") -> Iterator[Key]:

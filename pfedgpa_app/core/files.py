@@ -44,6 +44,11 @@ def write_text(path: Path, text: str) -> None:
         new.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    """Write ``value`` to ``path`` by ``as_json``, replacing the file whole or not at all."""
+    write_text(path, as_json(value, indent) + "\n")
+
+
 def as_json(value: Any, indent: int | None = None) -> str:
     """Return ``value`` as JSON text; NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_plain(value), indent=indent, allow_nan=False)

@@ -27,10 +27,10 @@ def numpy_generator(seed: int, *names: Name) -> np.random.Generator:
     return np.random.default_rng(_entropy(seed, names))
 
 
-def torch_generator(seed: int, *names: Name, device: torch.device | str = "cpu") -> torch.Generator:
-    """A torch generator for the stream ``names`` of the run's ``seed``."""
+def torch_generator(seed: int, *names: Name) -> torch.Generator:
+    """A torch generator, on the CPU, for the stream ``names`` of the run's ``seed``."""
     state = _entropy(seed, names).generate_state(2, np.uint32)
-    return torch.Generator(device=device).manual_seed(int(state[0]) << 31 ^ int(state[1]))
+    return torch.Generator().manual_seed(int(state[0]) << 31 ^ int(state[1]))
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,21 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     least, most = tensor.aminmax()  # both are NaN if any number is, and fail the comparison
     return float(least) >= -_LARGEST and float(most) <= _LARGEST
+
+
+def odd_places(weights: Mapping[str, Tensor]) -> Weights:
+    """For each tensor with numbers that are not finite (a mask of -inf, say), a mask of them."""
+    return {name: ~finite(t) for name, t in weights.items() if not all_finite(t)}
+
+
+def finite_elsewhere(tensor: Tensor, odd: Tensor | None) -> bool:
+    """Whether all numbers of a tensor are finite but those that ``odd`` marks, if it fits."""
+    if all_finite(tensor):
+        return True
+    good = finite(tensor)
+    if odd is not None and odd.shape == good.shape:
+        good |= odd
+    return bool(good.all())
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,7 @@ def module_of(name: str) -> str:
 def last_layers(names: Iterable[str], count: int) -> list[str]:
     """Return the names of the weights of the last ``count`` layers; the last one is the head."""
     every = layers(names)
-    return [name for layer in every[len(every) - min(count, len(every)) :] for name in layer]
+    return [name for layer in every[max(0, len(every) - count) :] for name in layer]
 
 
 def body(names: Sequence[str], head_layers: int = 1) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,14 +78,8 @@ def _load(config: DataSettings, name: str) -> Dataset:
 
 def forget() -> None:
     """Have everything read anew: files may have changed since this process read them."""
-    for known in (
-        load,
-        fingerprint,
-        own_fingerprint,
-        load_partition,
-        load_own_client,
-        load_client,
-    ):
+    every = load, fingerprint, own_fingerprint, load_partition, load_own_client, load_client
+    for known in every:
         known.cache_clear()
 
 
@@ -185,28 +179,14 @@ def load_partition(config: DataSettings) -> list[ClientSplit]:
         raise DataError(
             f"group-shares: names {len(config.group_shares)} groups, but {data.name} has {groups}"
         )
-    return partition(
-        data.train_labels,
-        data.test_labels,
-        data.classes,
-        config.num_clients,
-        kind=config.partition,
-        train_per_client=config.train_per_client,
-        test_per_client=config.test_per_client,
-        validation_share=config.validation_share,
-        uniform_share=config.uniform_share,
-        group_shares=config.group_shares,
-        alpha=config.dirichlet_alpha,
-        shards=config.shards_per_client,
-        seed=config.seed,
-    )
+    return partition(data.train_labels, data.test_labels, data.classes, config)
 
 
 def class_counts(config: DataSettings) -> list[list[int]]:
     """Count each client's training examples of each class, validation included."""
-    data, classes = load_dataset(config), len(load_dataset(config).classes)
-    held = [split.held for split in load_partition(config)]
-    return [np.bincount(data.train_labels[h], minlength=classes).tolist() for h in held]
+    data = load_dataset(config)
+    held = [data.train_labels[split.held] for split in load_partition(config)]
+    return [np.bincount(labels, minlength=len(data.classes)).tolist() for labels in held]
 
 
 def _names(samples: np.ndarray, labels: np.ndarray, split: str) -> np.ndarray:
@@ -218,40 +198,40 @@ def _split(config: DataSettings, parts: list[list[np.ndarray]]) -> list[ClientSp
     """Make clients' splits from their training and test indices; there are no hidden groups."""
     train, test = parts
     groups = [0] * config.num_clients
-    return with_validation(train, test, groups, config.validation_share, config.seed)
+    return with_validation(train, test, groups, config)
 
 
 def data_in_words(config: DataSettings) -> str:
     """Say what the run's data are, how many examples clients hold, and how many nobody holds."""
     data, splits = load_dataset(config), load_partition(config)
-    parts = [
+    strange = sum(
+        (~np.isin(data.test_labels[split.test], data.train_labels[split.held])).sum()
+        for split in splits
+    )
+    share = 100 * strange / sum(len(split.test) for split in splits)
+    unseen = [f"{share:.2g} % are of classes that their client does not train on"]
+    trained = _dealt_in_words([split.held for split in splits], len(data.train_labels))
+    tested = _dealt_in_words(
+        [split.test for split in splits], len(data.test_labels), unseen if strange else []
+    )
+    return (
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
-        f"{schema_of(data).examples(most=10)}"
-    ]
-    trained, tested = [split.held for split in splits], [split.test for split in splits]
-    for verb, rows, labels in (
-        ("train", trained, data.train_labels),
-        ("are tested", tested, data.test_labels),
-    ):
-        sizes, held = [len(mine) for mine in rows], np.concatenate(rows)
-        each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
-        different = len(np.unique(held))
-        notes = []
-        if different < len(labels):
-            notes.append(f"nobody holds {len(labels) - different:,}")
-        if different < len(held):
-            notes.append(f"{len(held) - different:,} are held more than once")
-        if rows is tested:
-            pairs = zip(trained, tested, strict=True)
-            strange = sum(
-                (~np.isin(labels[test], data.train_labels[train])).sum() for train, test in pairs
-            )
-            if strange:
-                share = 100 * strange / len(held)
-                notes.append(f"{share:.2g} % are of classes that their client does not train on")
-        note = f" ({', '.join(notes)})" if notes else ""
-        parts.append(f"{verb} on {each} each{note}")
-    return f"{parts[0]}; {len(splits)} clients {parts[1]} and {parts[2]}"
+        f"{schema_of(data).examples(most=10)}; {len(splits)} clients train on {trained} and are "
+        f"tested on {tested}"
+    )
+
+
+def _dealt_in_words(rows: Sequence[np.ndarray], number: int, more_notes: Sequence[str] = ()) -> str:
+    """Say how many of a split's ``number`` examples each client holds, given by their ``rows``."""
+    sizes, held = [len(mine) for mine in rows], np.concatenate(rows)
+    each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    different, notes = len(np.unique(held)), []
+    if different < number:
+        notes.append(f"nobody holds {number - different:,}")
+    if different < len(held):
+        notes.append(f"{len(held) - different:,} are held more than once")
+    notes += more_notes
+    return f"{each} each" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def load_own(config: DataSettings, source: str) -> Dataset:

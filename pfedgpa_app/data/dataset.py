@@ -279,10 +279,10 @@ def _example(name: str, where: str, key: str, value: Any) -> np.ndarray:
     """Return an item's example as an array; a Pillow picture as [C, H, W] uint8, grey or RGB."""
     if not hasattr(value, "getbands"):
         return _array(name, key, value)
-    from pfedgpa_app.data.pictures import eight_bits
+    from pfedgpa_app.data.pictures import eight_bits, pixels_of
 
     try:
-        return np.moveaxis(np.atleast_3d(np.asarray(eight_bits(value))), -1, 0)
+        return pixels_of(eight_bits(value))
     except ValueError as error:
         raise DataError(f"{where}: {error}") from error
 
@@ -427,8 +427,6 @@ def _labels(
 
 def _one_each(name: str, key: str, labels: np.ndarray) -> np.ndarray:
     """Return one label per example: names, or whole numbers, even if given as floats."""
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
     if labels.ndim != 1 or labels.dtype.kind not in "iubUf":
         rows = f"; {key}.argmax(1) makes one label of each row" if labels.ndim == 2 else ""
         raise DataError(

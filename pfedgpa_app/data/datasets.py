@@ -115,20 +115,14 @@ def _there(name: str, root: Path) -> Path:
         DataError: it does not exist.
     """
     path = root / _path(name)
-    kind, exists = (
-        ("folder", path.is_dir())
-        if name.startswith(IMAGEFOLDER)
-        else (
-            "file",
-            path.is_file(),
-        )
-    )
-    if not exists:
+    wants_folder = name.startswith(IMAGEFOLDER)
+    if not (path.is_dir() if wants_folder else path.is_file()):
         places = dict.fromkeys(str(p / _path(name)) for p in (Path.cwd(), root))
-        how = "; images are expected as CLASS/IMAGE in it, or below train/ and test/"
-        raise DataError(
-            f"dataset {name}: no {kind} {' nor '.join(places)}{how if kind == 'folder' else ''}"
-        )
+        kind, how = "file", ""
+        if wants_folder:
+            kind = "folder"
+            how = "; images are expected as CLASS/IMAGE in it, or below train/ and test/"
+        raise DataError(f"dataset {name}: no {kind} {' nor '.join(places)}{how}")
     return path
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
-from PIL import Image
 
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.settings import DataError, near
 from pfedgpa_app.data.imagefolder import files_below, is_image
-from pfedgpa_app.data.pictures import read_image
+from pfedgpa_app.data.pictures import BILINEAR, pixels_of, read_image
 
 ARRAYS = (".npy", ".npz", ".csv")
 
@@ -68,9 +67,8 @@ def _image(file: Path, schema: Schema, resize: bool) -> np.ndarray:
     if channels in (1, 3):
         image = image.convert("L" if channels == 1 else "RGB")
     if resize and image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    array = np.asarray(image)
-    array = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+        image = image.resize((width, height), BILINEAR)
+    array = pixels_of(image)
     if array.shape != schema.shape:
         found = "×".join(map(str, array.shape))
         raise DataError(

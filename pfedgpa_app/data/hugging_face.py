@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 import numpy as np
 
 from pfedgpa_app.core.settings import ConfigError, DataError, near
+from pfedgpa_app.data import HUGGING_FACE
 from pfedgpa_app.data.dataset import Dataset, dataset_of
 from pfedgpa_app.data.pictures import decoded
 
@@ -32,7 +33,7 @@ def parsed(name: str) -> tuple[str, dict[str, str]]:
     for key in chosen:
         if key not in CHOICES:
             raise ConfigError(f"dataset = {name!r}: has no option {key!r}{near(key, CHOICES)}")
-    return place.removeprefix("hf:"), chosen
+    return place.removeprefix(HUGGING_FACE), chosen
 
 
 def read(name: str, root: Path, size: int, test_share: float, download: bool) -> Dataset:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +21,16 @@ _ALSO = {  # other names of folders that hold splits
     "train": {"train", "training"},
     "test": {"test", "testing", "val", "valid", "validation"},
 }
-File = tuple[str, str, int, int]  # relative path, class, bytes, mtime
 Cached = Callable[[Any, Callable[[], Dataset]], Dataset]
+
+
+class File(NamedTuple):
+    """An image's file."""
+
+    path: str  # relative to the data set's folder
+    label: str  # the name of its class
+    bytes: int
+    mtime: int
 
 
 def _is_there(entry: os.DirEntry[str] | Path) -> bool:
@@ -112,7 +119,7 @@ def _listing(path: Path, least: int) -> dict[str, list[File]]:
                 f"dataset imagefolder:{path}: no images in the folders of {path / split}; images "
                 "are expected as CLASS/IMAGE, or as train/CLASS/IMAGE and test/CLASS/IMAGE"
             )
-    first, *others = ({f[1] for f in files} for files in listing.values())
+    first, *others = ({file.label for file in files} for files in listing.values())
     if others and (unknown := others[0] - first):
         raise DataError(
             f"dataset imagefolder:{path}: test/ has classes that train/ lacks: "
@@ -139,7 +146,7 @@ def _classes_in(path: Path, split: str) -> list[File]:
                     "add some, or remove the folder"
                 )
             for file, size, changed in sorted(map(stamped, images)):
-                found.append((file[start:], entry.name, size, changed))
+                found.append(File(file[start:], entry.name, size, changed))
     return found
 
 
@@ -162,21 +169,30 @@ def image_folder(
     """
     listing = _listing(path, fewest(test_share))
     unused = () if "" in listing else tuple(f"{n}/" for n in _folders(path) if n not in SPLITS)
-    classes = tuple(sorted({f[1] for files in listing.values() for f in files}))
+    classes = tuple(sorted({file.label for files in listing.values() for file in files}))
 
     def read() -> Dataset:
-        files = [f for split in listing.values() for f in split]
-        labels = np.array([classes.index(f[1]) for f in files], dtype=np.int64)
+        files = [file for split in listing.values() for file in split]
+        labels = np.array([classes.index(file.label) for file in files], dtype=np.int64)
         if "" in listing:
             train, test = split_off_test(f"imagefolder:{path}", labels, classes, test_share)
         else:
             train, test = np.split(np.arange(len(files)), [len(listing["train"])])
-        images = decoded(((path / f[0], str(path / f[0])) for f in files), len(files), size)
-        samples = np.array([Path(f[0]).as_posix() for f in files])
-        rows = (train, test)
-        arrays = [part for r in rows for part in (images[r], labels[r])]
-        data = Dataset(f"imagefolder:{path.name}", classes, *arrays, *(samples[r] for r in rows))
-        return replace(data, own_test="" not in listing, unused=unused)
+        places = (path / file.path for file in files)
+        images = decoded(((place, str(place)) for place in places), len(files), size)
+        samples = np.array([Path(file.path).as_posix() for file in files])
+        return Dataset(
+            f"imagefolder:{path.name}",
+            classes,
+            images[train],
+            labels[train],
+            images[test],
+            labels[test],
+            samples[train],
+            samples[test],
+            own_test="" not in listing,
+            unused=unused,
+        )
 
     identity: list[Any] = [str(path), size, listing, unused]
     return cached(identity + ([test_share] if "" in listing else []), read)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pfedgpa_app.core.randomness import numpy_generator
+from pfedgpa_app.core.sections import DataSettings
 from pfedgpa_app.core.warning import warn_once
 
 
@@ -87,32 +88,23 @@ def dominant_groups(num_classes: int) -> list[list[int]]:
 
 
 def class_shares(
-    kind: str,
-    num_clients: int,
-    num_classes: int,
-    rng: np.random.Generator,
-    *,
-    uniform_share: float = 0.2,
-    group_shares: Sequence[float] = (),
-    alpha: float = 0.5,
-    shards: int = 2,
+    settings: DataSettings, num_classes: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return each client's class mix.
-
-    Args:
-        group_shares: relative sizes of the hidden groups; empty: all are equal.
+    """Return each client's class mix, by the ``partition`` that the settings name.
 
     Returns:
         shares [clients, classes], each row summing to 1, and each client's hidden group
         (0 for all where the partition has none).
     """
+    kind, num_clients = settings.partition, settings.num_clients
     groups = np.zeros(num_clients, dtype=int)
     if kind == "iid":
         return np.full((num_clients, num_classes), 1 / num_classes), groups
     if kind == "dirichlet":
-        shares = rng.dirichlet(np.full(num_classes, alpha), size=num_clients)
+        shares = rng.dirichlet(np.full(num_classes, settings.dirichlet_alpha), size=num_clients)
         return shares, groups
     if kind == "shards":
+        shards = settings.shards_per_client
         slots = num_clients * shards
         classes = rng.permutation(np.arange(slots) % num_classes).reshape(num_clients, shards)
         shares = np.zeros((num_clients, num_classes))
@@ -120,12 +112,13 @@ def class_shares(
         return shares, groups
     if kind != "dominant":
         raise ValueError(f"no partition called {kind!r}")
-    dominant = dominant_groups(num_classes)
+    dominant, group_shares = dominant_groups(num_classes), settings.group_shares
     if group_shares and len(group_shares) != len(dominant):
         raise ValueError(f"{len(group_shares)} group shares, but there are {len(dominant)} groups")
     sizes = round_counts(np.array(group_shares or [1.0] * len(dominant)), num_clients)
     # clients join the groups in turn, as long as a group lacks members
     groups = np.array([g for turn in range(max(sizes)) for g, n in enumerate(sizes) if turn < n])
+    uniform_share = settings.uniform_share
     shares = np.full((num_clients, num_classes), uniform_share / num_classes)
     for client, group in enumerate(groups):
         shares[client, dominant[group]] += (1 - uniform_share) / len(dominant[group])
@@ -210,55 +203,33 @@ def partition(
     train_labels: np.ndarray,
     test_labels: np.ndarray,
     classes: Sequence[str],
-    num_clients: int,
-    *,
-    kind: str = "dominant",
-    train_per_client: int | None = 600,
-    test_per_client: int | None = 600,
-    validation_share: float = 0.1,
-    uniform_share: float = 0.2,
-    group_shares: Sequence[float] = (),
-    alpha: float = 0.5,
-    shards: int = 2,
-    seed: int = 0,
+    settings: DataSettings,
 ) -> list[ClientSplit]:
-    """Deal a data set to clients; see ``class_shares`` for the kinds.
-
-    A client's validation images are a random share of its training images.
+    """Deal a data set to clients; a client's validation images are of its training images.
 
     Args:
-        train_per_client: images per client, validation included. None: all images are dealt, none
-            twice, to clients of unequal size. ``test_per_client`` likewise.
+        classes: their names.
 
     Raises:
         ValueError: a class has too few images for one client, or a client would have none.
     """
-    shares, groups = class_shares(
-        kind,
-        num_clients,
-        len(classes),
-        numpy_generator(seed, "partition"),
-        uniform_share=uniform_share,
-        group_shares=group_shares,
-        alpha=alpha,
-        shards=shards,
-    )
+    seed = settings.seed
+    shares, groups = class_shares(settings, len(classes), numpy_generator(seed, "partition"))
 
     def dealt(labels: np.ndarray, size: int | None, split: str) -> list[np.ndarray]:
         counts = client_counts(shares, labels, size, split, seed)
         return deal(labels, counts, classes, split, seed)
 
-    train = dealt(train_labels, train_per_client, "train")
-    test = dealt(test_labels, test_per_client, "test")
-    return with_validation(train, test, groups, validation_share, seed)
+    train = dealt(train_labels, settings.train_per_client, "train")
+    test = dealt(test_labels, settings.test_per_client, "test")
+    return with_validation(train, test, groups, settings)
 
 
 def with_validation(
     train: Sequence[np.ndarray],
     test: Sequence[np.ndarray],
     groups: Sequence[int] | np.ndarray,
-    validation_share: float,
-    seed: int,
+    settings: DataSettings,
 ) -> list[ClientSplit]:
     """Make each client's split, keeping a random share of its training images for validation.
 
@@ -267,14 +238,14 @@ def with_validation(
     """
     splits = []
     for client, mine in enumerate(train):
-        held_out = round(len(mine) * validation_share)
+        held_out = round(len(mine) * settings.validation_share)
         for kind, count in (("train", len(mine) - held_out), ("be tested", len(test[client]))):
             if count < 1:
                 raise ValueError(
                     f"client {client} would have no image to {kind} on: lower num-clients, or "
                     "choose another partition"
                 )
-        shuffled = numpy_generator(seed, "validation", client).permutation(mine)
+        shuffled = numpy_generator(settings.seed, "validation", client).permutation(mine)
         splits.append(
             ClientSplit(
                 train=np.sort(shuffled[held_out:]),

@@ -37,7 +37,7 @@ def by_file(
     """
     where = f"partition = {PARTITION_FILE}{path}"
     place = _places(where, [*train, *test])
-    owners = _read_owners(path, place)
+    owners = _read_owners(where, path, place)
     owner = np.full(len(place), -1)
     for sample, client in owners.items():
         owner[place[sample]] = client
@@ -123,7 +123,7 @@ def _require_both_kinds(
         )
 
 
-def _read_owners(path: Path, known: Collection[str]) -> dict[str, int]:
+def _read_owners(where: str, path: Path, known: Collection[str]) -> dict[str, int]:
     """Read {sample: client}, with the samples' names in composed Unicode.
 
     Raises:
@@ -131,36 +131,34 @@ def _read_owners(path: Path, known: Collection[str]) -> dict[str, int]:
             two clients, or names a client by something other than a number.
     """
     owners: dict[str, int] = {}
-    for where, sample, client in _entries(path):
+    for at, sample, client in _entries(where, path):
         if not re.fullmatch(r"[0-9]{1,9}", client):
             raise ConfigError(
-                f"{where}: gives {shown(sample)} to {shown(client)}: give the client's "
-                "number, from 0"
+                f"{at}: gives {shown(sample)} to {shown(client)}: give the client's number, from 0"
             )
         name = _composed(sample)
         if name not in known:
             raise ConfigError(
-                f"{where}: names the sample {shown(sample)}, which the data set lacks; it has "
+                f"{at}: names the sample {shown(sample)}, which the data set lacks; it has "
                 f"{', '.join([*known][:3])}, …"
             )
         owner = owners.setdefault(name, int(client))
         if owner != int(client):
             raise ConfigError(
-                f"{where}: gives {shown(sample)} to client {int(client)}, and earlier to client "
+                f"{at}: gives {shown(sample)} to client {int(client)}, and earlier to client "
                 f"{owner}: a sample belongs to one client, delete one of the two"
             )
     if not owners:
-        raise ConfigError(f"partition = {PARTITION_FILE}{path}: names no sample")
+        raise ConfigError(f"{where}: names no sample")
     return owners
 
 
-def _entries(path: Path) -> Iterator[Entry]:
+def _entries(where: str, path: Path) -> Iterator[Entry]:
     """Return all that a partition file says, in its order, with duplicates.
 
     Raises:
         ConfigError: it cannot be read, is not in UTF-8, or is neither the JSON nor the CSV wanted.
     """
-    where = f"partition = {PARTITION_FILE}{path}"
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:

@@ -80,11 +80,8 @@ def read_image(file: Path | IO[bytes], name: str = "") -> Image:
         ) from error
 
 
-def _pixels(file: Path | IO[bytes], name: str, size: int) -> np.ndarray:
-    """Read an image as [C, H, W] uint8; C is 1 if it is grey, else 3."""
-    image = read_image(file, name)
-    if size:
-        image = image.resize((size, size), BILINEAR)
+def pixels_of(image: Image) -> np.ndarray:
+    """Return an image as [C, H, W] uint8; C is 1 if it is grey."""
     array = np.asarray(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
@@ -104,7 +101,8 @@ def decoded(files: Iterable[tuple[Path | IO[bytes], str]], number: int, size: in
     with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
         images, of_first = np.empty((0, 0, 0, 0), dtype=np.uint8), ""
         for i, (file, name) in enumerate(files):
-            image = _pixels(file, name, size)
+            picture = read_image(file, name)
+            image = pixels_of(picture.resize((size, size), BILINEAR) if size else picture)
             if i == 0:
                 images, of_first = np.empty((number, *image.shape), dtype=np.uint8), name
             if image.shape[1:] != images.shape[2:]:

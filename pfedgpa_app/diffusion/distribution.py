@@ -13,6 +13,7 @@ from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.core.uploads import Buffer
 from pfedgpa_app.core.weights import Layout, Weights
 from pfedgpa_app.diffusion.autoencoder import (
+    CPU,
     Autoencoder,
     Deltas,
     LayeredAutoencoder,
@@ -20,10 +21,7 @@ from pfedgpa_app.diffusion.autoencoder import (
     remove_drift,
 )
 from pfedgpa_app.diffusion.convolutional import ConvolutionalAutoencoder, ConvolutionalSettings
-from pfedgpa_app.diffusion.denoiser import (
-    Denoiser,
-    NetworkDenoiser,
-)
+from pfedgpa_app.diffusion.denoiser import Denoiser, NetworkDenoiser
 from pfedgpa_app.diffusion.directions import (
     Likeness,
     client_means,
@@ -182,7 +180,7 @@ class WeightDistribution(Distribution):
         buffer: Buffer,
         settings: DiffusionSettings,
         seed: int,
-        device: str | torch.device = "cpu",
+        device: torch.device = CPU,
         descriptors: dict[int, Tensor] | None = None,
         progress: Progress = silent,
         known: Likeness | None = None,
@@ -200,8 +198,7 @@ class WeightDistribution(Distribution):
         """
         self.settings, self.seed = settings, seed
         self.layout, vectors, self.rounds, self.clients = buffer.stack()
-        where = torch.device(device)
-        deltas = remove_drift(vectors, self.rounds, self.clients, where, buffer.means)
+        deltas = remove_drift(vectors, self.rounds, self.clients, device, buffer.means)
         self.anchor = deltas.means[-1]
         head = self.layout.head()
         classifiers = deltas.gram(client_means(self.clients).T, head)
@@ -209,13 +206,13 @@ class WeightDistribution(Distribution):
         if rank is None:
             rank = choose_rank(settings.rank_rule, deltas, head, classifiers, self.clients, seed)
         self.own_weight = settings.own_weight or own_weight_of(len(classifiers), rank)
-        self.autoencoder, self.latents = self._encoded(deltas, classifiers, rank, known, where)
+        self.autoencoder, self.latents = self._encoded(deltas, classifiers, rank, known, device)
         self.newest = sorted(buffer.newest())
         newest = self.autoencoder.encode(_newest_deltas(buffer, deltas))
         self.newest_latents = self._within(newest)
         given = settings.strength
         self.strength = self._calibrated() if given is None else given
-        self.denoiser = self._fit(settings, where, descriptors, progress)
+        self.denoiser = self._fit(device, descriptors, progress)
 
     def _calibrated(self) -> int:
         """The t0 at which clients' own uploads keep the posterior weight ``own_weight``."""
@@ -278,20 +275,15 @@ class WeightDistribution(Distribution):
         return LinearAutoencoder.fit(deltas, combinations)
 
     def _fit(
-        self,
-        settings: DiffusionSettings,
-        device: torch.device,
-        descriptors: dict[int, Tensor] | None,
-        progress: Progress,
+        self, device: torch.device, descriptors: dict[int, Tensor] | None, progress: Progress
     ) -> Denoiser:
+        settings = self.settings
         exact = closed_form(settings, self.latents, self.schedule)
         if exact is not None:
             return exact
-        noise = self.latents.new_full((self.rank,), settings.latent_noise)
         with one_thread(device):
             fitted = fit_network(
                 self.latents,
-                noise,
                 self.schedule,
                 settings,
                 self.seed,

@@ -36,9 +36,9 @@ class Journey:
     """
 
     strength: int
-    keep: float = 1.0
-    draws: int = 1
-    ddim_steps: int = 50
+    keep: float
+    draws: int
+    ddim_steps: int
 
 
 Mode = Callable[[Tensor, Denoiser, Schedule, Noise, Journey], Tensor]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -79,7 +78,6 @@ def stacked_descriptors(
 
 def fit_network(
     latents: Tensor,
-    noise: Tensor,
     schedule: Schedule,
     settings: DiffusionSettings,
     seed: int,
@@ -92,23 +90,23 @@ def fit_network(
 
     Args:
         latents: [N, k] at unit variance; their order does not matter.
-        noise: deviation of the augmentation in each direction [k].
         tokens: the autoencoder's tokens: their number and the numbers in each.
         descriptors: of each latent's client [N, d]; a share of the drawn ones is hidden.
         progress: is called after each step.
     """
     generator = torch_generator(seed, "fit")
     order = sorted_by_content(latents)
-    latents, noise = latents[order].to(device), noise.to(device)
+    latents = latents[order].to(device)
     if descriptors is not None:
         descriptors = descriptors[order].to(device)
     with seeded(int(torch.randint(2**31, (1,), generator=generator))):
         descriptor = 0 if descriptors is None else descriptors.shape[1]
         network = new_network(settings, latents.shape[1], tokens, descriptor).to(device)
-    alpha_bar = schedule.alpha_bar.float().to(device)
-    n, k = latents.shape
-    sizes = settings.fit_batch_size, n, k, len(alpha_bar)
-    draw = functools.partial(_draw, *sizes, descriptors is not None, generator)
+    alpha_bar, noise = schedule.alpha_bar.float().to(device), settings.latent_noise
+    (n, k), described = latents.shape, descriptors is not None
+
+    def draw() -> list[Tensor]:
+        return _draw(settings.fit_batch_size, n, k, len(alpha_bar), described, generator)
 
     def loss(drawn: Sequence[Tensor]) -> Tensor:
         return denoising_loss(network, latents, noise, descriptors, alpha_bar, drawn)
@@ -190,7 +188,7 @@ def _draw(
 def denoising_loss(
     network: nn.Module,
     latents: Tensor,
-    noise: Tensor,
+    noise: float,
     descriptors: Tensor | None,
     alpha_bar: Tensor,
     drawn: Sequence[Tensor],
@@ -200,6 +198,7 @@ def denoising_loss(
     E‖v − v_φ(√ᾱ_t z + √(1−ᾱ_t) ε, t)‖², with t uniform in 1..T and z a latent plus augmentation.
 
     Args:
+        noise: deviation of the augmentation.
         alpha_bar: [T + 1].
     """
     rows, t, (jitter, eps) = drawn[0], drawn[1], drawn[2]

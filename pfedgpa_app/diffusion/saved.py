@@ -85,15 +85,15 @@ def statistics(path: Path) -> Tensors:
     return _below("statistics", read_tensors(path, FORMAT, "statistics/")[0])
 
 
-def _from(tensors: Tensors, description: dict[str, object]) -> Distribution:
-    listed: list[tuple[str, list[int], str]] = description["tensors"]  # type: ignore[assignment]
+def _from(tensors: Tensors, description: dict[str, Any]) -> Distribution:
+    listed = description["tensors"]
     layout = Layout(
         tuple(name for name, _, _ in listed),
         tuple(torch.Size(shape) for _, shape, _ in listed),
         tuple(torch.empty(0, dtype=getattr(torch, dtype)).dtype for _, _, dtype in listed),
     )
     layout.unflatten(tensors["anchor"])  # fails unless there is one number for each weight
-    given: dict[str, Any] = description["settings"]  # type: ignore[assignment]
+    given = description["settings"]
     known = {field.name for field in fields(DiffusionSettings)}
     if gone := sorted(name for name, value in given.items() if name not in known and value):
         raise ValueError(f"it was learned with {', '.join(gone)}, which is no longer a setting")
@@ -110,14 +110,14 @@ def _from(tensors: Tensors, description: dict[str, object]) -> Distribution:
         denoiser = NetworkDenoiser(network, schedule)
     return Distribution(
         settings,
-        int(description["seed"]),  # type: ignore[call-overload]
+        int(description["seed"]),
         layout,
         tensors["anchor"],
         tensors["clients"],
         tensors["rounds"],
         autoencoder,
         latents,
-        int(description["strength"]),  # type: ignore[call-overload]
+        int(description["strength"]),
         denoiser,
     )
 

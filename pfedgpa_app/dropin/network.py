@@ -142,13 +142,12 @@ def like_uploads(made: dict[int, Weights], uploads: Sequence[Weights]) -> dict[i
     """
     least: Weights = {}
     first_of: dict[str, str] = {}
-    for name in uploads[0]:
+    names = list(uploads[0])
+    for i, name in enumerate(names):
         lowest = torch.stack([weights[name] for weights in uploads]).amin(0)
         if bool((lowest >= 0).all()):
             least[name] = lowest
-        for first in uploads[0]:
-            if first == name:
-                break
+        for first in names[:i]:
             if all(torch.equal(weights[first], weights[name]) for weights in uploads):
                 first_of[name] = first
                 break

@@ -31,7 +31,7 @@ from pfedgpa_app.data.images import Images, normalised
 from pfedgpa_app.engine.grid import LocalGrid, raised
 from pfedgpa_app.models.networks import weight_names, weights_of
 from pfedgpa_app.training.evaluation import Score
-from pfedgpa_app.training.sgd import Recipe, batches, clipped, crop_and_flip, sgd_step
+from pfedgpa_app.training.sgd import Recipe, batches, clipped, crop_and_flip, phases, sgd_step
 
 IMAGES_AT_ONCE = 1500  # of all clients in a step; about 2 GB for CIFAR's CNN, and fills a GPU
 
@@ -165,9 +165,9 @@ class Step:
     def __init__(self, cohort: BatchedCohort, recipe: Recipe, batch: int) -> None:
         self.cohort, self.recipe = cohort, recipe
         self.names = tuple(cohort.weights) if recipe.trainable is None else recipe.trainable
-        whole = {"dtype": torch.long, "device": cohort.device}
-        self.index = torch.zeros(cohort.size, batch, **whole)  # type: ignore[call-overload]
-        self.crops = torch.zeros(3, cohort.size * batch, **whole)  # type: ignore[call-overload]
+        size, device = cohort.size, cohort.device
+        self.index = torch.zeros(size, batch, dtype=torch.long, device=device)
+        self.crops = torch.zeros(3, size * batch, dtype=torch.long, device=device)
         self._replayed = Replayed(self._step, cohort.device, cohort.pool)
 
     def _step(self) -> None:
@@ -282,14 +282,16 @@ class BatchedGrid(LocalGrid):
         self.model = build_model(config, load_schema(config))
         self.data = DeviceData.of(config, next(self.model.parameters()).device)
         self._cohorts: dict[int, BatchedCohort] = {}
-        private = config.local_dp_epsilon > 0
-        self.batches = can_batch(self.model) and self.data is not None and not private
-        if private:
-            self._say("clients train one at a time: each has noise of its own")
+        obstacles = []
+        if config.local_dp_epsilon:
+            obstacles.append("each has noise of its own")
         if not can_batch(self.model):
-            self._say("clients train one at a time: the network has layers without a batched form")
+            obstacles.append("the network has layers without a batched form")
         if self.data is None:
-            self._say("clients train one at a time: they hold unequal numbers of images")
+            obstacles.append("they hold unequal numbers of images")
+        for why in obstacles:
+            self._say(f"clients train one at a time: {why}")
+        self.batches = not obstacles
 
     def _say(self, text: str) -> None:
         self.remark(f"batched engine: {text}")
@@ -333,10 +335,9 @@ class BatchedGrid(LocalGrid):
         cohort.load([r.method.start(r.weights, r.state) for r in requests])
         generators, losses = [r.generator("train") for r in requests], [0.0] * len(requests)
         first = requests[0]
-        for recipe in first.method.recipes(first.config, list(cohort.initial)):
-            if recipe.trainable == ():
-                continue
-            losses = cohort.train(recipe.at(first.rate), generators)
+        recipes = first.method.recipes(first.config, list(cohort.initial))
+        for recipe in phases(cohort.model, recipes, first.rate):
+            losses = cohort.train(recipe, generators)
         return [
             request.trained(request.method.upload(weights, request.weights, request.state, loss))
             for request, weights, loss in zip(requests, cohort.trained(), losses, strict=True)

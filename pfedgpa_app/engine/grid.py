@@ -149,13 +149,14 @@ def telling(grid: Grid, answered: Callable[[float], object]) -> Iterator[None]:
 
     Flower's own grids do not tell.
     """
-    if isinstance(grid, LocalGrid):
-        before, grid.answered = grid.answered, answered
+    if not isinstance(grid, LocalGrid):
+        yield
+        return
+    before, grid.answered = grid.answered, answered
     try:
         yield
     finally:
-        if isinstance(grid, LocalGrid):
-            grid.answered = before
+        grid.answered = before
 
 
 def is_simulated(grid: Grid) -> bool:

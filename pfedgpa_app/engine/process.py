@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from flwr.app import Error, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from joblib import cpu_count
@@ -65,7 +65,7 @@ class _Worker:
         self.message: Message | None = None
         self.since = 0.0
 
-    def begin(self, message: Message, context: Any) -> None:
+    def begin(self, message: Message, context: Context) -> None:
         """Have the worker serve a message."""
         self.message, self.since = message, time.monotonic()
         with contextlib.suppress(BrokenPipeError):  # it has ended: seen at its answer

@@ -65,11 +65,8 @@ class ClientTask:
             the mean loss under the last recipe; 0 if all are skipped.
         """
         generator, loss = self.generator(), 0.0
-        for recipe in recipes:
-            if not sgd.trained_of(self.model, recipe.trainable):
-                continue
-            slower = recipe.at(self.rate)
-            loss = sgd.train(self.model, self.data.train, slower, generator, **how)
+        for recipe in sgd.phases(self.model, recipes, self.rate):
+            loss = sgd.train(self.model, self.data.train, recipe, generator, **how)
         return loss
 
 

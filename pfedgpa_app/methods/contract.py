@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.core.settings import ConfigError, DataError, listed
-from pfedgpa_app.core.weights import Weights, all_finite, finite
+from pfedgpa_app.core.weights import Weights, finite_elsewhere
 
 GUIDE = "docs/add-a-method.md"
 _LONGEST = 200  # most characters of an exception's text that are shown
@@ -129,35 +129,16 @@ def check_shapes(hook: Hook, weights: Weights, like: Mapping[str, Tensor]) -> No
             )
 
 
-def not_finite(weights: Weights, odd: Mapping[str, Tensor]) -> list[str]:
-    """The names of the tensors that are not finite at places that ``odd`` does not mark."""
-    return [
-        name
-        for name, tensor in weights.items()
-        if not all_finite(tensor) and not bool((finite(tensor) | _at(odd, name, tensor)).all())
-    ]
-
-
-def _at(odd: Mapping[str, Tensor], name: str, tensor: Tensor) -> Tensor:
-    mask = odd.get(name)
-    return mask if mask is not None and mask.shape == tensor.shape else torch.tensor(False)
-
-
-def odd_places(weights: Weights) -> dict[str, Tensor]:
-    """For each tensor with numbers that are not finite (a mask of -inf, say), a mask of them."""
-    return {name: ~finite(t) for name, t in weights.items() if not all_finite(t)}
-
-
-def refuse_not_finite(hook: Hook, names: list[str]) -> None:
-    """Refuse weights that the server made of finite uploads and that are not finite.
+def refuse_not_finite(hook: Hook, weights: Weights, odd: Mapping[str, Tensor]) -> None:
+    """Refuse ``weights``, made by the server of finite uploads, that are not finite.
 
     Args:
-        names: the names of these weights; [] if all are finite.
+        odd: masks, by name, of the places where a tensor need not be finite.
 
     Raises:
-        MethodError: there are such weights.
+        MethodError: it names some of them.
     """
-    if names:
+    if names := [n for n, t in weights.items() if not finite_elsewhere(t, odd.get(n))]:
         raise hook.wrong(
             f"made weights that are not finite ({listed(names, 3)})",
             "clients' uploads were finite, so the fault is in its own server half: look there for "

@@ -19,9 +19,8 @@ from pfedgpa_app.core.settings import ConfigError, MethodSettings, setting
 from pfedgpa_app.core.weights import Weights, body
 from pfedgpa_app.methods.averaging import Averaging, Shared
 from pfedgpa_app.models.networks import weight_names
-from pfedgpa_app.training import sgd as training
 from pfedgpa_app.training.evaluation import FineTuning
-from pfedgpa_app.training.sgd import Recipe, trained_of
+from pfedgpa_app.training.sgd import Recipe, recipe, trained_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class FedBABU(Averaging[Shared]):
     @classmethod
     def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:
         rate = cls.learning_rate(config, server_round)
-        return [training.recipe(config, config.local_epochs, rate, body(names))]
+        return [recipe(config, config.local_epochs, rate, body(names))]
 
     @staticmethod
     def upload(

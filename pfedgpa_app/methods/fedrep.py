@@ -18,9 +18,8 @@ from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import MethodSettings, setting
 from pfedgpa_app.core.weights import body, last_layers
 from pfedgpa_app.methods.averaging import Averaging, Shared
-from pfedgpa_app.training import sgd as training
 from pfedgpa_app.training.evaluation import FineTuning
-from pfedgpa_app.training.sgd import Recipe
+from pfedgpa_app.training.sgd import Recipe, recipe
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ class FedRep(Averaging[Shared]):
     def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:
         own, rate = config.of(FedRepSettings), cls.learning_rate(config, server_round)
         return [
-            training.recipe(config, own.head_epochs, rate, last_layers(names, 1)),
-            training.recipe(config, own.body_epochs, rate, body(names)),
+            recipe(config, own.head_epochs, rate, last_layers(names, 1)),
+            recipe(config, own.body_epochs, rate, body(names)),
         ]
 
     @classmethod

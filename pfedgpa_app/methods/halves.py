@@ -12,7 +12,7 @@ from torch import Tensor
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import listed
 from pfedgpa_app.core.uploads import Upload
-from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.core.weights import Weights, odd_places
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.methods.averaging import Averaging
 from pfedgpa_app.methods.base import ClientTask, Personaliser, Rounds, Trained
@@ -24,8 +24,6 @@ from pfedgpa_app.methods.contract import (
     check_shapes,
     check_tensors,
     kind_of,
-    not_finite,
-    odd_places,
     refuse_not_finite,
 )
 from pfedgpa_app.training.sgd import Recipe
@@ -138,7 +136,7 @@ class ServerHalf:
         if self._begun:
             now = getattr(self.method.state, "global_weights", None)  # type: ignore[assignment]
             check_constant(hook, now, self._begun)
-        refuse_not_finite(hook, not_finite(self.expected_upload(server_round) | now, self._odd))
+        refuse_not_finite(hook, self.expected_upload(server_round) | now, self._odd)
 
 
 def personalised(
@@ -164,7 +162,7 @@ def personalised(
         check_shapes(hook, made[client], initial)
         new = {n: t for n, t in made[client].items() if n in initial and id(t) not in looked_at}
         looked_at |= {id(t): t for t in new.values()}
-        refuse_not_finite(hook, not_finite(new, odd))
+        refuse_not_finite(hook, new, odd)
     return {client: made[client] for client in clients}
 
 

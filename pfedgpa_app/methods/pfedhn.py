@@ -85,6 +85,12 @@ class Hypernetwork(nn.Module):
         weights: Tensor = self.output(self.features(clients))
         return weights
 
+    @torch.no_grad()
+    def of_all(self) -> Tensor:
+        """All clients' weights [n, P]."""
+        weights: Tensor = self(torch.arange(self.embeddings.num_embeddings))
+        return weights
+
 
 @dataclass
 class HypernetworkState:
@@ -133,9 +139,7 @@ class PFedHN(Method[HypernetworkState]):
         with seeded(torch_generator(config.seed, "pfedhn").initial_seed()):
             network = Hypernetwork(config.num_clients, size, config.of(PFedHNSettings))
         velocity = [torch.zeros_like(p) for p in network.parameters()]
-        with torch.no_grad():
-            made = network(torch.arange(config.num_clients))
-        return HypernetworkState(made_for, network, velocity, made)
+        return HypernetworkState(made_for, network, velocity, network.of_all())
 
     def expected_upload(self) -> Weights:
         return self.state.like
@@ -167,14 +171,14 @@ class PFedHN(Method[HypernetworkState]):
                 (pp, pv), (vp, vv) = coefficients[:, :2]
                 p.copy_(pp * before + pv * v + to_p)
                 v.copy_(vp * before + vv * v + to_v)
-            state.made = state.network(torch.arange(self.config.num_clients))
+        state.made = state.network.of_all()
 
     def first_download(self, clients: Sequence[int]) -> dict[int, Weights]:
         """Weights from the mean embedding of the clients that took part from the start."""
         embeddings = self.state.network.embeddings.weight
         with torch.no_grad():
             embeddings[list(clients)] = embeddings[: self.config.initial_clients].mean(0)
-            self.state.made = self.state.network(torch.arange(self.config.num_clients))
+        self.state.made = self.state.network.of_all()
         return super().first_download(clients)
 
     def join(self, uploads: dict[int, Upload]) -> dict[int, Weights]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,6 @@ from pfedgpa_app.models.networks import (
     order_weights,
     weight_names,
 )
-
-Maker = Callable[[int, tuple[int, ...]], nn.Module]
 
 
 def network_of(settings: TrainingSettings, schema: Schema) -> nn.Module:

@@ -89,7 +89,7 @@ def curves(found: Mapping[str, Curve], ends: Mapping[str, float]) -> str:
     """
     figure, axes = one_plot(8, 4.2)
     last = max((points[-1][0] for points in found.values() if points), default=1)
-    names, places, colours = [], [], []
+    labels: list[tuple[str, float, str]] = []  # name, accuracy, colour
     for i, (name, points) in enumerate(found.items()):
         if not points:
             continue
@@ -100,18 +100,13 @@ def curves(found: Mapping[str, Curve], ends: Mapping[str, float]) -> str:
         axes.plot(rounds, means, linewidth=width, marker="." if len(points) < 12 else "", **style)
         if spreads.any():
             axes.fill_between(rounds, means - spreads, means + spreads, alpha=0.15, color=colour(i))
-        names.append(name)
-        places.append(float(means[-1]))
-        colours.append(colour(i))
+        labels.append((name, float(means[-1]), colour(i)))
     for i, (name, value) in enumerate(ends.items(), start=len(found)):
         axes.plot([last], [value], "D", color=colour(i), markersize=5)
-        names.append(name)
-        places.append(value)
-        colours.append(colour(i))
+        labels.append((name, value, colour(i)))
     low, high = axes.get_ylim()
-    for name, y, place, kind in zip(
-        names, places, _apart(places, 0.055 * (high - low)), colours, strict=True
-    ):
+    places = _apart([y for _, y, _ in labels], 0.055 * (high - low))
+    for (name, y, kind), place in zip(labels, places, strict=True):
         axes.annotate(
             name,
             (last, y),
@@ -198,23 +193,25 @@ def latent_map(found: Mapping[str, Any], mixes: np.ndarray | None) -> str:
     """
     figure, axes = one_plot(6.4, 5.2)
     uploads, owners = np.array(found["uploads"]), np.array(found["clients"])
-    kinds = mixes.argmax(1) if mixes is not None else owners
-    number = mixes.shape[1] if mixes is not None else int(owners.max()) + 1
-    shades = [class_colour(int(kinds[i] if mixes is not None else i), number) for i in owners]
+    if mixes is None:
+        kinds = np.arange(owners.max() + 1)  # each client has a colour of its own
+        number = len(kinds)
+    else:
+        kinds, number = mixes.argmax(1), mixes.shape[1]
+    shades = [class_colour(int(kinds[i]), number) for i in owners]
     axes.scatter(uploads[:, 0], uploads[:, 1], s=5, alpha=0.3, c=shades)
     for client, newest in found["newest"].items():
         sent = found["sent"][client]
         arrow = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.8}
         axes.annotate("", tuple(sent), tuple(newest), arrowprops=arrow)
-        mix = mixes[int(client)] if mixes is not None else np.ones(1)
-        _pie(axes, sent, mix, number if mixes is not None else 1)
+        _pie(axes, sent, np.ones(1) if mixes is None else mixes[int(client)])
         kind: dict[str, Any] = {"textcoords": "offset points", "fontsize": "x-small", "color": INK}
         axes.annotate(client, tuple(sent), (6, 5), **kind)
     axes.set(xlabel="latent 1", ylabel="latent 2")
     return svg(figure, "clients in latent space")
 
 
-def _pie(axes: Axes, place: Sequence[float], mix: np.ndarray, classes: int) -> None:
+def _pie(axes: Axes, place: Sequence[float], mix: np.ndarray) -> None:
     """Draw a client's mix of classes at its place."""
     from matplotlib.path import Path
 
@@ -225,5 +222,5 @@ def _pie(axes: Axes, place: Sequence[float], mix: np.ndarray, classes: int) -> N
         angles = np.linspace(start, end, 24)
         slice_of_it = np.column_stack([np.append(np.cos(angles), 0), np.append(np.sin(angles), 0)])
         size = 110 * np.abs(slice_of_it).max() ** 2  # markers are scaled to this
-        kind = {"color": class_colour(c, classes), "linewidth": 0}
+        kind = {"color": class_colour(c, len(mix)), "linewidth": 0}
         axes.scatter([place[0]], [place[1]], size, marker=Path(slice_of_it), **kind)

@@ -22,7 +22,8 @@ logger = logging.getLogger("pfedgpa")
 
 METRICS, EVENTS, SUMMARY = "metrics.jsonl", "events.jsonl", "summary.json"
 TABLE = "table.md"  # has all methods and is written last
-RECORDS = (METRICS, "clients.jsonl", "joining.jsonl")  # a resumed run cuts them back
+CLIENTS, JOINING = "clients.jsonl", "joining.jsonl"  # accuracies, by method and client
+RECORDS = (METRICS, CLIENTS, JOINING)  # a resumed run cuts them back
 
 
 def clock(seconds: float) -> str:
@@ -128,10 +129,10 @@ def say(folder: Path, kind: str, text: str, progress: float) -> None:
     append(folder / EVENTS, record)
 
 
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Add a record, as a line, to a file of records."""
+def append(path: Path, *records: dict[str, Any]) -> None:
+    """Add records, a line each, to a file of records."""
     with path.open("a", encoding="utf-8") as out:
-        out.write(as_json(record) + "\n")
+        out.writelines(as_json(record) + "\n" for record in records)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -311,8 +312,7 @@ class RunLog:
 
     def rejected(self, name: str, when: str, client: int, reason: str) -> None:
         """Warn that a client's reply cannot be used."""
-        text = f"{name} {when}: client {client} {reason}"
-        self.event("warning", text)
+        self.event("warning", f"{name} {when}: client {client} {reason}")
 
     def round(
         self,
@@ -342,8 +342,8 @@ class RunLog:
                 "test_loss": None,
             }
             record |= participants.get(client, {}) | scores.get(client, {})
-            append(self.folder / METRICS, record)
             records.append(record)
+        append(self.folder / METRICS, *records)
         for tell in self.listeners:
             tell(name, server_round, records)
         seconds_left = self.advance(1)

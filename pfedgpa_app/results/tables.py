@@ -167,8 +167,7 @@ def text_table(rows: list[dict[str, Any]]) -> str:
             f"{row['accuracy_worst_client_kept']:.1f}",
         ]
         if tuned:
-            value = row["accuracy_after_ft_tuned"]
-            cells.insert(5, percent(value))
+            cells.insert(5, percent(row["accuracy_after_ft_tuned"]))
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     lines.insert(1, ["-" * width for width in widths])

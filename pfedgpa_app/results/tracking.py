@@ -132,7 +132,7 @@ TRACKERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
 }
 
 
-def check(kinds: Sequence[str]) -> None:
+def require_installed(kinds: Sequence[str]) -> None:
     """Refuse trackers that are not installed.
 
     Raises:

@@ -13,7 +13,7 @@ from pfedgpa_app.config.names import defaults, keys
 from pfedgpa_app.config.resolve import Resolved, values_of
 from pfedgpa_app.core.files import read_metadata, read_tensors, write_tensors
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.core.settings import LAUNCH, ConfigError
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.weights import Layout, is_statistic
 from pfedgpa_app.diffusion.directions import Likeness
 from pfedgpa_app.methods.generation import RememberedState, generated
@@ -30,8 +30,7 @@ _KEPT_BY = {"pfedgpa.buffer-rounds", "pfedgpa.rank-rule"}
 
 def _fixed(resolved: Resolved) -> dict[str, Any]:
     values = values_of(resolved.as_dict())
-    launch = {name for name, key in keys().items() if key.rules["part"] == LAUNCH}
-    free = _FREE | launch
+    free = _FREE | {name for name, key in keys().items() if key.is_for_launch}
     fixed = {
         n: v
         for n, v in values.items()

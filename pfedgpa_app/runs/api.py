@@ -16,7 +16,8 @@ from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import LaunchError
-from pfedgpa_app.results.log import SUMMARY, Records, accuracies_of, mean, rows_of
+from pfedgpa_app.results.figures import canvas
+from pfedgpa_app.results.log import CLIENTS, SUMMARY, TABLE, Records, accuracies_of, mean, rows_of
 from pfedgpa_app.runs.folder import unfinished
 from pfedgpa_app.runs.personal import ClientModel, load_client
 
@@ -58,9 +59,8 @@ class Result:
             raise ConfigError(f"{place}: holds no results of a run")
         if text := unfinished(place):
             warn_once(text)
-        return cls(
-            place, rows_of(place), list(Records(place / "clients.jsonl").new()), _curves(place)
-        )
+        clients = list(Records(place / CLIENTS).new())
+        return cls(place, rows_of(place), clients, _curves(place))
 
     def model(self, client: int, method: str = "") -> ClientModel:
         """Return the network that ``client`` was given, ready to predict; see ``load_client``."""
@@ -83,9 +83,7 @@ class Result:
 
     def plot(self) -> Figure:
         """Draw each federation's accuracy over its rounds."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
+        figure = canvas(7, 4.2)
         axes = figure.subplots()
         for name in dict.fromkeys(point["federation"] for point in self.curves):
             points = [point for point in self.curves if point["federation"] == name]
@@ -95,7 +93,7 @@ class Result:
         return figure
 
     def _repr_markdown_(self) -> str:
-        return (self.folder / "table.md").read_text(encoding="utf-8")
+        return (self.folder / TABLE).read_text(encoding="utf-8")
 
 
 def run(

@@ -29,7 +29,7 @@ from pfedgpa_app.methods import METHODS
 
 FORMAT = "pfedgpa-checkpoint-3"
 MANIFEST = "checkpoint.json"
-_DTYPES = {dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+_DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 # the errors that reading a damaged checkpoint can raise
 _DAMAGED: tuple[type[Exception], ...] = (OSError, SafetensorError, RuntimeError, ValueError)
 _DAMAGED += (AttributeError, LookupError, TypeError)
@@ -100,7 +100,7 @@ def decode(node: Any, get: Get, like: Any = None) -> Any:
     if kind == "array":
         return get(content).numpy()
     if kind == "dtype":
-        return {str(dtype): dtype for dtype in _DTYPES}[f"torch.{content}"]
+        return _DTYPES[f"torch.{content}"]
     if kind == "module":
         if not isinstance(like, nn.Module):
             raise CheckpointError(

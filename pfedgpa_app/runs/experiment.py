@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from pfedgpa_app.config.checks import without_effect
 from pfedgpa_app.config.resolve import Resolved, values_of
-from pfedgpa_app.core.files import as_json, write_text
+from pfedgpa_app.core.files import write_json
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import LABEL_FLIP, NODES, Config
 from pfedgpa_app.core.settings import listed
@@ -33,18 +33,18 @@ from pfedgpa_app.data.dataset import remarks
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.diffusion.distribution import WeightDistribution
 from pfedgpa_app.engine.grid import LocalGrid, is_simulated, telling
-from pfedgpa_app.methods import METHODS, federations, halves, name_of, rounds_of
+from pfedgpa_app.methods import METHODS, federations, halves, name_of, rounds_class, rounds_of
 from pfedgpa_app.methods.averaging import Defence
 from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.fine_tuning import fine_tunings
 from pfedgpa_app.methods.generation import RememberingFedAvg
 from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, say
-from pfedgpa_app.results.tracking import Tracking, check
+from pfedgpa_app.results.tracking import Tracking, require_installed
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import CONFIG, keep_holdings, locked, run_folder, running
 from pfedgpa_app.runs.initial import initial_weights, learn_nothing, share_little
-from pfedgpa_app.runs.personal import MODEL, WEIGHTS, note_parts_on_nodes, write_about
+from pfedgpa_app.runs.personal import MODEL, WEIGHTS, note_parts_on_nodes, weights_file, write_about
 from pfedgpa_app.runs.resuming import CHECKPOINT, Resuming
 from pfedgpa_app.runs.summary import Summary, save_weights
 from pfedgpa_app.server import privacy
@@ -80,9 +80,9 @@ def _lost_its_end(folder: Path) -> bool:
 def _run_in(folder: Path, grid: Grid, resolved: Resolved) -> None:
     """Run everything in a folder that this run alone writes to."""
     config = resolved.config
-    check(config.track)
+    require_installed(config.track)
     privacy.check(config)
-    write_text(folder / CONFIG, as_json(resolved.as_dict(), indent=2) + "\n")
+    write_json(folder / CONFIG, resolved.as_dict(), indent=2)
     shared = federations(config.method)
     evaluation = _evaluation_work(config)
     rounds = 0 if config.uploads else len(shared) * config.num_server_rounds
@@ -197,7 +197,7 @@ def _keep_distribution(
         beside = {name: common[name] for name in own_statistics(common, found.layout.names)}
         saved.save(found, folder / saved.FILE, beside)
     if config.report and (places := plots.latent_places(found)):
-        write_text(folder / report.LATENTS, as_json(places) + "\n")
+        write_json(folder / report.LATENTS, places)
         plots.latents(folder / "latents.png", places, _groups(config))
 
 
@@ -257,33 +257,33 @@ class Experiment:
         """
         going = self.going.get("federation", ""), self.going.get("round", 0)
         finished = self.resuming.finished
-        uploads = privacy.Uploads(self.config, self.folder / privacy.FILE, finished, going)
-        privacy.check(self.config, uploads)
-        self.log.event("privacy", privacy.in_words(self.config, uploads.most))
-        self.ask = uploads.ask
-        spent = {"epsilon_spent": round(privacy.epsilon_of(self.config, uploads.most), 4)}
+        made = privacy.Uploads(self.config, self.folder / privacy.FILE, finished, going)
+        privacy.check(self.config, made)
+        self.log.event("privacy", privacy.in_words(self.config, made.most))
+        self.ask = made.ask
+        spent = {"epsilon_spent": round(privacy.epsilon_of(self.config, made.most), 4)}
         for row in self.summary.rows.values():  # of methods done before a resumption
             row |= spent
         return spent
 
-    def run_all(self, federations: dict[str, list[str]]) -> None:
+    def run_all(self, methods_of: dict[str, list[str]]) -> None:
         """Run all federations and write their results.
 
         Args:
-            federations: {federation: the names of its methods}.
+            methods_of: {federation: the names of its methods}.
         """
         try:
-            self._run_federations(federations)
+            self._run_federations(methods_of)
             self.summary.finish()
             self.tracking.results()
         finally:
             self.tracking.close()
 
-    def _run_federations(self, federations: dict[str, list[str]]) -> None:
+    def _run_federations(self, methods_of: dict[str, list[str]]) -> None:
         finished = self.resuming.finished
         for federation in finished:
             self.log.making.pop(federation, None)
-        for federation, names in federations.items():
+        for federation, names in methods_of.items():
             if federation not in finished:
                 self._run_federation(federation, names)
                 finished.append(federation)
@@ -311,7 +311,7 @@ class Experiment:
         """Run one federation's rounds, or restore them, and return its strategy."""
         config, rounds = self.config, self.config.num_server_rounds
         going, self.going = self.going, {}
-        kinds = [METHODS[each].rounds_class() for each in (name, *methods)]
+        kinds = [rounds_class(each) for each in (name, *methods)]
         if (config.save_uploads or config.uploads) and name == name_of(RememberingFedAvg):
             kinds.append(RememberingFedAvg)
         kind = rounds_of(kinds)
@@ -401,6 +401,6 @@ class Experiment:
     def _save(self, name: str, method: Personaliser[Any], weights: dict[int, Weights]) -> None:
         """Write clients' weights to the run's folder, if the settings ask for it."""
         if self.config.save_weights:
-            path = self.folder / WEIGHTS / f"{name}.safetensors"
+            path = weights_file(self.folder, name)
             about = {"method": name, "model": (self.folder / MODEL).read_text(encoding="utf-8")}
             save_weights(path, weights, getattr(method.state, "global_weights", {}), about)

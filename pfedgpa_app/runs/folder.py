@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from pfedgpa_app.config.names import is_idle, keys, method_named
 from pfedgpa_app.config.resolve import Resolved, differences, resolve, values_of
-from pfedgpa_app.core.files import as_json, write_text
+from pfedgpa_app.core.files import write_json
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, DataError
@@ -62,8 +62,12 @@ def keep_holdings(folder: Path, config: Config) -> None:
         check_data(folder, config)
     if config.uploads:  # other data could test clients on examples that were trained on
         check_data(user_path(config.uploads).parent, config)
-    held = {"classes": load_schema(config).classes, "train": class_counts(config)}
-    write_text(folder / HOLDINGS, as_json(held | {"data": fingerprint(config)}) + "\n")
+    held = {
+        "classes": load_schema(config).classes,
+        "train": class_counts(config),
+        "data": fingerprint(config),
+    }
+    write_json(folder / HOLDINGS, held)
 
 
 def check_data(folder: Path, config: Config) -> None:

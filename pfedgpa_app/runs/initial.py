@@ -12,7 +12,7 @@ from pfedgpa_app.core.settings import ConfigError, listed
 from pfedgpa_app.core.weights import Weights, layers, own_statistics
 from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.diffusion import saved
-from pfedgpa_app.methods import METHODS, federations
+from pfedgpa_app.methods import METHODS, federations, rounds_class
 from pfedgpa_app.methods.base import NOTHING
 from pfedgpa_app.methods.halves import shared_names
 from pfedgpa_app.models.build import classifier_bias, network_of
@@ -31,7 +31,7 @@ def initial_weights(config: Config, schema: Schema) -> Weights:
     network = network_of(config, schema)
     for name in config.method:
         METHODS[name].check_network(config, network)
-        shared_names(name, METHODS[name].rounds_class(), config, weight_names(network))
+        shared_names(name, rounds_class(name), config, weight_names(network))
     if config.logit_adjustment:
         classifier_bias(config, schema)
     if config.augment and (len(schema.shape) != 3 or schema.tokens):
@@ -60,7 +60,7 @@ def share_little(config: Config, schema: Schema, initial: Weights) -> Iterator[s
     """Say which federations share no weights, or no classifier that could be adjusted."""
     bias = classifier_bias(config, schema) if config.logit_adjustment else ""
     for name in federations(config.method):
-        kind = METHODS[name].rounds_class()
+        kind = rounds_class(name)
         shared = shared_names(name, kind, config, list(initial))
         if shared == [] and kind.sends != NOTHING:
             of = f"none of the network's {len(layers(initial))} layers"

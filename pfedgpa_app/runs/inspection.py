@@ -16,7 +16,7 @@ from pfedgpa_app.diffusion import saved
 from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import text_table
 from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError
-from pfedgpa_app.runs.folder import CONFIG, is_running, kept_settings
+from pfedgpa_app.runs.folder import CONFIG, is_running
 from pfedgpa_app.runs.reading import OF_ITS_PLACE, Run, command_of
 from pfedgpa_app.runs.resuming import CHECKPOINT
 
@@ -36,16 +36,17 @@ def lines_about(path: Path) -> list[str]:
 
 
 def _run(folder: Path) -> Iterator[str]:
-    settings = values_of(kept_settings(folder))
+    run = Run(folder)
+    settings = values_of(run.settings)
     methods = ", ".join(settings["method"])
     yield f"run {folder.name}: {methods} on {settings['dataset']}"
     held = "data of their own" if settings["dataset"] == NODES else settings["partition"]
     yield (
         f"{settings['num-clients']} clients, {held}; {settings['num-server-rounds']} rounds, "
-        f"{Run(folder).in_each_round()}; seed {settings['seed']}"
+        f"{run.in_each_round()}; seed {settings['seed']}"
     )
     yield _state(folder)
-    yield from _checkpoint(folder)
+    yield from _checkpoint(run)
     if (folder / saved.FILE).is_file():
         yield from _distribution(folder / saved.FILE)
     if (folder / SUMMARY).is_file() and is_done(folder):
@@ -66,8 +67,8 @@ def _state(folder: Path) -> str:
     return f"started {day}; {state}"
 
 
-def _checkpoint(folder: Path) -> Iterator[str]:
-    place = folder / CHECKPOINT
+def _checkpoint(run: Run) -> Iterator[str]:
+    place = run.folder / CHECKPOINT
     if not place.is_dir():
         return
     try:
@@ -81,17 +82,17 @@ def _checkpoint(folder: Path) -> Iterator[str]:
     where = "a federation's last round"
     if "state" in kept:
         where = f"{kept['federation']} round {kept['round']}"
-    yield f"checkpoint: after {where}, {size / 1e6:.1f} MB; to continue: {_resuming(folder)}"
+    yield f"checkpoint: after {where}, {size / 1e6:.1f} MB; to continue: {_resuming(run)}"
 
 
-def _resuming(folder: Path) -> str:
+def _resuming(run: Run) -> str:
     """The command that resumes a run."""
-    run = Run(folder)
     if run.settings["dataset"]["value"] == NODES:
         return "flwr run FOLDER SUPERLINK --stream --run-config resume=true, as when it began"
     place = {name: run.settings[name] for name in OF_ITS_PLACE if name in run.settings}
     words = [f"{n}={argument(e['value'])}" for n, e in place.items() if e["from"] == RUN_CONFIG]
-    words += [f"out-dir={folder.absolute().parent}", f"run-name={folder.name}", "resume=true"]
+    out, name = run.folder.absolute().parent, run.folder.name
+    words += [f"out-dir={out}", f"run-name={name}", "resume=true"]
     return f"{command_of(run)} {shlex.join(words)}"
 
 

@@ -21,7 +21,7 @@ from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.data.datasets import resolve_data_dir
 from pfedgpa_app.engine import LaunchError, Poll, StoppedError, engine_for, gpu_for, local, ray
 from pfedgpa_app.engine.ray import Simulation
-from pfedgpa_app.methods import METHODS, federations
+from pfedgpa_app.methods import federations, rounds_class
 from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.methods.halves import ServerHalf, begun
 from pfedgpa_app.results import tracking, uploads
@@ -134,7 +134,7 @@ def preflight(run_config: Mapping[str, Any], config: Config) -> None:
         ConfigError, DataError: says what is wrong and what to do.
     """
     try:
-        tracking.check(config.track)
+        tracking.require_installed(config.track)
         privacy.check(config)
         initial = initial_weights(config, load_schema(config))
         _begin_own(config, initial)
@@ -155,7 +155,7 @@ def _begin_own(config: Config, initial: Weights) -> None:
         MethodError: one of them cannot begin.
     """
     for name in federations(config.method):
-        kind = METHODS[name].rounds_class()
+        kind = rounds_class(name)
         if kind.__module__.partition(".")[0] != __name__.partition(".")[0]:
             ServerHalf(name, kind(config, begun(name, kind, config, initial)), initial)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pfedgpa_app.client.adjustment import LEFT, adjusted
 from pfedgpa_app.config.resolve import values_of
-from pfedgpa_app.core.files import as_json, write_tensors, write_text
+from pfedgpa_app.core.files import write_json, write_tensors
 from pfedgpa_app.core.own_code import sources
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
@@ -172,7 +172,7 @@ def write_about(folder: Path, config: Config, schema: Schema) -> None:
         config.image_size,
         _own_code(config),
     )
-    write_text(folder / MODEL, as_json(about.as_dict(), indent=2) + "\n")
+    write_json(folder / MODEL, about.as_dict(), indent=2)
     network = network_of(config, schema)
     tensors = network.state_dict()
     # by address, as tied tensors have several names
@@ -246,8 +246,7 @@ def note_parts_on_nodes(folder: Path, method: str, scores: Mapping[int, FinalSco
     """
     if keep := [client for client, score in scores.items() if score.own_part]:
         (folder / WEIGHTS).mkdir(exist_ok=True)
-        found = _on_nodes(folder) | {method: sorted(keep)}
-        write_text(folder / WEIGHTS / ON_NODES, as_json(found) + "\n")
+        write_json(folder / WEIGHTS / ON_NODES, _on_nodes(folder) | {method: sorted(keep)})
 
 
 def _on_nodes(folder: Path) -> dict[str, list[int]]:
@@ -278,7 +277,7 @@ def the_method(folder: Path, method: str) -> str:
         name
         for name in kept
         if name not in elsewhere
-        and ((folder / WEIGHTS / _file(name)).is_file() or federation_of(name) in alone)
+        and (weights_file(folder, name).is_file() or federation_of(name) in alone)
     ]
     last = kept[-1]
     if method in elsewhere or (not there and last in elsewhere):
@@ -309,8 +308,9 @@ def _kept_on_nodes(method: str) -> str:
     )
 
 
-def _file(method: str) -> str:
-    return f"{method}.safetensors"
+def weights_file(folder: Path, method: str) -> Path:
+    """Return the file with the weights that the server made by ``method`` in a run's folder."""
+    return folder / WEIGHTS / f"{method}.safetensors"
 
 
 def own_weights(tensors: Weights, client: int) -> Weights:
@@ -388,7 +388,7 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
     if not hasattr(client, "__index__") or not 0 <= client < count:
         raise ConfigError(f"{folder}: has no client {client!r}; there are 0 to {count - 1}")
     founders = count - settings.get("join-clients", 0)
-    sent = folder / WEIGHTS / _file(method)
+    sent = weights_file(folder, method)
     federation = federation_of(method)
     own, by = (  # the client wrote these itself
         folder / WEIGHTS / f"{federation}.{kind}-{client}.safetensors" for kind in ("client", LEFT)

@@ -15,9 +15,17 @@ from pfedgpa_app.config.names import defaults, keys, without_idle
 from pfedgpa_app.config.parse import argument
 from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.sections import NODES
-from pfedgpa_app.core.settings import LAUNCH, ConfigError
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
-from pfedgpa_app.results.log import SUMMARY, Records, accuracies_of, last_event, mean, rows_of
+from pfedgpa_app.results.log import (
+    CLIENTS,
+    SUMMARY,
+    Records,
+    accuracies_of,
+    last_event,
+    mean,
+    rows_of,
+)
 from pfedgpa_app.runs.folder import CONFIG, kept_methods, kept_settings
 
 Row = dict[str, Any]
@@ -99,7 +107,7 @@ class Run:
         """{method's title: {client: its accuracies}}."""
         titles = {row["method"]: row["title"] for row in self.rows}
         found: dict[str, dict[int, Row]] = {}
-        for record in self.lines("clients.jsonl"):
+        for record in self.lines(CLIENTS):
             if record["method"] in titles:
                 found.setdefault(titles[record["method"]], {})[record["client"]] = record
         return found
@@ -134,8 +142,7 @@ def chosen(run: Run) -> Iterator[tuple[str, Any]]:
     """Yield the settings whose value is not the default, except those of the launch."""
     before = defaults()
     for name, entry in run.settings.items():
-        key = keys().get(name)
-        launch = key is not None and key.rules["part"] == LAUNCH
+        launch = name in keys() and keys()[name].is_for_launch
         if entry["value"] != before.get(name) and not launch:
             yield name, entry
 

@@ -13,7 +13,7 @@ from pfedgpa_app.core.files import checksum
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.results.log import METRICS, RunLog
 from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError, encode
-from pfedgpa_app.runs.personal import WEIGHTS, changed_code, read_about
+from pfedgpa_app.runs.personal import WEIGHTS, changed_code, read_about, weights_file
 from pfedgpa_app.runs.summary import Summary
 
 CHECKPOINT = "checkpoint"
@@ -159,10 +159,10 @@ class Resuming:
 
     def _weight_files(self) -> dict[str, int]:
         """Return {file: its checksum} of clients' weights that are made and will not change."""
-        folder = self.log.folder / WEIGHTS
-        made = [folder / f"{method}.safetensors" for method in self.summary.rows]
-        made += [file for name in self.finished for file in folder.glob(f"{name}.*-*.safetensors")]
-        for file in made:
+        files = [weights_file(self.log.folder, method) for method in self.summary.rows]
+        for federation in self.finished:  # what clients left beside them
+            files += (self.log.folder / WEIGHTS).glob(f"{federation}.*-*.safetensors")
+        for file in files:
             if file.name not in self._weights and file.is_file():
                 self._weights[file.name] = checksum(file)
         return self._weights

@@ -10,15 +10,24 @@ from typing import Any
 
 import psutil
 
-from pfedgpa_app.core.files import as_json, write_tensors, write_text
+from pfedgpa_app.core.files import write_json, write_tensors, write_text
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.halves import reported
 from pfedgpa_app.results import plots
-from pfedgpa_app.results.log import SUMMARY, TABLE, RunLog, mean, participants
+from pfedgpa_app.results.log import (
+    CLIENTS,
+    JOINING,
+    SUMMARY,
+    TABLE,
+    RunLog,
+    append,
+    mean,
+    participants,
+)
 from pfedgpa_app.results.tables import Outcome, outcome, percent, summary_entry, text_table
-from pfedgpa_app.server.strategy import Personalised, missing, sampled
+from pfedgpa_app.server.strategy import Personalised, asked_in
 from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 
 
@@ -101,19 +110,17 @@ class Summary:
             f"{method.title}: {result.before.mean():.1f} % before fine-tuning, "
             f"{result.after.mean():.1f} % after",
         )
-        self._append(
-            "clients.jsonl",
-            [
-                {
-                    "method": name,
-                    "client": client,
-                    "before_ft": result.before[row],
-                    "after_ft": result.after[row],
-                    "kept": result.kept[row],
-                }
-                for row, client in enumerate(result.clients)
-            ],
-        )
+        records = [
+            {
+                "method": name,
+                "client": client,
+                "before_ft": result.before[row],
+                "after_ft": result.after[row],
+                "kept": result.kept[row],
+            }
+            for row, client in enumerate(result.clients)
+        ]
+        append(self.folder / CLIENTS, *records)
         self.write()
 
     def _of_rounds(self, name: str, result: Outcome, strategy: Personalised) -> dict[str, Any]:
@@ -124,7 +131,8 @@ class Summary:
         last = self.config.num_server_rounds
         in_it = participants(self.folder, strategy.name, last, self.config.num_clients)
         if not in_it:  # its uploads come from another run
-            in_it = set(sampled(self.config, last)).difference(*missing(self.config, last))
+            asked, late = asked_in(self.config, last)
+            in_it = set(asked) - late
         took_part = [a for c, a in zip(result.clients, result.before, strict=True) if c in in_it]
         curve = self.log.curves.get(strategy.name, []) if name == strategy.name else []
         accuracies = {server_round: accuracy for server_round, accuracy, _ in curve}
@@ -148,26 +156,20 @@ class Summary:
         means = [mean(list(scores.values())) if scores else None for scores in curve]
         accuracies = [None if each is None else round(each, 4) for each in means]
         self.rows[name]["accuracy_of_joining_clients"] = accuracies
-        self._append(
-            "joining.jsonl",
-            [
-                {"method": name, "iteration": iteration, "client": client, "accuracy": accuracy}
-                for iteration, scores in enumerate(curve)
-                for client, accuracy in scores.items()
-            ],
-        )
+        records = [
+            {"method": name, "iteration": iteration, "client": client, "accuracy": accuracy}
+            for iteration, scores in enumerate(curve)
+            for client, accuracy in scores.items()
+        ]
+        append(self.folder / JOINING, *records)
         shown = " → ".join(map(percent, means))
         self.log.event("joined", f"{method.title}: clients that join: {shown} %")
         self.write()
 
-    def _append(self, file: str, records: list[dict[str, Any]]) -> None:
-        with (self.folder / file).open("a", encoding="utf-8") as out:
-            out.writelines(as_json(record) + "\n" for record in records)
-
     def write(self) -> None:
         """Write the rows of the methods that are done."""
         rows = [self.rows[name] for name in self.config.method if name in self.rows]
-        write_text(self.folder / SUMMARY, as_json(rows, indent=2) + "\n")
+        write_json(self.folder / SUMMARY, rows, indent=2)
 
     def finish(self) -> None:
         """Draw the plots and write the table of all methods."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
 from pfedgpa_app.config.names import keys
-from pfedgpa_app.core.settings import LAUNCH
 from pfedgpa_app.results.figures import Curve
 from pfedgpa_app.results.tables import over_seeds, recipes_in_words
 from pfedgpa_app.runs.reading import Row, Run
@@ -34,12 +34,12 @@ class Entry:
     recipes: str
     values: dict[str, list[float]]
     costs: tuple[str, str]
-    analysis_only: bool = False
-    only: str = ""  # names the seeds, if other rows have more
+    analysis_only: bool
+    only: str  # names the seeds, if other rows have more
 
     def text(self, column: str) -> str:
         """Return mean ± standard deviation over seeds."""
-        known = [value for value in self.values[column] if value == value]
+        known = [value for value in self.values[column] if not math.isnan(value)]
         return over_seeds(known, 1 if len(known) < 2 else 2)
 
     def cells(self, every: Sequence[Entry]) -> list[dict[str, str]]:
@@ -96,7 +96,7 @@ def _varied(runs: Sequence[Run]) -> list[str]:
     found: dict[str, set[str]] = {}
     for run in runs:
         for name, entry in run.goes_by([row["method"] for row in run.rows]).items():
-            if name in keys() and keys()[name].rules["part"] != LAUNCH:
+            if name in keys() and not keys()[name].is_for_launch:
                 found.setdefault(name, set()).add(json.dumps(entry["value"]))
     return [n for n, kinds in found.items() if len(kinds) > 1 and n not in ("seed", "method")]
 

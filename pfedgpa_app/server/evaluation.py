@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -37,7 +37,7 @@ class Evaluator:
         return self.roster.message(client, MessageType.EVALUATE, weights, settings)
 
     def scores(
-        self, server_round: int, sent: Iterable[int], answers: dict[int, Message]
+        self, server_round: int, sent: Collection[int], answers: dict[int, Message]
     ) -> dict[int, dict[str, float]]:
         """Return accuracy in % and mean test loss of every client that could be evaluated."""
         return {
@@ -112,7 +112,7 @@ class Evaluator:
         self,
         name: str,
         server_round: int,
-        sent: Iterable[int],
+        sent: Collection[int],
         answers: dict[int, Message],
         fine_tunings: int | None = None,
     ) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -121,10 +121,9 @@ class Evaluator:
         Raises:
             MethodError: every client fails, and the method's own code is the reason.
         """
-        wrong, asked = list[str](), 0
+        wrong: list[str] = []
         when = f"round {server_round}" if fine_tunings is None else "last evaluation"
         for client in sent:
-            asked += 1
             counts: Any = {}
             if client not in answers:
                 here = self.roster.is_here(client)
@@ -139,5 +138,5 @@ class Evaluator:
                 wrong.append(reason)
             else:
                 yield client, counts
-        if len(wrong) == asked and (fault := method_fault(wrong)):
+        if len(wrong) == len(sent) and (fault := method_fault(wrong)):
             raise MethodError(fault)

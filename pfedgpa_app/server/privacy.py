@@ -17,7 +17,7 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import federations, rounds_class
 from pfedgpa_app.methods.base import NOTHING, OTHER
 from pfedgpa_app.results.log import append, end_whole, record_in
-from pfedgpa_app.server.strategy import missing, sampled
+from pfedgpa_app.server.strategy import asked_in
 
 
 def noise_multiplier(config: Config) -> float:
@@ -88,8 +88,8 @@ class Uploads:
             if name not in finished and rounds_class(name).sends != NOTHING:
                 done = going[1] if name == going[0] else 0
                 for server_round in range(done + 1, config.num_server_rounds + 1):
-                    asked = set(sampled(config, server_round))
-                    self.counts.update(asked - missing(config, server_round)[0])
+                    asked, _ = asked_in(config, server_round)
+                    self.counts.update(asked)
                 for _ in range(config.join_iterations * len(methods)):
                     self.counts.update(range(config.initial_clients, config.num_clients))
 
@@ -178,16 +178,12 @@ def check(config: Config, uploads: Uploads | None = None) -> None:
 
 def _way_to_keep(config: Config, most: float) -> str:
     """Say how many rounds, or iterations of joining clients, spend no more than ``most``."""
-    ways = (
-        ("num-server-rounds", config.num_server_rounds, "num_server_rounds"),
-        ("join-iterations", config.join_iterations, "join_iterations"),
-    )
-    for key, now, field in ways:
+    for field in ("num_server_rounds", "join_iterations"):
 
         def spent(fewer: int, field: str = field) -> float:
             changed: Config = dataclasses.replace(config, **{field: fewer})  # type: ignore[arg-type]
             return epsilon_of(config, Uploads(changed).most)
 
-        if kept := bisect.bisect_right(range(1, now), most, key=spent):
-            return f"set {key}={kept} to keep within it, or"
+        if kept := bisect.bisect_right(range(1, getattr(config, field)), most, key=spent):
+            return f"set {field.replace('_', '-')}={kept} to keep within it, or"
     return "even one round exceeds it: set"

@@ -243,15 +243,14 @@ class Roster:
         answers: dict[int, Answer] = {}
         failed = ""
         for reply in self.grid.send_and_receive(questions, timeout=self.timeout):
-            if reply.has_error():
-                failed = f"node {reply.metadata.src_node_id}: {cause(reply)[:300]}"
-                self._tell("warning", f"no client there: {failed}")
-            elif (partition := _partition_of(reply)) is None:
-                failed = f"node {reply.metadata.src_node_id}: does not say who it is"
+            node = reply.metadata.src_node_id
+            partition = None if reply.has_error() else _partition_of(reply)
+            if partition is None:
+                why = cause(reply)[:300] if reply.has_error() else "does not say who it is"
+                failed = f"node {node}: {why}"
                 self._tell("warning", f"no client there: {failed}")
             else:
-                data = reply.content.config_records.get("data")
-                answers[reply.metadata.src_node_id] = Answer(partition, data)
+                answers[node] = Answer(partition, reply.content.config_records.get("data"))
         return answers, failed
 
     def _check_before(self, there: Iterable[int]) -> None:
@@ -301,16 +300,7 @@ class Roster:
         if not answers and not failed:
             raise RosterError(f"none of {len(nodes)} nodes answered {within}")
         if self._own_data and len(answers) != num_clients and not (self._before and answers):
-            silent = len(nodes) - len(answers)
-            why = ": start the others first" if len(nodes) < num_clients else ": set it to that"
-            if silent:
-                none = f"one without data: {failed}"
-                why = f"; {none if failed else f'{silent} did not answer {within}'}"
-            there = _listed(sorted(answer.partition for answer in answers.values()))
-            raise RosterError(
-                f"num-clients is {num_clients}, but the number of nodes with data is {len(answers)}"
-                f"{f' (partition-id {there})' if answers else ''}{why}"
-            )
+            raise _wrong_number(num_clients, len(nodes), answers, failed, within)
         if not answers:
             raise RosterError(f"the ClientApp fails on every node that answers: {failed}")
         return answers
@@ -338,6 +328,25 @@ class Roster:
         to = [message for client, message in messages.items() if self.is_here(client)]
         received = self.grid.send_and_receive(to, timeout=self.timeout)
         return match(messages, received)
+
+
+def _wrong_number(
+    wanted: int, nodes: int, answers: dict[int, Answer], failed: str, within: str
+) -> RosterError:
+    """Return the error where not as many nodes have data of their own as clients are ``wanted``."""
+    if failed:
+        why = f"; one without data: {failed}"
+    elif len(answers) < nodes:
+        why = f"; {nodes - len(answers)} did not answer {within}"
+    elif nodes < wanted:
+        why = ": start the others first"
+    else:
+        why = ": set it to that"
+    there = _listed(sorted(answer.partition for answer in answers.values()))
+    which = f" (partition-id {there})" if answers else ""
+    return RosterError(
+        f"num-clients is {wanted}, but the number of nodes with data is {len(answers)}{which}{why}"
+    )
 
 
 def _check_all_actors_live(replies: Iterable[Message]) -> None:

@@ -42,9 +42,9 @@ class Personalised(Strategy):
         config: Config,
         log: RunLog,
         initial: Weights,
-        classes: int = 0,
-        keep: Callable[[int], None] = lambda _: None,
-        ask: Callable[[int, Iterable[int]], None] = lambda _, __: None,
+        classes: int,
+        keep: Callable[[int], None],
+        ask: Callable[[int, Iterable[int]], None],
     ) -> None:
         """Prepare the rounds of ``method``, called ``name``.
 
@@ -66,7 +66,7 @@ class Personalised(Strategy):
         self.server_seconds = 0.0
         self.bytes_up = self.bytes_down = self._round_down = 0
         self._sent: dict[int, Message] = {}
-        self._away: list[int] = []  # sampled, but not connected
+        self._away: list[int] = []  # to be asked, but not connected
         self._late: set[int] = set()  # clients whose uploads count as too late
         self._participants: dict[int, dict[str, float]] = {}
 
@@ -92,8 +92,7 @@ class Personalised(Strategy):
         server_round += self.done
         rate = self.half.rate(server_round)
         settings = {"method": self.name, "round": server_round, "rate": rate}
-        dropped, self._late = missing(self.config, server_round)
-        chosen = [c for c in sampled(self.config, server_round) if c not in dropped]
+        chosen, self._late = asked_in(self.config, server_round)
         self.roster.await_nodes(chosen, self.config.min_uploads)
         self._away = [client for client in chosen if not self.roster.is_here(client)]
         self._sent = {
@@ -166,8 +165,9 @@ class Personalised(Strategy):
     ) -> tuple[dict[int, Upload], dict[int, str]]:
         """Return the usable uploads, and why the others are not; these are logged, too."""
         expected = self.half.expected_upload(server_round)
-        how = self._classes, self.config, self.method.beside
-        uploads, wrong = screened(sent, answers, expected, server_round, *how)
+        uploads, wrong = screened(
+            sent, answers, expected, server_round, self._classes, self.config, self.method.beside
+        )
         rejected = dict.fromkeys(away, "is not connected") | wrong
         for client, reason in sorted(rejected.items()):
             self.log.rejected(self.name, f"round {server_round}", client, reason)
@@ -205,22 +205,17 @@ class Personalised(Strategy):
         self._keep(server_round)
         if not scores:
             return None
-        return MetricRecord({"accuracy": sum(s["accuracy"] for s in scores.values()) / len(scores)})
+        return MetricRecord({"accuracy": mean([s["accuracy"] for s in scores.values()])})
 
 
-def sampled(config: Config, server_round: int) -> list[int]:
-    """Draw the round's clients, in rising order; the same in all federations of a run."""
-    rng = numpy_generator(config.seed, "sample", server_round)
-    chosen = rng.choice(config.initial_clients, config.round_clients, replace=False)
-    return sorted(int(c) for c in chosen)
+def asked_in(config: Config, server_round: int) -> tuple[list[int], set[int]]:
+    """Draw whom a round asks for an upload, in rising order, and who of them will be too late.
 
-
-def missing(config: Config, server_round: int) -> tuple[set[int], set[int]]:
-    """Draw which of the round's clients drop out, and whose uploads are late, in a simulation.
-
-    ``min_uploads`` clients are always left.
+    The draw is the same in all federations of a run. Only in a simulation are some of the round's
+    clients not asked, as they drop out, and are some late; ``min_uploads`` are always left.
     """
-    chosen = sampled(config, server_round)
+    rng = numpy_generator(config.seed, "sample", server_round)
+    chosen = sorted(rng.choice(config.initial_clients, config.round_clients, replace=False))
     order = numpy_generator(config.seed, "missing", server_round).permutation(chosen).tolist()
     dropped, late = config.dropped_clients, config.late_clients
-    return set(order[:dropped]), set(order[dropped : dropped + late])
+    return sorted(order[dropped:]), set(order[dropped : dropped + late])

@@ -177,11 +177,6 @@ def table(found: Finished) -> str:
     return "\n".join(parts)
 
 
-def report(out: Path) -> str:
-    """Return the overview and the tables of all finished runs in ``out``; "" if there are none."""
-    return report_of(finished(out))
-
-
 def report_of(found: Finished) -> str:
     """Return the overview and the tables of the runs in ``found``; "" if there are none."""
     if not found:

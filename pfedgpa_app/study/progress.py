@@ -27,19 +27,16 @@ class Lines:
         self.console = console
         self.stalled: dict[str, str] = {}  # {run: what was last said of its stall}
 
-    def _say(self, text: str) -> None:
-        self.console.print(text)
-
     def begin(self, run: PlannedRun, text: str) -> None:
-        self._say(f"{text}  {run.name}: started")
+        self.console.print(f"{text}  {run.name}: started")
 
     def update(self, run: PlannedRun, event: Mapping[str, Any], text: str) -> None:
         if event.get("kind") == "stalled" and self.stalled.get(run.name) != event["text"]:
             self.stalled[run.name] = event["text"]
-            self._say(f"{text}  {run.name}: {event['text']}")
+            self.console.print(f"{text}  {run.name}: {event['text']}")
 
     def end(self, run: PlannedRun, outcome: str, text: str) -> None:
-        self._say(f"{text}  {run.name}: {outcome}")
+        self.console.print(f"{text}  {run.name}: {outcome}")
 
 
 class Bars(Lines):

@@ -138,7 +138,10 @@ class Atlas:
     @classmethod
     def cells(cls, quick: bool = False) -> list[Cell]:
         """Return all cells, the most telling first; ``quick``: a few that take minutes."""
-        return cells_of(quick)
+        if quick:
+            return [Cell("fashion-mnist", 20, "dominant", images) for images in (30, 60)]
+        order = itertools.product(PARTITIONS, SIZES, IMAGES, DATA)
+        return [Cell(data, clients, part, images) for part, clients, images, data in order]
 
     def fill(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Run what is not done yet, writing the map again after every cell; return its tables."""
@@ -282,14 +285,6 @@ def core_seconds(config: Config) -> float:
     return images_trained(config) * (0.003 / config.batch_size + 0.00025)
 
 
-def cells_of(quick: bool = False) -> list[Cell]:
-    """Return the whole map, the most telling cells first; ``quick``: two of its cells."""
-    if quick:
-        return [Cell("fashion-mnist", 20, "dominant", images) for images in (30, 60)]
-    order = itertools.product(PARTITIONS, SIZES, IMAGES, DATA)
-    return [Cell(data, clients, part, images) for part, clients, images, data in order]
-
-
 def rows_in(rows: Iterable[Row], cell: Cell) -> list[Row]:
     """Return the rows of ``cell``."""
     return [row for row in rows if asdict(cell).items() <= row.items()]
@@ -366,8 +361,6 @@ def overview(rows: Sequence[Row]) -> str:
 
 
 def _in_brief(rows: Sequence[Row]) -> str:
-    if not rows:
-        return "–"
     means = means_of(rows)
     others = contenders(means)
     if OURS not in means or not others:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.core.files import as_json, write_text
+from pfedgpa_app.core.files import write_json, write_text
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import StoppedError, engine_for
-from pfedgpa_app.results.log import SUMMARY, clock, is_done, last_event, rows_of
+from pfedgpa_app.results.log import clock, finished_in, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import is_running, locked
@@ -59,12 +59,11 @@ def shares(
     """
     cores = sum(machines)
     engines = {engine_for(run.config.engine, run.config.device) for run in runs}
-    asked = {run.config.workers for run in runs} - {None}
+    asked = [run.config.workers for run in runs if run.config.workers]
     if engines != {"process"}:
         return jobs or len(machines), None
     if asked:
-        most = max(w for w in asked if w)
-        return jobs or max(1, cores // most), None
+        return jobs or max(1, cores // max(asked)), None
     at_once = jobs or max(1, min(cores, len(runs)))
     return at_once, max(1, min(cores // at_once, *machines))
 
@@ -193,7 +192,7 @@ def summarise(runs: Sequence[PlannedRun], out: Path) -> str:
     finished = [run for run in runs if is_done(run.folder)]
     rows = {run.name: rows_of(run.folder) for run in finished}
     record = [{"run": r.name, "varied": r.varied, "summary": rows[r.name]} for r in finished]
-    write_text(out / "sweep.json", as_json(record, indent=1) + "\n")
+    write_json(out / "sweep.json", record, indent=1)
     parts = []
     for varied, alike in _groups(finished):
         title = ", ".join(f"{key} = {value}" for key, value in varied.items()) or "all runs"
@@ -204,8 +203,7 @@ def summarise(runs: Sequence[PlannedRun], out: Path) -> str:
     if undone := [run.name for run in runs if run not in finished]:
         parts.append(f"Without a result, so in no table: {', '.join(undone)}.\n")
     here = {run.folder.name for run in finished}
-    there = (path.parent for path in out.glob(f"*/{SUMMARY}"))
-    if left_out := [each for each in there if each.name not in here and is_done(each)]:
+    if left_out := [each for each in finished_in(out) if each.name not in here]:
         parts.append(f"Not in these tables: {len(left_out)} more finished runs in {out.name}/.\n")
     write_text(out / "sweep.md", "\n".join(parts))
     if finished and all(run.config.report for run in finished):

@@ -82,7 +82,10 @@ class Table1(Atlas):
 
     @classmethod
     def cells(cls, quick: bool = False) -> list[Cell]:
-        return columns(quick)
+        """Return all nine federations, the cheapest first; ``quick``: one of them."""
+        if quick:
+            return [column("fashion-mnist", 10)]
+        return [column(data, n) for n in SIZES for data in reversed(DATA)]
 
     @property
     def grids(self) -> Grids:
@@ -113,13 +116,6 @@ class Table1(Atlas):
 def column(data: str, clients: int) -> PaperCell:
     """Return the federation of that many clients."""
     return PaperCell(data, clients, images=SIZES[clients])
-
-
-def columns(quick: bool = False) -> list[Cell]:
-    """Return all nine federations, the cheapest first; ``quick``: one of them."""
-    if quick:
-        return [column("fashion-mnist", 10)]
-    return [column(data, n) for n in SIZES for data in reversed(DATA)]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -166,5 +162,4 @@ def _published(cell: Cell, method: str) -> str:
 
 
 def _in_brief(rows: Sequence[Row], published: str) -> str:
-    ours = over_seeds([row[MERIT] for row in rows]) if rows else "–"
-    return f"{ours} ({published})"
+    return f"{over_seeds([row[MERIT] for row in rows])} ({published})"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pfedgpa_app.results.log import Records
+from pfedgpa_app.results.log import CLIENTS, Records
 from pfedgpa_app.results.tables import markdown, over_seeds
 from pfedgpa_app.study import pictures
 from pfedgpa_app.study.reproduce import DATA, Cell, Row, rows_in
@@ -68,7 +68,7 @@ class Table2(Table1):
         return figure(rows)
 
     def _rows_of(self, folder: Path) -> list[Row]:
-        clients = list(Records(folder / "clients.jsonl").new())
+        clients = list(Records(folder / CLIENTS).new())
         return [
             row
             | {

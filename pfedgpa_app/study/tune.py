@@ -26,7 +26,7 @@ from pfedgpa_app.core.paths import PACKAGE
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.methods.own import reference_of
-from pfedgpa_app.results.log import is_done, rows_of
+from pfedgpa_app.results.log import finished_in, is_done, rows_of
 from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study import trials
@@ -176,9 +176,8 @@ def search(
 
     def runs_of(method: str, key: str, values: Sequence[Any]) -> list[PlannedRun]:
         own = settings_of(base, [method], list(grids))
-        fixed = {name: [value] for name, value in ((shared or {}) | chosen[method]).items()}
-        over = {"method": [reference_of(method)], **fixed}
-        return _possible([(own, over | {key: [value]}) for value in values], out)
+        fixed = {"method": reference_of(method)} | (shared or {}) | chosen[method]
+        return _possible(own, fixed, key, values, out)
 
     for step in range(max(map(len, grids.values()))):
         going: dict[str, tuple[str, list[PlannedRun]]] = {}
@@ -207,18 +206,18 @@ def search(
 
 
 def _possible(
-    each: Iterable[tuple[Settings, Mapping[str, Sequence[Any]]]], out: Path
+    settings: Settings, fixed: Settings, key: str, values: Iterable[Any], out: Path
 ) -> list[PlannedRun]:
-    """Return the runs of these settings, without values that are out of range or refused together.
+    """Return a run for each of the ``values`` that is in range and goes with the other settings.
 
     Raises:
         ConfigError: no run is left.
     """
     found: list[PlannedRun] = []
     refused: ConfigError | None = None
-    for own, over in each:
+    for value in values:
         try:
-            found += expand(own, over, out)
+            found += expand(settings, {n: [v] for n, v in (fixed | {key: value}).items()}, out)
         except ConfigError as error:
             refused = error
     if refused and not found:
@@ -274,9 +273,7 @@ def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:
 
 def _rows(out: Path, conf: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     path = conf_path(conf).absolute()
-    for folder in sorted(path.parent for path in out.glob("*/summary.json")):
-        if not is_done(folder):
-            continue
+    for folder in sorted(finished_in(out)):
         config, row = kept_settings(folder), rows_of(folder)[0]
         if config["conf"]["value"] in (conf, str(path)):
             names = list(main_settings(row["method"]))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from pfedgpa_app.diffusion import saved
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.results.log import accuracies_of, mean, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
@@ -78,7 +79,7 @@ class WarmStart(Later):
         [source] = expand(base, {"method": [[OURS]]}, folder)
         if not self.run_all([source]):
             raise LaunchError(f"the federation to start from failed; see {source.folder}")
-        learned = source.folder / "distribution.safetensors"
+        learned = source.folder / saved.FILE
         return {"start-from": str(learned), "pfedgpa.generate-from": 2}
 
     def _rows_of(self, folder: Path) -> list[Row]:

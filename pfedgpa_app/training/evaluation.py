@@ -49,11 +49,6 @@ class Score:
     loss: float
     images: int
 
-    @property
-    def accuracy(self) -> float:
-        """Accuracy in percent; NaN without images."""
-        return 100 * self.correct / self.images if self.images else float("nan")
-
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Images) -> Score:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,10 +32,6 @@ class Recipe:
     trainable: tuple[str, ...] | None = None  # the weights that are trained; None for all
     bfloat16: bool = False  # forward and backward; weights and updates stay float32
     clip: float | None = None  # largest norm of a client's gradient
-
-    def at(self, rate: float) -> Recipe:
-        """Return the same recipe at ``rate`` times its learning rate."""
-        return replace(self, learning_rate=self.learning_rate * rate)
 
     def computing(self, device: torch.device) -> torch.autocast:
         """The context in which a step's loss is computed."""
@@ -207,6 +203,13 @@ def trained_of(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tenso
     if names is None:
         return trained
     return {name: trained[name] for name in names if name in trained}
+
+
+def phases(model: nn.Module, recipes: Iterable[Recipe], rate: float) -> Iterator[Recipe]:
+    """Yield the recipes that train anything, at ``rate`` times their learning rates."""
+    for recipe in recipes:
+        if trained_of(model, recipe.trainable):
+            yield replace(recipe, learning_rate=recipe.learning_rate * rate)
 
 
 def to_train(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.schema import Schema
+from pfedgpa_app.core.sections import DataSettings
 from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.data import datasets
@@ -26,6 +27,7 @@ from pfedgpa_app.data.dataset import remarks
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.examples import examples
 from pfedgpa_app.data.partition import (
+    ClientSplit,
     class_shares,
     deal,
     dominant_groups,
@@ -50,13 +52,16 @@ def counts(labels: np.ndarray, indices: np.ndarray) -> list[int]:
     return found
 
 
+def dealt(clients: int, **how: Any) -> list[ClientSplit]:
+    settings = DataSettings(num_clients=clients, **how)
+    return partition(LABELS, TEST_LABELS, CLASSES, settings)
+
+
 class TestPartition:
     @pytest.mark.parametrize("clients", [10, 20, 100])
     def test_paper_partition_has_exact_counts(self, clients: int) -> None:
         # s = 20 %: 120 of 600 uniform (12 a class) and 480 over three dominant classes (160 each)
-        splits = partition(
-            LABELS, TEST_LABELS, CLASSES, clients, test_per_client=300, validation_share=0, seed=1
-        )
+        splits = dealt(clients, test_per_client=300, validation_share=0, seed=1)
         assert len(splits) == clients
         for client, split in enumerate(splits):
             dominant = [(2 * client) % 10, (2 * client + 1) % 10, (2 * client + 2) % 10]
@@ -69,16 +74,17 @@ class TestPartition:
 
     def test_unequal_groups(self) -> None:
         rng = np.random.default_rng(0)
-        _, groups = class_shares("dominant", 20, 10, rng, group_shares=(8, 5, 4, 2, 1))
+        sizes = DataSettings(num_clients=20, group_shares=(8, 5, 4, 2, 1))
+        _, groups = class_shares(sizes, 10, rng)
         assert np.bincount(groups).tolist() == [8, 5, 4, 2, 1]
         assert groups.tolist()[:9] == [0, 1, 2, 3, 4, 0, 1, 2, 3]  # the last to join are mixed
         with pytest.raises(ValueError, match="3 group shares"):
-            class_shares("dominant", 20, 10, rng, group_shares=(1, 1, 1))
+            class_shares(DataSettings(num_clients=20, group_shares=(1, 1, 1)), 10, rng)
         with pytest.raises(DataError, match="group-shares: names 2 groups"):
             load_partition(resolve({"group-shares": "1,2"}).config)
 
     def test_disjoint_while_the_data_last(self) -> None:
-        splits = partition(LABELS, TEST_LABELS, CLASSES, 20, test_per_client=100)
+        splits = dealt(20, test_per_client=100)
         everything = np.concatenate([np.r_[s.train, s.validation] for s in splits])
         assert len(np.unique(everything)) == len(everything) == 20 * 600
         tests = np.concatenate([s.test for s in splits])
@@ -89,9 +95,7 @@ class TestPartition:
     ) -> None:
         warn_once.cache_clear()
         # 100 clients want 7600 of each even class, which has 5000, and 4400 of each odd one
-        splits, again = (
-            partition(LABELS, TEST_LABELS, CLASSES, 100, test_per_client=10) for _ in range(2)
-        )
+        splits, again = (dealt(100, test_per_client=10) for _ in range(2))
         assert np.array_equal(splits[0].train, again[0].train)
         used = np.bincount(np.concatenate([np.r_[s.train, s.validation] for s in splits]))
         [said] = caplog.messages  # once, in one line, three of the classes by name
@@ -106,15 +110,13 @@ class TestPartition:
             assert len(np.unique(held)) == len(held)
 
     def test_validation_is_a_share_of_training(self) -> None:
-        for split in partition(LABELS, TEST_LABELS, CLASSES, 5, validation_share=0.1):
+        for split in dealt(5, validation_share=0.1):
             assert len(split.train) == 540
             assert len(split.validation) == 60
             assert not set(split.train) & set(split.validation)
 
     def test_seeded(self) -> None:
-        one, two, other = (
-            partition(LABELS, TEST_LABELS, CLASSES, 3, seed=seed)[1].train for seed in (4, 4, 5)
-        )
+        one, two, other = (dealt(3, seed=seed)[1].train for seed in (4, 4, 5))
         assert np.array_equal(one, two)
         assert not np.array_equal(one, other)
 
@@ -156,9 +158,7 @@ class TestPartition:
     @pytest.mark.parametrize("size", [5, 30, None])
     def test_no_class_is_favoured_where_counts_are_rounded(self, size: int | None) -> None:
         # with five images a client of ten classes, all clients once held the first five only
-        splits = partition(
-            LABELS, TEST_LABELS, CLASSES, 40, kind="iid", train_per_client=size, test_per_client=5
-        )
+        splits = dealt(40, partition="iid", train_per_client=size, test_per_client=5)
         for labels, of in ((LABELS, "train"), (TEST_LABELS, "test")):
             held = [np.r_[each.train, each.validation] for each in splits]
             images = held if of == "train" else [each.test for each in splits]
@@ -167,12 +167,7 @@ class TestPartition:
             assert (np.abs(counts - mean) <= 4 * np.sqrt(40) / 2 + 1).all(), of
 
     def test_more_clients_change_nothing_for_the_first(self) -> None:
-        few, many = (
-            partition(
-                LABELS, TEST_LABELS, CLASSES, clients, train_per_client=30, test_per_client=20
-            )
-            for clients in (5, 8)
-        )
+        few, many = (dealt(n, train_per_client=30, test_per_client=20) for n in (5, 8))
         for one, other in zip(few, many, strict=False):
             np.testing.assert_array_equal(one.train, other.train)
             np.testing.assert_array_equal(one.test, other.test)
@@ -186,17 +181,8 @@ class TestPartition:
     def test_every_kind_deals_equal_sizes_in_one_mix(
         self, kind: str, clients: int, seed: int
     ) -> None:
-        splits = partition(
-            LABELS,
-            TEST_LABELS,
-            CLASSES,
-            clients,
-            kind=kind,
-            train_per_client=200,
-            test_per_client=100,
-            validation_share=0.2,
-            seed=seed,
-        )
+        how = {"train_per_client": 200, "test_per_client": 100, "validation_share": 0.2}
+        splits = dealt(clients, partition=kind, seed=seed, **how)
         for split in splits:
             train = np.array(counts(LABELS, np.r_[split.train, split.validation]))
             test = np.array(counts(TEST_LABELS, split.test))
@@ -205,14 +191,18 @@ class TestPartition:
 
     def test_shards_and_dirichlet_and_iid(self) -> None:
         rng = np.random.default_rng(0)
-        shards, _ = class_shares("shards", 20, 10, rng, shards=2)
+        shards, _ = class_shares(DataSettings(num_clients=20, partition="shards"), 10, rng)
         assert ((shards > 0).sum(1) <= 2).all()
         assert np.allclose(shards.sum(0), 2)  # all classes alike
-        peaked, _ = class_shares("dirichlet", 500, 10, rng, alpha=0.1)
-        flat, _ = class_shares("dirichlet", 500, 10, rng, alpha=100)
+        peaked, flat = (
+            class_shares(
+                DataSettings(num_clients=500, partition="dirichlet", dirichlet_alpha=alpha), 10, rng
+            )[0]
+            for alpha in (0.1, 100)
+        )
         assert peaked.max(1).mean() > 0.6
         assert flat.max(1).mean() < 0.15
-        iid, _ = class_shares("iid", 3, 4, rng)
+        iid, _ = class_shares(DataSettings(num_clients=3, partition="iid"), 4, rng)
         assert (iid == 0.25).all()
 
     @pytest.mark.parametrize(

@@ -241,13 +241,13 @@ class TestTraining:
         latents = torch.randn(2000, dimensions, generator=generator(1)) * variances.sqrt()
         fitted = fit_network(
             latents,
-            torch.zeros(dimensions),
             SCHEDULE,
             DiffusionSettings(
                 denoiser="mlp" if tokens is None else "transformer",
                 fit_steps=400 if tokens is None else 800,
                 width=128 if tokens is None else 32,
                 blocks=2,
+                latent_noise=0.0,
             ),
             0,
             torch.device("cpu"),
@@ -265,10 +265,8 @@ class TestTraining:
         centres = 3**0.5 * torch.cat([torch.eye(3), -torch.eye(3)])  # unit variance, 2.4 apart
         labels = torch.arange(360) % 6
         latents = centres[labels] + 0.1 * torch.randn(360, 3, generator=generator(2))
-        settings = DiffusionSettings(fit_steps=1000, width=128, blocks=2)
-        fitted = fit_network(
-            latents, torch.full((3,), 0.1), SCHEDULE, settings, 0, torch.device("cpu")
-        )
+        settings = DiffusionSettings(fit_steps=1000, width=128, blocks=2, latent_noise=0.1)
+        fitted = fit_network(latents, SCHEDULE, settings, 0, torch.device("cpu"))
         baseline = GaussianDenoiser.fit(latents, SCHEDULE)
         errors = []
         for denoiser in (fitted, baseline):
@@ -284,10 +282,10 @@ class TestTraining:
         who = torch.arange(200) % 2
         latents = centres[who] + 0.2 * torch.randn(200, 2, generator=generator(1))
         names = torch.eye(2)
-        settings = DiffusionSettings(denoiser=kind, fit_steps=600, width=32, blocks=2)
+        how: dict[str, Any] = {"fit_steps": 600, "width": 32, "blocks": 2, "latent_noise": 0.0}
+        settings = DiffusionSettings(denoiser=kind, **how)
         fitted = fit_network(
             latents,
-            torch.zeros(2),
             SCHEDULE,
             settings,
             0,
@@ -315,10 +313,10 @@ class TestTraining:
     def test_order_of_latents_does_not_matter(self) -> None:
         latents = torch.randn(60, 2, generator=generator(1))
         shuffled = latents[torch.randperm(60, generator=generator(2))]
-        settings = DiffusionSettings(fit_steps=20, width=16, blocks=1)
+        settings = DiffusionSettings(fit_steps=20, width=16, blocks=1, latent_noise=0.0)
         z = torch.randn(5, 2, generator=generator(3))
         one, two = (
-            fit_network(rows, torch.zeros(2), SCHEDULE, settings, 0, torch.device("cpu"))(z, 100)
+            fit_network(rows, SCHEDULE, settings, 0, torch.device("cpu"))(z, 100)
             for rows in (latents, shuffled)
         )
         assert torch.equal(one, two)

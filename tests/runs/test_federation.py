@@ -50,7 +50,7 @@ from pfedgpa_app.server.screening import (
     failure,
     too_large,
 )
-from pfedgpa_app.server.strategy import missing
+from pfedgpa_app.server.strategy import asked_in
 from pfedgpa_app.study.sweep import table
 from pfedgpa_app.training import sgd
 from tests.support.federations import PLAIN, federate, records, results, summary, train_messages
@@ -833,7 +833,8 @@ class TestMissing:
         folder, grid = federate(tmp_path, method=method, num_server_rounds=4, num_clients=8, **how)
         config = kept_config(folder)
         for server_round in range(1, 5):
-            dropped, late = missing(config, server_round)
+            asked, late = asked_in(config, server_round)
+            dropped = set(range(8)) - set(asked)
             assert (len(dropped), len(late), len(dropped & late)) == (2, 2, 0)
             here = {
                 r["client"]
@@ -847,7 +848,7 @@ class TestMissing:
         assert told == pytest.approx(mean, abs=1e-3)
         # whoever is late has trained, whoever drops out was not even asked
         assert len(train_messages(grid, method)) == 4 * 6
-        assert len({frozenset(missing(config, r)[0]) for r in range(1, 5)}) > 1
+        assert len({tuple(asked_in(config, r)[0]) for r in range(1, 5)}) > 1
         said = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
         assert not any("client" in text for text in said)
 

@@ -367,14 +367,14 @@ def test_a_full_disk_costs_the_checkpoint_only(
 def test_a_disk_that_is_full_at_the_end_is_named_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, _: str) -> None:
+    def full(path: Path, *_: Any, **__: Any) -> None:
         with replacing(path):
             raise OSError(28, "No space left on device")
 
     how: dict[str, Any] = {"method": "fedavg", "num_server_rounds": 2}
     reference, _ = federate(tmp_path / "reference", **how)
     with monkeypatch.context() as patched:
-        patched.setattr(summary_module, "write_text", full)
+        patched.setattr(summary_module, "write_json", full)
         with pytest.raises(OSError, match="No space left"):
             federate(tmp_path / "full", **how)
     folder = tmp_path / "full" / "run"
@@ -559,10 +559,10 @@ class TestLog:
 
     def test_fitting_tells_its_progress(self) -> None:
         shares: list[float] = []
-        latents, noise = torch.randn(8, 2), torch.zeros(2)
+        latents = torch.randn(8, 2)
         settings = DiffusionSettings(fit_steps=4, width=4, blocks=1, fit_batch_size=4)
         schedule, device = Schedule(10), torch.device("cpu")
-        fit_network(latents, noise, schedule, settings, 0, device, progress=shares.append)
+        fit_network(latents, schedule, settings, 0, device, progress=shares.append)
         assert shares == [0.25, 0.5, 0.75, 1.0]
 
     def test_the_run_passes_it_on(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,7 @@ class TestWhatGoesWrong:
     ) -> None:
         monkeypatch.setattr(tracking, "find_spec", lambda kind: None)
         with pytest.raises(ConfigError, match=r"pip install 'pfedgpa-app\[mlflow\]'"):
-            tracking.check(["mlflow"])
+            tracking.require_installed(["mlflow"])
 
     def test_a_tracker_that_fails_does_not_stop_the_run(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

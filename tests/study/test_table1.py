@@ -37,7 +37,7 @@ class Machine(AnyMachine):
 
 
 def test_every_column_is_its_experiments_federation() -> None:
-    cells = table1.columns()
+    cells = table1.Table1.cells()
     assert {(cell.data, cell.clients) for cell in cells} == {
         (data, clients) for data in PAPER for clients in (10, 20, 100)
     }

@@ -143,7 +143,6 @@ class TestTraining:
         logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
         score = evaluation.evaluate(model, Plain(logits, torch.tensor([0, 1, 1])))
         assert (score.correct, score.images) == (2, 3)
-        assert score.accuracy == pytest.approx(200 / 3)
 
     def test_a_network_may_change_what_it_is_given(self) -> None:
         rows = torch.tensor([[-3.0, -2.0], [1.0, 2.0]])
