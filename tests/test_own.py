@@ -43,6 +43,7 @@ from pfedgpa_app.data.client import (
     schema_of,
 )
 from pfedgpa_app.data.dataset import dataset_of, remarks
+from pfedgpa_app.data.partition import by_users
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.models import build
@@ -340,6 +341,16 @@ class TestNetworks:
         torch.save({n: t for n, t in theirs.items() if "head" in n}, tmp_path / "w.pt")
         with pytest.raises(ConfigError, match=r"another network: has no body\.weight"):
             made("headfirst:Net", five, model_weights=str(tmp_path / "w.pt"), seed=8, **how)
+
+    def test_a_head_that_is_weight_normed_stays_new_for_other_classes(
+        self, nets: Path, tmp_path: Path
+    ) -> None:
+        theirs = made("nets:weight_normed").state_dict()
+        torch.save(theirs, tmp_path / "w.pt")
+        two = Schema("other", ("a", "b"), (1, 8, 8))
+        mine = made("nets:weight_normed", two, model_weights=str(tmp_path / "w.pt"), seed=9)
+        assert torch.equal(mine.state_dict()["1.weight"], theirs["1.weight"])
+        assert head_of(mine).out_features == 2
 
     @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
     def test_weights_on_disk(self, tmp_path: Path, suffix: str) -> None:
@@ -709,6 +720,7 @@ class TestData:
         [
             (np.uint8, (60, 6, 7), "uint8", (1, 6, 7)),
             (np.uint8, (60, 6, 7, 3), "uint8", (3, 6, 7)),
+            (np.uint8, (60, 6, 7, 2), "uint8", (2, 6, 7)),  # grey with transparency
             (np.uint8, (60, 3, 6, 7), "uint8", (3, 6, 7)),
             (np.float64, (60, 4, 2), "float32", (4, 2)),
             (np.int32, (60, 9), "int64", (9,)),
@@ -885,6 +897,9 @@ class TestData:
         np.savez("bad.npz", x=np.array([{}, {}]), y=np.array([0, 1]))  # pickled objects
         with pytest.raises(DataError, match=r"npz:bad.npz: .*cannot be read as arrays"):
             load_dataset(Config(dataset="npz:bad.npz"))
+        Path("table.csv").write_text("a,b\n1,2\n")
+        with pytest.raises(DataError, match=r"table.csv is not what numpy.savez writes; "):
+            load_dataset(Config(dataset="npz:table.csv"))
         with pytest.raises(DataError, match=r"npz:no.npz: no file .*no.npz"):
             load_dataset(Config(dataset="npz:no.npz"))
 
@@ -1066,10 +1081,16 @@ class TestPartitions:
         for name, split in zip(("ann", "bob", "eve"), load_partition(config), strict=True):
             assert set(data.train_users[split.train]) == {name}
             assert set(data.test_users[split.test]) == {name}
+        assert "users" not in data_in_words(config)
+        two = Config(dataset="tables:load", num_clients=2, partition="natural", **ALL)
+        assert "these clients are 3 users, dealt out in turn" in data_in_words(two)
+        assert [len(split.test) for split in load_partition(two)] == [8, 4]
         with pytest.raises(ValueError, match=r"has 3 users, fewer .* = 4: set num-clients=3"):
             load_partition(Config(dataset="tables:load", num_clients=4, partition="natural", **ALL))
         with pytest.raises(ValueError, match="the data set names no users"):
             load_partition(Config(num_clients=4, partition="natural", **ALL))
+        with pytest.raises(ValueError, match="user eve has no test example: give it one, or leave"):
+            by_users(data.train_users, data.test_users[data.test_users != "eve"], 3)
 
     def test_the_demos_sizes_are_for_its_data_alone(self) -> None:
         assert resolve({}).config.train_per_client == 90

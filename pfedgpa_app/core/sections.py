@@ -15,9 +15,9 @@ DATASET_HELP = (
     "digits, mnist, fashion-mnist, kmnist, emnist-SPLIT (balanced, byclass, bymerge, digits, "
     "letters, mnist), cifar10, cifar100, svhn; imagefolder:PATH with a folder per class, maybe "
     "below train/ and test/; npz:PATH, arrays; hf:NAME, from the Hugging Face Hub; "
-    "MODULE:CALLABLE, your own (docs/own.md); a relative PATH is looked up below the current "
-    "folder, else below data-dir; or nodes: each node's own data, which dataset in its "
-    "--node-config names"
+    "MODULE:CALLABLE, what your own function returns, also tables (docs/own.md); a relative PATH "
+    "is looked up below the current folder, else below data-dir; or nodes: each node's own data, "
+    "which dataset in its --node-config names"
 )
 MODEL_HELP = (
     "auto: by the shape of the data; digits, fashion and cifar: the paper's; conv: for images of "

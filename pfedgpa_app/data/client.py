@@ -214,10 +214,15 @@ def data_in_words(config: DataSettings) -> str:
     tested = _dealt_in_words(
         [split.test for split in splits], len(data.test_labels), unseen if strange else []
     )
+    users = len(np.unique(data.train_users)) if config.partition == "natural" else 0
+    pooled = (
+        f"; these clients are {users} users, dealt out in turn: for each user to be a client, set "
+        f"num-clients={users}"
+    )
     return (
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
         f"{schema_of(data).examples(most=10)}; {len(splits)} clients train on {trained} and are "
-        f"tested on {tested}"
+        f"tested on {tested}" + (pooled if users > len(splits) else "")
     )
 
 

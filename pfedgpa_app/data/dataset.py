@@ -20,7 +20,7 @@ ALSO = {"train_images": "x_train", "train_labels": "y_train"}
 ALSO |= {"test_images": "x_test", "test_labels": "y_test"}
 UNUSED = "val_"  # arrays whose names begin so are left out
 SPLITS = ("train", "test")
-_CHANNELS = (1, 3, 4)
+_CHANNELS = (1, 2, 3, 4)  # grey and coloured, either with transparency
 _LARGEST = 20.0  # a feature with a larger root mean square counts as unscaled
 
 

@@ -130,6 +130,11 @@ def _npz(name: str, path: Path, test_share: float) -> Dataset:
     """Load arrays of NumPy's format; pickled objects are not read."""
 
     def read() -> Dataset:
+        if not zipfile.is_zipfile(path):
+            raise DataError(
+                f"dataset {name}: {path} is not what numpy.savez writes; anything else is read by "
+                "your own function: dataset=MODULE:CALLABLE (docs/own.md)"
+            )
         try:
             with np.load(path, allow_pickle=False) as file:
                 found = {key: file[key] for key in file.files}

@@ -19,6 +19,7 @@ from pfedgpa_app.data.pictures import decoded
 
 LABELS = ("label", "labels", "fine_label", "target", "y")  # if no single column has classes
 NUMBERS = ("int", "uint", "float", "bool", "decimal")  # beginnings of their types' names
+_SAVED = ("state.json", "dataset_dict.json")  # in the folders that save_to_disk makes
 CHOICES = ("subset", "input", "label", "user", "train", "test")
 
 
@@ -92,7 +93,11 @@ def _splits(
     datasets.disable_progress_bars()
     here = str(folder) if folder.is_dir() else place
     try:
-        splits = datasets.load_dataset(here, chosen.get("subset"))
+        if any((folder / file).is_file() for file in _SAVED):
+            splits = datasets.load_from_disk(here)
+            splits = splits if isinstance(splits, dict) else {"train": splits}
+        else:
+            splits = datasets.load_dataset(here, chosen.get("subset"))
     except Exception as error:  # the library raises many kinds
         how = "" if download or folder.is_dir() else "; to ask the Hub, set download=true"
         raise DataError(f"dataset {name}: {type(error).__name__}: {error}{how}") from error

@@ -264,7 +264,8 @@ def by_users(users: np.ndarray, test_users: np.ndarray, num_clients: int) -> lis
     Test images of users without training images are nobody's.
 
     Raises:
-        ValueError: the images' users are unknown, or fewer than clients.
+        ValueError: the images' users are unknown, or fewer than clients, or one whose client has
+            no test image.
     """
     if not len(users) or not len(test_users):
         raise ValueError("partition = natural: the data set names no users")
@@ -279,4 +280,10 @@ def by_users(users: np.ndarray, test_users: np.ndarray, num_clients: int) -> lis
     for those in (users, test_users):
         owner = np.array([client_of.get(user, -1) for user in those])
         splits.append([np.flatnonzero(owner == client) for client in range(num_clients)])
+    for name, client in client_of.items():
+        if not len(splits[1][client]):
+            raise ValueError(
+                f"partition = natural: user {name} has no test example: give it one, or leave the "
+                "user out"
+            )
     return splits

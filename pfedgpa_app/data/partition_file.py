@@ -201,7 +201,7 @@ def _csv_entries(where: str, text: str) -> Iterator[Entry]:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip().lower() for name in next(rows, [])]
-        if not {"sample", "client"} <= {*header}:
+        if [header.count(name) for name in ("sample", "client")] != [1, 1]:
             raise ConfigError(
                 f"{where}, line 1: has the columns {shown(first)}, but must have sample and "
                 "client, separated by comma, semicolon or tab; or use a JSON object"

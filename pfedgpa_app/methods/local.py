@@ -7,6 +7,7 @@ server: nothing · evaluated: the client's own network.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import MethodSettings
@@ -26,6 +27,7 @@ class Local(Averaging[Shared]):
     title = "local-only"
     settings = LocalSettings
     sends = NOTHING
+    unused: ClassVar = {"start-from": "its clients are sent no weights"}
 
     @classmethod
     def shared(cls, config: Config, names: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -124,6 +125,7 @@ class PFedHN(Method[HypernetworkState]):
     title = "pFedHN"
     settings = PFedHNSettings
     tuned = ("learning-rate", "server-learning-rate")
+    unused: ClassVar = {"start-from": "its hypernetwork makes the first weights, too"}
 
     @classmethod
     def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:

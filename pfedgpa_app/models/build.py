@@ -220,8 +220,8 @@ def _load_from(network: nn.Module, path: str) -> None:
         ) from error
     own = network.state_dict()
     fitting = {n: t for n, t in found.items() if n in own and own[n].shape == t.shape}
-    last = weight_names(network)[-1].rpartition(".")[0]
-    missing = [n for n in own if n not in fitting and n.rpartition(".")[0] != last]
+    last = module_of(weight_names(network)[-1])
+    missing = [n for n in own if n not in fitting and module_of(n) != last]
     if missing:
         why = "has no" if missing[0] not in found else "has another shape of"
         raise ConfigError(

@@ -17,7 +17,8 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.results.figures import canvas
-from pfedgpa_app.results.log import CLIENTS, SUMMARY, TABLE, Records, accuracies_of, mean, rows_of
+from pfedgpa_app.results.log import CLIENTS, SUMMARY, Records, accuracies_of, mean, rows_of
+from pfedgpa_app.results.tables import text_table
 from pfedgpa_app.runs.folder import unfinished
 from pfedgpa_app.runs.personal import ClientModel, load_client
 
@@ -93,7 +94,7 @@ class Result:
         return figure
 
     def _repr_markdown_(self) -> str:
-        return (self.folder / TABLE).read_text(encoding="utf-8")
+        return text_table(self.table)
 
 
 def run(

@@ -228,7 +228,8 @@ class Experiment:
         self.initial = initial_weights(config, self.dataset)
         for text in share_little(config, self.dataset, self.initial):
             log.event("warning", text)
-        if config.start_from and not self.going:
+        ignoring = [n for n in federations(config.method) if "start-from" in rounds_class(n).unused]
+        if config.start_from and not self.going and len(ignoring) < len(federations(config.method)):
             text = f"rounds begin with the mean of what {config.start_from} learned"
             log.event("status", f"{text}; what clients keep to themselves does not")
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])

@@ -36,10 +36,10 @@ def lines_about(path: Path) -> list[str]:
 
 
 def _run(folder: Path) -> Iterator[str]:
-    run = Run(folder)
+    run = Run(folder.absolute())  # a folder given as . has a name, too
     settings = values_of(run.settings)
     methods = ", ".join(settings["method"])
-    yield f"run {folder.name}: {methods} on {settings['dataset']}"
+    yield f"run {run.folder.name}: {methods} on {settings['dataset']}"
     held = "data of their own" if settings["dataset"] == NODES else settings["partition"]
     yield (
         f"{settings['num-clients']} clients, {held}; {settings['num-server-rounds']} rounds, "

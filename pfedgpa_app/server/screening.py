@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, Message
 from flwr.common.constant import ErrorCode
 
 from pfedgpa_app.core.sections import FederationSettings
+from pfedgpa_app.core.settings import listed
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.core.weights import (
     NOT_FINITE,
@@ -65,6 +66,17 @@ def method_fault(reasons: Collection[str]) -> str:
     if reasons and all(reason.startswith(_BY_METHOD) for reason in reasons):
         return next(iter(reasons)).removeprefix("failed: ")
     return ""
+
+
+def in_words(rejected: Mapping[int, str], most: int = 3) -> str:
+    """Say why clients have no usable upload, the first ``most`` reasons, each once."""
+    clients: dict[str, list[str]] = {}
+    for client, reason in rejected.items():
+        clients.setdefault(reason, []).append(str(client))
+    return "; ".join(
+        f"client {who[0]} {reason}" if len(who) == 1 else f"clients {listed(who)}: {reason}"
+        for reason, who in list(clients.items())[:most]
+    )
 
 
 def remedy(reasons: Collection[str], rates: Collection[str], is_noised: bool = False) -> str:

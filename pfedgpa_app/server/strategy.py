@@ -22,7 +22,7 @@ from pfedgpa_app.methods.halves import ServerHalf
 from pfedgpa_app.results.log import RunLog, mean
 from pfedgpa_app.server.evaluation import Evaluator
 from pfedgpa_app.server.roster import Roster, array_bytes, match
-from pfedgpa_app.server.screening import NoUploadsError, method_fault, remedy, screened
+from pfedgpa_app.server.screening import NoUploadsError, in_words, method_fault, remedy, screened
 
 logger = logging.getLogger("pfedgpa")
 
@@ -127,7 +127,7 @@ class Personalised(Strategy):
             raise NoUploadsError(
                 f"round {server_round} of {self.name}: {count} of {asked} clients sent a "
                 f"usable upload, min-uploads is {self.config.min_uploads}; the first: "
-                + "; ".join(f"client {c} {reason}" for c, reason in list(rejected.items())[:3])
+                + in_words(rejected)
                 + remedy(
                     rejected.values(),
                     self.method.rate_settings(self.name, self.config),

@@ -160,7 +160,7 @@ def _dealt(settings: Settings, partition: str | None, every: Sequence[str]) -> S
 
 def _names(value: Any) -> list[str]:
     """Return the methods' names from a setting, which is a list or a text with commas."""
-    return value.split(",") if isinstance(value, str) else list(value)
+    return [n.strip() for n in value.split(",")] if isinstance(value, str) else list(value)
 
 
 def _name(conf: str, varied: Settings) -> str:

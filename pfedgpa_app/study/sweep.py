@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pfedgpa_app.config.parse import argument
 from pfedgpa_app.core.files import write_json, write_text
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
@@ -195,7 +196,7 @@ def summarise(runs: Sequence[PlannedRun], out: Path) -> str:
     write_json(out / "sweep.json", record, indent=1)
     parts = []
     for varied, alike in _groups(finished):
-        title = ", ".join(f"{key} = {value}" for key, value in varied.items()) or "all runs"
+        title = ", ".join(f"{key} = {argument(v)}" for key, v in varied.items()) or "all runs"
         seeds = ", ".join(str(run.config.seed) for run in alike)
         figures = table([rows[run.name] for run in alike])
         spread = ": means ± one standard deviation over them" if len(alike) > 1 else ""

@@ -198,7 +198,8 @@ def search(
             if more:
                 run_all(more)
         for method, (key, runs) in going.items():
-            best = max(runs, key=score)  # the first of equals
+            # of equals the value that the method has anyway, else the first
+            best = max(runs, key=lambda run: (score(run), run.varied[key] == base.get(key)))
             if not score(best):
                 raise ConfigError(f"tune: no run of {method} finished; see {out}")
             chosen[method][key] = best.varied[key]

@@ -73,6 +73,16 @@ def test_a_table(hub: Path) -> None:
     assert load("hf:table?input=b", "").train_images.shape == (40, 1)
 
 
+@pytest.mark.parametrize("splits", [("train",), ("train", "test")])
+def test_what_save_to_disk_makes(hub: Path, splits: tuple[str, ...]) -> None:
+    rows = datasets.Dataset.from_dict({"a": [0.5] * 20, "label": [0, 1] * 10})
+    whole = rows if splits == ("train",) else datasets.DatasetDict(dict.fromkeys(splits, rows))
+    whole.save_to_disk("saved")
+    found = load("hf:saved", "")
+    assert found.own_test == (len(splits) == 2)
+    assert len(found.train_images) + len(found.test_images) == 20 * len(splits)
+
+
 def test_a_tables_texts_and_times_are_no_numbers(hub: Path) -> None:
     rows = {"a": [0.5] * ROWS, "name": ["x"] * ROWS, "when": [0] * ROWS, "b": [True] * ROWS}
     kinds = {"a": "float64", "name": "large_string", "when": "timestamp[s]", "b": "bool"}

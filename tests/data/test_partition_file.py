@@ -107,6 +107,7 @@ class TestPartitionFile:
             (b"sample,client\ncat/0.png,-1\n", "line 2: gives 'cat/0.png' to '-1': give the"),
             (b"file,client\ncat/0.png,0\n", "line 1: has the columns 'file,client', but must have"),
             (b"", "line 1: has the columns '', but must have sample and client"),
+            (b"sample,client,client\ncat/0.png,0,1\n", "line 1: has the columns 'sample,client,cl"),
             (b'sample,client\n"cat/0.png,0\n', "line 2: is not valid CSV: unexpected end"),
             ("sample,client\ncat/ä.png,0\n".encode("latin-1"), "line 2: is not in UTF-8: save it"),
             ("sample,client\ncat/0.png,0\n".encode("utf-16"), "line 1: is not in UTF-8: save it"),

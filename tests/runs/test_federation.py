@@ -393,7 +393,7 @@ class TestMethods:
     def test_a_saved_distribution_starts_another_federation(self, tmp_path: Path) -> None:
         one, _ = federate(tmp_path / "1", method="pfedgpa-once", evaluate_every=1)
         saved_to = one / "distribution.safetensors"
-        settings = {"method": "fedavg,fedper", "evaluate_every": 1, "seed": 1}
+        settings = {"method": "fedavg,fedper,local", "evaluate_every": 1, "seed": 1}
         two, grid = federate(tmp_path / "2", start_from=str(one), **settings)  # its folder
         first = train_messages(grid)[0].content.array_records["arrays"].to_torch_state_dict()
         mean = load(saved_to)
@@ -403,6 +403,16 @@ class TestMethods:
         cold_rounds = [r["accuracy"] for r in records(cold) if r["federation"] == "fedavg"]
         assert sum(warm_rounds[:4]) > sum(cold_rounds[:4])  # all clients after the first round
         assert summary(two)["fedavg"]["rounds_to_95_percent_of_peak"] in (1, 2, 3, 4)
+        assert (
+            summary(two)["local"]["accuracy_before_ft"]
+            == summary(cold)["local"]["accuracy_before_ft"]
+        )
+        said = [e["text"] for e in records(two, "events.jsonl")]
+        assert f"rounds begin with the mean of what {one} learned" in "\n".join(said)
+        alone, _ = federate(tmp_path / "4", start_from=str(one), method="local")
+        said = [e["text"] for e in records(alone, "events.jsonl")]
+        assert "rounds begin" not in "\n".join(said)
+        assert any(text.startswith("start-from has no effect on local-only's") for text in said)
 
     def test_a_saved_distribution_has_what_normalisation_layers_have_seen(
         self, tmp_path: Path
@@ -632,7 +642,8 @@ class TestBadUploads:
             late = config["round"] == 3 and config["method"] == "fedavg"
             return None if late and message.metadata.message_type == "train" else reply
 
-        with pytest.raises(NoUploadsError, match=r"round 3 of fedavg: none of 4 clients"):
+        said = r"round 3 of fedavg: none of 4 clients .*; the first: clients 0, 1, 2, 3: did not "
+        with pytest.raises(NoUploadsError, match=said):
             federate(tmp_path, fail, method="local,fedavg")
         folder = tmp_path / "run"
         assert list(summary(folder)) == ["local"]

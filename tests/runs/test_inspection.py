@@ -29,7 +29,9 @@ def to_go_on(folder: Path) -> str:
     return "\n".join(lines_about(folder)).partition("to continue: pfedgpa ")[2].splitlines()[0]
 
 
-def test_a_run_that_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, _ = federate(tmp_path, method="fedavg,pfedgpa-once", num_server_rounds=3, seed=7)
     assert cli.main(["inspect", str(folder)]) == 0
     text = capsys.readouterr().out
@@ -38,6 +40,8 @@ def test_a_run_that_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "; done" in text
     assert f"{summary(folder)['pfedgpa-once']['accuracy_kept']:.1f}" in text
     assert "12 uploads of 4 clients, rounds 1 to 3" in text
+    monkeypatch.chdir(folder)
+    assert lines_about(Path())[0].startswith("run run: ")
     alone = lines_about(folder / "distribution.safetensors")
     assert alone[0].startswith("distribution: of 12 uploads")
     spaced = folder.rename(folder.with_name("my run")) / "distribution.safetensors"

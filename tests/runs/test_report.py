@@ -338,6 +338,9 @@ class TestSeveralRuns:
         assert said in report.write([copy]).read_text()
         caplog.clear()
         warn_once.cache_clear()
+        (copy / "table.md").unlink()  # a run's last file
+        shown = Result.of(copy)._repr_markdown_()
+        assert shown == (folder / "table.md").read_text().rstrip("\n")
         assert Result.of(copy).table == Result.of(folder).table
         assert f"{copy} {said}" in caplog.text
 

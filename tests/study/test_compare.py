@@ -340,6 +340,21 @@ class TestTune:
             before, kept = [*before, *methods], chosen
         assert len(set(ran)) == len(ran)
 
+    def test_of_equals_the_default_is_chosen(
+        self, experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def run_sweep(runs: list[PlannedRun], *_: Any) -> bool:
+            for run in runs:
+                finish(run, 50.0)
+            return True
+
+        monkeypatch.setattr(tune, "run_sweep", run_sweep)
+        words = ["tune", "--conf", str(experiment), "--methods", "fedprox"]
+        assert cli.main([*words, "--out", str(tmp_path / "out")]) == 0
+        mu = resolve({"conf": str(experiment)}).config.of(FedProxSettings).mu
+        assert mu == FedProxSettings().mu
+        assert mu != tune.main_settings("fedprox")["fedprox.mu"][0]
+
     def test_a_search_goes_on_beyond_its_ends(self) -> None:
         assert tune.next_beyond([(0.02, 70.0), (0.05, 60.0), (0.1, 65.0)]) == 0.008
         assert tune.next_beyond([(0.02, 60.0), (0.05, 60.0), (0.1, 65.0)]) == 0.2

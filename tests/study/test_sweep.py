@@ -62,8 +62,9 @@ class TestPlan:
 
     def test_methods_have_the_settings_that_they_go_by(self, tmp_path: Path) -> None:
         given = {"conf": "demo", "pfedgpa.momentum": 0.5, "batch-size": 7}
-        over = {"method": ["fedavg,fedala", ["pfedgpa"]]}
-        averaged, generated = expand(given, over, tmp_path)
+        over = {"method": ["fedavg,fedala", ["pfedgpa"], "fedavg, pfedgpa"]}
+        averaged, generated, both = expand(given, over, tmp_path)
+        assert both.config.of(PFedGPASettings).momentum == 0.5
         assert "pfedgpa.momentum" not in averaged.settings
         assert generated.config.of(PFedGPASettings).momentum == 0.5
         assert averaged.config.batch_size == generated.config.batch_size == 7
