@@ -109,15 +109,18 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
     return found.astype(np.int64 if schema.tokens else np.float32)
 
 
-def _lines(file: Path) -> list[list[str]]:
-    """Return the lines of a CSV file, but empty ones.
+def delimiter_of(first_line: str) -> str:
+    """Return what separates a CSV file's cells: the most frequent of comma, semicolon and tab.
 
-    If the first line has a semicolon, or else a tab, that separates the cells, as Excel writes it
-    in countries with decimal commas.
+    Excel writes semicolons in countries with decimal commas.
     """
+    return max(",;\t", key=first_line.count)
+
+
+def _lines(file: Path) -> list[list[str]]:
+    """Return the lines of a CSV file, but empty ones."""
     with file.open(newline="", encoding="utf-8-sig") as opened:
-        first = opened.readline()
-        delimiter = next((each for each in ";\t" if each in first), ",")
+        delimiter = delimiter_of(opened.readline())
         opened.seek(0)
         return [line for line in csv.reader(opened, delimiter=delimiter) if line]
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from pfedgpa_app.core.sections import PARTITION_FILE
 from pfedgpa_app.core.settings import ConfigError, shown
+from pfedgpa_app.data.examples import delimiter_of
 
 Entry = tuple[str, str, str]  # place in the file, for messages; sample; client
 
@@ -191,14 +192,11 @@ def _json_entries(where: str, text: str) -> Iterator[Entry]:
 def _csv_entries(where: str, text: str) -> Iterator[Entry]:
     """Yield the entries of CSV with the columns sample and client.
 
-    Cells are separated by the most frequent of comma, semicolon and tab in the first line.
-
     Raises:
         ConfigError: it has no such columns, or a quotation mark at a wrong place.
     """
     first = next(iter(text.splitlines()), "")
-    delimiter = max(",;\t", key=first.count)  # Excel writes ; where decimals have commas
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(first), strict=True)
     try:
         header = [name.strip().lower() for name in next(rows, [])]
         if [header.count(name) for name in ("sample", "client")] != [1, 1]:

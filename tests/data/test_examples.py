@@ -32,6 +32,12 @@ def test_a_cell_that_is_no_number_is_named(tmp_path: Path, cell: str, said: str)
         examples([rows], THREE, resize=False)
 
 
+def test_a_semicolon_in_a_columns_name_separates_nothing(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("mass (kg; dry),height,width\n1,2,3\n")
+    schema = Schema("table", ("a", "b"), (2,), columns=("width", "mass (kg; dry)"))
+    assert examples([tmp_path / "rows.csv"], schema, resize=False)[1][0].tolist() == [3.0, 1.0]
+
+
 @pytest.mark.parametrize("separator", [";", "\t", ","])
 @pytest.mark.parametrize("head", ["", "age,height,weight\n"])
 def test_cells_may_be_separated_as_excel_does(tmp_path: Path, separator: str, head: str) -> None:
