@@ -246,7 +246,7 @@ def _cached(identity: Any, read: Callable[[], Dataset]) -> Dataset:
     """
     text = json.dumps(identity, separators=(",", ":"))
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pfedgpa"
-    cache = home / f"7-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
+    cache = home / f"8-{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     if found := _stored(cache):
         return found
     data = read()

@@ -109,20 +109,21 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
     return found.astype(np.int64 if schema.tokens else np.float32)
 
 
-def delimiter_of(first_line: str) -> str:
+def delimiter_of(line: str) -> str:
     """Return what separates a CSV file's cells: the most frequent of comma, semicolon and tab.
 
     Excel writes semicolons in countries with decimal commas.
     """
-    return max(",;\t", key=first_line.count)
+    return max(",;\t", key=line.count)
 
 
 def _lines(file: Path) -> list[list[str]]:
     """Return the lines of a CSV file, but empty ones."""
     with file.open(newline="", encoding="utf-8-sig") as opened:
-        delimiter = delimiter_of(opened.readline())
+        # columns' names, in the first line, may have commas and semicolons of their own
+        last = opened.read().rstrip("\r\n").rpartition("\n")[2]
         opened.seek(0)
-        return [line for line in csv.reader(opened, delimiter=delimiter) if line]
+        return [line for line in csv.reader(opened, delimiter=delimiter_of(last)) if line]
 
 
 def _in_order(

@@ -82,7 +82,7 @@ def _splits(
     """Load the data set: {split: its rows}.
 
     Raises:
-        DataError: the library is not installed, or it finds no such data set or split.
+        DataError: the library is not installed, or it finds no such data set, subset or split.
     """
     if not download:  # the library reads this when it is imported
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -92,8 +92,11 @@ def _splits(
         raise DataError(f"dataset {name}: needs pip install 'pfedgpa-app[hf]': {error}") from error
     datasets.disable_progress_bars()
     here = str(folder) if folder.is_dir() else place
+    is_saved = any((folder / file).is_file() for file in _SAVED)
+    if is_saved and "subset" in chosen:
+        raise DataError(f"dataset {name}: what save_to_disk makes has no subsets: leave it out")
     try:
-        if any((folder / file).is_file() for file in _SAVED):
+        if is_saved:
             splits = datasets.load_from_disk(here)
             splits = splits if isinstance(splits, dict) else {"train": splits}
         else:

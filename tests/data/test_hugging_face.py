@@ -81,6 +81,8 @@ def test_what_save_to_disk_makes(hub: Path, splits: tuple[str, ...]) -> None:
     found = load("hf:saved", "")
     assert found.own_test == (len(splits) == 2)
     assert len(found.train_images) + len(found.test_images) == 20 * len(splits)
+    with pytest.raises(DataError, match="makes has no subsets: leave it out"):
+        load("hf:saved?subset=one", "")
 
 
 def test_a_tables_texts_and_times_are_no_numbers(hub: Path) -> None:
