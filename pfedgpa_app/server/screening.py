@@ -20,8 +20,9 @@ from pfedgpa_app.core.weights import (
     NOT_FINITE,
     Layout,
     Weights,
+    all_finite,
+    finite,
     finite_elsewhere,
-    odd_places,
 )
 from pfedgpa_app.messages import bytes_of
 from pfedgpa_app.methods.contract import MethodError
@@ -117,14 +118,13 @@ def checked(arrays: ArrayRecord, expected: Weights) -> tuple[Weights | None, str
         weights: Weights = dict(arrays.to_torch_state_dict())
     except Exception as error:  # whatever malformed bytes make NumPy raise
         return None, f"sent arrays that cannot be read: {error}"
-    odd = odd_places(expected)
     for name, like in expected.items():
         tensor = weights[name]
         if tensor.shape != like.shape:
             return None, f"sent {name} of shape {list(tensor.shape)}, not {list(like.shape)}"
         if tensor.dtype != like.dtype:
             return None, f"sent {name} as {tensor.dtype}, not {like.dtype}"
-        if not finite_elsewhere(tensor, odd.get(name)):
+        if not all_finite(tensor) and not finite_elsewhere(tensor, ~finite(like)):
             return None, f"sent {name} with {NOT_FINITE}"
     return {name: weights[name] for name in expected}, ""
 
