@@ -214,11 +214,13 @@ def federate(folder: Path, prefix: str, cut: float, settings: dict[str, Any]) ->
             deployment.start_node(node)
         deployment.await_nodes()
         run_id = deployment.run(stage(APP_DIR, deployment.home / "app"), settings)
-        if cut:
-            while not (events.exists() and " round 1/" in events.read_text()):
-                time.sleep(0.05)
-            deployment.cut(nodes - 1, cut)
-        return deployment.wait(run_id, folder / "log")
+        cuts = [cut] if cut else []
+
+        def cut_in_round_2() -> None:
+            if cuts and events.exists() and " round 1/" in events.read_text(encoding="utf-8"):
+                deployment.cut(nodes - 1, cuts.pop())
+
+        return deployment.wait(run_id, folder / "log", cut_in_round_2)
 
 
 def over_networks(

@@ -12,6 +12,7 @@ import numpy as np
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.settings import DataError, near
 from pfedgpa_app.data.imagefolder import files_below, is_image
+from pfedgpa_app.data.partition_file import delimiter_of
 from pfedgpa_app.data.pictures import BILINEAR, pixels_of, read_image
 
 ARRAYS = (".npy", ".npz", ".csv")
@@ -107,14 +108,6 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
     if schema.tokens and (odd := found[found % 1 != 0]).size:
         raise DataError(f"{file}: has {odd[0]:g}, but the network takes whole numbers")
     return found.astype(np.int64 if schema.tokens else np.float32)
-
-
-def delimiter_of(line: str) -> str:
-    """Return what separates a CSV file's cells: the most frequent of comma, semicolon and tab.
-
-    Excel writes semicolons in countries with decimal commas.
-    """
-    return max(",;\t", key=line.count)
 
 
 def _lines(file: Path) -> list[list[str]]:

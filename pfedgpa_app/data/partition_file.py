@@ -14,7 +14,6 @@ import numpy as np
 
 from pfedgpa_app.core.sections import PARTITION_FILE
 from pfedgpa_app.core.settings import ConfigError, shown
-from pfedgpa_app.data.examples import delimiter_of
 
 Entry = tuple[str, str, str]  # place in the file, for messages; sample; client
 
@@ -187,6 +186,14 @@ def _json_entries(where: str, text: str) -> Iterator[Entry]:
         raise ConfigError(f'{where}: must be a JSON object, as in {{"cat/1.jpg": 0}}')
     for sample, client in found:
         yield where, sample, str(client)
+
+
+def delimiter_of(line: str) -> str:
+    """Return what separates a CSV file's cells: the most frequent of comma, semicolon and tab.
+
+    Excel writes semicolons in countries with decimal commas.
+    """
+    return max(",;\t", key=line.count)
 
 
 def _csv_entries(where: str, text: str) -> Iterator[Entry]:

@@ -636,6 +636,15 @@ class TestShippedFiles:
         app = {name for name in app if not name.startswith(left_out)}
         assert names == app | {"README.md", "LICENSE", ".info/CONTENT"}
 
+    def test_the_bundle_has_all_that_its_doors_import(self, tmp_path: Path) -> None:
+        bundle = build_fab_from_disk(stage(APP_DIR, tmp_path / "app"))
+        with zipfile.ZipFile(io.BytesIO(bundle)) as file:
+            file.extractall(tmp_path / "bundle")
+        code = "import sys; sys.path.insert(0, sys.argv[1]); import client_app, server_app"
+        command = [sys.executable, "-P", "-c", code, str(tmp_path / "bundle")]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
     def test_dockerfile_is_for_a_flower_that_we_take(self) -> None:
         text = (APP_DIR / "deploy" / "Dockerfile").read_text()
         [image] = re.findall(r"flwr/\$\{ROLE\}:(\S+)", text)
