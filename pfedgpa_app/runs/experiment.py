@@ -228,8 +228,9 @@ class Experiment:
         self.initial = initial_weights(config, self.dataset)
         for text in share_little(config, self.dataset, self.initial):
             log.event("warning", text)
-        ignoring = [n for n in federations(config.method) if "start-from" in rounds_class(n).unused]
-        if config.start_from and not self.going and len(ignoring) < len(federations(config.method)):
+        every = map(rounds_class, federations(config.method))
+        starts = [rounds for rounds in every if "start-from" not in rounds.unused]
+        if config.start_from and starts and not self.going:
             text = f"rounds begin with the mean of what {config.start_from} learned"
             log.event("status", f"{text}; what clients keep to themselves does not")
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
