@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
@@ -112,11 +113,11 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
 
 def _lines(file: Path) -> list[list[str]]:
     """Return the lines of a CSV file, but empty ones."""
-    with file.open(newline="", encoding="utf-8-sig") as opened:
-        # columns' names, in the first line, may have commas and semicolons of their own
-        last = opened.read().rstrip("\r\n").rpartition("\n")[2]
-        opened.seek(0)
-        return [line for line in csv.reader(opened, delimiter=delimiter_of(last)) if line]
+    text = file.read_bytes().decode("utf-8-sig")
+    # columns' names, in the first line, may have commas and semicolons of their own
+    last = text.rstrip("\r\n").rpartition("\n")[2]
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(last))
+    return [line for line in rows if line]
 
 
 def _in_order(
