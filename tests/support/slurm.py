@@ -8,6 +8,7 @@ A job is a process group; one that is killed counts as a node that failed.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,8 +36,10 @@ def sbatch(home: Path, file: str) -> None:
     told = {"SLURM_JOB_ID": job, "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1"}
     told |= {"SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     env = os.environ | told | {"SLURM_JOB_NODELIST": "here"}
+    # as Slurm keeps a copy of its own: submitit takes the file away once it is submitted
+    kept = shutil.copy(file, home / f"{job}.sh")
     # the shell writes how the job ended, unless it is killed with the job
-    script = f'bash "{file}" > "{home}/{job}.log" 2>&1; echo COMPLETED > "{home}/{job}.end"'
+    script = f'bash "{kept}" > "{home}/{job}.log" 2>&1; echo COMPLETED > "{home}/{job}.end"'
     process = subprocess.Popen(
         ["sh", "-c", script],
         env=env,
