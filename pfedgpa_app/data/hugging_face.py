@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -84,8 +84,6 @@ def _splits(
     Raises:
         DataError: the library is not installed, or it finds no such data set, subset or split.
     """
-    if not download:  # the library reads this when it is imported
-        os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         import datasets
     except ImportError as error:
@@ -100,14 +98,29 @@ def _splits(
             splits = datasets.load_from_disk(here)
             splits = splits if isinstance(splits, dict) else {"train": splits}
         else:
-            splits = datasets.load_dataset(here, chosen.get("subset"))
+            with _hub(download):
+                splits = datasets.load_dataset(here, chosen.get("subset"))
     except Exception as error:  # the library raises many kinds
         how = "" if download or folder.is_dir() else "; to ask the Hub, set download=true"
         raise DataError(f"dataset {name}: {type(error).__name__}: {error}{how}") from error
     for wanted in (chosen.get("train", "train"), *filter(None, [chosen.get("test")])):
         if wanted not in splits:
-            raise DataError(f"dataset {name}: has no split {wanted}{near(wanted, list(splits))}")
+            there = ", ".join(splits)
+            raise DataError(f"dataset {name}: has no split {wanted}; there are {there}")
     return dict(splits)
+
+
+@contextlib.contextmanager
+def _hub(may_be_asked: bool) -> Iterator[None]:
+    """Keep the library from asking the Hub inside this block, unless that is allowed."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE  # True where the user's environment says so
+    config.HF_HUB_OFFLINE = before or not may_be_asked
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def _label_of(name: str, rows: Any) -> str:

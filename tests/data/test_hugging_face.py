@@ -21,7 +21,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A data set of images with two columns of classes, beside a table's."""
     from PIL import Image
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
@@ -113,13 +112,28 @@ def test_a_run_by_its_users(hub: Path) -> None:
         ("hf:people/letters", "which column is the label.*picture, kind, hand, writer"),
         ("hf:people/letters?label=kin", "no column kin.*kind"),
         ("hf:people/letters?label=kind&input=pictur", "no column pictur.*picture"),
-        ("hf:people/letters?label=kind&train=trai", "no split trai.*train"),
+        ("hf:people/letters?label=kind&train=trai", "no split trai; there are train, test"),
         ("hf:nobody/nothing", "to ask the Hub, set download=true"),
     ],
 )
 def test_refusals(hub: Path, name: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
         load(name, "")
+
+
+def test_the_hub_is_asked_only_where_it_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it may be is said anew each time, as in a notebook."""
+    asked: list[str] = []
+
+    def ask(*_: Any, repo_id: str, **__: Any) -> None:
+        asked.append(repo_id)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.hf_hub_download", ask)
+    for download in (False, True, False):
+        with pytest.raises(DataError, match="nothing"):
+            load("hf:nobody/nothing", "", download=download)
+    assert asked == ["nobody/nothing"]
 
 
 def test_an_unknown_choice(hub: Path) -> None:
