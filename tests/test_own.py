@@ -110,6 +110,16 @@ class Viewed(nn.Module):
         x = self.second(self.first(x).relu()).relu()
         return self.head(x.view(x.size(0), -1))
 
+class Counted(nn.Module):
+    """It asks how many examples there are."""
+
+    def __init__(self, classes, shape):
+        super().__init__()
+        self.head = nn.Linear(64, classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1)[torch.arange(len(x), device=x.device)])
+
 class Strided(nn.Module):
     """Nothing of it is contiguous: a trained matrix, a frozen one, buffers that share memory."""
 
@@ -1277,11 +1287,13 @@ class TestHome:
         assert "has examples of shape [3, 16, 16]" in capsys.readouterr().err
 
     @pytest.mark.parametrize("to", ["torch", "onnx"])
-    def test_an_exported_network_says_the_same(self, here: Path, to: str) -> None:
+    @pytest.mark.parametrize("network", ["auto", "nets:Counted"])
+    def test_an_exported_network_says_the_same(self, here: Path, network: str, to: str) -> None:
         if to == "onnx":
             pytest.importorskip("onnxscript", reason="needs pip install 'pfedgpa-app[onnx]'")
             onnxruntime = pytest.importorskip("onnxruntime")
-        folder, _ = federate(here, method="fedavg", num_server_rounds=1)
+        (here / "nets.py").write_text(NETS)
+        folder, _ = federate(here, method="fedavg", model=network, num_server_rounds=1)
         model, file = load_client(folder, 2), here / f"network.{to}"
         x = torch.rand(5, 1, 8, 8)
         export(model, to, file)

@@ -131,22 +131,21 @@ def export(model: ClientModel, to: str, path: Path) -> Path:
     """
     kind = torch.int64 if model.about.schema.tokens else torch.float32
     example = torch.zeros(2, *model.shape, dtype=kind)
-    batch = {0: torch.export.Dim("batch")}
+    batch = ({0: torch.export.Dim("batch")},)
     try:
+        traced = _traced(model, example, batch)
         if to == "onnx":
             program = torch.onnx.export(
-                model,
-                (example,),
+                traced,
                 input_names=["examples"],
                 output_names=["logits"],
-                dynamic_shapes=(batch,),
+                dynamic_shapes=batch,
                 dynamo=True,
                 verbose=False,
             )
             assert program is not None
             written = program.model_proto.SerializeToString()
         else:
-            traced = torch.export.export(model, (example,), dynamic_shapes=(batch,))
             torch.export.save(traced, file := BytesIO())
             written = file.getvalue()
     except ImportError as error:
@@ -158,3 +157,11 @@ def export(model: ClientModel, to: str, path: Path) -> Path:
     with replacing(path) as new:
         new.write_bytes(written)
     return path
+
+
+def _traced(model: ClientModel, example: Tensor, batch: Any) -> torch.export.ExportedProgram:
+    """Trace the network for batches of any size, by both of torch's ways if need be."""
+    try:
+        return torch.export.export(model, (example,), dynamic_shapes=batch)
+    except Exception:  # a network that asks for len(x), say, is tied to one size this way
+        return torch.export.export(model, (example,), dynamic_shapes=batch, strict=True)
