@@ -28,7 +28,7 @@ from pfedgpa_app.config.names import (
 )
 from pfedgpa_app.config.parse import Scalar, fields_of, flat, flatten, parse
 from pfedgpa_app.core.paths import APP_DIR, YAML, user_path
-from pfedgpa_app.core.sections import Config, S
+from pfedgpa_app.core.sections import PARTITION_FILE, Config, S
 from pfedgpa_app.core.settings import ConfigError, near
 from pfedgpa_app.methods.own import reference_of
 
@@ -138,6 +138,24 @@ def differences(there: Mapping[str, Any], resolved: Resolved) -> list[str]:
         if is_read(keys()[name], resolved.config)
         and there.get(name, {"value": before[name]})["value"] != entry["value"]
     ]
+
+
+def with_absolute_files(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """Return ``settings`` with absolute paths of the files that influence results.
+
+    Args:
+        config: what ``settings`` resolve to.
+    """
+    files = {
+        "start-from": config.start_from,
+        "uploads": config.uploads,
+        "model-weights": config.model_weights,
+    }
+    absolute = {name: str(user_path(path).absolute()) for name, path in files.items() if path}
+    if config.partition.startswith(PARTITION_FILE):
+        file = user_path(config.partition.removeprefix(PARTITION_FILE)).absolute()
+        absolute["partition"] = f"{PARTITION_FILE}{file}"
+    return {**settings, **absolute}
 
 
 def resolve(run_config: Mapping[str, Any] | None = None) -> Resolved:

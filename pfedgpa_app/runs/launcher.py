@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.text import Text
 
 from pfedgpa_app.config.parse import argument
-from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.config.resolve import resolve, with_absolute_files
 from pfedgpa_app.core.paths import APP_DIR, YAML, user_path
-from pfedgpa_app.core.sections import PARTITION_FILE, Config
+from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.data.client import load_partition, load_schema
@@ -231,18 +231,7 @@ def with_absolute_paths(run_config: Mapping[str, Any], config: Config) -> dict[s
     if conf.suffix in YAML and conf.is_file():  # otherwise it names one of the app's files
         settings["conf"] = str(conf.absolute())
     settings["code-dir"] = str(user_path(config.code_dir or ".").absolute())
-    files = {
-        "start-from": config.start_from,
-        "uploads": config.uploads,
-        "model-weights": config.model_weights,
-    }
-    for name, path in files.items():
-        if path:
-            settings[name] = str(user_path(path).absolute())
-    if config.partition.startswith(PARTITION_FILE):
-        file = user_path(config.partition.removeprefix(PARTITION_FILE)).absolute()
-        settings["partition"] = f"{PARTITION_FILE}{file}"
-    return settings
+    return with_absolute_files(settings, config)
 
 
 def advice(config: Config) -> str:

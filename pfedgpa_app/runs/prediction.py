@@ -159,7 +159,7 @@ def export(model: ClientModel, to: str, path: Path) -> Path:
     return path
 
 
-def _traced(model: ClientModel, example: Tensor, batch: Any) -> torch.export.ExportedProgram:
+def _traced(model: ClientModel, example: torch.Tensor, batch: Any) -> torch.export.ExportedProgram:
     """Trace the network for batches of any size, by both of torch's ways if need be."""
     try:
         return torch.export.export(model, (example,), dynamic_shapes=batch)

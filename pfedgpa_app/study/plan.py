@@ -12,7 +12,7 @@ from typing import Any
 from pfedgpa_app.config import yaml_file
 from pfedgpa_app.config.names import known, without_idle
 from pfedgpa_app.config.parse import flat
-from pfedgpa_app.config.resolve import Resolved, differences, resolve
+from pfedgpa_app.config.resolve import Resolved, differences, resolve, with_absolute_files
 from pfedgpa_app.core.sections import OF_PARTITION, Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import federations
@@ -104,8 +104,9 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
         varied = dict(zip(over, values, strict=True))
         own = settings_of(settings, _names(varied.get("method", ())), every)
         own = _dealt(own, varied.get("partition"), over.get("partition", ()))
-        chosen = own | varied
-        name = _name(resolve(chosen).config.conf, varied)
+        config = resolve(own | varied).config
+        chosen = with_absolute_files(own | varied, config)  # as runs keep them
+        name = _name(config.conf, varied)
         folder = (out / name).absolute()
         chosen |= {"out-dir": str(folder.parent), "run-name": name}
         run = PlannedRun(name, chosen, varied, resolve(chosen), folder)

@@ -34,7 +34,7 @@ from pfedgpa_app.study.plan import PlannedRun, expand, read
 from pfedgpa_app.study.progress import Lines
 from pfedgpa_app.study.sweep import Sweep, shares, table
 from pfedgpa_app.training import sgd
-from tests.support.federations import PLAIN
+from tests.support.federations import PLAIN, federate
 from tests.support.processes import alive, until
 
 QUICK = PLAIN | {"method": "fedavg", "num-server-rounds": 2, "device": "cpu"}
@@ -201,7 +201,9 @@ def test_a_sweep_skips_what_is_done_and_repeats_what_was_broken_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.main(command("--over", "seed=0,1")[3:]) == 0
+    federate(tmp_path, method="pfedgpa-once", num_server_rounds=1, run_name="before")
+    again = command("--over", "seed=0,1", start_from="before")[3:]  # a path as seen from here
+    assert cli.main(again) == 0
     said = capsys.readouterr().out
     assert "2/2 done" in said
     assert "left" in said
@@ -221,16 +223,16 @@ def test_a_sweep_skips_what_is_done_and_repeats_what_was_broken_off(
     assert not is_done(second)
     old = (first / "events.jsonl").stat().st_mtime_ns
     results = (second / "metrics.jsonl").read_text()
-    assert cli.main(command("--over", "seed=0,1")[3:]) == 0
+    assert cli.main(again) == 0
     said = capsys.readouterr().out
     assert "1 of 2 runs are done already" in said
     assert "demo_seed=0: started" not in said
     assert (first / "events.jsonl").stat().st_mtime_ns == old
     assert is_done(second)
     assert (second / "metrics.jsonl").read_text() == results  # from its start, not appended
-    assert cli.main(command("--over", "seed=1")[3:]) == 0
+    assert cli.main(command("--over", "seed=1", start_from="before")[3:]) == 0
     assert "Not in these tables: 1 more finished runs in out/." in capsys.readouterr().out
-    assert cli.main(command("--over", "seed=0,1", learning_rate=0.5)[3:]) == 2
+    assert cli.main([*again, "learning-rate=0.5"]) == 2
     assert "learning-rate = 0.02 there, 0.5 here" in capsys.readouterr().err
 
 
