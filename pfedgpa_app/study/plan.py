@@ -14,14 +14,18 @@ from pfedgpa_app.config.names import known, without_idle
 from pfedgpa_app.config.parse import flat
 from pfedgpa_app.config.resolve import Resolved, differences, resolve, with_absolute_files
 from pfedgpa_app.core.sections import OF_PARTITION, Config
-from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.methods import federations
 from pfedgpa_app.results.log import SUMMARY, finished_in, is_done, last_event
 from pfedgpa_app.runs.checkpoint import MANIFEST
-from pfedgpa_app.runs.folder import is_foreign, kept_settings
+from pfedgpa_app.runs.folder import check_data, is_foreign, kept_settings
 from pfedgpa_app.runs.resuming import CHECKPOINT
 
 Settings = dict[str, Any]
+
+
+class TakenError(DataError):
+    """The folder that a run is to work in holds something else."""
 
 
 def read(path: Path) -> tuple[Settings, dict[str, list[Any]]]:
@@ -77,6 +81,15 @@ class PlannedRun:
         """Whether its folder holds results or a checkpoint that must not be overwritten."""
         return is_done(self.folder) or (self.folder / SUMMARY).exists() or self._is_resumable()
 
+    def require_same_data(self) -> None:
+        """Refuse data that have changed since the results in its folder were made of them.
+
+        Raises:
+            TakenError: they have.
+        """
+        if self.has_results():
+            _require_same_data(self.folder, self.config)
+
     def _is_resumable(self) -> bool:
         kept = (self.folder / CHECKPOINT / MANIFEST).exists()
         return kept and last_event(self.folder).get("kind") != "failed"
@@ -96,7 +109,8 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
     that only the others use.
 
     Raises:
-        ConfigError: a combination that cannot run, or a folder with another run's results.
+        ConfigError: a combination that cannot run.
+        TakenError: a folder with another run's results.
     """
     runs = []
     every = [name for value in over.get("method", ()) for name in _names(value)]
@@ -111,12 +125,12 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
         chosen |= {"out-dir": str(folder.parent), "run-name": name}
         run = PlannedRun(name, chosen, varied, resolve(chosen), folder)
         if run.has_results() and (differences := run.differences()):
-            raise ConfigError(
+            raise TakenError(
                 f"{folder} holds a run with other settings ({'; '.join(differences)}): "
                 "choose another --out, or delete it"
             )
         if is_foreign(folder):
-            raise ConfigError(f"{folder} exists and is not a run's folder: choose another --out")
+            raise TakenError(f"{folder} exists and is not a run's folder: choose another --out")
         runs.append(run)
     if twice := [name for name, n in Counter(run.name for run in runs).items() if n > 1]:
         raise ConfigError(f"over: makes the same run twice: {', '.join(sorted(twice))}")
@@ -130,6 +144,7 @@ def require_alike(runs: Sequence[PlannedRun], out: Path) -> None:
 
     Raises:
         ConfigError: a finished run of the same experiment and method has other settings.
+        TakenError: or other data.
     """
     for folder in finished_in(out):
         there = kept_settings(folder)
@@ -145,6 +160,16 @@ def require_alike(runs: Sequence[PlannedRun], out: Path) -> None:
                     f"{folder} holds {', '.join(both)} with other settings ({'; '.join(found)}): "
                     "choose another --out, or delete it"
                 )
+            _require_same_data(folder, here.config)
+
+
+def _require_same_data(folder: Path, config: Config) -> None:
+    try:
+        check_data(folder, config)
+    except DataError as error:
+        raise TakenError(
+            f"{folder} holds a run with other data: choose another --out, or delete it ({error})"
+        ) from error
 
 
 def settings_of(settings: Settings, methods: Sequence[str], every: Sequence[str]) -> Settings:

@@ -262,7 +262,8 @@ class Atlas:
                 alike.setdefault(tuple(without_idle(base, [method])), {})[method] = wanted
         found: Settings = {}
         for read, some in alike.items():
-            found |= search({name: base[name] for name in read}, some, folder, self.run_all)
+            own = {name: base[name] for name in read}
+            found |= search(own, some, folder, self.run_all)[0]
         return found
 
     def _rows_of(self, folder: Path) -> list[Row]:

@@ -269,6 +269,7 @@ def run_sweep(
         if on != "here" and run.config.engine == "ray":
             raise ConfigError("engine = ray: on a cluster a run stays on one machine; set process")
         preflight(run.settings, run.config)
+        run.require_same_data()
         if on == "here" and not is_done(run.folder) and (text := slow_precision(run.config)):
             warn_once(text)
     try:

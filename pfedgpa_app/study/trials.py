@@ -102,6 +102,12 @@ class Search:
             self.going[run.name], self._trials[run.name] = (trial.number, run), trial
         return [run for _, run in self.going.values()]
 
+    def runs(self) -> list[PlannedRun]:
+        """Return the runs of all trials so far, also of an earlier search that this one goes on."""
+        proposed = [trial.params for trial in self.study.get_trials() if trial.params]
+        runs = [self._possible({k: given(v) for k, v in each.items()}) for each in proposed]
+        return [run for run in runs if run is not None]
+
     def _settings_digest(self) -> str:
         """Return a digest that tells these trials from those with other settings."""
         found = self._run({}).resolved
@@ -196,8 +202,8 @@ def search(
     trials: int,
     at_once: int,
     shared: Settings | None = None,
-) -> dict[str, Any]:
-    """Return {setting: its best value} of every method, after ``trials`` trials of each.
+) -> tuple[dict[str, Any], list[PlannedRun]]:
+    """Return {setting: its best value} of every method, and the runs of all ``trials`` trials.
 
     Args:
         base, grids, out, shared: as in ``tune.search``.
@@ -223,4 +229,5 @@ def search(
         run_all(runs, judge)
         for each in searches:
             each.tell(score)
-    return {key: value for each in searches for key, value in each.best().items()}
+    best = {key: value for each in searches for key, value in each.best().items()}
+    return best, [run for each in searches for run in each.runs()]

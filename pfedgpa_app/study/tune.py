@@ -9,7 +9,7 @@ that end.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,14 @@ from joblib import cpu_count
 from pfedgpa_app.config.checks import RUN_CONFIG
 from pfedgpa_app.config.names import defaults, keys, require_method, sections
 from pfedgpa_app.config.parse import flat
-from pfedgpa_app.config.resolve import conf_path, inherited, resolve
+from pfedgpa_app.config.resolve import conf_path, inherited, resolve, values_of
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.paths import PACKAGE
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.methods.own import reference_of
-from pfedgpa_app.results.log import finished_in, is_done, rows_of
+from pfedgpa_app.results.log import is_done, rows_of
 from pfedgpa_app.results.tables import markdown
-from pfedgpa_app.runs.folder import kept_settings
 from pfedgpa_app.study import trials
 from pfedgpa_app.study.plan import PlannedRun, Settings, expand, settings_of
 from pfedgpa_app.study.sweep import Judge, lenient, run_sweep
@@ -83,6 +82,7 @@ def tune(
     path = conf_path(conf)
     _check(path, conf, methods)
     found: dict[str, Any] = {}
+    tried: list[PlannedRun] = []
     # methods without a section come first: they choose the run's settings, the others' defaults
     first = [method for method in methods if method not in sections()]
     base = DEFAULTS | settings | {"conf": conf}
@@ -101,14 +101,14 @@ def tune(
         shared = {} if group == first else _of_the_run(path, settings)
         if number:
             at_once = jobs or int(cpu_count())
-            chosen = trials.search(base, grids, out, run_all, score, number, at_once, shared)
+            chosen, its = trials.search(base, grids, out, run_all, score, number, at_once, shared)
         else:
-            chosen = search(_starts(conf, grids, settings) | base, grids, out, run_all, shared)
+            starts = _starts(conf, grids, settings)
+            chosen, its = search(starts | base, grids, out, run_all, shared)
         _keep(path, chosen, command)
         found |= chosen
-    beside = report_of(conf)
-    earlier = beside.read_text(encoding="utf-8") if beside.exists() else ""
-    write_text(beside, merged(earlier, _report(out, conf, command)))
+        tried += its
+    _add_report(report_of(conf), tried, command)
     return found
 
 
@@ -160,8 +160,8 @@ def search(
     out: Path,
     run_all: Callable[[list[PlannedRun]], object],
     shared: Settings | None = None,
-) -> dict[str, Any]:
-    """Return {setting: its best value} of every method, searching one setting after the other.
+) -> tuple[dict[str, Any], list[PlannedRun]]:
+    """Search one setting after the other; return {setting: its best value}, and the runs tried.
 
     Args:
         base: the settings of all runs, whose folders are in ``out``.
@@ -173,6 +173,7 @@ def search(
         ConfigError: no run of some method succeeded.
     """
     chosen: dict[str, dict[str, Any]] = {method: {} for method in grids}
+    tried: list[PlannedRun] = []
 
     def runs_of(method: str, key: str, values: Sequence[Any]) -> list[PlannedRun]:
         own = settings_of(base, [method], list(grids))
@@ -198,12 +199,18 @@ def search(
             if more:
                 run_all(more)
         for method, (key, runs) in going.items():
-            # of equals the value that the method has anyway, else the first
-            best = max(runs, key=lambda run: (score(run), run.varied[key] == base.get(key)))
-            if not score(best):
-                raise ConfigError(f"tune: no run of {method} finished; see {out}")
-            chosen[method][key] = best.varied[key]
-    return {key: value for own in chosen.values() for key, value in own.items()}
+            chosen[method][key] = _best(runs, key, base.get(key))
+            tried += runs
+    return {key: value for own in chosen.values() for key, value in own.items()}, tried
+
+
+def _best(runs: Sequence[PlannedRun], key: str, usual: Any) -> Any:
+    """Return the best run's value of ``key``; of equals the ``usual`` one, else the first."""
+    best = max(runs, key=lambda run: (score(run), run.varied[key] == usual))
+    if not score(best):
+        (method,) = best.config.method
+        raise ConfigError(f"tune: no run of {method} finished; see {best.folder.parent}")
+    return best.varied[key]
 
 
 def _possible(
@@ -272,17 +279,6 @@ def _keep(path: Path, chosen: Mapping[str, Any], command: str) -> None:
     write_text(path, text + "\n".join(marks) + f"\n{block}")
 
 
-def _rows(out: Path, conf: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    path = conf_path(conf).absolute()
-    for folder in sorted(finished_in(out)):
-        config, row = kept_settings(folder), rows_of(folder)[0]
-        if config["conf"]["value"] in (conf, str(path)):
-            names = list(main_settings(row["method"]))
-            names += [n for n in main_settings("fedavg") if config[n]["from"] == RUN_CONFIG]
-            names = list(dict.fromkeys(names))
-            yield row["title"], ", ".join(f"{n} = {config[n]['value']}" for n in names), row
-
-
 def merged(earlier: str, report: str) -> str:
     """Join the reports of several commands; a command's new report replaces its old one."""
     reports = [part for part in re.split(r"(?m)^(?=Made by )", earlier) if part.strip()]
@@ -290,16 +286,26 @@ def merged(earlier: str, report: str) -> str:
     return "\n".join(part.rstrip("\n") + "\n" for part in [*kept, report])
 
 
-def _report(out: Path, conf: str, command: str) -> str:
+def _add_report(path: Path, tried: Sequence[PlannedRun], command: str) -> None:
+    """Write what was tried to the report at ``path``, in the place of the same command's before."""
     rows = []
-    for title, names, row in _rows(out, conf):
-        shown = row["validation"]
+    for run in {run.name: run for run in sorted(tried, key=lambda run: run.name)}.values():
+        title, validation = METHODS[run.config.method[0]].title, {}
+        if is_done(run.folder):
+            validation = rows_of(run.folder)[0]["validation"]
+        names = list(main_settings(run.config.method[0]))
+        names += [n for n in main_settings("fedavg") if run.resolved.sources[n] == RUN_CONFIG]
+        values = values_of(run.resolved.as_dict())
+        settings = ", ".join(f"{name} = {values[name]}" for name in dict.fromkeys(names))
         kinds = ("before_ft", "after_ft", "after_ft_tuned")
-        cells = [f"{shown[kind]:.2f}" if kind in shown else "–" for kind in kinds]
-        rows.append([title, names, str(row["rounds"]), *cells])
+        cells = [f"{validation[kind]:.2f}" if kind in validation else "–" for kind in kinds]
+        rows.append([title, settings, str(run.config.num_server_rounds), *cells])
     header = ["method", "settings", "rounds", "before FT", "its own FT", "tuned FT"]
-    return (
+    report = (
         f"Made by `{command}`.\n\n"
         "Accuracy on the clients' pooled validation images in %; the largest of a method's three "
-        f"figures decides, among equals the next largest.\n\n{markdown(header, rows)}\n"
+        "figures decides, among equals the next largest. A run without figures failed, or was "
+        f"ended early.\n\n{markdown(header, rows)}\n"
     )
+    earlier = path.read_text(encoding="utf-8") if path.exists() else ""
+    write_text(path, merged(earlier, report))

@@ -298,7 +298,9 @@ class TestTune:
         config = resolve({"conf": str(experiment)}).config
         assert config.of(FedProxSettings).mu == best
         search = experiment.with_suffix(".search.md").read_text()
-        assert search.count("| FedProx |") == runs
+        figures = [line for line in search.splitlines() if line.startswith("| FedProx |")]
+        assert sum(not line.endswith("| – | – | – |") for line in figures) == runs
+        assert len(figures) > runs  # one failed
 
     @pytest.mark.parametrize(
         "calls",
@@ -354,6 +356,55 @@ class TestTune:
         mu = resolve({"conf": str(experiment)}).config.of(FedProxSettings).mu
         assert mu == FedProxSettings().mu
         assert mu != tune.main_settings("fedprox")["fedprox.mu"][0]
+
+    def test_a_folder_of_other_runs_is_refused(
+        self,
+        experiment: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        """Also if it holds some of the runs only: they are not passed over."""
+
+        def run_sweep(runs: list[PlannedRun], *_: Any) -> bool:
+            finish(runs[0], 50.0)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(tune, "run_sweep", run_sweep)
+        words = ["tune", "--conf", str(experiment), "--methods", "fedprox"]
+        words += ["--out", str(tmp_path / "out")]
+        assert cli.main(words) == 130
+        monkeypatch.setattr(tune, "run_sweep", lambda *_: pytest.fail("it ran"))
+        assert cli.main([*words, "num-server-rounds=3"]) == 2
+        assert "num-server-rounds = 2 there, 3 here" in capsys.readouterr().err
+
+    def test_a_report_has_the_runs_that_its_search_tried_and_no_others(
+        self, experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """After a grid whose best is better than all that Optuna tries."""
+        pytest.importorskip("optuna", reason="needs pip install 'pfedgpa-app[tune]'")
+        best = 90.0
+
+        def run_sweep(runs: list[PlannedRun], *_: Any) -> bool:
+            for i, run in enumerate(runs):
+                if i != 1 and not run.folder.exists():  # the second one fails
+                    finish(run, best - run.config.learning_rate)
+            return True
+
+        monkeypatch.setattr(tune, "run_sweep", run_sweep)
+        words = ["tune", "--conf", str(experiment), "--methods", "fedavg", "--out", str(tmp_path)]
+        assert cli.main(words) == 0
+        best = 80.0
+        words += ["--jobs", "2", "--trials"]
+        assert cli.main([*words, "2"]) == 0
+        assert cli.main([*words, "4"]) == 0  # which goes on
+        report = experiment.with_suffix(".search.md").read_text().split("Made by ")[-1]
+        rows = [line.split(" | ") for line in report.splitlines() if line.startswith("| FedAvg")]
+        assert len(rows) == 4
+        assert sum("–" in row[3] for row in rows) >= 2
+        rates = {float(row[1].rpartition("= ")[2]): row[3] for row in rows if "–" not in row[3]}
+        assert all(float(figure) < 80 for figure in rates.values())
+        assert resolve({"conf": str(experiment)}).config.learning_rate == min(rates)
 
     def test_a_search_goes_on_beyond_its_ends(self) -> None:
         assert tune.next_beyond([(0.02, 70.0), (0.05, 60.0), (0.1, 65.0)]) == 0.008
@@ -455,7 +506,7 @@ class TestTune:
 
         grids = {"pfedme": {"pfedme.learning-rate": (0.01, 0.02, 0.06)}}
         base = {"pfedme.lam": 20.0, "validation-share": 0.2, "seed": 100}
-        found = tune.search(base, grids, tmp_path, run_all)
+        found, _ = tune.search(base, grids, tmp_path, run_all)
         assert found == {"pfedme.learning-rate": max(tried)} == {"pfedme.learning-rate": 0.04}
         with pytest.raises(ConfigError, match="their product must be at most 1"):
             tune.search(base | {"pfedme.lam": 500.0}, grids, tmp_path / "none", run_all)

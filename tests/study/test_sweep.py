@@ -18,9 +18,12 @@ import pytest
 from rich.console import Console
 
 from pfedgpa_app import cli
+from pfedgpa_app.config.parse import argument
 from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
+from pfedgpa_app.data.client import forget, load_dataset
 from pfedgpa_app.engine import PARENT
 from pfedgpa_app.methods.generation import PFedGPASettings
 from pfedgpa_app.results.log import SUMMARY, is_done, say
@@ -30,7 +33,7 @@ from pfedgpa_app.runs.folder import CONFIG, locked
 from pfedgpa_app.runs.resuming import CHECKPOINT
 from pfedgpa_app.study import sweep
 from pfedgpa_app.study.places import Here
-from pfedgpa_app.study.plan import PlannedRun, expand, read
+from pfedgpa_app.study.plan import PlannedRun, TakenError, expand, read
 from pfedgpa_app.study.progress import Lines
 from pfedgpa_app.study.sweep import Sweep, shares, table
 from pfedgpa_app.training import sgd
@@ -100,7 +103,7 @@ class TestPlan:
         (tmp_path / "demo_seed=0").mkdir()
         runs(tmp_path, {"seed": [0]})  # empty: as a run leaves it that was killed at once
         (tmp_path / "demo_seed=0" / "thesis.tex").write_text("years of work")
-        with pytest.raises(ConfigError, match="not a run's folder"):
+        with pytest.raises(TakenError, match="not a run's folder"):
             runs(tmp_path, {"seed": [0]})
         refused = pytest.raises(ConfigError, match="another sweep")
         with locked(tmp_path, "another sweep"), refused, locked(tmp_path, "another sweep"):
@@ -116,13 +119,36 @@ class TestPlan:
         (folder / CHECKPOINT / MANIFEST).write_text("{}")
         runs(tmp_path, {"seed": [0]})
         other = {"learning-rate": 0.002}
-        with pytest.raises(ConfigError, match=r"other settings \(learning-rate = .* there"):
+        with pytest.raises(TakenError, match=r"other settings \(learning-rate = .* there"):
             runs(tmp_path, {"seed": [0]}, **other)
         say(folder, "failed", "too hot", 0.5)
         runs(tmp_path, {"seed": [0]}, **other)  # nothing is lost
         (folder / SUMMARY).write_text("[]")
-        with pytest.raises(ConfigError, match="other settings"):
+        with pytest.raises(TakenError, match="other settings"):
             runs(tmp_path, {"seed": [0]}, **other)
+
+    def test_results_of_other_data_are_not_mixed_in(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """One seed's run is there when the partition's file is edited."""
+        monkeypatch.chdir(tmp_path)
+        digits = load_dataset(Config(dataset="digits"))
+        lines = [f"train/{i},{i % 4}" for i in range(len(digits.train_labels))]
+        lines += [f"test/{i},{i % 4}" for i in range(len(digits.test_labels))]
+        Path("who.csv").write_text("\n".join(["sample,client", *lines]))
+        dealt = {"dataset": "digits", "partition": "file:who.csv", "num-clients": 4}
+        settings = QUICK | dealt | {"num-server-rounds": 1, "report": False}
+        settings |= {"train-per-client": "auto", "test-per-client": "auto"}
+        [first] = expand(settings, {"seed": [0]}, tmp_path / "out")
+        federate(tmp_path, **{k.replace("-", "_"): v for k, v in first.settings.items()})
+        lines[0] = "train/0,3"
+        Path("who.csv").write_text("\n".join(["sample,client", *lines]))
+        forget()  # as in a process of its own
+        monkeypatch.setattr(sweep, "_run_all", lambda *_: pytest.fail("it ran"))
+        words = ["sweep", "--over", "seed=0,1", "--out", "out"]
+        words += [f"{k}={argument(v)}" for k, v in settings.items()]
+        assert cli.main(words) == 2
+        assert "seed=0 holds a run with other data" in capsys.readouterr().err
 
     def test_the_machine_is_shared_out_and_never_oversubscribed(self, tmp_path: Path) -> None:
         over = {"seed": list(range(10))}

@@ -50,7 +50,8 @@ class Runner:
 
 
 def search(out: Path, run_all: Any, number: int, grids: Any = None) -> dict[str, Any]:
-    return trials.search(BASE, grids or RATES, out, run_all, accuracy, number, 2)
+    found, _ = trials.search(BASE, grids or RATES, out, run_all, accuracy, number, 2)
+    return found
 
 
 def test_it_comes_near_the_best_and_beyond_the_grid(tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_where_the_best_are_equal_the_next_best_decide(tmp_path: Path) -> None:
     def level(run: PlannedRun) -> tuple[float, ...]:
         return (68.75, 60.0 - abs(run.varied["fedavgm.momentum"] - tried[1]))
 
-    found = trials.search(BASE, grids, tmp_path, run_all, level, 5, 2)
+    found, _ = trials.search(BASE, grids, tmp_path, run_all, level, 5, 2)
     assert found == {"fedavgm.momentum": tried[1]}
 
 
@@ -173,7 +174,7 @@ def test_a_run_whose_training_loss_is_among_the_worst_is_ended(tmp_path: Path) -
         return () if run.name in ended else (float(len(done)),)
 
     grids = {"fedprox": {"fedprox.mu": (0.001, 0.01, 0.1, 1.0)}}
-    found = trials.search(BASE, grids, tmp_path, run_all, score, 10, 5)
+    found, _ = trials.search(BASE, grids, tmp_path, run_all, score, 10, 5)
     assert ended == [began[7]]
     assert f"fedprox.mu={found['fedprox.mu']}" not in " ".join(ended)
     kept = trials.Search(BASE, "fedprox", grids["fedprox"], tmp_path, 10, {})
@@ -238,7 +239,7 @@ def test_values_that_a_method_refuses_together_cost_nothing(tmp_path: Path) -> N
     def near(run: PlannedRun) -> tuple[float, ...]:
         return (50 - 10 * abs(math.log10(run.varied["pfedme.learning-rate"] / 0.05)),)
 
-    found = trials.search(base, grids, tmp_path, run_all, near, 30, 3)
+    found, _ = trials.search(base, grids, tmp_path, run_all, near, 30, 3)
     assert 0.03 < found["pfedme.learning-rate"] <= 1 / 15
     assert len(given) < 30  # some were proposed beyond, as the grid's next step is
     assert max(given) <= 1 / 15
