@@ -18,7 +18,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def handle(options: Namespace) -> int:
     from pfedgpa_app.config.resolve import values_of
-    from pfedgpa_app.results.log import SUMMARY, rounds_of
+    from pfedgpa_app.results.log import SUMMARY, is_done, rounds_of
     from pfedgpa_app.results.tracking import Tracking, require_installed
     from pfedgpa_app.runs.folder import kept_settings
 
@@ -31,7 +31,7 @@ def handle(options: Namespace) -> int:
     tracking = Tracking(folder, [options.to], settings, lambda _, why: wrong.append(why))
     if (folder / SUMMARY).exists():
         tracking.results()
-    tracking.close()
+    tracking.close(is_done(folder))
     if wrong:
         raise LaunchError(f"{options.to}: {wrong[0]}")
     for federation, numbers in rounds.items():

@@ -37,8 +37,8 @@ class Tracker(Protocol):
     def log(self, figures: Figures, server_round: int) -> None:
         """Log the figures of a round."""
 
-    def close(self) -> None:
-        """Finish: no more figures will come."""
+    def close(self, done: bool) -> None:
+        """Finish: no more figures will come, as the run is done, or was broken off."""
 
 
 class TensorBoard:
@@ -58,7 +58,7 @@ class TensorBoard:
             self.writer.add_scalar(key, value, server_round)
         self.writer.flush()
 
-    def close(self) -> None:
+    def close(self, done: bool) -> None:
         self.writer.close()
 
 
@@ -86,8 +86,8 @@ class WandB:
     def log(self, figures: Figures, server_round: int) -> None:
         self.run.log(dict(figures), step=server_round)
 
-    def close(self) -> None:
-        self.run.finish()
+    def close(self, done: bool) -> None:
+        self.run.finish(exit_code=0 if done else 1)
 
 
 class MLflow:
@@ -121,8 +121,8 @@ class MLflow:
         metrics = [self.metric(key, value, 0, server_round) for key, value in figures.items()]
         self.client.log_batch(self.id, metrics=metrics)
 
-    def close(self) -> None:
-        self.client.set_terminated(self.id)
+    def close(self, done: bool) -> None:
+        self.client.set_terminated(self.id, "FINISHED" if done else "FAILED")
 
 
 TRACKERS: dict[str, Callable[[Path, str, Mapping[str, Any]], Tracker]] = {
@@ -206,9 +206,10 @@ class Tracking:
             figures = {f"results/{key}": value for key, value in finite(row).items()}
             self._tell(row["method"], figures, row["rounds"])
 
-    def close(self) -> None:
+    def close(self, done: bool) -> None:
+        """Close the trackers; ``done`` is whether the run is."""
         for kind in list(self._open):
-            self._close(kind)
+            self._close(kind, done)
 
     def _tell(self, name: str, figures: Figures, server_round: int) -> None:
         for kind, trackers in list(self._open.items()):
@@ -217,10 +218,10 @@ class Tracking:
                     trackers[name] = TRACKERS[kind](self.folder, name, self.settings)
                 trackers[name].log(figures, server_round)
 
-    def _close(self, kind: str) -> None:
+    def _close(self, kind: str, done: bool) -> None:
         for tracker in self._open.pop(kind, {}).values():
             with self._kept_from_harm(kind):
-                tracker.close()
+                tracker.close(done)
 
     @contextlib.contextmanager
     def _kept_from_harm(self, kind: str) -> Iterator[None]:
@@ -232,4 +233,4 @@ class Tracking:
                 return
             self._failed.add(kind)
             self.warn(kind, f"{type(error).__name__}: {error}")
-            self._close(kind)
+            self._close(kind, done=False)

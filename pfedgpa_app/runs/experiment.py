@@ -274,12 +274,14 @@ class Experiment:
         Args:
             methods_of: {federation: the names of its methods}.
         """
+        done = False
         try:
             self._run_federations(methods_of)
             self.summary.finish()
             self.tracking.results()
+            done = True
         finally:
-            self.tracking.close()
+            self.tracking.close(done)
 
     def _run_federations(self, methods_of: dict[str, list[str]]) -> None:
         finished = self.resuming.finished

@@ -143,8 +143,7 @@ def require_alike(runs: Sequence[PlannedRun], out: Path) -> None:
     ``expand`` does not see them: a method's run in another group of methods has another folder.
 
     Raises:
-        ConfigError: a finished run of the same experiment and method has other settings.
-        TakenError: or other data.
+        TakenError: a finished run of the same experiment and method has other settings or data.
     """
     for folder in finished_in(out):
         there = kept_settings(folder)
@@ -156,7 +155,7 @@ def require_alike(runs: Sequence[PlannedRun], out: Path) -> None:
             same = {"method": both, "seed": there["seed"]["value"]}
             here = resolve(without_idle(run.settings, both) | same)
             if found := differences(there | {"method": {"value": both}}, here):
-                raise ConfigError(
+                raise TakenError(
                     f"{folder} holds {', '.join(both)} with other settings ({'; '.join(found)}): "
                     "choose another --out, or delete it"
                 )

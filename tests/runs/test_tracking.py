@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -9,12 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from pfedgpa_app import cli
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.results import log, tracking
+from pfedgpa_app.runs.summary import Summary
 from tests.support.federations import federate, records, summary
 
 HOW: dict[str, Any] = {"method": "fedavg,client-mean", "num_server_rounds": 3}
@@ -69,6 +72,22 @@ class TestOtherDashboards:
         wanted = curve(folder, "fedavg", "loss/train")
         assert {point.step: pytest.approx(point.value) for point in told} == wanted
 
+    @pytest.mark.parametrize("status", ["FINISHED", "FAILED"])
+    def test_mlflow_says_how_a_run_ended(
+        self, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        client = pytest.importorskip("mlflow.tracking").MlflowClient
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", place := f"sqlite:///{tmp_path / 'mlflow.db'}")
+        ended: Any = contextlib.nullcontext()
+        if status == "FAILED":
+            ended = pytest.raises(OSError, match="disk")
+            monkeypatch.setattr(Summary, "finish", Mock(side_effect=OSError("the disk is full")))
+        with ended:
+            federate(tmp_path, track="mlflow", **HOW)
+        kept = client(place)
+        experiment = kept.get_experiment_by_name("pfedgpa").experiment_id
+        assert {run.info.status for run in kept.search_runs([experiment])} == {status}
+
     def test_the_first_runs_of_a_sweep_make_mlflows_file_together(
         self, folder: Path, tmp_path: Path
     ) -> None:
@@ -118,7 +137,7 @@ class TestWhatGoesWrong:
                 if self.name == "fedrep":
                     raise OSError("no route to host")
 
-            def close(self) -> None:
+            def close(self, done: bool) -> None:
                 closed.append(self.name)
                 raise OSError("cannot be closed either")
 
@@ -130,7 +149,7 @@ class TestWhatGoesWrong:
         record = {"accuracy": 50.0, "train_loss": 1.0, "participated": True}
         for federation in ("fedavg", "fedrep", "fedrep"):
             broken.round(federation, 1, [record])
-        broken.close()
+        broken.close(done=True)
         assert told == [("tensorboard", "OSError: no route to host")]
         assert closed == ["fedavg", "fedrep"]  # what it has of the others is kept
         how = {"method": "fedrep", "num_server_rounds": 1, "track": "tensorboard"}

@@ -26,7 +26,7 @@ from pfedgpa_app.study.compare import (
     plan,
     table,
 )
-from pfedgpa_app.study.plan import PlannedRun
+from pfedgpa_app.study.plan import PlannedRun, TakenError
 from tests.support.federations import SMALL
 
 
@@ -68,7 +68,7 @@ class TestPlan:
         (ran.folder / SUMMARY).write_text("[]")
         (ran.folder / EVENTS).write_text(json.dumps({"kind": "done", "text": ""}) + "\n")
         other: dict[str, Any] = {"num-server-rounds": 3}
-        with pytest.raises(ConfigError, match=r"fedavg with other settings .*= 2 there, 3 here"):
+        with pytest.raises(TakenError, match=r"fedavg with other settings .*= 2 there, 3 here"):
             plan([str(experiment)], ["fedavg", "client-mean"], [1], other, tmp_path)
         for more in (["fedavg", "client-mean"], ["ditto"], ["fedavg", "pfedgpa-once"]):
             settings: dict[str, Any] = {"ditto.lam": 0.3} if "ditto" in more else {}

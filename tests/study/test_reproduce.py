@@ -10,12 +10,11 @@ import pytest
 
 from benchmarks import keep
 from pfedgpa_app import cli
-from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.results import log
 from pfedgpa_app.study import reproduce
-from pfedgpa_app.study.plan import PlannedRun
+from pfedgpa_app.study.plan import PlannedRun, TakenError
 from pfedgpa_app.study.reproduce import COLUMNS, DATA, MERIT, Atlas, Cell
 
 CELL = Cell("fashion-mnist", 100, "dominant", 30)
@@ -177,7 +176,7 @@ def test_a_method_that_ran_in_two_groups_is_told_once(tmp_path: Path) -> None:
     told = [(row["method"], row["seed"], row["accuracy_before_ft"]) for row in found]
     assert sorted(told) == [("client-mean", 0, 77.0), ("fedavg", 0, 77.0)]  # the newest
     again = Atlas(tmp_path, {"num-server-rounds": 9}, {}, machine, ("fedavg", "fedbabu"))
-    with pytest.raises(ConfigError, match="num-server-rounds = 100 there, 9 here"):
+    with pytest.raises(TakenError, match="num-server-rounds = 100 there, 9 here"):
         again.fill([CELL])
 
 
