@@ -27,7 +27,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--trials",
         type=int,
         metavar="N",
-        help="N runs per method, chosen by Optuna, instead of a grid",
+        help="N trials per method, proposed by Optuna, instead of a grid",
     )
     parser.add_argument("--out", type=Path, help="where the runs go; default: results/tune-CONF")
     shared.add_jobs(parser)

@@ -76,6 +76,10 @@ class Search:
         # the seed differs when a search goes on, so that it does not repeat its first proposals
         draws = numpy_generator(base["seed"], "trials", len(self.study.get_trials()))
         self.study.sampler = self.optuna.samplers.TPESampler(seed=int(draws.integers(2**31)))
+        usual = values_of(self._run({}).resolved.as_dict())
+        self.ranges = {name: self._range_of(name, usual[name]) for name in grid}
+        # tried first, these win among equals
+        self._usual = {n: usual[n] for n in grid if _contains(self.ranges[n], usual[n])}
         self.going: dict[str, tuple[int, PlannedRun]] = {}
         self._trials: dict[str, Any] = {}  # {run that may be ended early: its trial}
         self._ended: set[str] = set()
@@ -93,9 +97,11 @@ class Search:
                 self.study.tell(frozen.number, state=self._states("FAIL")[0])
             else:
                 self.going[run.name] = frozen.number, run
-        while len(self.going) < most and len(self.study.get_trials()) < self.number:
-            trial = self.study.ask()
-            run = self._possible({name: given(self._suggested(trial, name)) for name in self.grid})
+        while len(self.going) < most and (asked := len(self.study.get_trials())) < self.number:
+            if not asked:
+                self.study.enqueue_trial(self._usual)
+            trial = self.study.ask(self.ranges)
+            run = self._possible({name: given(trial.params[name]) for name in self.grid})
             if run is None or run.name in self.going:  # or the same values, rounded
                 self.study.tell(trial, state=self._states("FAIL")[0])
                 continue
@@ -128,20 +134,27 @@ class Search:
             return self._run(values)
         return None
 
-    def _suggested(self, trial: Any, name: str) -> Any:
-        """Propose a value in its grid's range; a logarithmic range is a step wider at each end."""
-        values, rules = list(self.grid[name]), keys()[name].rules
-        if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
-            return trial.suggest_categorical(name, values)
+    def _range_of(self, name: str, usual: Any) -> Any:
+        """Return the range that a setting's grid and its ``usual`` value span.
+
+        A logarithmic one is a step wider than the grid at each end. A grid of other things than
+        numbers is a choice.
+        """
+        values, rules, of = list(self.grid[name]), keys()[name].rules, self.optuna.distributions
+        if not all(map(_is_number, values)):
+            return of.CategoricalDistribution(values)
         values.sort()
         low, high = values[0], values[-1]
-        if isinstance(low, int):
-            return trial.suggest_int(name, low, high)
-        if wide := low > 0 and high / low >= _WIDE:
+        wide = isinstance(low, float) and low > 0 and high / low >= _WIDE
+        if wide:
             low, high = low**2 / values[1], high**2 / values[-2]
             low = max(low, rules["low"] or low)
             high = min(high, rules["high"] or high)
-        return trial.suggest_float(name, low, high, log=wide)
+        if _is_number(usual):
+            low, high = min(low, usual), max(high, usual)
+        if isinstance(values[0], int):
+            return of.IntDistribution(low, high)
+        return of.FloatDistribution(low, high, log=wide and low > 0)
 
     def judge(self, run: PlannedRun, event: Mapping[str, Any]) -> str | None:
         """Say why to end a run after this ``event``; None: it may go on."""
@@ -178,6 +191,14 @@ class Search:
             raise ConfigError(f"tune: no run of {self.method} finished; see {self.out}")
         best = max(done, key=lambda trial: trial.value)
         return {name: given(best.params[name]) for name in self.grid}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _contains(values: Any, value: Any) -> bool:
+    return value in values.choices if hasattr(values, "choices") else _is_number(value)
 
 
 def ranked(score: tuple[float, ...]) -> float:

@@ -132,7 +132,9 @@ def test_settings_of_every_kind_have_a_range(tmp_path: Path) -> None:
     trials.search(BASE, grids, tmp_path, run_all, lambda _: (1.0,), 6, 3)
     assert {type(value) for value in given["fedala.layers"]} == {int}
     assert set(given["fedala.layers"]) <= {1, 2}
-    assert all(0 <= value <= 0.7 for value in given["fedavgm.momentum"])
+    # what they are anyway comes first, here beyond the grid
+    assert (given["fedavgm.momentum"][0], given["pfedgpa.momentum"][0]) == (0.9, "auto")
+    assert all(0 <= value <= 0.9 for value in given["fedavgm.momentum"])
     assert set(given["pfedgpa.momentum"]) <= {"auto", 0.0, 0.5}
 
 
@@ -148,6 +150,12 @@ def test_where_the_best_are_equal_the_next_best_decide(tmp_path: Path) -> None:
 
     found, _ = trials.search(BASE, grids, tmp_path, run_all, level, 5, 2)
     assert found == {"fedavgm.momentum": tried[1]}
+
+
+def test_of_equals_what_they_are_anyway_is_chosen(tmp_path: Path) -> None:
+    grids: dict[str, Any] = {"fedavgm": {"fedavgm.momentum": (0.0, 0.5, 0.7)}}
+    found, _ = trials.search(BASE, grids, tmp_path, lambda *_: None, lambda _: (50.0,), 4, 2)
+    assert found == {"fedavgm.momentum": 0.9}
 
 
 @pytest.mark.filterwarnings("error:The reported value is ignored")
