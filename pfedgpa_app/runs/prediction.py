@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -161,7 +162,9 @@ def export(model: ClientModel, to: str, path: Path) -> Path:
 
 def _traced(model: ClientModel, example: torch.Tensor, batch: Any) -> torch.export.ExportedProgram:
     """Trace the network for batches of any size, by both of torch's ways if need be."""
-    try:
-        return torch.export.export(model, (example,), dynamic_shapes=batch)
-    except Exception:  # a network that asks for len(x), say, is tied to one size this way
-        return torch.export.export(model, (example,), dynamic_shapes=batch, strict=True)
+    with warnings.catch_warnings():  # torch's recurrent layers list their weights anew
+        warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
+        try:
+            return torch.export.export(model, (example,), dynamic_shapes=batch)
+        except Exception:  # a network that asks for len(x), say, is tied to one size this way
+            return torch.export.export(model, (example,), dynamic_shapes=batch, strict=True)
