@@ -173,6 +173,12 @@ def accuracies_of(folder: Path) -> dict[str, dict[int, list[float]]]:
     return found
 
 
+def warnings_of(folder: Path) -> list[str]:
+    """Return what the run in ``folder`` warned of, each text once."""
+    events = Records(folder / EVENTS).new()
+    return list(dict.fromkeys(e["text"] for e in events if e["kind"] == "warning"))
+
+
 def mean(values: list[float]) -> float:
     """Return the mean; NaN if there are no values."""
     return sum(values) / len(values) if values else float("nan")

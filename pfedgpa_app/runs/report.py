@@ -206,12 +206,7 @@ def _parts_of(run: Run) -> Iterator[Row]:
             "note": "Mean accuracy in percent of those that joined after the last round: with what "
             "they were sent first, and after each of their uploads.",
         }
-    events = list(run.lines(EVENTS))
-    told = [e["text"] for e in events if e["kind"] in ("warning", "stalled", "resumed")]
-    if told:
-        shown = list(dict.fromkeys(told))
-        more = [f"… and {len(shown) - 20} more, in events.jsonl"] if len(shown) > 20 else []
-        yield {"title": "Rejected uploads and warnings", "lines": [*shown[:20], *more]}
+    yield from _warnings([run])
     yield {
         "title": "Settings that differ from the defaults",
         "said": True,
@@ -219,6 +214,18 @@ def _parts_of(run: Run) -> Iterator[Row]:
         "rows": [[name, argument(e["value"]), e["from"]] for name, e in chosen(run)],
     }
     yield {"title": "The command", "command": command_of(run)}
+
+
+def _warnings(runs: Sequence[Run]) -> Iterator[Row]:
+    shown = dict[str, None]()  # each text once
+    for run in runs:
+        whose = f"{run.folder.name}: " if len(runs) > 1 else ""
+        for event in run.lines(EVENTS):
+            if event["kind"] in ("warning", "stalled", "resumed"):
+                shown[whose + event["text"]] = None
+    if shown:
+        more = [f"… and {len(shown) - 20} more, in {EVENTS}"] if len(shown) > 20 else []
+        yield {"title": "Rejected uploads and warnings", "lines": [*list(shown)[:20], *more]}
 
 
 def _worst(name: str, clients: Mapping[int, Row], count: int) -> list[str]:
@@ -242,3 +249,4 @@ def _parts_of_several(runs: Sequence[Run]) -> Iterator[Row]:
             for run in runs
         ],
     }
+    yield from _warnings(runs)

@@ -20,7 +20,15 @@ from pfedgpa_app.core.files import write_json, write_text
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import StoppedError, engine_for
-from pfedgpa_app.results.log import clock, finished_in, is_done, last_event, rows_of
+from pfedgpa_app.results.log import (
+    EVENTS,
+    clock,
+    finished_in,
+    is_done,
+    last_event,
+    rows_of,
+    warnings_of,
+)
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import is_running, locked
@@ -185,7 +193,11 @@ class Sweep:
 
 
 def _headline(folder: Path) -> str:
-    return ", ".join(f"{r['method']} {r['accuracy_before_ft']:.1f}" for r in rows_of(folder))
+    figures = ", ".join(f"{r['method']} {r['accuracy_before_ft']:.1f}" for r in rows_of(folder))
+    if not (warnings := warnings_of(folder)):
+        return figures
+    more = f" (and {len(warnings) - 1} more, in {EVENTS})" if len(warnings) > 1 else ""
+    return f"{figures}; warning: {warnings[0]}{more}"
 
 
 def summarise(runs: Sequence[PlannedRun], out: Path) -> str:

@@ -26,6 +26,7 @@ from pfedgpa_app.runs.api import Result
 from pfedgpa_app.runs.folder import kept_config
 from pfedgpa_app.runs.reading import command_of, runs_in
 from pfedgpa_app.runs.table import curves_of, table_of
+from pfedgpa_app.study.sweep import _headline
 from tests.support.federations import federate, summary
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -285,6 +286,20 @@ class TestSeveralRuns:
             (copy / "summary.json").write_text(json.dumps([row]))
         page = report.write([tmp_path]).read_text()
         assert "2 epochs at 0.02 or 1 epoch at 0.005<" in page
+
+    def test_what_runs_warned_of(self, seeds: Path, tmp_path: Path) -> None:
+        """In the report, and in the line that a sweep has for each run."""
+        for seed in (0, 1):
+            shutil.copytree(seeds / str(seed) / "run", tmp_path / f"seed={seed}")
+        assert "warning" not in _headline(tmp_path / "seed=1")
+        events = tmp_path / "seed=1" / "events.jsonl"
+        told = [{"kind": "warning", "text": f"client {i} sent garbage"} for i in (3, 3, 5)]
+        events.write_text("".join(json.dumps(e) + "\n" for e in told) + events.read_text())
+        page = report.write([tmp_path]).read_text()
+        assert "seed=1: client 3 sent garbage" in page
+        assert page.count("client 3 sent garbage") == 1
+        line = _headline(tmp_path / "seed=1")
+        assert line.endswith("; warning: client 3 sent garbage (and 1 more, in events.jsonl)")
 
     def test_what_a_method_goes_by_is_told_apart_and_a_seed_counts_once(
         self, tmp_path: Path
