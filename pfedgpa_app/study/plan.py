@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from pfedgpa_app.config.parse import flat
 from pfedgpa_app.config.resolve import Resolved, differences, resolve, with_absolute_files
 from pfedgpa_app.core.sections import OF_PARTITION, Config
 from pfedgpa_app.core.settings import ConfigError, DataError
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.methods import federations
 from pfedgpa_app.results.log import SUMMARY, finished_in, is_done, last_event
 from pfedgpa_app.runs.checkpoint import MANIFEST
 from pfedgpa_app.runs.folder import check_data, is_foreign, kept_settings
+from pfedgpa_app.runs.personal import changed_code, read_about
 from pfedgpa_app.runs.resuming import CHECKPOINT
 
 Settings = dict[str, Any]
@@ -83,6 +86,8 @@ class PlannedRun:
 
     def require_same_data(self) -> None:
         """Refuse data that have changed since the results in its folder were made of them.
+
+        The user is warned of own code that has.
 
         Raises:
             TakenError: they have.
@@ -163,12 +168,16 @@ def require_alike(runs: Sequence[PlannedRun], out: Path) -> None:
 
 
 def _require_same_data(folder: Path, config: Config) -> None:
+    """Also warn of the user's own code that was edited since."""
     try:
         check_data(folder, config)
     except DataError as error:
         raise TakenError(
             f"{folder} holds a run with other data: choose another --out, or delete it ({error})"
         ) from error
+    with suppress(ConfigError):  # runs of earlier versions kept no record of it
+        for text in changed_code(folder, read_about(folder)):
+            warn_once(text)
 
 
 def settings_of(settings: Settings, methods: Sequence[str], every: Sequence[str]) -> Settings:

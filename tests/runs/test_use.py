@@ -22,8 +22,9 @@ from pfedgpa_app.runs.api import Result, run
 from pfedgpa_app.runs.experiment import _evaluation_work
 from pfedgpa_app.runs.folder import keep_holdings, kept_config
 from pfedgpa_app.runs.prediction import evaluate
+from pfedgpa_app.study.plan import expand
 from tests.runs.test_resume import KilledError, killer
-from tests.support.federations import federate, records
+from tests.support.federations import PLAIN, federate, records
 from tests.support.processes import in_a_new_process
 
 NET = """
@@ -94,6 +95,18 @@ class TestEditedCode:
             assert status == 0
             assert f"{tmp_path / 'own_net.py'}: {folder} {EDITED}" in said
             assert "restore that version" in said
+
+    def test_so_does_a_sweep_of_what_is_done(self, anew: Anew, tmp_path: Path) -> None:
+        settings = PLAIN | {"method": "fedavg", "model": "own_net:build", "num-server-rounds": 1}
+        [planned] = expand(settings | {"report": False}, {"seed": [0]}, tmp_path / "out")
+        federate(tmp_path, **{k.replace("-", "_"): v for k, v in planned.settings.items()})
+        words = ["sweep", "--over", "seed=0", "--out", "out", "report=false"]
+        words += [f"{key}={value}" for key, value in settings.items()]
+        assert EDITED not in in_a_new_process(words, tmp_path)[1]
+        replace("blocks.py", "8", "4 + 4")
+        status, said = in_a_new_process(words, tmp_path)
+        assert status == 0
+        assert f"{tmp_path / 'blocks.py'}: {planned.folder} {EDITED}" in said
 
     def test_so_does_python(
         self, anew: Anew, tmp_path: Path, caplog: pytest.LogCaptureFixture
