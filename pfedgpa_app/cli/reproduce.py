@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pfedgpa_app.cli import options as shared
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
+from pfedgpa_app.engine import LaunchError
 
 if TYPE_CHECKING:
     from pfedgpa_app.study.reproduce import Atlas, Cell
@@ -102,6 +103,8 @@ def handle(options: Namespace) -> int:
         f"about {long} of one core for seed {seeds[0]}, plus searches, other seeds and the server"
     )
     print(atlas.fill(cells, seeds))
+    if failures := atlas.failures(cells, seeds):
+        raise LaunchError("what has no result is in no table:\n" + "\n".join(failures))
     return 0
 
 

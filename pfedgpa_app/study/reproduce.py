@@ -20,11 +20,10 @@ from pfedgpa_app.config.names import without_idle
 from pfedgpa_app.config.resolve import resolve, values_of
 from pfedgpa_app.core.files import as_json, write_text
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.methods import federations
-from pfedgpa_app.results.log import finished_in, rows_of
+from pfedgpa_app.results.log import finished_in, last_event, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
-from pfedgpa_app.runs.folder import kept_settings
+from pfedgpa_app.runs.folder import CONFIG, kept_methods, kept_settings
 from pfedgpa_app.study import pictures
 from pfedgpa_app.study.plan import PlannedRun, Settings, expand, images_trained, require_alike
 from pfedgpa_app.study.tune import DEFAULTS, main_settings, search
@@ -144,7 +143,10 @@ class Atlas:
         return [Cell(data, clients, part, images) for part, clients, images, data in order]
 
     def fill(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
-        """Run what is not done yet, writing the map again after every cell; return its tables."""
+        """Run what is not done yet, writing the map again after every cell; return its tables.
+
+        A run that failed is tried again, once, and keeps no other from being run.
+        """
         found: dict[tuple[Cell, Cell], Settings] = {}
         cells = self.running(cells)
         for cell in cells:
@@ -166,16 +168,41 @@ class Atlas:
     def rows(self, cells: Iterable[Cell], seeds: Iterable[int] = SEEDS) -> list[Row]:
         """Return the finished rows of these cells, one for each method and seed.
 
-        A seed of a cell is left out until all methods are done with it.
+        A seed of a cell is left out until all methods are done with it, or have failed.
         """
         found = []
         for cell, seed in itertools.product(cells, seeds):
-            folders = finished_in(self._at(cell, seed))  # a method may have been run twice
-            rows = {row["method"]: row for folder in folders for row in self._rows_of(folder)}
-            wanted = self._methods(cell)
-            if wanted and rows.keys() >= set(wanted):
-                found += [asdict(cell) | rows[method] for method in wanted]
+            (rows, failed), wanted = self._ended(cell, seed), self._methods(cell)
+            if rows and {*rows, *failed} >= set(wanted):
+                found += [asdict(cell) | rows[method] for method in wanted if method in rows]
         return found
+
+    def failures(self, cells: Iterable[Cell], seeds: Iterable[int] = SEEDS) -> list[str]:
+        """Say of each method whose run was started and has no result why that is."""
+        told = []
+        for cell, seed in itertools.product(cells, seeds):
+            rows, failed = self._ended(cell, seed)
+            place = self._at(cell, seed)
+            for method in self._methods(cell) if place.exists() else ():
+                if method not in rows:
+                    why = failed.get(method, f"no result; see {place}")
+                    told.append(f"{cell.name}, seed {seed}: {method}: {why}")
+        return told
+
+    def _ended(self, cell: Cell, seed: int) -> tuple[dict[str, Row], dict[str, str]]:
+        """Return {method: its row} of the runs that are done; {method: why} of those that failed.
+
+        A method may have been run twice.
+        """
+        place, failed = self._at(cell, seed), dict[str, str]()
+        rows = {
+            row["method"]: row for folder in finished_in(place) for row in self._rows_of(folder)
+        }
+        for path in sorted(place.glob(f"*/{CONFIG}")):
+            end = last_event(path.parent)
+            if end.get("kind") == "failed":
+                failed |= dict.fromkeys(kept_methods(path.parent), end["text"])
+        return rows, failed
 
     def write(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Write the rows, the tables and the figure; return the tables."""
@@ -225,8 +252,8 @@ class Atlas:
             over: dict[str, list[Any]] = {"method": [group], "seed": [seed]}
             runs += expand(own, over, self._at(cell, seed))
         require_alike(runs, self._at(cell, seed))
-        if runs and not self.run_all(runs):
-            raise LaunchError(f"a run failed; see {self._at(cell, seed)}")
+        if runs:
+            self.run_all(runs)
 
     def _federations(self, cell: Cell, found: Settings) -> list[tuple[list[str], Settings]]:
         """Return the methods of each federation, and the settings that they use."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import pytest
 
 from benchmarks import keep
 from pfedgpa_app import cli
-from pfedgpa_app.engine import LaunchError
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.results import log
 from pfedgpa_app.study import reproduce
@@ -128,13 +128,36 @@ def test_a_setting_that_is_given_is_not_searched_and_goes_to_who_reads_it(tmp_pa
     } == {("fedala", None, None), ("pfedgpa", 0.7, 64)}
 
 
-def test_a_method_that_fails_is_told(tmp_path: Path) -> None:
+def test_a_method_that_fails_is_told_and_keeps_no_other_back(tmp_path: Path) -> None:
     class Broken(Machine):
-        def fails(self, run: PlannedRun) -> bool:
-            return "fedala" in run.config.method
+        broken = True
 
-    with pytest.raises(LaunchError, match="a run failed; see"):
-        Atlas(tmp_path, {}, {}, Broken(2.0)).fill([CELL])
+        def fails(self, run: PlannedRun) -> bool:
+            return self.broken and "fedala" in run.config.method
+
+        def _do(self, run: PlannedRun) -> bool:
+            if self.fails(run):
+                run.folder.mkdir(parents=True, exist_ok=True)
+                (run.folder / "config.json").write_text(json.dumps(run.resolved.as_dict()))
+                log.say(run.folder, "failed", "its training has diverged", 0.5)
+                return False
+            if not log.is_done(run.folder):
+                shutil.rmtree(run.folder, ignore_errors=True)
+            return super()._do(run)
+
+    machine = Broken(2.0)
+    atlas = Atlas(tmp_path, {}, {}, machine)
+    other = Cell("emnist", 20, "dominant", 60)
+    atlas.fill([CELL, other])
+    assert atlas.failures([CELL, other]) == [
+        f"{cell.name}, seed 0: fedala: its training has diverged" for cell in (CELL, other)
+    ]
+    told = {row["method"] for row in atlas.rows([CELL])}
+    assert told == {*reproduce.METHODS_OF_MAP} - {"fedala"}
+    machine.broken = False  # as with more memory
+    atlas.fill([CELL, other])
+    assert not atlas.failures([CELL, other])
+    assert {row["method"] for row in atlas.rows([other])} == {*reproduce.METHODS_OF_MAP}
 
 
 def test_a_second_start_runs_nothing_again_and_half_a_seed_is_not_told(tmp_path: Path) -> None:
@@ -146,7 +169,7 @@ def test_a_second_start_runs_nothing_again_and_half_a_seed_is_not_told(tmp_path:
     assert not machine.done
     assert atlas.seconds([CELL]) == 0
     fedala = next(tmp_path.glob("*/seed-0/*method=fedala*"))
-    log.say(fedala, "failed", "killed", 0.5)
+    log.say(fedala, "round", "killed", 0.5)
     assert not atlas.rows([CELL])
     assert atlas.seconds([CELL]) > 0  # by runs whose settings a search has chosen
 
@@ -189,6 +212,17 @@ def test_a_place_without_such_methods_is_left_out(tmp_path: Path) -> None:
 
 def test_hidden_groups_are_where_the_partition_has_some() -> None:
     assert reproduce.KNOWS_GROUPS not in Cell("emnist", 100, "dirichlet", 30).methods
+
+
+def test_the_command_ends_with_what_has_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Atlas, "fill", lambda *_: "the tables")
+    monkeypatch.setattr(Atlas, "failures", lambda *_: ["cifar10, seed 0: fedrep: diverged"])
+    assert cli.main(["reproduce", "map", "--quick", "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "the tables" in said.out
+    assert "is in no table:\ncifar10, seed 0: fedrep: diverged" in said.err
 
 
 @pytest.mark.parametrize(
