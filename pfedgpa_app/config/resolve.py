@@ -140,18 +140,24 @@ def differences(there: Mapping[str, Any], resolved: Resolved) -> list[str]:
     ]
 
 
+def files_of(config: Config) -> dict[str, str]:
+    """Return {setting: path} of the files, other than data, that influence results."""
+    files = {
+        "start-from": config.start_from,
+        "uploads": config.uploads,
+        "model-weights": config.model_weights,
+    }
+    return {name: path for name, path in files.items() if path}
+
+
 def with_absolute_files(settings: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """Return ``settings`` with absolute paths of the files that influence results.
 
     Args:
         config: what ``settings`` resolve to.
     """
-    files = {
-        "start-from": config.start_from,
-        "uploads": config.uploads,
-        "model-weights": config.model_weights,
-    }
-    absolute = {name: str(user_path(path).absolute()) for name, path in files.items() if path}
+    files = files_of(config)
+    absolute = {name: str(user_path(path).absolute()) for name, path in files.items()}
     if config.partition.startswith(PARTITION_FILE):
         file = user_path(config.partition.removeprefix(PARTITION_FILE)).absolute()
         absolute["partition"] = f"{PARTITION_FILE}{file}"

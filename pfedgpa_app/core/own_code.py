@@ -125,7 +125,8 @@ def _forget(module: str) -> None:
 
 def digest(path: Path) -> str:
     """A file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read(file: Path) -> dict[Path, str]:

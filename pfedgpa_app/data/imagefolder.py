@@ -29,8 +29,7 @@ class File(NamedTuple):
 
     path: str  # relative to the data set's folder
     label: str  # the name of its class
-    bytes: int
-    mtime: int
+    stamp: tuple[int, ...]  # by which a changed file is known
 
 
 def _is_there(entry: os.DirEntry[str] | Path) -> bool:
@@ -73,10 +72,15 @@ def is_image(file: str | Path) -> bool:
     return suffix in SUFFIXES
 
 
-def stamped(entry: os.DirEntry[str] | Path) -> tuple[str, int, int]:
-    """Return (path, bytes, mtime), which tell whether a file has changed."""
+def stamped(entry: os.DirEntry[str] | Path) -> tuple[str, tuple[int, ...]]:
+    """Return (path, stamp), which tell whether a file has changed, or another is in its place.
+
+    An archive or a copy may have given all files one time, and swapping two folders' names changes
+    nothing in their files.
+    """
     found = entry.stat()
-    return os.fspath(entry), found.st_size, found.st_mtime_ns
+    stamp = found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+    return os.fspath(entry), stamp
 
 
 def has_splits(path: Path) -> bool:
@@ -145,8 +149,8 @@ def _classes_in(path: Path, split: str) -> list[File]:
                     f"{files[0].name} or the like: images end in {', '.join(sorted(SUFFIXES))}; "
                     "add some, or remove the folder"
                 )
-            for file, size, changed in sorted(map(stamped, images)):
-                found.append(File(file[start:], entry.name, size, changed))
+            for file, stamp in sorted(map(stamped, images)):
+                found.append(File(file[start:], entry.name, stamp))
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.core.files import read_tensors, write_tensors
+from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.weights import Layout, finite
 from pfedgpa_app.diffusion.autoencoder import Autoencoder, LayeredAutoencoder, LinearAutoencoder
 from pfedgpa_app.diffusion.convolutional import (
@@ -27,6 +28,12 @@ from pfedgpa_app.diffusion.settings import DiffusionSettings
 FILE = "distribution.safetensors"
 FORMAT = "pfedgpa-distribution-1"
 Tensors = dict[str, Tensor]
+
+
+def file_at(path: str | Path) -> Path:
+    """Return the file at ``path``, which may also be the folder of the run that saved it."""
+    file = user_path(path).absolute()
+    return file / FILE if file.is_dir() else file
 
 
 def save(fitted: Distribution, path: Path, statistics: Tensors | None = None) -> None:

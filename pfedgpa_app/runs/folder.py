@@ -16,12 +16,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pfedgpa_app.config.names import is_idle, keys, method_named
-from pfedgpa_app.config.resolve import Resolved, differences, resolve, values_of
+from pfedgpa_app.config.resolve import Resolved, differences, files_of, resolve, values_of
 from pfedgpa_app.core.files import write_json
+from pfedgpa_app.core.own_code import digest
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.data.client import check_same, class_counts, fingerprint, load_schema
+from pfedgpa_app.diffusion import saved
 from pfedgpa_app.results.log import EVENTS, METRICS, SUMMARY, Records, last_event
 
 CONFIG, LOG, LOCK = "config.json", "flower.log", ".lock"
@@ -53,19 +55,22 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
 def keep_holdings(folder: Path, config: Config) -> None:
     """Write how many examples of each class every client holds.
 
-    A run that is resumed, or that starts from saved uploads, must find the data of before.
+    A run that is resumed, or that starts from saved uploads, must find the data of before; a
+    resumed one also the other files that its settings name.
 
     Raises:
-        DataError: the data have changed.
+        DataError: the data, or those files, have changed.
     """
     if config.resume:  # otherwise an earlier run here trained nobody, maybe with other settings
         check_data(folder, config)
+        check_files(folder, config)
     if config.uploads:  # other data could test clients on examples that were trained on
         check_data(user_path(config.uploads).parent, config)
     held = {
         "classes": load_schema(config).classes,
         "train": class_counts(config),
         "data": fingerprint(config),
+        "files": _digests(config),
     }
     write_json(folder / HOLDINGS, held)
 
@@ -76,10 +81,7 @@ def check_data(folder: Path, config: Config) -> None:
     Raises:
         DataError: the data have changed, or are dealt to clients otherwise.
     """
-    try:
-        held = json.loads((folder / HOLDINGS).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return
+    held = _holdings(folder)
     if "data" in held:  # runs of earlier versions did not keep it
         check_same(config, held["data"])
     if "train" in held and held["train"] != class_counts(config):
@@ -88,6 +90,34 @@ def check_data(folder: Path, config: Config) -> None:
             "dealt them differently, or its partition's file has changed since; run it anew, or "
             "name labelled data (pfedgpa evaluate RUN DATASET)"
         )
+
+
+def check_files(folder: Path, config: Config) -> None:
+    """Refuse other contents of the files that settings name than the run in ``folder`` found.
+
+    Raises:
+        DataError: a file has changed.
+    """
+    kept, now = _holdings(folder).get("files", {}), _digests(config)
+    for name, path in files_of(config).items():
+        if name in kept and kept[name] != now.get(name):
+            raise DataError(
+                f"{name} = {path!r}: the file has changed since {folder} began: restore it, or run "
+                "anew"
+            )
+
+
+def _digests(config: Config) -> dict[str, str]:
+    files = {name: saved.file_at(path) for name, path in files_of(config).items()}
+    return {name: digest(file) for name, file in files.items() if file.is_file()}
+
+
+def _holdings(folder: Path) -> dict[str, Any]:
+    try:
+        held: dict[str, Any] = json.loads((folder / HOLDINGS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return held
 
 
 def is_running(folder: Path) -> bool:

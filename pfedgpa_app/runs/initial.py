@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, listed
@@ -78,9 +77,7 @@ def warm_start(path: Path, initial: Weights) -> Weights:
     Raises:
         ConfigError: it cannot be read, or was learned from another network's weights.
     """
-    file = user_path(path).absolute()
-    if file.is_dir():  # a run's
-        file /= saved.FILE
+    file = saved.file_at(path)
     try:
         start = saved.load(file)
         seen = saved.statistics(file)

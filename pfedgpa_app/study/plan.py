@@ -20,7 +20,7 @@ from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.methods import federations
 from pfedgpa_app.results.log import SUMMARY, finished_in, is_done, last_event
 from pfedgpa_app.runs.checkpoint import MANIFEST
-from pfedgpa_app.runs.folder import check_data, is_foreign, kept_settings
+from pfedgpa_app.runs.folder import check_data, check_files, is_foreign, kept_settings
 from pfedgpa_app.runs.personal import changed_code, read_about
 from pfedgpa_app.runs.resuming import CHECKPOINT
 
@@ -171,6 +171,7 @@ def _require_same_data(folder: Path, config: Config) -> None:
     """Also warn of the user's own code that was edited since."""
     try:
         check_data(folder, config)
+        check_files(folder, config)
     except DataError as error:
         raise TakenError(
             f"{folder} holds a run with other data: choose another --out, or delete it ({error})"

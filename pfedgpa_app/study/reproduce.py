@@ -194,15 +194,11 @@ class Atlas:
 
         A method may have been run twice.
         """
-        place, failed = self._at(cell, seed), dict[str, str]()
+        place = self._at(cell, seed)
         rows = {
             row["method"]: row for folder in finished_in(place) for row in self._rows_of(folder)
         }
-        for path in sorted(place.glob(f"*/{CONFIG}")):
-            end = last_event(path.parent)
-            if end.get("kind") == "failed":
-                failed |= dict.fromkeys(kept_methods(path.parent), end["text"])
-        return rows, failed
+        return rows, failed_in(place)
 
     def write(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Write the rows, the tables and the figure; return the tables."""
@@ -302,6 +298,16 @@ class Atlas:
             told = {key: row[key] for key in (*_TOLD, *self.figures)}
             found.append(told | {"searched": {name: kept[name] for name in names}})
         return found
+
+
+def failed_in(place: Path) -> dict[str, str]:
+    """Return {method: why its run failed} of the runs in ``place``."""
+    failed: dict[str, str] = {}
+    for path in sorted(place.glob(f"*/{CONFIG}")):
+        end = last_event(path.parent)
+        if end.get("kind") == "failed":
+            failed |= dict.fromkeys(kept_methods(path.parent), end["text"])
+    return failed
 
 
 def core_seconds(config: Config) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import time
@@ -314,6 +315,32 @@ class TestDatasets:
         (root / "train" / "dog" / "3.png").unlink()
         load.cache_clear()
         assert len(load(f"imagefolder:{root}", "").train_labels) == 7
+
+    @pytest.mark.parametrize("change", ["names swapped", "written over"])
+    def test_imagefolder_notices_it_where_sizes_and_times_stay(
+        self, change: str, tmp_path: Path
+    ) -> None:
+        """As those of plain bitmaps out of an archive."""
+        for kind, level in (("cat", 10), ("dog", 200)):
+            (tmp_path / "own" / kind).mkdir(parents=True)
+            for i in range(4):
+                file = tmp_path / "own" / kind / f"{i}.bmp"
+                Image.new("RGB", (8, 8), (level,) * 3).save(file)
+                os.utime(file, (0, 0))
+        before = load(f"imagefolder:{tmp_path / 'own'}", "")
+        assert set(before.train_images[before.train_labels == 0].ravel()) == {10}
+        cat, dog = tmp_path / "own" / "cat", tmp_path / "own" / "dog"
+        if change == "names swapped":
+            cat.rename(tmp_path / "own" / "other")
+            dog.rename(cat)
+            (tmp_path / "own" / "other").rename(dog)
+        else:
+            for file in cat.iterdir():
+                file.write_bytes((dog / file.name).read_bytes())
+                os.utime(file, (0, 0))
+        load.cache_clear()
+        after = load(f"imagefolder:{tmp_path / 'own'}", "")
+        assert set(after.train_images[after.train_labels == 0].ravel()) == {200}
 
     def test_imagefolder_resizes(self, tmp_path: Path) -> None:
         root = make_images(tmp_path / "own", {"dog": (40, 30)})

@@ -20,15 +20,16 @@ import pytest
 import torch
 from flwr.app import Message
 from rich.console import Console
+from safetensors.torch import save_file
 from torch import nn
 
-from pfedgpa_app import cli
+from pfedgpa_app import cli, load_client
 from pfedgpa_app.cli.options import parse_overrides
 from pfedgpa_app.config.resolve import Resolved, resolve
 from pfedgpa_app.core.files import replacing
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.core.uploads import Buffer, Entry
 from pfedgpa_app.core.weights import Layout
 from pfedgpa_app.diffusion.network import fit_network
@@ -102,6 +103,27 @@ def test_every_method_ends_bit_for_bit_as_if_nothing_had_happened(
     check_same(folder, reference)
     resumed = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "resumed"]
     assert [f"of {method}" in text for text in resumed] == [True, True]
+
+
+@pytest.mark.parametrize("setting", ["start_from", "model_weights"])
+def test_a_file_that_a_setting_names_must_be_as_it_was(setting: str, tmp_path: Path) -> None:
+    """The federations to come would begin by others than those before."""
+    for seed in (0, 1):
+        how: dict[str, Any] = {"method": "pfedgpa-once", "num_server_rounds": 1, "seed": seed}
+        made, _ = federate(tmp_path / str(seed), **how)
+        network = load_client(made, 0).network.state_dict()
+        save_file(network, tmp_path / str(seed) / "model_weights.safetensors")
+        (made / "distribution.safetensors").rename(made.parent / "start_from.safetensors")
+    file = tmp_path / "given.safetensors"
+    shutil.copy(tmp_path / "0" / f"{setting}.safetensors", file)
+    how = {"method": "fedavg,fedrep", "num_server_rounds": 2, setting: str(file)}
+    with pytest.raises(KilledError):
+        federate(tmp_path / "out", killer(12), resume=True, **how)
+    shutil.copy(tmp_path / "1" / f"{setting}.safetensors", file)
+    with pytest.raises(DataError, match=r"the file has changed since .*run began: restore it"):
+        federate(tmp_path / "out", resume=True, **how)
+    shutil.copy(tmp_path / "0" / f"{setting}.safetensors", file)
+    federate(tmp_path / "out", resume=True, **how)
 
 
 @pytest.mark.parametrize("saving", [True, False])
