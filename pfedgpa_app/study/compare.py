@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.config.names import require_method
+from pfedgpa_app.config.names import keys, require_method
+from pfedgpa_app.config.parse import argument
+from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.methods import METHODS, federations
 from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.results.log import finished_in, rows_of
@@ -120,13 +122,21 @@ def published(row: Mapping[str, Any]) -> str:
 
 
 def finished(out: Path) -> Finished:
-    """Return all finished runs in ``out``; if a method was run twice with a seed, the newest."""
+    """Return all finished runs in ``out``; if a method was run twice with a seed, the newest.
+
+    Each has its ``run_settings``, those that every method has.
+    """
     found: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    own = {"method", "seed", "conf"}  # of each run
+    shared = [
+        n for n, key in keys().items() if "." not in n and not key.is_for_launch and n not in own
+    ]
     for folder in finished_in(out):
-        experiment = kept_settings(folder)["conf"]["value"]
-        methods = found.setdefault(Path(experiment).stem, {})
+        kept = values_of(kept_settings(folder))
+        settings = {name: kept[name] for name in shared if name in kept}
+        methods = found.setdefault(Path(kept["conf"]).stem, {})
         for row in rows_of(folder):
-            methods.setdefault(row["method"], {})[row["seed"]] = row
+            methods.setdefault(row["method"], {})[row["seed"]] = row | {"run_settings": settings}
     return {
         experiment: {name: [rows[seed] for seed in sorted(rows)] for name, rows in methods.items()}
         for experiment, methods in sorted(found.items())
@@ -174,7 +184,20 @@ def table(found: Finished) -> str:
             cells = [over_seeds([row[key] for row in rows]) for key in COLUMNS.values()]
             lines.append([rows[0]["title"], str(len(rows)), *cells, published(rows[0])])
         parts.append(markdown(["method", "seeds", *COLUMNS, "the paper's figure"], lines) + "\n")
+        parts += [f"Not run alike: {told}.\n" for told in _unlike(methods)]
     return "\n".join(parts)
+
+
+def _unlike(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    """Say which settings of every method some runs in a table have otherwise than others."""
+    rows = [row for seeds in methods.values() for row in seeds]
+    for name in sorted({name for row in rows for name in row.get("run_settings", {})}):
+        by: dict[str, list[str]] = {}  # {value: the methods that were run with it}
+        for row in rows:
+            by.setdefault(argument(row["run_settings"].get(name)), []).append(row["title"])
+        if len(by) > 1:
+            whose = (f"{v} ({', '.join(dict.fromkeys(titles))})" for v, titles in by.items())
+            yield f"{name} = {', '.join(whose)}"
 
 
 def report_of(found: Finished) -> str:

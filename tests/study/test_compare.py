@@ -26,7 +26,7 @@ from pfedgpa_app.study.compare import (
     plan,
     table,
 )
-from pfedgpa_app.study.plan import PlannedRun, TakenError
+from pfedgpa_app.study.plan import PlannedRun, TakenError, expand
 from tests.support.federations import SMALL
 
 
@@ -75,6 +75,19 @@ class TestPlan:
             if "pfedgpa-once" in more:
                 settings |= {"pfedgpa.rank": 2}
             assert plan([str(experiment)], more, [1], settings, tmp_path)
+
+    def test_what_methods_were_not_run_alike_by_is_said(self, tmp_path: Path) -> None:
+        """As when a comparison goes on with other settings for its other methods."""
+        for method, rate in (("fedavg", 0.02), ("fedprox", 0.02), ("fedper", 0.05)):
+            [run] = expand({"learning-rate": rate}, {"method": [method]}, tmp_path)
+            finish(run, 50.0)
+            (row,) = json.loads((run.folder / "summary.json").read_text())
+            row |= dict.fromkeys(compare.COLUMNS.values(), 50.0)
+            row |= {"seed": 0, "num_clients": 4, "dataset": "digits"}
+            (run.folder / "summary.json").write_text(json.dumps([row]))
+        written = table(finished(tmp_path))
+        [said] = [line for line in written.splitlines() if line.startswith("Not run alike")]
+        assert said == "Not run alike: learning-rate = 0.02 (FedAvg, FedProx), 0.05 (FedPer)."
 
     def test_the_papers_methods_are_ours(self) -> None:
         for figures in PAPER.values():
