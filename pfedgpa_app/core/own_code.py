@@ -36,6 +36,11 @@ def in_users_folder() -> AbstractContextManager[None]:
     return contextlib.chdir(folder) if folder else contextlib.nullcontext()
 
 
+def still_there(folder: str) -> str:
+    """Return ``folder``, where a run found the user's code; "", the current one, if it is gone."""
+    return folder if Path(folder).is_dir() else ""
+
+
 def imported(reference: str, folder: str, setting: str) -> Any:
     """Import what ``reference`` names, from ``folder`` (empty: the current one) or as installed.
 

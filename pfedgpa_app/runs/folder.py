@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from pfedgpa_app.config.names import is_idle, keys, method_named
 from pfedgpa_app.config.resolve import Resolved, differences, files_of, resolve, values_of
 from pfedgpa_app.core.files import write_json
-from pfedgpa_app.core.own_code import digest
+from pfedgpa_app.core.own_code import digest, still_there
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, DataError
@@ -171,6 +171,8 @@ def kept_settings(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not hold a run's settings: choose another folder")
     if "value" not in kept.get("method", {}):
         raise ConfigError(f"{path} names no method: it is not a run's, or is damaged")
+    if code := kept.get("code-dir"):
+        code["value"] = still_there(str(code.get("value", "")))
     return kept
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pfedgpa_app.client.adjustment import LEFT, adjusted
 from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.files import write_json, write_tensors
-from pfedgpa_app.core.own_code import sources
+from pfedgpa_app.core.own_code import sources, still_there
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES, Config, TrainingSettings
@@ -229,7 +229,7 @@ def read_about(folder: Path) -> About:
             raise ValueError(f"is of format {found['format']!r}, not {FORMAT}")
         schema = Schema.of(found["dataset"], found)
         names = ("model", "head", "seed", "code_dir", "image_size")
-        code = found.get("code", {})
+        code, found["code_dir"] = found.get("code", {}), still_there(found["code_dir"])
         return About(schema, **{name: found[name] for name in names}, code=code)
     except FileNotFoundError as error:
         raise ConfigError(

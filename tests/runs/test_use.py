@@ -96,6 +96,23 @@ class TestEditedCode:
             assert f"{tmp_path / 'own_net.py'}: {folder} {EDITED}" in said
             assert "restore that version" in said
 
+    def test_it_is_found_where_the_project_was_moved_to(
+        self, anew: Anew, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """With its runs and its table."""
+        how: dict[str, Any] = {"model": "own_net:build", "dataset": "own_table:load"}
+        project = tmp_path / "project"
+        project.mkdir()
+        for file in ("own_net.py", "blocks.py", "own_table.py"):
+            (tmp_path / file).rename(project / file)
+        monkeypatch.chdir(project)
+        federate(project, method="fedavg", num_server_rounds=1, partition="iid", **how)
+        project.rename(tmp_path / "renamed")
+        monkeypatch.chdir(tmp_path / "renamed")
+        status, said = in_a_new_process(["evaluate", "run", "--client", "0"], Path.cwd())
+        assert status == 0, said
+        assert EDITED not in said
+
     def test_so_does_a_sweep_of_what_is_done(self, anew: Anew, tmp_path: Path) -> None:
         settings = PLAIN | {"method": "fedavg", "model": "own_net:build", "num-server-rounds": 1}
         [planned] = expand(settings | {"report": False}, {"seed": [0]}, tmp_path / "out")
