@@ -12,6 +12,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -69,9 +70,8 @@ class Flower:
         where = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 20 else "/tmp"
         self.home = Path(tempfile.mkdtemp(prefix="pfedgpa-", dir=where))
         self.port, self.log = free_port(), self.home / "superlink.log"
-        bin_dir = Path(sys.executable).parent
         self.env = os.environ | {
-            "PATH": f"{bin_dir}{os.pathsep}{os.environ.get('PATH', '')}",
+            "PATH": os.pathsep.join([*_scripts(), os.environ.get("PATH", "")]),
             "FLWR_HOME": str(self.home),  # marks the processes
             FOLDER: os.getcwd(),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -92,7 +92,14 @@ class Flower:
             f'address = "127.0.0.1:{self.port}"\n{trust}\n',
             encoding="utf-8",
         )
-        self.start_superlink()
+        try:
+            self.start_superlink()
+        except OSError as error:
+            shutil.rmtree(self.home, ignore_errors=True)
+            raise LaunchError(
+                f"Flower's SuperLink cannot be started: {error}; install Flower anew: "
+                f"{sys.executable} -m pip install --force-reinstall flwr"
+            ) from error
         return self
 
     def start_superlink(self) -> None:
@@ -225,6 +232,14 @@ class Flower:
                 time.sleep(0.1)
         self.superlink.wait()
         shutil.rmtree(self.home, ignore_errors=True)
+
+
+def _scripts() -> list[str]:
+    """Return the folders in which this Python's packages put their commands."""
+    folders = [str(Path(sys.executable).parent), sysconfig.get_path("scripts")]
+    if sys.prefix == sys.base_prefix:  # no virtual environment: also those of pip install --user
+        folders.append(sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user")))
+    return folders
 
 
 def first_error(log: str) -> str:

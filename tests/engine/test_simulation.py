@@ -267,6 +267,18 @@ def test_a_deaf_superlink_is_asked_again_while_it_lives(
         flower.wait("1", tmp_path / "log")
 
 
+def test_a_superlink_that_is_not_there_is_said_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands are looked for where this Python has them, and its user, then in PATH."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("pfedgpa_app.engine.flower._scripts", lambda: [str(tmp_path / "none")])
+    simulation = Simulation()
+    with pytest.raises(LaunchError, match=r"install Flower anew: .*flwr"), simulation:
+        pass
+    assert not simulation.home.exists()
+
+
 def test_what_fails_before_the_server_begins_is_told_by_its_first_cause(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
