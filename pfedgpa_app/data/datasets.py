@@ -258,7 +258,7 @@ def _cached(identity: Any, read: Callable[[], Dataset]) -> Dataset:
 
 
 def _stamps(cache: Path) -> str:
-    """Return the size and time of writing of each file in ``cache``, as text."""
+    """Return the stamp of each file in ``cache``, as text."""
     files = (ABOUT, *(f"{name}.npy" for name in (*ARRAYS, *NAMES)))
     return json.dumps([(name, stamped(cache / name)[1]) for name in files])
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pfedgpa_app.config.names import is_read, keys
-from pfedgpa_app.config.resolve import values_of
+from pfedgpa_app.config.resolve import Resolved, values_of
 from pfedgpa_app.core.randomness import numpy_generator
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods.own import reference_of
@@ -63,9 +63,10 @@ class Search:
         """
         self.base, self.method, self.grid, self.out = base, method, grid, out
         self.number, self.shared, self.optuna = number, shared, imported()
+        plain = self._run({}).resolved
         journal = self.optuna.storages.journal.JournalFileBackend(str(out / f"{method}.trials"))
         self.study = self.optuna.create_study(
-            study_name=f"{method} {self._settings_digest()}",
+            study_name=f"{method} {_digest_of(plain, grid)}",
             storage=self.optuna.storages.JournalStorage(journal),
             direction="maximize",
             pruner=self.optuna.pruners.PercentilePruner(
@@ -76,7 +77,7 @@ class Search:
         # the seed differs when a search goes on, so that it does not repeat its first proposals
         draws = numpy_generator(base["seed"], "trials", len(self.study.get_trials()))
         self.study.sampler = self.optuna.samplers.TPESampler(seed=int(draws.integers(2**31)))
-        usual = values_of(self._run({}).resolved.as_dict())
+        usual = values_of(plain.as_dict())
         self.ranges = {name: self._range_of(name, usual[name]) for name in grid}
         # tried first, these win among equals
         self._usual = {n: usual[n] for n in grid if _contains(self.ranges[n], usual[n])}
@@ -92,7 +93,7 @@ class Search:
         """Return the next runs, interrupted ones first; none once there were enough trials."""
         self.going, self._trials = {}, {}
         for frozen in self.study.get_trials(states=self._states("RUNNING")):
-            run = self._possible({name: given(frozen.params[name]) for name in self.grid})
+            run = self._possible(frozen.params)
             if run is None:
                 self.study.tell(frozen.number, state=self._states("FAIL")[0])
             else:
@@ -101,7 +102,7 @@ class Search:
             if not asked:
                 self.study.enqueue_trial(self._usual)
             trial = self.study.ask(self.ranges)
-            run = self._possible({name: given(trial.params[name]) for name in self.grid})
+            run = self._possible(trial.params)
             if run is None or run.name in self.going:  # or the same values, rounded
                 self.study.tell(trial, state=self._states("FAIL")[0])
                 continue
@@ -111,28 +112,21 @@ class Search:
     def runs(self) -> list[PlannedRun]:
         """Return the runs of all trials so far, also of an earlier search that this one goes on."""
         proposed = [trial.params for trial in self.study.get_trials() if trial.params]
-        runs = [self._possible({k: given(v) for k, v in each.items()}) for each in proposed]
-        return [run for run in runs if run is not None]
-
-    def _settings_digest(self) -> str:
-        """Return a digest that tells these trials from those with other settings."""
-        found = self._run({}).resolved
-        read = {
-            name: value
-            for name, value in values_of(found.as_dict()).items()
-            if name not in self.grid and is_read(keys()[name], found.config)
-        }
-        return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:12]
+        return [run for run in map(self._possible, proposed) if run is not None]
 
     def _run(self, values: Settings) -> PlannedRun:
         each = {"method": reference_of(self.method)} | self.shared | values
         return expand(self.base, {name: [value] for name, value in each.items()}, self.out)[0]
 
-    def _possible(self, values: Settings) -> PlannedRun | None:
-        """Return the run with proposed values; None if a method refuses them together."""
+    def _possible(self, proposed: Settings) -> PlannedRun | None:
+        """Return the run with a trial's values; None if a method refuses them together."""
         with suppress(ConfigError):
-            return self._run(values)
+            return self._run(self._given(proposed))
         return None
+
+    def _given(self, proposed: Settings) -> Settings:
+        """Return a trial's values as its run has them."""
+        return {name: given(proposed[name]) for name in self.grid}
 
     def _range_of(self, name: str, usual: Any) -> Any:
         """Return the range that a setting's grid and its ``usual`` value span.
@@ -190,7 +184,17 @@ class Search:
         if not done:
             raise ConfigError(f"tune: no run of {self.method} finished; see {self.out}")
         best = max(done, key=lambda trial: trial.value)
-        return {name: given(best.params[name]) for name in self.grid}
+        return self._given(best.params)
+
+
+def _digest_of(found: Resolved, grid: Grid) -> str:
+    """Return a digest that tells trials over ``grid`` from those with other settings."""
+    read = {
+        name: value
+        for name, value in values_of(found.as_dict()).items()
+        if name not in grid and is_read(keys()[name], found.config)
+    }
+    return hashlib.sha256(json.dumps(read).encode()).hexdigest()[:12]
 
 
 def _is_number(value: Any) -> bool:
