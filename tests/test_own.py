@@ -158,6 +158,11 @@ def one_layer(classes, shape):
 def dropping(classes, shape):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.Linear(32, classes))
 
+def cumulative(classes, shape):
+    """What it has seen weighs as much as the batches that it counts, which are not shared."""
+    norm = nn.BatchNorm1d(16, momentum=None)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), norm, nn.ReLU(), nn.Linear(16, classes))
+
 def drawn(classes, shape):
     made = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
     made[1].weight.data = torch.tensor(np.random.randn(classes, 64)).float()
@@ -311,6 +316,17 @@ class TestNetworks:
             torch.rand(len(out) + len(runs))
             runs.append(results(federate(nets / out, num_server_rounds=2, **how)[0]))
         assert runs[0] == runs[1]
+
+    @pytest.mark.parametrize("model", ["nets:dropping", "nets:cumulative"])
+    def test_fine_tuning_is_the_same_whatever_else_is_tried(self, nets: Path, model: str) -> None:
+        how: dict[str, Any] = {"method": "fedavg", "model": model, "num_server_rounds": 1}
+        found = []
+        for epochs in (0, 3):
+            folder, _ = federate(nets / str(epochs), fine_tune_epochs=epochs, **how)
+            row = summary(folder)["fedavg"]
+            found.append({key: value for key, value in row.items() if "as_in_training" in key})
+        assert found[0]
+        assert found[0] == found[1]
 
     def test_normalising_by_the_batch_is_ones_own_choice(self, nets: Path) -> None:
         assert len(weights_of(made("nets:by_batch"))) == 6

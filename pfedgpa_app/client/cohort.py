@@ -44,8 +44,12 @@ class SequentialCohort:
     def __init__(self, request: ClientRequest) -> None:
         self._data, self.model = request.data(), request.model()
         self.initial = weights_of(self.model)
+        self._buffers = {n: t.detach().clone() for n, t in self.model.named_buffers()}
 
     def load(self, weights: Sequence[Weights]) -> None:
+        for name, tensor in self.model.named_buffers():  # training may change those that count
+            if not torch.equal(tensor, self._buffers[name]):
+                tensor.resize_(self._buffers[name].shape).copy_(self._buffers[name])
         load(self.model, self.initial | weights[0])
 
     def train(self, recipe: sgd.Recipe, generators: Sequence[torch.Generator]) -> Sequence[float]:
@@ -62,7 +66,7 @@ def compare_fine_tunings(cohort: Cohort, requests: Sequence[ClientRequest]) -> l
     """Evaluate before fine-tuning and after each kind of it; the fine-tuned copies are dropped.
 
     Fine-tunings that differ only in their number of epochs share these: the second epoch goes on
-    from the first, with momentum begun anew.
+    from the first, with momentum begun anew. What else is asked for changes nothing for any.
     """
     config, asked = requests[0].config, requests[0].fine_tunings
     names = list(cohort.initial)
@@ -86,11 +90,12 @@ def compare_fine_tunings(cohort: Cohort, requests: Sequence[ClientRequest]) -> l
         cohort.load(weights)
         generators = [request.generator("fine-tune") for request in requests]
         wanted = {each.epochs for each in asked if replace(each, epochs=1) == kind}
-        for done in range(max(wanted) + 1):
-            if done:
-                cohort.train(epoch, generators)
-            if done in wanted:
-                score(replace(kind, epochs=done))
+        with requests[0].seeded():  # networks that draw are served one at a time
+            for done in range(max(wanted) + 1):
+                if done:
+                    cohort.train(epoch, generators)
+                if done in wanted:
+                    score(replace(kind, epochs=done))
     order = [before, *asked]
     return [
         request.compared(

@@ -66,11 +66,11 @@ def read(name: str, root: Path, size: int, test_share: float, download: bool) ->
                 raise DataError(
                     f"dataset {name}: has no column {column}{near(column, split.column_names)}"
                 )
-        found[f"x_{ours}"] = _inputs(name, split, inputs, size)
-        found[f"y_{ours}"] = np.asarray(split[label])
+        found[f"x_{ours}"] = _inputs(name, split, inputs, size, train)
+        found[f"y_{ours}"] = _recoded(name, np.asarray(split[label]), split, label, train)
         if user:
             found[f"users_{ours}"] = np.asarray(split[user]).astype(str)
-    if names := getattr(train.features[label], "names", None):
+    if names := _names(train, label):
         found["classes"] = names
     unused = tuple(each for each in splits if each not in used.values())
     return replace(dataset_of(name, found, test_share), unused=unused)
@@ -135,6 +135,32 @@ def _label_of(name: str, rows: Any) -> str:
     return classes[0] if len(classes) == 1 else called[0]
 
 
+def _names(rows: Any, label: str) -> list[str]:
+    """Return the classes that a split's labels count; [] if its labels are of another kind."""
+    return list(getattr(rows.features[label], "names", None) or [])
+
+
+def _recoded(name: str, found: np.ndarray, rows: Any, column: str, train: Any) -> np.ndarray:
+    """Return what is ``found`` in a split's column, by the training split's codes of classes.
+
+    Splits whose columns were encoded one by one count their classes differently.
+
+    Raises:
+        DataError: it has a class that the training split does not name.
+    """
+    ours, theirs = _names(rows, column), _names(train, column)
+    if found.dtype.kind not in "iu" or not ours or not theirs or ours == theirs:
+        return found
+    for i in np.unique(found[found >= 0]):  # those without a class stay so
+        if ours[i] not in theirs:
+            raise DataError(
+                f"dataset {name}: column {column} has the class {ours[i]!r} in one split, which "
+                f"the training split does not have{near(ours[i], theirs)}"
+            )
+    place = {i: theirs.index(each) for i, each in enumerate(ours) if each in theirs}
+    return np.array([place.get(i, i) for i in found.tolist()])
+
+
 def _image_of(rows: Any) -> str | None:
     """Return the first column of images, if there is one."""
     kinds = {column: type(feature).__name__ for column, feature in rows.features.items()}
@@ -147,7 +173,7 @@ def _numbers_of(rows: Any, others: set[str | None]) -> list[str]:
     return [c for c, f in numbers.features.items() if getattr(f, "dtype", "").startswith(NUMBERS)]
 
 
-def _inputs(name: str, rows: Any, columns: list[str], size: int) -> np.ndarray:
+def _inputs(name: str, rows: Any, columns: list[str], size: int, train: Any) -> np.ndarray:
     """Return the examples: images [N, C, H, W], or numbers."""
     if not columns:
         raise DataError(f"dataset {name}: has no column of images or numbers; name one: ?input=…")
@@ -164,5 +190,6 @@ def _inputs(name: str, rows: Any, columns: list[str], size: int) -> np.ndarray:
                 yield (each["path"], each["path"]) if data is None else (io.BytesIO(data), where)
 
         return decoded(files(), len(raw), size)
-    parts = [np.asarray(rows.with_format("numpy")[column]) for column in columns]
+    every = rows.with_format("numpy")
+    parts = [_recoded(name, np.asarray(every[c]), rows, c, train) for c in columns]
     return parts[0] if len(parts) == 1 else np.stack(parts, 1)

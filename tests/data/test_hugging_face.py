@@ -93,6 +93,33 @@ def test_a_tables_texts_and_times_are_no_numbers(hub: Path) -> None:
     assert load("hf:visits", "").columns == ("a", "b")
 
 
+def test_splits_that_count_their_classes_each_in_its_own_way(hub: Path) -> None:
+    """As class_encode_column does where it encodes one split after the other."""
+
+    def coded(*names: str) -> Any:
+        rows = {
+            "a": [float(len(n)) for n in names] * 4,
+            "wheels": [*names] * 4,
+            "kind": [*names] * 4,
+        }
+        made = datasets.Dataset.from_dict(rows)
+        for column in ("wheels", "kind"):
+            made = made.class_encode_column(column)
+        return made
+
+    def found(*names: str) -> Any:
+        whole = {"train": coded("bus", "car", "tram"), "test": coded(*names)}
+        datasets.DatasetDict(whole).save_to_disk("-".join(names))
+        return load(f"hf:{'-'.join(names)}?label=kind", "")
+
+    here = found("tram", "bus")
+    assert here.classes == ("bus", "car", "tram")
+    assert here.test_labels.tolist() == [2, 0] * 4
+    assert here.test_images.tolist() == [[4.0, 2.0], [3.0, 0.0]] * 4
+    with pytest.raises(DataError, match="has the class 'trams' in one split.*did you mean tram"):
+        found("trams", "bus")
+
+
 def test_a_run_by_its_users(hub: Path) -> None:
     folder, _ = federate(
         hub / "out",
