@@ -16,7 +16,7 @@ app = ClientApp()
 @app.query()
 def who(message: Message, context: Context) -> Message:
     """Tell the server which partition this node is, and what data of its own it has."""
-    return Message(describe(context), reply_to=message)
+    return Message(describe(message, context), reply_to=message)
 
 
 @app.train()

@@ -1012,7 +1012,9 @@ class TestSameData:
         forget()
         folder, _ = federate(tmp_path, dataset="npz:mine.npz", resume=True, **self.SMALL)
         assert evaluate(folder, 0)["examples"]
-        np.savez("mine.npz", x=np.r_[ROWS, ROWS], y=np.r_[LABELS, LABELS])
+        others = ROWS.copy()
+        others[7] += 1  # the labels are the same
+        np.savez("mine.npz", x=others, y=LABELS)
         with pytest.raises(DataError, match="keep its files as they were"):
             evaluate(folder, 0)
 
@@ -1045,6 +1047,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "photos")
     return tmp_path
+
+
+def test_other_images_in_the_same_folders_are_other_data(here: Path) -> None:
+    config = Config(dataset=f"imagefolder:{here / 'photos'}")
+    told = fingerprint(config)
+    for file in (here / "photos").glob("*/*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    forget()
+    with pytest.raises(DataError, match="keep its files as they were"):
+        check_same(config, told)
 
 
 ALL: dict[str, Any] = {"train_per_client": None, "test_per_client": None, "validation_share": 0.0}

@@ -13,6 +13,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--dataset", default="", help="the node's data: imagefolder:PATH, …")
     parser.add_argument("--data-dir", default="", help="folder of other data sets")
     parser.add_argument("--image-size", type=int, default=0, help="the run's image-size")
+    parser.add_argument("--classes", default="", help="the run's classes, as cat,dog")
     parser.add_argument("--model", default="auto", help="the run's model")
     parser.add_argument("--superlink", default="", help="HOST:PORT")
     parser.add_argument("--root-certificates", default="", help="the authority's certificate")
@@ -32,6 +33,7 @@ def handle(options: Namespace) -> int:
         dataset=options.dataset,
         data_dir=options.data_dir,
         image_size=options.image_size,
+        classes=tuple(name.strip() for name in options.classes.split(",") if name.strip()),
         model=options.model,
         superlink=options.superlink,
         certificates=options.root_certificates,

@@ -1,4 +1,4 @@
-"""What a client keeps between rounds.
+"""What a client keeps between rounds: its method's state, and how it recognises its own data.
 
 It is kept in Flower's context, which ends with the client's SuperNode or with the run. A copy is
 kept in files if there is a folder for it: the one that a node's configuration names
@@ -8,14 +8,15 @@ results. So a node that is started again, and a run that is resumed, go on where
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context
+from flwr.app import ConfigRecord, Context
 from safetensors.torch import load_file
 
-from pfedgpa_app.core.files import write_tensors
+from pfedgpa_app.core.files import write_json, write_tensors
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.messages import record_of
@@ -23,7 +24,32 @@ from pfedgpa_app.messages import record_of
 
 def _folder(context: Context, asked: Mapping[str, Any]) -> Path | None:
     folder: Any = context.node_config.get("state-dir") or asked.get("state-dir")
-    return user_path(str(folder)) / f"run-{asked['run']}" if folder else None
+    return user_path(str(folder)) / f"run-{asked['run']}" if folder and asked.get("run") else None
+
+
+def _fingerprint_file(context: Context, asked: Mapping[str, Any]) -> Path | None:
+    folder = _folder(context, asked)  # which several nodes of a machine may share
+    return folder / f"data-{context.node_config.get('partition-id', -1)}.json" if folder else None
+
+
+def recall_fingerprint(context: Context, asked: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the fingerprint that the node's own data had before in this run; None if unknown."""
+    if (kept := context.state.config_records.get("data")) is not None:
+        return kept
+    file = _fingerprint_file(context, asked)
+    if file is None or not file.is_file():
+        return None
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def keep_fingerprint(context: Context, asked: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Keep the fingerprint of the node's own data for the rest of the run."""
+    context.state["data"] = ConfigRecord(dict(found))
+    file = _fingerprint_file(context, asked)
+    if file is not None and not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, found)
 
 
 def _kept(folder: Path | None, key: str) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -52,6 +52,7 @@ from pfedgpa_app.training.evaluation import FineTuning, Score, tempered_losses
 from pfedgpa_app.training.sgd import device_for, no_step_on_one
 
 Metrics = dict[str, int | float | list[int] | list[float]]
+_LOST = "this node no longer has what it kept for"
 
 
 def build_model(config: Config, schema: Schema) -> nn.Module:
@@ -84,10 +85,7 @@ class ClientRequest:
         asked: Any = message.content.config_records["config"]
         self._asked = asked
         self._source = str(context.node_config.get("dataset", ""))
-        if (told := message.content.config_records.get("data")) is not None:
-            check_same(self.config, told)
-        if self.config.dataset == NODES:
-            check_unchanged(self.config, self._source, context)
+        self._check_data(message.content.config_records.get("data"))
         self.client, self.round = int(asked["client"]), int(asked["round"])
         self.rate = float(asked.get("rate", 1.0))
         self.fine_tunings = [
@@ -105,6 +103,24 @@ class ClientRequest:
         trains = message.metadata.message_type == MessageType.TRAIN
         before = self.round if trains else self.round + 1
         self.state: Weights = memory.recall(context, asked, self._state_key, before)
+        self._lost = bool(asked.get("keeps")) and not self.state
+        if self._lost and not trains:
+            raise DataError(
+                f"{_LOST} {self.method.title}: it is evaluated when it has trained anew"
+            )
+
+    def _check_data(self, told: Mapping[str, Any] | None) -> None:
+        """Refuse other data than those of which the run was ``told``, or that this node had."""
+        if self.config.dataset != NODES:
+            if told is not None:
+                check_same(self.config, told)
+            return
+        check_unchanged(self.config, self._source, self.context, self._asked)
+        if told is not None and told["schema"] != self.schema().checksum():
+            raise DataError(
+                "this node's data have other classes, or examples of another shape, than the run "
+                "began with: start its SuperNode with the data of before"
+            )
 
     def _adjustment(self, sent: Collection[str]) -> Weights:
         """Return what the client adds to the classifier's bias, by the bias's name.
@@ -208,7 +224,11 @@ class ClientRequest:
             "num-examples": len(self.data().train),
             "loss": float(trained.loss),
             "round": self.round,
+            "keeps": int(bool(trained.state)),
         }
+        if self._lost and trained.state:
+            warn_once(f"{_LOST} {self.method.title}, which begins anew here")
+            metrics["lost"] = 1
         agrees = self.context.node_config.get("share-label-counts", True)
         if self.config.share_label_counts and agrees:
             classes = len(self.schema().classes)
@@ -261,22 +281,26 @@ class ClientRequest:
         return self.reply(metrics | ({} if agreement is None else {"agreement": agreement}))
 
 
-def check_unchanged(config: Config, source: str, context: Context) -> None:
+def check_unchanged(
+    config: Config, source: str, context: Context, asked: Mapping[str, Any]
+) -> None:
     """Refuse data of this node's own that have changed since an earlier message of this run.
 
-    A process of its own may serve each message, and reads the data anew.
+    A process of its own may serve each message, and reads the data anew. If the run is resumed, or
+    the SuperNode started again, only a node with a ``state-dir`` knows what it had before.
+
+    Args:
+        asked: the server's settings for this message.
 
     Raises:
         DataError: the data have changed.
     """
-    before = context.state.config_records.get("data")
-    if before is None:
-        context.state["data"] = ConfigRecord(dict(own_fingerprint(config, source)))
-    else:
+    if (before := memory.recall_fingerprint(context, asked)) is not None:
         check_own(config, source, before)
+    memory.keep_fingerprint(context, asked, own_fingerprint(config, source))
 
 
-def describe(context: Context) -> RecordDict:
+def describe(message: Message, context: Context) -> RecordDict:
     """Say who a node is: its partition and, if the run uses nodes' own data, their schema.
 
     Raises:
@@ -290,7 +314,8 @@ def describe(context: Context) -> RecordDict:
         source = str(context.node_config.get("dataset", ""))
         try:
             data = load_own_client(config, source, partition)
-            check_unchanged(config, source, context)
+            asked: Any = message.content.config_records.get("config", {})
+            check_unchanged(config, source, context, asked)
             schema = schema_of(load_own(config, source))
             network = network_of(config, schema)  # the user's own may be missing here
             if len(data.train) == 1 and (why := no_step_on_one(network)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -44,6 +46,10 @@ class Schema:
             for key, value in asdict(self).items()
             if key != "name"
         }
+
+    def checksum(self) -> int:
+        """Return a number by which another process recognises all but the name."""
+        return zlib.crc32(json.dumps(self.as_dict(), sort_keys=True).encode())
 
     @classmethod
     def of(cls, name: str, found: Mapping[str, Any]) -> Schema:

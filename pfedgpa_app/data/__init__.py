@@ -12,8 +12,15 @@ DATASETS = (
 IMAGEFOLDER, NPZ, HUGGING_FACE = "imagefolder:", "npz:", "hf:"
 
 
+_FILES = (IMAGEFOLDER, NPZ, HUGGING_FACE)
+
+
 def is_known_dataset(name: str) -> bool:
     """Whether ``name`` is one of our data sets, a prefix with a path, code, or ``nodes``."""
-    kinds = (IMAGEFOLDER, NPZ, HUGGING_FACE)
-    files = any(name.startswith(kind) and name != kind for kind in kinds)
-    return name in (*DATASETS, NODES) or files or is_reference(name)
+    files = name.startswith(_FILES) and name not in _FILES
+    return name in (*DATASETS, NODES) or files or is_own_code(name)
+
+
+def is_own_code(name: str) -> bool:
+    """Whether ``name`` is the import path of a user's own function, which loads the data."""
+    return is_reference(name) and not name.startswith(_FILES)

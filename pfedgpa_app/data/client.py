@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from pfedgpa_app.core.own_code import is_reference
 from pfedgpa_app.core.paths import remembered, user_path
 from pfedgpa_app.core.randomness import numpy_generator
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES, PARTITION_FILE, DataSettings
-from pfedgpa_app.core.settings import DataError, near
+from pfedgpa_app.core.settings import ConfigError, DataError, near
+from pfedgpa_app.data import HUGGING_FACE, IMAGEFOLDER, is_own_code
 from pfedgpa_app.data.dataset import Dataset
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.images import Images, images_of
@@ -26,6 +27,8 @@ from pfedgpa_app.data.partition import (
     with_validation,
 )
 from pfedgpa_app.data.partition_file import by_file
+
+logger = logging.getLogger("pfedgpa")
 
 
 @dataclass(frozen=True)
@@ -90,24 +93,32 @@ _SEED = "fix the seed of what your code draws, as in default_rng(0)"
 @remembered(2)
 def fingerprint(config: DataSettings) -> Fingerprint:
     """Return a fingerprint by which another process recognises the run's data set."""
-    return _fingerprint_of(load_dataset(config), config.dataset)
+    data, name = load_dataset(config), config.dataset
+    is_decoded = data.pixels and name.startswith((IMAGEFOLDER, HUGGING_FACE))
+    return _fingerprint_of(data, not (is_decoded or is_own_code(name)))
 
 
 @remembered(2)
 def own_fingerprint(config: DataSettings, source: str) -> Fingerprint:
     """Return a fingerprint by which a node recognises its own data; it stays on the node."""
-    return _fingerprint_of(load_own(config, source), source)
+    return _fingerprint_of(load_own(config, source), not is_own_code(source))
 
 
-def _fingerprint_of(data: Dataset, name: str) -> Fingerprint:
-    """Return a checksum of all labels, and 50 numbers a split if the user's own code makes it."""
+def _fingerprint_of(data: Dataset, is_exact: bool) -> Fingerprint:
+    """Return checksums of all labels and all examples, and 50 numbers a split.
+
+    Args:
+        is_exact: whether another process reads the examples to the last bit alike; if not, their
+            checksum is 0. Machines round, and decode images, a little differently.
+    """
     labels = zlib.crc32(np.concatenate([data.train_labels, data.test_labels]).tobytes())
-    numbers: list[float] = []
-    if is_reference(name):  # only such code may draw at random
-        for images in (data.train_images, data.test_images):
-            places = np.linspace(0, images.size - 1, 50).astype(int)
-            numbers += images.reshape(-1)[places].astype(float).tolist()
-    return {"labels": labels, "numbers": numbers}
+    examples, numbers = 0, list[float]()
+    for images in (data.train_images, data.test_images):
+        places = np.linspace(0, images.size - 1, min(50, images.size)).astype(int)
+        numbers += images.reshape(-1)[places].astype(float).tolist()
+        if is_exact:
+            examples = zlib.crc32(np.ascontiguousarray(images).data, examples)
+    return {"labels": labels, "examples": examples, "numbers": numbers}
 
 
 def check_same(config: DataSettings, told: Mapping[str, Any]) -> None:
@@ -133,19 +144,22 @@ def check_own(config: DataSettings, source: str, told: Mapping[str, Any]) -> Non
     """
     if not _alike(own_fingerprint(config, source), told):
         raise DataError(
-            f"dataset {source}: differs from what this node has read before in this run: keep its "
-            "files as they were, and " + _SEED
+            "this node's data differ from what it has read before in this run: keep its files as "
+            "they were, and " + _SEED
         )
 
 
 def _alike(here: Fingerprint, told: Mapping[str, Any]) -> bool:
     """Whether two fingerprints are of the same data."""
+    if here["labels"] != told["labels"]:
+        return False
+    if told.get("examples"):  # runs of earlier versions kept none, and few numbers
+        return bool(here["examples"] == told["examples"])
     ours, theirs = (np.asarray(each["numbers"], dtype=float) for each in (here, told))
-    # machines round, and decode images, a little differently
-    close = ours.shape == theirs.shape and bool(
-        (np.abs(ours - theirs) <= 0.02 * np.abs(theirs).max(initial=0)).all()
-    )
-    return close and here["labels"] == told["labels"]
+    if not theirs.size:
+        return True
+    near_enough = 0.02 * np.abs(theirs).max()
+    return ours.shape == theirs.shape and bool((np.abs(ours - theirs) <= near_enough).all())
 
 
 def load_schema(config: DataSettings) -> Schema:
@@ -242,6 +256,9 @@ def _dealt_in_words(rows: Sequence[np.ndarray], number: int, more_notes: Sequenc
 def load_own(config: DataSettings, source: str) -> Dataset:
     """Load this node's own data set, which its configuration names.
 
+    What is wrong with it is logged here and not in the error, which the server is told: it may
+    name files, classes and users.
+
     Raises:
         DataError: it is absent or unusable, or none is named.
     """
@@ -250,10 +267,16 @@ def load_own(config: DataSettings, source: str) -> Dataset:
             "dataset = nodes, but this node names none: start its SuperNode with --node-config "
             "'dataset=\"imagefolder:/absolute/path\" …'"
         )
-    return _with_classes(_load(config, source), config.classes)
+    try:
+        return with_classes(_load(config, source), config.classes)
+    except (ConfigError, DataError) as error:
+        logger.error("%s", error)
+    raise DataError(
+        "this node's data cannot be used: its own log says why, and so does pfedgpa doctor there"
+    )
 
 
-def _with_classes(data: Dataset, classes: tuple[str, ...]) -> Dataset:
+def with_classes(data: Dataset, classes: tuple[str, ...]) -> Dataset:
     """Return ``data`` with labels that are indices of ``classes``, unless these are empty.
 
     Raises:
@@ -284,7 +307,7 @@ def load_own_client(config: DataSettings, source: str, client: int) -> ClientDat
     )
     kept = round(len(order) * config.validation_share)
     if kept == len(order):
-        raise DataError(f"dataset {source}: validation-share leaves no image to train on")
+        raise DataError("validation-share leaves no image of this node's to train on")
     every = np.arange(len(data.test_labels))
     split = ClientSplit(np.sort(order[kept:]), np.sort(order[:kept]), every, group=0)
     return _held(data, split)

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import NODES, TrainingSettings
 from pfedgpa_app.core.settings import DataError
-from pfedgpa_app.data.client import schema_of
+from pfedgpa_app.data.client import schema_of, with_classes
 from pfedgpa_app.data.dataset import Dataset, remarks
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.models.build import network_of
@@ -45,6 +45,7 @@ class Node:
     dataset: str = ""
     data_dir: str = ""
     image_size: int = 0
+    classes: tuple[str, ...] = ()
     model: str = "auto"
     superlink: str = ""
     certificates: str = ""  # the authority's, which vouches for the SuperLink's
@@ -84,7 +85,8 @@ def _examples(node: Node) -> Dataset:
     if node.dataset == NODES:
         raise NodeError("dataset nodes: name this node's own data set")
     try:
-        return load(node.dataset, node.data_dir, image_size=node.image_size)
+        found = load(node.dataset, node.data_dir, image_size=node.image_size)
+        return with_classes(found, node.classes)
     except (DataError, ValueError) as error:
         raise NodeError(str(error)) from error
 

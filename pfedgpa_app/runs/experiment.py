@@ -221,7 +221,8 @@ class Experiment:
         # the federation to go on with, until its rounds begin; {} if there is none
         self.going = self.resuming.restore(config.checkpoint_every)
         own, before = config.dataset == NODES, self.resuming.partitions
-        self.roster = Roster(grid, config.num_clients, config.timeout, own, before, log.event)
+        run, patience = self.resuming.name, config.timeout
+        self.roster = Roster(grid, config.num_clients, patience, own, before, run, log.event)
         if own:
             self.resuming.partitions = self.roster.partitions
         self.dataset = self.roster.schema or load_schema(config)
@@ -239,7 +240,6 @@ class Experiment:
         lost = partial(_lost_tracker, folder, log)
         self.tracking = Tracking(folder, config.track, settings, lost)
         log.listeners.append(self.tracking.round)
-        self.roster.common["run"] = self.resuming.name
         if not own:
             self.roster.data = dict(fingerprint(config))
         self.resuming.warn_of_edits()
@@ -331,7 +331,8 @@ class Experiment:
             every = config.checkpoint_every
             if every and (server_round % every == 0 or server_round == rounds):
                 now = {"federation": name, "round": server_round, "state": method.state}
-                self.resuming.keep(now | {"costs": strategy.costs()})
+                keeping = sorted(client for of, client in self.roster.keeping if of == name)
+                self.resuming.keep(now | {"costs": strategy.costs(), "keeping": keeping})
 
         classes = len(self.dataset.classes)
         method = kind(config, state)
@@ -341,6 +342,7 @@ class Experiment:
         )
         if going:
             strategy.restore(going["costs"], going["round"])
+            self.roster.keeping |= {(name, client) for client in going["keeping"]}
         if config.uploads:
             path = user_path(config.uploads).absolute()
             strategy.restore(uploads.load(path, state, self.resolved))

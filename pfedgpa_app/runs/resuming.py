@@ -48,8 +48,8 @@ class Resuming:
 
         Returns:
             of the federation that was going on: its name, how many of its rounds are done, what
-            they cost, and ``node``, its encoded state, to be given to ``state``; {} between two
-            federations or without a checkpoint.
+            they cost, the clients that keep something for it, and ``node``, its encoded state, to
+            be given to ``state``; {} between two federations or without a checkpoint.
 
         Raises:
             ConfigError: the checkpoint cannot be used, or ``every`` is 0.
@@ -75,6 +75,7 @@ class Resuming:
             if "state" in kept:
                 going = {"federation": kept["federation"], "round": kept["round"]}
                 going["costs"] = self._checkpoint.restore(kept["costs"])
+                going["keeping"] = self._checkpoint.restore(kept.get("keeping", []))
                 going["node"] = kept["state"]
                 self._check_clients(self._checkpoint.restore(kept["clients"]))
                 memory.forget_after(self._kept, going["federation"], going["round"])
@@ -126,8 +127,8 @@ class Resuming:
         """Replace the checkpoint; if the disk is full, the run goes on without one, with a warning.
 
         Args:
-            going: the name, round, state and costs of the federation that is going on; {} between
-                two.
+            going: the name, round, state and costs of the federation that is going on, and the
+                clients that keep something for it; {} between two.
         """
         try:
             every = {

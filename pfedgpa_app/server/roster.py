@@ -148,6 +148,9 @@ class Roster:
             clients, clients take them in turn.
         schema: that of the nodes' own data; None if clients share a data set.
         present: the ids of the nodes that were connected at the last look.
+        data: for clients to compare with what they have, a shared data set's fingerprint, or the
+            checksum of the schema.
+        keeping: federations' clients (name, client) that keep something for their next round.
     """
 
     def __init__(
@@ -157,6 +160,7 @@ class Roster:
         timeout: float,
         own_data: bool = False,
         before: Iterable[int] = (),
+        run: str = "",
         tell: Callable[[str, str], object] = _logged,
     ) -> None:
         """Wait for the nodes and ask each who it is.
@@ -166,6 +170,7 @@ class Roster:
             own_data: whether the clients' data are their nodes' own, so that each needs its node.
             before: for a resumed run on nodes' own data, the partitions of all its clients; it can
                 go on without some of them.
+            run: by which clients know the run.
             tell: is called with the kind ("warning" or "status") and the text of what happens.
 
         Raises:
@@ -174,8 +179,8 @@ class Roster:
                 differ in classes or shape.
         """
         self._own_data, self._before, self._tell = own_data, sorted(before), tell
-        self.common: Settings = {}  # settings that every message carries
-        self.data: Settings = {}  # a shared data set's fingerprint, for clients to compare
+        self.common: Settings = {"run": run}  # settings that every message carries
+        self.keeping: set[tuple[Any, int]] = set()
         self.grid, self.timeout = OneAtATime(grid), timeout
         answers = self._discover(num_clients)
         node_at = _node_at(answers)
@@ -185,6 +190,10 @@ class Roster:
         self._place_of = {partition: i for i, partition in enumerate(self.partitions)}
         self._hosts = {self._place_of[p]: node for p, node in node_at.items()}
         self._known, self.present = set(answers), set(answers)
+        self._waiting: dict[int, int] = {}  # by client, nodes that come after another with its id
+        self.data: Settings = {}
+        if self.schema:
+            self.data = {"schema": self.schema.checksum()}
         if own_data and self.partitions != list(range(len(self.partitions))):
             tell(
                 "warning",
@@ -210,18 +219,34 @@ class Roster:
     def poll(self) -> None:
         """See which nodes are connected.
 
-        A node that comes back under a new id is recognised by its partition.
+        A node that comes back under a new id is recognised by its partition. As long as the node
+        that had this partition is connected, the new one waits.
         """
         self.present = set(self.grid.get_node_ids())
-        if not (new := sorted(self.present - self._known)):
-            return
-        self._known |= set(new)
-        for node, answer in self._asked(new)[0].items():
-            place = self._place_of.get(answer.partition)
-            if place is None:
-                self._tell("warning", f"node {node} belongs to no client of this run")
-            else:
-                self._hosts[place] = node
+        if new := sorted(self.present - self._known):
+            self._known |= set(new)
+            for node, answer in self._asked(new)[0].items():
+                self._admit(node, answer)
+        for place in list(self._waiting):
+            if self._hosts.get(place) not in self.present:
+                self._hosts[place] = self._waiting.pop(place)
+
+    def _admit(self, node: int, answer: Answer) -> None:
+        """Let a new node serve its client, or have it wait, or leave it out; the latter is told."""
+        place, which = self._place_of.get(answer.partition), f"partition-id={answer.partition}"
+        if place is None:
+            self._tell("warning", f"node {node} belongs to no client of this run")
+        elif self.schema and (why := _mismatch((self.partitions[0], self.schema), answer)):
+            self._tell("warning", f"node {node} with {which} takes no part: {why}")
+        elif (other := self._hosts.get(place)) in self.present:
+            self._waiting[place] = node
+            self._tell(
+                "warning",
+                f"node {node} has {which} like node {other}, which is still connected: it takes no "
+                "part until that one has left; give each its own in --node-config",
+            )
+        else:
+            self._hosts[place] = node
 
     def await_nodes(self, clients: Iterable[int], count: int) -> None:
         """Wait until ``count`` of the clients' nodes are here, for ``timeout`` seconds at most."""
@@ -237,7 +262,11 @@ class Roster:
     def _asked(self, nodes: Iterable[int]) -> tuple[dict[int, Answer], str]:
         """Ask nodes who they are: {node: its answer}, and why the last failing one failed or ""."""
         questions = [
-            Message(RecordDict(), dst_node_id=node, message_type=MessageType.QUERY)
+            Message(
+                RecordDict({"config": ConfigRecord(self.common)}),
+                dst_node_id=node,
+                message_type=MessageType.QUERY,
+            )
             for node in nodes
         ]
         answers: dict[int, Answer] = {}
@@ -307,10 +336,11 @@ class Roster:
 
     def message(self, client: int, kind: str, weights: Weights, settings: Settings) -> Message:
         """Make a message for ``client``, which shares no record with other clients' messages."""
+        kept = {"keeps": (settings.get("method"), client) in self.keeping}
         content = RecordDict(
             {
                 "arrays": record_of(weights),
-                "config": ConfigRecord({**self.common, **settings, "client": client}),
+                "config": ConfigRecord({**self.common, **settings, "client": client, **kept}),
             }
         )
         if self.data:
@@ -389,23 +419,29 @@ def _schema_of(answers: Iterable[Answer]) -> Schema | None:
         RosterError: a schema cannot be read, or two differ.
     """
     first: tuple[int, Schema] | None = None
-    for partition, data in answers:
-        if data is None:
+    for answer in answers:
+        if answer.data is None:
             return None
-        try:
-            found = Schema.of(NODES, data)
-        except (KeyError, TypeError, ValueError) as error:
-            raise RosterError(
-                f"partition {partition} describes its data in another version's way: give all "
-                f"nodes the same version ({type(error).__name__}: {error})"
-            ) from error
-        first = first or (partition, found)
-        if found != first[1]:
-            raise RosterError(
-                f"nodes' data do not match: {_difference(first, (partition, found))}: "
-                f"{_remedy(first[1], found)}"
-            )
+        if why := _mismatch(first, answer):
+            raise RosterError(why)
+        first = first or (answer.partition, Schema.of(NODES, answer.data))
     return first[1] if first else None
+
+
+def _mismatch(first: tuple[int, Schema] | None, answer: Answer) -> str:
+    """Say why a node's data do not match those of the ``first`` partition; "" if they do."""
+    partition, data = answer
+    try:
+        found = Schema.of(NODES, data)
+    except (KeyError, TypeError, ValueError) as error:
+        return (
+            f"partition {partition} describes its data in another version's way: give all "
+            f"nodes the same version ({type(error).__name__}: {error})"
+        )
+    if first is None or found == first[1]:
+        return ""
+    difference = _difference(first, (partition, found))
+    return f"nodes' data do not match: {difference}: {_remedy(first[1], found)}"
 
 
 def _listed(partitions: Iterable[int]) -> str:

@@ -116,6 +116,7 @@ class Personalised(Strategy):
         answers = match(self._sent, replies)
         sent = [client for client in self._sent if client not in self._late]
         uploads, rejected = self.screened(server_round, sent, answers, self._away)
+        self._note_kept(server_round, {client: answers[client] for client in uploads})
         round_up = sum(array_bytes(answers[client]) for client in uploads)
         self.bytes_up += round_up
         self.bytes_down += self._round_down
@@ -150,6 +151,19 @@ class Personalised(Strategy):
             "bytes-down": self._round_down,
         }
         return None, MetricRecord(metrics)
+
+    def _note_kept(self, server_round: int, answers: dict[int, Message]) -> None:
+        """Note which clients keep something for their next round, and tell who has lost it."""
+        for client, answer in answers.items():
+            told: Any = answer.content.metric_records["metrics"]
+            if told.get("keeps"):
+                self.roster.keeping.add((self.name, client))
+            if told.get("lost"):
+                self.log.event(
+                    "warning",
+                    f"{self.name} round {server_round}: client {client} no longer has what it kept "
+                    "between rounds, and begins anew: give its node a state-dir that lasts",
+                )
 
     def _loss(self) -> float:
         """Return the mean training loss of the round's honest clients."""

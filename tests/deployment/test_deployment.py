@@ -198,9 +198,7 @@ class TestOwnData:
         grid.tamper = read_anew
         self.start(grid)
         assert len(failed) >= 4  # two rounds of training and evaluation
-        assert all(
-            f"dataset {sources[1]}: differs from what this node has" in why for why in failed
-        )
+        assert all("this node's data differ from what it has read before" in why for why in failed)
         assert {m["client"] for m in grid.received} == {0}
 
     def test_too_few_nodes(self, tmp_path: Path) -> None:
@@ -324,7 +322,9 @@ class TestOwnData:
         with pytest.raises(RosterError, match=f"{says}.*: give all nodes the same columns"):
             self.start(self.grid(tmp_path, sources))
 
-    def test_a_node_without_examples_of_a_class(self, tmp_path: Path) -> None:
+    def test_a_node_without_examples_of_a_class(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         """Images of three at one, of two at the other; by name, not by number."""
         for node, names in enumerate((("cat", "dog", "owl"), ("cat", "owl"))):
             for i, name in enumerate(names):
@@ -343,8 +343,11 @@ class TestOwnData:
         held = load_own(config, sources[1])
         assert np.bincount(held.train_labels).tolist() == [0, 8, 8]
         assert held.train_images[held.train_labels == 2].max() < 20  # the cats
-        with pytest.raises(RosterError, match=r"partition-id=0: .* the class 'dog'"):
+        with pytest.raises(RosterError, match=r"partition-id=0: .* its own log says why") as found:
             self.start(self.grid(tmp_path / "c", sources, classes="cat,owl"))
+        assert "dog" not in str(found.value)
+        assert str(tmp_path) not in str(found.value)
+        assert "has the class 'dog'" in caplog.text
 
     def test_sequences_of_words(self, tmp_path: Path) -> None:
         words = np.random.default_rng(0).integers(0, 9, (40, 5))
