@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,29 @@ def test_a_method_of_one_s_own_is_looked_for_in_code_dir(tmp_path: Path) -> None
         [fedavg, mine] = methods_named("fedavg,in_code_dir:Mine", {"code-dir": str(tmp_path)})
         assert fedavg == "fedavg"
         assert METHODS[mine].title == "Mine"
+
+
+def test_a_second_signal_does_not_disturb_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timeout` sends two: one to its command, one to the group."""
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
+    ended = []
+
+    def handle(_: object) -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            ended.append("what was started")
+        return 0
+
+    monkeypatch.setattr(cli.COMMANDS["settings"], "handle", handle)
+    try:
+        assert cli.main(["settings"]) == 130
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+    assert ended
 
 
 @pytest.mark.parametrize(

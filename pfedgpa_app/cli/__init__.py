@@ -70,6 +70,20 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+_STOPS = signal.SIGINT, signal.SIGTERM
+
+
+def _stop(*_: object) -> None:
+    """Stop the command; further signals do not disturb it while it ends what it has started.
+
+    Raises:
+        KeyboardInterrupt: always.
+    """
+    for sign in _STOPS:
+        signal.signal(sign, lambda *_: None)  # what is ignored, started processes would ignore too
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command.
 
@@ -78,8 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parse(arguments)
     # a background job ignores SIGINT, and SIGTERM must stop the started processes, too
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, signal.default_int_handler)
+    for sign in _STOPS:
+        signal.signal(sign, _stop)
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack ±
         sys.stdout.reconfigure(errors="replace")
     try:

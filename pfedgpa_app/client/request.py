@@ -85,7 +85,10 @@ class ClientRequest:
         asked: Any = message.content.config_records["config"]
         self._asked = asked
         self._source = str(context.node_config.get("dataset", ""))
-        self._check_data(message.content.config_records.get("data"))
+        if (told := message.content.config_records.get("data")) is not None:
+            _check_data(self.config, self._source, told)
+        if self.config.dataset == NODES:
+            check_unchanged(self.config, self._source, context, asked)
         self.client, self.round = int(asked["client"]), int(asked["round"])
         self.rate = float(asked.get("rate", 1.0))
         self.fine_tunings = [
@@ -107,19 +110,6 @@ class ClientRequest:
         if self._lost and not trains:
             raise DataError(
                 f"{_LOST} {self.method.title}: it is evaluated when it has trained anew"
-            )
-
-    def _check_data(self, told: Mapping[str, Any] | None) -> None:
-        """Refuse other data than those of which the run was ``told``, or that this node had."""
-        if self.config.dataset != NODES:
-            if told is not None:
-                check_same(self.config, told)
-            return
-        check_unchanged(self.config, self._source, self.context, self._asked)
-        if told is not None and told["schema"] != self.schema().checksum():
-            raise DataError(
-                "this node's data have other classes, or examples of another shape, than the run "
-                "began with: start its SuperNode with the data of before"
             )
 
     def _adjustment(self, sent: Collection[str]) -> Weights:
@@ -279,6 +269,21 @@ class ClientRequest:
             "own-part": int(any(self._own_parts(evaluated))),
         }
         return self.reply(metrics | ({} if agreement is None else {"agreement": agreement}))
+
+
+def _check_data(config: Config, source: str, told: Mapping[str, Any]) -> None:
+    """Refuse other data than those of which the run was ``told``.
+
+    Raises:
+        DataError: they are others, or of other classes.
+    """
+    if config.dataset != NODES:
+        check_same(config, told)
+    elif told["schema"] != schema_of(load_own(config, source)).checksum():
+        raise DataError(
+            "this node's data have other classes, or examples of another shape, than the run began "
+            "with: start its SuperNode with the data of before"
+        )
 
 
 def check_unchanged(

@@ -36,9 +36,22 @@ def in_users_folder() -> AbstractContextManager[None]:
     return contextlib.chdir(folder) if folder else contextlib.nullcontext()
 
 
-def still_there(folder: str) -> str:
-    """Return ``folder``, where a run found the user's code; "", the current one, if it is gone."""
-    return folder if Path(folder).is_dir() else ""
+def still_there(folder: str, reference: str = "") -> str:
+    """Return ``folder``, where a run found the user's code; "", the current one, if it is gone.
+
+    So it is if only the current one has the module of ``reference``: on a deployment the code may
+    have come with the Flower app.
+    """
+    if not Path(folder).is_dir():
+        return ""
+    top = reference.partition(":")[0].partition(".")[0]
+    if is_reference(reference) and not _has(folder, top) and _has(str(Path.cwd()), top):
+        return ""
+    return folder
+
+
+def _has(folder: str, module: str) -> bool:
+    return importlib.machinery.PathFinder.find_spec(module, [folder]) is not None
 
 
 def imported(reference: str, folder: str, setting: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pfedgpa_app.core.files import read_tensors, write_tensors
+from pfedgpa_app.core.files import read_metadata, read_tensors, write_tensors
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.weights import Layout, finite
 from pfedgpa_app.diffusion.autoencoder import Autoencoder, LayeredAutoencoder, LinearAutoencoder
@@ -36,11 +37,17 @@ def file_at(path: str | Path) -> Path:
     return file / FILE if file.is_dir() else file
 
 
-def save(fitted: Distribution, path: Path, statistics: Tensors | None = None) -> None:
+def save(
+    fitted: Distribution,
+    path: Path,
+    statistics: Tensors | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> None:
     """Write a distribution for ``load``: P·(k + 1) numbers and a little more, but no upload.
 
     Args:
         statistics: the mean's running statistics, which are not generated.
+        origin: what else ``origin_of`` shall tell of the federation, for JSON.
     """
     layout = fitted.layout
     tensors = {
@@ -58,6 +65,7 @@ def save(fitted: Distribution, path: Path, statistics: Tensors | None = None) ->
         "settings": asdict(fitted.settings),
         "seed": fitted.seed,
         "strength": fitted.strength,
+        "origin": dict(origin or {}),
         "tensors": [
             [name, list(shape), str(dtype).removeprefix("torch.")]
             for name, shape, dtype in zip(layout.names, layout.shapes, layout.dtypes, strict=True)
@@ -90,6 +98,16 @@ def statistics(path: Path) -> Tensors:
         ValueError: as in ``load``.
     """
     return _below("statistics", read_tensors(path, FORMAT, "statistics/")[0])
+
+
+def origin_of(path: Path) -> dict[str, Any]:
+    """What was told of the federation of the distribution in ``path``; {} by earlier versions.
+
+    Raises:
+        ValueError: as in ``load``.
+    """
+    description = json.loads(read_metadata(path, FORMAT)["distribution"])
+    return dict(description.get("origin", {}))
 
 
 def _from(tensors: Tensors, description: dict[str, Any]) -> Distribution:

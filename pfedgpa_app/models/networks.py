@@ -160,6 +160,14 @@ def weights_of(network: nn.Module) -> Weights:
     return {n: tensors[n].detach().cpu().clone() for n in weight_names(network)}
 
 
+def fixed_of(network: nn.Module) -> Weights:
+    """Return what clients do not share of a network: frozen weights, counters, other buffers."""
+    tensors = network.state_dict()
+    # by address, as tied tensors have several names
+    shared = {tensors[name].data_ptr() for name in weight_names(network)}
+    return {name: t for name, t in tensors.items() if t.data_ptr() not in shared}
+
+
 def load(network: nn.Module, weights: Weights) -> None:
     """Set ``weights`` by name; the network's other tensors stay as they are.
 

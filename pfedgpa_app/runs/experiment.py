@@ -19,6 +19,7 @@ from pfedgpa_app.config.checks import without_effect
 from pfedgpa_app.config.resolve import Resolved, values_of
 from pfedgpa_app.core.files import write_json
 from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import LABEL_FLIP, NODES, Config
 from pfedgpa_app.core.settings import listed
 from pfedgpa_app.core.weights import Weights, own_statistics
@@ -43,7 +44,13 @@ from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, s
 from pfedgpa_app.results.tracking import Tracking, require_installed
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.folder import CONFIG, keep_holdings, locked, run_folder, running
-from pfedgpa_app.runs.initial import initial_weights, learn_nothing, share_little
+from pfedgpa_app.runs.initial import (
+    initial_weights,
+    learn_nothing,
+    origin,
+    other_classes,
+    share_little,
+)
 from pfedgpa_app.runs.personal import MODEL, WEIGHTS, note_parts_on_nodes, weights_file, write_about
 from pfedgpa_app.runs.resuming import CHECKPOINT, Resuming
 from pfedgpa_app.runs.summary import Summary, save_weights
@@ -186,7 +193,7 @@ def _groups(config: Config) -> list[int]:
 
 
 def _keep_distribution(
-    folder: Path, config: Config, found: WeightDistribution, common: Weights
+    folder: Path, config: Config, schema: Schema, found: WeightDistribution, common: Weights
 ) -> None:
     """Write what a federation's server learned, and draw its latents, if the settings ask for it.
 
@@ -195,7 +202,7 @@ def _keep_distribution(
     """
     if config.save_weights:
         beside = {name: common[name] for name in own_statistics(common, found.layout.names)}
-        saved.save(found, folder / saved.FILE, beside)
+        saved.save(found, folder / saved.FILE, beside, origin(config, schema))
     if config.report and (places := plots.latent_places(found)):
         write_json(folder / report.LATENTS, places)
         plots.latents(folder / "latents.png", places, _groups(config))
@@ -234,6 +241,8 @@ class Experiment:
         if config.start_from and starts and not self.going:
             text = f"rounds begin with the mean of what {config.start_from} learned"
             log.event("status", f"{text}; what clients keep to themselves does not")
+            for text in other_classes(config, self.dataset):
+                log.event("warning", text)
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
         settings = values_of(resolved.as_dict())
         self._privacy = self._spent() if config.local_dp_epsilon else {}  # added to each row
@@ -309,7 +318,8 @@ class Experiment:
                 self._save(method_name, method, weights | sent)
             found = halves.learned(method_name, method) or found
         if found is not None:
-            _keep_distribution(self.folder, self.config, found, state.global_weights)
+            learned_from = self.folder, self.config, self.dataset
+            _keep_distribution(*learned_from, found, state.global_weights)
 
     def _run_rounds(self, name: str, methods: list[str]) -> Personalised:
         """Run one federation's rounds, or restore them, and return its strategy."""

@@ -172,7 +172,8 @@ def kept_settings(folder: Path) -> dict[str, Any]:
     if "value" not in kept.get("method", {}):
         raise ConfigError(f"{path} names no method: it is not a run's, or is damaged")
     if code := kept.get("code-dir"):
-        code["value"] = still_there(str(code.get("value", "")))
+        model = str(kept.get("model", {}).get("value", ""))
+        code["value"] = still_there(str(code.get("value", "")), model)
     return kept
 
 

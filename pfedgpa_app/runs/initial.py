@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, listed
-from pfedgpa_app.core.weights import Weights, layers, own_statistics
+from pfedgpa_app.core.weights import Weights, checksum, layers, own_statistics
 from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.methods import METHODS, federations, rounds_class
 from pfedgpa_app.methods.base import NOTHING
 from pfedgpa_app.methods.halves import shared_names
 from pfedgpa_app.models.build import classifier_bias, network_of
-from pfedgpa_app.models.networks import weight_names, weights_of
+from pfedgpa_app.models.networks import fixed_of, weight_names, weights_of
 from pfedgpa_app.training.sgd import no_step_on_one
 
 
@@ -42,7 +43,43 @@ def initial_weights(config: Config, schema: Schema) -> Weights:
             f"batch-size = 1: the network's {why}: set 2 or more, or use nn.GroupNorm in its place"
         )
     initial = weights_of(network)
-    return warm_start(Path(config.start_from), initial) if config.start_from else initial
+    if not config.start_from:
+        return initial
+    begun = warm_start(Path(config.start_from), initial)
+    _check_fixed(config, schema)
+    return begun
+
+
+def origin(config: Config, schema: Schema) -> dict[str, Any]:
+    """Return what a run that starts from this one's distribution must know of it, for JSON."""
+    fixed = fixed_of(network_of(config, schema))
+    return {"classes": schema.classes, "fixed": {n: checksum(t) for n, t in fixed.items()}}
+
+
+def _check_fixed(config: Config, schema: Schema) -> None:
+    """Refuse a start from weights that were trained around other frozen ones.
+
+    Raises:
+        ConfigError: says which.
+    """
+    before = saved.origin_of(saved.file_at(config.start_from)).get("fixed", {})
+    now = origin(config, schema)["fixed"]
+    if other := [name for name in now if before.get(name, now[name]) != now[name]]:
+        raise ConfigError(
+            f"start-from = {config.start_from!r}: was learned around another {listed(other, 3)}, "
+            "which no client trains: set seed and model-weights as in that run"
+        )
+
+
+def other_classes(config: Config, schema: Schema) -> Iterator[str]:
+    """Say if the run begins with the classifier of other classes."""
+    before = saved.origin_of(saved.file_at(config.start_from)).get("classes", schema.classes)
+    if tuple(before) != schema.classes:
+        yield (
+            f"start-from = {config.start_from!r}: was learned from the classes "
+            f"{listed(before, 5)}, so the classifier begins as theirs; this run's are, in order, "
+            f"{listed(schema.classes, 5)}"
+        )
 
 
 def learn_nothing(config: Config) -> Iterator[str]:

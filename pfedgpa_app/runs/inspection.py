@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pfedgpa_app.config.checks import RUN_CONFIG
-from pfedgpa_app.config.parse import argument
+from pfedgpa_app.config.parse import argument, in_toml
 from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import ConfigError
@@ -88,7 +88,8 @@ def _checkpoint(run: Run) -> Iterator[str]:
 def _resuming(run: Run) -> str:
     """The command that resumes a run."""
     if run.settings["dataset"]["value"] == NODES:
-        return "flwr run FOLDER SUPERLINK --stream --run-config resume=true, as when it began"
+        again = shlex.quote(in_toml({"resume": True, "run-name": run.folder.name}))
+        return f"flwr run FOLDER SUPERLINK --stream --run-config {again}, as when it began"
     place = {name: run.settings[name] for name in OF_ITS_PLACE if name in run.settings}
     words = [f"{n}={argument(e['value'])}" for n, e in place.items() if e["from"] == RUN_CONFIG]
     out, name = run.folder.absolute().parent, run.folder.name

@@ -28,7 +28,7 @@ from pfedgpa_app.data.images import normalisation
 from pfedgpa_app.methods import federation_of
 from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.models.build import forget_edited, network_of
-from pfedgpa_app.models.networks import load, weight_names
+from pfedgpa_app.models.networks import fixed_of, load
 from pfedgpa_app.runs.folder import is_running, kept_methods, kept_settings, unfinished
 from pfedgpa_app.training.evaluation import FinalScore
 
@@ -174,12 +174,8 @@ def write_about(folder: Path, config: Config, schema: Schema) -> None:
     )
     write_json(folder / MODEL, about.as_dict(), indent=2)
     network = network_of(config, schema)
-    tensors = network.state_dict()
-    # by address, as tied tensors have several names
-    shared = {tensors[name].data_ptr() for name in weight_names(network)}
-    if config.model_weights:  # the seed alone does not restore weights that a client was never sent
-        shared = set()
-    rest = {name: t for name, t in tensors.items() if t.data_ptr() not in shared}
+    # the seed alone does not restore weights that a client was never sent
+    rest = network.state_dict() if config.model_weights else fixed_of(network)
     if rest and config.save_weights:
         (folder / WEIGHTS).mkdir(exist_ok=True)
         write_tensors(folder / WEIGHTS / REST, rest)
@@ -229,7 +225,8 @@ def read_about(folder: Path) -> About:
             raise ValueError(f"is of format {found['format']!r}, not {FORMAT}")
         schema = Schema.of(found["dataset"], found)
         names = ("model", "head", "seed", "code_dir", "image_size")
-        code, found["code_dir"] = found.get("code", {}), still_there(found["code_dir"])
+        code = found.get("code", {})
+        found["code_dir"] = still_there(found["code_dir"], found["model"])
         return About(schema, **{name: found[name] for name in names}, code=code)
     except FileNotFoundError as error:
         raise ConfigError(

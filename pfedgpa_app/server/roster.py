@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -140,6 +140,52 @@ class OneAtATime(Grid):
         return self._grid.pull_messages(message_ids)
 
 
+class Hosts:
+    """Which node serves each client.
+
+    As long as it is connected, another node with its partition waits.
+    """
+
+    def __init__(
+        self,
+        partitions: Sequence[int],
+        node_at: dict[int, int],
+        schema: Schema | None,
+        tell: Callable[[str, str], object],
+    ) -> None:
+        """Seat the nodes that are here when the run begins, given by partition."""
+        self._partitions, self._schema, self._tell = partitions, schema, tell
+        self._client_of = {partition: i for i, partition in enumerate(partitions)}
+        self._node_of = {self._client_of[p]: node for p, node in node_at.items()}
+        self._waiting: dict[int, int] = {}  # {client: node}
+
+    def of(self, client: int) -> int:
+        """The node that serves ``client``; ``NOBODY`` until one does."""
+        return self._node_of.get(client % len(self._partitions), NOBODY)
+
+    def admit(self, node: int, answer: Answer, present: Container[int]) -> None:
+        """Let a new node serve its client, have it wait, or leave it out; the latter are told."""
+        client, which = self._client_of.get(answer.partition), f"partition-id={answer.partition}"
+        if client is None:
+            self._tell("warning", f"node {node} belongs to no client of this run")
+        elif self._schema and (why := _mismatch((self._partitions[0], self._schema), answer)):
+            self._tell("warning", f"node {node} with {which} takes no part: {why}")
+        elif (other := self.of(client)) in present:
+            self._waiting[client] = node
+            self._tell(
+                "warning",
+                f"node {node} has {which} like node {other}, which is still connected: it takes no "
+                "part until that one has left; give each its own in --node-config",
+            )
+        else:
+            self._node_of[client] = node
+
+    def relieve(self, present: Container[int]) -> None:
+        """Let those who wait serve clients whose nodes have left."""
+        for client in [c for c in self._waiting if self.of(c) not in present]:
+            self._node_of[client] = self._waiting.pop(client)
+
+
 class Roster:
     """The clients 0..n−1, and how to send to them and collect from them.
 
@@ -187,13 +233,9 @@ class Roster:
         self.partitions = self._before or list(node_at)
         self._check_before(node_at)
         self.schema = _schema_of([answers[node] for node in node_at.values()])
-        self._place_of = {partition: i for i, partition in enumerate(self.partitions)}
-        self._hosts = {self._place_of[p]: node for p, node in node_at.items()}
+        self._hosts = Hosts(self.partitions, node_at, self.schema, tell)
         self._known, self.present = set(answers), set(answers)
-        self._waiting: dict[int, int] = {}  # by client, nodes that come after another with its id
-        self.data: Settings = {}
-        if self.schema:
-            self.data = {"schema": self.schema.checksum()}
+        self.data: Settings = {"schema": self.schema.checksum()} if self.schema else {}
         if own_data and self.partitions != list(range(len(self.partitions))):
             tell(
                 "warning",
@@ -210,7 +252,7 @@ class Roster:
 
     def node_of(self, client: int) -> int:
         """The node that serves ``client``; ``NOBODY`` until one does."""
-        return self._hosts.get(client % len(self.partitions), NOBODY)
+        return self._hosts.of(client)
 
     def is_here(self, client: int) -> bool:
         """Whether the client's node was connected at the last look."""
@@ -219,34 +261,14 @@ class Roster:
     def poll(self) -> None:
         """See which nodes are connected.
 
-        A node that comes back under a new id is recognised by its partition. As long as the node
-        that had this partition is connected, the new one waits.
+        A node that comes back under a new id is recognised by its partition.
         """
         self.present = set(self.grid.get_node_ids())
         if new := sorted(self.present - self._known):
             self._known |= set(new)
             for node, answer in self._asked(new)[0].items():
-                self._admit(node, answer)
-        for place in list(self._waiting):
-            if self._hosts.get(place) not in self.present:
-                self._hosts[place] = self._waiting.pop(place)
-
-    def _admit(self, node: int, answer: Answer) -> None:
-        """Let a new node serve its client, or have it wait, or leave it out; the latter is told."""
-        place, which = self._place_of.get(answer.partition), f"partition-id={answer.partition}"
-        if place is None:
-            self._tell("warning", f"node {node} belongs to no client of this run")
-        elif self.schema and (why := _mismatch((self.partitions[0], self.schema), answer)):
-            self._tell("warning", f"node {node} with {which} takes no part: {why}")
-        elif (other := self._hosts.get(place)) in self.present:
-            self._waiting[place] = node
-            self._tell(
-                "warning",
-                f"node {node} has {which} like node {other}, which is still connected: it takes no "
-                "part until that one has left; give each its own in --node-config",
-            )
-        else:
-            self._hosts[place] = node
+                self._hosts.admit(node, answer, self.present)
+        self._hosts.relieve(self.present)
 
     def await_nodes(self, clients: Iterable[int], count: int) -> None:
         """Wait until ``count`` of the clients' nodes are here, for ``timeout`` seconds at most."""

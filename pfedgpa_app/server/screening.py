@@ -40,6 +40,7 @@ MOST_EXAMPLES = 2**53  # the most that a client may claim; float64 counts no fur
 _HEADER = 4096  # bytes; NumPy's format needs some 128
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _BY_METHOD = "failed: method "
+_TOO_LARGE = " times as large as usual"
 _RAISED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'(.*)'>", re.DOTALL)  # as Flower reports errors
 
 
@@ -87,6 +88,11 @@ def remedy(reasons: Collection[str], rates: Collection[str], is_noised: bool = F
         rates: the settings of learning rates that its clients use.
         is_noised: whether uploads have noise for differential privacy.
     """
+    if reasons and is_noised and all(reason.endswith(_TOO_LARGE) for reason in reasons):
+        return (
+            ": the noise of local-dp-epsilon is far larger than the weights: raise it, or lower "
+            "local-dp-clip; max-upload-norm=0 refuses no upload for its size"
+        )
     if not reasons or not all(reason.endswith(NOT_FINITE) for reason in reasons):
         return ""
     if is_noised:
@@ -228,7 +234,7 @@ def too_large(
     if not limit or not usual:
         return {}
     return {
-        client: f"sent weights {size / usual:.3g} times as large as usual"
+        client: f"sent weights {size / usual:.3g}{_TOO_LARGE}"
         for client, size in norms.items()
         if size > limit * usual
     }

@@ -158,6 +158,11 @@ class TestLocalDP:
         with pytest.raises(NoUploadsError, match="under the noise: raise local-dp-epsilon"):
             federate(tmp_path, method="fedavg", max_upload_norm=0, **how)
 
+    def test_so_does_one_whose_noise_is_too_large_for_the_screening(self, tmp_path: Path) -> None:
+        how: dict[str, Any] = {"local_dp_epsilon": 1.0, "local_dp_clip": 10.0}
+        with pytest.raises(NoUploadsError, match="the noise of local-dp-epsilon is far larger"):
+            federate(tmp_path, method="fedavg", num_clients=2, **how)
+
     def test_class_counts_that_are_told_beside_it_are_warned_of(self, tmp_path: Path) -> None:
         how: dict[str, Any] = {"method": "fedavg", "local_dp_epsilon": 1e4}
         folder, _ = federate(tmp_path, share_label_counts=True, **how)

@@ -438,6 +438,34 @@ class TestMethods:
         with pytest.raises(ConfigError, match=r"lacks what normalisation .*1.running_mean"):
             initial_weights(resolve(own | {"start-from": str(tmp_path / "old")}).config, schema)
 
+    def test_it_starts_none_with_other_frozen_weights(self, tmp_path: Path) -> None:
+        """A seed draws them, and no client trains them: the mean was learned around them."""
+        (tmp_path / "frozen_nets.py").write_text(
+            "from torch import nn\ndef build(classes, shape):\n"
+            "    body = nn.Linear(64, 16).requires_grad_(False)\n"
+            "    return nn.Sequential(nn.Flatten(), body, nn.ReLU(), nn.Linear(16, classes))\n"
+        )
+        how: dict[str, Any] = {"model": "frozen_nets:build", "code_dir": str(tmp_path)}
+        how |= {"num_server_rounds": 1, "seed": 1}
+        one, _ = federate(tmp_path / "1", method="pfedgpa-once", **how)
+        federate(tmp_path / "2", method="fedavg", start_from=str(one), **how)
+        with pytest.raises(ConfigError, match=r"around another 1\.weight.*set seed and model-we"):
+            federate(tmp_path / "3", method="fedavg", start_from=str(one), **how | {"seed": 2})
+
+    def test_a_start_from_other_classes_is_told(self, tmp_path: Path) -> None:
+        rows, names = np.random.default_rng(0).normal(size=(600, 4)), np.array(["a", "b", "c"])
+        how: dict[str, Any] = {"model": "mlp", "num_server_rounds": 1, "partition": "iid"}
+        for file, classes in (("one", names), ("two", names[::-1])):
+            np.savez(tmp_path / f"{file}.npz", x=rows, y=np.arange(600) % 3, classes=classes)
+        made = {"dataset": f"npz:{tmp_path / 'one.npz'}", "method": "pfedgpa-once"}
+        one, _ = federate(tmp_path / "1", **made, **how)
+        made = {"dataset": f"npz:{tmp_path / 'two.npz'}", "method": "fedavg"}
+        two, _ = federate(tmp_path / "2", start_from=str(one), **made, **how)
+        said = [e["text"] for e in records(two, "events.jsonl") if e["kind"] == "warning"]
+        [text] = [each for each in said if each.startswith("start-from = ")]
+        assert "learned from the classes a, b, c," in text
+        assert text.endswith("in order, c, b, a")
+
     def test_a_distribution_that_is_not_there(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="start-from"):
             federate(tmp_path / "4", start_from=str(tmp_path / "none"), method="fedavg")

@@ -21,6 +21,7 @@ from pfedgpa_app.models import build
 from pfedgpa_app.runs.api import Result, run
 from pfedgpa_app.runs.experiment import _evaluation_work
 from pfedgpa_app.runs.folder import keep_holdings, kept_config
+from pfedgpa_app.runs.personal import read_about
 from pfedgpa_app.runs.prediction import evaluate
 from pfedgpa_app.study.plan import expand
 from tests.runs.test_resume import KilledError, killer
@@ -112,6 +113,15 @@ class TestEditedCode:
         status, said = in_a_new_process(["evaluate", "run", "--client", "0"], Path.cwd())
         assert status == 0, said
         assert EDITED not in said
+
+    def test_or_beside_the_user_if_it_came_with_the_app(self, anew: Anew, tmp_path: Path) -> None:
+        """A SuperLink's folder, which a deployed run notes, need not have the network's file."""
+        folder, _ = federate(tmp_path, method="fedavg", model="own_net:build", num_server_rounds=1)
+        (tmp_path / "server").mkdir()
+        replace(str(folder / "model.json"), f'"{tmp_path}"', f'"{tmp_path / "server"}"')
+        assert read_about(folder).code_dir == ""
+        (tmp_path / "own_net.py").rename(tmp_path / "server" / "own_net.py")
+        assert read_about(folder).code_dir == str(tmp_path / "server")
 
     def test_so_does_a_sweep_of_what_is_done(self, anew: Anew, tmp_path: Path) -> None:
         settings = PLAIN | {"method": "fedavg", "model": "own_net:build", "num-server-rounds": 1}
