@@ -215,6 +215,17 @@ def _lost_tracker(folder: Path, log: RunLog, kind: str, why: str) -> None:
     log.event("warning", text)
 
 
+def _tell_start(config: Config, schema: Schema, log: RunLog) -> None:
+    """Say which weights the rounds begin with, where it is another run's distribution."""
+    every = map(rounds_class, federations(config.method))
+    if all("start-from" in rounds.unused for rounds in every):
+        return
+    text = f"rounds begin with the mean of what {config.start_from} learned"
+    log.event("status", f"{text}; what clients keep to themselves does not")
+    for text in other_classes(config, schema):
+        log.event("warning", text)
+
+
 class Experiment:
     """One run: its federations, one after the other, and the methods of each."""
 
@@ -236,13 +247,8 @@ class Experiment:
         self.initial = initial_weights(config, self.dataset)
         for text in share_little(config, self.dataset, self.initial):
             log.event("warning", text)
-        every = map(rounds_class, federations(config.method))
-        starts = [rounds for rounds in every if "start-from" not in rounds.unused]
-        if config.start_from and starts and not self.going:
-            text = f"rounds begin with the mean of what {config.start_from} learned"
-            log.event("status", f"{text}; what clients keep to themselves does not")
-            for text in other_classes(config, self.dataset):
-                log.event("warning", text)
+        if config.start_from and not self.going:
+            _tell_start(config, self.dataset, log)
         self.fine_tunings = fine_tunings(config, [METHODS[name] for name in config.method])
         settings = values_of(resolved.as_dict())
         self._privacy = self._spent() if config.local_dp_epsilon else {}  # added to each row
