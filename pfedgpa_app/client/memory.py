@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from pfedgpa_app.core.files import write_json, write_tensors
 from pfedgpa_app.core.paths import user_path
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.messages import record_of
 
@@ -47,9 +48,15 @@ def keep_fingerprint(context: Context, asked: Mapping[str, Any], found: Mapping[
     """Keep the fingerprint of the node's own data for the rest of the run."""
     context.state["data"] = ConfigRecord(dict(found))
     file = _fingerprint_file(context, asked)
-    if file is not None and not file.is_file():
+    if file is None or file.is_file():
+        return
+    try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, found)
+    except OSError as error:  # the run does not depend on it
+        warn_once(
+            f"{error.filename} cannot be written: {error.strerror}; give this node a state-dir"
+        )
 
 
 def _kept(folder: Path | None, key: str) -> list[Path]:

@@ -131,6 +131,17 @@ def test_a_resumed_run_leaves_out_a_site_whose_examples_have_changed(tmp_path: P
     assert "the run goes on without partition-id 1" in said
 
 
+def test_a_state_dir_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = federation(tmp_path)
+    for context in grid.contexts.values():
+        (tmp_path / "a-file").touch()
+        context.node_config["state-dir"] = str(tmp_path / "a-file")
+    assert records(start(grid))
+    assert "cannot be written" in caplog.text
+
+
 def test_what_a_site_has_lost_is_told(tmp_path: Path) -> None:
     how: dict[str, Any] = {"method": "fedper", "checkpoint-every": 1, "evaluate-every": 0}
     interrupted(federation(tmp_path, **how), after=2)
