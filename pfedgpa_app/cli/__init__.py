@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -70,20 +73,28 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-_STOPS = signal.SIGINT, signal.SIGTERM
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Have the first signal in the block stop it.
 
-
-def _stop(*_: object) -> None:
-    """Stop the command; further signals do not disturb it while it ends what it has started.
-
-    Raises:
-        KeyboardInterrupt: always.
+    The next two do not disturb it while it ends what it has started: `timeout` sends two.
     """
-    for sign in _STOPS:
-        signal.signal(sign, lambda *_: None)  # what is ignored, started processes would ignore too
-    raise KeyboardInterrupt
+    calls = itertools.count()
+
+    def stop(*_: object) -> None:
+        if next(calls) not in (1, 2):
+            raise KeyboardInterrupt
+
+    # a background job ignores SIGINT, and SIGTERM must stop the started processes, too
+    before = {sign: signal.signal(sign, stop) for sign in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler or signal.SIG_DFL)
 
 
+@_stoppable()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command.
 
@@ -91,9 +102,6 @@ def main(arguments: list[str] | None = None) -> int:
         the exit status: 0 done, 1 the run failed, 2 refused, 130 stopped by the user.
     """
     options = parse(arguments)
-    # a background job ignores SIGINT, and SIGTERM must stop the started processes, too
-    for sign in _STOPS:
-        signal.signal(sign, _stop)
     if isinstance(sys.stdout, io.TextIOWrapper):  # its encoding may lack ±
         sys.stdout.reconfigure(errors="replace")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -42,14 +43,11 @@ class SequentialCohort:
     """A cohort of one client."""
 
     def __init__(self, request: ClientRequest) -> None:
-        self._data, self.model = request.data(), request.model()
-        self.initial = weights_of(self.model)
-        self._buffers = {n: t.detach().clone() for n, t in self.model.named_buffers()}
+        self._data, self._made = request.data(), request.model()
+        self.initial, self.model = weights_of(self._made), self._made
 
     def load(self, weights: Sequence[Weights]) -> None:
-        for name, tensor in self.model.named_buffers():  # training may change those that count
-            if not torch.equal(tensor, self._buffers[name]):
-                tensor.resize_(self._buffers[name].shape).copy_(self._buffers[name])
+        self.model = copy.deepcopy(self._made)  # training may change what is not shared, too
         load(self.model, self.initial | weights[0])
 
     def train(self, recipe: sgd.Recipe, generators: Sequence[torch.Generator]) -> Sequence[float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,17 @@ def recall_fingerprint(context: Context, asked: Mapping[str, Any]) -> Mapping[st
     """Return the fingerprint that the node's own data had before in this run; None if unknown."""
     if (kept := context.state.config_records.get("data")) is not None:
         return kept
-    file = _fingerprint_file(context, asked)
-    if file is None or not file.is_file():
-        return None
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    if (file := _fingerprint_file(context, asked)) is not None:
+        with suppress(OSError, ValueError):  # none was written, or it is damaged
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return found
+    return None
 
 
 def keep_fingerprint(context: Context, asked: Mapping[str, Any], found: Mapping[str, Any]) -> None:
     """Keep the fingerprint of the node's own data for the rest of the run."""
     context.state["data"] = ConfigRecord(dict(found))
-    file = _fingerprint_file(context, asked)
-    if file is None or file.is_file():
+    if (file := _fingerprint_file(context, asked)) is None:
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -202,9 +202,10 @@ class ClientRequest:
         A client whose training went to infinity keeps its earlier state, or it could never recover.
         """
         trained = self.method.checked(trained, tensors_of(self.config, self.schema()))
-        weights = trained.upload
+        weights, kept = trained.upload, self.state
         if all(all_finite(t) for t in (*weights.values(), *trained.state.values())):
             self.keep(trained.state)
+            kept = trained.state
         if attacks_updates(self.config, self.client):
             generator = self.generator("attack")
             weights = malicious_upload(self.config, weights, self._before(), generator)
@@ -214,7 +215,7 @@ class ClientRequest:
             "num-examples": len(self.data().train),
             "loss": float(trained.loss),
             "round": self.round,
-            "keeps": int(bool(trained.state)),
+            "keeps": int(bool(kept)),
         }
         if self._lost and trained.state:
             warn_once(f"{_LOST} {self.method.title}, which begins anew here")
@@ -300,9 +301,11 @@ def check_unchanged(
     Raises:
         DataError: the data have changed.
     """
-    if (before := memory.recall_fingerprint(context, asked)) is not None:
+    before = memory.recall_fingerprint(context, asked)
+    if before is None:
+        memory.keep_fingerprint(context, asked, own_fingerprint(config, source))
+    else:
         check_own(config, source, before)
-    memory.keep_fingerprint(context, asked, own_fingerprint(config, source))
 
 
 def describe(message: Message, context: Context) -> RecordDict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,12 +24,6 @@ def all_finite(tensor: Tensor) -> bool:
         return True
     least, most = tensor.aminmax()  # both are NaN if any number is, and fail the comparison
     return float(least) >= -_LARGEST and float(most) <= _LARGEST
-
-
-def checksum(tensor: Tensor) -> int:
-    """Return a number by which another process recognises a tensor's values."""
-    values = tensor.detach().cpu().contiguous().flatten()
-    return zlib.crc32(values.view(torch.uint8).numpy().data)
 
 
 def odd_places(weights: Mapping[str, Tensor]) -> Weights:

@@ -27,6 +27,7 @@ from pfedgpa_app.data.partition import (
     with_validation,
 )
 from pfedgpa_app.data.partition_file import by_file
+from pfedgpa_app.data.pictures import decoder
 
 logger = logging.getLogger("pfedgpa")
 
@@ -86,39 +87,39 @@ def forget() -> None:
         known.cache_clear()
 
 
-Fingerprint = dict[str, int | list[float]]
+Fingerprint = dict[str, int | str | list[float]]
 _SEED = "fix the seed of what your code draws, as in default_rng(0)"
 
 
 @remembered(2)
 def fingerprint(config: DataSettings) -> Fingerprint:
     """Return a fingerprint by which another process recognises the run's data set."""
-    data, name = load_dataset(config), config.dataset
-    is_decoded = data.pixels and name.startswith((IMAGEFOLDER, HUGGING_FACE))
-    return _fingerprint_of(data, not (is_decoded or is_own_code(name)))
+    return _fingerprint_of(load_dataset(config), config.dataset)
 
 
 @remembered(2)
 def own_fingerprint(config: DataSettings, source: str) -> Fingerprint:
     """Return a fingerprint by which a node recognises its own data; it stays on the node."""
-    return _fingerprint_of(load_own(config, source), not is_own_code(source))
+    return _fingerprint_of(load_own(config, source), source)
 
 
-def _fingerprint_of(data: Dataset, is_exact: bool) -> Fingerprint:
+def _fingerprint_of(data: Dataset, name: str) -> Fingerprint:
     """Return checksums of all labels and all examples, and 50 numbers a split.
 
-    Args:
-        is_exact: whether another process reads the examples to the last bit alike; if not, their
-            checksum is 0. Machines round, and decode images, a little differently.
+    Of what code of the user's own makes, which may be rounded otherwise elsewhere, there is no
+    checksum of the examples. For images it counts only where the same ``reader`` decodes them.
     """
+    is_decoded = data.pixels and name.startswith((IMAGEFOLDER, HUGGING_FACE))
     labels = zlib.crc32(np.concatenate([data.train_labels, data.test_labels]).tobytes())
     examples, numbers = 0, list[float]()
     for images in (data.train_images, data.test_images):
-        places = np.linspace(0, images.size - 1, min(50, images.size)).astype(int)
-        numbers += images.reshape(-1)[places].astype(float).tolist()
-        if is_exact:
+        if images.size:
+            places = np.linspace(0, images.size - 1, 50).astype(int)
+            numbers += images.reshape(-1)[places].astype(float).tolist()
+        if not is_own_code(name):
             examples = zlib.crc32(np.ascontiguousarray(images).data, examples)
-    return {"labels": labels, "examples": examples, "numbers": numbers}
+    reader = decoder() if is_decoded else ""
+    return {"labels": labels, "examples": examples, "numbers": numbers, "reader": reader}
 
 
 def check_same(config: DataSettings, told: Mapping[str, Any]) -> None:
@@ -153,7 +154,8 @@ def _alike(here: Fingerprint, told: Mapping[str, Any]) -> bool:
     """Whether two fingerprints are of the same data."""
     if here["labels"] != told["labels"]:
         return False
-    if told.get("examples"):  # runs of earlier versions kept none, and few numbers
+    # runs of earlier versions kept neither of them, and few numbers
+    if told.get("examples") and told["reader"] == here["reader"]:
         return bool(here["examples"] == told["examples"])
     ours, theirs = (np.asarray(each["numbers"], dtype=float) for each in (here, told))
     if not theirs.size:

@@ -67,9 +67,10 @@ def read(name: str, root: Path, size: int, test_share: float, download: bool) ->
                     f"dataset {name}: has no column {column}{near(column, split.column_names)}"
                 )
         found[f"x_{ours}"] = _inputs(name, split, inputs, size, train)
-        found[f"y_{ours}"] = _recoded(name, np.asarray(split[label]), split, label, train)
+        found[f"y_{ours}"] = _recoded(np.asarray(split[label]), split, label, train)
+        _check_named(name, found[f"y_{ours}"], split, label, train)
         if user:
-            found[f"users_{ours}"] = np.asarray(split[user]).astype(str)
+            found[f"users_{ours}"] = _named(split, user)
     if names := _names(train, label):
         found["classes"] = names
     unused = tuple(each for each in splits if each not in used.values())
@@ -140,25 +141,43 @@ def _names(rows: Any, label: str) -> list[str]:
     return list(getattr(rows.features[label], "names", None) or [])
 
 
-def _recoded(name: str, found: np.ndarray, rows: Any, column: str, train: Any) -> np.ndarray:
+def _named(rows: Any, column: str) -> np.ndarray:
+    """Return a column as texts; classes by their names."""
+    found, names = np.asarray(rows[column]), _names(rows, column)
+    if not names or found.dtype.kind not in "iu":
+        return found.astype(str)
+    return np.array([names[i] if i >= 0 else str(i) for i in found.tolist()])
+
+
+def _recoded(found: np.ndarray, rows: Any, column: str, train: Any) -> np.ndarray:
     """Return what is ``found`` in a split's column, by the training split's codes of classes.
 
-    Splits whose columns were encoded one by one count their classes differently.
-
-    Raises:
-        DataError: it has a class that the training split does not name.
+    Splits whose columns were encoded one by one count their classes differently. Classes that the
+    training split does not name come after its own.
     """
     ours, theirs = _names(rows, column), _names(train, column)
     if found.dtype.kind not in "iu" or not ours or not theirs or ours == theirs:
         return found
-    for i in np.unique(found[found >= 0]):  # those without a class stay so
-        if ours[i] not in theirs:
-            raise DataError(
-                f"dataset {name}: column {column} has the class {ours[i]!r} in one split, which "
-                f"the training split does not have{near(ours[i], theirs)}"
-            )
-    place = {i: theirs.index(each) for i, each in enumerate(ours) if each in theirs}
-    return np.array([place.get(i, i) for i in found.tolist()])
+    every = theirs + [name for name in ours if name not in theirs]
+    place = {i: every.index(name) for i, name in enumerate(ours)}
+    return np.array([place.get(i, i) for i in found.tolist()])  # those without a class stay so
+
+
+def _check_named(name: str, labels: np.ndarray, rows: Any, label: str, train: Any) -> None:
+    """Refuse labels of a class that the training split does not name.
+
+    Raises:
+        DataError: says which.
+    """
+    theirs = _names(train, label)
+    if not theirs or labels.dtype.kind not in "iu" or labels.max(initial=0) < len(theirs):
+        return
+    other = [each for each in _names(rows, label) if each not in theirs]
+    which = f" {other[0]!r}" if other else ""
+    raise DataError(
+        f"dataset {name}: column {label} has a class{which} that the training split does not have"
+        + (near(other[0], theirs) if other else "")
+    )
 
 
 def _image_of(rows: Any) -> str | None:
@@ -191,5 +210,5 @@ def _inputs(name: str, rows: Any, columns: list[str], size: int, train: Any) -> 
 
         return decoded(files(), len(raw), size)
     every = rows.with_format("numpy")
-    parts = [_recoded(name, np.asarray(every[c]), rows, c, train) for c in columns]
+    parts = [_recoded(np.asarray(every[c]), rows, c, train) for c in columns]
     return parts[0] if len(parts) == 1 else np.stack(parts, 1)

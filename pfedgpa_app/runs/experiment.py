@@ -239,8 +239,8 @@ class Experiment:
         # the federation to go on with, until its rounds begin; {} if there is none
         self.going = self.resuming.restore(config.checkpoint_every)
         own, before = config.dataset == NODES, self.resuming.partitions
-        run, patience = self.resuming.name, config.timeout
-        self.roster = Roster(grid, config.num_clients, patience, own, before, run, log.event)
+        how: dict[str, Any] = {"own_data": own, "before": before, "run": self.resuming.name}
+        self.roster = Roster(grid, config.num_clients, config.timeout, **how, tell=log.event)
         if own:
             self.resuming.partitions = self.roster.partitions
         self.dataset = self.roster.schema or load_schema(config)
@@ -257,7 +257,7 @@ class Experiment:
         log.listeners.append(self.tracking.round)
         if not own:
             self.roster.data = dict(fingerprint(config))
-        self.resuming.warn_of_edits()
+        self.resuming.check_project(self.dataset)
         write_about(folder, config, self.dataset)
         if config.save_weights and is_simulated(grid):  # a real client keeps them to itself
             self.roster.common["weights-dir"] = str(folder / WEIGHTS)
@@ -324,8 +324,7 @@ class Experiment:
                 self._save(method_name, method, weights | sent)
             found = halves.learned(method_name, method) or found
         if found is not None:
-            learned_from = self.folder, self.config, self.dataset
-            _keep_distribution(*learned_from, found, state.global_weights)
+            _keep_distribution(self.folder, self.config, self.dataset, found, state.global_weights)
 
     def _run_rounds(self, name: str, methods: list[str]) -> Personalised:
         """Run one federation's rounds, or restore them, and return its strategy."""

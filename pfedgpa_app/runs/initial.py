@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, listed
-from pfedgpa_app.core.weights import Weights, checksum, layers, own_statistics
+from pfedgpa_app.core.weights import Weights, layers, own_statistics
 from pfedgpa_app.data.client import load_partition, load_schema
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.methods import METHODS, federations, rounds_class
@@ -46,25 +50,39 @@ def initial_weights(config: Config, schema: Schema) -> Weights:
     if not config.start_from:
         return initial
     begun = warm_start(Path(config.start_from), initial)
-    _check_fixed(config, schema)
+    _check_fixed(config, origin(config, schema)["fixed"])
     return begun
 
 
 def origin(config: Config, schema: Schema) -> dict[str, Any]:
     """Return what a run that starts from this one's distribution must know of it, for JSON."""
-    fixed = fixed_of(network_of(config, schema))
-    return {"classes": schema.classes, "fixed": {n: checksum(t) for n, t in fixed.items()}}
+    network = network_of(config, schema)
+    shared = weight_names(network)
+    fixed = fixed_of(network) | {n: b for n, b in network.named_buffers() if n not in shared}
+    seen = {n: _some_numbers(t) for n, t in fixed.items() if t.layout is torch.strided}
+    return {"classes": schema.classes, "fixed": seen}
 
 
-def _check_fixed(config: Config, schema: Schema) -> None:
+def _some_numbers(tensor: Tensor) -> list[float]:
+    every = tensor.detach().cpu().flatten()
+    places = torch.linspace(0, max(0, len(every) - 1), min(8, len(every))).long()
+    return every[places].double().tolist()
+
+
+def _close(one: list[float], other: list[float]) -> bool:
+    # CPUs draw normal numbers a little differently
+    return len(one) == len(other) and np.allclose(one, other, 1e-3, 1e-6, equal_nan=True)
+
+
+def _check_fixed(config: Config, now: dict[str, list[float]]) -> None:
     """Refuse a start from weights that were trained around other frozen ones.
 
     Raises:
         ConfigError: says which.
     """
     before = saved.origin_of(saved.file_at(config.start_from)).get("fixed", {})
-    now = origin(config, schema)["fixed"]
-    if other := [name for name in now if before.get(name, now[name]) != now[name]]:
+    known = [name for name in now if name in before]
+    if other := [name for name in known if not _close(before[name], now[name])]:
         raise ConfigError(
             f"start-from = {config.start_from!r}: was learned around another {listed(other, 3)}, "
             "which no client trains: set seed and model-weights as in that run"

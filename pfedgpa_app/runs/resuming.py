@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from pfedgpa_app.client import memory
 from pfedgpa_app.core.files import checksum
+from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.results.log import METRICS, RunLog
 from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError, encode
@@ -17,6 +17,7 @@ from pfedgpa_app.runs.personal import WEIGHTS, changed_code, read_about, weights
 from pfedgpa_app.runs.summary import Summary
 
 CHECKPOINT = "checkpoint"
+_ABSENT: dict[str, Any] = {"weights": {}, "partitions": [], "keeping": []}
 
 
 class Resuming:
@@ -65,17 +66,17 @@ class Resuming:
                 raise ConfigError(
                     "checkpoint-every = 0: a resumed run keeps checkpoints; set 1 or more"
                 )
-            # older checkpoints have neither weights nor partitions
-            kept = {"weights": encode({}, lambda _, frozen: [])} | kept
-            names = ("name", "finished", "rows", "outcomes", "log", "weights")
+            # older checkpoints have neither of these
+            kept = {n: encode(_ABSENT[n], lambda _, frozen: []) for n in _ABSENT} | kept
+            names = ("name", "finished", "rows", "outcomes", "log", *_ABSENT)
             values = {name: self._checkpoint.restore(kept[name]) for name in names}
             self.name, self.finished = values["name"], values["finished"]
-            self.partitions = self._checkpoint.restore(kept.get("partitions", []))
+            self.partitions = values["partitions"]
             going = {}
             if "state" in kept:
                 going = {"federation": kept["federation"], "round": kept["round"]}
                 going["costs"] = self._checkpoint.restore(kept["costs"])
-                going["keeping"] = self._checkpoint.restore(kept.get("keeping", []))
+                going["keeping"] = values["keeping"]
                 going["node"] = kept["state"]
                 self._check_clients(self._checkpoint.restore(kept["clients"]))
                 memory.forget_after(self._kept, going["federation"], going["round"])
@@ -90,14 +91,27 @@ class Resuming:
         self._restored = True
         return going
 
-    def warn_of_edits(self) -> None:
-        """Warn, in a resumed run, of each imported file of the user's own that changed since."""
+    def check_project(self, schema: Schema) -> None:
+        """Compare a resumed run's data and own code with those that it began with.
+
+        Each imported file of the user's own that has changed since is warned of.
+
+        Raises:
+            ConfigError: the data have other classes now, or examples of another shape.
+        """
         if not self._restored:
             return
-        with contextlib.suppress(ConfigError):  # a resumed run writes it again
+        try:
             about = read_about(self.log.folder)
-            for text in dict.fromkeys(changed_code(self.log.folder, about)):
-                self.log.event("warning", text)
+        except ConfigError:  # a resumed run writes it again
+            return
+        if about.schema.as_dict() != schema.as_dict():
+            raise ConfigError(
+                f"resume: the run began with {about.schema.examples()}, but the data now are "
+                f"{schema.examples()}: restore them, or run anew under another run-name"
+            )
+        for text in dict.fromkeys(changed_code(self.log.folder, about)):
+            self.log.event("warning", text)
 
     def state(self, node: Any, begun: Any) -> Any:
         """Decode a federation's state.

@@ -38,6 +38,7 @@ def join(
         strategy.ask(server_round, messages)
         answers = roster.exchange(messages)
         uploads, _ = strategy.screened(server_round, messages, answers)
+        strategy.note_kept(server_round, {client: answers[client] for client in uploads})
         if uploads:
             with Hook(name, type(method), "join", server_round).told():
                 given = given | method.join(uploads)

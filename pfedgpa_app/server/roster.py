@@ -30,6 +30,7 @@ logger = logging.getLogger("pfedgpa")
 
 NOBODY = 0  # an id that no node has
 ARRIVAL = 3.0  # after so many seconds without a new node, the server stops waiting for more
+ANSWER = 30.0  # seconds in which a node that works answers who it is
 POLL = 0.25  # seconds between polls for replies over HTTP
 _LOST_ACTOR = re.compile(r"<class 'ray\.exceptions\.\w*Actor\w*'>")  # as Flower reports it
 Settings = dict[str, Any]  # the values that a ConfigRecord takes
@@ -141,10 +142,7 @@ class OneAtATime(Grid):
 
 
 class Hosts:
-    """Which node serves each client.
-
-    As long as it is connected, another node with its partition waits.
-    """
+    """Which node serves each client: of those with its partition, the first that is connected."""
 
     def __init__(
         self,
@@ -156,34 +154,38 @@ class Hosts:
         """Seat the nodes that are here when the run begins, given by partition."""
         self._partitions, self._schema, self._tell = partitions, schema, tell
         self._client_of = {partition: i for i, partition in enumerate(partitions)}
-        self._node_of = {self._client_of[p]: node for p, node in node_at.items()}
-        self._waiting: dict[int, int] = {}  # {client: node}
+        self._nodes: dict[int, list[int]] = {i: [] for i in range(len(partitions))}
+        for partition, node in node_at.items():
+            self._nodes[self._client_of[partition]].append(node)
 
-    def of(self, client: int) -> int:
-        """The node that serves ``client``; ``NOBODY`` until one does."""
-        return self._node_of.get(client % len(self._partitions), NOBODY)
+    def of(self, client: int, present: Container[int]) -> int:
+        """The node that serves ``client``; ``NOBODY`` if none is connected."""
+        nodes = self._nodes[client % len(self._partitions)]
+        return next((node for node in nodes if node in present), NOBODY)
 
-    def admit(self, node: int, answer: Answer, present: Container[int]) -> None:
-        """Let a new node serve its client, have it wait, or leave it out; the latter are told."""
+    def admit(
+        self, node: int, answer: Answer, present: Container[int], answers: Callable[[int], bool]
+    ) -> None:
+        """Let a new node serve its client, have it wait, or leave it out; the latter are told.
+
+        Args:
+            answers: whether a node that is connected answers; Flower takes a minute to notice one
+                that was killed.
+        """
         client, which = self._client_of.get(answer.partition), f"partition-id={answer.partition}"
         if client is None:
             self._tell("warning", f"node {node} belongs to no client of this run")
         elif self._schema and (why := _mismatch((self._partitions[0], self._schema), answer)):
             self._tell("warning", f"node {node} with {which} takes no part: {why}")
-        elif (other := self.of(client)) in present:
-            self._waiting[client] = node
+        elif (other := self.of(client, present)) != NOBODY and answers(other):
+            self._nodes[client].append(node)
             self._tell(
                 "warning",
                 f"node {node} has {which} like node {other}, which is still connected: it takes no "
                 "part until that one has left; give each its own in --node-config",
             )
         else:
-            self._node_of[client] = node
-
-    def relieve(self, present: Container[int]) -> None:
-        """Let those who wait serve clients whose nodes have left."""
-        for client in [c for c in self._waiting if self.of(c) not in present]:
-            self._node_of[client] = self._waiting.pop(client)
+            self._nodes[client].insert(0, node)
 
 
 class Roster:
@@ -251,12 +253,12 @@ class Roster:
             )
 
     def node_of(self, client: int) -> int:
-        """The node that serves ``client``; ``NOBODY`` until one does."""
-        return self._hosts.of(client)
+        """The node that serves ``client``; ``NOBODY`` if none is connected."""
+        return self._hosts.of(client, self.present)
 
     def is_here(self, client: int) -> bool:
         """Whether the client's node was connected at the last look."""
-        return self.node_of(client) in self.present
+        return self.node_of(client) != NOBODY
 
     def poll(self) -> None:
         """See which nodes are connected.
@@ -267,8 +269,10 @@ class Roster:
         if new := sorted(self.present - self._known):
             self._known |= set(new)
             for node, answer in self._asked(new)[0].items():
-                self._hosts.admit(node, answer, self.present)
-        self._hosts.relieve(self.present)
+                self._hosts.admit(node, answer, self.present, self._answers)
+
+    def _answers(self, node: int) -> bool:
+        return bool(self._asked([node], min(self.timeout, ANSWER))[0])
 
     def await_nodes(self, clients: Iterable[int], count: int) -> None:
         """Wait until ``count`` of the clients' nodes are here, for ``timeout`` seconds at most."""
@@ -281,28 +285,11 @@ class Roster:
                 return
             time.sleep(1)
 
-    def _asked(self, nodes: Iterable[int]) -> tuple[dict[int, Answer], str]:
-        """Ask nodes who they are: {node: its answer}, and why the last failing one failed or ""."""
-        questions = [
-            Message(
-                RecordDict({"config": ConfigRecord(self.common)}),
-                dst_node_id=node,
-                message_type=MessageType.QUERY,
-            )
-            for node in nodes
-        ]
-        answers: dict[int, Answer] = {}
-        failed = ""
-        for reply in self.grid.send_and_receive(questions, timeout=self.timeout):
-            node = reply.metadata.src_node_id
-            partition = None if reply.has_error() else _partition_of(reply)
-            if partition is None:
-                why = cause(reply)[:300] if reply.has_error() else "does not say who it is"
-                failed = f"node {node}: {why}"
-                self._tell("warning", f"no client there: {failed}")
-            else:
-                answers[node] = Answer(partition, reply.content.config_records.get("data"))
-        return answers, failed
+    def _asked(
+        self, nodes: Iterable[int], timeout: float | None = None
+    ) -> tuple[dict[int, Answer], str]:
+        """Ask nodes who they are, as ``_ask`` does."""
+        return _ask(self.grid, nodes, self.common, timeout or self.timeout, self._tell)
 
     def _check_before(self, there: Iterable[int]) -> None:
         """Refuse partitions that a resumed run did not have, and name those that are missing."""
@@ -377,9 +364,43 @@ class Roster:
         Silent clients, and those whose nodes are not connected, are missing from the result.
         """
         self.poll()
-        to = [message for client, message in messages.items() if self.is_here(client)]
+        to = []
+        for client, message in messages.items():
+            if self.is_here(client):  # maybe under another id than before
+                message.metadata.dst_node_id = self.node_of(client)
+                to.append(message)
         received = self.grid.send_and_receive(to, timeout=self.timeout)
         return match(messages, received)
+
+
+def _ask(
+    grid: Grid,
+    nodes: Iterable[int],
+    settings: Settings,
+    timeout: float,
+    tell: Callable[[str, str], object],
+) -> tuple[dict[int, Answer], str]:
+    """Ask nodes who they are: {node: its answer}, and why the last failing one failed or ""."""
+    questions = [
+        Message(
+            RecordDict({"config": ConfigRecord(settings)}),
+            dst_node_id=node,
+            message_type=MessageType.QUERY,
+        )
+        for node in nodes
+    ]
+    answers: dict[int, Answer] = {}
+    failed = ""
+    for reply in grid.send_and_receive(questions, timeout=timeout):
+        node = reply.metadata.src_node_id
+        partition = None if reply.has_error() else _partition_of(reply)
+        if partition is None:
+            why = cause(reply)[:300] if reply.has_error() else "does not say who it is"
+            failed = f"node {node}: {why}"
+            tell("warning", f"no client there: {failed}")
+        else:
+            answers[node] = Answer(partition, reply.content.config_records.get("data"))
+    return answers, failed
 
 
 def _wrong_number(

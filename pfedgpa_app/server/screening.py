@@ -88,18 +88,18 @@ def remedy(reasons: Collection[str], rates: Collection[str], is_noised: bool = F
         rates: the settings of learning rates that its clients use.
         is_noised: whether uploads have noise for differential privacy.
     """
-    if reasons and is_noised and all(reason.endswith(_TOO_LARGE) for reason in reasons):
-        return (
-            ": the noise of local-dp-epsilon is far larger than the weights: raise it, or lower "
-            "local-dp-clip; max-upload-norm=0 refuses no upload for its size"
-        )
-    if not reasons or not all(reason.endswith(NOT_FINITE) for reason in reasons):
+    if not reasons or not all(reason.endswith((NOT_FINITE, _TOO_LARGE)) for reason in reasons):
         return ""
+    finite = any(reason.endswith(_TOO_LARGE) for reason in reasons)
     if is_noised:
+        what = "it is far larger than the weights" if finite else "training has diverged under it"
         return (
-            ": their training has diverged under the noise: raise local-dp-epsilon, or lower "
-            "local-dp-clip, to which the noise is proportional"
+            f": that is the noise for privacy; {what}: raise local-dp-epsilon, or lower "
+            "local-dp-clip, to which it is proportional"
+            + ("; max-upload-norm=0 refuses no upload for its size" if finite else "")
         )
+    if finite:
+        return ""
     return (
         f": their training has diverged: lower {' or '.join(rates)}, or scale the network's inputs "
         "(a table's columns to about -1 to 1)"

@@ -116,7 +116,7 @@ class Personalised(Strategy):
         answers = match(self._sent, replies)
         sent = [client for client in self._sent if client not in self._late]
         uploads, rejected = self.screened(server_round, sent, answers, self._away)
-        self._note_kept(server_round, {client: answers[client] for client in uploads})
+        self.note_kept(server_round, {client: answers[client] for client in uploads})
         round_up = sum(array_bytes(answers[client]) for client in uploads)
         self.bytes_up += round_up
         self.bytes_down += self._round_down
@@ -152,7 +152,7 @@ class Personalised(Strategy):
         }
         return None, MetricRecord(metrics)
 
-    def _note_kept(self, server_round: int, answers: dict[int, Message]) -> None:
+    def note_kept(self, server_round: int, answers: dict[int, Message]) -> None:
         """Note which clients keep something for their next round, and tell who has lost it."""
         for client, answer in answers.items():
             told: Any = answer.content.metric_records["metrics"]

@@ -155,12 +155,12 @@ class TestLocalDP:
 
     def test_a_run_that_diverges_by_its_noise_says_so(self, tmp_path: Path) -> None:
         how: dict[str, Any] = {"local_dp_epsilon": 1e-3, "local_dp_clip": 1e30}
-        with pytest.raises(NoUploadsError, match="under the noise: raise local-dp-epsilon"):
+        with pytest.raises(NoUploadsError, match="diverged under it: raise local-dp-epsilon"):
             federate(tmp_path, method="fedavg", max_upload_norm=0, **how)
 
     def test_so_does_one_whose_noise_is_too_large_for_the_screening(self, tmp_path: Path) -> None:
         how: dict[str, Any] = {"local_dp_epsilon": 1.0, "local_dp_clip": 10.0}
-        with pytest.raises(NoUploadsError, match="the noise of local-dp-epsilon is far larger"):
+        with pytest.raises(NoUploadsError, match="noise for privacy; it is far larger than the"):
             federate(tmp_path, method="fedavg", num_clients=2, **how)
 
     def test_class_counts_that_are_told_beside_it_are_warned_of(self, tmp_path: Path) -> None:

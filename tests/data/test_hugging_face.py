@@ -116,7 +116,7 @@ def test_splits_that_count_their_classes_each_in_its_own_way(hub: Path) -> None:
     assert here.classes == ("bus", "car", "tram")
     assert here.test_labels.tolist() == [2, 0] * 4
     assert here.test_images.tolist() == [[4.0, 2.0], [3.0, 0.0]] * 4
-    with pytest.raises(DataError, match=r"has the class 'trams' in one split.*did you mean tram"):
+    with pytest.raises(DataError, match=r"column kind has a class 'trams' that .* mean tram"):
         found("trams", "bus")
 
 
