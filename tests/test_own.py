@@ -163,6 +163,46 @@ def cumulative(classes, shape):
     norm = nn.BatchNorm1d(16, momentum=None)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), norm, nn.ReLU(), nn.Linear(16, classes))
 
+class Caching(nn.Module):
+    """It fills a buffer when it is used first, reassigns one, and has one that is not saved."""
+
+    def __init__(self, classes, shape):
+        super().__init__()
+        self.head = nn.Linear(64, classes)
+        self.register_buffer("cache", None)
+        self.register_buffer("seen", torch.full((1,), float("nan")).expand(3))
+        self.register_buffer("places", torch.eye(64).to_sparse(), persistent=False)
+
+    def forward(self, x):
+        self.cache, self.seen = torch.ones(64), torch.zeros(2)
+        return self.head(x.flatten(1) * self.cache)
+
+class Lending(nn.Module):
+    """Its head is never called, but lends its weights; a layer comes early and late."""
+
+    def __init__(self, classes, shape):
+        super().__init__()
+        self.head = nn.Linear(16, classes)
+        self.body = nn.Linear(64, 16)
+        self.again = nn.Linear(16, 16)
+        self.between = nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = self.again(self.body(x.flatten(1)).relu())
+        x = self.again(self.between(x).relu())
+        return nn.functional.linear(x, self.head.weight, self.head.bias)
+
+class Bare(nn.Module):
+    """Its classifier is parameters without a layer."""
+
+    def __init__(self, classes, shape):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(16, classes) * 0.1)
+        self.body = nn.Linear(64, 16)
+
+    def forward(self, x):
+        return self.body(x.flatten(1)).relu() @ self.w
+
 def drawn(classes, shape):
     made = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
     made[1].weight.data = torch.tensor(np.random.randn(classes, 64)).float()
@@ -317,7 +357,7 @@ class TestNetworks:
             runs.append(results(federate(nets / out, num_server_rounds=2, **how)[0]))
         assert runs[0] == runs[1]
 
-    @pytest.mark.parametrize("model", ["nets:dropping", "nets:cumulative"])
+    @pytest.mark.parametrize("model", ["nets:dropping", "nets:cumulative", "nets:Caching"])
     def test_fine_tuning_is_the_same_whatever_else_is_tried(self, nets: Path, model: str) -> None:
         how: dict[str, Any] = {"method": "fedavg", "model": model, "num_server_rounds": 1}
         found = []
@@ -347,6 +387,16 @@ class TestNetworks:
     def test_so_have_tables(self) -> None:
         network = made("auto", Schema("table", ("a", "b"), (7,)))
         assert network(torch.zeros(3, 7)).shape == (3, 2)
+
+    @pytest.mark.parametrize(
+        ("network", "order"),
+        [("Lending", ["body", "between", "again", "head"]), ("Bare", ["body", ""])],
+    )
+    def test_so_is_one_that_only_lends_its_weights(
+        self, nets: Path, network: str, order: list[str]
+    ) -> None:
+        names = weight_names(made(f"nets:{network}"))
+        assert list(dict.fromkeys(name.rpartition(".")[0] for name in names)) == order
 
     def test_the_last_layer_is_the_last_that_is_used(self, tmp_path: Path) -> None:
         (tmp_path / "headfirst.py").write_text(
@@ -663,6 +713,26 @@ class TestData:
         splits[0].classes, splits[1].classes = ["a", "b", "c"], ["c", "b", "a"]  # type: ignore[attr-defined]
         with pytest.raises(DataError, match=r"different classes: a, b, c to train on, c, b, a to"):
             dataset_of("mine", tuple(splits), 0.2)
+
+    @pytest.mark.parametrize(
+        ("classes", "labels", "places"),
+        [
+            ([3, 2, 1], [1, 2, 3], [2, 1, 0]),  # they are names
+            ([7, 8, 9], [0, 1, 2], [0, 1, 2]),  # they are numbers
+            (["3", "2", "1"], [0, 1, 2], [0, 1, 2]),
+            ([1, 2, 3, 4], [1, 2, 3], [0, 1, 2]),
+        ],
+    )
+    def test_labels_that_are_whole_numbers(
+        self, classes: list[Any], labels: list[int], places: list[int]
+    ) -> None:
+        every = {"x": ROWS, "y": np.array(labels)[LABELS], "classes": classes}
+        found = dataset_of("mine", every, 0.2)
+        assert found.classes == tuple(map(str, classes))
+        held = np.bincount(found.train_labels, minlength=len(classes))
+        held += np.bincount(found.test_labels, minlength=len(classes))
+        wanted = dict(zip(places, np.bincount(LABELS), strict=True))
+        assert held.tolist() == [wanted.get(i, 0) for i in range(len(classes))]
 
     def test_a_table_is_split_by_class(self) -> None:
         found = dataset_of("mine", {"x": ROWS, "y": LABELS, "classes": ["a", "b", "c"]}, 0.2)

@@ -409,8 +409,11 @@ def _labels(
         known = np.unique(np.concatenate(list(several)))  # a class may have test examples only
         names = tuple(str(each) for each in known)
     else:
-        names = tuple(str(each) for each in np.asarray(classes).ravel())
+        values = np.asarray(classes).ravel()
+        names = tuple(str(each) for each in values)
         known = np.array(names) if given["train"].dtype.kind == "U" else np.arange(len(names))
+        if values.dtype.kind in "iu" and all(np.isin(y, values).all() for y in given.values()):
+            known = values.astype(np.int64)  # such labels are names, too
     if len(names) < least or len(set(names)) < len(names):
         raise DataError(f"dataset {name}: must have {least} or more classes, of different names")
     indices = {}

@@ -68,11 +68,12 @@ def classifier_bias(settings: TrainingSettings, schema: Schema) -> str:
     *_, last = weight_names(network)
     bias = f"{module_of(last)}.bias".removeprefix(".")
     trained = dict(network.named_parameters()).get(bias)
-    if bias not in weight_names(network) or trained is None or trained.ndim != 1:
+    is_one = trained is not None and trained.shape == (len(schema.classes),)
+    if bias not in weight_names(network) or not is_one:
         raise ConfigError(
             f"logit-adjustment = true: changes the last layer's bias, but the network's last layer "
-            f"({type(head_of(network)).__name__}) has none that is trained: give it one, or name "
-            "another layer by head="
+            f"({type(head_of(network)).__name__}) has none that is trained, of a number for each "
+            "class: give it one, or name another layer by head="
         )
     return bias
 
@@ -256,8 +257,10 @@ def _used_in_order(network: nn.Module, model: str, schema: Schema) -> list[str]:
     with torch.random.fork_rng(devices=[]):
         examples, classes = _examples(schema), len(schema.classes)
         _check_alone(probe.eval(), examples, model, classes)
+        used.clear()
         logits = _logits(probe.train(), examples, model, classes)
     trained = {n: p for n, p in probe.named_parameters() if p.requires_grad}
+    last_uses = _last_uses(logits, trained)
     if not trained:
         raise ConfigError(f"model = {model!r}: has no parameter that is trained")
     odd = [n for n, p in trained.items() if not p.is_floating_point()]
@@ -273,7 +276,45 @@ def _used_in_order(network: nn.Module, model: str, schema: Schema) -> list[str]:
             f"model = {model!r}: {', '.join(idle[:3])} takes no part in its output: leave it out, "
             "or freeze it with requires_grad_(False)"
         )
-    return list(dict.fromkeys(used))
+    return _ordered(used, last_uses)
+
+
+def _last_uses(logits: Tensor, trained: dict[str, nn.Parameter]) -> dict[str, int]:
+    """Return, by module, when its own weights are used last to make ``logits``.
+
+    A module that is not called may lend its weights, as by ``F.linear(x, self.head.weight)``.
+    """
+    owner = {id(parameter): module_of(name) for name, parameter in trained.items()}
+    found: dict[str, int] = {}
+    nodes, seen = [logits.grad_fn], set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for before, _ in node.next_functions:
+            module = owner.get(id(getattr(before, "variable", None)))
+            if module is not None:  # numbers rise in the order in which nodes are made
+                found[module] = max(found.get(module, 0), node._sequence_nr())
+        nodes += [before for before, _ in node.next_functions]
+    return found
+
+
+def _ordered(called: list[str], last_uses: dict[str, int]) -> list[str]:
+    """Order modules by when their weights are used last.
+
+    Those without weights of their own come after the one that was called before them.
+    """
+    following: dict[str, list[str]] = {}
+    before = ""
+    for name in reversed(dict.fromkeys(reversed(called))):  # where it was called last
+        if name in last_uses:
+            before = name
+        else:
+            following.setdefault(before, []).append(name)
+    first = following.pop("", []) if "" not in last_uses else []
+    ordered = sorted(last_uses, key=lambda name: last_uses[name])
+    return first + [each for name in ordered for each in (name, *following.get(name, []))]
 
 
 def _examples(schema: Schema) -> Tensor:

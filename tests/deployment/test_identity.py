@@ -11,10 +11,11 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.data.client import forget
 from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.server.roster import Roster
-from tests.support.federations import PLAIN, records
+from tests.support.federations import PLAIN, federate, records
 from tests.support.local_grid import InProcessGrid
 
 ROWS, LABELS = np.random.default_rng(0).normal(size=(40, 4)), np.arange(40) % 3
@@ -68,6 +69,32 @@ def test_a_second_node_waits_until_the_first_with_its_id_has_left(
     del grid.contexts[first]
     roster.poll()
     assert roster.node_of(0) == 7
+
+
+def test_one_that_was_killed_is_followed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower takes a minute to notice; should the first come back, it serves its client again."""
+    grid = federation(tmp_path)
+    first, second = grid.contexts
+    context = grid.contexts[first]
+    roster = Roster(grid, 2, 0.5, True)
+    arrived(grid, 7, context)
+    serve = grid.serve
+
+    def without_first(messages: list[Message], timeout: float | None) -> list[Message]:
+        return serve([m for m in messages if m.metadata.dst_node_id != first], timeout)
+
+    monkeypatch.setattr(grid, "serve", without_first)
+    roster.poll()
+    assert roster.node_of(0) == 7
+    del grid.contexts[7]
+    roster.poll()
+    assert roster.node_of(0) == first
+    del grid.contexts[first]
+    roster.poll()
+    assert not roster.is_here(0)
+    assert roster.node_of(1) == second
 
 
 def test_a_node_that_comes_with_other_classes_is_left_out(
@@ -140,6 +167,22 @@ def test_a_state_dir_that_cannot_be_written_ends_no_run(
         context.node_config["state-dir"] = str(tmp_path / "a-file")
     assert records(start(grid))
     assert "cannot be written" in caplog.text
+
+
+def test_a_resumed_run_refuses_other_classes_at_every_site(tmp_path: Path) -> None:
+    interrupted(federation(tmp_path, **{"checkpoint-every": 1}), after=2)
+    grid = federation(tmp_path, **{"checkpoint-every": 1, "resume": True})
+    for site, context in enumerate(grid.contexts.values()):
+        del context.node_config["state-dir"]
+        table(tmp_path / f"{site}.npz", labels=np.array(["x", "y", "z"])[LABELS])
+    with pytest.raises(ConfigError, match=r"resume: the run began with .*0, 1, 2.*x, y, z"):
+        start(grid)
+
+
+def test_a_state_that_was_never_kept_is_not_lost(tmp_path: Path) -> None:
+    """Clients whose own networks go to infinity keep none."""
+    folder, _ = federate(tmp_path, method="ditto", num_server_rounds=2, **{"ditto.lam": 1e4})
+    assert not [e for e in records(folder, "events.jsonl") if "no longer has" in e["text"]]
 
 
 def test_what_a_site_has_lost_is_told(tmp_path: Path) -> None:

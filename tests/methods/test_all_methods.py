@@ -26,6 +26,7 @@ from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.methods.scaffold import CONTROL
 from pfedgpa_app.models.networks import build, load, weights_of
 from pfedgpa_app.runs.experiment import run
+from pfedgpa_app.server.screening import NoUploadsError
 from pfedgpa_app.training import evaluation
 from pfedgpa_app.training import sgd as training
 from pfedgpa_app.training.sgd import Recipe
@@ -368,7 +369,8 @@ class TestMemory:
         folder, _ = federate(tmp_path / "reference", method=self.METHODS, num_server_rounds=2)
         reference = records(folder, "clients.jsonl")
         assert self._run(tmp_path / "kept", tmp_path / "state") == reference
-        assert self._run(tmp_path / "lost", None) != reference
+        with pytest.raises(NoUploadsError, match="no client could evaluate its weights"):
+            self._run(tmp_path / "lost", None)
         kept = {path.name for path in (tmp_path / "state").glob("run-*/*")}
         assert kept == {
             f"{m}.{c}@{r}.safetensors"

@@ -105,6 +105,22 @@ def test_every_method_ends_bit_for_bit_as_if_nothing_had_happened(
     assert [f"of {method}" in text for text in resumed] == [True, True]
 
 
+def test_a_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"method": "fedper", "num_server_rounds": 3}
+    reference, _ = federate(tmp_path / "reference", **how)
+    with pytest.raises(KilledError):
+        federate(tmp_path / "out", killer(9), resume=True, **how)
+    path = tmp_path / "out" / "run" / CHECKPOINT / MANIFEST
+    manifest = json.loads(path.read_text())
+    for name in ("keeping", "partitions", "weights"):
+        del manifest["parts"][name]
+    content = {part: manifest[part] for part in ("files", "parts")}
+    manifest["checksum"] = checkpoint._checksum(content)
+    path.write_text(json.dumps(manifest))
+    folder, _ = federate(tmp_path / "out", resume=True, **how)
+    check_same(folder, reference)
+
+
 @pytest.mark.parametrize("setting", ["start_from", "model_weights"])
 def test_a_file_that_a_setting_names_must_be_as_it_was(setting: str, tmp_path: Path) -> None:
     """The federations to come would begin by others than those before."""
