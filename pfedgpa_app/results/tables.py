@@ -130,6 +130,7 @@ def summary_entry(
     }
 
 
+_SEEN = "clients_evaluated"
 LEGEND = (
     "kept: what a client would use: the weights as sent or after FT, whichever its own validation "
     "data favour; as sent if it has none.",
@@ -215,12 +216,19 @@ def without_result(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"Figures cover {meant} of {clients} clients: the {who}."
     for row in rows:
         meant, who = _evaluated(row)
-        there = row.get("clients_evaluated", meant)  # earlier versions evaluated all
+        there = row.get(_SEEN, meant)  # earlier versions evaluated all
         if there < meant:
             yield (
                 f"{row['title']}: figures cover {there} of {meant} {who}; the others could not be "
                 "evaluated (events.jsonl says why)."
             )
+
+
+def without_some(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return, for a name, of how many clients a method's figures are where some are missing."""
+    there = [(row[_SEEN], _evaluated(row)[0]) for row in rows if _SEEN in row]
+    fewest, meant = min(there, key=lambda each: each[0] - each[1], default=(0, 0))
+    return f" [{fewest} of {meant} clients]" if fewest < meant else ""
 
 
 def _evaluated(row: Mapping[str, Any]) -> tuple[int, str]:
@@ -259,5 +267,5 @@ def seeds_table(seeds: Sequence[Sequence[Mapping[str, Any]]], columns: Mapping[s
     rows = []
     for alike in zip(*seeds, strict=True):
         cells = [over_seeds([row.get(key) for row in alike]) for key in shown.values()]
-        rows.append([alike[0]["title"], *cells])
+        rows.append([alike[0]["title"] + without_some(alike), *cells])
     return markdown(["method", *shown], rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,18 +13,20 @@ import numpy as np
 
 from pfedgpa_app.config.parse import argument
 from pfedgpa_app.core.files import write_text
-from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.settings import ConfigError, listed
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.results import figures
 from pfedgpa_app.results.log import EVENTS, clock
 from pfedgpa_app.results.page import page
 from pfedgpa_app.results.tables import LEGEND, percent, without_generation, without_result
 from pfedgpa_app.runs.folder import HOLDINGS, unfinished
+from pfedgpa_app.runs.personal import MODEL
 from pfedgpa_app.runs.reading import Row, Run, chosen, command_of, runs_in
 from pfedgpa_app.runs.table import Entry, as_csv, as_latex, curves_of, table_of
 
 REPORT, LATENTS = "report.html", "latents.json"
 WORST = 5  # how many of the worst clients are named
+_OF_THE_DATA = ("dataset", "data-dir", "image-size", "test-share")  # settings
 _SAID_OF_A_RUN = ("data", "privacy", "attack")  # kinds of events
 
 
@@ -37,10 +40,35 @@ def write(paths: Sequence[Path], out: Path | None = None) -> Path:
         ConfigError: there are no runs, or the report cannot be written.
     """
     runs = runs_in(paths)
-    so_far = list(filter(None, (unfinished(run.folder) for run in runs)))
+    so_far = [*filter(None, (unfinished(run.folder) for run in runs)), *_unlike(runs)]
     for text in so_far:
         warn_once(text)
     return _written(runs, out or paths[0] / REPORT, so_far)
+
+
+def _unlike(runs: Sequence[Run]) -> Iterator[str]:
+    """Say which runs go by other code of the user's own, or by other data of the same name."""
+    by_code: dict[str, dict[str, list[str]]] = {}
+    by_data: dict[str, dict[str, list[str]]] = {}
+    for run in runs:
+        for files in ((run.read(MODEL) or {}).get("code") or {}).values():
+            for file, digest in files.items():
+                by_code.setdefault(file, {}).setdefault(digest, []).append(run.folder.name)
+        if data := (run.read(HOLDINGS) or {}).get("data"):
+            own = [run.settings.get(name, {}).get("value") for name in _OF_THE_DATA]
+            seen = by_data.setdefault(json.dumps(own), {})
+            seen.setdefault(f"{data['labels']} {data.get('examples')}", []).append(run.folder.name)
+    for file, versions in by_code.items():
+        if len(versions) > 1:
+            yield f"{file} was another in {_against(versions)}: their figures are not of one method"
+    for which, found in by_data.items():
+        if len(found) > 1:
+            what = f"dataset {json.loads(which)[0]} was another in {_against(found)}"
+            yield f"{what}: their figures are not of one data set"
+
+
+def _against(parts: Mapping[str, Sequence[str]]) -> str:
+    return " than in ".join(listed(list(dict.fromkeys(names)), 3) for names in parts.values())
 
 
 def write_own(folder: Path) -> Path:
@@ -53,7 +81,7 @@ def write_own(folder: Path) -> Path:
 
 
 def _written(runs: Sequence[Run], out: Path, so_far: Sequence[str] = ()) -> Path:
-    """Write the page and its tables; ``so_far`` says which runs are not done."""
+    """Write the page and its tables; ``so_far`` says which runs are not done, or are unlike."""
     header, entries = table_of(runs)
     texts = (as_csv(entries), as_latex(entries), rendered(runs, header, entries, so_far))
     try:

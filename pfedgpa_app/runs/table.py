@@ -13,7 +13,7 @@ from typing import Any
 
 from pfedgpa_app.config.names import keys
 from pfedgpa_app.results.figures import Curve
-from pfedgpa_app.results.tables import over_seeds, recipes_in_words
+from pfedgpa_app.results.tables import over_seeds, recipes_in_words, without_some
 from pfedgpa_app.runs.reading import Row, Run
 
 # {heading: key of an entry of summary.json}
@@ -86,6 +86,7 @@ def table_of(runs: Sequence[Run]) -> tuple[list[str], list[Entry]]:
         only = (
             "" if sorted(seeds) == every else f" [seed {', '.join(map(str, sorted(seeds)))} only]"
         )
+        name += without_some(rows)
         recipes = recipes_in_words(rows)
         entries.append(Entry(name, recipes, values, costs, rows[0]["analysis_only"], only))
     return ["method", *shown, "FT", "server", "upload a round"], entries

@@ -287,6 +287,34 @@ class TestSeveralRuns:
         page = report.write([tmp_path]).read_text()
         assert "2 epochs at 0.02 or 1 epoch at 0.005<" in page
 
+    def test_runs_of_other_code_or_data_are_told_apart(
+        self, seeds: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for seed in range(2):
+            shutil.copytree(seeds / str(seed) / "run", tmp_path / str(seed))
+        about = json.loads((tmp_path / "1" / "model.json").read_text())
+        about["code"] = {"mine:Mine": {"mine.py": "a"}}
+        for seed, digest in enumerate("ab"):
+            about["code"]["mine:Mine"]["mine.py"] = digest
+            (tmp_path / str(seed) / "model.json").write_text(json.dumps(about))
+        held = json.loads((tmp_path / "1" / "holdings.json").read_text())
+        held["data"]["examples"] += 1
+        (tmp_path / "1" / "holdings.json").write_text(json.dumps(held))
+        page = report.write([tmp_path]).read_text()
+        for said in ("mine.py was another in 0 than in 1", "dataset digits was another in 0 than"):
+            assert said in page
+            assert said in caplog.text
+
+    def test_figures_of_some_clients_are_marked(self, seeds: Path, tmp_path: Path) -> None:
+        for seed in range(2):
+            shutil.copytree(seeds / str(seed) / "run", tmp_path / str(seed))
+        rows = json.loads((tmp_path / "1" / "summary.json").read_text())
+        rows[0]["clients_evaluated"] -= 1
+        (tmp_path / "1" / "summary.json").write_text(json.dumps(rows))
+        report.write([tmp_path])
+        for file in ("table.csv", "table.tex"):
+            assert "FedAvg [3 of 4 clients]" in (tmp_path / file).read_text()
+
     def test_what_runs_warned_of(self, seeds: Path, tmp_path: Path) -> None:
         """In the report, and in the line that a sweep has for each run."""
         for seed in (0, 1):
