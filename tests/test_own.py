@@ -47,7 +47,7 @@ from pfedgpa_app.data.partition import by_users
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.models import build
-from pfedgpa_app.models.build import network_of
+from pfedgpa_app.models.build import network_of, remarks_on_weights
 from pfedgpa_app.models.layout import laid_out
 from pfedgpa_app.models.networks import head_of, weight_names, weights_of
 from pfedgpa_app.runs import api, experiment
@@ -427,6 +427,21 @@ class TestNetworks:
         mine = made("nets:weight_normed", two, model_weights=str(tmp_path / "w.pt"), seed=9)
         assert torch.equal(mine.state_dict()["1.weight"], theirs["1.weight"])
         assert head_of(mine).out_features == 2
+
+    def test_a_last_layer_is_loaded_whole_or_not_at_all(self, tmp_path: Path) -> None:
+        theirs, fresh = made("digits", seed=9).state_dict(), made("digits").state_dict()
+        half = {n: t for n, t in theirs.items() if n != "fc2.bias"}
+        torch.save(half | {"another.weight": torch.zeros(1)}, tmp_path / "half.pt")
+        config = resolve({"model": "digits", "model-weights": str(tmp_path / "half.pt")}).config
+        mine = made("digits", model_weights=str(tmp_path / "half.pt"))
+        assert torch.equal(mine.state_dict()["fc1.weight"], theirs["fc1.weight"])
+        assert torch.equal(mine.state_dict()["fc2.weight"], fresh["fc2.weight"])
+        said = list(remarks_on_weights(config, DIGITS))
+        assert "the network has no another.weight: is the file of another one?" in said[0]
+        assert "has no fc2.bias, fc2.weight of this shape: the last layer begins anew" in said[1]
+        torch.save(theirs | {"fc1.bias": theirs["fc1.bias"] / 0}, tmp_path / "odd.pt")
+        with pytest.raises(ConfigError, match=r"fc1\.bias has numbers that are not finite"):
+            made("digits", model_weights=str(tmp_path / "odd.pt"))
 
     @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
     def test_weights_on_disk(self, tmp_path: Path, suffix: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import TORCHVISION, TrainingSettings
-from pfedgpa_app.core.settings import ConfigError, near
-from pfedgpa_app.core.weights import Weights, module_of
+from pfedgpa_app.core.settings import ConfigError, listed, near
+from pfedgpa_app.core.weights import NOT_FINITE, Weights, all_finite, module_of
 from pfedgpa_app.models.layout import choose_layout
 from pfedgpa_app.models.networks import (
     MADE_FOR_ANY,
@@ -207,29 +207,65 @@ def _own(model: str, code_dir: str, classes: int, shape: tuple[int, ...]) -> nn.
 
 
 def _load_from(network: nn.Module, path: str) -> None:
-    """Load a file's weights; a last layer of another shape keeps its initial weights.
+    """Load a file's weights; a last layer that is not wholly there keeps its initial weights.
 
     Raises:
-        ConfigError: the file cannot be read, or is of another network.
+        ConfigError: the file cannot be read, is of another network, or has numbers that are not
+            finite.
     """
-    try:
-        found = _read(user_path(path))
-    except Exception as error:  # torch and safetensors raise all kinds on damaged files
-        raise ConfigError(
-            f"model-weights = {path!r}: cannot be read as safetensors or as a torch file of "
-            f"tensors alone: {error}"
-        ) from error
-    own = network.state_dict()
-    fitting = {n: t for n, t in found.items() if n in own and own[n].shape == t.shape}
-    last = module_of(weight_names(network)[-1])
-    missing = [n for n in own if n not in fitting and module_of(n) != last]
-    if missing:
-        why = "has no" if missing[0] not in found else "has another shape of"
+    found, own, head = _given(path), network.state_dict(), _last_layer(network)
+    fitting = {n: t for n, t in found.items() if n in own and _fits(t, own[n])}
+    if missing := [n for n in own if n not in fitting and n not in head]:
+        why = "has no" if missing[0] not in found else "has another shape or type of"
         raise ConfigError(
             f"model-weights = {path!r}: is of another network: {why} {missing[0]}"
             + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
         )
+    if odd := [n for n, t in fitting.items() if not all_finite(t) and all_finite(own[n])]:
+        raise ConfigError(f"model-weights = {path!r}: {odd[0]} has {NOT_FINITE}")
+    if not head <= fitting.keys():
+        fitting = {name: tensor for name, tensor in fitting.items() if name not in head}
     network.load_state_dict(fitting, strict=False)
+
+
+def remarks_on_weights(settings: TrainingSettings, schema: Schema) -> Iterator[str]:
+    """Say what of ``model-weights`` is left out, and whether the last layer is new."""
+    if not settings.model_weights:
+        return
+    network = network_of(settings, schema)
+    found, own, head = _given(settings.model_weights), network.state_dict(), _last_layer(network)
+    of = f"model-weights = {settings.model_weights!r}"
+    if extra := [name for name in found if name not in own]:
+        yield f"{of}: the network has no {listed(extra, 3)}: is the file of another one?"
+    if not all(name in found and _fits(found[name], own[name]) for name in head):
+        yield f"{of}: has no {listed(sorted(head), 3)} of this shape: the last layer begins anew"
+
+
+def _last_layer(network: nn.Module) -> set[str]:
+    last = module_of(weight_names(network)[-1])
+    return {name for name in network.state_dict() if module_of(name) == last}
+
+
+def _fits(given: Tensor, own: Tensor) -> bool:
+    return given.shape == own.shape and given.is_floating_point() == own.is_floating_point()
+
+
+def _given(path: str) -> Weights:
+    """Read what ``model-weights`` names.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return _read(user_path(path))
+    except Exception as error:  # torch and safetensors raise all kinds on damaged files
+        why = str(error)
+        if type(error).__name__ == "UnpicklingError":  # its text says how to load it with code
+            why = "write it by torch.save(model.state_dict(), …)"
+        raise ConfigError(
+            f"model-weights = {path!r}: cannot be read as safetensors or as a torch file of "
+            f"tensors alone: {why}"
+        ) from error
 
 
 def _read(path: Path) -> Weights:

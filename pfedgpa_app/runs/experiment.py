@@ -39,6 +39,7 @@ from pfedgpa_app.methods.averaging import Defence
 from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.fine_tuning import fine_tunings
 from pfedgpa_app.methods.generation import RememberingFedAvg
+from pfedgpa_app.models.build import remarks_on_weights
 from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, say
 from pfedgpa_app.results.tracking import Tracking, require_installed
@@ -245,7 +246,8 @@ class Experiment:
             self.resuming.partitions = self.roster.partitions
         self.dataset = self.roster.schema or load_schema(config)
         self.initial = initial_weights(config, self.dataset)
-        for text in share_little(config, self.dataset, self.initial):
+        remarks = share_little(config, self.dataset, self.initial)
+        for text in (*remarks, *remarks_on_weights(config, self.dataset)):
             log.event("warning", text)
         if config.start_from and not self.going:
             _tell_start(config, self.dataset, log)
