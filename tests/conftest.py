@@ -11,10 +11,13 @@ import pytest
 import torch
 from hypothesis import settings
 
+from pfedgpa_app.engine.flower import POLL_INTERVAL
 from pfedgpa_app.engine.ray import Simulation
 
 # else each process that a test starts compiles the package and what it imports
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# while Flower's processes wait, as they mostly do here, they hardly compute
+os.environ.setdefault(POLL_INTERVAL, "1")
 torch.set_num_threads(1)  # small matrices: more threads only contend
 settings.register_profile("untimed", deadline=None)  # how long a test takes is no part of it
 settings.load_profile("untimed")

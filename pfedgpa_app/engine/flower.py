@@ -30,6 +30,7 @@ from pfedgpa_app.core.paths import INSTALLED, package_of
 from pfedgpa_app.engine import LaunchError
 
 CONNECTION = "pfedgpa"
+POLL_INTERVAL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"  # environment: Flower's, in seconds
 PATIENCE = 300.0  # seconds for which a running SuperLink may not answer
 _LIST = "[tool.flwr.app.config]\n"
 
@@ -77,7 +78,7 @@ class Flower:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25",  # each look costs two processes 5 ms
+            POLL_INTERVAL: os.environ.get(POLL_INTERVAL, "0.25"),  # a look costs two processes 5 ms
             "PYTHONUNBUFFERED": "1",
         }
 

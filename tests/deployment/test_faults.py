@@ -109,7 +109,6 @@ def test_clients_over_a_network(tmp_path: Path) -> None:
     settings |= {"out-dir": str(tmp_path), "run-name": "run", "num-server-rounds": 2}
     folder = tmp_path / "run"
     deployment = Deployment()
-    deployment.env["FLWR_SUPEREXEC_TASK_POLL_INTERVAL"] = "1"  # while it waits, it hardly computes
     with deployment:
         deployment.wait_until_ready()
         for node in range(4):
