@@ -241,10 +241,10 @@ def with_validation(
         held_out = round(len(mine) * settings.validation_share)
         for kind, count in (("train", len(mine) - held_out), ("be tested", len(test[client]))):
             if count < 1:
-                raise ValueError(
-                    f"client {client} would have no image to {kind} on: lower num-clients, or "
-                    "choose another partition"
-                )
+                how = "lower num-clients, or choose another partition"
+                if kind == "train" and len(mine):
+                    how = "lower validation-share"
+                raise ValueError(f"client {client} would have no image to {kind} on: {how}")
         shuffled = numpy_generator(settings.seed, "validation", client).permutation(mine)
         splits.append(
             ClientSplit(

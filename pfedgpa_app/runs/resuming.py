@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ class Resuming:
             about = read_about(self.log.folder)
         except ConfigError:  # a resumed run writes it again
             return
-        if about.schema.as_dict() != schema.as_dict():
+        now = schema if about.schema.columns else replace(schema, columns=())  # earlier had none
+        if about.schema.as_dict() != now.as_dict():
             raise ConfigError(
                 f"resume: the run began with {about.schema.examples()}, but the data now are "
                 f"{schema.examples()}: restore them, or run anew under another run-name"
