@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from pfedgpa_app.cli.options import check_number
+from pfedgpa_app.cli.options import check_number, items
 
 EXAMPLE = "doctor --dataset imagefolder:/data/scans --superlink superlink.example.org:9092"
 
@@ -33,7 +33,7 @@ def handle(options: Namespace) -> int:
         dataset=options.dataset,
         data_dir=options.data_dir,
         image_size=options.image_size,
-        classes=tuple(name.strip() for name in options.classes.split(",") if name.strip()),
+        classes=tuple(items("--classes", options.classes)) if options.classes else (),
         model=options.model,
         superlink=options.superlink,
         certificates=options.root_certificates,

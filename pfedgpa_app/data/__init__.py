@@ -10,8 +10,6 @@ DATASETS = (
     *("cifar10", "cifar100", "svhn"),
 )
 IMAGEFOLDER, NPZ, HUGGING_FACE = "imagefolder:", "npz:", "hf:"
-
-
 _FILES = (IMAGEFOLDER, NPZ, HUGGING_FACE)
 
 

@@ -67,7 +67,7 @@ class Resuming:
                 raise ConfigError(
                     "checkpoint-every = 0: a resumed run keeps checkpoints; set 1 or more"
                 )
-            # older checkpoints have neither of these
+            # older checkpoints have none of these
             kept = {n: encode(_ABSENT[n], lambda _, frozen: []) for n in _ABSENT} | kept
             names = ("name", "finished", "rows", "outcomes", "log", *_ABSENT)
             values = {name: self._checkpoint.restore(kept[name]) for name in names}

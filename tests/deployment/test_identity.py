@@ -34,7 +34,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def federation(tmp_path: Path, **settings: Any) -> InProcessGrid:
     """Two sites, each with rows and a state-dir of its own."""
     config = PLAIN | {"dataset": "nodes", "num-clients": 2, "model": "mlp", "method": "fedavg"}
-    config = {k: v for k, v in config.items() if not k.startswith("pfedgpa.")}
     config |= {"out-dir": str(tmp_path), "run-name": "run", "num-server-rounds": 3}
     grid = InProcessGrid(config | settings, 2)
     for site, context in enumerate(grid.contexts.values()):
