@@ -130,7 +130,7 @@ def check_same(config: DataSettings, told: Mapping[str, Any]) -> None:
     Raises:
         DataError: it is another.
     """
-    if not _alike(fingerprint(config), told):
+    if not alike(fingerprint(config), told):
         raise DataError(
             f"dataset {config.dataset}: differs from what the run's server has read: keep its "
             "files as they were, the same everywhere, and " + _SEED
@@ -143,19 +143,19 @@ def check_own(config: DataSettings, source: str, told: Mapping[str, Any]) -> Non
     Raises:
         DataError: it is another.
     """
-    if not _alike(own_fingerprint(config, source), told):
+    if not alike(own_fingerprint(config, source), told):
         raise DataError(
             "this node's data differ from what it has read before in this run: keep its files as "
             "they were, and " + _SEED
         )
 
 
-def _alike(here: Fingerprint, told: Mapping[str, Any]) -> bool:
+def alike(here: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
     """Whether two fingerprints are of the same data."""
     if here["labels"] != told["labels"]:
         return False
     # runs of earlier versions kept neither of them, and few numbers
-    if told.get("examples") and told["reader"] == here["reader"]:
+    if told.get("examples") and told["reader"] == here.get("reader"):
         return bool(here["examples"] == told["examples"])
     ours, theirs = (np.asarray(each["numbers"], dtype=float) for each in (here, told))
     if not theirs.size:

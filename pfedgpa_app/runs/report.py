@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import pstdev
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from pfedgpa_app.config.parse import argument
 from pfedgpa_app.core.files import write_text
 from pfedgpa_app.core.settings import ConfigError, listed
 from pfedgpa_app.core.warning import warn_once
+from pfedgpa_app.data.client import alike
 from pfedgpa_app.results import figures
 from pfedgpa_app.results.log import EVENTS, clock
 from pfedgpa_app.results.page import page
@@ -49,26 +51,31 @@ def write(paths: Sequence[Path], out: Path | None = None) -> Path:
 def _unlike(runs: Sequence[Run]) -> Iterator[str]:
     """Say which runs go by other code of the user's own, or by other data of the same name."""
     by_code: dict[str, dict[str, list[str]]] = {}
-    by_data: dict[str, dict[str, list[str]]] = {}
+    by_data: dict[str, list[tuple[dict[str, Any], list[str]]]] = {}
     for run in runs:
         for files in ((run.read(MODEL) or {}).get("code") or {}).values():
             for file, digest in files.items():
                 by_code.setdefault(file, {}).setdefault(digest, []).append(run.folder.name)
         if data := (run.read(HOLDINGS) or {}).get("data"):
             own = [run.settings.get(name, {}).get("value") for name in _OF_THE_DATA]
-            seen = by_data.setdefault(json.dumps(own), {})
-            seen.setdefault(f"{data['labels']} {data.get('examples')}", []).append(run.folder.name)
+            seen = by_data.setdefault(json.dumps(own), [])
+            names = next((names for kept, names in seen if alike(kept, data)), None)
+            if names is None:
+                seen.append((data, names := []))
+            names.append(run.folder.name)
     for file, versions in by_code.items():
         if len(versions) > 1:
-            yield f"{file} was another in {_against(versions)}: their figures are not of one method"
+            what = f"{file} was another in {_against(versions.values())}"
+            yield f"{what}: their figures are not of one method"
     for which, found in by_data.items():
         if len(found) > 1:
-            what = f"dataset {json.loads(which)[0]} was another in {_against(found)}"
+            where = _against(each for _, each in found)
+            what = f"dataset {json.loads(which)[0]} was another in {where}"
             yield f"{what}: their figures are not of one data set"
 
 
-def _against(parts: Mapping[str, Sequence[str]]) -> str:
-    return " than in ".join(listed(list(dict.fromkeys(names)), 3) for names in parts.values())
+def _against(parts: Iterable[Sequence[str]]) -> str:
+    return " than in ".join(listed(list(dict.fromkeys(names)), 3) for names in parts)
 
 
 def write_own(folder: Path) -> Path:
