@@ -10,11 +10,11 @@ from flwr.serverapp import Grid, ServerApp
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.runs.experiment import run
-from pfedgpa_app.server.roster import RosterError
+from pfedgpa_app.server.nodes import NodesError
 from pfedgpa_app.server.screening import NoUploadsError
 
 app = ServerApp()
-TOLD = ConfigError, DataError, RosterError, NoUploadsError  # their text is all that a user needs
+TOLD = ConfigError, DataError, NodesError, NoUploadsError  # their text is all that a user needs
 
 logger = logging.getLogger("pfedgpa")  # the run's messages go where Flower's go
 logger.setLevel(logging.INFO)

@@ -959,7 +959,7 @@ class TestData:
             ({"x": ROWS.astype(object), "y": LABELS}, "x_train holds objects"),
             ({"x": ROWS.astype(complex), "y": LABELS}, "x_train holds complex128"),
             ((ROWS, LABELS, ROWS[:, :4], LABELS), r"of shape \[5\], x_test float32 of \[4\]"),
-            ((ROWS, LABELS, ROWS, LABELS.astype(str)), "y_test has the label '0'"),
+            ((ROWS, LABELS, ROWS, LABELS.astype(str)), "y_train holds numbers, but y_test text"),
         ],
     )
     def test_what_is_no_data_set_is_refused(self, found: Any, said: str) -> None:

@@ -403,10 +403,14 @@ def _labels(
     for split in SPLITS:
         if f"y_{split}" in arrays:
             given[split] = _one_each(name, f"y_{split}", arrays[f"y_{split}"])
+    kinds = {s: "text" if y.dtype.kind == "U" else "numbers" for s, y in given.items()}
+    if len(set(kinds.values())) > 1:
+        raise DataError(
+            f"dataset {name}: y_train holds {kinds['train']}, but y_test {kinds['test']}: "
+            "labels must be alike in both"
+        )
     if classes is None:
-        named = [labels.dtype.kind == "U" for labels in given.values()]
-        several = given.values() if len(set(named)) == 1 else [given["train"]]
-        known = np.unique(np.concatenate(list(several)))  # a class may have test examples only
+        known = np.unique(np.concatenate(list(given.values())))  # some may be in the test only
         names = tuple(str(each) for each in known)
     else:
         values = np.asarray(classes).ravel()

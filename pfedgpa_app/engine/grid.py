@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from pfedgpa_app.server.roster import is_flowers
+from pfedgpa_app.server.sending import is_flowers
 
 RUN_ID = 1
 # ids neither start at 0 nor follow the partitions, as in Flower

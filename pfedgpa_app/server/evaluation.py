@@ -14,8 +14,9 @@ from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.messages import record_of
 from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.results.log import RunLog
-from pfedgpa_app.server.roster import Roster, array_bytes
+from pfedgpa_app.server.roster import Roster
 from pfedgpa_app.server.screening import NoUploadsError, check_counts, failure, method_fault
+from pfedgpa_app.server.sending import array_bytes
 from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 
 

@@ -21,8 +21,9 @@ from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.methods.halves import ServerHalf
 from pfedgpa_app.results.log import RunLog, mean
 from pfedgpa_app.server.evaluation import Evaluator
-from pfedgpa_app.server.roster import Roster, array_bytes, match
+from pfedgpa_app.server.roster import Roster
 from pfedgpa_app.server.screening import NoUploadsError, in_words, method_fault, remedy, screened
+from pfedgpa_app.server.sending import array_bytes, match
 
 logger = logging.getLogger("pfedgpa")
 

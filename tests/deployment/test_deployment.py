@@ -48,7 +48,8 @@ from pfedgpa_app.engine.flower import CONNECTION, processes_of, stage
 from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.runs.folder import is_running
 from pfedgpa_app.runs.personal import read_about
-from pfedgpa_app.server.roster import Roster, RosterError
+from pfedgpa_app.server.nodes import NodesError
+from pfedgpa_app.server.roster import Roster
 from tests.support.federations import PLAIN, federate, records, results, summary
 from tests.support.local_grid import InProcessGrid
 from tests.support.processes import until
@@ -205,7 +206,7 @@ class TestOwnData:
         sources = self.sites(tmp_path, 2)
         grid = self.grid(tmp_path, [*sources, ""])
         said = r"nodes with data is 2 \(partition-id 0, 1\); one without data: .* names none: start"
-        with pytest.raises(RosterError, match=said):
+        with pytest.raises(NodesError, match=said):
             self.start(grid)
 
     def test_nodes_that_are_not_as_many_as_the_run_says(
@@ -215,7 +216,7 @@ class TestOwnData:
         sources = self.tables(tmp_path, "age height", "age height")
         for clients, said in ((3, "start the others first"), (1, "set it to that")):
             here = rf"nodes with data is 2 \(partition-id 0, 1\): {said}"
-            with pytest.raises(RosterError, match=f"num-clients is {clients}, .*{here}"):
+            with pytest.raises(NodesError, match=f"num-clients is {clients}, .*{here}"):
                 Roster(self.grid(tmp_path, sources), clients, 0.5, True)
         assert "2 of 3 nodes are here; waiting 0.5 s for the others" in caplog.text
 
@@ -227,7 +228,7 @@ class TestOwnData:
         assert "partition-ids 0, 7: in this order they are clients 0 to 1" in caplog.text
         assert roster.node_of(1) == list(grid.contexts)[1]
         first["partition-id"] = 7
-        with pytest.raises(RosterError, match="2 nodes have partition-id=7: give each its own"):
+        with pytest.raises(NodesError, match="2 nodes have partition-id=7: give each its own"):
             Roster(grid, 2, 0.5, True)
 
     def test_a_run_goes_on_without_a_site(self, tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ class TestOwnData:
         grid.tamper = cut
         with pytest.raises(InterruptedError):
             self.start(grid)
-        with pytest.raises(RosterError, match=r"partition-ids 0, 1, 2, but nodes report 9:"):
+        with pytest.raises(NodesError, match=r"partition-ids 0, 1, 2, but nodes report 9:"):
             again(9)
         folder = again(2)
         said = [event["text"] for event in records(folder, "events.jsonl")]
@@ -264,7 +265,7 @@ class TestOwnData:
     def test_a_network_that_a_node_has_not(self, tmp_path: Path) -> None:
         """It is asked for before the run, not in every round."""
         grid = self.grid(tmp_path, self.tables(tmp_path, "age height"), model="nowhere:build")
-        with pytest.raises(RosterError, match=r"ConfigError: partition-id=0: model = 'nowhere:bui"):
+        with pytest.raises(NodesError, match=r"ConfigError: partition-id=0: model = 'nowhere:bui"):
             Roster(grid, 1, 0.5, True)
 
     def test_data_that_do_not_match(self, tmp_path: Path) -> None:
@@ -273,7 +274,7 @@ class TestOwnData:
             place = tmp_path / "1" / split / "eleven"
             place.mkdir()
             Image.fromarray(np.zeros((8, 8), np.uint8)).save(place / "x.png")
-        with pytest.raises(RosterError, match=r"partition 0 has images of 1×8×8 in 10 classes"):
+        with pytest.raises(NodesError, match=r"partition 0 has images of 1×8×8 in 10 classes"):
             self.start(self.grid(tmp_path, sources))
 
     def test_images_of_other_sizes_and_colours(self, tmp_path: Path) -> None:
@@ -284,10 +285,10 @@ class TestOwnData:
                 for i in range(4):
                     Image.new(mode, (size, size)).save(place / f"{i}.png")
         sources = [f"imagefolder:{tmp_path / str(node)}" for node in range(3)]
-        with pytest.raises(RosterError, match=r"1×8×8 .* 3×8×8 .*: .* grey .*: convert those of"):
+        with pytest.raises(NodesError, match=r"1×8×8 .* 3×8×8 .*: .* grey .*: convert those of"):
             Roster(self.grid(tmp_path, sources[::2]), 2, 0.5, True)
         sources.pop()
-        with pytest.raises(RosterError, match=r"1×8×8 .* 1×12×12 .*: .* image-size=64 resizes"):
+        with pytest.raises(NodesError, match=r"1×8×8 .* 1×12×12 .*: .* image-size=64 resizes"):
             Roster(self.grid(tmp_path, sources), 2, 0.5, True)
         grid = self.grid(tmp_path, sources, **{"image-size": 8})
         found = Roster(grid, 2, 0.5, True).schema
@@ -319,7 +320,7 @@ class TestOwnData:
     )
     def test_other_columns_are_refused(self, columns: str, says: str, tmp_path: Path) -> None:
         sources = self.tables(tmp_path, "age height", columns)
-        with pytest.raises(RosterError, match=f"{says}.*: give all nodes the same columns"):
+        with pytest.raises(NodesError, match=f"{says}.*: give all nodes the same columns"):
             self.start(self.grid(tmp_path, sources))
 
     def test_a_node_without_examples_of_a_class(
@@ -333,7 +334,7 @@ class TestOwnData:
                 for j in range(10):
                     Image.fromarray(np.full((8, 8), 80 * i + j, np.uint8)).save(place / f"{j}.png")
         sources = [f"imagefolder:{tmp_path / str(node)}" for node in range(2)]
-        with pytest.raises(RosterError, match=r"3 classes .*2 classes .*classes=cat,dog,owl"):
+        with pytest.raises(NodesError, match=r"3 classes .*2 classes .*classes=cat,dog,owl"):
             self.start(self.grid(tmp_path / "a", sources))
         classes = "dog,owl,cat"
         grid = self.grid(tmp_path / "b", sources, classes=classes)
@@ -343,7 +344,7 @@ class TestOwnData:
         held = load_own(config, sources[1])
         assert np.bincount(held.train_labels).tolist() == [0, 8, 8]
         assert held.train_images[held.train_labels == 2].max() < 20  # the cats
-        with pytest.raises(RosterError, match=r"partition-id=0: .* its own log says why") as found:
+        with pytest.raises(NodesError, match=r"partition-id=0: .* its own log says why") as found:
             self.start(self.grid(tmp_path / "c", sources, classes="cat,owl"))
         assert "dog" not in str(found.value)
         assert str(tmp_path) not in str(found.value)
@@ -387,10 +388,10 @@ class TestOwnData:
     def test_silence_is_told_from_failure(
         self, own_data: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        with pytest.raises(RosterError, match=r"[Nn]o .*query"):
+        with pytest.raises(NodesError, match=r"[Nn]o .*query"):
             Roster(InProcessGrid({}, 2, app=ClientApp()), 2, 0.5, own_data)
         monkeypatch.setattr(InProcessGrid, "serve", lambda *_: [])
-        with pytest.raises(RosterError, match=r"none of 2 nodes answered within timeout = 0\.5 s"):
+        with pytest.raises(NodesError, match=r"none of 2 nodes answered within timeout = 0\.5 s"):
             Roster(InProcessGrid({}, 2), 2, 0.5, own_data)
 
     def test_a_node_that_does_not_say_who_it_is(self) -> None:
@@ -404,7 +405,7 @@ class TestOwnData:
         assert roster.node_of(0) == roster.node_of(1)
 
     def test_nobody_connects(self) -> None:
-        with pytest.raises(RosterError, match=r"within 0\.\d+ s: start .* or raise timeout"):
+        with pytest.raises(NodesError, match=r"within 0\.\d+ s: start .* or raise timeout"):
             Roster(InProcessGrid({}, 0), 2, 0.01)
 
     def test_nobody_knows_their_groups(self, tmp_path: Path) -> None:

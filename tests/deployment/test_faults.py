@@ -101,7 +101,7 @@ def test_clients_over_a_network(tmp_path: Path) -> None:
     first two send garbage, and nothing of it enters."""
     here, go_on = tmp_path / "here", tmp_path / "go on"
     faults = {"1 1": "exits", "2 1": f"touch {here}", "3 1": f"wait {go_on}"}
-    faults |= {"1 2": "raises", "2 2": "large"}  # 2 GiB where 100 kB were asked for
+    faults |= {"1 2": "raises", "2 2": "large"}  # 256 MiB where 100 kB were asked for
     said: dict[str, tuple[str, ...]] = dict.fromkeys(("1 1", "2 1", "3 1"), LOST)
     said |= {"1 2": ("out of paper",), "2 2": ("are enough",)}
     # Flower takes a minute to notice a dead process; on a busy machine the healthy take that, too

@@ -62,7 +62,7 @@ def train(message: Message, context: Context) -> Message:
     elif fault == "empty":
         arrays = {}
     elif fault == "large":
-        arrays[name] = np.zeros(2**29, np.float32)  # 2 GiB
+        arrays[name] = np.zeros(2**26, np.float32)  # 256 MiB
     elif fault == "replayed":
         reply.content["metrics"]["round"] -= 1
     elif fault.startswith("touch "):  # tells the test that it is training, and waits
