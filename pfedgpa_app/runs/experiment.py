@@ -44,6 +44,7 @@ from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, say
 from pfedgpa_app.results.tracking import Tracking, require_installed
 from pfedgpa_app.runs import report
+from pfedgpa_app.runs.about import MODEL, WEIGHTS, write_about
 from pfedgpa_app.runs.folder import CONFIG, keep_holdings, locked, run_folder, running
 from pfedgpa_app.runs.initial import (
     initial_weights,
@@ -52,7 +53,7 @@ from pfedgpa_app.runs.initial import (
     other_classes,
     share_little,
 )
-from pfedgpa_app.runs.personal import MODEL, WEIGHTS, note_parts_on_nodes, weights_file, write_about
+from pfedgpa_app.runs.personal import note_parts_on_nodes, weights_file
 from pfedgpa_app.runs.resuming import CHECKPOINT, Resuming
 from pfedgpa_app.runs.summary import Summary, save_weights
 from pfedgpa_app.server import privacy

@@ -21,8 +21,9 @@ from pfedgpa_app.data.client import forget, schema_of
 from pfedgpa_app.data.client import load_client as load_data
 from pfedgpa_app.data.datasets import load as load_dataset
 from pfedgpa_app.data.pictures import recoloured
+from pfedgpa_app.runs.about import About, warn_of_changes
 from pfedgpa_app.runs.folder import check_data, kept_config, kept_settings
-from pfedgpa_app.runs.personal import About, ClientModel, load_client, warn_of_changes
+from pfedgpa_app.runs.personal import ClientModel, load_client
 
 
 def as_records(probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:

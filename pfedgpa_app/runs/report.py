@@ -21,8 +21,8 @@ from pfedgpa_app.results import figures
 from pfedgpa_app.results.log import EVENTS, clock
 from pfedgpa_app.results.page import page
 from pfedgpa_app.results.tables import LEGEND, percent, without_generation, without_result
+from pfedgpa_app.runs.about import MODEL
 from pfedgpa_app.runs.folder import HOLDINGS, unfinished
-from pfedgpa_app.runs.personal import MODEL
 from pfedgpa_app.runs.reading import Row, Run, chosen, command_of, runs_in
 from pfedgpa_app.runs.table import Entry, as_csv, as_latex, curves_of, table_of
 

@@ -13,8 +13,9 @@ from pfedgpa_app.core.files import checksum
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.results.log import METRICS, RunLog
+from pfedgpa_app.runs.about import WEIGHTS, changed_code, read_about
 from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError, encode
-from pfedgpa_app.runs.personal import WEIGHTS, changed_code, read_about, weights_file
+from pfedgpa_app.runs.personal import weights_file
 from pfedgpa_app.runs.summary import Summary
 
 CHECKPOINT = "checkpoint"

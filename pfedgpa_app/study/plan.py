@@ -19,9 +19,9 @@ from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.methods import federations
 from pfedgpa_app.results.log import SUMMARY, finished_in, is_done, last_event
+from pfedgpa_app.runs.about import changed_code, read_about
 from pfedgpa_app.runs.checkpoint import MANIFEST
 from pfedgpa_app.runs.folder import check_data, check_files, is_foreign, kept_settings
-from pfedgpa_app.runs.personal import changed_code, read_about
 from pfedgpa_app.runs.resuming import CHECKPOINT
 
 Settings = dict[str, Any]

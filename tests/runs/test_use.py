@@ -18,10 +18,10 @@ from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.own_code import digest, imported, sources
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.models import build
+from pfedgpa_app.runs.about import read_about
 from pfedgpa_app.runs.api import Result, run
 from pfedgpa_app.runs.experiment import _evaluation_work
 from pfedgpa_app.runs.folder import keep_holdings, kept_config
-from pfedgpa_app.runs.personal import read_about
 from pfedgpa_app.runs.prediction import evaluate
 from pfedgpa_app.study.plan import expand
 from tests.runs.test_resume import KilledError, killer
