@@ -18,6 +18,7 @@ import torch
 
 from pfedgpa_app import cli, load_client
 from pfedgpa_app.config import names
+from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.core.sections import Config
@@ -236,6 +237,7 @@ class TestServerHalf:
             ),
             ("learned(self): return {}[0]", "its learned failed: KeyError: 0 (mine.py, line "),
             ("reference(self, client): return [1]", "reference returned a list: expected a dict"),
+            ("rival(self, client): return [1]", "its rival returned a list in round 1: expected"),
             ("report(self): return None", "report returned None: expected a dict that JSON"),
             (
                 "report(self): return {'mean': self.state.global_weights['fc1.bias']}",
@@ -315,6 +317,35 @@ class TestServerHalf:
         last = "pfedgpa: the run failed: method mine: its aggregate failed in round 1: "
         assert f"{last}ZeroDivisionError: division by zero (mine.py, line 18)\n" in said
 
+    @pytest.mark.parametrize(
+        ("hook", "said"),
+        [
+            (
+                "    def first_download(self, clients): return None\n",
+                "its first_download returned None in round 1: expected a dict of every client's",
+            ),
+            (
+                "    def first_download(self, clients): return {}\n",
+                "its first_download returned nothing for client 3 in round 1",
+            ),
+            (
+                "    def join(self, uploads): return dict.fromkeys(uploads, {'fc1.bias': 3})\n",
+                "its join returned an int as client 3's weights 'fc1.bias' in round 2",
+            ),
+            (
+                f"{TRAIN}        if task.round > 1: 1 / 0\n"
+                "        return Trained(weights, {}, loss)\n",
+                "its train failed in round 2: ZeroDivisionError",
+            ),
+        ],
+    )
+    def test_what_is_made_for_clients_that_join_is_looked_at(
+        self, mine: Callable[[str], str], tmp_path: Path, hook: str, said: str
+    ) -> None:
+        with pytest.raises(MethodError) as caught:
+            federate(tmp_path, method=mine(hook), num_server_rounds=1, join_clients=1)
+        assert f"method mine: {said}" in str(caught.value)
+
 
 class TestClientHalf:
     @pytest.mark.parametrize(
@@ -372,6 +403,17 @@ class TestClientHalf:
             federate(tmp_path, method=method)
         assert f"method mine: its evaluated {said}" in str(caught.value)
         assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+    def test_what_a_client_keeps_of_diverged_training_is_told(
+        self, mine: Callable[[str], str], tmp_path: Path
+    ) -> None:
+        """Its upload does not tell, and it is evaluated with what it kept before, or is sent."""
+        keeps = "{'fc1.bias': weights['fc1.bias'] / 0}"
+        method = mine(f"{TRAIN}        return Trained(weights, {keeps}, loss)\n")
+        folder, _ = federate(tmp_path, method=method, num_server_rounds=1)
+        warned = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
+        diverged = [text for text in warned if "trained its own weights to infinity" in text]
+        assert len(diverged) == 4
 
     def test_a_client_that_fails_alone_is_named(
         self, mine: Callable[[str], str], tmp_path: Path
@@ -460,3 +502,17 @@ class TestSettings:
         err = capsys.readouterr().err
         assert "method = 'mine:Mine': its `tuned` " in err
         assert said in err
+
+
+def test_rounds_that_belong_to_no_method_are_refused(
+    mine: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Clients find a method's rounds by its name: they would have run those of Averaging."""
+    mine("    pass\n")
+    code = (tmp_path / "mine.py").read_text().replace("class Mine(", "class Own(")
+    code += "from pfedgpa_app.methods.base import Personaliser\n\nclass Mine(Personaliser):\n"
+    (tmp_path / "mine.py").write_text(f"{code}    of = Own\n")
+    assert cli.main(["run", "method=mine:Mine,fedavg", "out-dir=out"]) == 2
+    assert "method mine: its rounds, Own, belong to no method: let Own" in capsys.readouterr().err
+    with known_for_a_while("own"):
+        assert resolve({"method": "mine:Own,mine:Mine"}).config.method == ("own", "mine")

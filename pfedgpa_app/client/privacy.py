@@ -30,8 +30,8 @@ def with_local_dp(handler: Handler, message: Message, context: Context) -> Messa
     """
     config = resolve_cached(context.run_config).config
     reply = handler(message, context)
-    asked: Any = message.content.config_records["config"]["client"]
-    if not config.local_dp_epsilon or attacks_updates(config, asked):
+    client: Any = message.content.config_records["config"]["client"]
+    if not config.local_dp_epsilon or attacks_updates(config, client):
         return reply
 
     sent, made = (m.content.array_records["arrays"] for m in (message, reply))

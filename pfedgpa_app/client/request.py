@@ -203,7 +203,10 @@ class ClientRequest:
         """
         trained = self.method.checked(trained, tensors_of(self.config, self.schema()))
         weights, kept = trained.upload, self.state
-        if all(all_finite(t) for t in (*weights.values(), *trained.state.values())):
+        sent_well, kept_well = (
+            all(map(all_finite, part.values())) for part in (weights, trained.state)
+        )
+        if sent_well and kept_well:
             self.keep(trained.state)
             kept = trained.state
         if attacks_updates(self.config, self.client):
@@ -217,6 +220,8 @@ class ClientRequest:
             "round": self.round,
             "keeps": int(bool(kept)),
         }
+        if sent_well and not kept_well:  # the upload alone does not tell
+            metrics["diverged"] = 1
         if self._lost and trained.state:
             warn_once(f"{_LOST} {self.method.title}, which begins anew here")
             metrics["lost"] = 1

@@ -24,9 +24,11 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.data import HUGGING_FACE, IMAGEFOLDER
 from pfedgpa_app.methods import METHODS, federation_of, federations, name_of, rounds_class
 from pfedgpa_app.methods.baselines import FromUploads
-from pfedgpa_app.methods.generation import PFedGPASettings
+from pfedgpa_app.methods.fedavg import FedAvg
+from pfedgpa_app.methods.generation import ROUNDS, Generation, PFedGPASettings
 from pfedgpa_app.methods.own import reference_of
 
+OF_NETWORK = ("fit-steps", "fit-batch-size", "fit-learning-rate", "width", "blocks", "ema")
 RUN_CONFIG = "run-config"  # the source of what is given for this run alone
 
 
@@ -193,9 +195,7 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
     if not config.local_dp_epsilon:
         none = "without local-dp-epsilon nothing is clipped and no noise is added"
         why |= dict.fromkeys(("local-dp-clip", "local-dp-delta"), none)
-    if not config.join_clients:
-        joining = ("join-rate", "join-iterations", "pfedgpa.join-mode")
-        why |= dict.fromkeys(joining, "join-clients = 0: nobody joins")
+    why |= _idle_in_joining(config)
     if not config.fine_tune_grid_epochs:
         why["fine-tune-grid-learning-rates"] = "fine-tune-grid-epochs = 0: no fine-tuning is tuned"
     if config.share_label_counts and not _reads_label_counts(config):
@@ -203,7 +203,7 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
     kept = name_of(FromUploads.of)
     if not any(federation_of(method) == kept for method in config.method):
         why["save-uploads"] = f"only {METHODS[kept].title}'s are kept, and no method has its rounds"
-    why |= _idle_in_rounds(config)
+    why |= _idle_in_rounds(config) | _idle_in_generation(config)
     if own_test:
         why["test-share"] = f"{config.dataset} has a test split"
     given = _given(sources)
@@ -216,6 +216,16 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
         for name, reason in rounds_class(federation).unused.items():
             if name in given:
                 yield f"{name} has no effect on {METHODS[federation].title}'s rounds: {reason}"
+
+
+def _idle_in_joining(config: Config) -> dict[str, str]:
+    """Return {setting: why} of settings without effect on clients that join, or as nobody does."""
+    if not config.join_clients:
+        joining = ("join-rate", "join-iterations", "pfedgpa.join-mode")
+        return dict.fromkeys(joining, "join-clients = 0: nobody joins")
+    if any(issubclass(rounds_class(name), FedAvg) for name in federations(config.method)):
+        return {}
+    return {"join-rate": "only the rounds of FedAvg, and of what extends it, use it"}
 
 
 def _idle_in_rounds(config: Config) -> dict[str, str]:
@@ -232,6 +242,26 @@ def _idle_in_rounds(config: Config) -> dict[str, str]:
     if config.attack == LABEL_FLIP:
         why["attack-strength"] = f"attack = {LABEL_FLIP} has no strength"
     return why
+
+
+def _idle_in_generation(config: Config) -> dict[str, str]:
+    """Return {setting: why} of pFedGPA's settings that its others leave without effect."""
+    kinds = [kind for name in config.method if issubclass(kind := METHODS[name], Generation)]
+    own, why = config.of(PFedGPASettings), dict[str, str]()
+    denoisers = {own.denoiser} | {own.round_denoiser for kind in kinds if ROUNDS in kind.parts}
+    if denoisers <= {"gaussian", "finite-set"}:
+        closed = f"pfedgpa.denoiser = {own.denoiser} is a closed form"
+        why |= dict.fromkeys(OF_NETWORK, closed)
+    if own.autoencoder != "conv":
+        exact = f"pfedgpa.autoencoder = {own.autoencoder} is not trained"
+        why |= dict.fromkeys(("chunk-latents", "autoencoder-steps"), exact)
+    if own.inversion != "invert":
+        why["keep"] = f"pfedgpa.inversion = {own.inversion} replays no noise"
+    for kind in kinds[:1]:
+        of_all = set(kind.ignored).intersection(*(other.ignored for other in kinds))
+        if not config.join_clients:
+            why |= dict.fromkeys(of_all, f"{kind.title} does without it")
+    return {f"pfedgpa.{name}": reason for name, reason in why.items()}
 
 
 def _all_of_it(config: Config) -> str:

@@ -197,11 +197,9 @@ class TrainingSettings(Basics):
         "clients add the logarithms of their class frequencies to the shared classifier's bias, "
         "and take them off before they upload",
     )
-    fine_tune_epochs: int = setting(
-        1, "epochs of the gentle fine-tuning after the last round", low=0
-    )
+    fine_tune_epochs: int = setting(1, "epochs of fine-tuning after the last round", low=0)
     fine_tune_learning_rate: float = setting(
-        0.002, "learning rate of the gentle fine-tuning", above=0
+        0.002, "learning rate of fine-tuning after the last round", above=0
     )
     fine_tune_grid_epochs: int = setting(
         0, "most epochs that tuned fine-tuning tries, from 1 on; 0: no tuning", low=0, high=1000
@@ -224,8 +222,8 @@ class FederationSettings(Basics):
     )
     join_rate: float = setting(
         0.1,
-        "learning rate of joining clients that start from trained weights, as a multiple of "
-        "the run's",
+        "learning rate of clients that join FedAvg's, FedAvgM's or pFedGPA's rounds, as a multiple "
+        "of the run's",
         above=0,
     )
     share_label_counts: bool = setting(
@@ -233,8 +231,8 @@ class FederationSettings(Basics):
     )
     evaluate_every: int = setting(
         5,
-        "rounds between evaluations of all clients; the last five rounds are evaluated, too; "
-        "0: no evaluation during rounds",
+        "rounds between evaluations of all clients, who are also evaluated in the first round and "
+        "the last five; 0: no evaluation during rounds",
         low=0,
     )
     timeout: float = setting(

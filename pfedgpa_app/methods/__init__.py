@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods.base import Personaliser, Rounds
 from pfedgpa_app.methods.baselines import ClientMean, GroupMean, LastUpload
 from pfedgpa_app.methods.cfl import ClusteredFL
@@ -22,7 +23,12 @@ from pfedgpa_app.methods.fedproto import FedProto
 from pfedgpa_app.methods.fedprox import FedProx
 from pfedgpa_app.methods.fedrep import FedRep
 from pfedgpa_app.methods.fine_tuning import FedAvgFT, FedAvgFTTuned
-from pfedgpa_app.methods.generation import PFedGPAInverted, PFedGPAOnce, PFedGPASampled
+from pfedgpa_app.methods.generation import (
+    PFedGPAInverted,
+    PFedGPAOnce,
+    PFedGPASampled,
+    RememberingFedAvg,
+)
 from pfedgpa_app.methods.krum import Krum
 from pfedgpa_app.methods.lg_fedavg import LGFedAvg
 from pfedgpa_app.methods.local import Local
@@ -72,8 +78,19 @@ def name_of(kind: type[Any]) -> str:
 
 
 def federation_of(name: str) -> str:
-    """The name of the federation whose rounds the method called ``name`` uses."""
-    return name_of(METHODS[name].rounds_class())
+    """The name of the federation whose rounds the method called ``name`` uses.
+
+    Raises:
+        ConfigError: these rounds belong to no method, so that clients could not find them.
+    """
+    rounds = METHODS[name].rounds_class()
+    if rounds is not RememberingFedAvg and rounds not in set[Any](METHODS.values()):
+        own = rounds.__name__
+        raise ConfigError(
+            f"method {name}: its rounds, {own}, belong to no method: let {own} extend Method, too, "
+            f"and name it before {name}, as in method={rounds.__module__}:{own},…"
+        )
+    return name_of(rounds)
 
 
 def federations(methods: Iterable[str]) -> dict[str, list[str]]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.uploads import Upload, weighted_mean
 from pfedgpa_app.core.weights import Weights, is_statistic
 from pfedgpa_app.methods.base import Method
@@ -79,6 +80,25 @@ def toward(before: Weights, mean: Weights, step: float) -> Weights:
         else weight.lerp(mean[name], step)
         for name, weight in before.items()
     }
+
+
+def refuse_overshooting(name: str, strength: float, rate: float, momentum: float) -> None:
+    """Refuse a pull to other weights whose steps go past them by ever more.
+
+    SGD with momentum β on (λ/2)‖θ − w‖² converges only if λη < 2(1 + β).
+
+    Args:
+        name: the setting that holds λ, which is ``strength``.
+        rate: η.
+
+    Raises:
+        ConfigError: what is trained would go to infinity.
+    """
+    if strength * rate >= (most := 2 * (1 + momentum)):
+        raise ConfigError(
+            f"{name} = {strength:g}: times the learning rate, {rate:g}, it must be less than "
+            f"{most:g} (2 + 2 momentum), or weights overstep those that hold them by ever more"
+        )
 
 
 class Averaging(Method[S]):

@@ -7,6 +7,7 @@ rounds; several personalisers may share these rounds. A ``Method`` is both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
@@ -36,7 +37,7 @@ class Trained:
 
     upload: Weights  # what the client sends to the server
     state: Weights  # what the client keeps for its next round
-    loss: float  # mean over the client's training images
+    loss: float  # mean over the client's training images; NaN if it took no step
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class ClientTask:
         Recipes that train nothing are skipped.
 
         Returns:
-            the mean loss under the last recipe; 0 if all are skipped.
+            the mean loss under the last recipe; NaN if all are skipped.
         """
-        generator, loss = self.generator(), 0.0
+        generator, loss = self.generator(), math.nan
         for recipe in sgd.phases(self.model, recipes, self.rate):
             loss = sgd.train(self.model, self.data.train, recipe, generator, **how)
         return loss
@@ -85,6 +86,8 @@ class Rounds(Generic[S]):
         adjustable: whether logit-adjustment applies to the classifier that clients are sent, if
             they are sent one.
         unused: {a setting of the run that these rounds ignore: why}.
+        step_sizes: its own settings, beside learning rates, by which training diverges if they are
+            too large.
     """
 
     title = ""
@@ -93,6 +96,7 @@ class Rounds(Generic[S]):
     beside: ClassVar[tuple[str, ...]] = ()
     adjustable: ClassVar[bool] = True
     unused: ClassVar[Mapping[str, str]] = {}
+    step_sizes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Config, state: S) -> None:
         self.config, self.state = config, state
@@ -181,6 +185,17 @@ class Rounds(Generic[S]):
         return rates if own.get("learning-rate") else ["learning-rate", *rates]
 
     @classmethod
+    def suspects(cls, name: str, config: Config) -> list[str]:
+        """The settings to lower where training diverges: rates, and steps that are not default."""
+        own, usual = config.of(cls.settings), cls.settings()
+        steps = [
+            s
+            for s in cls.step_sizes
+            if getattr(own, (key := s.replace("-", "_"))) != getattr(usual, key)
+        ]
+        return [*cls.rate_settings(name, config), *(f"{name}.{step}" for step in steps)]
+
+    @classmethod
     def recipes(cls, config: Config, names: Sequence[str], server_round: int) -> list[Recipe]:
         """The recipes by which a client trains in a round, one after the other.
 
@@ -222,7 +237,7 @@ class Personaliser(Generic[S]):
         settings: the class of its own settings, if it has any.
         parts: the parts of these settings (see ``setting``) that it uses.
         weights_from: the method whose clients' weights it evaluates, if not its own.
-        fine_tuning: the fine-tuning that its accuracy after fine-tuning refers to: "gentle" (the
+        fine_tuning: the fine-tuning that its accuracy after fine-tuning refers to: "default" (the
             run's setting), "training" (as in a round), "tuned" (chosen by validation) or "own"
             (``own_fine_tuning``).
         analysis_only: whether it uses what no server knows, so that it cannot count as the best.
@@ -237,7 +252,7 @@ class Personaliser(Generic[S]):
     settings: ClassVar[type[Any]] = MethodSettings
     parts: ClassVar[tuple[str, ...]] = (RESULTS,)
     weights_from: ClassVar[type[Personaliser[Any]] | None] = None
-    fine_tuning = "gentle"
+    fine_tuning = "default"
     analysis_only = False
     is_defence = False
     tuned: ClassVar[tuple[str, ...]] = ()

@@ -46,7 +46,7 @@ class Hook:
         return MethodError(f"method {self.method}: its {self.name} {did}{when}: {wanted}")
 
     @contextlib.contextmanager
-    def told(self) -> Iterator[None]:
+    def errors_named(self) -> Iterator[None]:
         """Turn an exception into a MethodError that names the hook, round, type and line.
 
         Errors whose text already tells the user what to do pass unchanged.

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import MethodSettings, setting
-from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.averaging import Averaging, Shared, refuse_overshooting
 from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training.sgd import pull_to
@@ -35,7 +36,13 @@ class Ditto(Averaging[Shared]):
 
     title = "Ditto"
     settings = DittoSettings
+    step_sizes = ("lam",)
     tuned = ("lam",)
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        rate = cls.learning_rate(config)
+        refuse_overshooting("ditto.lam", config.of(DittoSettings).lam, rate, config.momentum)
 
     @classmethod
     def train(cls, task: ClientTask) -> Trained:

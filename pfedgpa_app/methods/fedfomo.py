@@ -15,6 +15,7 @@ Clients see each other's models, which clients of FedAvg never do.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ class FedFomo(Method[FomoState]):
     sends = OTHER  # also the affinities to the models that it was sent
     beside = (AFFINITY,)
     adjustable = False  # the models are other clients', fitted to their own classes
+    unused: ClassVar = {"start-from": "its clients are sent each other's networks"}
 
     @classmethod
     def check(cls, config: Config) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +73,11 @@ class FedProto(Method[Prototypes]):
 
     title = "FedProto"
     settings = FedProtoSettings
+    step_sizes = ("lam",)
     sends = OTHER  # class means and counts
     beside = ("counts",)
     adjustable = False  # prototypes do not depend on how frequent classes are
+    unused: ClassVar = {"start-from": "its clients are sent prototypes, and no weights"}
     tuned = ("lam",)
 
     @classmethod

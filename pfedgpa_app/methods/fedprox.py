@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import MethodSettings, setting
-from pfedgpa_app.methods.averaging import Averaging, Shared
+from pfedgpa_app.methods.averaging import Averaging, Shared, refuse_overshooting
 from pfedgpa_app.methods.base import ClientTask, Trained
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.training.sgd import pull_to
@@ -32,7 +33,13 @@ class FedProx(Averaging[Shared]):
 
     title = "FedProx"
     settings = FedProxSettings
+    step_sizes = ("mu",)
     tuned = ("mu",)
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        rate = cls.learning_rate(config)
+        refuse_overshooting("fedprox.mu", config.of(FedProxSettings).mu, rate, config.momentum)
 
     @classmethod
     def train(cls, task: ClientTask) -> Trained:

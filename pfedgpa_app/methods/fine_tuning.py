@@ -63,7 +63,7 @@ class FedAvgFTTuned(Personaliser[Shared]):
     fine_tuning = "tuned"
 
 
-def gentle(config: TrainingSettings) -> FineTuning:
+def default(config: TrainingSettings) -> FineTuning:
     """Fine-tuning by the run's own settings."""
     return FineTuning(config.fine_tune_epochs, config.fine_tune_learning_rate)
 
@@ -85,9 +85,9 @@ def tuning_grid(config: TrainingSettings) -> list[FineTuning]:
 def fine_tunings(config: Config, methods: Iterable[type[Personaliser[Any]]]) -> list[FineTuning]:
     """The fine-tunings that every client of a run of ``methods`` tries after the last round.
 
-    They are the run's gentle setting, a round's own training, what the methods' papers do, and the
+    They are the run's setting, a round's own training, what the methods' papers do, and the
     grid that validation chooses from; 0 epochs are possible.
     """
     own = [way for method in methods if (way := method.own_fine_tuning(config))]
-    every = [gentle(config), as_in_training(config), *own, *tuning_grid(config)]
+    every = [default(config), as_in_training(config), *own, *tuning_grid(config)]
     return list(dict.fromkeys(every))

@@ -199,11 +199,16 @@ def remembered(config: Config, names: Sequence[str]) -> list[str]:
 
 
 class Generation(Personaliser[RememberedState]):
-    """Generates every client's weights from the distribution of the newest uploads."""
+    """Generates every client's weights from the distribution of the newest uploads.
+
+    Attributes:
+        ignored: names of settings that do not influence what it generates.
+    """
 
     of = RememberingFedAvg
     settings = PFedGPASettings
     parts: ClassVar[tuple[str, ...]] = (RESULTS, UPLOADS)
+    ignored: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Config, state: RememberedState) -> None:
         super().__init__(config, state)
@@ -315,6 +320,10 @@ class Generation(Personaliser[RememberedState]):
         self.joined |= self.whole(fitted, made)
         return {client: self.joined[client] for client in uploads}
 
+    def steps_back(self, fitted: WeightDistribution) -> int:
+        """From which step of the noise schedule clients' weights are denoised."""
+        return fitted.strength
+
     def reference(self, client: int) -> Weights | None:
         return self._newest.get(client)
 
@@ -336,7 +345,7 @@ class Generation(Personaliser[RememberedState]):
         new = novelty(generated, newest, [entry.vector for entry in entries])
         return {
             "rank": fitted.rank,
-            "strength": fitted.strength,
+            "strength": self.steps_back(fitted),
             "distance_to_nearest_upload": round(float(new.nanmean()), 4),
         }
 
@@ -354,15 +363,23 @@ class PFedGPAInverted(Generation):
     """
 
     title = "pFedGPA, once, paper's inversion"
+    ignored = ("inversion", "keep", "draws", "strength")
+
+    def steps_back(self, fitted: WeightDistribution) -> int:
+        return self.own.diffusion_steps
 
     def decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
-        return fitted.generate("invert", strength=self.own.diffusion_steps, keep=1.0)
+        return fitted.generate("invert", strength=self.steps_back(fitted), keep=1.0)
 
 
 class PFedGPASampled(Generation):
     """The paper's ablation: each client gets one sample decoded from pure noise."""
 
     title = "pFedGPA, once, without inversion"
+    ignored = PFedGPAInverted.ignored
+
+    def steps_back(self, fitted: WeightDistribution) -> int:
+        return self.own.diffusion_steps
 
     def decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
         return fitted.generate("sample")

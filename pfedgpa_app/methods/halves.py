@@ -40,7 +40,7 @@ def shared_names(
     if not issubclass(kind, Averaging):
         return None
     hook = Hook(name, kind, "shared")
-    with hook.told():
+    with hook.errors_named():
         found: Any = kind.shared(config, list(names))
     wanted = "expected a list of names of the network's weights, some of those that it is given"
     if isinstance(found, str) or not isinstance(found, Collection):
@@ -60,7 +60,7 @@ def begun(name: str, kind: type[Rounds[Any]], config: Config, initial: Weights) 
         MethodError: the method's ``shared`` or ``begin`` fails.
     """
     shared_names(name, kind, config, list(initial))
-    with Hook(name, kind, "begin").told():
+    with Hook(name, kind, "begin").errors_named():
         return kind.begin(config, {name: tensor.clone() for name, tensor in initial.items()})
 
 
@@ -82,7 +82,7 @@ class ServerHalf:
 
     def _weights(self, hook: Hook, *given: Any) -> Weights:
         """Call ``hook`` and return its weights, checked."""
-        with hook.told():
+        with hook.errors_named():
             weights: Weights = getattr(self.method, hook.name)(*given)
         check_tensors(hook, weights)
         check_shapes(hook, weights, self._initial)
@@ -91,7 +91,7 @@ class ServerHalf:
     def rate(self, server_round: int) -> float:
         """The factor on clients' learning rates in a round."""
         hook = self._hook("rate", server_round)
-        with hook.told():
+        with hook.errors_named():
             rate = self.method.rate(server_round)
         if not isinstance(rate, (int, float)):
             raise hook.wrong(f"returned {kind_of(rate)}", "expected a number")
@@ -111,13 +111,18 @@ class ServerHalf:
 
     def rival(self, server_round: int, client: int) -> Weights | None:
         """Other weights that ``client`` tries on its validation images."""
-        with self._hook("rival", server_round).told():
-            return self.method.rival(client)
+        hook = self._hook("rival", server_round)
+        with hook.errors_named():
+            rival = self.method.rival(client)
+        if rival is not None:
+            check_tensors(hook, rival)
+            check_shapes(hook, rival, self._initial)
+        return rival
 
     def expected_upload(self, server_round: int) -> Weights:
         """Tensors of the names, shapes and dtypes that a client must upload."""
         hook = self._hook("expected_upload", server_round)
-        with hook.told():
+        with hook.errors_named():
             expected = self.method.expected_upload()
         check_tensors(hook, expected)
         return expected
@@ -130,7 +135,7 @@ class ServerHalf:
                 they were, or have changed in name, shape or dtype.
         """
         hook = self._hook("aggregate", server_round)
-        with hook.told():
+        with hook.errors_named():
             self.method.aggregate(server_round, uploads)
         now: Weights = {}
         if self._begun:
@@ -148,8 +153,45 @@ def personalised(
         MethodError: it fails, or weights are missing, have other shapes or are not finite.
     """
     hook = Hook(name, type(method), "personalise")
-    with hook.told():
+    with hook.errors_named():
         made: Any = method.personalise()
+    return _of_each(hook, made, initial, clients)
+
+
+def first_downloads(
+    name: str, method: Personaliser[Any], initial: Weights, clients: Sequence[int]
+) -> dict[int, Weights]:
+    """What ``method``, called ``name``, first sends to each of ``clients``, which join.
+
+    Raises:
+        MethodError: as ``personalised``.
+    """
+    hook = Hook(name, type(method), "first_download", method.config.num_server_rounds)
+    with hook.errors_named():
+        made: Any = method.first_download(clients)
+    return _of_each(hook, made, initial, clients)
+
+
+def joined(
+    name: str,
+    method: Personaliser[Any],
+    initial: Weights,
+    server_round: int,
+    uploads: dict[int, Upload],
+) -> dict[int, Weights]:
+    """What ``method``, called ``name``, sends to joining clients after these uploads.
+
+    Raises:
+        MethodError: as ``personalised``.
+    """
+    hook = Hook(name, type(method), "join", server_round)
+    with hook.errors_named():
+        made: Any = method.join(uploads)
+    return _of_each(hook, made, initial, list(uploads))
+
+
+def _of_each(hook: Hook, made: Any, initial: Weights, clients: Sequence[int]) -> dict[int, Weights]:
+    """Return the weights that ``hook`` has ``made`` for each of ``clients``, checked."""
     wanted = "expected a dict of every client's weights by its number"
     if not isinstance(made, Mapping):
         raise hook.wrong(f"returned {kind_of(made)}", wanted)
@@ -173,7 +215,7 @@ def learned(name: str, method: Personaliser[Any]) -> WeightDistribution | None:
         MethodError: it fails, or returns something else.
     """
     hook = Hook(name, type(method), "learned")
-    with hook.told():
+    with hook.errors_named():
         found: Any = method.learned()
     if found is not None and not isinstance(found, WeightDistribution):
         raise hook.wrong(f"returned {kind_of(found)}", "expected a WeightDistribution or None")
@@ -188,7 +230,7 @@ def references(name: str, method: Personaliser[Any], clients: Iterable[int]) -> 
     """
     hook, found = Hook(name, type(method), "reference"), dict[int, Weights]()
     for client in clients:
-        with hook.told():
+        with hook.errors_named():
             weights = method.reference(client)
         if weights is not None:
             check_tensors(hook, weights)
@@ -204,7 +246,7 @@ def reported(name: str, method: Personaliser[Any]) -> dict[str, Any]:
     """
     hook = Hook(name, type(method), "report")
     wanted = "expected a dict that JSON can hold: of numbers, texts, lists and dicts"
-    with hook.told():
+    with hook.errors_named():
         more: Any = method.report()
     if not isinstance(more, Mapping):
         raise hook.wrong(f"returned {kind_of(more)}", wanted)
@@ -232,31 +274,31 @@ class ClientHalf:
 
     def asks_validation(self, config: Config) -> bool:
         """Whether clients report the losses of what they are sent on their validation images."""
-        with self._hook("asks_validation").told():
+        with self._hook("asks_validation").errors_named():
             return self.kind.asks_validation(config, self.round)
 
     def start(self, weights: Weights, state: Weights) -> Weights:
         """The weights that a client trains from."""
         hook = self._hook("start")
-        with hook.told():
+        with hook.errors_named():
             start = self.kind.start(weights, state)
         check_tensors(hook, start)
         return start
 
     def recipes(self, config: Config, names: Sequence[str]) -> list[Recipe]:
         """The recipes by which a client trains in the round."""
-        with self._hook("recipes").told():
+        with self._hook("recipes").errors_named():
             return self.kind.recipes(config, names, self.round)
 
     def train(self, task: ClientTask) -> Trained:
         """Train in the round; pass the result to ``checked``."""
-        with self._hook("train").told():
+        with self._hook("train").errors_named():
             return self.kind.train(task)
 
     def upload(self, trained: Weights, weights: Weights, state: Weights, loss: float) -> Trained:
         """The result of a round by recipes, to be passed to ``checked``."""
         hook = self._hook("upload")
-        with hook.told():
+        with hook.errors_named():
             both = self.kind.upload(trained, weights, state)
             return Trained(*both, loss)
 
@@ -293,7 +335,7 @@ class ClientHalf:
             MethodError: the method fails, or returns other tensors than the network's weights.
         """
         hook = self._hook("evaluated")
-        with hook.told():
+        with hook.errors_named():
             found = self.kind.evaluated(weights, state)
         check_tensors(hook, found)
         if odd := [name for name in found if name not in network]:

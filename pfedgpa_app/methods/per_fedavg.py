@@ -8,11 +8,13 @@ after one gradient step of size α on the client's training images; before it, t
 diagnostic. The step never uses test images, as it does in the pFedMe repository's version.
 
 β is ``learning-rate``. A round goes through the batches of local-epochs, two per step; with
-α = 0 and the first of each pair left out it is FedAvg.
+α = 0 and the first of each pair left out it is FedAvg. Steps of size β have the run's momentum and
+weight decay, which the paper does not have.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +52,7 @@ class PerFedAvg(Averaging[Shared]):
 
     title = "Per-FedAvg"
     settings = PerFedAvgSettings
+    step_sizes = ("alpha",)
     tuned = ("alpha", "learning-rate")
     fine_tuning = "own"
     uniform = True
@@ -77,7 +80,7 @@ class PerFedAvg(Averaging[Shared]):
                 torch._foreach_copy_(parameters, theta)
             sgd_step(parameters, outer, velocity, recipe)
             total, images = total + float(loss.detach()) * len(y2), images + len(y2)
-        return Trained(weights_of(task.model), {}, total / max(1, images))
+        return Trained(weights_of(task.model), {}, total / images if images else math.nan)
 
     @classmethod
     def own_fine_tuning(cls, config: Config) -> FineTuning:

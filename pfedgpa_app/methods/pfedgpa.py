@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,7 +141,7 @@ class PFedGPA(Generation, RememberingFedAvg):
 
     def aggregate(self, server_round: int, uploads: dict[int, Upload]) -> None:
         first, state = self.first_gentle(self.config), self.state
-        before = state.global_weights
+        before, sent = state.global_weights, {client: self.download(client) for client in uploads}
         if self._compare(uploads) in (MEAN, OWN):  # these uploads started from generated weights
             state.generated = self._generated()
             return
@@ -149,9 +149,8 @@ class PFedGPA(Generation, RememberingFedAvg):
             generation = self.first_generation(self.config)
             state.buffer.drop_before(generation if generation in state.buffer.means else first)
         super().aggregate(server_round, uploads)
-        absent = state.generated.keys() - uploads.keys()
-        if state.generated and state.chosen != OWN and (absent or state.buffer.means):
-            self._keep_comparable(server_round, uploads, absent)
+        if state.generated and state.chosen != OWN:
+            self._keep_comparable(server_round, uploads, sent)
         if self.own.momentum != 0 and not self._is_gentle(server_round):
             mean, velocity = state.global_weights, state.velocity
             if (beta := self.own.momentum) is None:
@@ -166,21 +165,24 @@ class PFedGPA(Generation, RememberingFedAvg):
             state.generated = self._generated()
 
     def _keep_comparable(
-        self, server_round: int, uploads: dict[int, Upload], absent: Iterable[int]
+        self, server_round: int, uploads: dict[int, Upload], sent: dict[int, Weights]
     ) -> None:
-        """After a gentle round, keep the uploads in it comparable to those of ``absent`` clients.
+        """After a gentle round, keep the uploads in it comparable to those of absent clients.
 
         The round's drift is set to the mean of what was generated for all clients, plus what the
-        round's clients learned on average; the mean of their uploads would depend on which clients
-        took part. For a client that has been in no gentle round yet, the first generation's result
-        stands in for an upload.
+        round's clients learned on average, from what they were ``sent``; the mean of their uploads
+        would depend on which clients took part. For a client that has been in no gentle round yet,
+        the first generation's result stands in for an upload.
         """
         buffer, generated = self.state.buffer, self.state.generated
+        absent = generated.keys() - uploads.keys()
+        if not absent and not buffer.means:
+            return
         layout, generation = buffer.layout, self.first_generation(self.config)
         assert layout is not None
         shared = _mean(generated.values(), layout)
         learned = _mean([upload.weights for upload in uploads.values()], layout)
-        learned -= _mean([self.download(client) for client in uploads], layout)
+        learned -= _mean(sent.values(), layout)
         if generation not in buffer.means:
             newest = buffer.newest()
             for client in absent:
@@ -264,7 +266,7 @@ class PFedGPA(Generation, RememberingFedAvg):
             return {"rank": 0}
         if self.state.chosen == OWN:
             clients = {entry.client for entry in self.state.buffer.entries()}
-            return {"rank": len(clients) - 1, "own_weight": _OWN_WEIGHT}
+            return {"rank": len(clients) - 1, "own_weight": _OWN_WEIGHT, "strength": None}
         return {}
 
     def report(self) -> dict[str, Any]:

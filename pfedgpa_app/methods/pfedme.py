@@ -14,6 +14,7 @@ the paper does not have, is not used. With K = 1 and ηλ = 1 the method is FedA
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -50,6 +51,7 @@ class PFedMe(Averaging[Shared]):
 
     title = "pFedMe"
     settings = PFedMeSettings
+    step_sizes = ("lam", "beta")
     tuned = ("learning-rate", "personal-learning-rate")
     unused: ClassVar = {"momentum": "its paper's inner steps use none"}
 
@@ -95,4 +97,4 @@ class PFedMe(Averaging[Shared]):
             total, images = total + float(loss.detach()) * len(y), images + len(y)
         kept = weights_of(task.model)
         sent = kept | {name: t.cpu() for name, t in w.items()}
-        return Trained(sent, kept, total / max(1, images))
+        return Trained(sent, kept, total / images if images else math.nan)

@@ -64,6 +64,7 @@ class Scaffold(Method[ScaffoldState]):
 
     title = "SCAFFOLD"
     settings = ScaffoldSettings
+    step_sizes = ("global-step",)
     sends = OTHER  # also changes of control variates
     beside = (CONTROL,)
 

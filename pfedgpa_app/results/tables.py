@@ -48,7 +48,7 @@ def outcome(
     test = 100 * np.array([scores[c].test for c in clients]) / images
     validation = np.array([scores[c].validation for c in clients])
     tried = [FineTuning(0, 0.0), *fine_tunings]
-    gentle = tried.index(fine_tuning.gentle(config), 1)
+    default = tried.index(fine_tuning.default(config), 1)
     training = tried.index(fine_tuning.as_in_training(config), 1)
     own = method.own_fine_tuning(config)
     tuned = None
@@ -57,10 +57,10 @@ def outcome(
         pooled = validation.sum(0)
         # the gentlest of the best, so that a tie does not fine-tune more than necessary
         tuned = min(grid, key=lambda i: (-pooled[i], tried[i].epochs * tried[i].learning_rate))
-    by_kind = {"gentle": gentle, "training": training, "tuned": tuned}
+    by_kind = {"default": default, "training": training, "tuned": tuned}
     by_kind["own"] = tried.index(own, 1) if own else None
     chosen = by_kind[method.fine_tuning]
-    chosen = gentle if chosen is None else chosen
+    chosen = default if chosen is None else chosen
     better = validation[:, chosen] > validation[:, 0]
     held = sum(scores[c].validation_images for c in clients)
     agreement = [
@@ -108,7 +108,7 @@ def summary_entry(
         "accuracy_before_ft": average(result.before),
         "accuracy_after_ft": average(result.after),
         "accuracy_as_its_paper": average(
-            result.before if method.fine_tuning == "gentle" else result.after
+            result.before if method.fine_tuning == "default" else result.after
         ),
         "accuracy_kept": average(result.kept),
         "accuracy_after_ft_as_in_training": average(result.as_in_training),

@@ -234,7 +234,7 @@ class Experiment:
     def __init__(self, grid: Grid, resolved: Resolved, folder: Path, log: RunLog) -> None:
         self.resolved, self.config, self.folder, self.log = resolved, resolved.config, folder, log
         self.grid = grid
-        self.ask: Callable[[str, int, Iterable[int]], None] = lambda *_: None
+        self.record_asked: Callable[[str, int, Iterable[int]], None] = lambda *_: None
         config = self.config
         self.summary = Summary(folder, config, log)
         self.resuming = Resuming(folder, log, self.summary)
@@ -280,7 +280,7 @@ class Experiment:
         made = privacy.Uploads(self.config, self.folder / privacy.FILE, finished, going)
         privacy.check(self.config, made)
         self.log.event("privacy", privacy.in_words(self.config, made.most))
-        self.ask = made.ask
+        self.record_asked = made.record_asked
         spent = {"epsilon_spent": round(privacy.epsilon_of(self.config, made.most), 4)}
         for row in self.summary.rows.values():  # of methods done before a resumption
             row |= spent
@@ -354,9 +354,9 @@ class Experiment:
 
         classes = len(self.dataset.classes)
         method = kind(config, state)
-        ask = partial(self.ask, name)
+        record = partial(self.record_asked, name)
         strategy = Personalised(
-            method, name, self.roster, config, self.log, self.initial, classes, keep, ask
+            method, name, self.roster, config, self.log, self.initial, classes, keep, record
         )
         if going:
             strategy.restore(going["costs"], going["round"])

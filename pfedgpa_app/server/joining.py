@@ -9,7 +9,9 @@ from flwr.app import MessageType
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.methods import name_of
 from pfedgpa_app.methods.base import Personaliser
-from pfedgpa_app.methods.contract import Hook
+from pfedgpa_app.methods.contract import MethodError
+from pfedgpa_app.methods.halves import first_downloads, joined
+from pfedgpa_app.server.screening import method_fault
 from pfedgpa_app.server.strategy import Personalised
 
 
@@ -21,12 +23,16 @@ def join(
     Returns:
         every client's accuracy in %, with the weights first sent and after each iteration, and
         what each was sent for the last of these evaluations.
+
+    Raises:
+        MethodError: the method's own code fails, at the server or at every client.
     """
-    config, roster = strategy.config, strategy.roster
+    config, roster, initial = strategy.config, strategy.roster, strategy.initial
     rounds, last = config.num_server_rounds, config.num_server_rounds + config.join_iterations
     name = name_of(type(method))
-    with Hook(name, type(method), "first_download", rounds).told():
-        given = method.first_download(range(config.initial_clients, config.num_clients))
+    given = first_downloads(
+        name, method, initial, range(config.initial_clients, config.num_clients)
+    )
     sent = _sent(strategy, given, rounds)
     curve = [strategy.evaluator.accuracies(sent, rounds)]
     for server_round in range(rounds + 1, last + 1):
@@ -35,13 +41,16 @@ def join(
             client: roster.message(client, MessageType.TRAIN, mine, settings)
             for client, mine in given.items()
         }
-        strategy.ask(server_round, messages)
+        strategy.record_asked(server_round, messages)
         answers = roster.exchange(messages)
-        uploads, _ = strategy.screened(server_round, messages, answers)
-        strategy.note_kept(server_round, {client: answers[client] for client in uploads})
+        here = [client for client in messages if roster.is_here(client)]
+        away = [client for client in messages if client not in here]
+        uploads, rejected = strategy.screened(server_round, here, answers, away)
+        strategy.note_kept(server_round, answers)
         if uploads:
-            with Hook(name, type(method), "join", server_round).told():
-                given = given | method.join(uploads)
+            given = given | joined(name, method, initial, server_round, uploads)
+        elif fault := method_fault(rejected.values()):
+            raise MethodError(fault)
         sent = _sent(strategy, given, server_round)
         curve.append(strategy.evaluator.accuracies(sent, server_round, server_round == last))
     return curve, sent

@@ -98,7 +98,7 @@ class Uploads:
         """The number of uploads of the client that uploads most often."""
         return max(self.counts.values(), default=0)
 
-    def ask(self, federation: str, server_round: int, clients: Iterable[int]) -> None:
+    def record_asked(self, federation: str, server_round: int, clients: Iterable[int]) -> None:
         """Write down that ``clients`` are asked for an upload."""
         if self._file is None or rounds_class(federation).sends == NOTHING:
             return

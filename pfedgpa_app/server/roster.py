@@ -35,6 +35,7 @@ logger = logging.getLogger("pfedgpa")
 
 NOBODY = 0  # an id that no node has
 ARRIVAL = 3.0  # after so many seconds without a new node, the server stops waiting for more
+MOST_PATIENCE = 120.0  # seconds that the server waits for nodes at most
 ANSWER = 30.0  # seconds in which a node that works answers who it is
 
 
@@ -215,7 +216,7 @@ class Roster:
         """
         now = arrived = started = time.monotonic()
         nodes: set[int] = set()
-        patience = min(self.timeout, 120)
+        patience = min(self.timeout, MOST_PATIENCE)
         while now - started < patience:
             now, seen, nodes = time.monotonic(), nodes, set(self.grid.get_node_ids())
             arrived = now if nodes != seen else arrived
@@ -231,8 +232,8 @@ class Roster:
             time.sleep(0.1)
         if not nodes:
             raise NodesError(
-                f"no node has connected within {now - started:.3g} s: start the SuperNodes first, "
-                "or raise timeout"
+                f"no node has connected within {now - started:.3g} s: start the SuperNodes first"
+                + (", or raise timeout" if self.timeout < MOST_PATIENCE else "")
             )
         answers, failed = self._asked(sorted(nodes))
         within = f"within timeout = {self.timeout:g} s: raise timeout"

@@ -81,11 +81,11 @@ def in_words(rejected: Mapping[int, str], most: int = 3) -> str:
     )
 
 
-def remedy(reasons: Collection[str], rates: Collection[str], is_noised: bool = False) -> str:
+def remedy(reasons: Collection[str], settings: Collection[str], is_noised: bool = False) -> str:
     """Say what to do about a round that failed for these ``reasons``; "" if that is unknown.
 
     Args:
-        rates: the settings of learning rates that its clients use.
+        settings: those by which its clients' training diverges if they are too large.
         is_noised: whether uploads have noise for differential privacy.
     """
     if not reasons or not all(reason.endswith((NOT_FINITE, _TOO_LARGE)) for reason in reasons):
@@ -101,8 +101,8 @@ def remedy(reasons: Collection[str], rates: Collection[str], is_noised: bool = F
     if finite:
         return ""
     return (
-        f": their training has diverged: lower {' or '.join(rates)}, or scale the network's inputs "
-        "(a table's columns to about -1 to 1)"
+        f": their training has diverged: lower {' or '.join(settings)}, or scale the network's "
+        "inputs (a table's columns to about -1 to 1)"
     )
 
 
@@ -168,6 +168,8 @@ def check_upload(
     each = len(TEMPERATURES)
     if not isinstance(losses, list) or len(losses) not in (0, each, 2 * each):
         return None, f"sent validation-losses {losses!r} instead of {each} or {2 * each}"[:300]
+    if any(not isinstance(n, (int, float)) or not 0 <= n < math.inf for n in losses):
+        return None, f"sent validation-losses {losses!r} instead of finite losses"[:300]
     loss = metrics.get("loss", math.nan)
     if not isinstance(loss, (int, float)):
         return None, f"sent the loss {loss!r} instead of a number"[:300]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,6 +28,12 @@ from pfedgpa_app.server.sending import array_bytes, match
 
 logger = logging.getLogger("pfedgpa")
 
+_TOLD = {  # what clients say of the weights that they keep
+    "diverged": "trained its own weights to infinity, and goes on from those of before, if any",
+    "lost": "no longer has what it kept between rounds, and begins anew: give its node a state-dir "
+    "that lasts",
+}
+
 
 class Personalised(Strategy):
     """Runs one federation, in which every client may be sent weights of its own.
@@ -45,7 +52,7 @@ class Personalised(Strategy):
         initial: Weights,
         classes: int,
         keep: Callable[[int], None],
-        ask: Callable[[int, Iterable[int]], None],
+        record_asked: Callable[[int, Iterable[int]], None],
     ) -> None:
         """Prepare the rounds of ``method``, called ``name``.
 
@@ -53,11 +60,13 @@ class Personalised(Strategy):
             initial: the network's weights.
             classes: how many classes the clients' data have.
             keep: is called with each round's number at its end.
-            ask: is called with each round's number and the clients about to be asked for an upload.
+            record_asked: is called with each round's number and the clients about to be asked for
+                an upload.
         """
         self.method, self.name, self.roster = method, name, roster
         self.half = ServerHalf(name, method, initial)
-        self.config, self.log, self._keep, self.ask = config, log, keep, ask
+        self.config, self.log, self._keep = config, log, keep
+        self.record_asked, self.initial = record_asked, initial
         self.evaluator = Evaluator(name, roster, config, log)
         self.honest = [
             c for c in range(config.initial_clients) if c not in config.malicious_clients
@@ -107,7 +116,7 @@ class Personalised(Strategy):
             if (rival := self.half.rival(server_round, client)) is not None:
                 message.content["reference"] = record_of(rival)
         self._round_down = sum(array_bytes(message) for message in self._sent.values())
-        self.ask(server_round, self._sent)
+        self.record_asked(server_round, self._sent)
         return list(self._sent.values())
 
     def aggregate_train(
@@ -117,7 +126,7 @@ class Personalised(Strategy):
         answers = match(self._sent, replies)
         sent = [client for client in self._sent if client not in self._late]
         uploads, rejected = self.screened(server_round, sent, answers, self._away)
-        self.note_kept(server_round, {client: answers[client] for client in uploads})
+        self.note_kept(server_round, answers)
         round_up = sum(array_bytes(answers[client]) for client in uploads)
         self.bytes_up += round_up
         self.bytes_down += self._round_down
@@ -132,7 +141,7 @@ class Personalised(Strategy):
                 + in_words(rejected)
                 + remedy(
                     rejected.values(),
-                    self.method.rate_settings(self.name, self.config),
+                    self.method.suspects(self.name, self.config),
                     self.config.local_dp_epsilon > 0,
                 )
             )
@@ -154,22 +163,20 @@ class Personalised(Strategy):
         return None, MetricRecord(metrics)
 
     def note_kept(self, server_round: int, answers: dict[int, Message]) -> None:
-        """Note which clients keep something for their next round, and tell who has lost it."""
+        """Note which clients keep something for later, used upload or not, and who has lost it."""
         for client, answer in answers.items():
-            told: Any = answer.content.metric_records["metrics"]
+            records = {} if answer.has_error() else answer.content.metric_records
+            told: Any = records.get("metrics", {})
             if told.get("keeps"):
                 self.roster.keeping.add((self.name, client))
-            if told.get("lost"):
-                self.log.event(
-                    "warning",
-                    f"{self.name} round {server_round}: client {client} no longer has what it kept "
-                    "between rounds, and begins anew: give its node a state-dir that lasts",
-                )
+            for text in (text for key, text in _TOLD.items() if told.get(key)):
+                where = f"{self.name} round {server_round}: client {client}"
+                self.log.event("warning", f"{where} {text}")
 
     def _loss(self) -> float:
-        """Return the mean training loss of the round's honest clients."""
-        told = self._participants.values()
-        return mean([p["train_loss"] for p in told if "malicious" not in p])
+        """Return the mean training loss of the round's honest clients that took a step."""
+        honest = [p["train_loss"] for p in self._participants.values() if "malicious" not in p]
+        return mean([loss for loss in honest if not math.isnan(loss)])
 
     def screened(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -255,7 +256,7 @@ def train(
             gradients by name.
 
     Returns:
-        the mean loss over all images trained on, in all epochs (0 without a step).
+        the mean loss over all images trained on, in all epochs; NaN without a step.
     """
     trained = to_train(model, recipe.trainable)
     parameters: list[Tensor] = list(trained.values())
@@ -274,7 +275,7 @@ def train(
         sgd_step(parameters, gradients, velocity, recipe)
         total += loss.detach() * len(y)
         images += len(y)
-    return float(total) / max(1, images)
+    return float(total) / images if images else math.nan
 
 
 def pull_to(anchor: Weights, strength: float) -> GradientHook:

@@ -292,7 +292,7 @@ class TestSum:
         for _ in range(2):  # and it counts once
             uploads = privacy.Uploads(config, file, going=("fedavg", 1))
             assert uploads.counts == {0: 3, 1: 3, 2: 3}
-        uploads.ask("fedavg", 2, [0])
+        uploads.record_asked("fedavg", 2, [0])
         assert privacy.Uploads(config, file, going=("fedavg", 2)).counts == {0: 3, 1: 2, 2: 2}
 
     def test_an_account_that_is_damaged_is_refused_by_name(self, tmp_path: Path) -> None:

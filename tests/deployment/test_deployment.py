@@ -408,6 +408,13 @@ class TestOwnData:
         with pytest.raises(NodesError, match=r"within 0\.\d+ s: start .* or raise timeout"):
             Roster(InProcessGrid({}, 0), 2, 0.01)
 
+    def test_nobody_connects_for_as_long_as_a_run_ever_waits(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("pfedgpa_app.server.roster.MOST_PATIENCE", 0.01)
+        with pytest.raises(NodesError, match=r"start the SuperNodes first$"):
+            Roster(InProcessGrid({}, 0), 2, 3600.0)
+
     def test_nobody_knows_their_groups(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="groups"):
             self.start(self.grid(tmp_path, ["digits"] * 2, method="group-mean"))

@@ -139,3 +139,13 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=r"personal-learning-rate = 0\.09: .* less than 2"):
             configured(method="pfedme", **{"pfedme.lam": 23.0})
         configured(method="pfedme", **{"pfedme.lam": 22.0})
+
+    @pytest.mark.parametrize(("method", "name"), [("ditto", "lam"), ("fedprox", "mu")])
+    def test_no_pull_may_overshoot(self, method: str, name: str) -> None:
+        """A step of plain SGD makes (1 − ηλ)(v − w) of v − w; with momentum ηλ may be larger."""
+        from pfedgpa_app.core.settings import ConfigError
+
+        how: dict[str, Any] = {"method": method, "learning_rate": 0.1, "momentum": 0.5}
+        with pytest.raises(ConfigError, match=rf"{method}.{name} = 30: .* 0\.1, .* less than 3 "):
+            configured(**how, **{f"{method}.{name}": 30.0})
+        configured(**how, **{f"{method}.{name}": 29.0})

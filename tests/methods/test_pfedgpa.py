@@ -186,6 +186,36 @@ class TestServers:
             joined = method.join({7: every[2]})
             assert (joined[7] is every[2].weights) == (best == OWN)  # its own, as all have theirs
 
+    def test_what_clients_learn_is_measured_from_what_they_were_sent(self) -> None:
+        """Also by one whose first upload is of a gentle round: it was sent the mean."""
+        how: dict[str, Any] = {"pfedgpa.generate-from": 4, "pfedgpa.rank": 1, "num_clients": 6}
+        config = configured(method="pfedgpa", num_server_rounds=6, **how)
+        method = PFedGPA(config, PFedGPA.begin(config, {"fc.weight": torch.zeros(4, 10)}))
+
+        def moved(client: int, by: float) -> Upload:
+            return Upload({n: t + by for n, t in method.download(client).items()}, 10)
+
+        for number in (1, 2, 3):
+            method.aggregate(number, {c: moved(c, 1 + 0.5 * (c % 2) + 0.1 * c) for c in range(4)})
+        made = [each["fc.weight"].flatten() for each in method.state.generated.values()]
+        method.aggregate(4, {client: moved(client, 0.01) for client in (0, 4)})
+        learned = method.state.buffer.means[4] - torch.stack(made).mean(0)
+        assert (learned - 0.01).abs().max() < 1e-5
+
+    @pytest.mark.parametrize("strength", ["auto", 900])
+    def test_clients_own_weights_are_their_own_at_any_strength(self, strength: Any) -> None:
+        how: dict[str, Any] = {"pfedgpa.strength": strength, "num_clients": 8}
+        config = configured(method="pfedgpa", **how)
+        method = PFedGPA(config, PFedGPA.begin(config, {"fc.weight": torch.zeros(4, 10)}))
+        draws = torch.Generator().manual_seed(0)
+        own = 3 * torch.randn(8, 4, 10, generator=draws)
+        for number in range(1, 6):
+            for client, weights in enumerate(own + 0.3 * torch.randn(own.shape, generator=draws)):
+                method.state.buffer.add(number, client, {"fc.weight": weights})
+        method.state.chosen = "own"
+        made = torch.stack([method._generated()[client]["fc.weight"] for client in range(8)])
+        assert (made - own).norm() < 0.2 * (made - own.mean(0)).norm()
+
     def test_who_joins_has_but_begun_until_it_is_sent_something(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -43,6 +43,7 @@ from pfedgpa_app.runs import inspection, report
 from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.runs.folder import kept_config
 from pfedgpa_app.runs.initial import initial_weights
+from pfedgpa_app.server.roster import Roster
 from pfedgpa_app.server.screening import (
     NoUploadsError,
     check_counts,
@@ -318,6 +319,18 @@ class TestMethods:
         first = {(r["method"], r["client"]): r["accuracy"] for r in lines if r["iteration"] == 0}
         assert first["fedavg", 4] == first["pfedgpa-once", 4] == first["client-mean", 4]
 
+    def test_a_joining_client_that_is_gone_is_not_said_to_be_slow(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def is_here(roster: Roster, client: int) -> bool:
+            return client != 3
+
+        monkeypatch.setattr(Roster, "is_here", is_here)
+        folder, _ = federate(tmp_path, method="fedavg", join_clients=1, num_server_rounds=1)
+        said = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
+        assert "fedavg round 2: client 3 is not connected" in said
+        assert not any("did not answer" in text for text in said)
+
     @pytest.mark.parametrize("kind", ["labels", "learned"])
     def test_descriptors(self, tmp_path: Path, kind: str) -> None:
         settings = {"pfedgpa.descriptor": kind, "pfedgpa.guidance": 0.5, "num-clients": 6}
@@ -350,7 +363,15 @@ class TestMethods:
 
     @pytest.mark.parametrize(
         ("losses", "wrong"),
-        [([1.0] * 6, ""), ([1.0] * 12, ""), ([1.0] * 5, "instead of 6 or 12"), (1.0, "instead")],
+        [
+            ([1.0] * 6, ""),
+            ([1.0] * 12, ""),
+            ([1.0] * 5, "instead of 6 or 12"),
+            (1.0, "instead"),
+            ([1.0] * 5 + [math.nan], "instead of finite losses"),
+            ([1.0] * 5 + [math.inf], "instead of finite losses"),
+            ([1.0] * 5 + [-1.0], "instead of finite losses"),
+        ],
     )
     def test_validation_losses_are_checked(self, losses: Any, wrong: str) -> None:
         upload, reason = uploaded({"validation-losses": losses})
@@ -508,6 +529,22 @@ class TestMethods:
             sent.setdefault(server_round, set()).add(weight.data)
         assert [len(sent[r]) for r in (1, 2, 3, 4)] == [1, 4, 4, 4]
 
+    def test_who_keeps_something_is_known_whether_its_upload_counts_or_not(
+        self, tmp_path: Path
+    ) -> None:
+        def spoil(message: Message, reply: Message) -> Message:
+            asked: Any = message.content.config_records["config"]
+            if message.metadata.message_type == "train" and asked["client"] == 1:
+                sent = reply.content.array_records["arrays"].to_torch_state_dict()
+                reply.content["arrays"] = ArrayRecord({n: t * math.nan for n, t in sent.items()})
+            return reply
+
+        _, grid = federate(tmp_path, method="fedper", num_server_rounds=2, tamper=spoil)
+        asked: list[Any] = [m.content.config_records["config"] for m in grid.sent]
+        assert {c["keeps"] for c in asked if c.get("round") == 2 and c["client"] in (0, 1)} == {
+            True
+        }
+
     def test_local_only_sends_nothing_and_keeps_its_state(self, tmp_path: Path) -> None:
         folder, grid = federate(tmp_path, method="local")
         row = summary(folder)["local"]
@@ -543,6 +580,8 @@ class TestMethods:
                 float(stored["vectors"][rows].mean(0).double().sum()), abs=1e-3
             )
         assert summary(folder)["group-mean"]["analysis_only"]
+        assert summary(folder)["pfedgpa-inverted"]["strength"] == 1000  # the whole schedule
+        assert summary(folder)["pfedgpa-sampled"]["strength"] == 1000
 
     def test_partial_participation(self, tmp_path: Path) -> None:
         settings = {"fraction_train": 0.3, "num_clients": 6, "method": "fedavg,pfedgpa-once"}
@@ -663,6 +702,8 @@ class TestBadUploads:
         own: dict[str, Any] = {"pfedme.personal_learning_rate": 1e20, "pfedme.lam": 0.0}
         with pytest.raises(NoUploadsError, match=r"lower pfedme.learning-rate or pfedme.personal"):
             federate(tmp_path / "own", method="pfedme", **own)
+        with pytest.raises(NoUploadsError, match=r"lower learning-rate or fedproto.lam, or scale"):
+            federate(tmp_path / "step", method="fedproto", **{"fedproto.lam": 1e30})
 
     def test_no_uploads_at_all_ends_the_run_with_results_on_disk(self, tmp_path: Path) -> None:
         def fail(message: Message, reply: Message) -> Message | None:

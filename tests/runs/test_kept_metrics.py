@@ -2,7 +2,8 @@
 
 ``kept_metrics.json`` is of the run below on the process engine. It was renewed when the images that
 rounding leaves of each class became a seeded draw, which deals other images; until then its figures
-went back to before the package was laid out in floors, but for SCAFFOLD's and pFedGPA's own. CPUs
+went back to before the package was laid out in floors, but for SCAFFOLD's and pFedGPA's own. The
+latter's was renewed when what a client learns came to be measured from what it had been sent. CPUs
 differ in floats' last digits, which may turn one image's prediction.
 """
 
