@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,9 @@ from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.methods import METHODS
+from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.contract import MethodError
+from pfedgpa_app.methods.fedavg import FedAvg
 from pfedgpa_app.methods.halves import ServerHalf
 from pfedgpa_app.methods.own import register_installed
 from pfedgpa_app.runs.checkpoint import Checkpoint
@@ -516,3 +519,20 @@ def test_rounds_that_belong_to_no_method_are_refused(
     assert "method mine: its rounds, Own, belong to no method: let Own" in capsys.readouterr().err
     with known_for_a_while("own"):
         assert resolve({"method": "mine:Own,mine:Mine"}).config.method == ("own", "mine")
+
+
+def test_an_installed_method_of_no_methods_rounds_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Own(FedAvg):
+        pass
+
+    class After(Personaliser[Any]):
+        of = Own
+
+    entry = SimpleNamespace(name="after", value="theirs:After", load=lambda: After)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [entry])
+    with known_for_a_while("after"):
+        register_installed()
+        assert "after" not in METHODS
+    assert "method after: its rounds, Own, belong to no method" in caplog.text

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pfedgpa_app.core.own_code import imported, is_reference
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, listed, near
-from pfedgpa_app.methods import METHODS
+from pfedgpa_app.methods import METHODS, federation_of
 from pfedgpa_app.methods.base import Personaliser
 
 GROUP = "pfedgpa.methods"  # entry points: a method's name, and where its class is
@@ -23,11 +23,18 @@ logger = logging.getLogger("pfedgpa")
 
 def register_installed() -> None:
     """Add the methods of other installed packages to ``METHODS``."""
-    for entry in importlib.metadata.entry_points(group=GROUP):
+    entries = importlib.metadata.entry_points(group=GROUP)
+    for entry in entries:
         try:
             _register(entry.name, entry.load(), f"entry point {entry.value}")
         except Exception as error:  # no error of another package must stop ours
             logger.warning("method %s: cannot be used: %s", entry.name, error)
+    for name in METHODS.keys() & {entry.name for entry in entries}:
+        try:
+            federation_of(name)
+        except ConfigError as error:
+            logger.warning("%s", error)
+            del METHODS[name]
 
 
 def registered(method: str, code_dir: str) -> tuple[str, bool]:
