@@ -166,3 +166,13 @@ def test_the_hub_is_asked_only_where_it_may_be(monkeypatch: pytest.MonkeyPatch) 
 def test_an_unknown_choice(hub: Path) -> None:
     with pytest.raises(ConfigError, match=r"no option 'lable'.*label"):
         load("hf:people/letters?lable=kind", "")
+
+
+def test_no_split_is_both_trained_and_tested_on(hub: Path) -> None:
+    found = load("hf:table?train=test", "")
+    assert (len(found.train_labels), len(found.test_labels)) == (16, 4)
+    assert not found.own_test
+    assert found.unused == ("train",)
+    for same in ("test=train", "train=test&test=test"):
+        with pytest.raises(ConfigError, match="train on the split that it is tested on: name ano"):
+            load(f"hf:table?{same}", "")
