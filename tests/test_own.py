@@ -43,6 +43,7 @@ from pfedgpa_app.data.client import (
     schema_of,
 )
 from pfedgpa_app.data.dataset import dataset_of, remarks
+from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.partition import by_users
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.methods import METHODS, federation_of
@@ -1030,6 +1031,68 @@ def drawn(rng):
     y = np.arange(90) % 3
     return {"x": rng.normal(size=(90, 5)).astype("float32") + SHIFT + y[:, None], "y": y}
 """
+
+
+LAZY = """
+import numpy as np
+from torch.utils.data import Dataset
+
+class Lazy(Dataset):
+    def __len__(self):
+        return 60
+
+class Drawn(Lazy):
+    def __getitem__(self, i):
+        return np.random.normal(size=3), i % 2
+
+class Filed(Lazy):
+    def __getitem__(self, i):
+        return np.load("rows.npy")[i], i % 2
+
+class Missing(Lazy):
+    def __getitem__(self, i):
+        raise KeyError("no row")
+
+class Torn(Lazy):
+    def __getitem__(self, i):
+        raise OSError("the tape is torn")
+"""
+
+
+class TestItems:
+    """A torch Dataset's items are read as what makes it is called."""
+
+    @pytest.fixture(autouse=True)
+    def lazy(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "lazy.py").write_text(LAZY)
+        monkeypatch.chdir(tmp_path)
+        forget()
+
+    def test_what_they_draw_is_the_same_each_time(self) -> None:
+        config = Config(dataset="lazy:Drawn")
+        told = fingerprint(config)
+        np.random.normal()
+        forget()
+        check_same(config, told)
+
+    def test_relative_paths_are_the_users_where_the_run_works(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        np.save("rows.npy", ROWS[:, :3])
+        monkeypatch.setenv("PFEDGPA_FOLDER", str(tmp_path))
+        monkeypatch.chdir("/")
+        assert load("lazy:Filed", "", code_dir=str(tmp_path)).shape == (3,)
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("Missing", r"KeyError \(lazy.py, line 19\): 'no row'"),
+            ("Torn", r"OSError \(lazy.py, line 23\): the tape is torn"),
+        ],
+    )
+    def test_what_they_raise_is_said(self, name: str, said: str) -> None:
+        with pytest.raises(DataError, match=f"lazy:{name}: reading what it returns raises {said}"):
+            load(f"lazy:{name}", "")
 
 
 class TestSameData:

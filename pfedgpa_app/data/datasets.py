@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pfedgpa_app.core.own_code import imported, in_users_folder, is_reference
-from pfedgpa_app.core.paths import remembered, user_path
+from pfedgpa_app.core.paths import PACKAGE, remembered, user_path
 from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.settings import ConfigError, DataError, near
 from pfedgpa_app.data import DATASETS, EMNIST_SPLITS, HUGGING_FACE, IMAGEFOLDER, NPZ, hugging_face
@@ -102,9 +102,10 @@ def load(
         identity = [name, sorted(map(stamped, files_below(folder)))]
         return _cached(identity, lambda: _torchvision(name, root, download))
     except OSError as error:
+        path = Path(error.filename or root)
+        advice = "; it is a link: repair its target, or remove it" if path.is_symlink() else ""
         raise DataError(
-            f"dataset {name}: {error.filename} cannot be read: {error.strerror}; if it is a link, "
-            "repair its target, or remove it"
+            f"dataset {name}: {path} cannot be read: {error.strerror or error}{advice}"
         ) from error
 
 
@@ -154,21 +155,29 @@ def _hugging_face(name: str, root: Path, size: int, test_share: float, download:
 
 
 def _own(name: str, code_dir: str, test_share: float) -> Dataset:
-    """Return the data set that the user's own code makes; each process calls it once."""
+    """Return the data set that the user's own code makes; each process calls it once.
+
+    A torch Dataset's items are made only when they are read.
+    """
     make = imported(name, code_dir, "dataset")
     if not callable(make):
         raise ConfigError(f"dataset = {name!r}: is a {type(make).__name__}, not a callable")
+    doing = "calling it without arguments"
     try:
         with seeded(0), in_users_folder():  # all processes get the same data
             found = make()
+            doing = "reading what it returns"
+            return dataset_of(name, found, test_share)
+    except DataError:
+        raise
     except Exception as error:  # whatever foreign code raises
-        last = traceback.extract_tb(error.__traceback__)[1:2]  # the user's frame, below this
-        where = "".join(f" ({Path(each.filename).name}, line {each.lineno})" for each in last)
+        frames = traceback.extract_tb(error.__traceback__)
+        files = [(Path(each.filename).resolve(), each.lineno) for each in frames]
+        theirs = [(file.name, line) for file, line in files if not file.is_relative_to(PACKAGE)]
+        where = "".join(f" ({file}, line {line})" for file, line in theirs[:1])
         raise DataError(
-            f"dataset {name}: calling it without arguments raises {type(error).__name__}{where}: "
-            f"{error}"
+            f"dataset {name}: {doing} raises {type(error).__name__}{where}: {error}"
         ) from error
-    return dataset_of(name, found, test_share)
 
 
 def _digits() -> Dataset:

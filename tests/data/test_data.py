@@ -522,6 +522,22 @@ class TestDatasets:
         with pytest.raises(DataError, match=said):
             load(f"imagefolder:{root}", "")
 
+    def test_only_a_links_target_is_to_be_repaired(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        root = make_images(tmp_path / "own")
+
+        def torn(path: Path) -> None:
+            raise OSError("the tape is torn")
+
+        monkeypatch.setattr(datasets, "files_below", torn)
+        (tmp_path / "MNIST").mkdir()
+        with pytest.raises(DataError, match=f"mnist: {tmp_path} cannot be read: the tape is torn$"):
+            load("mnist", str(tmp_path))
+        (root / "train" / "cow").symlink_to("nowhere")
+        with pytest.raises(DataError, match=r"cow cannot be read: .*; it is a link: repair its"):
+            load(f"imagefolder:{root}", "")
+
     def test_links_to_other_folders_hold(self, tmp_path: Path) -> None:
         root, other = make_images(tmp_path / "own"), make_images(tmp_path / "other")
         (root / "train" / "cow").symlink_to(other / "train" / "cat")
