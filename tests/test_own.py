@@ -1071,7 +1071,6 @@ class TestItems:
     def test_what_they_draw_is_the_same_each_time(self) -> None:
         config = Config(dataset="lazy:Drawn")
         told = fingerprint(config)
-        np.random.normal()
         forget()
         check_same(config, told)
 
@@ -1235,9 +1234,19 @@ class TestPartitions:
         said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes | few))
         # of three classes each has one test image, and one has a training image
         assert "67 % are of classes that their client does not train on" in said
+        sizes["validation_share"] = 0.5
+        said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
+        assert "train on 3 each, with 3 more for validation (nobody holds 54), and are te" in said
         sizes["test_per_client"] = 8  # of 18 in all
         said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
         assert "held more than once" in said
+
+    def test_validation_images_are_not_trained_on(self, here: Path) -> None:
+        """Of its three classes a client trains on one."""
+        sizes = ALL | {"partition": "iid", "train_per_client": 3, "validation_share": 0.67}
+        said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
+        assert "train on 1 each, with 2 more for validation" in said
+        assert "67 % are of classes that their client does not train on" in said
 
     def test_its_counts_are_printed_and_kept(
         self, here: Path, capsys: pytest.CaptureFixture[str]

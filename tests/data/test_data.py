@@ -124,8 +124,11 @@ class TestPartition:
     def test_groups(self) -> None:
         assert dominant_groups(10) == [[0, 1, 2], [2, 3, 4], [4, 5, 6], [6, 7, 8], [0, 8, 9]]
         assert [len(g) for g in dominant_groups(62)] == [10, 26, 26]
-        for classes in (2, 3, 26, 47):
-            assert set().union(*dominant_groups(classes)) == set(range(classes))
+        assert dominant_groups(2) == [[0], [1]]
+        for classes in range(2, 70):
+            groups = dominant_groups(classes)
+            assert set().union(*groups) == set(range(classes))
+            assert len(set(map(tuple, groups))) == len(groups) > 1
 
     @given(
         st.lists(st.floats(0, 1), min_size=1, max_size=20).filter(lambda x: sum(x) > 0.01),
