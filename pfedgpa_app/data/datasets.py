@@ -24,6 +24,7 @@ from pfedgpa_app.core.settings import ConfigError, DataError, near
 from pfedgpa_app.data import DATASETS, EMNIST_SPLITS, HUGGING_FACE, IMAGEFOLDER, NPZ, hugging_face
 from pfedgpa_app.data.dataset import SPLITS, Dataset, dataset_of
 from pfedgpa_app.data.imagefolder import files_below, has_splits, image_folder, stamped
+from pfedgpa_app.data.pictures import decoder
 
 ARRAYS = tuple(f"{split}_{what}" for what in ("images", "labels") for split in SPLITS)
 NAMES = tuple(f"{split}_{what}" for what in ("samples", "users") for split in SPLITS)
@@ -151,7 +152,7 @@ def _hugging_face(name: str, root: Path, size: int, test_share: float, download:
     folder = root / _path(name)
     files = sorted(map(stamped, files_below(folder))) if folder.is_dir() else []
     read = functools.partial(hugging_face.read, name, root, size, test_share, download)
-    return _cached([name, files, size, test_share], read)
+    return _cached([name, files, size, test_share, decoder()], read)
 
 
 def _own(name: str, code_dir: str, test_share: float) -> Dataset:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data.dataset import SPLITS, Dataset, fewest, split_off_test
-from pfedgpa_app.data.pictures import decoded
+from pfedgpa_app.data.pictures import decoded, decoder
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".webp", ".avif", ".gif"}
 SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".tif", ".tiff"}
@@ -198,5 +198,5 @@ def image_folder(
             unused=unused,
         )
 
-    identity: list[Any] = [str(path), size, listing, unused]
+    identity: list[Any] = [str(path), size, listing, unused, decoder()]
     return cached(identity + ([test_share] if "" in listing else []), read)

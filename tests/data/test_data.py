@@ -22,7 +22,7 @@ from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import DataSettings
 from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.core.warning import warn_once
-from pfedgpa_app.data import datasets
+from pfedgpa_app.data import datasets, pictures
 from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.dataset import remarks
 from pfedgpa_app.data.datasets import load
@@ -311,6 +311,17 @@ class TestDatasets:
         again = load(f"imagefolder:{root}", "")
         assert np.array_equal(again.train_images, data.train_images)
         assert (cache / "train_images.npy").stat().st_mtime_ns == stamp
+
+    def test_imagefolder_is_decoded_anew_by_another_pillow(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A fingerprint of the pixels names what has decoded them."""
+        root = make_images(tmp_path / "own")
+        for version in ("98.0", "99.0", "99.0"):
+            monkeypatch.setattr(pictures, "version", lambda _, version=version: version)
+            load(f"imagefolder:{root}", "")
+            load.cache_clear()
+        assert len(list((tmp_path / "cache" / "pfedgpa").iterdir())) == 2
 
     def test_imagefolder_notices_changed_files(self, tmp_path: Path) -> None:
         root = make_images(tmp_path / "own")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pfedgpa_app.core.settings import ConfigError, DataError
+from pfedgpa_app.data import pictures
 from pfedgpa_app.data.datasets import load
 from tests.support.federations import federate, records
 
@@ -62,6 +63,17 @@ def test_images_labels_and_users(hub: Path) -> None:
     first = np.random.default_rng(0).integers(0, 256, (ROWS, 8, 8, 3), dtype=np.uint8)[0]
     assert np.array_equal(found.train_images[0].transpose(1, 2, 0), first)
     assert load("hf:people/letters?label=hand", "", image_size=4).train_images.shape[2:] == (4, 4)
+
+
+def test_images_are_decoded_anew_by_another_pillow(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(hub / "xdg"))
+    for version in ("98.0", "99.0", "99.0"):
+        monkeypatch.setattr(pictures, "version", lambda _, version=version: version)
+        load("hf:people/letters?label=kind", "")
+        load.cache_clear()
+    assert len(list((hub / "xdg" / "pfedgpa").iterdir())) == 2
 
 
 def test_a_table(hub: Path) -> None:
