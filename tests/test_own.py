@@ -834,6 +834,10 @@ class TestData:
             (np.uint8, (60, 6, 7, 3), "uint8", (3, 6, 7)),
             (np.uint8, (60, 6, 7, 2), "uint8", (2, 6, 7)),  # grey with transparency
             (np.uint8, (60, 3, 6, 7), "uint8", (3, 6, 7)),
+            (np.uint8, (60, 6, 6, 5), "uint8", (5, 6, 6)),  # as satellites take them
+            (np.uint8, (60, 5, 6, 6), "uint8", (5, 6, 6)),
+            (np.uint8, (60, 6, 6, 6), "uint8", (6, 6, 6)),
+            (np.uint8, (60, 3, 3, 6), "uint8", (3, 3, 6)),
             (np.float64, (60, 4, 2), "float32", (4, 2)),
             (np.int32, (60, 9), "int64", (9,)),
             (np.float16, (60,), "float32", (1,)),
@@ -926,6 +930,20 @@ class TestData:
             assert every.dtype == np.float32
             assert set(np.unique(every[:, 1])) == {0.0, 1.0}
 
+    def test_users_may_be_a_column(self) -> None:
+        pandas = pytest.importorskip("pandas")
+        for users in (LABELS, LABELS.astype(float), np.array(["ann", "bob", "eve"])[LABELS]):
+            one = dataset_of("mine", {"x": ROWS, "y": LABELS, "users": users}, 0.2)
+            assert len(set(one.train_users)) == 3
+            for column in (users[:, None], pandas.DataFrame({"who": users})):
+                found = dataset_of("mine", {"x": ROWS, "y": LABELS, "users": column}, 0.2)
+                assert np.array_equal(found.train_users, one.train_users)
+
+    def test_floats_that_numpy_has_not_are_floats(self) -> None:
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            found = dataset_of("mine", {"x": torch.ones(60, 5).to(dtype), "y": LABELS}, 0.2)
+            assert (found.train_images == np.ones((48, 5), np.float32)).all()
+
     def test_columns_of_arrays_are_named(self) -> None:
         found = {"x": ROWS[:, :2], "y": LABELS}
         named = dataset_of("mine", found | {"columns": np.array(["age", "height"])}, 0.2)
@@ -948,7 +966,7 @@ class TestData:
             ({"x": ROWS, "y": LABELS * 0}, "must have 2 or more classes"),
             (
                 {"x": ROWS, "y": LABELS + 0.5},
-                "has 0.5 in row 0: a label must be a whole number",
+                "has 0.5 in row 0: give a whole number or a name",
             ),
             ({"x": ROWS, "y": np.where(LABELS > 1, np.nan, LABELS)}, "y_train has nan in row 2"),
             (
@@ -961,6 +979,23 @@ class TestData:
             ({"x": ROWS.astype(complex), "y": LABELS}, "x_train holds complex128"),
             ((ROWS, LABELS, ROWS[:, :4], LABELS), r"of shape \[5\], x_test float32 of \[4\]"),
             ((ROWS, LABELS, ROWS, LABELS.astype(str)), "y_train holds numbers, but y_test text"),
+            (
+                {"x": torch.tensor(ROWS).to_sparse(), "y": LABELS},
+                "x_train is not an array: .*Sparse",
+            ),
+            (
+                {"x": ROWS, "y": LABELS, "users": np.array([["a", "b"]] * 60)},
+                r"users_train holds <U1 of shape \[60, 2\]: give one whole number or name for each "
+                "example$",
+            ),
+            (
+                {"x": ROWS, "y": LABELS, "users": ["a"] * 59 + [None]},
+                "users_train .* row 59 has none",
+            ),
+            (
+                {"x": ROWS, "y": LABELS, "users": [1.0] * 59 + [np.nan]},
+                "users_train has nan in row 59",
+            ),
         ],
     )
     def test_what_is_no_data_set_is_refused(self, found: Any, said: str) -> None:
@@ -981,6 +1016,7 @@ class TestData:
         last = dataset_of("mine", {"x": ROWS.repeat(6, 1).reshape(-1, 5, 2, 3), "y": LABELS}, 0.2)
         [said] = remarks(last)
         assert re.search(r"mine: .* shape \[5, 2, 3\]; if it is an image", said)
+        assert list(remarks(dataset_of("mine", {"x": np.ones((60, 6, 6, 5)), "y": LABELS}, 0.2)))
         for fine in (ROWS, pixels, (ROWS * 1e5).astype(int), ROWS.reshape(-1, 1, 5, 1)):
             assert not list(remarks(dataset_of("mine", {"x": fine, "y": LABELS}, 0.2)))
 

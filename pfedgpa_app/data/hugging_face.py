@@ -149,10 +149,10 @@ def _names(rows: Any, label: str) -> list[str]:
 
 
 def _named(rows: Any, column: str) -> np.ndarray:
-    """Return a column as texts; classes by their names."""
+    """Return a column; classes by their names."""
     found, names = np.asarray(rows[column]), _names(rows, column)
     if not names or found.dtype.kind not in "iu":
-        return found.astype(str)
+        return found
     return np.array([names[i] if i >= 0 else str(i) for i in found.tolist()])
 
 

@@ -145,6 +145,13 @@ def test_a_run_by_its_users(hub: Path) -> None:
     assert [row["client"] for row in records(folder, "clients.jsonl")] == [0, 1, 2, 3]
 
 
+def test_rows_without_a_user_are_refused(hub: Path) -> None:
+    rows = {"a": [0.5] * 20, "label": [0, 1] * 10, "who": [*["ann", "bob"] * 9, None, "bob"]}
+    datasets.Dataset.from_dict(rows).save_to_disk("saved")
+    with pytest.raises(DataError, match="users_train has text, but row 18 has none: fill it in"):
+        load("hf:saved?user=who", "")
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
