@@ -155,7 +155,7 @@ def split_off_test(
     return np.flatnonzero(~tests), np.flatnonzero(tests)
 
 
-def fewest(test_share: float) -> int:
+def least_classes(test_share: float) -> int:
     """Return how many classes a data set must have: 2, or 1 if ``test_share`` is 0.
 
     With 0 nothing is learned: all examples test a network that is already trained.
@@ -181,16 +181,12 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
         DataError: the text says what is wrong with it, and what to do.
     """
     parts = _by_name(name, found)
-    arrays = {key: _array(name, key, value) for key, value in parts.items() if key in KEYS}
-    users = {
-        key: _one_each(name, key, _array(name, key, parts[key])).astype(str)
-        for key in USERS
-        if key in parts
-    }
+    arrays = {key: _array(name, key, parts[key]) for key in (*KEYS, *USERS) if key in parts}
+    users = {key: _one_each(name, key, arrays[key]).astype(str) for key in USERS if key in arrays}
     for split in SPLITS:
         if f"x_{split}" in arrays:
             _check_lengths(name, split, arrays, users)
-    labels, classes = _labels(name, arrays, parts.get("classes"), fewest(test_share))
+    labels, classes = _labels(name, arrays, parts.get("classes"), least_classes(test_share))
     columns = _columns(name, parts, arrays["x_train"].shape[1:] or (1,))
     given = [key for key in KEYS[::2] if key in arrays]
     inputs = {key[2:]: _inputs(name, key, arrays[key], columns) for key in given}

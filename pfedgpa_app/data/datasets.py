@@ -17,11 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from pfedgpa_app.core.own_code import imported, in_users_folder, is_reference
+from pfedgpa_app.core.own_code import imported, in_users_folder
 from pfedgpa_app.core.paths import PACKAGE, remembered, user_path
 from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.settings import ConfigError, DataError, near
-from pfedgpa_app.data import DATASETS, EMNIST_SPLITS, HUGGING_FACE, IMAGEFOLDER, NPZ, hugging_face
+from pfedgpa_app.data import (
+    DATASETS,
+    EMNIST_SPLITS,
+    HUGGING_FACE,
+    IMAGEFOLDER,
+    NPZ,
+    hugging_face,
+    is_own_code,
+)
 from pfedgpa_app.data.dataset import SPLITS, Dataset, dataset_of
 from pfedgpa_app.data.imagefolder import files_below, has_splits, image_folder, stamped
 from pfedgpa_app.data.pictures import decoder
@@ -93,7 +101,7 @@ def load(
             return _npz(name, _there(name, root), test_share)
         if name.startswith(HUGGING_FACE):
             return _hugging_face(name, root, image_size, test_share, download)
-        if is_reference(name):
+        if is_own_code(name):
             return _own(name, code_dir, test_share)
         if name not in TORCHVISIONS:
             raise DataError(f"dataset {name}: no such data set{near(name, DATASETS)}")
