@@ -43,6 +43,7 @@ from pfedgpa_app.data.client import (
     schema_of,
 )
 from pfedgpa_app.data.dataset import dataset_of, remarks
+from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.partition import by_users
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.methods import METHODS, federation_of
@@ -833,6 +834,10 @@ class TestData:
             (np.uint8, (60, 6, 7, 3), "uint8", (3, 6, 7)),
             (np.uint8, (60, 6, 7, 2), "uint8", (2, 6, 7)),  # grey with transparency
             (np.uint8, (60, 3, 6, 7), "uint8", (3, 6, 7)),
+            (np.uint8, (60, 6, 6, 5), "uint8", (5, 6, 6)),  # as satellites take them
+            (np.uint8, (60, 5, 6, 6), "uint8", (5, 6, 6)),
+            (np.uint8, (60, 6, 6, 6), "uint8", (6, 6, 6)),
+            (np.uint8, (60, 3, 3, 6), "uint8", (3, 3, 6)),
             (np.float64, (60, 4, 2), "float32", (4, 2)),
             (np.int32, (60, 9), "int64", (9,)),
             (np.float16, (60,), "float32", (1,)),
@@ -925,6 +930,20 @@ class TestData:
             assert every.dtype == np.float32
             assert set(np.unique(every[:, 1])) == {0.0, 1.0}
 
+    def test_users_may_be_a_column(self) -> None:
+        pandas = pytest.importorskip("pandas")
+        for users in (LABELS, LABELS.astype(float), np.array(["ann", "bob", "eve"])[LABELS]):
+            one = dataset_of("mine", {"x": ROWS, "y": LABELS, "users": users}, 0.2)
+            assert len(set(one.train_users)) == 3
+            for column in (users[:, None], pandas.DataFrame({"who": users})):
+                found = dataset_of("mine", {"x": ROWS, "y": LABELS, "users": column}, 0.2)
+                assert np.array_equal(found.train_users, one.train_users)
+
+    def test_floats_that_numpy_has_not_are_floats(self) -> None:
+        for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+            found = dataset_of("mine", {"x": torch.ones(60, 5).to(dtype), "y": LABELS}, 0.2)
+            assert (found.train_images == np.ones((48, 5), np.float32)).all()
+
     def test_columns_of_arrays_are_named(self) -> None:
         found = {"x": ROWS[:, :2], "y": LABELS}
         named = dataset_of("mine", found | {"columns": np.array(["age", "height"])}, 0.2)
@@ -947,7 +966,7 @@ class TestData:
             ({"x": ROWS, "y": LABELS * 0}, "must have 2 or more classes"),
             (
                 {"x": ROWS, "y": LABELS + 0.5},
-                "has 0.5 in row 0: a label must be a whole number",
+                "has 0.5 in row 0: give a whole number or a name",
             ),
             ({"x": ROWS, "y": np.where(LABELS > 1, np.nan, LABELS)}, "y_train has nan in row 2"),
             (
@@ -960,6 +979,23 @@ class TestData:
             ({"x": ROWS.astype(complex), "y": LABELS}, "x_train holds complex128"),
             ((ROWS, LABELS, ROWS[:, :4], LABELS), r"of shape \[5\], x_test float32 of \[4\]"),
             ((ROWS, LABELS, ROWS, LABELS.astype(str)), "y_train holds numbers, but y_test text"),
+            (
+                {"x": torch.tensor(ROWS).to_sparse(), "y": LABELS},
+                "x_train is not an array: .*Sparse",
+            ),
+            (
+                {"x": ROWS, "y": LABELS, "users": np.array([["a", "b"]] * 60)},
+                r"users_train holds <U1 of shape \[60, 2\]: give one whole number or name for each "
+                "example$",
+            ),
+            (
+                {"x": ROWS, "y": LABELS, "users": ["a"] * 59 + [None]},
+                "users_train .* row 59 has none",
+            ),
+            (
+                {"x": ROWS, "y": LABELS, "users": [1.0] * 59 + [np.nan]},
+                "users_train has nan in row 59",
+            ),
         ],
     )
     def test_what_is_no_data_set_is_refused(self, found: Any, said: str) -> None:
@@ -980,6 +1016,7 @@ class TestData:
         last = dataset_of("mine", {"x": ROWS.repeat(6, 1).reshape(-1, 5, 2, 3), "y": LABELS}, 0.2)
         [said] = remarks(last)
         assert re.search(r"mine: .* shape \[5, 2, 3\]; if it is an image", said)
+        assert list(remarks(dataset_of("mine", {"x": np.ones((60, 6, 6, 5)), "y": LABELS}, 0.2)))
         for fine in (ROWS, pixels, (ROWS * 1e5).astype(int), ROWS.reshape(-1, 1, 5, 1)):
             assert not list(remarks(dataset_of("mine", {"x": fine, "y": LABELS}, 0.2)))
 
@@ -1030,6 +1067,67 @@ def drawn(rng):
     y = np.arange(90) % 3
     return {"x": rng.normal(size=(90, 5)).astype("float32") + SHIFT + y[:, None], "y": y}
 """
+
+
+LAZY = """
+import numpy as np
+from torch.utils.data import Dataset
+
+class Lazy(Dataset):
+    def __len__(self):
+        return 60
+
+class Drawn(Lazy):
+    def __getitem__(self, i):
+        return np.random.normal(size=3), i % 2
+
+class Filed(Lazy):
+    def __getitem__(self, i):
+        return np.load("rows.npy")[i], i % 2
+
+class Missing(Lazy):
+    def __getitem__(self, i):
+        raise KeyError("no row")
+
+class Torn(Lazy):
+    def __getitem__(self, i):
+        raise OSError("the tape is torn")
+"""
+
+
+class TestItems:
+    """A torch Dataset's items are read as what makes it is called."""
+
+    @pytest.fixture(autouse=True)
+    def lazy(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "lazy.py").write_text(LAZY)
+        monkeypatch.chdir(tmp_path)
+        forget()
+
+    def test_what_they_draw_is_the_same_each_time(self) -> None:
+        config = Config(dataset="lazy:Drawn")
+        told = fingerprint(config)
+        forget()
+        check_same(config, told)
+
+    def test_relative_paths_are_the_users_where_the_run_works(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        np.save("rows.npy", ROWS[:, :3])
+        monkeypatch.setenv("PFEDGPA_FOLDER", str(tmp_path))
+        monkeypatch.chdir("/")
+        assert load("lazy:Filed", "", code_dir=str(tmp_path)).shape == (3,)
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("Missing", r"KeyError \(lazy.py, line 19\): 'no row'"),
+            ("Torn", r"OSError \(lazy.py, line 23\): the tape is torn"),
+        ],
+    )
+    def test_what_they_raise_is_said(self, name: str, said: str) -> None:
+        with pytest.raises(DataError, match=f"lazy:{name}: reading what it returns raises {said}"):
+            load(f"lazy:{name}", "")
 
 
 class TestSameData:
@@ -1172,9 +1270,19 @@ class TestPartitions:
         said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes | few))
         # of three classes each has one test image, and one has a training image
         assert "67 % are of classes that their client does not train on" in said
+        sizes["validation_share"] = 0.5
+        said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
+        assert "train on 3 each, with 3 more for validation (nobody holds 54), and are te" in said
         sizes["test_per_client"] = 8  # of 18 in all
         said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
         assert "held more than once" in said
+
+    def test_validation_images_are_not_trained_on(self, here: Path) -> None:
+        """Of its three classes a client trains on one."""
+        sizes = ALL | {"partition": "iid", "train_per_client": 3, "validation_share": 0.67}
+        said = data_in_words(Config(dataset="imagefolder:photos", num_clients=3, **sizes))
+        assert "train on 1 each, with 2 more for validation" in said
+        assert "67 % are of classes that their client does not train on" in said
 
     def test_its_counts_are_printed_and_kept(
         self, here: Path, capsys: pytest.CaptureFixture[str]

@@ -221,13 +221,18 @@ def data_in_words(config: DataSettings) -> str:
     """Say what the run's data are, how many examples clients hold, and how many nobody holds."""
     data, splits = load_dataset(config), load_partition(config)
     strange = sum(
-        (~np.isin(data.test_labels[split.test], data.train_labels[split.held])).sum()
+        (~np.isin(data.test_labels[split.test], data.train_labels[split.train])).sum()
         for split in splits
     )
     share = 100 * strange / sum(len(split.test) for split in splits)
     unseen = [f"{share:.2g} % are of classes that their client does not train on"]
-    trained = _dealt_in_words([split.held for split in splits], len(data.train_labels))
-    tested = _dealt_in_words(
+    trained, kept, tested = (
+        _sizes([getattr(split, part) for split in splits])
+        for part in ("train", "validation", "test")
+    )
+    more, comma = ("", "") if kept == "0" else (f", with {kept} more for validation", ",")
+    held = _notes([split.held for split in splits], len(data.train_labels))
+    notes = _notes(
         [split.test for split in splits], len(data.test_labels), unseen if strange else []
     )
     users = len(np.unique(data.train_users)) if config.partition == "natural" else 0
@@ -237,22 +242,28 @@ def data_in_words(config: DataSettings) -> str:
     )
     return (
         f"{data.name}: {len(data.train_labels):,} training and {len(data.test_labels):,} test "
-        f"{schema_of(data).examples(most=10)}; {len(splits)} clients train on {trained} and are "
-        f"tested on {tested}" + (pooled if users > len(splits) else "")
+        f"{schema_of(data).examples(most=10)}; {len(splits)} clients train on {trained} each{more}"
+        f"{held}{comma} and are tested on {tested} each{notes}"
+        + (pooled if users > len(splits) else "")
     )
 
 
-def _dealt_in_words(rows: Sequence[np.ndarray], number: int, more_notes: Sequence[str] = ()) -> str:
-    """Say how many of a split's ``number`` examples each client holds, given by their ``rows``."""
-    sizes, held = [len(mine) for mine in rows], np.concatenate(rows)
-    each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+def _sizes(rows: Sequence[np.ndarray]) -> str:
+    """Say how many examples each client has, given by their ``rows``."""
+    sizes = [len(mine) for mine in rows]
+    return f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+
+
+def _notes(rows: Sequence[np.ndarray], number: int, more_notes: Sequence[str] = ()) -> str:
+    """Say in brackets how many of a split's ``number`` examples nobody holds, or several do."""
+    held = np.concatenate(rows)
     different, notes = len(np.unique(held)), []
     if different < number:
         notes.append(f"nobody holds {number - different:,}")
     if different < len(held):
         notes.append(f"{len(held) - different:,} are held more than once")
     notes += more_notes
-    return f"{each} each" + (f" ({', '.join(notes)})" if notes else "")
+    return f" ({', '.join(notes)})" if notes else ""
 
 
 def load_own(config: DataSettings, source: str) -> Dataset:

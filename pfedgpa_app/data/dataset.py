@@ -86,13 +86,22 @@ def remarks(data: Dataset) -> Iterator[str]:
         )
     if data.tokens or data.pixels:
         return
-    if len(data.shape) == 3 and data.shape[2] in _CHANNELS and data.shape[0] not in _CHANNELS:
+    if len(data.shape) == 3 and _channels_last(data.shape):
         yield (
             f"dataset {data.name}: an example is of shape {list(data.shape)}; if it is an image, "
             "its channels are last, but PyTorch's layers need them first: np.moveaxis(x, -1, 1)"
         )
     if text := _unscaled(data):
         yield text
+
+
+def _channels_last(shape: Sequence[int]) -> bool:
+    """Whether an image of ``shape`` seems to have its channels last, as images are stored.
+
+    It has as many as a picture has, or is a square of more.
+    """
+    first, middle, last = shape
+    return first not in _CHANNELS and (last in _CHANNELS or first == middle != last)
 
 
 def _unscaled(data: Dataset) -> str:
@@ -146,7 +155,7 @@ def split_off_test(
     return np.flatnonzero(~tests), np.flatnonzero(tests)
 
 
-def fewest(test_share: float) -> int:
+def least_classes(test_share: float) -> int:
     """Return how many classes a data set must have: 2, or 1 if ``test_share`` is 0.
 
     With 0 nothing is learned: all examples test a network that is already trained.
@@ -172,12 +181,12 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
         DataError: the text says what is wrong with it, and what to do.
     """
     parts = _by_name(name, found)
-    arrays = {key: _array(name, key, value) for key, value in parts.items() if key in KEYS}
-    users = {key: np.asarray(parts[key]).astype(str) for key in USERS if key in parts}
+    arrays = {key: _array(name, key, parts[key]) for key in (*KEYS, *USERS) if key in parts}
+    users = {key: _one_each(name, key, arrays[key]).astype(str) for key in USERS if key in arrays}
     for split in SPLITS:
         if f"x_{split}" in arrays:
             _check_lengths(name, split, arrays, users)
-    labels, classes = _labels(name, arrays, parts.get("classes"), fewest(test_share))
+    labels, classes = _labels(name, arrays, parts.get("classes"), least_classes(test_share))
     columns = _columns(name, parts, arrays["x_train"].shape[1:] or (1,))
     given = [key for key in KEYS[::2] if key in arrays]
     inputs = {key[2:]: _inputs(name, key, arrays[key], columns) for key in given}
@@ -293,15 +302,15 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
     Raises:
         DataError: it is not made of numbers, or of text without gaps, in rows of equal length.
     """
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
     try:
+        if hasattr(value, "detach"):
+            value = _of_tensor(value.detach().cpu())
         array = np.asarray(value)
         if array.dtype == object and _is_of_numbers(value):  # of several types, or some missing
             array = value.to_numpy(dtype=float, na_value=np.nan)
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # torch's own are of all three kinds
         raise DataError(f"dataset {name}: {key} is not an array: {error}") from error
-    if key.startswith("y") and array.ndim == 2 and array.shape[1] == 1:
+    if not key.startswith("x") and array.ndim == 2 and array.shape[1] == 1:
         value = array = array[:, 0]  # a frame of one column
     if array.ndim == 1 and array.dtype.kind in "UO":
         texts = [isinstance(each, str) for each in value]
@@ -315,6 +324,14 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
             f"in rows of equal length{_in_columns(value)}"
         )
     return array
+
+
+def _of_tensor(tensor: Any) -> np.ndarray:
+    """Return a tensor as an array; as float32 if NumPy does not have its type, as bfloat16."""
+    try:
+        return np.asarray(tensor.numpy())
+    except TypeError:
+        return np.asarray(tensor.float().numpy())
 
 
 def _columns(name: str, parts: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -433,9 +450,10 @@ def _labels(
 
 
 def _one_each(name: str, key: str, labels: np.ndarray) -> np.ndarray:
-    """Return one label per example: names, or whole numbers, even if given as floats."""
+    """Return one label (or user) per example: names, or whole numbers, even if given as floats."""
     if labels.ndim != 1 or labels.dtype.kind not in "iubUf":
-        rows = f"; {key}.argmax(1) makes one label of each row" if labels.ndim == 2 else ""
+        is_one_hot = key.startswith("y") and labels.ndim == 2
+        rows = f"; {key}.argmax(1) makes one label of each row" if is_one_hot else ""
         raise DataError(
             f"dataset {name}: {key} holds {labels.dtype} of shape {list(labels.shape)}: "
             f"give one whole number or name for each example{rows}"
@@ -444,8 +462,8 @@ def _one_each(name: str, key: str, labels: np.ndarray) -> np.ndarray:
         odd = np.flatnonzero(~np.isfinite(labels) | (labels % 1 != 0))
         if len(odd):
             raise DataError(
-                f"dataset {name}: {key} has {labels[odd[0]]:g} in row {odd[0]}: a label must be a "
-                "whole number or a name"
+                f"dataset {name}: {key} has {labels[odd[0]]:g} in row {odd[0]}: give a whole "
+                "number or a name"
             )
         labels = labels.astype(np.int64)
     return labels
@@ -462,8 +480,8 @@ def _inputs(name: str, key: str, array: np.ndarray, columns: Sequence[str]) -> n
     if array.dtype == np.uint8 and array.ndim in (3, 4):
         if array.ndim == 3:
             array = array[:, None]
-        elif array.shape[3] in _CHANNELS and array.shape[1] not in _CHANNELS:
-            array = array.transpose(0, 3, 1, 2)  # channels last, as images are stored
+        elif _channels_last(array.shape[1:]):
+            array = array.transpose(0, 3, 1, 2)
         return np.ascontiguousarray(array)
     if array.dtype.kind == "f":
         array = array.astype(np.float32)

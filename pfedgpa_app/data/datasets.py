@@ -17,13 +17,22 @@ from typing import Any
 
 import numpy as np
 
-from pfedgpa_app.core.own_code import imported, in_users_folder, is_reference
-from pfedgpa_app.core.paths import remembered, user_path
+from pfedgpa_app.core.own_code import imported, in_users_folder
+from pfedgpa_app.core.paths import PACKAGE, remembered, user_path
 from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.settings import ConfigError, DataError, near
-from pfedgpa_app.data import DATASETS, EMNIST_SPLITS, HUGGING_FACE, IMAGEFOLDER, NPZ, hugging_face
+from pfedgpa_app.data import (
+    DATASETS,
+    EMNIST_SPLITS,
+    HUGGING_FACE,
+    IMAGEFOLDER,
+    NPZ,
+    hugging_face,
+    is_own_code,
+)
 from pfedgpa_app.data.dataset import SPLITS, Dataset, dataset_of
 from pfedgpa_app.data.imagefolder import files_below, has_splits, image_folder, stamped
+from pfedgpa_app.data.pictures import decoder
 
 ARRAYS = tuple(f"{split}_{what}" for what in ("images", "labels") for split in SPLITS)
 NAMES = tuple(f"{split}_{what}" for what in ("samples", "users") for split in SPLITS)
@@ -92,7 +101,7 @@ def load(
             return _npz(name, _there(name, root), test_share)
         if name.startswith(HUGGING_FACE):
             return _hugging_face(name, root, image_size, test_share, download)
-        if is_reference(name):
+        if is_own_code(name):
             return _own(name, code_dir, test_share)
         if name not in TORCHVISIONS:
             raise DataError(f"dataset {name}: no such data set{near(name, DATASETS)}")
@@ -102,9 +111,10 @@ def load(
         identity = [name, sorted(map(stamped, files_below(folder)))]
         return _cached(identity, lambda: _torchvision(name, root, download))
     except OSError as error:
+        path = Path(error.filename or root)
+        advice = "; it is a link: repair its target, or remove it" if path.is_symlink() else ""
         raise DataError(
-            f"dataset {name}: {error.filename} cannot be read: {error.strerror}; if it is a link, "
-            "repair its target, or remove it"
+            f"dataset {name}: {path} cannot be read: {error.strerror or error}{advice}"
         ) from error
 
 
@@ -150,25 +160,33 @@ def _hugging_face(name: str, root: Path, size: int, test_share: float, download:
     folder = root / _path(name)
     files = sorted(map(stamped, files_below(folder))) if folder.is_dir() else []
     read = functools.partial(hugging_face.read, name, root, size, test_share, download)
-    return _cached([name, files, size, test_share], read)
+    return _cached([name, files, size, test_share, decoder()], read)
 
 
 def _own(name: str, code_dir: str, test_share: float) -> Dataset:
-    """Return the data set that the user's own code makes; each process calls it once."""
+    """Return the data set that the user's own code makes; each process calls it once.
+
+    A torch Dataset's items are made only when they are read.
+    """
     make = imported(name, code_dir, "dataset")
     if not callable(make):
         raise ConfigError(f"dataset = {name!r}: is a {type(make).__name__}, not a callable")
+    doing = "calling it without arguments"
     try:
         with seeded(0), in_users_folder():  # all processes get the same data
             found = make()
+            doing = "reading what it returns"
+            return dataset_of(name, found, test_share)
+    except DataError:
+        raise
     except Exception as error:  # whatever foreign code raises
-        last = traceback.extract_tb(error.__traceback__)[1:2]  # the user's frame, below this
-        where = "".join(f" ({Path(each.filename).name}, line {each.lineno})" for each in last)
+        frames = traceback.extract_tb(error.__traceback__)
+        files = [(Path(each.filename).resolve(), each.lineno) for each in frames]
+        theirs = [(file.name, line) for file, line in files if not file.is_relative_to(PACKAGE)]
+        where = "".join(f" ({file}, line {line})" for file, line in theirs[:1])
         raise DataError(
-            f"dataset {name}: calling it without arguments raises {type(error).__name__}{where}: "
-            f"{error}"
+            f"dataset {name}: {doing} raises {type(error).__name__}{where}: {error}"
         ) from error
-    return dataset_of(name, found, test_share)
 
 
 def _digits() -> Dataset:

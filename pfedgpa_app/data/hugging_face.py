@@ -27,13 +27,18 @@ def parsed(name: str) -> tuple[str, dict[str, str]]:
     """Split ``hf:PLACE?subset=…&label=…`` into the data set's place and the choices made.
 
     Raises:
-        ConfigError: there is no such choice.
+        ConfigError: there is no such choice, or one split is to be both training and test split.
     """
     place, _, query = name.partition("?")
     chosen = dict(parse_qsl(query, keep_blank_values=True))
     for key in chosen:
         if key not in CHOICES:
             raise ConfigError(f"dataset = {name!r}: has no option {key!r}{near(key, CHOICES)}")
+    if chosen.get("test") == chosen.get("train", "train"):
+        raise ConfigError(
+            f"dataset = {name!r}: would train on the split that it is tested on: name another "
+            "test=…, or leave it out"
+        )
     return place.removeprefix(HUGGING_FACE), chosen
 
 
@@ -51,6 +56,8 @@ def read(name: str, root: Path, size: int, test_share: float, download: bool) ->
     place, chosen = parsed(name)
     splits = _splits(name, root / place, place, chosen, download)
     used = {"train": chosen.get("train", "train"), "test": chosen.get("test", "test")}
+    if used["train"] == used["test"]:  # the split called "test" is trained on
+        del used["test"]
     train = splits[used["train"]]
     label = chosen.get("label") or _label_of(name, train)
     source = chosen.get("input") or _image_of(train)
@@ -142,10 +149,10 @@ def _names(rows: Any, label: str) -> list[str]:
 
 
 def _named(rows: Any, column: str) -> np.ndarray:
-    """Return a column as texts; classes by their names."""
+    """Return a column; classes by their names."""
     found, names = np.asarray(rows[column]), _names(rows, column)
     if not names or found.dtype.kind not in "iu":
-        return found.astype(str)
+        return found
     return np.array([names[i] if i >= 0 else str(i) for i in found.tolist()])
 
 

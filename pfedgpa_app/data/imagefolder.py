@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pfedgpa_app.core.settings import DataError
-from pfedgpa_app.data.dataset import SPLITS, Dataset, fewest, split_off_test
-from pfedgpa_app.data.pictures import decoded
+from pfedgpa_app.data.dataset import SPLITS, Dataset, least_classes, split_off_test
+from pfedgpa_app.data.pictures import decoded, decoder
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".bmp", ".webp", ".avif", ".gif"}
 SUFFIXES |= {".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".tif", ".tiff"}
@@ -171,7 +171,7 @@ def image_folder(
     Raises:
         DataError: there are no images, or one of them cannot be read.
     """
-    listing = _listing(path, fewest(test_share))
+    listing = _listing(path, least_classes(test_share))
     unused = () if "" in listing else tuple(f"{n}/" for n in _folders(path) if n not in SPLITS)
     classes = tuple(sorted({file.label for files in listing.values() for file in files}))
 
@@ -198,5 +198,5 @@ def image_folder(
             unused=unused,
         )
 
-    identity: list[Any] = [str(path), size, listing, unused]
+    identity: list[Any] = [str(path), size, listing, unused, decoder()]
     return cached(identity + ([test_share] if "" in listing else []), read)

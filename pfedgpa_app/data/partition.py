@@ -76,8 +76,11 @@ def dominant_groups(num_classes: int) -> list[list[int]]:
     """The dominant classes of each hidden group (the split of pFedGPA's family).
 
     10 classes: the five overlapping triples (0,1,2) (2,3,4) … (8,9,0) of FedPAC's code;
-    62 (EMNIST by class): digits, upper case, lower case; otherwise five overlapping windows.
+    62 (EMNIST by class): digits, upper case, lower case; 2: one each; otherwise five overlapping
+    windows, or as many as there are classes.
     """
+    if num_classes == 2:  # windows overlap, and would be alike
+        return [[0], [1]]
     if num_classes == 62:
         return [list(range(10)), list(range(10, 36)), list(range(36, 62))]
     groups = min(5, num_classes)

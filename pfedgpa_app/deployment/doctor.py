@@ -32,6 +32,8 @@ from pfedgpa_app.models.networks import weights_of
 DISTRIBUTION = "pfedgpa-app"
 _PATIENCE = 10.0  # seconds for a connection
 _FREE = 2 * 2**30  # bytes that should be free on a disk
+# {check: the one without which it is not made}
+_NEEDS = {"network": "data", "connection": "certificate"}
 
 
 class NodeError(Exception):
@@ -194,12 +196,12 @@ def examine(node: Node) -> Iterator[tuple[str, bool, str]]:
         checks.append(("key", lambda: key(node)))
     if node.superlink:
         checks.append(("connection", lambda: connection(node)))
-    failed = ""
+    failed = set[str]()
     for name, check in checks:
-        if name == "network" and failed == "data":
-            continue  # there are no examples to try it with
+        if _NEEDS.get(name) in failed:
+            continue
         try:
             yield name, True, check()
         except NodeError as trouble:
-            failed = name
+            failed.add(name)
             yield name, False, str(trouble)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
-import string
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +20,8 @@ CA, CA_KEY = "ca.crt", "ca.key"
 SERVER, SERVER_KEY = "server.crt", "server.key"
 AUTHORITY = "pFedGPA federation"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")  # by which the SuperLink's own processes reach it
-_IN_HOSTS = {*string.ascii_letters, *string.digits, *"-._:*"}
+_LABEL = "(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
+_NAME = re.compile(rf"(\*\.)?({_LABEL}\.)*(?!\d+$){_LABEL}")  # what ends in a number is an address
 Key = ec.EllipticCurvePrivateKey
 
 
@@ -44,21 +45,32 @@ def _name(text: str) -> x509.Name:
 
 
 def _host(text: str) -> str:
-    """Return a host's name as certificates hold it."""
+    """Return a host's name or address as certificates hold it."""
+    if _is_address(text):
+        return text
+    if re.fullmatch(r".+:\d+", text):
+        raise ConfigError(f"--host {text!r}: give the host without the port")
     try:
         host = text.encode("idna").decode()
     except UnicodeError as error:
         raise ConfigError(f"--host {text!r}: is not a host name") from error
-    if not host or set(host) - _IN_HOSTS:
+    if not _NAME.fullmatch(host):
         raise ConfigError(f"--host {text!r}: is not a host name")
     return host
 
 
-def _address(host: str) -> x509.GeneralName:
+def _is_address(text: str) -> bool:
     try:
-        return x509.IPAddress(ipaddress.ip_address(host))
+        ipaddress.ip_address(text)
     except ValueError:
-        return x509.DNSName(host)
+        return False
+    return True
+
+
+def _address(host: str) -> x509.GeneralName:
+    if _is_address(host):
+        return x509.IPAddress(ipaddress.ip_address(host))
+    return x509.DNSName(host)
 
 
 def make(folder: Path, hosts: Sequence[str], nodes: int, days: int = 365) -> list[Path]:

@@ -22,15 +22,15 @@ def novelty(generated: Sequence[Tensor], newest: Tensor, uploads: Sequence[Tenso
         newest: each client's place [M] among ``uploads``.
         uploads: N vectors [P].
     """
-    ours, theirs = len(generated), len(newest)
-    squared = torch.zeros(ours + theirs, len(uploads), dtype=torch.float64)
-    for block in blocks(ours + len(uploads), len(uploads[0])):
+    m = len(generated)
+    squared = torch.zeros(2 * m, len(uploads), dtype=torch.float64)
+    for block in blocks(m + len(uploads), len(uploads[0])):
         origin = uploads[0][block].double()  # close to all vectors, so that squares lose no digits
         all_of_them = torch.stack([vector[block] for vector in uploads]).double() - origin
         made = torch.stack([vector[block] for vector in generated]).double() - origin
         rows = torch.cat([made, all_of_them[newest]])
         squared -= 2 * rows @ all_of_them.T
         squared += rows.square().sum(1)[:, None] + all_of_them.square().sum(1)
-    squared[torch.arange(ours, ours + theirs), newest] = torch.inf
+    squared[torch.arange(m, 2 * m), newest] = torch.inf
     nearest = squared.clamp(min=0).sqrt().amin(1)
-    return nearest[:ours] / nearest[ours:].where(nearest[ours:] > 0, torch.nan)
+    return nearest[:m] / nearest[m:].where(nearest[m:] > 0, torch.nan)

@@ -65,7 +65,7 @@ class FiniteSetDenoiser:
         return self.schedule.eps_from_clean(z, clean, t)
 
 
-class Time(nn.Module):
+class ConditionEmbedding(nn.Module):
     """Embeds times t [M], and descriptors of the clients whose latents are seen, as [M, width].
 
     A sinusoidal embedding of t goes through two layers. In a network with descriptors [M, d] their
@@ -123,7 +123,7 @@ class ResidualMLP(nn.Module):
         self, dimensions: int, width: int, blocks: int, steps: int, descriptor: int = 0
     ) -> None:
         super().__init__()
-        self.time = Time(width, steps, descriptor)
+        self.time = ConditionEmbedding(width, steps, descriptor)
         self.inward = nn.Linear(dimensions, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
         self.outward = nn.Linear(width, dimensions)
@@ -150,7 +150,7 @@ class TokenTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.tokens = tokens
-        self.time = Time(width, steps, descriptor)
+        self.time = ConditionEmbedding(width, steps, descriptor)
         self.inward = nn.Linear(tokens[1], width)
         self.place = nn.Parameter(0.02 * torch.randn(tokens[0], width))
         layer = nn.TransformerEncoderLayer(

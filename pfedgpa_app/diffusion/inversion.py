@@ -52,7 +52,7 @@ def regenerate(
     *,
     mode: str = "tweedie",
     strength: int,
-    keep: float = 1.0,
+    keep: float = 0.0,
     draws: int = 1,
     ddim_steps: int = 50,
 ) -> Tensor:
@@ -137,8 +137,8 @@ def _invert(
     """
 
     def once(start_from: Tensor, shared: Noise) -> Tensor:
-        code = encode(start_from, denoiser, schedule, journey.strength, shared)
-        return decode(code, denoiser, schedule, keep=journey.keep)
+        code = dpm_encode(start_from, denoiser, schedule, journey.strength, shared)
+        return dpm_decode(code, denoiser, schedule, keep=journey.keep)
 
     return _averaged(latents, normal, journey, once)
 
@@ -189,16 +189,16 @@ def guided(
     return z
 
 
-Code = tuple[Tensor, list[Tensor]]  # z_t0 and the residuals r_t0, …, r_1
+NoiseCode = tuple[Tensor, list[Tensor]]  # z_t0 and the residuals r_t0, …, r_1
 
 
-def encode(
+def dpm_encode(
     latents: Tensor,
     denoiser: Denoiser,
     schedule: Schedule,
     strength: int,
     normal: Noise,
-) -> Code:
+) -> NoiseCode:
     """Encode latents by DPM-Encoder: noise them by the true posterior, store what μ_φ misses.
 
     r_t = z_{t−1} − μ_φ(z_t, t) stands for σ_t u_t and needs no division by σ_1 = 0. The next step
@@ -219,7 +219,7 @@ def encode(
     return code, residuals
 
 
-def decode(code: Code, denoiser: Denoiser, schedule: Schedule, *, keep: float = 1.0) -> Tensor:
+def dpm_decode(code: NoiseCode, denoiser: Denoiser, schedule: Schedule, *, keep: float) -> Tensor:
     """Run the reverse process from z_t0, adding the share ``keep`` of each stored residual."""
     z, residuals = code
     for t, residual in zip(range(len(residuals), 0, -1), residuals, strict=True):

@@ -11,7 +11,8 @@ one client after another, up to the order of float32 sums.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -273,6 +274,32 @@ class BatchedCohort:
         return [{name: t[i].clone() for name, t in cpu.items()} for i in range(self.size)]
 
 
+@contextlib.contextmanager
+def _failing_alone(message: Message, replies: list[Message]) -> Iterator[None]:
+    """Answer ``message`` with the error that the block raises, if any; other clients go on."""
+    try:
+        yield
+    except Exception as error:
+        replies.append(raised(message, error))
+
+
+def _each(
+    requests: Sequence[ClientRequest],
+    weights_of_one: Callable[[ClientRequest], Weights],
+    replies: list[Message],
+) -> tuple[list[ClientRequest], list[Weights]]:
+    """Return the requests for which ``weights_of_one`` makes weights, and these weights.
+
+    Those for which it fails are answered so, in ``replies``.
+    """
+    ready, weights = [], []
+    for request in requests:
+        with _failing_alone(request.message, replies):
+            weights.append(weights_of_one(request))
+            ready.append(request)
+    return ready, weights
+
+
 class BatchedGrid(LocalGrid):
     """Serves a round's messages together; what cannot be batched goes through the ClientApp."""
 
@@ -310,38 +337,68 @@ class BatchedGrid(LocalGrid):
     def _answer(self, kind: str, messages: list[Message]) -> list[Message]:
         if kind == "query" or not self.batches or self.data is None:
             return [self._alone(message) for message in messages]
+        replies: list[Message] = []
+        requests = []
+        for message in messages:
+            with _failing_alone(message, replies):
+                requests.append(ClientRequest(message, self.contexts[message.metadata.dst_node_id]))
         try:
-            requests = [ClientRequest(m, self.contexts[m.metadata.dst_node_id]) for m in messages]
-            method = requests[0].method
-            if kind == "train" and not method.is_plain_sgd():
-                self._say(f"{method.title}: clients train one at a time: not by plain SGD")
+            if kind == "train" and requests and not requests[0].method.is_plain_sgd():
+                title = requests[0].method.title
+                self._say(f"{title}: clients train one at a time: not by plain SGD")
                 return [self._alone(message) for message in messages]
-            if len(requests) not in self._cohorts:
-                self._cohorts[len(requests)] = BatchedCohort(self.model, self.data, len(requests))
-            cohort = self._cohorts[len(requests)]
-            cohort.seat([request.client for request in requests])
             if kind == "train":
-                return self._train(cohort, requests)
-            if kind == "evaluate":
-                cohort.load([request.evaluated() for request in requests])
-                return [r.scored(s) for r, s in zip(requests, cohort.evaluate("test"), strict=True)]
-            return compare_fine_tunings(cohort, requests)
-        except Exception as error:
-            return [raised(message, error) for message in messages]
+                self._train(requests, replies)
+            elif kind == "evaluate":
+                self._evaluate(requests, replies)
+            elif requests:
+                replies += self._compare(requests)
+        except Exception as error:  # of all of them together
+            answered = {reply.metadata.reply_to_message_id for reply in replies}
+            left = [m for m in messages if m.metadata.message_id not in answered]
+            replies += [raised(message, error) for message in left]
+        return replies
 
-    @staticmethod
-    def _train(cohort: BatchedCohort, requests: list[ClientRequest]) -> list[Message]:
+    def _seated(self, requests: Sequence[ClientRequest]) -> BatchedCohort:
+        """Return a cohort of the clients that are asked."""
+        assert self.data is not None
+        size = len(requests)
+        if size not in self._cohorts:
+            self._cohorts[size] = BatchedCohort(self.model, self.data, size)
+        self._cohorts[size].seat([request.client for request in requests])
+        return self._cohorts[size]
+
+    def _train(self, requests: Sequence[ClientRequest], replies: list[Message]) -> None:
         """Do what ``Rounds.train`` does, for all requests at once."""
-        cohort.load([r.method.start(r.weights, r.state) for r in requests])
-        generators, losses = [r.generator("train") for r in requests], [0.0] * len(requests)
-        first = requests[0]
+        ready, starts = _each(requests, lambda r: r.method.start(r.weights, r.state), replies)
+        if not ready:
+            return
+        cohort, first = self._seated(ready), ready[0]
+        cohort.load(starts)
+        generators, losses = [r.generator("train") for r in ready], [0.0] * len(ready)
         recipes = first.method.recipes(first.config, list(cohort.initial))
         for recipe in phases(cohort.model, recipes, first.rate):
             losses = cohort.train(recipe, generators)
-        return [
-            request.trained(request.method.upload(weights, request.weights, request.state, loss))
-            for request, weights, loss in zip(requests, cohort.trained(), losses, strict=True)
-        ]
+        for request, weights, loss in zip(ready, cohort.trained(), losses, strict=True):
+            with _failing_alone(request.message, replies):
+                trained = request.method.upload(weights, request.weights, request.state, loss)
+                replies.append(request.trained(trained))
+
+    def _evaluate(self, requests: Sequence[ClientRequest], replies: list[Message]) -> None:
+        ready, evaluated = _each(requests, lambda r: r.evaluated(), replies)
+        if not ready:
+            return
+        cohort = self._seated(ready)
+        cohort.load(evaluated)
+        scores = cohort.evaluate("test")
+        replies += [request.scored(score) for request, score in zip(ready, scores, strict=True)]
+
+    def _compare(self, requests: Sequence[ClientRequest]) -> list[Message]:
+        try:
+            return compare_fine_tunings(self._seated(requests), requests)
+        except Exception as error:
+            self._say(f"clients are compared one at a time: {type(error).__name__}: {error}")
+            return [self._alone(request.message) for request in requests]
 
     def _alone(self, message: Message) -> Message:
         threads = torch.get_num_threads()

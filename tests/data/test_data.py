@@ -22,7 +22,7 @@ from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import DataSettings
 from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.core.warning import warn_once
-from pfedgpa_app.data import datasets
+from pfedgpa_app.data import datasets, pictures
 from pfedgpa_app.data.client import load_dataset, load_partition
 from pfedgpa_app.data.dataset import remarks
 from pfedgpa_app.data.datasets import load
@@ -124,8 +124,11 @@ class TestPartition:
     def test_groups(self) -> None:
         assert dominant_groups(10) == [[0, 1, 2], [2, 3, 4], [4, 5, 6], [6, 7, 8], [0, 8, 9]]
         assert [len(g) for g in dominant_groups(62)] == [10, 26, 26]
-        for classes in (2, 3, 26, 47):
-            assert set().union(*dominant_groups(classes)) == set(range(classes))
+        assert dominant_groups(2) == [[0], [1]]
+        for classes in range(2, 70):
+            groups = dominant_groups(classes)
+            assert set().union(*groups) == set(range(classes))
+            assert len(set(map(tuple, groups))) == len(groups) > 1
 
     @given(
         st.lists(st.floats(0, 1), min_size=1, max_size=20).filter(lambda x: sum(x) > 0.01),
@@ -308,6 +311,17 @@ class TestDatasets:
         again = load(f"imagefolder:{root}", "")
         assert np.array_equal(again.train_images, data.train_images)
         assert (cache / "train_images.npy").stat().st_mtime_ns == stamp
+
+    def test_imagefolder_is_decoded_anew_by_another_pillow(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A fingerprint of the pixels names what has decoded them."""
+        root = make_images(tmp_path / "own")
+        for version in ("98.0", "99.0", "99.0"):
+            monkeypatch.setattr(pictures, "version", lambda _, version=version: version)
+            load(f"imagefolder:{root}", "")
+            load.cache_clear()
+        assert len(list((tmp_path / "cache" / "pfedgpa").iterdir())) == 2
 
     def test_imagefolder_notices_changed_files(self, tmp_path: Path) -> None:
         root = make_images(tmp_path / "own")
@@ -520,6 +534,22 @@ class TestDatasets:
         if to == "..":
             said = "train/cat/up/cat: is a link to a folder that contains it"
         with pytest.raises(DataError, match=said):
+            load(f"imagefolder:{root}", "")
+
+    def test_only_a_links_target_is_to_be_repaired(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        root = make_images(tmp_path / "own")
+
+        def torn(path: Path) -> None:
+            raise OSError("the tape is torn")
+
+        monkeypatch.setattr(datasets, "files_below", torn)
+        (tmp_path / "MNIST").mkdir()
+        with pytest.raises(DataError, match=f"mnist: {tmp_path} cannot be read: the tape is torn$"):
+            load("mnist", str(tmp_path))
+        (root / "train" / "cow").symlink_to("nowhere")
+        with pytest.raises(DataError, match=r"cow cannot be read: .*; it is a link: repair its"):
             load(f"imagefolder:{root}", "")
 
     def test_links_to_other_folders_hold(self, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pfedgpa_app.core.settings import ConfigError, DataError
+from pfedgpa_app.data import pictures
 from pfedgpa_app.data.datasets import load
 from tests.support.federations import federate, records
 
@@ -62,6 +63,17 @@ def test_images_labels_and_users(hub: Path) -> None:
     first = np.random.default_rng(0).integers(0, 256, (ROWS, 8, 8, 3), dtype=np.uint8)[0]
     assert np.array_equal(found.train_images[0].transpose(1, 2, 0), first)
     assert load("hf:people/letters?label=hand", "", image_size=4).train_images.shape[2:] == (4, 4)
+
+
+def test_images_are_decoded_anew_by_another_pillow(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(hub / "xdg"))
+    for version in ("98.0", "99.0", "99.0"):
+        monkeypatch.setattr(pictures, "version", lambda _, version=version: version)
+        load("hf:people/letters?label=kind", "")
+        load.cache_clear()
+    assert len(list((hub / "xdg" / "pfedgpa").iterdir())) == 2
 
 
 def test_a_table(hub: Path) -> None:
@@ -133,6 +145,13 @@ def test_a_run_by_its_users(hub: Path) -> None:
     assert [row["client"] for row in records(folder, "clients.jsonl")] == [0, 1, 2, 3]
 
 
+def test_rows_without_a_user_are_refused(hub: Path) -> None:
+    rows = {"a": [0.5] * 20, "label": [0, 1] * 10, "who": [*["ann", "bob"] * 9, None, "bob"]}
+    datasets.Dataset.from_dict(rows).save_to_disk("saved")
+    with pytest.raises(DataError, match="users_train has text, but row 18 has none: fill it in"):
+        load("hf:saved?user=who", "")
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -166,3 +185,13 @@ def test_the_hub_is_asked_only_where_it_may_be(monkeypatch: pytest.MonkeyPatch) 
 def test_an_unknown_choice(hub: Path) -> None:
     with pytest.raises(ConfigError, match=r"no option 'lable'.*label"):
         load("hf:people/letters?lable=kind", "")
+
+
+def test_no_split_is_both_trained_and_tested_on(hub: Path) -> None:
+    found = load("hf:table?train=test", "")
+    assert (len(found.train_labels), len(found.test_labels)) == (16, 4)
+    assert not found.own_test
+    assert found.unused == ("train",)
+    for same in ("test=train", "train=test&test=test"):
+        with pytest.raises(ConfigError, match="train on the split that it is tested on: name ano"):
+            load(f"hf:table?{same}", "")

@@ -481,6 +481,47 @@ class TestKeys:
         assert "already exists" in capsys.readouterr().err
         assert (tmp_path / "k" / "node-0").read_bytes() == before
 
+    @pytest.mark.parametrize(
+        ("host", "said"),
+        [
+            ("fed.example.org:8000", "without the port"),
+            ("10.0.0.1:8000", "without the port"),
+            ("[::1]:8000", "without the port"),
+            ("https://fed.example.org", "is not a host name"),
+            ("a..b", "is not a host name"),
+            ("a*b", "is not a host name"),
+            ("fed.*.org", "is not a host name"),
+            ("*", "is not a host name"),
+            ("-fed.example.org", "is not a host name"),
+            ("fed-.example.org", "is not a host name"),
+            ("10.0.0.300", "is not a host name"),
+            ("fed.example.org.", "is not a host name"),
+            ("", "is not a host name"),
+        ],
+    )
+    def test_no_certificate_is_made_that_fits_nobody(
+        self, host: str, said: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(ConfigError, match=f"--host {re.escape(repr(host))}: .*{said}"):
+            keys.make(tmp_path / "keys", [host], 0)
+        assert not (tmp_path / "keys").exists()
+
+    def test_hosts_of_any_kind(self, tmp_path: Path) -> None:
+        hosts = [
+            "*.example.org",
+            "super_link",
+            "fed",
+            "xn--mnchen-3ya.de",
+            "2001:db8::7",
+            "3com.com",
+        ]
+        keys.make(tmp_path, hosts, 0)
+        server = x509.load_pem_x509_certificate((tmp_path / keys.SERVER).read_bytes())
+        names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        named = names.get_values_for_type(x509.DNSName)
+        assert named == [*hosts[:4], hosts[5], "localhost"]
+        assert "2001:db8::7" in map(str, names.get_values_for_type(x509.IPAddress))
+
 
 class TestDoctor:
     def outcome(self, **node: Any) -> dict[str, tuple[bool, str]]:
@@ -517,13 +558,19 @@ class TestDoctor:
             ({"superlink": "127.0.0.1:9"}, "connection", "cannot be reached"),
             ({"key": "/nowhere"}, "key", "is not a private key"),
             ({"certificates": "/nowhere"}, "certificate", "is not a certificate"),
+            (
+                {"certificates": __file__, "key": "/nowhere", "superlink": "127.0.0.1:9"},
+                "certificate key",
+                "is not a certificate",
+            ),
             ({"state_dir": f"{__file__}/nowhere"}, "state-dir", "cannot be written"),
         ],
     )
     def test_what_is_wrong(self, node: dict[str, Any], check: str, says: str) -> None:
         found = self.outcome(**node)
-        assert [name for name, (good, _) in found.items() if not good] == [check]  # said once
-        assert says in found[check][1]
+        failed = [name for name, (good, _) in found.items() if not good]
+        assert failed == check.split()  # said once
+        assert says in found[failed[0]][1]
 
     def test_a_server_of_another_authority(self, link: str, tmp_path: Path) -> None:
         keys.make(tmp_path, ["fed.example.org"], 1)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pfedgpa_app.diffusion.denoiser import FiniteSetDenoiser, GaussianDenoiser, ResidualMLP
-from pfedgpa_app.diffusion.inversion import calibrate_strength, encode, regenerate, reverse
+from pfedgpa_app.diffusion.inversion import calibrate_strength, dpm_encode, regenerate, reverse
 from pfedgpa_app.diffusion.network import fit_network
 from pfedgpa_app.diffusion.schedule import Schedule
 from pfedgpa_app.diffusion.settings import DiffusionSettings
@@ -217,7 +217,7 @@ class TestInversion:
         normal = noise_source(generator(5))
         x = MEAN + normal(400) * LAMBDAS.sqrt()
         sigma = SCHEDULE.sigma[2:].flip(0)[:, None, None]  # t = 1000..2
-        _, residuals = encode(x, GAUSSIAN, SCHEDULE, 1000, normal)
+        _, residuals = dpm_encode(x, GAUSSIAN, SCHEDULE, 1000, normal)
         noise = torch.stack(residuals[:-1]) / sigma
         assert abs(float((noise[1:] * noise[:-1]).mean())) < 0.02
         assert float(noise.std()) == pytest.approx(1, abs=0.03)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -361,6 +362,43 @@ class TestBatchedEngine:
         assert caplog.text.count(said) == 1
         told = [e["text"] for e in records(folder, "events.jsonl") if e["kind"] == "warning"]
         assert [text for text in told if said in text] == told  # on the user's screen, too
+
+    @pytest.mark.parametrize("hook", ["start", "upload", "evaluated", "request"])
+    def test_a_client_that_fails_costs_its_own_reply_only(
+        self, hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def third_fails(hook: Callable[..., Any]) -> Callable[..., Any]:
+            calls = itertools.count(1)
+
+            def called(*given: Any) -> Any:
+                if next(calls) % 4 == 3:
+                    raise ValueError("no idea")
+                return hook(*given)
+
+            return called
+
+        chosen = settings(tmp_path, method="fedavg", **{"num-server-rounds": 1})
+        resolved = resolve(chosen)
+        grid, failed = BatchedGrid(client_app.app, chosen, resolved.config), dict[str, int]()
+        serve = grid.serve
+
+        def counted(messages: list[Message], timeout: float | None) -> list[Message]:
+            replies = serve(messages, timeout)
+            assert len(replies) == len(messages)
+            kind = messages[0].metadata.message_type
+            failed[kind] = sum(reply.has_error() for reply in replies)
+            return replies
+
+        monkeypatch.setattr(grid, "serve", counted)
+        if hook == "request":
+            monkeypatch.setattr(batched, "ClientRequest", third_fails(client.ClientRequest))
+        else:
+            monkeypatch.setattr(FedAvg, hook, third_fails(getattr(FedAvg, hook)))
+        run(grid, resolved)
+        trains, evaluates = hook != "evaluated", hook in ("evaluated", "request")
+        assert failed["train"] == trains
+        assert failed["evaluate"] == evaluates
+        assert failed["evaluate.final"] <= 1
 
     def test_networks_without_a_batched_form_are_known(self) -> None:
         for name in models.NETWORKS:
