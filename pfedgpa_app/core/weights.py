@@ -107,7 +107,7 @@ class Layout:
             found.append(slice(start, end))
         return found
 
-    def head(self) -> slice:
+    def classifier(self) -> slice:
         """Return the slice of the last non-empty matrix: a feed-forward network's classifier.
 
         Without any matrix, it is the slice of the whole vector.

@@ -54,7 +54,7 @@ def likeness_of(buffer: Buffer, rule: str, seed: int) -> Likeness:
         ValueError: nothing is buffered, or there is no such rank rule.
     """
     layout, vectors, rounds, clients = buffer.stack()
-    deltas, head = remove_drift(vectors, rounds, clients), layout.head()
+    deltas, head = remove_drift(vectors, rounds, clients), layout.classifier()
     classifiers = deltas.gram(client_means(clients).T, head)
     rank = choose_rank(rule, deltas, head, classifiers, clients, seed)
     scores = scores_of(classifiers)
@@ -200,7 +200,7 @@ class WeightDistribution(Distribution):
         self.layout, vectors, self.rounds, self.clients = buffer.stack()
         deltas = remove_drift(vectors, self.rounds, self.clients, device, buffer.means)
         self.anchor = deltas.means[-1]
-        head = self.layout.head()
+        head = self.layout.classifier()
         classifiers = deltas.gram(client_means(self.clients).T, head)
         rank = known.rank if settings.rank is None and known else settings.rank
         if rank is None:

@@ -12,6 +12,7 @@ one client after another, up to the order of float32 sums.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -375,7 +376,7 @@ class BatchedGrid(LocalGrid):
             return
         cohort, first = self._seated(ready), ready[0]
         cohort.load(starts)
-        generators, losses = [r.generator("train") for r in ready], [0.0] * len(ready)
+        generators, losses = [r.generator("train") for r in ready], [math.nan] * len(ready)
         recipes = first.method.recipes(first.config, list(cohort.initial))
         for recipe in phases(cohort.model, recipes, first.rate):
             losses = cohort.train(recipe, generators)

@@ -136,9 +136,9 @@ class TestBuffer:
 
     def test_the_head_is_the_last_matrix(self) -> None:
         layout = Layout.of({name: torch.zeros(shape) for name, shape in SHAPES.items()})
-        assert layout.head() == slice(620, 720)
+        assert layout.classifier() == slice(620, 720)
         empty = {"w": torch.ones(2, 3), "b": torch.ones(2), "none": torch.ones(0, 4)}
-        assert Layout.of(empty).head() == slice(0, 6)
+        assert Layout.of(empty).classifier() == slice(0, 6)
 
     def test_what_a_round_has_in_common_may_be_known(self) -> None:
         kept = Buffer(1)
