@@ -45,7 +45,7 @@ from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, s
 from pfedgpa_app.results.tracking import Tracking, require_installed
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.about import MODEL, WEIGHTS, write_about
-from pfedgpa_app.runs.folder import CONFIG, keep_holdings, locked, run_folder, running
+from pfedgpa_app.runs.folder import CONFIG, holdings, keep_holdings, locked, run_folder, running
 from pfedgpa_app.runs.initial import (
     initial_weights,
     learn_nothing,
@@ -372,7 +372,8 @@ class Experiment:
                 timeout=config.timeout,
             )
         if config.save_uploads and kind is RememberingFedAvg:
-            uploads.save(self.folder / uploads.FILE, state, self.resolved, strategy.costs())
+            path, held = self.folder / uploads.FILE, holdings(self.folder)
+            uploads.save(path, state, self.resolved, strategy.costs(), held)
         return strategy
 
     def _make_and_evaluate(

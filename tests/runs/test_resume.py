@@ -44,6 +44,7 @@ from pfedgpa_app.runs.checkpoint import MANIFEST, Checkpoint, CheckpointError
 from pfedgpa_app.runs.folder import is_running, locked, run_folder
 from pfedgpa_app.runs.launcher import watched
 from pfedgpa_app.runs.resuming import CHECKPOINT
+from pfedgpa_app.server.screening import NoUploadsError
 from tests.support.federations import SMALL, federate, records, results, small
 
 # federations whose server or clients keep something of their own between rounds
@@ -326,9 +327,37 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"is damaged: .*; put it back, or run anew"):
             federate(tmp_path, method="fedavg", resume=True)
 
-    def test_without_its_settings(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("file", ["holdings.json", "model.json"])
+    @pytest.mark.parametrize("content", ["{", "[1]"])
+    def test_what_it_kept_of_data_and_code_is_torn(
+        self, file: str, content: str, tmp_path: Path
+    ) -> None:
+        kept = self.interrupted(tmp_path).parent / file
+        kept.write_text(content)
+        with pytest.raises(ConfigError, match=rf"{file}:? cannot be read: .*: put it back, or run"):
+            federate(tmp_path, method="fedavg", resume=True)
+        kept.unlink()
+        federate(tmp_path, method="fedavg", resume=True)
+
+    def test_other_data_before_anything_starts(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        kept = self.interrupted(tmp_path).parent / "holdings.json"
+        held = json.loads(kept.read_text())
+        held["data"]["labels"] += 1
+        kept.write_text(json.dumps(held))
+        how = {"out-dir": tmp_path, "run-name": "run", "method": "fedavg", "resume": "true"}
+        words = [f"{name}={value}" for name, value in small(how).items()]
+        assert cli.main(["run", *words]) == 2
+        said = f"the data have changed since {tmp_path / 'run'} began: restore them, or run anew"
+        assert said in capsys.readouterr().err
+
+    @pytest.mark.parametrize("on_nodes", [False, True])
+    def test_without_its_settings(self, on_nodes: bool, tmp_path: Path) -> None:
         config = self.interrupted(tmp_path).parent / "config.json"
         config.unlink()
+        if on_nodes:  # then it keeps no record of the data
+            (config.parent / "holdings.json").unlink()
         with pytest.raises(ConfigError, match=r"has no config\.json, .* put it back, or run anew"):
             run_folder(resolve({"out-dir": str(tmp_path), "run-name": "run", "resume": True}))
 
@@ -386,6 +415,17 @@ class TestRefused:
         (folder / "77.safetensors.new").write_bytes(b"half")
         (folder / "78.safetensors").write_bytes(b"of a checkpoint without a manifest")
         federate(tmp_path, method="fedavg", resume=True)
+
+
+def test_a_run_that_failed_in_its_first_round_leaves_its_name_free(tmp_path: Path) -> None:
+    """The launcher asks for the folder, and then the server's process does."""
+    with pytest.raises(NoUploadsError):
+        federate(tmp_path, method="fedavg", learning_rate=1e20)
+    again = resolve({"out-dir": str(tmp_path), "run-name": "run"})
+    for _ in range(2):
+        assert run_folder(again) == tmp_path / "run"
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
+    federate(tmp_path, method="fedavg", num_server_rounds=1)
 
 
 def test_a_full_disk_costs_the_checkpoint_only(
