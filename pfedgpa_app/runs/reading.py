@@ -41,9 +41,17 @@ class Run:
     folder: Path
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
-        """The settings, {setting: {"value": …, "from": …}}."""
+    def _kept(self) -> dict[str, Any]:
         return kept_settings(self.folder)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings, {setting: {"value": …, "from": …}}.
+
+        Those that a run of an earlier version lacked have their defaults.
+        """
+        before = {name: {"value": value, "from": "default"} for name, value in defaults().items()}
+        return before | self._kept
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -87,7 +95,7 @@ class Run:
         """Say who takes part in each of its rounds."""
 
         def value(name: str) -> float:
-            return float(self.settings[name]["value"]) if name in self.settings else 0.0
+            return float(self.settings[name]["value"])
 
         share = value("fraction-train")
         part = f"{100 * share:g} % of the" if share < 1 else "all"

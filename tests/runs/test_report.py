@@ -347,6 +347,20 @@ class TestSeveralRuns:
         curves, _ = curves_of(runs_in([tmp_path]))
         assert set(curves) == {"FedAvg", "FedProx (0.01)", "FedProx (30.0)"}
 
+    def test_a_setting_that_a_run_of_an_earlier_version_lacked(self, tmp_path: Path) -> None:
+        """It had its default, which another run may not have."""
+        how: dict[str, Any] = {"method": "fedavg", "num_server_rounds": 1}
+        before, _ = federate(tmp_path / "before", **how)
+        kept = json.loads((before / "config.json").read_text())
+        del kept["augment"], kept["seed"]
+        (before / "config.json").write_text(json.dumps(kept))
+        federate(tmp_path / "now", augment=True, **how)
+        _, entries = table_of(runs_in([tmp_path]))
+        assert {entry.name for entry in entries} == {
+            "FedAvg (augment=false)",
+            "FedAvg (augment=true)",
+        }
+
     def test_settings_of_another_partition_name_no_run(self, tmp_path: Path) -> None:
         for partition in ("iid", "dirichlet"):
             more = {"dirichlet_alpha": 0.1} if partition == "dirichlet" else {}

@@ -11,6 +11,7 @@ import yaml
 
 from benchmarks import keep
 from pfedgpa_app import cli
+from pfedgpa_app.config.names import method_named
 from pfedgpa_app.config.resolve import differences, resolve
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS
@@ -27,7 +28,7 @@ from pfedgpa_app.study.compare import (
     table,
 )
 from pfedgpa_app.study.plan import PlannedRun, TakenError, expand
-from tests.support.federations import SMALL
+from tests.support.federations import SMALL, known_for_a_while
 
 
 @pytest.fixture
@@ -76,15 +77,33 @@ class TestPlan:
                 settings |= {"pfedgpa.rank": 2}
             assert plan([str(experiment)], more, [1], settings, tmp_path)
 
+    def test_methods_of_the_users_own(self, experiment: Path, tmp_path: Path) -> None:
+        """Another process ran them, and left their import paths."""
+        (tmp_path / "own_mean.py").write_text(
+            "from pfedgpa_app.methods.fedavg import FedAvg\n\nclass Mean(FedAvg):\n    pass\n"
+        )
+        out, code = tmp_path / "out", {"code-dir": str(tmp_path)}
+        with known_for_a_while("mean"):
+            assert method_named("own_mean:Mean", str(tmp_path)) == "mean"
+            [ran] = plan([str(experiment)], ["mean"], [0], code, out)
+            finish(ran, 50.0, **FIGURES)
+            METHODS.pop("mean")  # as in another process
+            assert [row["title"] for row in finished(out)["small"]["mean"]] == ["Mean"]
+            assert "| Mean | 50.0 / 50.0 |" in overview(finished(out))
+            other: dict[str, Any] = {"num-server-rounds": 3}
+            with pytest.raises(TakenError, match=r"mean with other settings .*= 2 there, 3 here"):
+                plan([str(experiment)], ["fedavg", "mean"], [1], code | other, out)
+            assert plan([str(experiment)], ["mean"], [0, 1], code, out)
+
     def test_what_methods_were_not_run_alike_by_is_said(self, tmp_path: Path) -> None:
         """As when a comparison goes on with other settings for its other methods."""
         for method, rate in (("fedavg", 0.02), ("fedprox", 0.02), ("fedper", 0.05)):
             [run] = expand({"learning-rate": rate}, {"method": [method]}, tmp_path)
-            finish(run, 50.0)
-            (row,) = json.loads((run.folder / "summary.json").read_text())
-            row |= dict.fromkeys(compare.COLUMNS.values(), 50.0)
-            row |= {"seed": 0, "num_clients": 4, "dataset": "digits"}
-            (run.folder / "summary.json").write_text(json.dumps([row]))
+            finish(run, 50.0, **FIGURES)
+            if method == "fedper":  # of a version that had no such setting
+                kept = json.loads((run.folder / "config.json").read_text())
+                del kept["test-share"]
+                (run.folder / "config.json").write_text(json.dumps(kept))
         written = table(finished(tmp_path))
         [said] = [line for line in written.splitlines() if line.startswith("Not run alike")]
         assert said == "Not run alike: learning-rate = 0.02 (FedAvg, FedProx), 0.05 (FedPer)."
@@ -227,12 +246,17 @@ def test_compare_runs_resumes_and_writes(
     assert cli.main(["compare", "--methods", "fedsvg"]) == 2
 
 
-def finish(run: PlannedRun, validation: float) -> None:
+# what a comparison shows
+FIGURES: dict[str, Any] = dict.fromkeys(compare.COLUMNS.values(), 50.0)
+FIGURES |= {"seed": 0, "num_clients": 4, "dataset": "digits"}
+
+
+def finish(run: PlannedRun, validation: float, **more: Any) -> None:
     """What a run leaves that came to this accuracy on validation images."""
     run.folder.mkdir(parents=True)
     (method,) = run.config.method
     row = {"method": method, "title": METHODS[method].title, "rounds": 2}
-    row |= {"validation": {"before_ft": validation}}
+    row |= {"validation": {"before_ft": validation}, **more}
     (run.folder / "summary.json").write_text(json.dumps([row]))
     (run.folder / EVENTS).write_text('{"kind": "done", "text": ""}\n')
     (run.folder / "config.json").write_text(json.dumps(run.resolved.as_dict()))
