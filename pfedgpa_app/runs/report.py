@@ -23,7 +23,7 @@ from pfedgpa_app.results.page import page
 from pfedgpa_app.results.tables import LEGEND, percent, without_generation, without_result
 from pfedgpa_app.runs.about import MODEL
 from pfedgpa_app.runs.folder import HOLDINGS, unfinished
-from pfedgpa_app.runs.reading import Row, Run, chosen, command_of, runs_in
+from pfedgpa_app.runs.reading import Row, Run, chosen, command_of, files_named, runs_in
 from pfedgpa_app.runs.table import Entry, as_csv, as_latex, curves_of, table_of
 
 REPORT, LATENTS = "report.html", "latents.json"
@@ -182,9 +182,9 @@ _PIES = (
 )
 
 
-def latent_map_of(run: Run) -> str:
+def latent_map_of(run: Run, file: str = LATENTS) -> str:
     """Draw clients' weights as the server sees them; "" if no distribution was learned."""
-    latents, holdings = run.read(LATENTS), run.read(HOLDINGS)
+    latents, holdings = run.read(file), run.read(HOLDINGS)
     if not latents:
         return ""
     counts = np.array(holdings["train"]) if holdings else None
@@ -205,13 +205,16 @@ def _figures_of(run: Run) -> Iterator[dict[str, str]]:
         "caption": "A dot is what the client is sent, a bar what it has after fine-tuning: a bar "
         "to the right of its dot is a gain.",
     }
-    if drawn := latent_map_of(run):
+    titles = {row["method"]: row["title"] for row in run.rows}
+    for path in files_named(LATENTS, run.folder):
+        learner = (run.read(path.name) or {}).get("method", "")  # earlier versions kept none
+        by = f"Learned by {titles.get(learner, learner)}. " if learner else ""
         yield {
             "title": "Clients' weights, as the server sees them",
-            "svg": drawn,
-            "caption": "The two latent dimensions in which clients' uploads differ most. Small "
-            "dots are uploads; a large one is the weights generated for a client; a grey line "
-            "leads from its newest upload."
+            "svg": latent_map_of(run, path.name),
+            "caption": f"{by}The two latent dimensions in which clients' uploads differ most. "
+            "Small dots are uploads; a large one is the weights generated for a client; a grey "
+            "line leads from its newest upload."
             + (_PIES if run.read(HOLDINGS) else " What clients hold is known only on their nodes."),
         }
     if holdings := run.read(HOLDINGS):

@@ -101,7 +101,7 @@ class Summary:
             result,
             self.config,
             **self._of_rounds(name, result, strategy),
-            peak_memory_mib=round(peak_memory() / 2**20, 1),
+            peak_memory_mib=round(peak_memory() / 2**20, 1),  # so far: earlier methods count
             **more,
             **reported(name, method),
         )

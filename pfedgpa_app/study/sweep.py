@@ -47,7 +47,7 @@ COLUMNS = {
     "worst client before FT": "accuracy_worst_client_before_ft",
     "rounds to 95 % of the peak": "rounds_to_95_percent_of_peak",
     "server s": "server_seconds",
-    "peak MiB": "peak_memory_mib",
+    "peak MiB so far": "peak_memory_mib",
 }
 JOINED = "accuracy_of_joining_clients"  # a list: as welcomed, and after each upload
 

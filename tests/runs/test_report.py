@@ -79,7 +79,7 @@ class TestOneRun:
         assert named == [
             "accuracy over rounds",
             "each client before and after fine-tuning",
-            "clients in latent space",
+            "clients in latent space of pfedgpa-once",
             "who holds how many of each class",
         ]
         assert "#010203" not in page
@@ -456,6 +456,9 @@ class TestRefusals:
             ("config.json", "{}"),
             ("holdings.json", '{"train'),
             ("latents.json", "["),
+            ("latents.json", "[1]"),
+            ("holdings.json", "[1]"),
+            ("model.json", "[1]"),
         ],
     )
     def test_a_damaged_file_is_named(

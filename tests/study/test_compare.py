@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,20 @@ def experiment(tmp_path: Path) -> Path:
     small = {key: value for key, value in SMALL.items() if not key.startswith("pfedgpa.")}
     path.write_text("# mine\n" + yaml.safe_dump(small | {"num-server-rounds": 2}))
     return path
+
+
+@pytest.fixture
+def own(experiment: Path, tmp_path: Path) -> Iterator[Path]:
+    """The folder of a comparison in which a method of the user's own has run."""
+    (tmp_path / "own_mean.py").write_text(
+        "from pfedgpa_app.methods.fedavg import FedAvg\n\nclass Mean(FedAvg):\n    pass\n"
+    )
+    out = tmp_path / "out"
+    with known_for_a_while("mean"):
+        name = method_named("own_mean:Mean", str(tmp_path))
+        [ran] = plan([str(experiment)], [name], [0], {"code-dir": str(tmp_path)}, out)
+        finish(ran, 50.0, **FIGURES)
+        yield out
 
 
 class TestPlan:
@@ -77,23 +92,19 @@ class TestPlan:
                 settings |= {"pfedgpa.rank": 2}
             assert plan([str(experiment)], more, [1], settings, tmp_path)
 
-    def test_methods_of_the_users_own(self, experiment: Path, tmp_path: Path) -> None:
-        """Another process ran them, and left their import paths."""
-        (tmp_path / "own_mean.py").write_text(
-            "from pfedgpa_app.methods.fedavg import FedAvg\n\nclass Mean(FedAvg):\n    pass\n"
-        )
-        out, code = tmp_path / "out", {"code-dir": str(tmp_path)}
-        with known_for_a_while("mean"):
-            assert method_named("own_mean:Mean", str(tmp_path)) == "mean"
-            [ran] = plan([str(experiment)], ["mean"], [0], code, out)
-            finish(ran, 50.0, **FIGURES)
-            METHODS.pop("mean")  # as in another process
-            assert [row["title"] for row in finished(out)["small"]["mean"]] == ["Mean"]
-            assert "| Mean | 50.0 / 50.0 |" in overview(finished(out))
-            other: dict[str, Any] = {"num-server-rounds": 3}
-            with pytest.raises(TakenError, match=r"mean with other settings .*= 2 there, 3 here"):
-                plan([str(experiment)], ["fedavg", "mean"], [1], code | other, out)
-            assert plan([str(experiment)], ["mean"], [0, 1], code, out)
+    def test_a_method_of_the_users_own_by_other_settings(
+        self, own: Path, experiment: Path, tmp_path: Path
+    ) -> None:
+        code, other = {"code-dir": str(tmp_path)}, {"num-server-rounds": 3}
+        with pytest.raises(TakenError, match=r"mean with other settings .*= 2 there, 3 here"):
+            plan([str(experiment)], ["fedavg", "mean"], [1], code | other, own)
+        assert plan([str(experiment)], ["fedavg", "mean"], [1], code, own)
+
+    def test_methods_of_the_users_own_have_rows(self, own: Path) -> None:
+        METHODS.pop("mean")  # as in another process
+        found = finished(own)
+        assert [row["title"] for row in found["small"]["mean"]] == ["Mean"]
+        assert "| Mean | 50.0 / 50.0 |" in overview(found)
 
     def test_what_methods_were_not_run_alike_by_is_said(self, tmp_path: Path) -> None:
         """As when a comparison goes on with other settings for its other methods."""
