@@ -145,7 +145,8 @@ class Atlas:
     def fill(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Run what is not done yet, writing the map again after every cell; return its tables.
 
-        A run that failed is tried again, once, and keeps no other from being run.
+        A run that failed in an earlier call is tried once more; one that fails keeps no other from
+        being run.
         """
         found: dict[tuple[Cell, Cell], Settings] = {}
         cells = self.running(cells)
@@ -201,14 +202,31 @@ class Atlas:
         return rows, failed_in(place)
 
     def write(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
-        """Write the rows, the tables and the figure; return the tables."""
-        rows = self.rows(cells, seeds)
+        """Write the rows, the tables and the figure; return the tables.
+
+        They have all that is done in the study's folder, by other commands, too.
+        """
+        rows = self._every_row(cells, seeds)
         text = self.tables(rows)
         write_text(self.out / f"{self.name}.jsonl", "".join(as_json(row) + "\n" for row in rows))
         write_text(self.out / f"{self.name}.md", text)
         if drawn := self.figure(rows):
             write_text(self.out / f"{self.picture}.svg", drawn)
         return text
+
+    def _every_row(self, cells: Sequence[Cell], seeds: Sequence[int]) -> list[Row]:
+        """Return the rows of these cells and seeds as ``rows`` does, and all others that are done.
+
+        Of places that this study has: those of other methods, cells and seeds.
+        """
+        whole, found = replace(self, only=self.known), list[Row]()
+        for cell in dict.fromkeys([*self.cells(self.quick), *cells]):
+            there = (self.out / cell.name).glob("seed-*")
+            for seed in sorted(int(place.name.removeprefix("seed-")) for place in there):
+                goes_on = cell in cells and seed in seeds and not self.rows([cell], [seed])
+                rows = {} if goes_on else whole._ended(cell, seed)[0]
+                found += [asdict(cell) | rows[m] for m in whole._methods(cell) if m in rows]
+        return found
 
     def tables(self, rows: Sequence[Row]) -> str:
         """Return the tables of these rows, in Markdown."""

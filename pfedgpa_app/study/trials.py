@@ -134,7 +134,8 @@ class Search:
     def _given(self, trial: Any) -> Settings:
         """Return a trial's values as its run has them."""
         values: Settings = {name: given(trial.params[name]) for name in self.grid}
-        return values | trial.user_attrs.get(_AS_THEY_ARE, {})
+        usual: Settings = trial.user_attrs.get(_AS_THEY_ARE, {})
+        return values | usual
 
     def _range_of(self, name: str, usual: Any) -> Any:
         """Return the range that a setting's grid and its ``usual`` value span.
