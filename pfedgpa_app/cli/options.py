@@ -95,7 +95,8 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
     settings, as Flower's --run-config does: ``'seed=1 method="local"'``.
 
     Raises:
-        ConfigError: a word is no ``KEY=VALUE``, or its key does not exist.
+        ConfigError: a word is no ``KEY=VALUE``, or has an empty value, which Flower takes for none
+            given.
     """
     settings: dict[str, Any] = {}
     for text in texts:
@@ -104,7 +105,10 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
             if not found or not key.strip():
                 raise ConfigError(f"{shown(part)}: settings are given as KEY=VALUE")
             settings[key.strip()] = value_of(key.strip(), value)
-    return flat(settings, "command line")
+    every = flat(settings, "command line")
+    if empty := [name for name, value in every.items() if value == ""]:
+        raise ConfigError(f"{empty[0]}= (command line): has no value: give it one, or leave it out")
+    return every
 
 
 def value_of(key: str, text: str) -> Any:

@@ -19,8 +19,7 @@ def accuracy_over_rounds(path: Path, log: RunLog, results: dict[str, Outcome]) -
     """Draw each federation's mean accuracy, and where each method ended before fine-tuning."""
     figure, axes = one_plot(7, 4.2)
     for name, points in log.curves.items():
-        rounds, everyone, _ = zip(*points, strict=True)
-        axes.plot(rounds, everyone, label=f"{name} (all rounds)")
+        axes.plot(*zip(*points, strict=True), label=f"{name} (all rounds)")
     for i, (name, result) in enumerate(results.items()):
         if name not in log.curves:
             axes.plot(log.rounds, result.before.mean(), "o^sDvP*X<>"[i % 10], label=name)

@@ -21,7 +21,6 @@ from pfedgpa_app.methods import federations
 from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.results.log import SUMMARY, finished_in, is_done, last_event
 from pfedgpa_app.runs.about import changed_code, read_about
-from pfedgpa_app.runs.checkpoint import MANIFEST
 from pfedgpa_app.runs.folder import (
     check_data,
     check_files,
@@ -29,7 +28,7 @@ from pfedgpa_app.runs.folder import (
     kept_methods,
     kept_settings,
 )
-from pfedgpa_app.runs.resuming import CHECKPOINT
+from pfedgpa_app.runs.resuming import has_checkpoint
 
 Settings = dict[str, Any]
 
@@ -103,8 +102,7 @@ class PlannedRun:
             _require_same_data(self.folder, self.config)
 
     def _is_resumable(self) -> bool:
-        kept = (self.folder / CHECKPOINT / MANIFEST).exists()
-        return kept and last_event(self.folder).get("kind") != "failed"
+        return has_checkpoint(self.folder) and last_event(self.folder).get("kind") != "failed"
 
     def can_go_on(self) -> bool:
         """Whether its folder holds a checkpoint of this very run, which was killed, not failed.

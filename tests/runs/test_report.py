@@ -67,6 +67,18 @@ class TestOneRun:
             assert float(rows[row["title"]]["as sent"]) == row["accuracy_before_ft"]
         assert len(re.findall(r"textbf", (folder / "table.tex").read_text())) >= 4
 
+    def test_the_time_in_which_nothing_ran_does_not_count(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        told = [("start", 0.0), ("round", 60.0), ("start", 9000.0), ("resumed", 9001.0)]
+        told += [("done", 9030.0)]
+        (copy / "events.jsonl").write_text(
+            "".join(json.dumps({"kind": k, "time": t, "text": ""}) + "\n" for k, t in told)
+        )
+        assert ", took 1:30." in report.write([copy]).read_text()
+
     def test_needs_nothing_from_anywhere(self, folder: Path) -> None:
         page = (folder / "report.html").read_text()
         links = re.findall(r"""(?:href|src)=["']?([^"'> ]+)|url\(([^)]*)\)|@import""", page)
@@ -275,6 +287,16 @@ class TestSeveralRuns:
         assert "FedAvg (learning-rate=0.1) [seed 0 only]</td>" in page
         assert page.count("only]</td>") == 1
         assert "(learning-rate=0.1) [seed 0 only] &" in (seeds / "table.tex").read_text()
+
+    def test_a_run_that_is_compared_keeps_its_own(self, seeds: Path, tmp_path: Path) -> None:
+        shutil.copytree(seeds / "0" / "run", tmp_path / "mine")
+        own = report.write([tmp_path / "mine"])
+        assert own.name == "report.html"
+        before = {path: path.read_bytes() for path in (own, *report.tables_beside(own))}
+        page = report.write([tmp_path / "mine", seeds / "1"])
+        assert page == tmp_path / "mine" / "comparison.html"
+        assert (tmp_path / "mine" / "comparison.csv").is_file()
+        assert {path: path.read_bytes() for path in before} == before
 
     def test_every_seeds_recipe_of_fine_tuning(self, seeds: Path, tmp_path: Path) -> None:
         """Tuning chooses one for each."""

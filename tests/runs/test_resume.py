@@ -613,9 +613,18 @@ class TestLog:
         clock = iter([0.0, 10.0, 20.0])
         monkeypatch.setattr("pfedgpa_app.results.log.time.monotonic", lambda: next(clock))
         log = RunLog(tmp_path, 100, 100.0)
-        log.restore({"curves": {}, "done": 90.0, "sizes": {}})
+        curves = {"fedavg": [(1, 50.0, 40.0)]}  # an older checkpoint's
+        log.restore({"curves": curves, "done": 90.0, "sizes": {}})
+        assert log.curves == {"fedavg": [(1, 50.0)]}
         assert log.advance(1) == 90.0
         assert log.advance(1) == 80.0
+
+    def test_a_round_that_nobody_evaluated_has_no_accuracy(self, tmp_path: Path) -> None:
+        log = RunLog(tmp_path, 2, 2.0)
+        log.round("fedavg", 1, {0: {"train_loss": 1.0}}, {0: {"accuracy": 50.0}}, 1.0)
+        log.round("fedavg", 2, {0: {"train_loss": 1.0}}, {}, 1.0)
+        said = [event["text"] for event in records(tmp_path, "events.jsonl")]
+        assert ["accuracy 50.0 %" in text for text in said] == [True, False]
 
     def test_the_last_step_says_how_far_it_is(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -662,17 +671,31 @@ class TestStopped:
     def stop(self, *_: Any) -> str:
         raise KeyboardInterrupt
 
+    @pytest.mark.parametrize("kept", [True, False])
     def test_a_run_says_how_it_goes_on(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+        self,
+        kept: bool,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("pfedgpa_app.runs.launcher.local.run", self.stop)
+        def first(_: Path, settings: dict[str, Any], *more: Any) -> str:
+            if kept:
+                place = Path(settings["out-dir"]) / settings["run-name"]
+                (place / "config.json").write_text(json.dumps(resolve(settings).as_dict()))
+                (place / CHECKPOINT).mkdir()
+                (place / CHECKPOINT / MANIFEST).touch()
+            return self.stop()
+
+        monkeypatch.setattr("pfedgpa_app.runs.launcher.local.run", first)
+        what = "to continue" if kept else "to start again (it kept no checkpoint)"
         words = [f"{key}={value}" for key, value in SMALL.items()]
         words += [f"out-dir={tmp_path}/my results", "--engine", "process"]
         assert cli.main(["run", *words]) == 130
         [folder] = (tmp_path / "my results").iterdir()
         stopped, again = capsys.readouterr().err.splitlines()
         assert stopped == f"stopped: results so far are in {folder}"
-        assert again.startswith("to continue: pfedgpa run num-clients=4 ")
+        assert again.startswith(f"{what}: pfedgpa run num-clients=4 ")
         given: list[Any] = []
 
         def stop(*arguments: Any) -> str:
@@ -680,7 +703,7 @@ class TestStopped:
             return self.stop()
 
         monkeypatch.setattr("pfedgpa_app.runs.launcher.local.run", stop)
-        repeated = shlex.split(again.removeprefix("to continue: pfedgpa "))
+        repeated = shlex.split(again.removeprefix(f"{what}: pfedgpa "))
         assert cli.main(repeated) == 130
         config = resolve(given[0][1]).config
         assert (config.resume, config.run_name, config.num_clients) == (True, folder.name, 4)
