@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -154,6 +155,16 @@ def items(option: str, text: str) -> list[str]:
     if "" in found:
         raise ConfigError(f"{option} {text!r}: must be one or more values, separated by commas")
     return found
+
+
+def seeds(text: str) -> list[int]:
+    """Return the seeds that ``--seeds`` names, each once."""
+    words = items("--seeds", text)
+    if not all(re.fullmatch("[0-9]{1,19}", word) for word in words):
+        raise ConfigError(
+            f"--seeds {shown(text)}: must be whole numbers separated by commas, as in 0,1,2"
+        )
+    return list(dict.fromkeys(map(int, words)))
 
 
 def methods_named(text: str, overrides: Mapping[str, Any]) -> list[str]:

@@ -107,8 +107,8 @@ class Summary:
         )
         self.log.event(
             "method",
-            f"{method.title}: {result.before.mean():.1f} % before fine-tuning, "
-            f"{result.after.mean():.1f} % after",
+            f"{method.title}: {result.before.mean():.1f} % as sent, "
+            f"{result.after.mean():.1f} % after fine-tuning",
         )
         records = [
             {

@@ -68,10 +68,10 @@ PAPER: dict[str, dict[str, tuple[float, float, float]]] = {
 }
 COLUMNS = {
     "as its paper evaluates": "accuracy_as_its_paper",
-    "before FT": "accuracy_before_ft",
+    "as sent": "accuracy_before_ft",
     "tuned FT": "accuracy_after_ft_tuned",
     "kept by validation": "accuracy_kept",
-    "worst client before FT": "accuracy_worst_client_before_ft",
+    "worst client as sent": "accuracy_worst_client_before_ft",
 }
 
 
