@@ -4,7 +4,7 @@
 
 From the runs that ``pfedgpa compare`` left in that folder, or by default from the results kept in
 the repository: accuracy in %, mean over clients ± standard deviation over seeds, and how many
-clients are under 60 % before fine-tuning.
+clients are under 60 % as sent.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pfedgpa_app.study.compare import finished
 
 METHODS = ("last-upload", "pfedgpa-sampled", "pfedgpa-inverted", "pfedgpa-once", "pfedgpa")
 COLUMNS = {
-    "before FT": "accuracy_before_ft",
+    "as sent": "accuracy_before_ft",
     "FT as in training": "accuracy_after_ft_as_in_training",
     "tuned FT": "accuracy_after_ft_tuned",
-    "worst client before FT": "accuracy_worst_client_before_ft",
+    "worst client as sent": "accuracy_worst_client_before_ft",
     "clients under 60 %": "clients_under_60_before_ft",
 }
 

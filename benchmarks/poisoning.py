@@ -4,7 +4,7 @@
 
 20 clients of Fashion-MNIST with 200 images each, 20 rounds, one seed; 10 and 20 % of the clients
 attack as ``pfedgpa_app.client.attacks`` says. Runs that are complete are skipped, so it can be
-stopped and started again. Prints a table: accuracy in % before fine-tuning, mean of the honest
+stopped and started again. Prints a table: accuracy in % as sent, mean of the honest
 clients; "diverged" where an attack drove every client's weights to infinity.
 """
 

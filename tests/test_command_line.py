@@ -26,6 +26,21 @@ def test_a_method_of_one_s_own_is_looked_for_in_code_dir(tmp_path: Path) -> None
         assert METHODS[mine].title == "Mine"
 
 
+def test_settings_of_a_method_of_one_s_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "with_settings.py").write_text(
+        "from pfedgpa_app.methods.fedprox import FedProx, FedProxSettings\n\n"
+        "class Theirs(FedProx):\n    class settings(FedProxSettings): pass\n"
+    )
+    conf = tmp_path / "own.yaml"
+    conf.write_text(f"method: with_settings:Theirs\ncode-dir: {tmp_path}\ntheirs.mu: 0.5\n")
+    for names in (["theirs"], []):
+        with known_for_a_while("theirs"):
+            assert cli.main(["settings", *names, "--conf", str(conf)]) == 0
+        assert "theirs.mu = 0.5  [own.yaml]" in capsys.readouterr().out
+
+
 def test_a_second_signal_does_not_disturb_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """`timeout` sends two: one to its command, one to the group."""
     before, ended = signal.getsignal(signal.SIGTERM), []

@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopped: {stop}", file=sys.stderr)
         if options.command != "rehearse":  # its nodes are gone
             words = sys.argv[1:] if arguments is None else arguments
-            print(f"to continue: {_again(options.command, words, stop.folder)}", file=sys.stderr)
+            print(_again(options.command, words, stop.folder), file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -190,8 +190,13 @@ def _failed(why: str, status: int, debug: bool) -> int:
 
 
 def _again(command: str, words: list[str], folder: Path) -> str:
-    """Return the command that continues a stopped one, which was given as ``words``."""
+    """Say which command continues a stopped one, which was given as ``words``."""
+    what = "to continue"
     if command == "run":
+        from pfedgpa_app.runs.resuming import has_checkpoint
+
         words = [word for word in words if not word.startswith(("run-name=", "resume="))]
         words += [f"run-name={folder.name}", "resume=true"]
-    return shlex.join(["pfedgpa", *words])
+        if not has_checkpoint(folder):
+            what = "to start again (it kept no checkpoint)"
+    return f"{what}: {shlex.join(['pfedgpa', *words])}"

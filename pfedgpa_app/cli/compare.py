@@ -9,7 +9,6 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from pfedgpa_app.cli import options as shared
-from pfedgpa_app.core.settings import ConfigError, shown
 
 EXAMPLE = "compare --conf compare-fashion-mnist --methods fedavg,fedbabu,pfedgpa --seeds 0"
 
@@ -41,7 +40,7 @@ def handle(options: Namespace) -> int:
     methods = None
     if options.methods is not None:
         methods = shared.methods_named(options.methods, overrides)
-    seeds = None if options.seeds is None else _seeds(options.seeds)
+    seeds = None if options.seeds is None else shared.seeds(options.seeds)
     runs = plan(experiments, methods, seeds, overrides, options.out)
     try:
         done = run_sweep(runs, options.out, options.app.absolute(), options.jobs, on=options.on)
@@ -50,10 +49,3 @@ def handle(options: Namespace) -> int:
             write_text(options.out / "compare.md", text)
     print(text)
     return 0 if done else 1
-
-
-def _seeds(text: str) -> list[int]:
-    try:
-        return [int(seed) for seed in shared.items("--seeds", text)]
-    except ValueError as error:
-        raise ConfigError(f"--seeds {shown(text)}: must be whole numbers") from error

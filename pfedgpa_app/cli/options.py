@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -95,7 +96,8 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
     settings, as Flower's --run-config does: ``'seed=1 method="local"'``.
 
     Raises:
-        ConfigError: a word is no ``KEY=VALUE``, or its key does not exist.
+        ConfigError: a word is no ``KEY=VALUE``, or has an empty value, which Flower takes for none
+            given.
     """
     settings: dict[str, Any] = {}
     for text in texts:
@@ -104,7 +106,10 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
             if not found or not key.strip():
                 raise ConfigError(f"{shown(part)}: settings are given as KEY=VALUE")
             settings[key.strip()] = value_of(key.strip(), value)
-    return flat(settings, "command line")
+    every = flat(settings, "command line")
+    if empty := [name for name, value in every.items() if value == ""]:
+        raise ConfigError(f"{empty[0]}= (command line): has no value: give it one, or leave it out")
+    return every
 
 
 def value_of(key: str, text: str) -> Any:
@@ -150,6 +155,16 @@ def items(option: str, text: str) -> list[str]:
     if "" in found:
         raise ConfigError(f"{option} {text!r}: must be one or more values, separated by commas")
     return found
+
+
+def seeds(text: str) -> list[int]:
+    """Return the seeds that ``--seeds`` names, each once."""
+    words = items("--seeds", text)
+    if not all(re.fullmatch("[0-9]{1,19}", word) for word in words):
+        raise ConfigError(
+            f"--seeds {shown(text)}: must be whole numbers separated by commas, as in 0,1,2"
+        )
+    return list(dict.fromkeys(map(int, words)))
 
 
 def methods_named(text: str, overrides: Mapping[str, Any]) -> list[str]:

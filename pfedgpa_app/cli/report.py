@@ -19,7 +19,9 @@ def add_options(parser: ArgumentParser) -> None:
         help="folder of a run, a sweep or a comparison; the runs of several are compared",
     )
     parser.add_argument(
-        "--out", type=Path, help="the page; default: report.html in the first folder"
+        "--out",
+        type=Path,
+        help="the page; default: report.html in the first folder, comparison.html beside a run's",
     )
 
 

@@ -81,7 +81,7 @@ def handle(options: Namespace) -> int:
     methods = _methods(options, kind)
     seeds = list(SEEDS[:1] if options.quick else SEEDS)
     if options.seeds:
-        seeds = _seeds(options.seeds)
+        seeds = shared.seeds(options.seeds)
     if options.quick:
         overrides = {"num-server-rounds": 20} | overrides
     app = options.app.absolute()
@@ -146,13 +146,6 @@ def _methods(options: Namespace, kind: type[Atlas]) -> tuple[str, ...]:
         what = f"not in the {kind.thing}, which has {', '.join(kind.known)}"
         raise ConfigError(f"--methods: {', '.join(sorted(unknown))}: {what}")
     return tuple(method for method in kind.known if method in asked)
-
-
-def _seeds(text: str) -> list[int]:
-    words = shared.items("--seeds", text)
-    if not all(word.isdecimal() for word in words):
-        raise ConfigError(f"--seeds {text}: must be whole numbers separated by commas, as in 0,1,2")
-    return list(dict.fromkeys(map(int, words)))
 
 
 def _place(text: str, known: dict[str, str]) -> tuple[str, str]:

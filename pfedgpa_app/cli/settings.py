@@ -25,8 +25,8 @@ def handle(options: Namespace) -> int:
     from pfedgpa_app.config.resolve import resolve
 
     names, conf = options.names, options.conf
+    here = resolve({"conf": conf}).as_dict() if conf else {}  # knows methods of the user's own
     chosen = [key for name in names for key in keys_of(name)] if names else list(keys().values())
-    here = resolve({"conf": conf}).as_dict() if conf else {}
     for key in {key.name: key for key in chosen}.values():
         value = argument(here[key.name]["value"] if conf else key.default) or "''"
         source = f"  [{here[key.name]['from']}]" if conf else ""

@@ -133,10 +133,10 @@ def differences(there: Mapping[str, Any], resolved: Resolved) -> list[str]:
     """List the settings that influence results and differ from ``there``, a stored run's."""
     here, before = json.loads(json.dumps(resolved.as_dict())), defaults()
     return [
-        f"{name} = {there.get(name, {}).get('value')!r} there, {entry['value']!r} here"
+        f"{name} = {kept!r} there, {entry['value']!r} here"
         for name, entry in here.items()
         if is_read(keys()[name], resolved.config)
-        and there.get(name, {"value": before[name]})["value"] != entry["value"]
+        and (kept := there.get(name, {"value": before[name]})["value"]) != entry["value"]
     ]
 
 

@@ -67,7 +67,7 @@ def svg(figure: Figure, name: str) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     drawn = file.getvalue()
     drawn = drawn[drawn.index("<svg") :].replace(INK, "currentColor")
-    drawn = re.sub(r' id="[a-z0-9.]+_\d+"', "", drawn)  # each figure's first axes are axes_1
+    drawn = re.sub(r' id="[A-Za-z0-9.]+_\d+"', "", drawn)  # each figure's first axes are axes_1
     return drawn.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
 
 
@@ -187,7 +187,8 @@ def latent_map(found: Mapping[str, Any], mixes: np.ndarray | None) -> str:
     Small dots are their uploads, large pies are the weights that were made for them.
 
     Args:
-        found: "uploads" [N, 2] of "clients" [N], and "newest" and "sent" by client, [2] each.
+        found: "uploads" [N, 2] of "clients" [N], and "newest" and "sent" by client, [2] each; and
+            "method", which of the run's learned them, where it is known.
         mixes: each client's share of every class, [clients, classes], the slices of its pie; None
             if they are not known.
     """
@@ -208,7 +209,8 @@ def latent_map(found: Mapping[str, Any], mixes: np.ndarray | None) -> str:
         kind: dict[str, Any] = {"textcoords": "offset points", "fontsize": "x-small", "color": INK}
         axes.annotate(client, tuple(sent), (6, 5), **kind)
     axes.set(xlabel="latent 1", ylabel="latent 2")
-    return svg(figure, "clients in latent space")
+    learner = f" of {found['method']}" if "method" in found else ""
+    return svg(figure, f"clients in latent space{learner}")
 
 
 def _pie(axes: Axes, place: Sequence[float], mix: np.ndarray) -> None:

@@ -188,7 +188,7 @@ class RunLog:
     """Appends to ``metrics.jsonl`` and ``events.jsonl`` in the run's folder.
 
     Attributes:
-        curves: {federation: [(round, mean accuracy of all clients, of the participants)]}.
+        curves: {federation: [(round, mean accuracy of all clients)]}.
         making: {federation: seconds that the server will take to make its clients' weights}.
         listeners: functions to call with each round's federation, number and records.
     """
@@ -198,10 +198,10 @@ class RunLog:
     ) -> None:
         """Start the log; ``work`` is the run's length in rounds, with its evaluations as rounds."""
         self.folder, self.rounds, self.making = folder, rounds, dict(making or {})
-        self.curves: dict[str, list[tuple[int, float, float]]] = {}
+        self.curves: dict[str, list[tuple[int, float]]] = {}
         self.listeners: list[Callable[[str, int, list[dict[str, Any]]], None]] = []
         self._work, self._done = work, 0.0
-        self._started = self._last = time.monotonic()
+        self._last = time.monotonic()
         self._begun = 0.0  # work that was done when this process began
         self._pace = 0.0  # seconds a round, smoothed
         self._sums: dict[str, tuple[int, int]] = {}  # {file of records: its size and CRC-32}
@@ -230,7 +230,8 @@ class RunLog:
         Raises:
             ConfigError: records that the checkpoint counts are missing or damaged.
         """
-        self.curves = state["curves"]
+        # older checkpoints have a third number
+        self.curves = {n: [(r, a) for r, a, *_ in points] for n, points in state["curves"].items()}
         self._done = self._begun = state["done"]
         sizes = {self.folder / file: state["sizes"].get(file, 0) for file in RECORDS}
         for path, size in sizes.items():
@@ -356,8 +357,6 @@ class RunLog:
         text = f"{name} round {server_round}/{self.rounds}  loss {loss:.3f}"
         if scores:
             everyone = mean([s["accuracy"] for s in scores.values()])
-            some = mean([s["accuracy"] for c, s in scores.items() if c in participants])
-            self.curves.setdefault(name, []).append((server_round, everyone, some))
-        if name in self.curves:
-            text += f"  accuracy {self.curves[name][-1][1]:.1f} %"
+            self.curves.setdefault(name, []).append((server_round, everyone))
+            text += f"  accuracy {everyone:.1f} %"
         self.event("round", f"{text}  {clock(seconds_left)} left", federation=name, loss=loss)

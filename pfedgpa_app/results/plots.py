@@ -16,29 +16,28 @@ from pfedgpa_app.results.tables import Outcome
 
 
 def accuracy_over_rounds(path: Path, log: RunLog, results: dict[str, Outcome]) -> None:
-    """Draw each federation's mean accuracy, and where each method ended before fine-tuning."""
+    """Draw each federation's mean accuracy, and where each method ended, as sent."""
     figure, axes = one_plot(7, 4.2)
     for name, points in log.curves.items():
-        rounds, everyone, _ = zip(*points, strict=True)
-        axes.plot(rounds, everyone, label=f"{name} (all rounds)")
+        axes.plot(*zip(*points, strict=True), label=f"{name} (all rounds)")
     for i, (name, result) in enumerate(results.items()):
         if name not in log.curves:
             axes.plot(log.rounds, result.before.mean(), "o^sDvP*X<>"[i % 10], label=name)
-    axes.set(xlabel="round", ylabel="accuracy before fine-tuning, mean of clients (%)")
+    axes.set(xlabel="round", ylabel="accuracy as sent, mean of clients (%)")
     axes.legend(fontsize="small", frameon=False)
     figure.savefig(path, dpi=150)
 
 
 def before_and_after(path: Path, results: dict[str, Outcome]) -> None:
-    """Draw every client before and after fine-tuning, method by method (as the paper's Fig. 4)."""
+    """Draw every client as sent and after fine-tuning, method by method (as the paper's Fig. 4)."""
     columns = min(3, len(results))
     rows = -(-len(results) // columns)
     figure = canvas(3.6 * columns, 2.6 * rows)
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes, (name, result) in zip(grid.flat, results.items(), strict=False):
         x = np.array(result.clients)
-        axes.bar(x - 0.2, result.before, 0.4, label="before fine-tuning")
-        axes.bar(x + 0.2, result.after, 0.4, label="after")
+        axes.bar(x - 0.2, result.before, 0.4, label="as sent")
+        axes.bar(x + 0.2, result.after, 0.4, label="after fine-tuning")
         axes.set_title(name, fontsize="medium")
         axes.locator_params(axis="x", integer=True)
         axes.spines[["top", "right"]].set_visible(False)

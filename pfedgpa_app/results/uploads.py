@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,18 @@ def _fixed(resolved: Resolved) -> dict[str, Any]:
     return plain
 
 
-def save(path: Path, state: RememberedState, resolved: Resolved, costs: dict[str, float]) -> None:
-    """Write the buffer, with what the rounds cost and the settings that made it."""
+def save(
+    path: Path,
+    state: RememberedState,
+    resolved: Resolved,
+    costs: dict[str, float],
+    held: Mapping[str, Any],
+) -> None:
+    """Write the buffer, with what the rounds cost, the settings that made it and who held what.
+
+    Args:
+        held: what the run kept of its data, {} if these are on nodes.
+    """
     _, vectors, rounds, clients = state.buffer.stack()
     tensors = {"vectors": vectors, "rounds": rounds, "clients": clients}
     newest = state.buffer.newest().values()
@@ -69,6 +80,7 @@ def save(path: Path, state: RememberedState, resolved: Resolved, costs: dict[str
         "format": FORMAT,
         "settings": json.dumps(_fixed(resolved)),
         "costs": json.dumps(costs),
+        "holdings": json.dumps(held),
     }
     write_tensors(path, tensors, metadata)
 
@@ -105,6 +117,18 @@ def settings_and_costs(path: Path) -> tuple[dict[str, Any], dict[str, float]]:
         raise _refused(path, f"is incomplete: it lacks {error}") from error
     except (ValueError, TypeError) as error:
         raise _refused(path, f"is damaged: {error}") from error
+
+
+def holdings_in(path: Path) -> dict[str, Any]:
+    """Return what the file says of the data that its uploads were trained on; {}: nothing.
+
+    Raises:
+        ConfigError: there is no such file, or it is of another format, or damaged.
+    """
+    try:
+        return dict(json.loads(read_metadata(path, FORMAT).get("holdings", "{}")))
+    except (ValueError, TypeError) as error:
+        raise _refused(path, str(error)) from error
 
 
 def _refused(path: Path, why: str) -> ConfigError:

@@ -141,4 +141,4 @@ def read_about(folder: Path) -> About:
             f"{folder}: is not a run's folder, or is from a version that kept no {MODEL}"
         ) from error
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+        raise ConfigError(f"{path}: cannot be read: {error}: put it back, or run anew") from error

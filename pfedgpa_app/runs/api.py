@@ -89,7 +89,7 @@ class Result:
         for name in dict.fromkeys(point["federation"] for point in self.curves):
             points = [point for point in self.curves if point["federation"] == name]
             axes.plot([p["round"] for p in points], [p["accuracy"] for p in points], label=name)
-        axes.set(xlabel="round", ylabel="accuracy before fine-tuning, mean of clients (%)")
+        axes.set(xlabel="round", ylabel="accuracy as sent, mean of clients (%)")
         axes.legend(frameon=False)
         return figure
 

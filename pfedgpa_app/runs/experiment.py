@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,14 +38,14 @@ from pfedgpa_app.methods import METHODS, federations, halves, name_of, rounds_cl
 from pfedgpa_app.methods.averaging import Defence
 from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.fine_tuning import fine_tunings
-from pfedgpa_app.methods.generation import RememberingFedAvg
+from pfedgpa_app.methods.generation import RememberedState, RememberingFedAvg
 from pfedgpa_app.models.build import remarks_on_weights
 from pfedgpa_app.results import plots, uploads
 from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, say
 from pfedgpa_app.results.tracking import Tracking, require_installed
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.about import MODEL, WEIGHTS, write_about
-from pfedgpa_app.runs.folder import CONFIG, keep_holdings, locked, run_folder, running
+from pfedgpa_app.runs.folder import CONFIG, holdings, keep_holdings, locked, run_folder, running
 from pfedgpa_app.runs.initial import (
     initial_weights,
     learn_nothing,
@@ -195,19 +195,56 @@ def _groups(config: Config) -> list[int]:
 
 
 def _keep_distribution(
-    folder: Path, config: Config, schema: Schema, found: WeightDistribution, common: Weights
+    folder: Path,
+    config: Config,
+    schema: Schema,
+    learned: Mapping[str, WeightDistribution | None],
+    state: Any,
 ) -> None:
     """Write what a federation's server learned, and draw its latents, if the settings ask for it.
 
+    The last federation that learns has the files' plain names, the others their method's, as in
+    ``distribution.pfedgpa.safetensors``.
+
     Args:
-        common: the weights that all clients share.
+        learned: what each of the federation's methods learned, if anything; the last counts.
+        state: the federation's, which has the weights that all clients share.
     """
+    every = [(method, found) for method, found in learned.items() if found is not None]
+    if not every:
+        return
+    method, found = every[-1]
+
+    def path(name: str) -> Path:
+        plain = folder / name
+        return (
+            plain if method in _last_to_learn(config) else plain.with_stem(f"{plain.stem}.{method}")
+        )
+
     if config.save_weights:
+        common: Weights = state.global_weights
         beside = {name: common[name] for name in own_statistics(common, found.layout.names)}
-        saved.save(found, folder / saved.FILE, beside, origin(config, schema))
+        told = origin(config, schema) | {"method": method}
+        saved.save(found, path(saved.FILE), beside, told)
     if config.report and (places := plots.latent_places(found)):
-        write_json(folder / report.LATENTS, places)
-        plots.latents(folder / "latents.png", places, _groups(config))
+        write_json(path(report.LATENTS), {"method": method} | places)
+        plots.latents(path("latents.png"), places, _groups(config))
+
+
+def _save_uploads(
+    folder: Path, state: RememberedState, resolved: Resolved, costs: dict[str, float]
+) -> None:
+    """Write a federation's uploads, and what the run's data are."""
+    uploads.save(folder / uploads.FILE, state, resolved, costs, holdings(folder))
+
+
+def _last_to_learn(config: Config) -> list[str]:
+    """Return the methods that learn a distribution in the last federation that has some."""
+    of_each = [
+        [name for name in names if METHODS[name].learned is not Personaliser.learned]
+        for names in federations(config.method).values()
+    ]
+    return [names for names in of_each if names][-1]
 
 
 def _lost_tracker(folder: Path, log: RunLog, kind: str, why: str) -> None:
@@ -317,7 +354,7 @@ class Experiment:
         strategy = self._run_rounds(name, methods)
         state = strategy.method.state
         scores: dict[str, tuple[dict[int, FinalScore], int]] = {}
-        found: WeightDistribution | None = None
+        learned = dict[str, WeightDistribution | None]()
         for method_name in methods:
             method = METHODS[method_name](self.config, state)
             weights = self._make_and_evaluate(method_name, method, strategy, scores)
@@ -325,9 +362,8 @@ class Experiment:
                 curve, sent = join(strategy, method)
                 self.summary.add_joined(method_name, method, curve)
                 self._save(method_name, method, weights | sent)
-            found = halves.learned(method_name, method) or found
-        if found is not None:
-            _keep_distribution(self.folder, self.config, self.dataset, found, state.global_weights)
+            learned[method_name] = halves.learned(method_name, method)
+        _keep_distribution(self.folder, self.config, self.dataset, learned, state)
 
     def _run_rounds(self, name: str, methods: list[str]) -> Personalised:
         """Run one federation's rounds, or restore them, and return its strategy."""
@@ -372,7 +408,7 @@ class Experiment:
                 timeout=config.timeout,
             )
         if config.save_uploads and kind is RememberingFedAvg:
-            uploads.save(self.folder / uploads.FILE, state, self.resolved, strategy.costs())
+            _save_uploads(self.folder, state, self.resolved, strategy.costs())
         return strategy
 
     def _make_and_evaluate(

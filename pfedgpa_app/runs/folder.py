@@ -7,8 +7,9 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from pfedgpa_app.core.own_code import digest, still_there
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, DataError
-from pfedgpa_app.data.client import check_same, class_counts, fingerprint, load_schema
+from pfedgpa_app.data.client import alike, class_counts, fingerprint, load_schema
 from pfedgpa_app.diffusion import saved
+from pfedgpa_app.results import uploads
 from pfedgpa_app.results.log import EVENTS, METRICS, SUMMARY, Records, last_event
 
 CONFIG, LOG, LOCK = "config.json", "flower.log", ".lock"
@@ -55,17 +57,11 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
 def keep_holdings(folder: Path, config: Config) -> None:
     """Write how many examples of each class every client holds.
 
-    A run that is resumed, or that starts from saved uploads, must find the data of before; a
-    resumed one also the other files that its settings name.
-
     Raises:
-        DataError: the data, or those files, have changed.
+        DataError: as ``check_unchanged`` and ``check_uploads``.
     """
-    if config.resume:  # otherwise an earlier run here trained nobody, maybe with other settings
-        check_data(folder, config)
-        check_files(folder, config)
-    if config.uploads:  # other data could test clients on examples that were trained on
-        check_data(user_path(config.uploads).parent, config)
+    check_unchanged(folder, config)
+    check_uploads(config)
     held = {
         "classes": load_schema(config).classes,
         "train": class_counts(config),
@@ -75,18 +71,51 @@ def keep_holdings(folder: Path, config: Config) -> None:
     write_json(folder / HOLDINGS, held)
 
 
+def check_unchanged(folder: Path, config: Config) -> None:
+    """Refuse to resume the run in ``folder`` if its data, or files that settings name, changed.
+
+    Raises:
+        DataError: they have.
+    """
+    if config.resume:  # otherwise an earlier run here trained nobody, maybe with other settings
+        check_data(folder, config)
+        check_files(folder, config)
+
+
+def check_uploads(config: Config) -> None:
+    """Refuse saved uploads of clients whose data were others than they are now.
+
+    With other data, clients could be tested on examples that were trained on.
+
+    Raises:
+        DataError: they were.
+    """
+    if config.uploads:
+        path = user_path(config.uploads)
+        held = uploads.holdings_in(path) or holdings(path.parent)  # earlier versions: only beside
+        _check_held(held, f"the run of {path}", config)
+
+
 def check_data(folder: Path, config: Config) -> None:
     """Refuse data other than those of the run in ``folder``, as far as it kept a record of them.
 
     Raises:
         DataError: the data have changed, or are dealt to clients otherwise.
     """
-    held = _holdings(folder)
-    if "data" in held:  # runs of earlier versions did not keep it
-        check_same(config, held["data"])
+    _check_held(holdings(folder), str(folder), config)
+
+
+def _check_held(held: Mapping[str, Any], source: str, config: Config) -> None:
+    """Refuse data other than ``held``, the record of the run that ``source`` names."""
+    # runs of earlier versions did not keep everything
+    if "data" in held and not alike(fingerprint(config), held["data"]):
+        raise DataError(
+            f"dataset {config.dataset}: the data have changed since {source} began: restore them, "
+            "or run anew"
+        )
     if "train" in held and held["train"] != class_counts(config):
         raise DataError(
-            f"{folder}: its clients held other examples than they would now: an earlier version "
+            f"{source}: its clients held other examples than they would now: an earlier version "
             "dealt them differently, or its partition's file has changed since; run it anew, or "
             "name labelled data (pfedgpa evaluate RUN DATASET)"
         )
@@ -98,7 +127,7 @@ def check_files(folder: Path, config: Config) -> None:
     Raises:
         DataError: a file has changed.
     """
-    kept, now = _holdings(folder).get("files", {}), _digests(config)
+    kept, now = holdings(folder).get("files", {}), _digests(config)
     for name, path in files_of(config).items():
         if name in kept and kept[name] != now.get(name):
             raise DataError(
@@ -112,11 +141,21 @@ def _digests(config: Config) -> dict[str, str]:
     return {name: digest(file) for name, file in files.items() if file.is_file()}
 
 
-def _holdings(folder: Path) -> dict[str, Any]:
+def holdings(folder: Path) -> dict[str, Any]:
+    """Return what ``keep_holdings`` wrote for the run in ``folder``; {} if it wrote nothing.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = folder / HOLDINGS
     try:
-        held: dict[str, Any] = json.loads((folder / HOLDINGS).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(held, dict):
+            raise ValueError("it holds no record of the run's data")
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}: put it back, or run anew") from error
     return held
 
 
@@ -218,6 +257,18 @@ def _ended_before_round_1(folder: Path) -> bool:
     return not left and last_event(folder).get("kind") == "failed"
 
 
+def _empty(folder: Path) -> None:
+    """Remove what a run has written to ``folder``, except what is there before its settings.
+
+    Anything else would make it a foreign folder to the next process that asks for it.
+    """
+    for path in [path for path in folder.iterdir() if path.name not in _BEFORE]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def run_folder(resolved: Resolved) -> Path:
     """Make the folder for the run's results and return its absolute path.
 
@@ -274,7 +325,7 @@ def _refuse(folder: Path, resolved: Resolved) -> None:
     name = resolved.config.run_name
     if is_running(folder):
         raise ConfigError(running(folder))
-    written = all((folder / file).exists() for file in (EVENTS, METRICS, HOLDINGS))
+    written = all((folder / file).exists() for file in (EVENTS, METRICS))
     if resolved.config.resume and written and not (folder / CONFIG).exists():
         raise ConfigError(
             f"resume: {folder} has no {CONFIG}, which says how it was run so far: put it back, or "
@@ -288,8 +339,7 @@ def _refuse(folder: Path, resolved: Resolved) -> None:
     if not (folder / CONFIG).exists():
         return
     if not resolved.config.resume and _ended_before_round_1(folder):
-        (folder / CONFIG).unlink()
-        (folder / EVENTS).unlink(missing_ok=True)
+        _empty(folder)
         return
     if not resolved.config.resume:
         raise ConfigError(

@@ -17,7 +17,7 @@ from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, is_done, last_even
 from pfedgpa_app.results.tables import text_table
 from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError
 from pfedgpa_app.runs.folder import CONFIG, is_running
-from pfedgpa_app.runs.reading import OF_ITS_PLACE, Run, command_of
+from pfedgpa_app.runs.reading import OF_ITS_PLACE, Run, command_of, files_named
 from pfedgpa_app.runs.resuming import CHECKPOINT
 
 
@@ -47,8 +47,8 @@ def _run(folder: Path) -> Iterator[str]:
     )
     yield _state(folder)
     yield from _checkpoint(run)
-    if (folder / saved.FILE).is_file():
-        yield from _distribution(folder / saved.FILE)
+    for path in files_named(saved.FILE, folder):
+        yield from _distribution(path)
     if (folder / SUMMARY).is_file() and is_done(folder):
         yield from ("", text_table(rows_of(folder)))
 
@@ -99,14 +99,16 @@ def _resuming(run: Run) -> str:
 
 def _distribution(path: Path) -> Iterator[str]:
     try:
-        learned = saved.load(path)
+        learned, method = saved.load(path), saved.origin_of(path).get("method")
     except ValueError as error:
         raise ConfigError(f"{path}: is not a run's distribution: {error}") from error
     layout, rounds = learned.layout, learned.rounds
+    whose = f" of {method}" if method else ""  # earlier versions kept none
     yield (
-        f"distribution: of {len(learned.latents)} uploads of {len(learned.clients.unique())} "
-        f"clients, rounds {int(rounds.min())} to {int(rounds.max())}; {sum(layout.sizes):,} "
-        f"weights in {len(layout.names)} tensors, {learned.latents[0].numel()} latent numbers "
+        f"distribution{whose}: of {len(learned.latents)} uploads of "
+        f"{len(learned.clients.unique())} clients, rounds {int(rounds.min())} to "
+        f"{int(rounds.max())}; {sum(layout.sizes):,} weights in {len(layout.names)} tensors, "
+        f"{learned.latents[0].numel()} latent numbers "
         f"({learned.settings.autoencoder} autoencoder)"
     )
     steps = learned.settings.diffusion_steps

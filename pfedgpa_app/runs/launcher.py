@@ -26,7 +26,14 @@ from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.methods.halves import ServerHalf, begun
 from pfedgpa_app.results import tracking, uploads
 from pfedgpa_app.results.log import EVENTS, Records, clock, is_done, last_event, say
-from pfedgpa_app.runs.folder import LOG, is_running, run_folder, running
+from pfedgpa_app.runs.folder import (
+    LOG,
+    check_unchanged,
+    check_uploads,
+    is_running,
+    run_folder,
+    running,
+)
 from pfedgpa_app.runs.initial import initial_weights
 from pfedgpa_app.server import privacy
 
@@ -144,6 +151,7 @@ def preflight(run_config: Mapping[str, Any], config: Config) -> None:
         if config.uploads:
             there = resolve(with_absolute_paths(run_config, config))
             uploads.require_alike(user_path(config.uploads), there)
+            check_uploads(config)
     except (ValueError, MethodError) as error:
         raise ConfigError(str(error)) from error
 
@@ -188,6 +196,7 @@ def launch(
     if is_done(folder):
         console.print(f"nothing is left to do: results are in {folder}")
         return folder
+    check_unchanged(folder, config)
     settings |= {"out-dir": str(folder.parent), "run-name": folder.name}
     there = resolve(settings).config
 

@@ -41,9 +41,17 @@ class Run:
     folder: Path
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
-        """The settings, {setting: {"value": …, "from": …}}."""
+    def _kept(self) -> dict[str, Any]:
         return kept_settings(self.folder)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings, {setting: {"value": …, "from": …}}.
+
+        Those that a run of an earlier version lacked have their defaults.
+        """
+        before = {name: {"value": value, "from": "default"} for name, value in defaults().items()}
+        return before | self._kept
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -55,15 +63,20 @@ class Run:
         """Yield the records of one of its files."""
         return Records(self.folder / file).new()
 
-    def read(self, file: str) -> Any:
-        """Return the content of one of its JSON files; None if there is no such file.
+    def read(self, file: str) -> dict[str, Any] | None:
+        """Return the dict in one of its JSON files; None if there is no such file.
 
         Raises:
             ConfigError: the file is damaged.
         """
         path = self.folder / file
+        if not path.exists():
+            return None
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it holds none of a run's records")
+            return found
         except ValueError as error:
             raise ConfigError(
                 f"{path} cannot be read: {error}: put it back, or remove it"
@@ -87,7 +100,7 @@ class Run:
         """Say who takes part in each of its rounds."""
 
         def value(name: str) -> float:
-            return float(self.settings[name]["value"]) if name in self.settings else 0.0
+            return float(self.settings[name]["value"])
 
         share = value("fraction-train")
         part = f"{100 * share:g} % of the" if share < 1 else "all"
@@ -136,6 +149,13 @@ def runs_in(paths: Sequence[Path]) -> list[Run]:
             raise ConfigError(text)
         warn_once(f"{text}; it is left out")
     return [Run(folder) for folder in found]
+
+
+def files_named(name: str, folder: Path) -> list[Path]:
+    """Return the run's file of this name, after those that have a method's name in it, too."""
+    plain = folder / name
+    others = sorted(folder.glob(f"{plain.stem}.*{plain.suffix}"))
+    return [path for path in (*others, plain) if path.is_file()]
 
 
 def chosen(run: Run) -> Iterator[tuple[str, Any]]:

@@ -22,11 +22,11 @@ from pfedgpa_app.results.log import EVENTS, clock
 from pfedgpa_app.results.page import page
 from pfedgpa_app.results.tables import LEGEND, percent, without_generation, without_result
 from pfedgpa_app.runs.about import MODEL
-from pfedgpa_app.runs.folder import HOLDINGS, unfinished
-from pfedgpa_app.runs.reading import Row, Run, chosen, command_of, runs_in
+from pfedgpa_app.runs.folder import CONFIG, HOLDINGS, unfinished
+from pfedgpa_app.runs.reading import Row, Run, chosen, command_of, files_named, runs_in
 from pfedgpa_app.runs.table import Entry, as_csv, as_latex, curves_of, table_of
 
-REPORT, LATENTS = "report.html", "latents.json"
+REPORT, COMPARISON, LATENTS = "report.html", "comparison.html", "latents.json"
 WORST = 5  # how many of the worst clients are named
 _OF_THE_DATA = ("dataset", "data-dir", "image-size", "test-share")  # settings
 _SAID_OF_A_RUN = ("data", "privacy", "attack")  # kinds of events
@@ -36,7 +36,8 @@ def write(paths: Sequence[Path], out: Path | None = None) -> Path:
     """Write the report of the runs in ``paths``, and its table beside it.
 
     Args:
-        out: the page; by default ``report.html`` in the first of the folders.
+        out: the page; by default ``report.html`` in the first of the folders, or
+            ``comparison.html`` there if that is a run's, which has a page of its own.
 
     Raises:
         ConfigError: there are no runs, or the report cannot be written.
@@ -45,7 +46,9 @@ def write(paths: Sequence[Path], out: Path | None = None) -> Path:
     so_far = [*filter(None, (unfinished(run.folder) for run in runs)), *_unlike(runs)]
     for text in so_far:
         warn_once(text)
-    return _written(runs, out or paths[0] / REPORT, so_far)
+    first = paths[0]
+    page = COMPARISON if len(runs) > 1 and (first / CONFIG).is_file() else REPORT
+    return _written(runs, out or first / page, so_far)
 
 
 def _unlike(runs: Sequence[Run]) -> Iterator[str]:
@@ -168,12 +171,19 @@ def _about(runs: Sequence[Run]) -> list[str]:
         said = {event["kind"]: event["text"] for event in events}  # the last of each kind
         lines += [said[kind] for kind in _SAID_OF_A_RUN if kind in said]
         if len(runs) == 1 and events:
-            start, end = events[0]["time"], events[-1]["time"]
-            day = time.strftime("%Y-%m-%d %H:%M", time.localtime(start))
+            day = time.strftime("%Y-%m-%d %H:%M", time.localtime(events[0]["time"]))
             rounds = run.settings["num-server-rounds"]["value"]
-            took = f"run {run.folder.name}, started {day}, took {clock(end - start)}"
+            took = f"run {run.folder.name}, started {day}, took {clock(_took(events))}"
             lines.append(f"{rounds} rounds, {run.in_each_round()}; {took}.")
     return list(dict.fromkeys(lines))[:6]
+
+
+def _took(events: Sequence[Row]) -> float:
+    """Return for how many seconds a run went on, without the time until it was resumed."""
+    starts = [place for place, event in enumerate(events) if event["kind"] == "start"] or [0]
+    ends = [*starts[1:], len(events)]
+    each = zip(starts, ends, strict=True)
+    return sum(float(events[end - 1]["time"] - events[start]["time"]) for start, end in each)
 
 
 _PIES = (
@@ -182,9 +192,9 @@ _PIES = (
 )
 
 
-def latent_map_of(run: Run) -> str:
+def latent_map_of(run: Run, file: str = LATENTS) -> str:
     """Draw clients' weights as the server sees them; "" if no distribution was learned."""
-    latents, holdings = run.read(LATENTS), run.read(HOLDINGS)
+    latents, holdings = run.read(file), run.read(HOLDINGS)
     if not latents:
         return ""
     counts = np.array(holdings["train"]) if holdings else None
@@ -205,13 +215,16 @@ def _figures_of(run: Run) -> Iterator[dict[str, str]]:
         "caption": "A dot is what the client is sent, a bar what it has after fine-tuning: a bar "
         "to the right of its dot is a gain.",
     }
-    if drawn := latent_map_of(run):
+    titles = {row["method"]: row["title"] for row in run.rows}
+    for path in files_named(LATENTS, run.folder):
+        learner = (run.read(path.name) or {}).get("method", "")  # earlier versions kept none
+        by = f"Learned by {titles.get(learner, learner)}. " if learner else ""
         yield {
             "title": "Clients' weights, as the server sees them",
-            "svg": drawn,
-            "caption": "The two latent dimensions in which clients' uploads differ most. Small "
-            "dots are uploads; a large one is the weights generated for a client; a grey line "
-            "leads from its newest upload."
+            "svg": latent_map_of(run, path.name),
+            "caption": f"{by}The two latent dimensions in which clients' uploads differ most. "
+            "Small dots are uploads; a large one is the weights generated for a client; a grey "
+            "line leads from its newest upload."
             + (_PIES if run.read(HOLDINGS) else " What clients hold is known only on their nodes."),
         }
     if holdings := run.read(HOLDINGS):

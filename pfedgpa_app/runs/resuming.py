@@ -13,13 +13,18 @@ from pfedgpa_app.core.files import checksum
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.results.log import METRICS, RunLog
-from pfedgpa_app.runs.about import WEIGHTS, changed_code, read_about
-from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError, encode
+from pfedgpa_app.runs.about import MODEL, WEIGHTS, changed_code, read_about
+from pfedgpa_app.runs.checkpoint import MANIFEST, Checkpoint, CheckpointError, encode
 from pfedgpa_app.runs.personal import weights_file
 from pfedgpa_app.runs.summary import Summary
 
 CHECKPOINT = "checkpoint"
 _ABSENT: dict[str, Any] = {"weights": {}, "partitions": [], "keeping": []}
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run in ``folder`` has kept a checkpoint to go on from."""
+    return (folder / CHECKPOINT / MANIFEST).exists()
 
 
 class Resuming:
@@ -99,14 +104,12 @@ class Resuming:
         Each imported file of the user's own that has changed since is warned of.
 
         Raises:
-            ConfigError: the data have other classes now, or examples of another shape.
+            ConfigError: the data have other classes now, or examples of another shape; or what is
+                kept of them cannot be read.
         """
-        if not self._restored:
+        if not self._restored or not (self.log.folder / MODEL).exists():  # it is written again
             return
-        try:
-            about = read_about(self.log.folder)
-        except ConfigError:  # a resumed run writes it again
-            return
+        about = read_about(self.log.folder)
         now = schema if about.schema.columns else replace(schema, columns=())  # earlier had none
         if about.schema.as_dict() != now.as_dict():
             raise ConfigError(

@@ -101,14 +101,14 @@ class Summary:
             result,
             self.config,
             **self._of_rounds(name, result, strategy),
-            peak_memory_mib=round(peak_memory() / 2**20, 1),
+            peak_memory_mib=round(peak_memory() / 2**20, 1),  # so far: earlier methods count
             **more,
             **reported(name, method),
         )
         self.log.event(
             "method",
-            f"{method.title}: {result.before.mean():.1f} % before fine-tuning, "
-            f"{result.after.mean():.1f} % after",
+            f"{method.title}: {result.before.mean():.1f} % as sent, "
+            f"{result.after.mean():.1f} % after fine-tuning",
         )
         records = [
             {
@@ -135,10 +135,10 @@ class Summary:
             in_it = set(asked) - late
         took_part = [a for c, a in zip(result.clients, result.before, strict=True) if c in in_it]
         curve = self.log.curves.get(strategy.name, []) if name == strategy.name else []
-        accuracies = {server_round: accuracy for server_round, accuracy, _ in curve}
+        accuracies = dict(curve)
         peak = max(accuracies.values(), default=0.0)
         soon = [r for r, a in accuracies.items() if a >= 0.95 * peak]
-        last_five = [accuracy for _, accuracy, _ in curve][-5:]
+        last_five = [accuracy for _, accuracy in curve][-5:]
         return {
             "accuracy_before_ft_participants": round(mean(took_part), 4) if took_part else None,
             "accuracy_mean_of_last_five_rounds": round(mean(last_five), 4) if last_five else None,

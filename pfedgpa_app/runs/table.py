@@ -12,6 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from pfedgpa_app.config.names import keys
+from pfedgpa_app.config.parse import argument
 from pfedgpa_app.results.figures import Curve
 from pfedgpa_app.results.tables import over_seeds, recipes_in_words, without_some
 from pfedgpa_app.runs.reading import Row, Run
@@ -71,7 +72,9 @@ def table_of(runs: Sequence[Run]) -> tuple[list[str], list[Entry]]:
     alike: dict[tuple[str, str], dict[int, tuple[float, Row]]] = {}
     for run in runs:
         for row in run.rows:
-            choice = ", ".join(f"{k}={v}" for k, v in run.choice(row["method"], varied).items())
+            choice = ", ".join(
+                f"{k}={argument(v)}" for k, v in run.choice(row["method"], varied).items()
+            )
             seeds = alike.setdefault((row["title"], choice), {})
             if row["seed"] not in seeds or seeds[row["seed"]][0] < run.ended:
                 seeds[row["seed"]] = run.ended, row  # the newest of several runs of a seed
@@ -110,7 +113,7 @@ def curves_of(runs: Sequence[Run]) -> tuple[dict[str, Curve], dict[str, float]]:
         titles = {row["method"]: row["title"] for row in run.rows}
         seed = run.settings["seed"]["value"]
         for federation, rounds in run.curves.items():
-            choice = ", ".join(map(str, run.choice(federation, varied).values()))
+            choice = ", ".join(map(argument, run.choice(federation, varied).values()))
             name = titles.get(federation, federation) + (f" ({choice})" if choice else "")
             for r, accuracy in rounds.items():
                 gathered.setdefault(name, {}).setdefault(r, {})[seed] = accuracy

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pfedgpa_app.config.names import keys, require_method
+from pfedgpa_app.config.names import defaults, keys, require_method
 from pfedgpa_app.config.parse import argument
 from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.methods import METHODS, federations
 from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.results.log import finished_in, rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
-from pfedgpa_app.runs.folder import kept_settings
+from pfedgpa_app.runs.folder import kept_methods, kept_settings
 from pfedgpa_app.study.plan import PlannedRun, Settings, expand, require_alike, settings_of
 
 EXPERIMENTS = (
@@ -68,10 +68,10 @@ PAPER: dict[str, dict[str, tuple[float, float, float]]] = {
 }
 COLUMNS = {
     "as its paper evaluates": "accuracy_as_its_paper",
-    "before FT": "accuracy_before_ft",
+    "as sent": "accuracy_before_ft",
     "tuned FT": "accuracy_after_ft_tuned",
     "kept by validation": "accuracy_kept",
-    "worst client before FT": "accuracy_worst_client_before_ft",
+    "worst client as sent": "accuracy_worst_client_before_ft",
 }
 
 
@@ -132,8 +132,9 @@ def finished(out: Path) -> Finished:
         n for n, key in keys().items() if "." not in n and not key.is_for_launch and n not in own
     ]
     for folder in finished_in(out):
-        kept = values_of(kept_settings(folder))
-        settings = {name: kept[name] for name in shared if name in kept}
+        kept_methods(folder)  # imports methods of the user's own
+        kept = defaults() | values_of(kept_settings(folder))
+        settings = {name: kept[name] for name in shared}
         methods = found.setdefault(Path(kept["conf"]).stem, {})
         for row in rows_of(folder):
             methods.setdefault(row["method"], {})[row["seed"]] = row | {"run_settings": settings}
@@ -194,7 +195,7 @@ def _unlike(methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]
     for name in sorted({name for row in rows for name in row.get("run_settings", {})}):
         by: dict[str, list[str]] = {}  # {value: the methods that were run with it}
         for row in rows:
-            by.setdefault(argument(row["run_settings"].get(name)), []).append(row["title"])
+            by.setdefault(argument(row["run_settings"][name]), []).append(row["title"])
         if len(by) > 1:
             whose = (f"{v} ({', '.join(dict.fromkeys(titles))})" for v, titles in by.items())
             yield f"{name} = {', '.join(whose)}"

@@ -81,7 +81,7 @@ def by_client(found: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[f
     for axes, (title, lines) in zip(panels, found.items(), strict=False):
         for i, (name, (before, after)) in enumerate(lines.items()):
             clients = range(len(before))
-            axes.plot(clients, before, "--", color=colour(i), label=f"{name}, before FT")
+            axes.plot(clients, before, "--", color=colour(i), label=f"{name}, as sent")
             axes.plot(clients, after, "-", color=colour(i), label=f"{name}, after FT")
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("client")

@@ -97,7 +97,8 @@ def command(settings: Settings, app: Path) -> list[str]:
     """Return the command that starts a run."""
     # -P: import nothing from the user's folder, whatever lies there
     words = [sys.executable, "-P", "-m", "pfedgpa_app", "run", "--app", str(app)]
-    return words + [f"{key}={argument(value)}" for key, value in settings.items()]
+    given = {key: argument(value) for key, value in settings.items()}
+    return words + [f"{key}={text}" for key, text in given.items() if text]  # "": not given
 
 
 class Here:

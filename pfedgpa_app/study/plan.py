@@ -18,11 +18,17 @@ from pfedgpa_app.core.sections import OF_PARTITION, Config
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.methods import federations
+from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.results.log import SUMMARY, finished_in, is_done, last_event
 from pfedgpa_app.runs.about import changed_code, read_about
-from pfedgpa_app.runs.checkpoint import MANIFEST
-from pfedgpa_app.runs.folder import check_data, check_files, is_foreign, kept_settings
-from pfedgpa_app.runs.resuming import CHECKPOINT
+from pfedgpa_app.runs.folder import (
+    check_data,
+    check_files,
+    is_foreign,
+    kept_methods,
+    kept_settings,
+)
+from pfedgpa_app.runs.resuming import has_checkpoint
 
 Settings = dict[str, Any]
 
@@ -96,8 +102,7 @@ class PlannedRun:
             _require_same_data(self.folder, self.config)
 
     def _is_resumable(self) -> bool:
-        kept = (self.folder / CHECKPOINT / MANIFEST).exists()
-        return kept and last_event(self.folder).get("kind") != "failed"
+        return has_checkpoint(self.folder) and last_event(self.folder).get("kind") != "failed"
 
     def can_go_on(self) -> bool:
         """Whether its folder holds a checkpoint of this very run, which was killed, not failed.
@@ -151,15 +156,16 @@ def require_alike(runs: Sequence[PlannedRun], out: Path) -> None:
         TakenError: a finished run of the same experiment and method has other settings or data.
     """
     for folder in finished_in(out):
-        there = kept_settings(folder)
+        there, methods = kept_settings(folder), kept_methods(folder)
         experiment = Path(there["conf"]["value"]).stem
         for run in runs:
-            both = [name for name in there["method"]["value"] if name in run.config.method]
+            both = [name for name in methods if name in run.config.method]
             if not both or Path(run.config.conf).stem != experiment:
                 continue
-            same = {"method": both, "seed": there["seed"]["value"]}
+            named = [reference_of(name) for name in both]
+            same = {"method": named, "seed": there["seed"]["value"]}
             here = resolve(without_idle(run.settings, both) | same)
-            if found := differences(there | {"method": {"value": both}}, here):
+            if found := differences(there | {"method": {"value": named}}, here):
                 raise TakenError(
                     f"{folder} holds {', '.join(both)} with other settings ({'; '.join(found)}): "
                     "choose another --out, or delete it"

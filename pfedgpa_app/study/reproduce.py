@@ -145,7 +145,7 @@ class Atlas:
     def fill(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Run what is not done yet, writing the map again after every cell; return its tables.
 
-        A run that failed is tried again, once, and keeps no other from being run.
+        A run that failed in an earlier call is tried once more; one that fails keeps no other back.
         """
         found: dict[tuple[Cell, Cell], Settings] = {}
         cells = self.running(cells)
@@ -172,7 +172,7 @@ class Atlas:
         """
         found = []
         for cell, seed in itertools.product(cells, seeds):
-            (rows, failed), wanted = self._ended(cell, seed), self._methods(cell)
+            (rows, failed), wanted = self.ended(cell, seed), self.methods_of(cell)
             if rows and {*rows, *failed} >= set(wanted):
                 found += [asdict(cell) | rows[method] for method in wanted if method in rows]
         return found
@@ -181,15 +181,15 @@ class Atlas:
         """Say of each method whose run was started and has no result why that is."""
         told = []
         for cell, seed in itertools.product(cells, seeds):
-            rows, failed = self._ended(cell, seed)
+            rows, failed = self.ended(cell, seed)
             place = self._at(cell, seed)
-            for method in self._methods(cell) if place.exists() else ():
+            for method in self.methods_of(cell) if place.exists() else ():
                 if method not in rows:
                     why = failed.get(method, f"no result; see {place}")
                     told.append(f"{cell.name}, seed {seed}: {method}: {why}")
         return told
 
-    def _ended(self, cell: Cell, seed: int) -> tuple[dict[str, Row], dict[str, str]]:
+    def ended(self, cell: Cell, seed: int) -> tuple[dict[str, Row], dict[str, str]]:
         """Return {method: its row} of the runs that are done; {method: why} of those that failed.
 
         A method may have been run twice.
@@ -202,7 +202,7 @@ class Atlas:
 
     def write(self, cells: Sequence[Cell], seeds: Sequence[int] = SEEDS) -> str:
         """Write the rows, the tables and the figure; return the tables."""
-        rows = self.rows(cells, seeds)
+        rows = rows_done(self, cells, seeds)
         text = self.tables(rows)
         write_text(self.out / f"{self.name}.jsonl", "".join(as_json(row) + "\n" for row in rows))
         write_text(self.out / f"{self.name}.md", text)
@@ -229,13 +229,13 @@ class Atlas:
 
     def running(self, cells: Iterable[Cell]) -> list[Cell]:
         """Return the cells in which at least one of the chosen methods runs."""
-        return [cell for cell in cells if self._methods(cell)]
+        return [cell for cell in cells if self.methods_of(cell)]
 
     def done(self, cells: Sequence[Cell], seed: int = SEEDS[0]) -> list[Cell]:
         """Return the cells in which a seed is complete."""
         return [cell for cell in cells if self.rows([cell], [seed])]
 
-    def _methods(self, cell: Cell) -> list[str]:
+    def methods_of(self, cell: Cell) -> list[str]:
         return [method for method in cell.methods if method in self.only]
 
     def _at(self, cell: Cell, seed: int) -> Path:
@@ -254,7 +254,7 @@ class Atlas:
     def _federations(self, cell: Cell, found: Settings) -> list[tuple[list[str], Settings]]:
         """Return the methods of each federation, and the settings that they use."""
         base = self._settings(cell) | found
-        groups = federations(self._methods(cell)).values()
+        groups = federations(self.methods_of(cell)).values()
         return [(group, without_idle(base, group)) for group in groups]
 
     def _settings(self, cell: Cell) -> Settings:
@@ -298,6 +298,22 @@ class Atlas:
             told = {key: row[key] for key in (*_TOLD, *self.figures)}
             found.append(told | {"searched": {name: kept[name] for name in names}})
         return found
+
+
+def rows_done(atlas: Atlas, cells: Sequence[Cell], seeds: Sequence[int]) -> list[Row]:
+    """Return the rows of these cells and seeds as ``Atlas.rows`` does, and all others there are.
+
+    Other commands have made these in the same folder: of other methods, cells or seeds.
+    """
+    whole, found = replace(atlas, only=atlas.known), list[Row]()
+    for cell in dict.fromkeys([*atlas.cells(atlas.quick), *cells]):
+        there = (atlas.out / cell.name).glob("seed-*")
+        for seed in sorted(int(place.name.removeprefix("seed-")) for place in there):
+            if cell in cells and seed in seeds and not atlas.rows([cell], [seed]):
+                continue  # it is going on
+            rows, _ = whole.ended(cell, seed)
+            found += [asdict(cell) | rows[m] for m in whole.methods_of(cell) if m in rows]
+    return found
 
 
 def failed_in(place: Path) -> dict[str, str]:

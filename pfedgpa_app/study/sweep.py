@@ -40,14 +40,14 @@ from pfedgpa_app.training.sgd import slow_precision
 
 LOOK = 0.5  # seconds between looks at the runs
 COLUMNS = {
-    "before FT": "accuracy_before_ft",
+    "as sent": "accuracy_before_ft",
     "after FT": "accuracy_after_ft",
     "kept by validation": "accuracy_kept",
     "tuned FT": "accuracy_after_ft_tuned",
-    "worst client before FT": "accuracy_worst_client_before_ft",
+    "worst client as sent": "accuracy_worst_client_before_ft",
     "rounds to 95 % of the peak": "rounds_to_95_percent_of_peak",
     "server s": "server_seconds",
-    "peak MiB": "peak_memory_mib",
+    "peak MiB so far": "peak_memory_mib",
 }
 JOINED = "accuracy_of_joining_clients"  # a list: as welcomed, and after each upload
 

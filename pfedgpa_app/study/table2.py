@@ -19,11 +19,11 @@ from pfedgpa_app.study.table1 import PaperCell, Table1, columns_in
 METHODS_OF_TABLE = ("last-upload", "pfedgpa-sampled", "pfedgpa-inverted", "pfedgpa-once", "pfedgpa")
 WITHOUT, WITH = "pfedgpa-sampled", "pfedgpa-inverted"
 COLUMNS = {
-    "before FT": "accuracy_before_ft",
+    "as sent": "accuracy_before_ft",
     "FT as in training": "accuracy_after_ft_as_in_training",
     "tuned FT": "accuracy_after_ft_tuned",
-    "worst client before FT": "accuracy_worst_client_before_ft",
-    "clients under 60 % before FT": "clients_under_60_before_ft",
+    "worst client as sent": "accuracy_worst_client_before_ft",
+    "clients under 60 % as sent": "clients_under_60_before_ft",
 }
 # Lai et al., AAAI 2025, Table 2: {data set: {method: accuracy in % before, after fine-tuning}}
 PUBLISHED = {

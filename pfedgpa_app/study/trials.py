@@ -30,6 +30,7 @@ _FIRST = 4  # the first trials, which are not ended early
 _KEPT = 75.0  # percentage of runs, those with the smallest losses, that go on
 _STEPS = 10  # how many times a run's loss is looked at
 _WARM = 3  # the look, counted from 0, from which on a run may be ended
+_AS_THEY_ARE = "as they are"  # a trial's attribute: values that are neither drawn nor rounded
 _WIDE = 8  # from this ratio of largest to smallest value on, a grid is searched in logarithms
 
 
@@ -77,10 +78,16 @@ class Search:
         # the seed differs when a search goes on, so that it does not repeat its first proposals
         draws = numpy_generator(base["seed"], "trials", len(self.study.get_trials()))
         self.study.sampler = self.optuna.samplers.TPESampler(seed=int(draws.integers(2**31)))
-        usual = values_of(plain.as_dict())
-        self.ranges = {name: self._range_of(name, usual[name]) for name in grid}
-        # tried first, these win among equals
-        self._usual = {n: usual[n] for n in grid if _contains(self.ranges[n], usual[n])}
+        # tried first, as they are, these win among equals
+        every = values_of(plain.as_dict())
+        self._usual = {name: every[name] for name in grid}
+        number_of = self._usual | {
+            name: every["learning-rate"]  # which "auto" stands for
+            for name, value in self._usual.items()
+            if name.endswith(".learning-rate") and value == "auto"
+        }
+        self.ranges = {name: self._range_of(name, number_of[name]) for name in grid}
+        self._first = {n: v for n, v in number_of.items() if _contains(self.ranges[n], v)}
         self.going: dict[str, tuple[int, PlannedRun]] = {}
         self._trials: dict[str, Any] = {}  # {run that may be ended early: its trial}
         self._ended: set[str] = set()
@@ -93,16 +100,16 @@ class Search:
         """Return the next runs, interrupted ones first; none once there were enough trials."""
         self.going, self._trials = {}, {}
         for frozen in self.study.get_trials(states=self._states("RUNNING")):
-            run = self._possible(frozen.params)
+            run = self._possible(frozen)
             if run is None:
                 self.study.tell(frozen.number, state=self._states("FAIL")[0])
             else:
                 self.going[run.name] = frozen.number, run
         while len(self.going) < most and (asked := len(self.study.get_trials())) < self.number:
             if not asked:
-                self.study.enqueue_trial(self._usual)
+                self.study.enqueue_trial(self._first, user_attrs={_AS_THEY_ARE: self._usual})
             trial = self.study.ask(self.ranges)
-            run = self._possible(trial.params)
+            run = self._possible(trial)
             if run is None or run.name in self.going:  # or the same values, rounded
                 self.study.tell(trial, state=self._states("FAIL")[0])
                 continue
@@ -111,22 +118,24 @@ class Search:
 
     def runs(self) -> list[PlannedRun]:
         """Return the runs of all trials so far, also of an earlier search that this one goes on."""
-        proposed = [trial.params for trial in self.study.get_trials() if trial.params]
-        return [run for run in map(self._possible, proposed) if run is not None]
+        every = [trial for trial in self.study.get_trials() if trial.params]
+        return [run for run in map(self._possible, every) if run is not None]
 
     def _run(self, values: Settings) -> PlannedRun:
         each = {"method": reference_of(self.method)} | self.shared | values
         return expand(self.base, {name: [value] for name, value in each.items()}, self.out)[0]
 
-    def _possible(self, proposed: Settings) -> PlannedRun | None:
+    def _possible(self, trial: Any) -> PlannedRun | None:
         """Return the run with a trial's values; None if a method refuses them together."""
         with suppress(ConfigError):
-            return self._run(self._given(proposed))
+            return self._run(self._given(trial))
         return None
 
-    def _given(self, proposed: Settings) -> Settings:
+    def _given(self, trial: Any) -> Settings:
         """Return a trial's values as its run has them."""
-        return {name: given(proposed[name]) for name in self.grid}
+        values: Settings = {name: given(trial.params[name]) for name in self.grid}
+        usual: Settings = trial.user_attrs.get(_AS_THEY_ARE, {})
+        return values | usual
 
     def _range_of(self, name: str, usual: Any) -> Any:
         """Return the range that a setting's grid and its ``usual`` value span.
@@ -184,7 +193,7 @@ class Search:
         if not done:
             raise ConfigError(f"tune: no run of {self.method} finished; see {self.out}")
         best = max(done, key=lambda trial: trial.value)
-        return self._given(best.params)
+        return self._given(best)
 
 
 def _digest_of(found: Resolved, grid: Grid) -> str:

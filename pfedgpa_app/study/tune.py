@@ -300,7 +300,7 @@ def _add_report(path: Path, tried: Sequence[PlannedRun], command: str) -> None:
         kinds = ("before_ft", "after_ft", "after_ft_tuned")
         cells = [f"{validation[kind]:.2f}" if kind in validation else "–" for kind in kinds]
         rows.append([title, settings, str(run.config.num_server_rounds), *cells])
-    header = ["method", "settings", "rounds", "before FT", "its own FT", "tuned FT"]
+    header = ["method", "settings", "rounds", "as sent", "its own FT", "tuned FT"]
     report = (
         f"Made by `{command}`.\n\n"
         "Accuracy on the clients' pooled validation images in %; the largest of a method's three "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import re
 import subprocess
@@ -20,7 +21,7 @@ from pfedgpa_app import cli
 from pfedgpa_app.cli import options
 from pfedgpa_app.config.checks import without_effect
 from pfedgpa_app.config.names import keys
-from pfedgpa_app.config.resolve import resolve
+from pfedgpa_app.config.resolve import differences, resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.randomness import numpy_generator, torch_generator
 from pfedgpa_app.core.settings import ConfigError
@@ -66,6 +67,12 @@ class TestLayers:
         mine.write_text(f"conf: {mine}\n")
         with pytest.raises(ConfigError, match="builds on itself"):
             resolve({"conf": str(mine)})
+
+    def test_what_a_run_of_an_earlier_version_lacks_had_its_default(self) -> None:
+        resolved = resolve({"augment": True, "method": "fedavg"})
+        there = json.loads(json.dumps(resolved.as_dict()))  # as a run keeps it
+        del there["augment"], there["test-share"]
+        assert differences(there, resolved) == ["augment = False there, True here"]
 
     def test_pyproject_lists_every_setting(self) -> None:
         # Flower lets --run-config override listed keys only
@@ -366,6 +373,9 @@ class TestCommandLine:
             ["run", "="],
             ["run", "method"],
             ["run", "method=,"],
+            ["run", "head=", "method=fedavg"],
+            ["run", 'run-name=""'],
+            ["run", "group-shares="],
             ["run", "seed=" + "9" * 5000],
             ["run", "seed=" + "[" * 3000],
             ["run", "start-from=~nobody/x"],

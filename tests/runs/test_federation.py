@@ -214,9 +214,16 @@ class TestResults:
         one, _ = federate(tmp_path / "1", save_uploads=True, **how)
         held = json.loads((one / "holdings.json").read_text())
         held["train"] = held["train"][::-1]  # as an earlier version may have dealt them
+        tensors, metadata = read_tensors(one / uploads.FILE, uploads.FORMAT)
+        file = tmp_path / "moved.safetensors"  # it says itself what they held
+        write_tensors(file, tensors, metadata | {"holdings": json.dumps(held)})
+        with pytest.raises(DataError, match=r"moved.* its clients held other examples than they"):
+            federate(tmp_path / "2", uploads=str(file), **how)
+        del metadata["holdings"]  # as in earlier versions, where only the run's folder did
+        write_tensors(one / uploads.FILE, tensors, metadata)
         (one / "holdings.json").write_text(json.dumps(held))
-        with pytest.raises(DataError, match="1/run: its clients held other examples than they"):
-            federate(tmp_path / "2", uploads=str(one / "uploads.safetensors"), **how)
+        with pytest.raises(DataError, match=r"1/run.*: its clients held other examples than they"):
+            federate(tmp_path / "3", uploads=str(one / uploads.FILE), **how)
 
     def test_uploads_of_before_a_setting_was_there(self, tmp_path: Path) -> None:
         """They were made by what is now its default."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,28 @@ def test_a_run_that_is_done(
     monkeypatch.chdir(folder)
     assert lines_about(Path())[0].startswith("run run: ")
     alone = lines_about(folder / "distribution.safetensors")
-    assert alone[0].startswith("distribution: of 12 uploads")
+    assert alone[0].startswith("distribution of pfedgpa-once: of 12 uploads")
     spaced = folder.rename(folder.with_name("my run")) / "distribution.safetensors"
     assert shlex.split(lines_about(spaced)[1].partition("from it: ")[2]) == [f"start-from={spaced}"]
+
+
+def test_what_each_of_two_federations_learned(tmp_path: Path) -> None:
+    how = {"method": "pfedgpa,pfedgpa-once", "num_server_rounds": 3, "report": True}
+    folder, _ = federate(tmp_path, **how)
+    text = "\n".join(lines_about(folder))
+    for method, file in (
+        ("pfedgpa", "distribution.pfedgpa.safetensors"),
+        ("pfedgpa-once", "distribution.safetensors"),
+    ):
+        assert lines_about(folder / file)[0].startswith(f"distribution of {method}: of ")
+        assert f"start-from={folder / file}" in text
+    assert {path.name for path in folder.glob("latents*")} == {
+        f"latents{of}.{kind}" for of in ("", ".pfedgpa") for kind in ("json", "png")
+    }
+    page = (folder / "report.html").read_text()
+    assert [page.count(f"Learned by {by}. ") for by in ("pFedGPA", "pFedGPA, once")] == [1, 1]
+    ids = re.findall(r' id="(.*?)"', page)
+    assert len(set(ids)) == len(ids)
 
 
 def test_a_run_that_was_stopped_tells_where_and_how_to_go_on(tmp_path: Path) -> None:

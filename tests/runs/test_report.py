@@ -67,6 +67,18 @@ class TestOneRun:
             assert float(rows[row["title"]]["as sent"]) == row["accuracy_before_ft"]
         assert len(re.findall(r"textbf", (folder / "table.tex").read_text())) >= 4
 
+    def test_the_time_in_which_nothing_ran_does_not_count(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        copy = tmp_path / "copy"
+        shutil.copytree(folder, copy)
+        told = [("start", 0.0), ("round", 60.0), ("start", 9000.0), ("resumed", 9001.0)]
+        told += [("done", 9030.0)]
+        (copy / "events.jsonl").write_text(
+            "".join(json.dumps({"kind": k, "time": t, "text": ""}) + "\n" for k, t in told)
+        )
+        assert ", took 1:30." in report.write([copy]).read_text()
+
     def test_needs_nothing_from_anywhere(self, folder: Path) -> None:
         page = (folder / "report.html").read_text()
         links = re.findall(r"""(?:href|src)=["']?([^"'> ]+)|url\(([^)]*)\)|@import""", page)
@@ -79,7 +91,7 @@ class TestOneRun:
         assert named == [
             "accuracy over rounds",
             "each client before and after fine-tuning",
-            "clients in latent space",
+            "clients in latent space of pfedgpa-once",
             "who holds how many of each class",
         ]
         assert "#010203" not in page
@@ -276,6 +288,16 @@ class TestSeveralRuns:
         assert page.count("only]</td>") == 1
         assert "(learning-rate=0.1) [seed 0 only] &" in (seeds / "table.tex").read_text()
 
+    def test_a_run_that_is_compared_keeps_its_own(self, seeds: Path, tmp_path: Path) -> None:
+        shutil.copytree(seeds / "0" / "run", tmp_path / "mine")
+        own = report.write([tmp_path / "mine"])
+        assert own.name == "report.html"
+        before = {path: path.read_bytes() for path in (own, *report.tables_beside(own))}
+        page = report.write([tmp_path / "mine", seeds / "1"])
+        assert page == tmp_path / "mine" / "comparison.html"
+        assert (tmp_path / "mine" / "comparison.csv").is_file()
+        assert {path: path.read_bytes() for path in before} == before
+
     def test_every_seeds_recipe_of_fine_tuning(self, seeds: Path, tmp_path: Path) -> None:
         """Tuning chooses one for each."""
         for seed, (epochs, rate) in enumerate([(2, 0.02), (1, 0.005), (2, 0.02)]):
@@ -346,6 +368,20 @@ class TestSeveralRuns:
             assert float(rows[name]["kept"]) == pytest.approx(kept, abs=1e-4)
         curves, _ = curves_of(runs_in([tmp_path]))
         assert set(curves) == {"FedAvg", "FedProx (0.01)", "FedProx (30.0)"}
+
+    def test_a_setting_that_a_run_of_an_earlier_version_lacked(self, tmp_path: Path) -> None:
+        """It had its default, which another run may not have."""
+        how: dict[str, Any] = {"method": "fedavg", "num_server_rounds": 1}
+        before, _ = federate(tmp_path / "before", **how)
+        kept = json.loads((before / "config.json").read_text())
+        del kept["augment"], kept["seed"]
+        (before / "config.json").write_text(json.dumps(kept))
+        federate(tmp_path / "now", augment=True, **how)
+        _, entries = table_of(runs_in([tmp_path]))
+        assert {entry.name for entry in entries} == {
+            "FedAvg (augment=false)",
+            "FedAvg (augment=true)",
+        }
 
     def test_settings_of_another_partition_name_no_run(self, tmp_path: Path) -> None:
         for partition in ("iid", "dirichlet"):
@@ -442,6 +478,9 @@ class TestRefusals:
             ("config.json", "{}"),
             ("holdings.json", '{"train'),
             ("latents.json", "["),
+            ("latents.json", "[1]"),
+            ("holdings.json", "[1]"),
+            ("model.json", "[1]"),
         ],
     )
     def test_a_damaged_file_is_named(

@@ -44,6 +44,7 @@ from pfedgpa_app.runs.checkpoint import MANIFEST, Checkpoint, CheckpointError
 from pfedgpa_app.runs.folder import is_running, locked, run_folder
 from pfedgpa_app.runs.launcher import watched
 from pfedgpa_app.runs.resuming import CHECKPOINT
+from pfedgpa_app.server.screening import NoUploadsError
 from tests.support.federations import SMALL, federate, records, results, small
 
 # federations whose server or clients keep something of their own between rounds
@@ -326,9 +327,37 @@ class TestRefused:
         with pytest.raises(ConfigError, match=r"is damaged: .*; put it back, or run anew"):
             federate(tmp_path, method="fedavg", resume=True)
 
-    def test_without_its_settings(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("file", ["holdings.json", "model.json"])
+    @pytest.mark.parametrize("content", ["{", "[1]"])
+    def test_what_it_kept_of_data_and_code_is_torn(
+        self, file: str, content: str, tmp_path: Path
+    ) -> None:
+        kept = self.interrupted(tmp_path).parent / file
+        kept.write_text(content)
+        with pytest.raises(ConfigError, match=rf"{file}:? cannot be read: .*: put it back, or run"):
+            federate(tmp_path, method="fedavg", resume=True)
+        kept.unlink()
+        federate(tmp_path, method="fedavg", resume=True)
+
+    def test_other_data_before_anything_starts(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        kept = self.interrupted(tmp_path).parent / "holdings.json"
+        held = json.loads(kept.read_text())
+        held["data"]["labels"] += 1
+        kept.write_text(json.dumps(held))
+        how = {"out-dir": tmp_path, "run-name": "run", "method": "fedavg", "resume": "true"}
+        words = [f"{name}={value}" for name, value in small(how).items()]
+        assert cli.main(["run", *words]) == 2
+        said = f"the data have changed since {tmp_path / 'run'} began: restore them, or run anew"
+        assert said in capsys.readouterr().err
+
+    @pytest.mark.parametrize("on_nodes", [False, True])
+    def test_without_its_settings(self, on_nodes: bool, tmp_path: Path) -> None:
         config = self.interrupted(tmp_path).parent / "config.json"
         config.unlink()
+        if on_nodes:  # then it keeps no record of the data
+            (config.parent / "holdings.json").unlink()
         with pytest.raises(ConfigError, match=r"has no config\.json, .* put it back, or run anew"):
             run_folder(resolve({"out-dir": str(tmp_path), "run-name": "run", "resume": True}))
 
@@ -386,6 +415,17 @@ class TestRefused:
         (folder / "77.safetensors.new").write_bytes(b"half")
         (folder / "78.safetensors").write_bytes(b"of a checkpoint without a manifest")
         federate(tmp_path, method="fedavg", resume=True)
+
+
+def test_a_run_that_failed_in_its_first_round_leaves_its_name_free(tmp_path: Path) -> None:
+    """The launcher asks for the folder, and then the server's process does."""
+    with pytest.raises(NoUploadsError):
+        federate(tmp_path, method="fedavg", learning_rate=1e20)
+    again = resolve({"out-dir": str(tmp_path), "run-name": "run"})
+    for _ in range(2):
+        assert run_folder(again) == tmp_path / "run"
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
+    federate(tmp_path, method="fedavg", num_server_rounds=1)
 
 
 def test_a_full_disk_costs_the_checkpoint_only(
@@ -573,9 +613,18 @@ class TestLog:
         clock = iter([0.0, 10.0, 20.0])
         monkeypatch.setattr("pfedgpa_app.results.log.time.monotonic", lambda: next(clock))
         log = RunLog(tmp_path, 100, 100.0)
-        log.restore({"curves": {}, "done": 90.0, "sizes": {}})
+        curves = {"fedavg": [(1, 50.0, 40.0)]}  # an older checkpoint's
+        log.restore({"curves": curves, "done": 90.0, "sizes": {}})
+        assert log.curves == {"fedavg": [(1, 50.0)]}
         assert log.advance(1) == 90.0
         assert log.advance(1) == 80.0
+
+    def test_a_round_that_nobody_evaluated_has_no_accuracy(self, tmp_path: Path) -> None:
+        log = RunLog(tmp_path, 2, 2.0)
+        log.round("fedavg", 1, {0: {"train_loss": 1.0}}, {0: {"accuracy": 50.0}}, 1.0)
+        log.round("fedavg", 2, {0: {"train_loss": 1.0}}, {}, 1.0)
+        said = [event["text"] for event in records(tmp_path, "events.jsonl")]
+        assert ["accuracy 50.0 %" in text for text in said] == [True, False]
 
     def test_the_last_step_says_how_far_it_is(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -622,17 +671,31 @@ class TestStopped:
     def stop(self, *_: Any) -> str:
         raise KeyboardInterrupt
 
+    @pytest.mark.parametrize("kept", [True, False])
     def test_a_run_says_how_it_goes_on(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+        self,
+        kept: bool,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("pfedgpa_app.runs.launcher.local.run", self.stop)
+        def first(_: Path, settings: dict[str, Any], *more: Any) -> str:
+            if kept:
+                place = Path(settings["out-dir"]) / settings["run-name"]
+                (place / "config.json").write_text(json.dumps(resolve(settings).as_dict()))
+                (place / CHECKPOINT).mkdir()
+                (place / CHECKPOINT / MANIFEST).touch()
+            return self.stop()
+
+        monkeypatch.setattr("pfedgpa_app.runs.launcher.local.run", first)
+        what = "to continue" if kept else "to start again (it kept no checkpoint)"
         words = [f"{key}={value}" for key, value in SMALL.items()]
         words += [f"out-dir={tmp_path}/my results", "--engine", "process"]
         assert cli.main(["run", *words]) == 130
         [folder] = (tmp_path / "my results").iterdir()
         stopped, again = capsys.readouterr().err.splitlines()
         assert stopped == f"stopped: results so far are in {folder}"
-        assert again.startswith("to continue: pfedgpa run num-clients=4 ")
+        assert again.startswith(f"{what}: pfedgpa run num-clients=4 ")
         given: list[Any] = []
 
         def stop(*arguments: Any) -> str:
@@ -640,7 +703,7 @@ class TestStopped:
             return self.stop()
 
         monkeypatch.setattr("pfedgpa_app.runs.launcher.local.run", stop)
-        repeated = shlex.split(again.removeprefix("to continue: pfedgpa "))
+        repeated = shlex.split(again.removeprefix(f"{what}: pfedgpa "))
         assert cli.main(repeated) == 130
         config = resolve(given[0][1]).config
         assert (config.resume, config.run_name, config.num_clients) == (True, folder.name, 4)

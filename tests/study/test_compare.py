@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from benchmarks import keep
 from pfedgpa_app import cli
+from pfedgpa_app.config.names import method_named
 from pfedgpa_app.config.resolve import differences, resolve
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS
@@ -27,7 +29,7 @@ from pfedgpa_app.study.compare import (
     table,
 )
 from pfedgpa_app.study.plan import PlannedRun, TakenError, expand
-from tests.support.federations import SMALL
+from tests.support.federations import SMALL, known_for_a_while
 
 
 @pytest.fixture
@@ -37,6 +39,20 @@ def experiment(tmp_path: Path) -> Path:
     small = {key: value for key, value in SMALL.items() if not key.startswith("pfedgpa.")}
     path.write_text("# mine\n" + yaml.safe_dump(small | {"num-server-rounds": 2}))
     return path
+
+
+@pytest.fixture
+def own(experiment: Path, tmp_path: Path) -> Iterator[Path]:
+    """The folder of a comparison in which a method of the user's own has run."""
+    (tmp_path / "own_mean.py").write_text(
+        "from pfedgpa_app.methods.fedavg import FedAvg\n\nclass Mean(FedAvg):\n    pass\n"
+    )
+    out = tmp_path / "out"
+    with known_for_a_while("mean"):
+        name = method_named("own_mean:Mean", str(tmp_path))
+        [ran] = plan([str(experiment)], [name], [0], {"code-dir": str(tmp_path)}, out)
+        finish(ran, 50.0, **FIGURES)
+        yield out
 
 
 class TestPlan:
@@ -76,15 +92,29 @@ class TestPlan:
                 settings |= {"pfedgpa.rank": 2}
             assert plan([str(experiment)], more, [1], settings, tmp_path)
 
+    def test_a_method_of_the_users_own_by_other_settings(
+        self, own: Path, experiment: Path, tmp_path: Path
+    ) -> None:
+        code, other = {"code-dir": str(tmp_path)}, {"num-server-rounds": 3}
+        with pytest.raises(TakenError, match=r"mean with other settings .*= 2 there, 3 here"):
+            plan([str(experiment)], ["fedavg", "mean"], [1], code | other, own)
+        assert plan([str(experiment)], ["fedavg", "mean"], [1], code, own)
+
+    def test_methods_of_the_users_own_have_rows(self, own: Path) -> None:
+        METHODS.pop("mean")  # as in another process
+        found = finished(own)
+        assert [row["title"] for row in found["small"]["mean"]] == ["Mean"]
+        assert "| Mean | 50.0 / 50.0 |" in overview(found)
+
     def test_what_methods_were_not_run_alike_by_is_said(self, tmp_path: Path) -> None:
         """As when a comparison goes on with other settings for its other methods."""
         for method, rate in (("fedavg", 0.02), ("fedprox", 0.02), ("fedper", 0.05)):
             [run] = expand({"learning-rate": rate}, {"method": [method]}, tmp_path)
-            finish(run, 50.0)
-            (row,) = json.loads((run.folder / "summary.json").read_text())
-            row |= dict.fromkeys(compare.COLUMNS.values(), 50.0)
-            row |= {"seed": 0, "num_clients": 4, "dataset": "digits"}
-            (run.folder / "summary.json").write_text(json.dumps([row]))
+            finish(run, 50.0, **FIGURES)
+            if method == "fedper":  # of a version that had no such setting
+                kept = json.loads((run.folder / "config.json").read_text())
+                del kept["test-share"]
+                (run.folder / "config.json").write_text(json.dumps(kept))
         written = table(finished(tmp_path))
         [said] = [line for line in written.splitlines() if line.startswith("Not run alike")]
         assert said == "Not run alike: learning-rate = 0.02 (FedAvg, FedProx), 0.05 (FedPer)."
@@ -227,12 +257,17 @@ def test_compare_runs_resumes_and_writes(
     assert cli.main(["compare", "--methods", "fedsvg"]) == 2
 
 
-def finish(run: PlannedRun, validation: float) -> None:
+# what a comparison shows
+FIGURES: dict[str, Any] = dict.fromkeys(compare.COLUMNS.values(), 50.0)
+FIGURES |= {"seed": 0, "num_clients": 4, "dataset": "digits"}
+
+
+def finish(run: PlannedRun, validation: float, **more: Any) -> None:
     """What a run leaves that came to this accuracy on validation images."""
     run.folder.mkdir(parents=True)
     (method,) = run.config.method
     row = {"method": method, "title": METHODS[method].title, "rounds": 2}
-    row |= {"validation": {"before_ft": validation}}
+    row |= {"validation": {"before_ft": validation}, **more}
     (run.folder / "summary.json").write_text(json.dumps([row]))
     (run.folder / EVENTS).write_text('{"kind": "done", "text": ""}\n')
     (run.folder / "config.json").write_text(json.dumps(run.resolved.as_dict()))

@@ -69,7 +69,7 @@ def test_with_and_without_inversion_beside_the_papers_figures(tmp_path: Path) ->
     rows = rows_in(tmp_path / "table2.jsonl")
     assert {row["seed"] for row in rows} == {0, 1, 2}
     assert rows[0]["before_ft"] == [70, 71]
-    assert "without inversion, before FT" in (tmp_path / "figure4.svg").read_text()
+    assert "without inversion, as sent" in (tmp_path / "figure4.svg").read_text()
     machine.done.clear()
     assert Table2(tmp_path, {}, PLACES, machine).fill([AblationCell("cifar10")]) == text
     assert not machine.done

@@ -99,3 +99,8 @@ def test_a_folder_comes_back_in_the_place_of_what_was_there(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) in ([made, there], [there, made])
     places.unpack(places.pack(tmp_path / "none"), there)
     assert list(there.iterdir()) == []
+
+
+def test_what_a_sweep_leaves_empty_is_not_given() -> None:
+    assert places.command({"head": "", "seed": 1}, Path("app"))[-1] == "seed=1"
+    assert not any("head=" in word for word in places.command({"head": ""}, Path("app")))

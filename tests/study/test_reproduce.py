@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,24 @@ def test_a_setting_that_is_given_is_not_searched_and_goes_to_who_reads_it(tmp_pa
         for method in run.config.method
         if method in ("fedala", "pfedgpa")
     } == {("fedala", None, None), ("pfedgpa", 0.7, 64)}
+
+
+def test_a_part_that_is_run_anew_leaves_the_rest_in_the_tables(tmp_path: Path) -> None:
+    """As with --only, --methods and --seeds."""
+    machine, given = Machine(2.0), {"learning-rate": 0.05}
+    other = replace(CELL, images=60)
+    Atlas(tmp_path, given, {}, machine).fill([CELL])
+    before = (tmp_path / "map.jsonl").read_text().splitlines()
+    Atlas(tmp_path, given, {}, machine, ("fedavg",)).fill([other])
+    Atlas(tmp_path, given, {}, machine, ("pfedgpa",)).fill([CELL], [1])
+    rows = (tmp_path / "map.jsonl").read_text().splitlines()
+    assert {row for row in rows if '"seed": 0' in row and '"images": 30' in row} == {*before}
+    more = [json.loads(row) for row in rows if row not in before]
+    assert {(row["images"], row["method"], row["seed"]) for row in more} == {
+        (60, "fedavg", 0),
+        (30, "pfedgpa", 1),
+    }
+    assert "(+2.0 over FedAvgM)" in (tmp_path / "map.md").read_text()
 
 
 def test_a_method_that_fails_is_told_and_keeps_no_other_back(tmp_path: Path) -> None:

@@ -203,6 +203,10 @@ class TestPlan:
         ]
         assert seeds_table(seeds[:1], {"B": "b"}).splitlines()[2:] == ["| x | 2.00 |", "| y | – |"]
 
+    def test_memory_is_the_processs_which_ran_earlier_methods_too(self) -> None:
+        rows = [{"title": title, "peak_memory_mib": 5.0} for title in ("x", "y")]
+        assert table([rows]).splitlines()[0] == "| method | peak MiB so far |"
+
     def test_clients_that_join_have_a_column_for_each_upload(self) -> None:
         seeds: list[list[dict[str, Any]]] = [
             [{"title": "x", "accuracy_of_joining_clients": [10.0, first]}, {"title": "y"}]

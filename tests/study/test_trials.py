@@ -12,6 +12,7 @@ import pytest
 from pfedgpa_app import cli
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.methods.fedprox import FedProxSettings
 from pfedgpa_app.study import trials, tune
 from pfedgpa_app.study.plan import PlannedRun
 from pfedgpa_app.study.sweep import Judge
@@ -156,6 +157,23 @@ def test_of_equals_what_they_are_anyway_is_chosen(tmp_path: Path) -> None:
     grids: dict[str, Any] = {"fedavgm": {"fedavgm.momentum": (0.0, 0.5, 0.7)}}
     found, _ = trials.search(BASE, grids, tmp_path, lambda *_: None, lambda _: (50.0,), 4, 2)
     assert found == {"fedavgm.momentum": 0.9}
+
+
+def test_the_first_has_the_settings_as_they_are(tmp_path: Path) -> None:
+    """Neither drawn where they are "auto", nor rounded; and so has the best, if it is the first."""
+    name = "fedprox.learning-rate"
+    grids: dict[str, Any] = {"fedprox": {name: (0.02, 0.05, 0.1), "fedprox.mu": (0.01, 0.1)}}
+    base, tried = BASE | {"fedprox.mu": 0.01234, "learning-rate": 0.03}, list[PlannedRun]()
+
+    def run_all(runs: list[PlannedRun], _: Judge) -> None:
+        tried.extend(runs)
+
+    for number in (1, 3):  # and it stays so when the search goes on
+        found, runs = trials.search(base, grids, tmp_path, run_all, lambda _: (50.0,), number, 1)
+        assert found == {name: "auto", "fedprox.mu": 0.01234}
+        assert [run.name for run in runs] == [run.name for run in tried]
+    assert tried[0].config.of(FedProxSettings).learning_rate is None
+    assert len({run.varied[name] for run in tried}) == 3
 
 
 @pytest.mark.filterwarnings("error:The reported value is ignored")
