@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,8 +19,10 @@ from flwr.clientapp.mod import LocalDpMod
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, FedProx
 from safetensors import safe_open
+from torch import nn
 
 from pfedgpa_app import PFedGPA, PFedGPASettings
+from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.dropin.nodes import Nodes
 from pfedgpa_app.engine.grid import FIRST_NODE, NODE_STEP
 from tests.support.local_grid import InProcessGrid
@@ -251,3 +257,31 @@ def test_clients_own_privacy_goes_on_training() -> None:
     assert len(strategy.personal) == 4
     noisy = result.arrays.to_torch_state_dict()["w"]
     assert len(set(noisy.tolist())) == 3  # each number with noise of its own
+
+
+def test_the_pair_of_apps_in_the_docs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As they stand on the page, beside somebody's ``task.py``."""
+    page = (APP_DIR / "docs" / "drop-in.md").read_text(encoding="utf-8")
+    server, client, *_ = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    rates: list[float] = []
+
+    def fit(net: nn.Module, data: Any, lr: float) -> float:
+        rates.append(lr)
+        return 1.0
+
+    task: Any = ModuleType("task")
+    task.Net, task.fit = functools.partial(nn.Linear, 2, 2), fit
+    task.load, task.accuracy = lambda partition: ([1] * 8, [2] * 4), lambda net, data: 0.5
+    monkeypatch.setitem(sys.modules, "myapp", ModuleType("myapp"))
+    monkeypatch.setitem(sys.modules, "myapp.task", task)
+    quick = server.replace("/srv/personal", str(tmp_path)).replace("rounds=50", "rounds=4")
+    of_server: dict[str, Any] = {}
+    of_client: dict[str, Any] = {}
+    exec(quick, of_server)
+    exec(client, of_client)
+    of_server["PFedGPA"] = functools.partial(PFedGPA, settings=QUICK)
+    of_server["app"](
+        InProcessGrid({}, 4, app=of_client["app"]), Context(1, 1, {}, RecordDict(), {})
+    )
+    assert rates == pytest.approx([0.01] * 6 + [0.001] * 2)
+    assert {path.stem for path in tmp_path.glob("run-1/*")} >= {"mean"}
