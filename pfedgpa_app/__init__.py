@@ -1,7 +1,7 @@
 """pFedGPA: a Flower app whose server generates each client its own weights.
 
 ``run`` runs an experiment, ``load_client`` loads a client's model from one; ``PFedGPA`` is the
-strategy for other people's Flower apps.
+strategy for other people's Flower apps, and ``PFedGPASettings`` its server's settings.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pfedgpa_app.core.settings import ConfigError, DataError
     from pfedgpa_app.dropin.strategy import PFedGPA
     from pfedgpa_app.engine import LaunchError
+    from pfedgpa_app.methods.generation import PFedGPASettings
     from pfedgpa_app.runs.api import Result, run
     from pfedgpa_app.runs.personal import ClientModel, load_client
 
@@ -23,6 +24,7 @@ __all__ = [
     "DataError",
     "LaunchError",
     "PFedGPA",
+    "PFedGPASettings",
     "Result",
     "load_client",
     "run",
@@ -33,6 +35,7 @@ _PLACES = {
     "DataError": "core.settings",
     "LaunchError": "engine",
     "PFedGPA": "dropin.strategy",
+    "PFedGPASettings": "methods.generation",
     "Result": "runs.api",
     "load_client": "runs.personal",
     "run": "runs.api",

@@ -25,7 +25,7 @@ from flwr.app import (
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping as ClientSide
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping as ServerSide
-from flwr.serverapp.strategy import FedAvg
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, Krum
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -313,7 +313,7 @@ class TestHostileNodes:
         for metrics in (result.train_metrics_clientapp, result.evaluate_metrics_clientapp):
             assert dict(metrics[1]) == {"loss": pytest.approx((0 * 10 + 1 * 20 + 2 * 30) / 60)}
         bad = FIRST_NODE + 3 * NODE_STEP
-        assert f"round 1: node {bad} sent metrics unlike those of most nodes" in caplog.text
+        assert f"round 1, train: node {bad} sent metrics unlike those of most nodes" in caplog.text
 
     def test_warnings_name_the_partition_that_a_node_told(
         self, caplog: pytest.LogCaptureFixture
@@ -329,7 +329,7 @@ class TestHostileNodes:
 
         start({"w": torch.zeros(1)}, tell)
         node = FIRST_NODE + NODE_STEP
-        assert f"round 2: partition-id 7 (node {node}) sent num-examples -1" in caplog.text
+        assert f"round 2, train: partition-id 7 (node {node}) sent num-examples -1" in caplog.text
 
     @pytest.mark.parametrize(("key", "warns"), [("train_loss", True), ("loss", False)])
     def test_losses_that_nobody_tells(
@@ -432,7 +432,7 @@ class TestRounds:
         )
         with pytest.raises(NoUploadsError, match=words):
             start({"w": torch.zeros(3)}, spoil)
-        with pytest.raises(NoUploadsError, match="no node answered"):
+        with pytest.raises(NoUploadsError, match=r"in round 2: node \d+ did not answer"):
             start({"w": torch.zeros(3)}, lambda message, reply: None)
 
     def test_one_node_alone(self) -> None:
@@ -512,7 +512,9 @@ class TestPersonal:
             assert about["partition-id"] == str(partition)
             assert (about["node-id"], about["rounds"]) == (node, "2")
 
-    def test_by_node_where_they_do_not_or_two_tell_the_same(self) -> None:
+    def test_by_node_where_they_do_not_or_two_tell_the_same(
+        self, caplog: pytest.LogCaptureFixture
+    ) -> None:
         def confused(message: Message, reply: Message) -> Message:
             mine: Any = [0, 1, 1, 3.5][partition_of(message)]
             reply.content.metric_records["metrics"]["partition-id"] = mine
@@ -521,6 +523,8 @@ class TestPersonal:
         nodes = [FIRST_NODE + i * NODE_STEP for i in range(4)]
         strategy, _ = start({"w": torch.zeros(1)}, confused)
         assert sorted(strategy.personal) == [0, *sorted(nodes[1:])]
+        both = f"nodes {nodes[2]}, {nodes[1]} all tell partition-id 1"
+        assert caplog.text.count(both) == 1
 
     def test_metrics_before_and_after_generation(self) -> None:
         def weighing(message: Message, reply: Message) -> Message:
@@ -536,7 +540,9 @@ class TestPersonal:
             {p: metrics[kind]["loss"] for p, metrics in strategy.personal_metrics.items()}
             for kind in ("before", "after")
         )
-        assert set(before.values()) == {before[0]}  # the global weights of round 2
+        assert set(before.values()) == {before[0]}  # the global weights of round 1
+        for found in strategy.personal_metrics.values():
+            assert (found["before"]["server-round"], found["after"]["server-round"]) == (1, 3)
         made = {p: float(r.to_torch_state_dict()["w"]) for p, r in strategy.personal.items()}
         assert after == pytest.approx(made)
         assert len(set(made.values())) == 4
@@ -554,6 +560,36 @@ class TestRefusals:
             PFedGPA(max_upload_norm=torch.nan)
         with pytest.raises(ConfigError, match="num_rounds = 0"):
             start({"w": torch.zeros(3)}, rounds=0)
+
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            ({"settings": {"rank": 3}}, r"settings = \{'rank': 3\}: must be a PFedGPASettings"),
+            ({"max_upload_norm": "a"}, r"max_upload_norm = 'a' .*: must be a number"),
+            ({"seed": "x"}, r"seed = 'x' .*: must be a whole number"),
+            ({"fraction_train": 0.0}, r"fraction_train = 0: no node would train"),
+            ({"fraction_train": 1.5}, r"fraction_train = 1\.5 .*: must be > 0 and <= 1"),
+        ],
+        ids=str,
+    )
+    def test_arguments_that_cannot_be_used(self, given: Any, words: str) -> None:
+        with pytest.raises(ConfigError, match=words):
+            PFedGPA(**given)
+
+    @pytest.mark.parametrize("other", [FedAdam, FedAvgM, FedMedian, Krum])
+    def test_another_way_to_aggregate(self, other: Any) -> None:
+        for bases in ((PFedGPA, other), (other, PFedGPA)):
+            with pytest.raises(ConfigError, match=f"a PFedGPA and a {other.__name__}|MultiKrum"):
+                type("Both", bases, {})()
+
+    def test_a_start_that_is_refused_leaves_what_there_was(self, tmp_path: Path) -> None:
+        strategy, _ = start({"w": torch.zeros(3)}, save_dir=tmp_path)
+        folder, weights = strategy.folder, own(strategy)
+        grid = InProcessGrid({}, 4, self.unasked, weights_app())
+        with pytest.raises(ConfigError):
+            strategy.start(grid, ArrayRecord({"n": torch.tensor(3)}), 2)
+        assert strategy.folder == folder
+        assert [w["w"].tolist() for w in own(strategy)] == [w["w"].tolist() for w in weights]
 
     def test_a_folder_that_cannot_be_written_to(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")

@@ -15,6 +15,7 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.uploads import Upload, weighted_mean
 from pfedgpa_app.core.weights import Weights, finite
 from pfedgpa_app.methods.pfedgpa import PFedGPA as Server
+from pfedgpa_app.methods.pfedgpa import PFedGPAState
 from pfedgpa_app.server.screening import checked, too_large
 
 
@@ -132,6 +133,17 @@ def whole_networks(
     for mine in made.values():
         mine |= {name: mine[other] for name, other in ties.items()}
     return {node: network.record(made[c]) for node, c in nodes.items() if c in made}
+
+
+def merge(state: PFedGPAState, client: int, into: int) -> None:
+    """Make the uploads of ``client`` those of the client ``into``, which is the same."""
+    for entry in state.buffer.entries():
+        if entry.client == client:
+            state.buffer.forget(entry.server_round, client)
+            state.buffer.add(entry.server_round, into, entry.weights())
+    if client in state.statistics:
+        state.statistics[into] = state.statistics.pop(client)
+    state.generated.pop(client, None)
 
 
 def like_uploads(made: dict[int, Weights], uploads: Sequence[Weights]) -> dict[int, Weights]:

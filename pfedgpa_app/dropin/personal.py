@@ -6,73 +6,77 @@ import contextlib
 import itertools
 import logging
 import tempfile
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from pfedgpa_app.core.files import write_tensors
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.weights import Weights
-from pfedgpa_app.dropin.replies import screened
+from pfedgpa_app.dropin.network import merge
+from pfedgpa_app.dropin.nodes import Nodes
+from pfedgpa_app.methods.pfedgpa import PFedGPAState
 
 logger = logging.getLogger("flwr")
-T = TypeVar("T")
 MEAN = "mean.safetensors"
+ROUND = "server-round"  # as Flower's FedAvg calls it in its messages
 
 
 class Personal:
-    """A run's results for its nodes, all by node id.
+    """A run's results for its ``nodes``, all by node id.
 
     Attributes:
         weights: the weights generated for each node.
         metrics: {"before": …, "after": …}, each node's newest evaluations of the global weights
-            and of the weights generated for it.
+            and of the weights generated for it, with the round under "server-round".
     """
 
     def __init__(self) -> None:
+        self.nodes = Nodes()
         self.weights: dict[int, ArrayRecord] = {}
         self.metrics: dict[int, dict[str, dict[str, Any]]] = {}
-        self._partitions: dict[int, int] = {}
         self._files: set[str] = set()
 
-    def screened(
-        self, replies: Iterable[Message], counted_by: str, partition_key: str
-    ) -> tuple[dict[int, RecordDict], dict[int, str]]:
-        """Screen replies by ``screened``; note the partitions and take them out of the metrics."""
-        contents, unusable = screened(replies, counted_by)
-        for node, content in contents.items():
-            [metrics] = content.metric_records.values()
-            told = metrics.pop(partition_key, None)
-            if isinstance(told, int):
-                self._partitions[node] = told
-        return contents, unusable
+    def put_into(
+        self, message: Message, arrays_key: str, config_key: str, config: Mapping[str, Any]
+    ) -> Message:
+        """Put the node's own weights, if any were generated, and ``config`` into its message."""
+        records, shared = dict(message.content), message.content.config_records[config_key]
+        records[config_key] = ConfigRecord({**shared, **config})
+        node = message.metadata.dst_node_id
+        if node in self.weights:
+            records[arrays_key] = self.weights[node]
+        message.content = RecordDict(records)  # a new one: all messages may share the old
+        return message
 
-    def evaluated(self, contents: Mapping[int, RecordDict], own: set[int]) -> None:
+    def evaluated(
+        self, server_round: int, contents: Mapping[int, RecordDict], own: set[int]
+    ) -> None:
         """Note evaluations; nodes in ``own`` evaluated weights that were generated for them."""
         for node, content in contents.items():
             [metrics] = content.metric_records.values()
             kind = "after" if node in own else "before"
-            self.metrics.setdefault(node, {})[kind] = dict(metrics)
+            self.metrics.setdefault(node, {})[kind] = {**metrics, ROUND: server_round}
 
-    def warn(self, server_round: int, unusable: Mapping[int, str]) -> None:
-        """Log what is wrong with each node's unusable reply."""
-        for node, wrong in sorted(unusable.items()):
-            logger.warning("PFedGPA: round %d: %s %s", server_round, self.named(node), wrong)
+    def succeed(self, server_round: int, node: int, old: int, state: PFedGPAState) -> int | None:
+        """Let ``node`` go on as the client that the node ``old`` was.
 
-    def named(self, node: int) -> str:
-        """A node in words, with the partition that it reported, if any."""
-        told = self._partitions.get(node)
-        return f"node {node}" if told is None else f"partition-id {told} (node {node})"
-
-    def by_name(self, of_nodes: Mapping[int, T]) -> dict[int, T]:
-        """Rekey by partition-id, if a node reported one that no other did, else by node id."""
-        told = Counter(self._partitions.values())
-        names = {n: p for n, p in self._partitions.items() if told[p] == 1}
-        return {names.get(node, node): value for node, value in of_nodes.items()}
+        Returns:
+            that client; None if ``old`` never uploaded.
+        """
+        client, until_now = self.nodes.replace(old, node)
+        if client is not None and until_now is not None:
+            merge(state, until_now, client)
+        if old in self.weights:
+            self.weights[node] = self.weights.pop(old)
+        if old in self.metrics:
+            self.metrics[node] = self.metrics.pop(old) | self.metrics.get(node, {})
+        who = self.nodes.named(node)
+        logger.info("PFedGPA: round %d: %s replaces node %d, which is gone", server_round, who, old)
+        return client
 
     def keep(self, folder: Path, rounds: int, mean: ArrayRecord, last: bool) -> None:
         """``save``, but an unwritable folder raises only in the ``last`` round."""
@@ -87,7 +91,7 @@ class Personal:
 
     def save(self, folder: Path, rounds: int, mean: ArrayRecord) -> None:
         """Write the ``mean`` and every node's weights; each file says its node and round."""
-        names = self.by_name({node: node for node in self.weights})
+        names = self.nodes.by_name({node: node for node in self.weights})
         files = {
             f"{'node' if name == node else 'client'}-{name}.safetensors": name
             for name, node in names.items()

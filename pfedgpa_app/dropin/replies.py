@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 
 from pfedgpa_app.server.screening import MOST_EXAMPLES, failure
 
+logger = logging.getLogger("flwr")
+Aggregate = Callable[[list[RecordDict], str], MetricRecord]
+
 
 def screened(
-    replies: Iterable[Message], counted_by: str
+    replies: Sequence[Message], asked: Iterable[int], counted_by: str, what: str
 ) -> tuple[dict[int, RecordDict], dict[int, str]]:
     """{node: its reply} for replies with usable metrics, {node: what is wrong} for the others.
 
     Args:
+        asked: the nodes that were to reply.
         counted_by: the metric with a node's number of examples.
+        what: they were asked to do, for the log.
     """
     usable: dict[int, RecordDict] = {}
-    unusable: dict[int, str] = {}
+    unusable = dict.fromkeys(asked, "did not answer")
+    if replies:  # as FedAvg logs it
+        failed = sum(reply.has_error() for reply in replies)
+        said = "aggregate_%s: Received %s results and %s failures"
+        logger.info(said, what, len(replies) - failed, failed)
     # by node id, which is random: the order must not depend on when replies came
     for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
         node = reply.metadata.src_node_id
+        unusable.pop(node, None)
         wrong = failure(reply) if reply.has_error() else unusable_metrics(reply, counted_by)
         if wrong:
             unusable[node] = wrong
@@ -44,11 +55,22 @@ def unusable_metrics(reply: Message, counted_by: str) -> str:
     return ""
 
 
-def with_other_metrics(contents: Mapping[int, RecordDict]) -> list[int]:
-    """The nodes whose metrics do not have the most common form."""
+def mean_of(
+    contents: Mapping[int, RecordDict], function: Aggregate, counted_by: str
+) -> tuple[MetricRecord | None, dict[int, str]]:
+    """Apply ``function`` to metrics of the most common form, the only one it may accept.
+
+    Returns:
+        the mean; {node: what is wrong} for nodes whose metrics have another form.
+    """
+    if not contents:
+        return None, {}
     forms = {node: metrics_form(content) for node, content in contents.items()}
     [(commonest, _)] = Counter(forms.values()).most_common(1)
-    return [node for node, form in forms.items() if form != commonest]
+    others = [node for node, form in forms.items() if form != commonest]
+    alike = [content for node, content in contents.items() if node not in others]
+    wrong = dict.fromkeys(others, "sent metrics unlike those of most nodes: left out")
+    return function(alike, counted_by), wrong
 
 
 def metrics_form(content: RecordDict) -> tuple[str, frozenset[tuple[str, int | None]]]:

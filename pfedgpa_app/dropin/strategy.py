@@ -19,28 +19,43 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    Metadata,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
 
-from pfedgpa_app.config.parse import check_section
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.uploads import Upload
+from pfedgpa_app.dropin.checks import (
+    check_bases,
+    check_going,
+    check_share,
+    checked,
+    checked_settings,
+    momentum_in_words,
+    no_uploads,
+    warn_of_losses,
+    warn_of_rate,
+)
 from pfedgpa_app.dropin.network import Network, part, whole_networks
 from pfedgpa_app.dropin.personal import Personal, new_folder
-from pfedgpa_app.dropin.replies import with_other_metrics
+from pfedgpa_app.dropin.replies import mean_of, screened
 from pfedgpa_app.methods.generation import PFedGPASettings
 from pfedgpa_app.methods.pfedgpa import PFedGPA as Server
-from pfedgpa_app.server.screening import NoUploadsError
 
 logger = logging.getLogger("flwr")
-Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
 
 class PFedGPA(FedAvg):
@@ -53,7 +68,8 @@ class PFedGPA(FedAvg):
     Attributes:
         personal: after ``start``, the generated weights of every node that ever uploaded.
         personal_metrics: {"before": …, "after": …}, a node's newest evaluations of the global
-            weights and of the weights generated for it, as far as there are any.
+            weights and of the weights generated for it, as far as there are any, each with its
+            round under "server-round".
         folder: where the run's weights were written, in ``save_dir``.
     """
 
@@ -85,34 +101,35 @@ class PFedGPA(FedAvg):
                 (with one or two uploads: as the global mean before) is left out; 0: none is.
 
         Raises:
-            ValueError: a setting is out of range, or ``descriptor`` wants unshared class counts.
+            ConfigError: an argument cannot be used, or a subclass also derives from a strategy
+                that aggregates in another way.
         """
+        check_bases(type(self), PFedGPA)
         super().__init__(*args, **kwargs)
-        self.settings, self.seed = settings or PFedGPASettings(), seed
+        check_share(self.fraction_train)
+        self.settings = checked_settings(PFedGPASettings() if settings is None else settings)
+        self.seed = checked("seed", seed)
+        self.max_upload_norm = checked("max_upload_norm", max_upload_norm)
         self.rate_key, self.partition_key, self.loss_key = rate_key, partition_key, loss_key
         self.save_dir = Path(save_dir) if save_dir is not None else None
-        self.max_upload_norm = max_upload_norm
-        check_section("pfedgpa", self.settings)
-        if not max_upload_norm >= 0:
-            raise ValueError(f"max_upload_norm = {max_upload_norm}: must be >= 0")
-        if self.settings.descriptor == "labels":
-            raise ValueError("descriptor = 'labels': these clients do not share class counts")
         self.folder: Path | None = None
         self._left, self._going = Personal(), False  # going: between the start and end of ``start``
 
     @property
     def personal(self) -> dict[int, ArrayRecord]:
-        return self._left.by_name(self._left.weights)
+        return self._left.nodes.by_name(self._left.weights)
 
     @property
     def personal_metrics(self) -> dict[int, dict[str, dict[str, Any]]]:
-        return self._left.by_name(self._left.metrics)
+        return self._left.nodes.by_name(self._left.metrics)
 
     def summary(self) -> None:
         check_going(self._going)
         super().summary()
         config = self._server.config
         rounds = Server.first_generation(config), config.num_server_rounds
+        momentum = momentum_in_words(self.settings.momentum, self.fraction_train, self.loss_key)
+        logger.info("\t├──> Server momentum: %s", momentum)
         logger.info("\t└──> Weights are generated at the end of rounds %d to %d", *rounds)
 
     def start(
@@ -132,16 +149,17 @@ class PFedGPA(FedAvg):
                 the model cannot be written to ``save_dir``.
             NoUploadsError: no round brought a usable upload.
         """
-        self._left = Personal()
         if num_rounds < 1:
             raise ConfigError(f"num_rounds = {num_rounds}: must be >= 1")
-        self._network = Network(initial_arrays, self.weighted_by_key, self.loss_key)
+        network = Network(initial_arrays, self.weighted_by_key, self.loss_key)
         config = _config(self.settings, num_rounds, self.seed, self.fraction_train)
         Server.check(config)
         if self.save_dir is not None:
-            self.folder = new_folder(self.save_dir, grid, self._network.expected)
-        self._server = Server(config, Server.begin(config, self._network.generated))
-        self._nodes: dict[int, int] = {}  # node id → client, in order of appearance
+            self.folder = new_folder(self.save_dir, grid, network.expected)
+        self._server = Server(config, Server.begin(config, network.generated))
+        self._grid, self._network, self._left = grid, network, Personal()
+        self._asked: list[Metadata] = []
+        self._evaluated: set[int] = set()  # the nodes that were sent weights of their own
         warn_of_rate(train_config, self.rate_key)
         given = (train_config, evaluate_config, evaluate_fn)
         self._going = True
@@ -158,26 +176,35 @@ class PFedGPA(FedAvg):
         slower = self._server.rate(server_round)
         rate = config.get(self.rate_key)
         own = {self.rate_key: rate * slower} if isinstance(rate, (int, float)) else {}
-        return [self._to_node(message, own) for message in messages]
+        return self._to_nodes(messages, own)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         messages = super().configure_evaluate(server_round, arrays, config, grid)
-        self._evaluated = set(self._left.weights)  # are sent weights of their own
-        return [self._to_node(message, {}) for message in messages]
+        self._evaluated = set(self._left.weights)
+        return self._to_nodes(messages, {})
 
-    def _to_node(self, message: Message, config: dict[str, Any]) -> Message:
-        """The message with the node's own weights, if any were generated, and ``config``."""
-        node, content = message.metadata.dst_node_id, message.content
-        shared: Any = content[self.configrecord_key]
-        own = RecordDict(
-            {
-                self.arrayrecord_key: self._left.weights.get(node, content[self.arrayrecord_key]),
-                self.configrecord_key: ConfigRecord({**shared, **config}),
-            }
-        )
-        return Message(own, dst_node_id=node, message_type=message.metadata.message_type)
+    def _to_nodes(self, messages: Iterable[Message], config: dict[str, Any]) -> list[Message]:
+        """Put nodes' own weights into their messages, if any were generated, and ``config``."""
+        keys = self.arrayrecord_key, self.configrecord_key
+        addressed = [self._left.put_into(message, *keys, config) for message in messages]
+        self._asked = [message.metadata for message in addressed]
+        return addressed
+
+    def _received(
+        self, server_round: int, what: str, replies: Iterable[Message]
+    ) -> tuple[dict[int, RecordDict], dict[int, str]]:
+        """Usable replies by node, and what is wrong with the others; note who the nodes are."""
+        asked = [sent.dst_node_id for sent in self._asked if sent.message_id]  # has it once sent
+        contents, unusable = screened(list(replies), asked, self.weighted_by_key, what)
+        left, state, self._asked = self._left, self._server.state, []
+        for node, old in left.nodes.learn(contents, self.partition_key, self._grid).items():
+            client = left.succeed(server_round, node, old, state)
+            if what == MessageType.TRAIN and node in contents and client in state.generated:
+                unusable[node] = "did not train from the weights of the node that it replaces"
+                del contents[node]
+        return contents, unusable
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -187,108 +214,53 @@ class PFedGPA(FedAvg):
         Raises:
             NoUploadsError: this was the last round, and none brought a usable upload.
         """
-        contents, unusable = self._left.screened(replies, self.weighted_by_key, self.partition_key)
-        server, limit = self._server, self.max_upload_norm
+        contents, unusable = self._received(server_round, MessageType.TRAIN, replies)
+        server, nodes, limit = self._server, self._left.nodes, self.max_upload_norm
         uploads, wrong = self._network.uploads(contents, server.state.global_weights, limit)
-        self._left.warn(server_round, unusable | wrong)
+        nodes.warn(f"round {server_round}, train", unusable | wrong)
         last = server_round == server.config.num_server_rounds
         if uploads:
-            if not self._nodes and self.settings.momentum is None:
+            if not nodes.ever and self.settings.momentum is None:
                 warn_of_losses(uploads, self.loss_key)
             self._learn(server_round, uploads)
-        elif last and not self._nodes:
+        elif last and not nodes.ever:
             raise no_uploads(server_round, unusable | wrong)
         if last or (uploads and server.state.generated):
             generated = server.personalise() if last else server.state.generated
-            self._left.weights = whole_networks(generated, server, self._network, self._nodes)
-            made = len(self._left.weights)
-            logger.info("PFedGPA: round %d: generated for %d nodes", server_round, made)
+            made = whole_networks(generated, server, self._network, nodes.clients)
+            logger.info("PFedGPA: round %d: generated for %d nodes", server_round, len(made))
+            self._left.weights = made
         mean = self._network.record(server.state.global_weights)
         if self.folder is not None:
             self._left.keep(self.folder, server_round, mean, last)
-        if not uploads:
-            return None, None
         accepted = {node: contents[node] for node in uploads}
-        return mean, self._mean(self.train_metrics_aggr_fn, server_round, accepted)
+        metrics, odd = mean_of(accepted, self.train_metrics_aggr_fn, self.weighted_by_key)
+        nodes.warn(f"round {server_round}, train", odd)
+        return mean if uploads else None, metrics
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """FedAvg's mean of the usable evaluations."""
-        contents, unusable = self._left.screened(replies, self.weighted_by_key, self.partition_key)
-        self._left.warn(server_round, unusable)
-        self._left.evaluated(contents, self._evaluated)
-        return self._mean(self.evaluate_metrics_aggr_fn, server_round, contents)
-
-    def _mean(
-        self, function: Aggregate, server_round: int, contents: Mapping[int, RecordDict]
-    ) -> MetricRecord | None:
-        """Apply ``function`` to metrics of the most common form, the only one it may accept."""
-        if not contents:
-            return None
-        others = with_other_metrics(contents)
-        self._left.warn(
-            server_round, dict.fromkeys(others, "sent metrics unlike those of most nodes: left out")
-        )
-        alike = [content for node, content in contents.items() if node not in others]
-        return function(alike, self.weighted_by_key)
+        contents, unusable = self._received(server_round, MessageType.EVALUATE, replies)
+        self._left.evaluated(server_round, contents, self._evaluated)
+        metrics, odd = mean_of(contents, self.evaluate_metrics_aggr_fn, self.weighted_by_key)
+        self._left.nodes.warn(f"round {server_round}, evaluate", unusable | odd)
+        return metrics
 
     def _learn(self, server_round: int, uploads: dict[int, Upload]) -> None:
         """Take in a round's usable uploads, keyed by node."""
         self._network.learn_others(uploads)
-        server = self._server
+        server, nodes = self._server, self._left.nodes
         mine = {
-            self._nodes.setdefault(node, len(self._nodes)): part(upload, server.expected_upload())
+            nodes.client(node): part(upload, server.expected_upload())
             for node, upload in uploads.items()
         }
-        server.config = dataclasses.replace(server.config, num_clients=len(self._nodes))
+        server.config = dataclasses.replace(server.config, num_clients=nodes.ever)
         server.aggregate(server_round, dict(sorted(mine.items())))
-
-
-def check_going(going: bool) -> None:
-    """Refuse to run inside another strategy, which does not call this strategy's ``start``.
-
-    Raises:
-        ConfigError: ``going`` says that PFedGPA was not started.
-    """
-    if not going:
-        raise ConfigError(
-            "PFedGPA does not work inside another strategy: noise that it adds to the mean, for "
-            "central differential privacy, would not reach the weights that PFedGPA generates for "
-            "each node. Start PFedGPA itself; for privacy give clients Flower's LocalDpMod"
-        )
-
-
-def warn_of_rate(train_config: ConfigRecord | None, key: str) -> None:
-    """Warn if clients cannot be sent the last rounds' learning rate."""
-    if not isinstance(dict(train_config or {}).get(key), (int, float)):
-        logger.warning(
-            "PFedGPA: train_config has no number named %r: clients train at their own learning "
-            "rate in the last rounds too",
-            key,
-        )
 
 
 def _config(settings: PFedGPASettings, rounds: int, seed: int, share: float) -> Config:
     """The server's config, where a ``share`` of the nodes takes part in each round."""
     sections = (settings,)
     return Config(num_server_rounds=rounds, seed=seed, fraction_train=share, sections=sections)
-
-
-def warn_of_losses(uploads: Mapping[int, Upload], key: str) -> None:
-    """Warn if no client reports the training loss on which the server's momentum depends."""
-    if not any(math.isfinite(upload.loss) for upload in uploads.values()):
-        logger.warning(
-            "PFedGPA: no reply's metrics have a number named %r, the training loss: the server's "
-            "momentum cannot depend on it",
-            key,
-        )
-
-
-def no_uploads(rounds: int, unusable: Mapping[int, str]) -> NoUploadsError:
-    """The error for a run none of whose ``rounds`` brought a usable upload."""
-    why = "; ".join(f"node {node} {wrong}" for node, wrong in list(unusable.items())[:3])
-    return NoUploadsError(
-        f"PFedGPA: none of {rounds} rounds brought a usable upload; in round {rounds}: "
-        + (why or "no node answered")
-    )

@@ -28,6 +28,9 @@ def main(grid: Grid, context: Context) -> None:
         train_config=ConfigRecord({"lr": config["learning-rate"]}),
     )
     for hospital, found in sorted(strategy.personal_metrics.items()):
-        before, after = (100 * found[when]["accuracy"] for when in ("before", "after"))
-        print(f"hospital {hospital}: {before:.0f} % with the mean, {after:.0f} % with its own")
+        mean, own = (
+            f"{100 * found[when]['accuracy']:.0f} % (round {found[when]['server-round']})"
+            for when in ("before", "after")
+        )
+        print(f"hospital {hospital}: {mean} with the mean, {own} with its own")
     print(f"each hospital's weights are in {strategy.folder}")
