@@ -16,7 +16,7 @@ from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, shown
 from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.methods.generation import PFedGPASettings
-from pfedgpa_app.methods.pfedgpa import _momentum_by_share as momentum_by_share
+from pfedgpa_app.methods.pfedgpa import momentum_by_share
 from pfedgpa_app.server.screening import NoUploadsError
 
 logger = logging.getLogger("flwr")

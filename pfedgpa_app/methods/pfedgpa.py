@@ -200,7 +200,7 @@ class PFedGPA(Generation, RememberingFedAvg):
 
     def _momentum(self, server_round: int, uploads: dict[int, Upload], cosine: float) -> float:
         """The round's momentum, from the training losses, ``cosine`` and the share taking part."""
-        by_share = _momentum_by_share(self.config.fraction_train)
+        by_share = momentum_by_share(self.config.fraction_train)
         if not (losses := [u.loss for u in uploads.values() if math.isfinite(u.loss)]):
             return by_share
         loss, state = statistics.median(losses), self.state
@@ -279,7 +279,7 @@ def _mean(several: Collection[Weights], layout: Layout) -> Tensor:
     return sum(vectors, torch.zeros(())) / len(several)
 
 
-def _momentum_by_share(share: float) -> float:
+def momentum_by_share(share: float) -> float:
     """The momentum for a federation in which a ``share`` of the clients takes part in a round.
 
     Momentum averages over 1 / (1 − momentum) rounds: as many as it takes to hear every client.

@@ -26,11 +26,14 @@ from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.data.client import alike, class_counts, fingerprint, load_schema
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.results import uploads
-from pfedgpa_app.results.log import EVENTS, METRICS, SUMMARY, Records, last_event
+from pfedgpa_app.results.log import EVENTS, METRICS, Records, last_event
+from pfedgpa_app.runs.about import MODEL, WEIGHTS
+from pfedgpa_app.server.privacy import FILE as ASKED
 
 CONFIG, LOG, LOCK = "config.json", "flower.log", ".lock"
 HOLDINGS = "holdings.json"  # how many examples of each class every client holds
 _BEFORE = {LOG, LOCK}  # files that can be there before the settings
+_EARLY = {CONFIG, EVENTS, HOLDINGS, MODEL, WEIGHTS, ASKED}  # those before a round's records
 
 
 @contextlib.contextmanager
@@ -252,21 +255,24 @@ def is_foreign(folder: Path) -> bool:
 
 
 def _ended_before_round_1(folder: Path) -> bool:
-    """Whether the run in ``folder``, which has ended, failed before it trained anybody."""
-    left = any((folder / name).exists() for name in (METRICS, SUMMARY))
-    return not left and last_event(folder).get("kind") == "failed"
+    """Whether the run in ``folder``, which has ended, failed before it trained anybody.
+
+    If somebody else has put a file there, it is not to be written to.
+    """
+    names = {path.name for path in folder.iterdir()}
+    return names <= _BEFORE | _EARLY and last_event(folder).get("kind") == "failed"
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a run has written to ``folder``, except what is there before its settings.
+    """Remove what a run that trained nobody has written to ``folder``.
 
-    Anything else would make it a foreign folder to the next process that asks for it.
+    What is left would make it a foreign folder to the next process that asks for it.
     """
-    for path in [path for path in folder.iterdir() if path.name not in _BEFORE]:
+    for path in map(folder.joinpath, _EARLY):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def run_folder(resolved: Resolved) -> Path:

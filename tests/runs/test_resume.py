@@ -421,7 +421,12 @@ def test_a_run_that_failed_in_its_first_round_leaves_its_name_free(tmp_path: Pat
     """The launcher asks for the folder, and then the server's process does."""
     with pytest.raises(NoUploadsError):
         federate(tmp_path, method="fedavg", learning_rate=1e20)
-    again = resolve({"out-dir": str(tmp_path), "run-name": "run"})
+    again, mine = resolve({"out-dir": str(tmp_path), "run-name": "run"}), tmp_path / "run" / "notes"
+    mine.touch()
+    with pytest.raises(ConfigError, match="choose another name"):
+        run_folder(again)
+    assert (tmp_path / "run" / "events.jsonl").exists()
+    mine.unlink()
     for _ in range(2):
         assert run_folder(again) == tmp_path / "run"
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock"}
