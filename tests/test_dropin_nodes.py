@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import LocalDpMod
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, FedProx
 from safetensors import safe_open
@@ -192,6 +193,24 @@ class TestLog:
                 node = FIRST_NODE + 2 * NODE_STEP
                 said = f"round {number}, {what}: node {node} did not answer"
                 assert caplog.text.count(said) == 1
+
+    def test_who_is_gone(self, caplog: pytest.LogCaptureFixture) -> None:
+        """The SuperLink, node 1, replies for nodes that were asked and are gone."""
+
+        def gone(message: Message, reply: Message) -> Message:
+            if partition_of(message) > 1:
+                error = Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable")
+                reply = Message(error, reply_to=message)
+                reply.metadata.__dict__["_src_node_id"] = 1
+            return reply
+
+        start({"w": torch.zeros(1)}, gone)
+        assert caplog.text.count("aggregate_train: Received 2 results and 2 failures") == 2
+        for partition in (2, 3):
+            node = FIRST_NODE + partition * NODE_STEP
+            assert f"round 1, train: node {node} is no longer connected" in caplog.text
+        assert "node 1 " not in caplog.text
+        assert "did not answer" not in caplog.text
 
     def test_nodes_that_a_subclass_left_out_were_not_asked(
         self, caplog: pytest.LogCaptureFixture

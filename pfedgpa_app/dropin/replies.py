@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Message, MetricRecord, RecordDict
@@ -16,24 +16,30 @@ Aggregate = Callable[[list[RecordDict], str], MetricRecord]
 
 
 def screened(
-    replies: Sequence[Message], asked: Iterable[int], counted_by: str, what: str
+    replies: Sequence[Message], asked: Mapping[str, int], counted_by: str, what: str
 ) -> tuple[dict[int, RecordDict], dict[int, str]]:
     """{node: its reply} for replies with usable metrics, {node: what is wrong} for the others.
 
     Args:
-        asked: the nodes that were to reply.
+        asked: {id of the message to it: a node that was to reply}.
         counted_by: the metric with a node's number of examples.
         what: they were asked to do, for the log.
     """
     usable: dict[int, RecordDict] = {}
-    unusable = dict.fromkeys(asked, "did not answer")
+    unusable = dict.fromkeys(asked.values(), "did not answer")
     if replies:  # as FedAvg logs it
         failed = sum(reply.has_error() for reply in replies)
         said = "aggregate_%s: Received %s results and %s failures"
         logger.info(said, what, len(replies) - failed, failed)
+
+    def node_of(reply: Message) -> int:
+        """The SuperLink itself replies for a node that is gone."""
+        about = reply.metadata
+        return asked.get(about.reply_to_message_id, about.src_node_id)
+
     # by node id, which is random: the order must not depend on when replies came
-    for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
-        node = reply.metadata.src_node_id
+    for reply in sorted(replies, key=node_of):
+        node = node_of(reply)
         unusable.pop(node, None)
         wrong = failure(reply) if reply.has_error() else unusable_metrics(reply, counted_by)
         if wrong:

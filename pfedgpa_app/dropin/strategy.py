@@ -158,7 +158,7 @@ class PFedGPA(FedAvg):
             self.folder = new_folder(self.save_dir, grid, network.expected)
         self._server = Server(config, Server.begin(config, network.generated))
         self._grid, self._network, self._left = grid, network, Personal()
-        self._asked: list[Metadata] = []
+        self._asked: list[Metadata] = []  # of messages, which have an id once they are sent
         self._evaluated: set[int] = set()  # the nodes that were sent weights of their own
         warn_of_rate(train_config, self.rate_key)
         given = (train_config, evaluate_config, evaluate_fn)
@@ -196,7 +196,7 @@ class PFedGPA(FedAvg):
         self, server_round: int, what: str, replies: Iterable[Message]
     ) -> tuple[dict[int, RecordDict], dict[int, str]]:
         """Usable replies by node, and what is wrong with the others; note who the nodes are."""
-        asked = [sent.dst_node_id for sent in self._asked if sent.message_id]  # has it once sent
+        asked = {sent.message_id: sent.dst_node_id for sent in self._asked if sent.message_id}
         contents, unusable = screened(list(replies), asked, self.weighted_by_key, what)
         left, state, self._asked = self._left, self._server.state, []
         for node, old in left.nodes.learn(contents, self.partition_key, self._grid).items():
