@@ -149,7 +149,8 @@ def figures_of(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     honest = [record for record in records if not record.get("malicious")]
 
     def values(key: str) -> list[float]:
-        return [record[key] for record in honest if record.get(key) is not None]
+        told = [record[key] for record in honest if record.get(key) is not None]
+        return [value for value in told if not math.isnan(value)]  # a client without a step
 
     accuracies = values("accuracy")
     found = {

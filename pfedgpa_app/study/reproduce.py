@@ -308,7 +308,8 @@ def rows_done(atlas: Atlas, cells: Sequence[Cell], seeds: Sequence[int]) -> list
     whole, found = replace(atlas, only=atlas.known), list[Row]()
     for cell in dict.fromkeys([*atlas.cells(atlas.quick), *cells]):
         there = (atlas.out / cell.name).glob("seed-*")
-        for seed in sorted(int(place.name.removeprefix("seed-")) for place in there):
+        numbers = [place.name.removeprefix("seed-") for place in there]
+        for seed in sorted(int(number) for number in numbers if number.isdecimal()):
             if cell in cells and seed in seeds and not atlas.rows([cell], [seed]):
                 continue  # it is going on
             rows, _ = whole.ended(cell, seed)

@@ -162,7 +162,7 @@ class Search:
     def judge(self, run: PlannedRun, event: Mapping[str, Any]) -> str | None:
         """Say why to end a run after this ``event``; None: it may go on."""
         trial = self._trials.get(run.name)
-        if trial is None or "loss" not in event:
+        if trial is None or event.get("loss") is None:
             return None
         step = int(event["progress"] * _STEPS)
         if (run.name, step) not in self._told:  # Optuna warns if a step is reported twice
