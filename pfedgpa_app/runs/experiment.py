@@ -214,12 +214,11 @@ def _keep_distribution(
     if not every:
         return
     method, found = every[-1]
+    suffix = "" if method in _last_to_learn(config) else f".{method}"
 
     def path(name: str) -> Path:
         plain = folder / name
-        return (
-            plain if method in _last_to_learn(config) else plain.with_stem(f"{plain.stem}.{method}")
-        )
+        return plain.with_stem(plain.stem + suffix)
 
     if config.save_weights:
         common: Weights = state.global_weights
