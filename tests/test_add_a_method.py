@@ -507,6 +507,30 @@ class TestSettings:
         assert said in err
 
 
+@pytest.mark.parametrize(
+    ("fine_tuning", "said"),
+    [
+        (
+            "gentle",
+            "'gentle', but must be one of default, training, tuned, own; \"gentle\" is call",
+        ),
+        ("Tuned", "'Tuned', but must be one of default, training, tuned, own\n"),
+        ("own", '"own": give it an own_fine_tuning'),
+    ],
+)
+def test_a_fine_tuning_that_there_is_not_is_refused(
+    mine: Callable[[str], str],
+    capsys: pytest.CaptureFixture[str],
+    fine_tuning: str,
+    said: str,
+) -> None:
+    """It was found when the tables were made, after all training."""
+    assert cli.main(["run", f"method={mine(f'    fine_tuning = {fine_tuning!r}')}"]) == 2
+    err = capsys.readouterr().err
+    assert "method = 'mine:Mine': its `fine_tuning` is " in err
+    assert said in err
+
+
 def test_rounds_that_belong_to_no_method_are_refused(
     mine: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

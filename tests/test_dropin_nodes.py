@@ -138,6 +138,16 @@ class TestNodes:
         nodes.replace(7, 8)
         assert self.learn(nodes, {9: 0}, {9}) == {9: 8}
 
+    def test_one_that_restarts_again_while_its_first_id_is_listed_is(self) -> None:
+        nodes = Nodes()
+        for node, connected in ((7, {7}), (8, {7, 8}), (9, {7, 8, 9})):
+            assert not self.learn(nodes, {node: 0}, connected)
+            nodes.client(node)
+        for node, old in self.learn(nodes, {9: 0}, {9}).items():
+            nodes.replace(old, node)
+        assert nodes.clients == {9: 0}
+        assert nodes.by_name({9: "own"}) == {0: "own"}
+
     def test_none_of_several_is(self) -> None:
         nodes = Nodes()
         assert not self.learn(nodes, {7: 0, 8: 0}, {7, 8})

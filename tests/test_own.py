@@ -939,6 +939,37 @@ class TestData:
                 found = dataset_of("mine", {"x": ROWS, "y": LABELS, "users": column}, 0.2)
                 assert np.array_equal(found.train_users, one.train_users)
 
+    @pytest.mark.parametrize(
+        ("users", "names"),
+        [
+            (np.array([b"ann", b"bj\xc3\xb6rn", b"eve"])[LABELS], {"ann", "björn", "eve"}),
+            (np.array([b"ann", b"bob", b"eve"], object)[LABELS], {"ann", "bob", "eve"}),
+            (LABELS + 0.5, {"0.5", "1.5", "2.5"}),
+            (LABELS.astype(np.float32), {"0", "1", "2"}),
+            ([(7, "ann", 1.5)[each] for each in LABELS], {"7", "ann", "1.5"}),
+            (np.array(["2026-12-01", "2026-12-02", "2027-01-01"], "M8[D]")[LABELS], None),
+            (np.array(["2026-12-01", "2026-12-02", "2027-01-01"], "M8[ns]")[LABELS], None),
+            (torch.tensor(LABELS), {"0", "1", "2"}),
+            (LABELS > 1, {"False", "True"}),
+        ],
+        ids=["bytes", "objects", "fractions", "whole", "mixed", "days", "times", "tensor", "bool"],
+    )
+    def test_users_of_any_kind(self, users: Any, names: set[str] | None) -> None:
+        """As HDF5, tables and people write them."""
+        found = dataset_of("mine", {"x": ROWS, "y": LABELS, "users": users}, 0.2)
+        who = set(found.train_users) | set(found.test_users)
+        days = {each[:10] for each in who}
+        assert who == names if names else days == {"2026-12-01", "2026-12-02", "2027-01-01"}
+
+    def test_labels_of_bytes_are_text(self) -> None:
+        for kind in ("S", object):
+            labels = np.array([b"cat", b"cow", b"dog"], kind)[LABELS]
+            assert dataset_of("mine", {"x": ROWS, "y": labels}, 0.2).classes == (
+                "cat",
+                "cow",
+                "dog",
+            )
+
     def test_floats_that_numpy_has_not_are_floats(self) -> None:
         for dtype in (torch.bfloat16, torch.float8_e4m3fn):
             found = dataset_of("mine", {"x": torch.ones(60, 5).to(dtype), "y": LABELS}, 0.2)
@@ -985,17 +1016,30 @@ class TestData:
             ),
             (
                 {"x": ROWS, "y": LABELS, "users": np.array([["a", "b"]] * 60)},
-                r"users_train holds <U1 of shape \[60, 2\]: give one whole number or name for each "
-                "example$",
+                r"users_train is of shape \[60, 2\]: give one user for each example$",
             ),
             (
                 {"x": ROWS, "y": LABELS, "users": ["a"] * 59 + [None]},
-                "users_train .* row 59 has none",
+                "users_train names no user in row 59: fill it in",
             ),
             (
                 {"x": ROWS, "y": LABELS, "users": [1.0] * 59 + [np.nan]},
-                "users_train has nan in row 59",
+                "users_train names no user in row 59",
             ),
+            (
+                {
+                    "x": ROWS,
+                    "y": LABELS,
+                    "users": np.array(["2026-12-01"] * 59 + ["NaT"], "M8[ns]"),
+                },
+                "users_train names no user in row 59",
+            ),
+            (
+                {"x": ROWS, "y": LABELS, "users": [{"name": "ann"}] * 60},
+                "users_train has {'name': 'ann'} in row 0: name one user",
+            ),
+            ({"x": ROWS, "y": LABELS, "users": [[1], [2, 3]] * 30}, "users_train "),
+            ({"x": ROWS, "y": np.array([b"\xff"] * 60)}, "y_train is not an array: 'utf-8'"),
         ],
     )
     def test_what_is_no_data_set_is_refused(self, found: Any, said: str) -> None:

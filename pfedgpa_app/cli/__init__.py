@@ -193,7 +193,7 @@ def _again(command: str, words: list[str], folder: Path) -> str:
     """Say which command continues a stopped one, which was given as ``words``."""
     what = "to continue"
     if command == "run":
-        from pfedgpa_app.runs.resuming import has_checkpoint
+        from pfedgpa_app.runs.checkpoint import has_checkpoint
 
         words = [word for word in words if not word.startswith(("run-name=", "resume="))]
         words += [f"run-name={folder.name}", "resume=true"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ ALSO = {"train_images": "x_train", "train_labels": "y_train"}
 ALSO |= {"test_images": "x_test", "test_labels": "y_test"}
 UNUSED = "val_"  # arrays whose names begin so are left out
 SPLITS = ("train", "test")
+_MISSING = ("NAType", "NaTType")  # what pandas has for a missing value or date, besides NaN
 _CHANNELS = (1, 2, 3, 4)  # grey and coloured, either with transparency
 _LARGEST = 20.0  # a feature with a larger root mean square counts as unscaled
 
@@ -181,8 +182,8 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
         DataError: the text says what is wrong with it, and what to do.
     """
     parts = _by_name(name, found)
-    arrays = {key: _array(name, key, parts[key]) for key in (*KEYS, *USERS) if key in parts}
-    users = {key: _one_each(name, key, arrays[key]).astype(str) for key in USERS if key in arrays}
+    arrays = {key: _array(name, key, parts[key]) for key in KEYS if key in parts}
+    users = {key: _users(name, key, parts[key]) for key in USERS if key in parts}
     for split in SPLITS:
         if f"x_{split}" in arrays:
             _check_lengths(name, split, arrays, users)
@@ -305,7 +306,7 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
     try:
         if hasattr(value, "detach"):
             value = _of_tensor(value.detach().cpu())
-        array = np.asarray(value)
+        array = _decoded(np.asarray(value))
         if array.dtype == object and _is_of_numbers(value):  # of several types, or some missing
             array = value.to_numpy(dtype=float, na_value=np.nan)
     except (ValueError, TypeError, RuntimeError) as error:  # torch's own are of all three kinds
@@ -313,7 +314,7 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
     if not key.startswith("x") and array.ndim == 2 and array.shape[1] == 1:
         value = array = array[:, 0]  # a frame of one column
     if array.ndim == 1 and array.dtype.kind in "UO":
-        texts = [isinstance(each, str) for each in value]
+        texts = [isinstance(each, (str, bytes)) for each in value]
         if any(texts) and not all(texts):  # NumPy would make missing text a class "nan"
             row = texts.index(False)
             raise DataError(f"dataset {name}: {key} has text, but row {row} has none: fill it in")
@@ -324,6 +325,57 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
             f"in rows of equal length{_in_columns(value)}"
         )
     return array
+
+
+def _decoded(array: np.ndarray) -> np.ndarray:
+    """Return an array of bytes, as HDF5 keeps text, as one of text; any other as it is."""
+    if array.dtype.kind == "S":
+        return np.char.decode(array, "utf-8")
+    if array.dtype == object and array.ndim == 1:
+        texts = [each.decode() if isinstance(each, bytes) else each for each in array]
+        array = array.copy()
+        array[:] = texts
+    return array
+
+
+def _users(name: str, key: str, value: Any) -> np.ndarray:
+    """Return each example's user as text: of names, bytes, numbers or dates.
+
+    Raises:
+        DataError: they are not one for each example, or one is missing.
+    """
+    if hasattr(value, "detach"):
+        value = _of_tensor(value.detach().cpu())
+    if getattr(getattr(value, "dtype", None), "kind", "") == "M":
+        dates = np.asarray(value)  # which NumPy would turn into numbers
+        value = dates.astype(str).astype(object)
+        value[np.isnat(dates)] = None
+    try:
+        array = np.asarray(value, dtype=object)
+    except ValueError as error:
+        raise DataError(f"dataset {name}: {key} is not an array: {error}") from error
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]  # a frame of one column
+    if array.ndim != 1:
+        raise DataError(
+            f"dataset {name}: {key} is of shape {list(array.shape)}: give one user for each example"
+        )
+    return np.array([_user(name, key, row, each) for row, each in enumerate(array)], dtype=str)
+
+
+def _user(name: str, key: str, row: int, user: Any) -> str:
+    if isinstance(user, bytes):
+        return user.decode("utf-8", "backslashreplace")
+    if not isinstance(user, Hashable):
+        raise DataError(f"dataset {name}: {key} has {shown(user)} in row {row}: name one user")
+    if isinstance(user, (float, np.floating)):
+        if user.is_integer():
+            return str(int(user))  # tables turn whole numbers into such
+        if np.isnan(user):
+            user = None
+    if user is None or type(user).__name__ in _MISSING:
+        raise DataError(f"dataset {name}: {key} names no user in row {row}: fill it in")
+    return str(user)
 
 
 def _of_tensor(tensor: Any) -> np.ndarray:
@@ -450,7 +502,7 @@ def _labels(
 
 
 def _one_each(name: str, key: str, labels: np.ndarray) -> np.ndarray:
-    """Return one label (or user) per example: names, or whole numbers, even if given as floats."""
+    """Return one label per example: names, or whole numbers, even if given as floats."""
     if labels.ndim != 1 or labels.dtype.kind not in "iubUf":
         is_one_hot = key.startswith("y") and labels.ndim == 2
         rows = f"; {key}.argmax(1) makes one label of each row" if is_one_hot else ""

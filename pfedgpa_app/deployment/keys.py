@@ -46,12 +46,13 @@ def _name(text: str) -> x509.Name:
 
 def _host(text: str) -> str:
     """Return a host's name or address as certificates hold it."""
-    if _is_address(text):
-        return text
+    host = text.removesuffix(".")  # which in the DNS says that the name is complete
+    if _is_address(host):
+        return host
     if re.fullmatch(r".+:\d+", text):
         raise ConfigError(f"--host {text!r}: give the host without the port")
     try:
-        host = text.encode("idna").decode()
+        host = host.encode("idna").decode()
     except UnicodeError as error:
         raise ConfigError(f"--host {text!r}: is not a host name") from error
     if not _NAME.fullmatch(host):

@@ -19,7 +19,7 @@ from pfedgpa_app.deployment import keys
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.engine import LaunchError, Poll
 from pfedgpa_app.engine.flower import stage
-from pfedgpa_app.runs.folder import LOG, run_folder
+from pfedgpa_app.runs.folder import LOG, NODE_LOG, run_folder
 from pfedgpa_app.runs.launcher import plain_console, watched, with_absolute_paths
 
 SETTINGS: dict[str, Any] = {
@@ -122,7 +122,7 @@ def rehearse(nodes: int, overrides: dict[str, Any], app: Path = APP_DIR) -> Path
             if reason := watched(folder, console, config, run_it):
                 for node in range(nodes):
                     said = deployment.node_log(node).read_text(encoding="utf-8", errors="replace")
-                    (folder / f"node-{node}.log").write_text(said, encoding="utf-8")
+                    (folder / NODE_LOG.format(node)).write_text(said, encoding="utf-8")
                 raise LaunchError(f"{reason}\nFlower's and the nodes' logs are in {folder}")
     say("everything is stopped; only the results are left")
     return folder

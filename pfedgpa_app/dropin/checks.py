@@ -68,6 +68,15 @@ def checked(name: str, value: Any) -> Any:
     return parse(dataclasses.replace(key, name=name), value, "PFedGPA")
 
 
+def checked_norm(value: Any) -> float:
+    """The ``value`` of ``max_upload_norm``; 0, for none, if it is infinite.
+
+    Raises:
+        ConfigError: as ``checked``.
+    """
+    return float(checked("max_upload_norm", 0.0 if value == math.inf else value))
+
+
 def check_share(share: float) -> None:
     """Refuse a ``fraction_train`` by which no node would train.
 

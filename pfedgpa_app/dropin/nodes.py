@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -44,7 +45,7 @@ class Nodes:
         """Note the partitions that nodes told under ``key``, and take them out of the metrics.
 
         Returns:
-            {node: the node that it replaces}.
+            {node: the node that it replaces}, the oldest first.
         """
         self._turn += 1
         for node, content in contents.items():
@@ -67,10 +68,12 @@ class Nodes:
         connected = {*grid.get_node_ids()}
         found: dict[int, int] = {}
         for partition, nodes in several.items():
-            *others, newest = sorted(nodes, key=self._heard.__getitem__)
-            silent_since = self._heard[others[-1]][1] < self._heard[newest][0]
-            if len(others) == 1 and others[0] not in connected and silent_since:
-                found[newest] = others[0]
+            by_turn = sorted(nodes, key=self._heard.__getitem__)
+            pairs = list(itertools.pairwise(by_turn))  # more than one: it restarted several times
+            if connected.isdisjoint(by_turn[:-1]) and all(
+                self._heard[old][1] < self._heard[new][0] for old, new in pairs
+            ):
+                found |= {new: old for old, new in pairs}
             elif partition not in self._shared:
                 self._shared.add(partition)
                 logger.warning(

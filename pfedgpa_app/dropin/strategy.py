@@ -43,6 +43,7 @@ from pfedgpa_app.dropin.checks import (
     check_going,
     check_share,
     checked,
+    checked_norm,
     checked_settings,
     momentum_in_words,
     no_uploads,
@@ -98,7 +99,7 @@ class PFedGPA(FedAvg):
                 global mean to it and, once generated, each node's weights, as
                 ``mean.safetensors``, ``client-PARTITION.safetensors`` or ``node-ID.safetensors``.
             max_upload_norm: an upload more than this many times as large as the round's median
-                (with one or two uploads: as the global mean before) is left out; 0: none is.
+                (with one or two uploads: as the global mean before) is left out; 0 or inf: none is.
 
         Raises:
             ConfigError: an argument cannot be used, or a subclass also derives from a strategy
@@ -109,7 +110,7 @@ class PFedGPA(FedAvg):
         check_share(self.fraction_train)
         self.settings = checked_settings(PFedGPASettings() if settings is None else settings)
         self.seed = checked("seed", seed)
-        self.max_upload_norm = checked("max_upload_norm", max_upload_norm)
+        self.max_upload_norm = checked_norm(max_upload_norm)
         self.rate_key, self.partition_key, self.loss_key = rate_key, partition_key, loss_key
         self.save_dir = Path(save_dir) if save_dir is not None else None
         self.folder: Path | None = None

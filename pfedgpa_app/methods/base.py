@@ -27,6 +27,8 @@ from pfedgpa_app.training import sgd
 from pfedgpa_app.training.evaluation import FineTuning
 from pfedgpa_app.training.sgd import Recipe
 
+# what a method's `fine_tuning` may be
+FINE_TUNINGS = ("default", "training", "tuned", "own")
 S = TypeVar("S")
 TRAINED, NOTHING, OTHER = "trained", "nothing", "other"  # what clients upload: see ``Rounds.sends``
 
@@ -237,9 +239,9 @@ class Personaliser(Generic[S]):
         settings: the class of its own settings, if it has any.
         parts: the parts of these settings (see ``setting``) that it uses.
         weights_from: the method whose clients' weights it evaluates, if not its own.
-        fine_tuning: the fine-tuning that its accuracy after fine-tuning refers to: "default" (the
-            run's setting), "training" (as in a round), "tuned" (chosen by validation) or "own"
-            (``own_fine_tuning``).
+        fine_tuning: the fine-tuning that its accuracy after fine-tuning refers to, one of
+            ``FINE_TUNINGS``: the run's setting, as in a round, chosen by validation, or as
+            ``own_fine_tuning`` says.
         analysis_only: whether it uses what no server knows, so that it cannot count as the best.
         is_defence: whether it is for federations with malicious clients; `pfedgpa compare` leaves
             it out.

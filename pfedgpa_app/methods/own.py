@@ -11,9 +11,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pfedgpa_app.core.own_code import imported, is_reference
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.core.settings import ConfigError, listed, near
+from pfedgpa_app.core.settings import ConfigError, listed, near, shown
 from pfedgpa_app.methods import METHODS, federation_of
-from pfedgpa_app.methods.base import Personaliser
+from pfedgpa_app.methods.base import FINE_TUNINGS, Personaliser
 
 GROUP = "pfedgpa.methods"  # entry points: a method's name, and where its class is
 _REFERENCES: dict[str, str] = {}  # {name: the import path that the user gave}
@@ -50,12 +50,17 @@ def registered(method: str, code_dir: str) -> tuple[str, bool]:
     if not is_reference(method):
         return method, False
     kind = imported(method, code_dir, "method")
-    name = method.partition(":")[2].lower()
+    name = own_name(method)
     is_new = METHODS.get(name) is not kind
     if is_new:
         _register(name, kind, f"method = {method!r}")
     _REFERENCES[name] = method
     return name, is_new
+
+
+def own_name(reference: str) -> str:
+    """The name in ``METHODS`` of a method given by its import path, or by its name."""
+    return reference.partition(":")[2].lower() if is_reference(reference) else reference
 
 
 def reference_of(name: str) -> str:
@@ -72,6 +77,7 @@ def _register(name: str, kind: object, source: str) -> None:
     if name in METHODS:
         raise ConfigError(f"{source}: there is already a method {name}: rename the class")
     _check_settings(kind, source)
+    _check_fine_tuning(kind, source)
     if "title" not in vars(kind):
         kind.title = kind.__name__
     METHODS[name] = kind
@@ -121,6 +127,27 @@ def _check_tuned(kind: type[Personaliser[Any]], settings: Any, source: str) -> N
                 f"{source}: its `tuned` names {name!r}, but there is no such setting in "
                 f"{settings.__name__}{near(name, names)}"
             )
+
+
+def _check_fine_tuning(kind: type[Personaliser[Any]], source: str) -> None:
+    """Refuse a ``fine_tuning`` that does not exist, or is its own and not given.
+
+    Raises:
+        ConfigError: otherwise the run would fail once its table is made.
+    """
+    chosen = kind.fine_tuning
+    renamed = '; "gentle" is called "default" now' if chosen == "gentle" else ""
+    if chosen not in FINE_TUNINGS:
+        raise ConfigError(
+            f"{source}: its `fine_tuning` is {shown(chosen)}, but must be one of "
+            f"{listed(FINE_TUNINGS)}{renamed}"
+        )
+    said = any("own_fine_tuning" in vars(k) for k in kind.__mro__ if k is not Personaliser)
+    if chosen == "own" and not said:
+        raise ConfigError(
+            f'{source}: its `fine_tuning` is "own": give it an own_fine_tuning, which says what '
+            "that is"
+        )
 
 
 def _declared(kind: type) -> list[str]:

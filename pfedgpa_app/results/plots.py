@@ -14,6 +14,8 @@ from pfedgpa_app.results.figures import canvas, one_plot, stacked_bars
 from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.results.tables import Outcome
 
+LATENTS = "latents.png"
+
 
 def accuracy_over_rounds(path: Path, log: RunLog, results: dict[str, Outcome]) -> None:
     """Draw each federation's mean accuracy, and where each method ended, as sent."""

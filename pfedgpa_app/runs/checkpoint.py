@@ -28,7 +28,7 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.methods import METHODS
 
 FORMAT = "pfedgpa-checkpoint-3"
-MANIFEST = "checkpoint.json"
+CHECKPOINT, MANIFEST = "checkpoint", "checkpoint.json"  # in a run's folder, and in that
 _DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
 # the errors that reading a damaged checkpoint can raise
 _DAMAGED: tuple[type[Exception], ...] = (OSError, SafetensorError, RuntimeError, ValueError)
@@ -40,6 +40,11 @@ Get = Callable[[list[str]], Tensor]
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be used; the text says why."""
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run in ``folder`` has kept a checkpoint to go on from."""
+    return (folder / CHECKPOINT / MANIFEST).exists()
 
 
 def encode(value: Any, put: Put, frozen: bool = False) -> Any:

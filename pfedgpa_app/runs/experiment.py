@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -45,6 +46,7 @@ from pfedgpa_app.results.log import EVENTS, TABLE, RunLog, end_whole, is_done, s
 from pfedgpa_app.results.tracking import Tracking, require_installed
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.about import MODEL, WEIGHTS, write_about
+from pfedgpa_app.runs.checkpoint import CHECKPOINT
 from pfedgpa_app.runs.folder import CONFIG, holdings, keep_holdings, locked, run_folder, running
 from pfedgpa_app.runs.initial import (
     initial_weights,
@@ -54,7 +56,7 @@ from pfedgpa_app.runs.initial import (
     share_little,
 )
 from pfedgpa_app.runs.personal import note_parts_on_nodes, weights_file
-from pfedgpa_app.runs.resuming import CHECKPOINT, Resuming
+from pfedgpa_app.runs.resuming import Resuming
 from pfedgpa_app.runs.summary import Summary, save_weights
 from pfedgpa_app.server import privacy
 from pfedgpa_app.server.joining import join
@@ -214,20 +216,30 @@ def _keep_distribution(
     if not every:
         return
     method, found = every[-1]
-    suffix = "" if method in _last_to_learn(config) else f".{method}"
-
-    def path(name: str) -> Path:
-        plain = folder / name
-        return plain.with_stem(plain.stem + suffix)
-
+    _name_earlier(folder, method)
     if config.save_weights:
         common: Weights = state.global_weights
         beside = {name: common[name] for name in own_statistics(common, found.layout.names)}
         told = origin(config, schema) | {"method": method}
-        saved.save(found, path(saved.FILE), beside, told)
+        saved.save(found, folder / saved.FILE, beside, told)
     if config.report and (places := plots.latent_places(found)):
-        write_json(path(report.LATENTS), {"method": method} | places)
-        plots.latents(path("latents.png"), places, _groups(config))
+        write_json(folder / report.LATENTS, {"method": method} | places)
+        plots.latents(folder / plots.LATENTS, places, _groups(config))
+
+
+def _name_earlier(folder: Path, method: str) -> None:
+    """Give what another federation than that of ``method`` has learned its own method's name."""
+    distribution, latents = folder / saved.FILE, folder / report.LATENTS
+    if distribution.exists():
+        before = str(saved.origin_of(distribution).get("method", method))
+    elif latents.exists():
+        before = str(json.loads(latents.read_text(encoding="utf-8"))["method"])
+    else:
+        return
+    if before != method:  # its own are there if it was interrupted before a checkpoint
+        for path in (distribution, latents, folder / plots.LATENTS):
+            if path.exists():
+                path.rename(path.with_stem(f"{path.stem}.{before}"))
 
 
 def _save_uploads(
@@ -235,15 +247,6 @@ def _save_uploads(
 ) -> None:
     """Write a federation's uploads, and what the run's data are."""
     uploads.save(folder / uploads.FILE, state, resolved, costs, holdings(folder))
-
-
-def _last_to_learn(config: Config) -> list[str]:
-    """Return the methods that learn a distribution in the last federation that has some."""
-    of_each = [
-        [name for name in names if METHODS[name].learned is not Personaliser.learned]
-        for names in federations(config.method).values()
-    ]
-    return [names for names in of_each if names][-1]
 
 
 def _lost_tracker(folder: Path, log: RunLog, kind: str, why: str) -> None:

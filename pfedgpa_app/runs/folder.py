@@ -7,6 +7,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -22,18 +23,20 @@ from pfedgpa_app.core.files import write_json
 from pfedgpa_app.core.own_code import digest, still_there
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.core.settings import ConfigError, DataError
+from pfedgpa_app.core.settings import ConfigError, DataError, listed
 from pfedgpa_app.data.client import alike, class_counts, fingerprint, load_schema
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.results import uploads
 from pfedgpa_app.results.log import EVENTS, METRICS, Records, last_event
 from pfedgpa_app.runs.about import MODEL, WEIGHTS
+from pfedgpa_app.runs.checkpoint import CHECKPOINT, has_checkpoint
 from pfedgpa_app.server.privacy import FILE as ASKED
 
 CONFIG, LOG, LOCK = "config.json", "flower.log", ".lock"
 HOLDINGS = "holdings.json"  # how many examples of each class every client holds
 _BEFORE = {LOG, LOCK}  # files that can be there before the settings
 _EARLY = {CONFIG, EVENTS, HOLDINGS, MODEL, WEIGHTS, ASKED}  # those before a round's records
+NODE_LOG = "node-{}.log"  # what a rehearsal's node said
 
 
 @contextlib.contextmanager
@@ -254,21 +257,34 @@ def is_foreign(folder: Path) -> bool:
     return CONFIG not in names and not names <= _BEFORE
 
 
-def _ended_before_round_1(folder: Path) -> bool:
-    """Whether the run in ``folder``, which has ended, failed before it trained anybody.
-
-    If somebody else has put a file there, it is not to be written to.
-    """
-    names = {path.name for path in folder.iterdir()}
-    return names <= _BEFORE | _EARLY and last_event(folder).get("kind") == "failed"
+def _is_early(path: Path) -> bool:
+    """Whether a run writes the file or folder at ``path`` before its first round has ended."""
+    if path.name == CHECKPOINT:  # what clients keep
+        return not has_checkpoint(path.parent)
+    return path.name in _EARLY or bool(re.fullmatch(NODE_LOG.format(r"\d+"), path.name))
 
 
-def _empty(folder: Path) -> None:
-    """Remove what a run that trained nobody has written to ``folder``.
+def _free(folder: Path, name: str) -> None:
+    """Remove what a run that failed before its first round's end has written to ``folder``.
 
     What is left would make it a foreign folder to the next process that asks for it.
+
+    Raises:
+        ConfigError: the run there has results, or the folder also holds something else.
     """
-    for path in map(folder.joinpath, _EARLY):
+    names = {path.name for path in folder.iterdir() if not _is_early(path)} - _BEFORE
+    failed = last_event(folder).get("kind") == "failed"
+    if failed and names and METRICS not in names:
+        raise ConfigError(
+            f"run-name = {name!r}: the run in {folder} failed before its first round ended, but "
+            f"{listed(sorted(names))} is there, too: remove that, or choose another name"
+        )
+    if not failed or names:
+        raise ConfigError(
+            f"run-name = {name!r}: {folder} holds another run's results; choose another name, or "
+            "resume it with resume=true"
+        )
+    for path in filter(_is_early, folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -327,7 +343,7 @@ def _new(out: Path, config: Config) -> Path:
 
 
 def _refuse(folder: Path, resolved: Resolved) -> None:
-    """Refuse a folder in which the run can neither begin nor go on."""
+    """Refuse a folder in which the run can neither begin nor go on; make it free for one."""
     name = resolved.config.run_name
     if is_running(folder):
         raise ConfigError(running(folder))
@@ -344,13 +360,7 @@ def _refuse(folder: Path, resolved: Resolved) -> None:
         )
     if not (folder / CONFIG).exists():
         return
-    if not resolved.config.resume and _ended_before_round_1(folder):
-        _empty(folder)
-        return
     if not resolved.config.resume:
-        raise ConfigError(
-            f"run-name = {name!r}: {folder} holds another run's results; choose another name, or "
-            "resume it with resume=true"
-        )
-    if other := differences(kept_settings(folder), resolved):
+        _free(folder, name)
+    elif other := differences(kept_settings(folder), resolved):
         raise ConfigError(f"resume: {folder} has other settings: {'; '.join(other)}")

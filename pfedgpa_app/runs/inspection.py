@@ -15,10 +15,9 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import text_table
-from pfedgpa_app.runs.checkpoint import Checkpoint, CheckpointError
+from pfedgpa_app.runs.checkpoint import CHECKPOINT, Checkpoint, CheckpointError
 from pfedgpa_app.runs.folder import CONFIG, is_running
 from pfedgpa_app.runs.reading import OF_ITS_PLACE, Run, command_of, files_named
-from pfedgpa_app.runs.resuming import CHECKPOINT
 
 
 def lines_about(path: Path) -> list[str]:

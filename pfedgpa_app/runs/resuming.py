@@ -14,17 +14,16 @@ from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.results.log import METRICS, RunLog
 from pfedgpa_app.runs.about import MODEL, WEIGHTS, changed_code, read_about
-from pfedgpa_app.runs.checkpoint import MANIFEST, Checkpoint, CheckpointError, encode
+from pfedgpa_app.runs.checkpoint import (
+    CHECKPOINT,
+    Checkpoint,
+    CheckpointError,
+    encode,
+)
 from pfedgpa_app.runs.personal import weights_file
 from pfedgpa_app.runs.summary import Summary
 
-CHECKPOINT = "checkpoint"
 _ABSENT: dict[str, Any] = {"weights": {}, "partitions": [], "keeping": []}
-
-
-def has_checkpoint(folder: Path) -> bool:
-    """Whether the run in ``folder`` has kept a checkpoint to go on from."""
-    return (folder / CHECKPOINT / MANIFEST).exists()
 
 
 class Resuming:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pfedgpa_app.config.names import defaults, keys, require_method
 from pfedgpa_app.config.parse import argument
 from pfedgpa_app.config.resolve import values_of
+from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.methods import METHODS, federations
 from pfedgpa_app.methods.own import reference_of
 from pfedgpa_app.results.log import finished_in, rows_of
@@ -132,7 +134,7 @@ def finished(out: Path) -> Finished:
         n for n, key in keys().items() if "." not in n and not key.is_for_launch and n not in own
     ]
     for folder in finished_in(out):
-        kept_methods(folder)  # imports methods of the user's own
+        _import_methods(folder)
         kept = defaults() | values_of(kept_settings(folder))
         settings = {name: kept[name] for name in shared}
         methods = found.setdefault(Path(kept["conf"]).stem, {})
@@ -142,6 +144,19 @@ def finished(out: Path) -> Finished:
         experiment: {name: [rows[seed] for seed in sorted(rows)] for name, rows in methods.items()}
         for experiment, methods in sorted(found.items())
     }
+
+
+def _import_methods(folder: Path) -> None:
+    """Import the methods of the run in ``folder``; code that is gone is only warned of."""
+    try:
+        kept_methods(folder)
+    except ConfigError as error:
+        warn_once(f"{folder}: {error}; its figures are those that it kept")
+
+
+def _in_order(names: Collection[str]) -> list[str]:
+    """Return methods' ``names`` in the order of ``METHODS``, then those whose code is gone."""
+    return [n for n in METHODS if n in names] + sorted(n for n in names if n not in METHODS)
 
 
 def overview(found: Finished) -> str:
@@ -155,11 +170,11 @@ def overview(found: Finished) -> str:
     if len(set(heads)) < len(heads):
         heads = [f"{head} ({name})" for head, name in zip(heads, found, strict=True)]
     rows = []
-    for name in METHODS:
+    for name in _in_order({name for methods in found.values() for name in methods}):
         columns = [methods.get(name, []) for methods in found.values()]
-        if not any(columns) or METHODS[name].weights_from:
+        if not any(columns) or (name in METHODS and METHODS[name].weights_from):
             continue
-        cells = [METHODS[name].title]
+        cells = [next(rows[0]["title"] for rows in columns if rows)]
         for seeds in columns:
             sent, tuned = (
                 over_seeds([row[key] for row in seeds], digits=1)
@@ -180,7 +195,7 @@ def table(found: Finished) -> str:
             f"({experiment})\n"
         )
         lines = []
-        for name in (name for name in METHODS if name in methods):
+        for name in _in_order(methods):
             rows = methods[name]
             cells = [over_seeds([row[key] for row in rows]) for key in COLUMNS.values()]
             lines.append([rows[0]["title"], str(len(rows)), *cells, published(rows[0])])

@@ -18,9 +18,10 @@ from pfedgpa_app.core.sections import OF_PARTITION, Config
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.methods import federations
-from pfedgpa_app.methods.own import reference_of
+from pfedgpa_app.methods.own import own_name, reference_of
 from pfedgpa_app.results.log import SUMMARY, finished_in, is_done, last_event
 from pfedgpa_app.runs.about import changed_code, read_about
+from pfedgpa_app.runs.checkpoint import has_checkpoint
 from pfedgpa_app.runs.folder import (
     check_data,
     check_files,
@@ -28,7 +29,6 @@ from pfedgpa_app.runs.folder import (
     kept_methods,
     kept_settings,
 )
-from pfedgpa_app.runs.resuming import has_checkpoint
 
 Settings = dict[str, Any]
 
@@ -156,16 +156,21 @@ def require_alike(runs: Sequence[PlannedRun], out: Path) -> None:
         TakenError: a finished run of the same experiment and method has other settings or data.
     """
     for folder in finished_in(out):
-        there, methods = kept_settings(folder), kept_methods(folder)
+        there, gone = kept_settings(folder), False
+        try:
+            methods = kept_methods(folder)
+        except ConfigError:  # code of the user's own is gone
+            methods, gone = [own_name(name) for name in there["method"]["value"]], True
         experiment = Path(there["conf"]["value"]).stem
         for run in runs:
             both = [name for name in methods if name in run.config.method]
             if not both or Path(run.config.conf).stem != experiment:
                 continue
             named = [reference_of(name) for name in both]
+            kept = [name for name in there["method"]["value"] if own_name(name) in both]
             same = {"method": named, "seed": there["seed"]["value"]}
             here = resolve(without_idle(run.settings, both) | same)
-            if found := differences(there | {"method": {"value": named}}, here):
+            if found := differences(there | {"method": {"value": kept if gone else named}}, here):
                 raise TakenError(
                     f"{folder} holds {', '.join(both)} with other settings ({'; '.join(found)}): "
                     "choose another --out, or delete it"

@@ -148,7 +148,7 @@ def test_a_run_by_its_users(hub: Path) -> None:
 def test_rows_without_a_user_are_refused(hub: Path) -> None:
     rows = {"a": [0.5] * 20, "label": [0, 1] * 10, "who": [*["ann", "bob"] * 9, None, "bob"]}
     datasets.Dataset.from_dict(rows).save_to_disk("saved")
-    with pytest.raises(DataError, match="users_train has text, but row 18 has none: fill it in"):
+    with pytest.raises(DataError, match="users_train names no user in row 18: fill it in"):
         load("hf:saved?user=who", "")
 
 

@@ -495,7 +495,8 @@ class TestKeys:
             ("-fed.example.org", "is not a host name"),
             ("fed-.example.org", "is not a host name"),
             ("10.0.0.300", "is not a host name"),
-            ("fed.example.org.", "is not a host name"),
+            ("fed.example.org..", "is not a host name"),
+            (".", "is not a host name"),
             ("", "is not a host name"),
         ],
     )
@@ -515,7 +516,7 @@ class TestKeys:
             "2001:db8::7",
             "3com.com",
         ]
-        keys.make(tmp_path, hosts, 0)
+        keys.make(tmp_path, [*hosts[:-1], f"{hosts[-1]}."], 0)  # which ends as in the DNS
         server = x509.load_pem_x509_certificate((tmp_path / keys.SERVER).read_bytes())
         names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         named = names.get_values_for_type(x509.DNSName)

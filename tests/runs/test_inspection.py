@@ -15,6 +15,7 @@ from pfedgpa_app.cli.options import overrides
 from pfedgpa_app.config.names import keys
 from pfedgpa_app.config.resolve import differences, resolve
 from pfedgpa_app.core.settings import LAUNCH, ConfigError
+from pfedgpa_app.methods import halves
 from pfedgpa_app.runs.checkpoint import Checkpoint
 from pfedgpa_app.runs.folder import kept_settings, locked, run_folder
 from pfedgpa_app.runs.inspection import lines_about
@@ -66,6 +67,25 @@ def test_what_each_of_two_federations_learned(tmp_path: Path) -> None:
     assert [page.count(f"Learned by {by}. ") for by in ("pFedGPA", "pFedGPA, once")] == [1, 1]
     ids = re.findall(r' id="(.*?)"', page)
     assert len(set(ids)) == len(ids)
+
+
+def test_the_last_that_learned_has_the_plain_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the methods after it could learn something, too, or not."""
+    learned = halves.learned
+    for name in ("pfedgpa", "pfedgpa-once"):
+
+        def only(method: str, made: Any, name: str = name) -> Any:
+            return learned(method, made) if method == name else None
+
+        monkeypatch.setattr(halves, "learned", only)
+        how = {"method": "pfedgpa,pfedgpa-once", "num_server_rounds": 3, "report": True}
+        folder, _ = federate(tmp_path / name, **how)
+        [found] = folder.glob("distribution*")
+        assert lines_about(found)[0].startswith(f"distribution of {name}: of ")
+        assert found.name == "distribution.safetensors"
+        assert {path.name for path in folder.glob("latents*")} == {"latents.json", "latents.png"}
 
 
 def test_a_run_that_was_stopped_tells_where_and_how_to_go_on(tmp_path: Path) -> None:

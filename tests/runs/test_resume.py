@@ -40,10 +40,9 @@ from pfedgpa_app.methods.pfedgpa import PFedGPAState
 from pfedgpa_app.results.log import Records, RunLog, is_done, last_event
 from pfedgpa_app.runs import checkpoint
 from pfedgpa_app.runs import summary as summary_module
-from pfedgpa_app.runs.checkpoint import MANIFEST, Checkpoint, CheckpointError
+from pfedgpa_app.runs.checkpoint import CHECKPOINT, MANIFEST, Checkpoint, CheckpointError
 from pfedgpa_app.runs.folder import is_running, locked, run_folder
 from pfedgpa_app.runs.launcher import watched
-from pfedgpa_app.runs.resuming import CHECKPOINT
 from pfedgpa_app.server.screening import NoUploadsError
 from tests.support.federations import SMALL, federate, records, results, small
 
@@ -810,6 +809,21 @@ class TestFolder:
             federate(tmp_path, killer(9), method="fedavg")  # in round 2
         with pytest.raises(ConfigError, match="holds another run's results"):
             federate(tmp_path, method="fedavg")
+
+    def test_nor_one_whose_clients_or_nodes_had_written_already(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        with pytest.raises(KilledError):  # in round 1, when the first client keeps its state
+            federate(tmp_path, killer(1), method="scaffold", checkpoint_every=1)
+        assert list((folder / CHECKPOINT / "clients").rglob("*.safetensors"))
+        (folder / "node-0.log").write_text("as a rehearsal leaves it")
+        (folder / "notes.txt").write_text("my own")
+        with pytest.raises(ConfigError, match=r"failed before .*, but notes\.txt is there, too"):
+            federate(tmp_path, method="fedavg")
+        (folder / "notes.txt").unlink()
+        federate(tmp_path, method="fedavg")
+        [row] = json.loads((folder / "summary.json").read_text())
+        assert row["method"] == "fedavg"
+        assert not (folder / "node-0.log").exists()
 
     def test_a_run_that_goes_on_is_left_alone(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shlex
 import shutil
@@ -47,6 +48,11 @@ class TestTensorBoard:
         for method, row in summary(folder).items():
             (kept,) = curve(folder, method, "results/accuracy_kept").values()
             assert kept == pytest.approx(row["accuracy_kept"], rel=1e-6)
+
+    def test_a_client_that_took_no_step_hides_no_loss(self) -> None:
+        told = [{"train_loss": loss, "participated": True} for loss in (1.0, math.nan)]
+        figures = tracking.figures_of(told)
+        assert figures["loss/train"] == 1.0
 
     def test_a_run_without_track_is_told_afterwards(self, folder: Path, tmp_path: Path) -> None:
         done = federate(tmp_path, **HOW)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,23 @@ class TestPlan:
         found = finished(own)
         assert [row["title"] for row in found["small"]["mean"]] == ["Mean"]
         assert "| Mean | 50.0 / 50.0 |" in overview(found)
+
+    def test_code_that_is_gone_keeps_no_other_method_back(
+        self, own: Path, experiment: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        METHODS.pop("mean")  # as in another process
+        (tmp_path / "own_mean.py").rename(tmp_path / "another.py")
+        sys.modules.pop("own_mean")
+        [ran] = plan([str(experiment)], ["fedprox"], [0], {}, own)
+        finish(ran, 60.0, **FIGURES)
+        found = finished(own)
+        assert "| FedProx | 50.0 / 50.0 |\n| Mean | 50.0 / 50.0 |" in overview(found)
+        assert "| Mean | 1 | " in table(found)
+        assert caplog.text.count("module own_mean cannot be imported") == 1
+        name = method_named("another:Mean", str(tmp_path))
+        code = {"code-dir": str(tmp_path)}
+        with pytest.raises(TakenError, match=r"mean with .*'own_mean:Mean'\] there, \['another:"):
+            plan([str(experiment)], ["fedavg", name], [1], code, own)
 
     def test_what_methods_were_not_run_alike_by_is_said(self, tmp_path: Path) -> None:
         """As when a comparison goes on with other settings for its other methods."""

@@ -135,6 +135,7 @@ def test_a_part_that_is_run_anew_leaves_the_rest_in_the_tables(tmp_path: Path) -
     other = replace(CELL, images=60)
     Atlas(tmp_path, given, {}, machine).fill([CELL])
     before = (tmp_path / "map.jsonl").read_text().splitlines()
+    (tmp_path / CELL.name / "seed-0 of November").mkdir()  # the user's own
     Atlas(tmp_path, given, {}, machine, ("fedavg",)).fill([other])
     Atlas(tmp_path, given, {}, machine, ("pfedgpa",)).fill([CELL], [1])
     rows = (tmp_path / "map.jsonl").read_text().splitlines()

@@ -28,9 +28,8 @@ from pfedgpa_app.engine import PARENT
 from pfedgpa_app.methods.generation import PFedGPASettings
 from pfedgpa_app.results.log import SUMMARY, is_done, say
 from pfedgpa_app.results.tables import seeds_table
-from pfedgpa_app.runs.checkpoint import MANIFEST
+from pfedgpa_app.runs.checkpoint import CHECKPOINT, MANIFEST
 from pfedgpa_app.runs.folder import CONFIG, locked
-from pfedgpa_app.runs.resuming import CHECKPOINT
 from pfedgpa_app.study import sweep
 from pfedgpa_app.study.places import Here
 from pfedgpa_app.study.plan import PlannedRun, TakenError, expand, read

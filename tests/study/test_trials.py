@@ -188,6 +188,7 @@ def test_a_run_whose_training_loss_is_among_the_worst_is_ended(tmp_path: Path) -
             loss = 100.0 if len(began) in (3, 8) else 1.0  # no trial before the third is done
             for progress in (0.05, 0.35, 0.38, 0.65):
                 event = {"kind": "round", "text": "", "progress": progress}
+                assert judge(run, event | {"loss": None}) is None  # no client took a step
                 if judge(run, event | {"loss": loss}):
                     ended.append(run.name)
                     break
