@@ -32,6 +32,7 @@ from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import Config, TrainingSettings
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.core.weights import body, last_layers
+from pfedgpa_app.data.arrays import dataset_of
 from pfedgpa_app.data.client import (
     check_same,
     data_in_words,
@@ -42,7 +43,7 @@ from pfedgpa_app.data.client import (
     load_partition,
     schema_of,
 )
-from pfedgpa_app.data.dataset import dataset_of, remarks
+from pfedgpa_app.data.dataset import remarks
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.data.partition import by_users
 from pfedgpa_app.engine.ray import Simulation

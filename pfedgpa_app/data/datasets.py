@@ -30,7 +30,8 @@ from pfedgpa_app.data import (
     hugging_face,
     is_own_code,
 )
-from pfedgpa_app.data.dataset import SPLITS, Dataset, dataset_of
+from pfedgpa_app.data.arrays import dataset_of
+from pfedgpa_app.data.dataset import SPLITS, Dataset
 from pfedgpa_app.data.imagefolder import files_below, has_splits, image_folder, stamped
 from pfedgpa_app.data.pictures import decoder
 

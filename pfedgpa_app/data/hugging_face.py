@@ -14,7 +14,8 @@ import numpy as np
 
 from pfedgpa_app.core.settings import ConfigError, DataError, near
 from pfedgpa_app.data import HUGGING_FACE
-from pfedgpa_app.data.dataset import Dataset, dataset_of
+from pfedgpa_app.data.arrays import dataset_of
+from pfedgpa_app.data.dataset import Dataset
 from pfedgpa_app.data.pictures import decoded
 
 LABELS = ("label", "labels", "fine_label", "target", "y")  # if no single column has classes
