@@ -162,8 +162,8 @@ class RememberingFedAvg(FedAvg):
         for client, upload in uploads.items():
             if upload.labels:
                 self.state.labels[client] = upload.labels
-            if own := {n: t for n, t in upload.weights.items() if is_statistic(n)}:
-                self.state.statistics[client] = own
+            if statistics := {n: t for n, t in upload.weights.items() if is_statistic(n)}:
+                self.state.statistics[client] = statistics
             self.state.buffer.add(server_round, client, {n: upload.weights[n] for n in names})
         self.state.buffer.drop_old(server_round)
         if self.state.likeness is None and server_round >= self.settled(self.config):
@@ -212,7 +212,7 @@ class Generation(Personaliser[RememberedState]):
 
     def __init__(self, config: Config, state: RememberedState) -> None:
         super().__init__(config, state)
-        self.own = config.of(PFedGPASettings)
+        self.own_settings = config.of(PFedGPASettings)
         self.joined: dict[int, Weights] = {}  # what joining clients were last sent
 
     @classmethod
@@ -253,12 +253,12 @@ class Generation(Personaliser[RememberedState]):
     def learned(self) -> WeightDistribution:
         """The distribution of the newest uploads after the last round, fitted at the first call."""
         if self.state.fitted is None:
-            self.state.fitted = self.fit(self.own.layers, self.own.denoiser)
+            self.state.fitted = self.fit(self.own_settings.layers, self.own_settings.denoiser)
         return self.state.fitted
 
     def fit(self, layers: int, denoiser: str) -> WeightDistribution:
         """Fit the distribution of the buffered uploads, or of their last ``layers`` if not 0."""
-        values = asdict(self.own) | {"denoiser": denoiser} | self.sharing()
+        values = asdict(self.own_settings) | {"denoiser": denoiser} | self.sharing()
         names = {f.name for f in fields(DiffusionSettings)}
         return WeightDistribution(
             self.state.last(layers),
@@ -280,10 +280,10 @@ class Generation(Personaliser[RememberedState]):
 
     def _descriptors(self) -> dict[int, Tensor] | None:
         """Descriptors of clients for eq. 9: class shares, or one-hot vectors to be embedded."""
-        if self.own.descriptor == "labels":
+        if self.own_settings.descriptor == "labels":
             counts = {c: torch.tensor(n).float() for c, n in self.state.labels.items()}
             return {client: n / n.sum() for client, n in counts.items()}
-        if self.own.descriptor == "learned":
+        if self.own_settings.descriptor == "learned":
             return dict(enumerate(torch.eye(self.config.initial_clients)))
         return None
 
@@ -299,7 +299,9 @@ class Generation(Personaliser[RememberedState]):
 
     def decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
         """The generated tensors of every client that ever uploaded."""
-        return fitted.generate(self.own.inversion, keep=self.own.keep, draws=self.own.draws)
+        return fitted.generate(
+            self.own_settings.inversion, keep=self.own_settings.keep, draws=self.own_settings.draws
+        )
 
     def join(self, uploads: dict[int, Upload]) -> dict[int, Weights]:
         """Place joining clients in the learned distribution (Algorithm 1, lines 7-14).
@@ -311,11 +313,11 @@ class Generation(Personaliser[RememberedState]):
         self.state.labels |= {c: upload.labels for c, upload in uploads.items() if upload.labels}
         names = fitted.layout.names
         given = {c: {n: upload.weights[n] for n in names} for c, upload in uploads.items()}
-        if self.own.join_mode == "guided":
+        if self.own_settings.join_mode == "guided":
             before = {c: {n: self.joined.get(c, common)[n] for n in names} for c in uploads}
-            made = fitted.guide(given, before, 1 + self.own.guidance)
+            made = fitted.guide(given, before, 1 + self.own_settings.guidance)
         else:
-            how = fitted.strength, self.own.draws, self._descriptors()
+            how = fitted.strength, self.own_settings.draws, self._descriptors()
             made = fitted.place(given, *how, begun=given.keys() - self.joined.keys())
         self.joined |= self.whole(fitted, made)
         return {client: self.joined[client] for client in uploads}
@@ -329,7 +331,7 @@ class Generation(Personaliser[RememberedState]):
 
     @functools.cached_property
     def _newest(self) -> dict[int, Weights]:
-        newest = self.state.last(self.own.layers).newest().items()
+        newest = self.state.last(self.own_settings.layers).newest().items()
         return {c: self.state.whole(c, e.weights()) for c, e in newest if self.is_upload(e)}
 
     def is_upload(self, entry: Entry) -> bool:
@@ -337,7 +339,7 @@ class Generation(Personaliser[RememberedState]):
         return True
 
     def report(self) -> dict[str, Any]:
-        fitted, buffered = self.learned(), self.state.last(self.own.layers).entries()
+        fitted, buffered = self.learned(), self.state.last(self.own_settings.layers).entries()
         entries = [entry for entry in buffered if self.is_upload(entry)]
         here = sorted({entry.client for entry in entries})  # clients with an upload in the window
         generated = [fitted.layout.flatten(self.made[client]) for client in here]
@@ -366,7 +368,7 @@ class PFedGPAInverted(Generation):
     ignored = ("inversion", "keep", "draws", "strength")
 
     def steps_back(self, fitted: WeightDistribution) -> int:
-        return self.own.diffusion_steps
+        return self.own_settings.diffusion_steps
 
     def decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
         return fitted.generate("invert", strength=self.steps_back(fitted), keep=1.0)
@@ -379,7 +381,7 @@ class PFedGPASampled(Generation):
     ignored = PFedGPAInverted.ignored
 
     def steps_back(self, fitted: WeightDistribution) -> int:
-        return self.own.diffusion_steps
+        return self.own_settings.diffusion_steps
 
     def decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:
         return fitted.generate("sample")

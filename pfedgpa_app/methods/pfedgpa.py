@@ -128,7 +128,7 @@ class PFedGPA(Generation, RememberingFedAvg):
         return min(super().settled(config), cls.first_generation(config))
 
     def rate(self, server_round: int) -> float:
-        return self.own.round_rate if self._is_gentle(server_round) else 1.0
+        return self.own_settings.round_rate if self._is_gentle(server_round) else 1.0
 
     def _is_gentle(self, server_round: int) -> bool:
         return server_round >= self.first_gentle(self.config) and self.state.chosen != MEAN
@@ -151,14 +151,14 @@ class PFedGPA(Generation, RememberingFedAvg):
         super().aggregate(server_round, uploads)
         if state.generated and state.chosen != OWN:
             self._keep_comparable(server_round, uploads, sent)
-        if self.own.momentum != 0 and not self._is_gentle(server_round):
+        if self.own_settings.momentum != 0 and not self._is_gentle(server_round):
             mean, velocity = state.global_weights, state.velocity
-            if (beta := self.own.momentum) is None:
+            if (beta := self.own_settings.momentum) is None:
                 beta = self._momentum(server_round, uploads, heading(before, mean, velocity))
             state.global_weights, state.velocity = with_momentum(before, mean, velocity, beta)
         generation = self.first_generation(self.config)
         if server_round >= generation:
-            if self.own.rank is None and server_round == generation and state.losses:
+            if self.own_settings.rank is None and server_round == generation and state.losses:
                 state.chosen = OWN
                 state.rivals = self._generated()
                 state.chosen = ""
@@ -236,8 +236,8 @@ class PFedGPA(Generation, RememberingFedAvg):
         """The weights that each client trains from next; {} for the mean for all."""
         if self.state.chosen == MEAN:
             return {}
-        layers = self.own.round_layers or self.own.layers
-        fitted = self.fit(layers, self.own.round_denoiser)
+        layers = self.own_settings.round_layers or self.own_settings.layers
+        fitted = self.fit(layers, self.own_settings.round_denoiser)
         return self.whole(fitted, self.decoded(fitted))
 
     def decoded(self, fitted: WeightDistribution) -> dict[int, Weights]:

@@ -15,8 +15,9 @@ from typing import ClassVar
 
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.engine import LaunchError
-from pfedgpa_app.results.log import accuracies_of, mean, rows_of
+from pfedgpa_app.results.log import rows_of
 from pfedgpa_app.results.tables import markdown, over_seeds
+from pfedgpa_app.runs.reading import Run
 from pfedgpa_app.study.later import Later, LaterCell
 from pfedgpa_app.study.plan import Settings, expand
 from pfedgpa_app.study.reproduce import DATA, OURS, Cell, Row
@@ -83,10 +84,10 @@ class WarmStart(Later):
         return {"start-from": str(learned), "pfedgpa.generate-from": 2}
 
     def _rows_of(self, folder: Path) -> list[Row]:
-        curves = accuracies_of(folder)
+        curves = Run(folder).curves
         return [
             {name: row[name] for name in ("method", "title", "seed", "rounds", SOON)}
-            | {"curve": {str(r): mean(each) for r, each in curves[row["method"]].items()}}
+            | {"curve": {str(r): value for r, value in curves[row["method"]].items()}}
             for row in rows_of(folder)
         ]
 
