@@ -149,6 +149,46 @@ def weight_normed(classes, shape):
     head = nn.utils.parametrizations.weight_norm(nn.Linear(16, classes))
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), head)
 
+def tied_head(classes, shape):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(64, classes), nn.Linear(classes, 64)
+            self.head = nn.Linear(64, classes)
+            self.head.weight = self.up.weight
+
+        def forward(self, x):
+            return self.head(self.down(self.up(x.flatten(1)).relu()).relu())
+    return Tied()
+
+def frozen_above(classes, shape):
+    """As many features as classes."""
+    body = nn.Sequential(nn.Flatten(), nn.Linear(64, classes), nn.ReLU())
+    return nn.Sequential(body, nn.Linear(classes, classes).requires_grad_(False))
+
+class OfType(nn.Sequential):
+    """Its numbers are of another type, and one of them is alone."""
+
+    def __init__(self, classes, dtype):
+        super().__init__(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, classes))
+        self[2].scale = nn.Parameter(torch.tensor(1.5))
+        self.to(dtype)
+
+    def forward(self, x):
+        return self[3](self[1](x.flatten(1).to(self[1].weight.dtype)).relu() * self[2].scale)
+
+def single(classes, shape):
+    return OfType(classes, torch.float32)
+
+def double(classes, shape):
+    return OfType(classes, torch.float64)
+
+def half(classes, shape):
+    return OfType(classes, torch.float16)
+
+def brain(classes, shape):
+    return OfType(classes, torch.bfloat16)
+
 def frozen_below(classes, shape):
     """A body that is used as it is, but for what its BatchNorm sees."""
     body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU())
@@ -626,12 +666,34 @@ class TestMethods:
         mine = {name.partition("/")[2] for name in tensors if name.startswith("client-0/")}
         assert mine == {"head.weight", "head.bias"}  # what the norm below has seen is the mean's
 
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            ("model=nets:small head=norm", "the network's is BatchNorm2d"),
+            ("model=nets:weight_normed", r"clients share of the network's only .*original0"),
+            ("model=nets:tied_head", r"clients share of the network's only head\.bias: give"),
+            ("model=nets:frozen_above", r"the network uses 1 after 0\.1"),
+            ("head=fc1", "the network uses fc2 after fc1"),
+        ],
+    )
     def test_one_without_a_linear_head_is_refused_in_time(
-        self, nets: Path, capsys: pytest.CaptureFixture[str]
+        self, words: str, said: str, nets: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        words = ["run", "model=nets:small", "head=norm", "method=fedavg,fedproto"]
-        assert cli.main(words) == 2
-        assert "fedproto: makes a linear last layer" in capsys.readouterr().err
+        assert cli.main(["run", *words.split(), "method=fedavg,fedproto"]) == 2
+        err = " ".join(capsys.readouterr().err.split())
+        assert re.search(f"fedproto: makes a linear last layer with a bias .*, but {said}", err)
+
+    @pytest.mark.parametrize("kind", ["single", "double", "half"])
+    def test_numbers_of_another_type_and_some_that_are_alone(self, kind: str, nets: Path) -> None:
+        methods = "fedproto,trimmed-mean,pfedhn"
+        how: dict[str, Any] = {"method": methods, "num_server_rounds": 3, "evaluate_every": 0}
+        folder, _ = federate(nets, model=f"nets:{kind}", **how)
+        assert {*summary(folder)} == {*methods.split(",")}
+        assert summary(folder)["fedproto"]["accuracy_before_ft"] > 50
+
+    def test_a_type_that_messages_cannot_hold(self, nets: Path) -> None:
+        with pytest.raises(ConfigError, match=r"its 1\.weight is of bfloat16, .* make it float32"):
+            made("nets:brain")
 
     def test_a_method_of_ones_own(self, nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
         text = (APP_DIR / "docs" / "own.md").read_text()

@@ -16,6 +16,7 @@ from pfedgpa_app.diffusion.autoencoder import Deltas
 from pfedgpa_app.diffusion.directions import client_means
 from pfedgpa_app.diffusion.settings import RULES
 
+_NULL = 1e-12  # eigenvalues with less of the largest are of clients whose classifiers are equal
 _SPLITS = 40  # random splits of clients and weights in cross-validation
 
 
@@ -55,6 +56,7 @@ def choose_rank(
         rank = _likeliest(classifiers, p)
     else:
         eigenvalues = torch.linalg.eigvalsh(classifiers).flip(0)[: min(n - 1, p)]
+        eigenvalues = eigenvalues[eigenvalues > _NULL * eigenvalues[0]]
         times = 2.0 if rule == "head-gap" else hard_threshold((n - 1) / p)
         rank = _above(eigenvalues, times)
         if rule == "widest-gap":
@@ -139,7 +141,8 @@ def _likeliest(gram: Tensor, size: int) -> int:
         values, vectors = values.flip(0)[: n - 2].clamp(min=1e-300), vectors.flip(1)[:, : n - 2]
         scores = (centred[out, kept] @ vectors).square() / values  # squared, along each axis
         variances, length = values / (n - 1), centred[out, out]
-        for k in range(1, min(n - 2, size)):
+        different = int((values > _NULL * values[0]).sum())
+        for k in range(1, min(n - 2, size, different)):
             left = size - k
             noise = variances[k:].sum() / left
             total[k] -= 0.5 * (

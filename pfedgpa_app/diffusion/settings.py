@@ -37,7 +37,10 @@ class DiffusionSettings:
         choices=("shared", "principal"),
     )
     strength: int | None = setting(
-        None, "t0, how far an upload is noised: 0 to diffusion-steps, or auto", low=0
+        None,
+        "t0, how far an upload is noised: 0 to diffusion-steps, or auto, as it always is where "
+        "validation images favour clients' own weights",
+        low=0,
     )
     own_weight: float | None = setting(
         None,

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.core.settings import ConfigError, MethodSettings, setting
+from pfedgpa_app.core.settings import ConfigError, MethodSettings, listed, setting
 from pfedgpa_app.core.uploads import Upload
-from pfedgpa_app.core.weights import Weights, last_layers
+from pfedgpa_app.core.weights import Weights, last_layers, module_of
 from pfedgpa_app.methods.base import OTHER, ClientTask, Method, Trained
-from pfedgpa_app.models.networks import head_of, weight_names, weights_of
+from pfedgpa_app.models.networks import head_of, used_after, weight_names, weights_of
 from pfedgpa_app.training.evaluation import evaluation_batches
 
 NEVER = -1e9  # the logit of a class of which no client has sent a prototype
@@ -50,7 +50,10 @@ class FedProtoSettings(MethodSettings):
 
 @dataclass
 class Prototypes:
-    """Global prototypes [K, D], the images behind each [K], and the last layer's weights' names."""
+    """Global prototypes [K, D], the images behind each [K], and the last layer's weights' names.
+
+    Prototypes are of the last layer's type.
+    """
 
     means: Tensor
     counts: Tensor
@@ -82,13 +85,19 @@ class FedProto(Method[Prototypes]):
 
     @classmethod
     def check_network(cls, config: Config, network: nn.Module) -> None:
-        head = head_of(network)
+        head, names = head_of(network), last_layers(weight_names(network), 1)
         if not isinstance(head, nn.Linear) or head.bias is None:
-            raise ConfigError(
-                f"fedproto: makes a linear last layer with a bias from its prototypes, but the "
-                f"network's is {type(head).__name__}: give it such a layer (head names another), "
-                "or leave fedproto out"
-            )
+            wrong = f"the network's is {type(head).__name__}"
+        elif [name.rpartition(".")[2] for name in names] != ["weight", "bias"]:
+            wrong = f"clients share of the network's only {listed(names)}"
+        elif after := used_after(network, module_of(names[0])):
+            wrong = f"the network uses {after} after {module_of(names[0])}"
+        else:
+            return
+        raise ConfigError(
+            "fedproto: makes a linear last layer with a bias from its prototypes, but "
+            f"{wrong}: give it such a layer (head names another), or leave fedproto out"
+        )
 
     @classmethod
     def begin(cls, config: Config, initial: Weights) -> Prototypes:
@@ -106,7 +115,8 @@ class FedProto(Method[Prototypes]):
         if self.config.of(FedProtoSettings).predict == "classifier" or not self.state.counts.any():
             return {}
         means, unseen = self.state.means, self.state.counts == 0
-        bias = (-means.square().sum(1)).masked_fill(unseen, NEVER)
+        bias = (-means.float().square().sum(1)).masked_fill(unseen, NEVER)
+        bias = bias.to(means).clamp_min(torch.finfo(means.dtype).min)
         return dict(zip(self.state.head, (2 * means, bias), strict=True))
 
     def evaluation_of(self, client: int, given: Weights) -> Weights:
@@ -118,7 +128,7 @@ class FedProto(Method[Prototypes]):
         total = counts.sum(0)
         mean = (counts[:, :, None] * means).sum(0) / total.clamp_min(1)[:, None]
         shown = total > 0  # other classes keep their prototypes
-        self.state.means = torch.where(shown[:, None], mean, self.state.means)
+        self.state.means = torch.where(shown[:, None], mean.to(means), self.state.means)
         self.state.counts = torch.where(shown, total, self.state.counts)
 
     @classmethod
@@ -129,29 +139,29 @@ class FedProto(Method[Prototypes]):
 
         def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
             features, logits = with_features(model, x)
-            apart = (features.float() - means[y]).square().mean(1) * known[y]
+            apart = (features.float() - means[y].float()).square().mean(1) * known[y]
             loss: Tensor = F.cross_entropy(logits.float(), y) + lam * apart.mean()
             return loss
 
         task.load(task.state)
         recipes = cls.recipes(task.config, weight_names(task.model), task.round)
         loss = task.sgd(recipes, loss_of=loss_of)
-        return Trained(cls.prototypes(task, len(means)), weights_of(task.model), loss)
+        return Trained(cls.prototypes(task, means), weights_of(task.model), loss)
 
     @staticmethod
     @torch.no_grad()
-    def prototypes(task: ClientTask, classes: int) -> Weights:
-        """The client's own prototypes [K, D] and the number of images behind each [K]."""
+    def prototypes(task: ClientTask, like: Tensor) -> Weights:
+        """The client's own prototypes, as ``like`` [K, D], and the images behind each [K]."""
         features = torch.cat(
             [
-                with_features(task.model, inputs)[0]
+                with_features(task.model, inputs)[0].float()
                 for inputs, _ in evaluation_batches(task.model, task.data.train)
             ]
         )
-        member = F.one_hot(task.data.train.labels, classes).to(features)
+        member = F.one_hot(task.data.train.labels, len(like)).to(features)
         counts = member.sum(0)
         means = member.T @ features / counts.clamp_min(1)[:, None]
-        return {"means": means.cpu(), "counts": counts.cpu()}
+        return {"means": means.to(like.dtype).cpu(), "counts": counts.cpu()}
 
     @staticmethod
     def evaluated(weights: Weights, state: Mapping[str, Tensor]) -> Weights:

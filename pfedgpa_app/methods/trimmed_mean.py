@@ -50,7 +50,7 @@ class TrimmedMean(Defence):
         beta = self.config.of(TrimmedMeanSettings).beta
         every = [upload.weights for upload in uploads.values()]
         self.state.global_weights = {
-            name: torch.from_numpy(
+            name: torch.as_tensor(
                 trim_mean(torch.stack([w[name] for w in every]).numpy(), beta)
             ).to(like.dtype)
             for name, like in every[0].items()

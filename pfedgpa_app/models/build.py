@@ -29,8 +29,11 @@ from pfedgpa_app.models.networks import (
     SHAPES,
     head_of,
     order_weights,
+    used_after,
     weight_names,
 )
+
+_TYPES = (torch.float16, torch.float32, torch.float64)
 
 
 def network_of(settings: TrainingSettings, schema: Schema) -> nn.Module:
@@ -69,6 +72,11 @@ def classifier_bias(settings: TrainingSettings, schema: Schema) -> str:
     bias = f"{module_of(last)}.bias".removeprefix(".")
     trained = dict(network.named_parameters()).get(bias)
     is_one = trained is not None and trained.shape == (len(schema.classes),)
+    if after := used_after(network, module_of(last)):
+        raise ConfigError(
+            f"logit-adjustment = true: changes the last layer's bias, but the network uses {after} "
+            f"after {module_of(last)}: train that, or leave out head="
+        )
     if bias not in weight_names(network) or not is_one:
         raise ConfigError(
             f"logit-adjustment = true: changes the last layer's bias, but the network's last layer "
@@ -97,11 +105,27 @@ def _template(
     made = _made_by(seed, model, code_dir, schema)
     if is_reference(model):
         _check_alike(made, _made_by(seed, model, code_dir, schema), model)
+    _check_types(made, model)
     order_weights(made, _used_in_order(made, model, schema), head)
     if weights:
         _load_from(made, weights)
     choose_layout(made, schema.shape)
     return made
+
+
+def _check_types(network: nn.Module, model: str) -> None:
+    """Refuse a network with weights of a type that NumPy, and so Flower's messages, cannot hold.
+
+    Raises:
+        ConfigError: it names one.
+    """
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype not in _TYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"model = {model!r}: its {name} is of {kind}, which messages cannot hold: make it "
+                "float32; precision=bfloat16 trains such weights faster"
+            )
 
 
 def _made_by(seed: int, model: str, code_dir: str, schema: Schema) -> nn.Module:

@@ -92,6 +92,7 @@ SHAPES: dict[tuple[int, ...], str] = {
 }
 MADE_FOR_ANY = {"conv": conv, "mlp": mlp}
 _ORDER = "_pfedgpa_weights"  # the attribute with the ordered names of a network's weights
+_USED = "_pfedgpa_used"  # the attribute with the names of its modules that have weights, by use
 
 
 def build(name: str, classes: int, seed: int) -> nn.Module:
@@ -147,6 +148,14 @@ def order_weights(network: nn.Module, used: list[str], head: str) -> None:
             )
         names = [name for name in names if name not in last] + last
     setattr(network, _ORDER, tuple(names))
+    owners = {module_of(name) for name, _ in network.named_parameters(remove_duplicate=False)}
+    setattr(network, _USED, tuple(name for name in used if name in owners))
+
+
+def used_after(network: nn.Module, module: str) -> str:
+    """Return the name of a module with weights, trained or frozen, used after ``module``; or ""."""
+    used: tuple[str, ...] = getattr(network, _USED, ())
+    return used[-1] if module in used and used[-1] != module else ""
 
 
 def head_of(network: nn.Module) -> nn.Module:

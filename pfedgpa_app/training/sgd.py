@@ -193,7 +193,7 @@ def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def clipped(gradients: Sequence[Tensor], most: float) -> list[Tensor]:
     """Scale every client's gradient, tensors [C, …], down to the norm ``most`` if it has more."""
-    squares = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0)
+    squares = torch.stack([g.reshape(len(g), -1).square().sum(1) for g in gradients]).sum(0)
     scale = (most / squares.sqrt().clamp_min(1e-12)).clamp_max(1)
     return [g * scale.view(-1, *[1] * (g.ndim - 1)) for g in gradients]
 

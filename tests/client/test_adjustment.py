@@ -131,7 +131,12 @@ def test_one_federations_methods_have_classifiers_of_their_own(tmp_path: Path) -
 
 def test_a_network_without_such_a_bias_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     without = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
-    monkeypatch.setattr(build, "_made", lambda *_: without)
-    schema = Schema("two", ("a", "b"), (1, 2, 2))
-    with pytest.raises(ConfigError, match=r"logit-adjustment = true: .* \(Linear\) has none"):
-        classifier_bias(Config(model="any"), schema)
+    frozen = nn.Sequential(nn.Flatten(), nn.Linear(4, 2), nn.Linear(2, 2).requires_grad_(False))
+    for network, said in (
+        (without, r"\(Linear\) has none"),
+        (frozen, "uses 2 after 1: train that"),
+    ):
+        monkeypatch.setattr(build, "_made", lambda *_, network=network: network)
+        schema = Schema(said, ("a", "b"), (1, 2, 2))
+        with pytest.raises(ConfigError, match=f"logit-adjustment = true: .* {said}"):
+            classifier_bias(Config(model="any"), schema)

@@ -314,6 +314,15 @@ class TestRank:
         deltas, head = remove_drift(vectors, rounds, clients), slice(720 - columns, 720)
         assert 2 <= rank_of(rule, deltas, head, clients, 0) <= 15
 
+    @pytest.mark.parametrize("rule", sorted({*RULES} - {"likelihood"}))
+    def test_clients_that_are_equal_raise_no_rank(self, rule: str) -> None:
+        """As those that take no step: what is left of their differences is rounding."""
+        vectors = uploads(clients=16)
+        vectors[:, :8] = vectors[:, :8].mean(1, keepdim=True)
+        _, stacked, rounds, who = buffer(vectors).stack()
+        deltas = remove_drift(stacked, rounds, who)
+        assert rank_by(rule, deltas, who, 0) <= GROUPS + 1
+
     def test_shrinkage_does_not_count_noise_where_clients_are_many(self) -> None:
         # 60 clients, 100 head weights, no groups: the noise's own spread passes twice the median
         rng = torch.Generator().manual_seed(0)
