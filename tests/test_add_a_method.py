@@ -507,6 +507,21 @@ class TestSettings:
         assert said in err
 
 
+def test_the_example_made_afterwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "halfway.py").write_text(block("halfway.py"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "halfway", raising=False)
+    with known_for_a_while("halfway"):
+        methods = "fedavg,last-upload,halfway:Halfway"
+        folder, _ = federate(tmp_path, method=methods, num_server_rounds=3)
+        weights = [
+            load_client(folder, 1, method).network.state_dict()
+            for method in ("fedavg", "last-upload", "halfway")
+        ]
+    for name, half in weights[2].items():
+        torch.testing.assert_close(half, (weights[0][name] + weights[1][name]) / 2)
+
+
 @pytest.mark.parametrize(
     ("fine_tuning", "said"),
     [

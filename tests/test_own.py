@@ -1033,6 +1033,27 @@ class TestData:
                 "dog",
             )
 
+    def test_frames_whose_rows_lie_in_another_order_are_refused(self) -> None:
+        """NumPy would pair them as they lie, and pandas by their index."""
+        pandas = pytest.importorskip("pandas")
+        frame = pandas.DataFrame(ROWS, columns=list("abcde"))
+        labels, users = pandas.Series(LABELS), pandas.Series(LABELS)
+        for key in ("y", "users"):
+            found = {"x": frame, "y": labels, "users": users}
+            found[key] = found[key].sample(frac=1, random_state=0)
+            with pytest.raises(DataError, match=f"x_train and {key}_train have different row ind"):
+                dataset_of("mine", found, 0.2)
+            found[key] = found[key].to_numpy()
+            dataset_of("mine", found, 0.2)
+
+    @pytest.mark.parametrize(("brightest", "warns"), [(15, True), (63, True), (64, False)])
+    def test_dark_images_are_named(self, brightest: int, warns: bool) -> None:
+        """As of 12 bits in files of 16, of which the upper 8 are taken."""
+        images = np.zeros((60, 8, 8), np.uint8)
+        images[::7, 3, 3] = brightest
+        said = list(remarks(dataset_of("mine", {"x": images, "y": LABELS}, 0.2)))
+        assert any(f"its brightest pixel is {brightest}, of 255" in text for text in said) == warns
+
     def test_floats_that_numpy_has_not_are_floats(self) -> None:
         for dtype in (torch.bfloat16, torch.float8_e4m3fn):
             found = dataset_of("mine", {"x": torch.ones(60, 5).to(dtype), "y": LABELS}, 0.2)
@@ -1486,7 +1507,7 @@ class TestHome:
             assert found["examples"] == len(classes)
             assert list(found["classes"]) == classes
 
-    def test_columns_are_known_by_name(self, here: Path) -> None:
+    def test_columns_are_known_by_name(self, here: Path, caplog: pytest.LogCaptureFixture) -> None:
         Path("named.py").write_text(
             "import numpy as np\n"
             "def of(*names):\n"
@@ -1503,8 +1524,24 @@ class TestHome:
         right, turned = (evaluate(folder, 0, dataset=f"named:{n}") for n in ("load", "turned"))
         assert right["accuracy"] > 90
         assert turned == right
-        with pytest.raises(DataError, match="named:other: has no column 'b', which the run had"):
+        assert caplog.text.count("named:load: the run's clients were trained on a part of it") == 1
+        with pytest.raises(DataError, match="named:other: has no column 'b'"):
             evaluate(folder, 0, dataset="named:other")
+        pandas = pytest.importorskip("pandas")
+        model = load_client(folder, 0)
+        frame = pandas.DataFrame({"b": [0.1, 0.2], "c": [True, False], "a": [-1, 2.5]})
+        wanted = model.probabilities(np.array([[-1, 0.1], [2.5, 0.2]]))
+        assert np.array_equal(model.probabilities(frame), wanted)
+        assert np.array_equal(
+            model.probabilities(frame[["a", "b"]].set_axis([0, 1], axis=1)), wanted
+        )
+        for odd, said in (
+            (frame[["a", "c"]], "the frame: has no column 'b'"),
+            (frame.assign(b=["x", "y"]), "the frame holds something else than numbers"),
+            (frame.assign(b=[1, None]), "not finite"),
+        ):
+            with pytest.raises(DataError, match=said):
+                model.probabilities(odd)
 
     def test_examples_of_another_kind_are_refused(self, here: Path) -> None:
         folder, _ = federate(here, method="fedavg", num_server_rounds=1)

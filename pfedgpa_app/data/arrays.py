@@ -52,6 +52,7 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
     for split in SPLITS:
         if f"x_{split}" in arrays:
             _check_lengths(name, split, arrays, users)
+            _check_rows(name, split, parts)
     labels, classes = _labels(name, arrays, parts.get("classes"), least_classes(test_share))
     columns = _columns(name, parts, arrays["x_train"].shape[1:] or (1,))
     given = [key for key in KEYS[::2] if key in arrays]
@@ -322,6 +323,21 @@ def _check_lengths(
             )
     if not rows:
         raise DataError(f"dataset {name}: x_{split} is empty")
+
+
+def _check_rows(name: str, split: str, parts: Mapping[str, Any]) -> None:
+    """Refuse pandas frames and series of one split that have different row indices.
+
+    Rows are taken as they lie, but pandas would align them by index.
+    """
+    keys = [f"{kind}_{split}" for kind in ("x", "y", "users")]
+    indexed = [key for key in keys if hasattr(parts.get(key), "iloc")]
+    for key in indexed[1:]:
+        if not parts[key].index.equals(parts[indexed[0]].index):
+            raise DataError(
+                f"dataset {name}: {indexed[0]} and {key} have different row indices: align them; "
+                "if their rows belong together as they lie, give both as .to_numpy()"
+            )
 
 
 def _labels(

@@ -11,6 +11,7 @@ from pfedgpa_app.core.settings import DataError, listed
 
 SPLITS = ("train", "test")
 _CHANNELS = (1, 2, 3, 4)  # grey and coloured, either with transparency
+_DARKEST = 64  # images of which no pixel is as bright count as unscaled
 _LARGEST = 20.0  # a feature with a larger root mean square counts as unscaled
 
 
@@ -74,6 +75,8 @@ def remarks(data: Dataset) -> Iterator[str]:
             f"dataset {data.name}: {listed(data.unused)} {is_or_are} left out; validation-share "
             "takes validation examples from each client's training examples"
         )
+    if data.pixels and (text := _dark(data)):
+        yield text
     if data.tokens or data.pixels:
         return
     if len(data.shape) == 3 and channels_last(data.shape):
@@ -83,6 +86,17 @@ def remarks(data: Dataset) -> Iterator[str]:
         )
     if text := _unscaled(data):
         yield text
+
+
+def _dark(data: Dataset) -> str:
+    """Say so if no pixel, in a thousand images from all over the data, is bright; else ""."""
+    some = data.train_images[:: max(1, len(data.train_images) // 1000)]
+    if (brightest := int(some.max())) >= _DARKEST:
+        return ""
+    return (
+        f"dataset {data.name}: its brightest pixel is {brightest}, of 255: if values go to 16, or "
+        "images of 16 bits use 12 of them, scale them to the full range"
+    )
 
 
 def channels_last(shape: Sequence[int]) -> bool:

@@ -137,16 +137,28 @@ def _in_order(
     rows = list(lines[1:])
     if not columns:
         return rows
-    if odd := [name for name in columns if there.count(name) != 1]:
-        lacks = "has no column" if odd[0] not in there else "has more than one column"
-        raise DataError(f"{file}: {lacks} {odd[0]!r}{near(odd[0], there)}")
-    places = [there.index(name) for name in columns]
+    places = column_places(str(file), there, columns)
     for number, row in enumerate(rows):
         if len(row) != len(there):
             raise DataError(
                 f"{file}: row {number} has {len(row)} cells, but there are {len(there)} columns"
             )
     return [[row[place] for place in places] for row in rows]
+
+
+def column_places(source: str, there: Sequence[str], columns: Sequence[str]) -> list[int]:
+    """Return where each of ``columns`` stands among those ``there``.
+
+    Args:
+        source: what has the columns, for messages.
+
+    Raises:
+        DataError: one is missing or there twice.
+    """
+    if odd := [name for name in columns if there.count(name) != 1]:
+        lacks = "has no column" if odd[0] not in there else "has more than one column"
+        raise DataError(f"{source}: {lacks} {odd[0]!r}{near(odd[0], there)}")
+    return [there.index(name) for name in columns]
 
 
 def _numbers(file: Path, lines: Sequence[Sequence[str]]) -> np.ndarray:

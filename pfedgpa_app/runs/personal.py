@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import ConfigError, DataError, near
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.core.weights import Weights, all_finite
+from pfedgpa_app.data.examples import column_places
 from pfedgpa_app.data.images import normalisation
 from pfedgpa_app.methods import federation_of
 from pfedgpa_app.models.build import forget_edited
@@ -65,13 +67,18 @@ class ClientModel(nn.Module):
         return logits
 
     @torch.no_grad()
-    def probabilities(self, examples: np.ndarray | Tensor) -> np.ndarray:
+    def probabilities(self, examples: Any) -> np.ndarray:
         """Return the probability of every class, [N, classes], for examples ``[N, *shape]``.
+
+        Args:
+            examples: an array or tensor, or a pandas frame, whose columns are found by name.
 
         Raises:
             DataError: examples of another shape or kind, with numbers that are not finite, or that
-                the network cannot take.
+                the network cannot take; a frame that lacks a column.
         """
+        if hasattr(examples, "columns"):
+            examples = _rows_of(examples, self.about.schema.columns)
         every = torch.as_tensor(np.ascontiguousarray(examples))
         if tuple(every.shape[1:]) != self.shape:
             raise DataError(
@@ -89,6 +96,21 @@ class ClientModel(nn.Module):
             kind = type(error).__name__
             raise DataError(f"the network cannot take these examples: {kind}: {error}") from error
         return np.asarray(torch.cat(parts))
+
+
+def _rows_of(frame: Any, columns: Sequence[str]) -> np.ndarray:
+    """Return a pandas frame's rows as numbers, its ``columns`` alone if both have names.
+
+    Raises:
+        DataError: one of ``columns`` is missing or there twice, or one holds something else.
+    """
+    there = list(frame.columns)
+    if columns and all(isinstance(name, str) for name in there):
+        frame = frame.iloc[:, column_places("the frame", there, columns)]
+    try:
+        return np.asarray(frame.to_numpy(dtype=float, na_value=np.nan))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the frame holds something else than numbers: {error}") from error
 
 
 def _of_kind(schema: Schema, every: Tensor) -> Tensor:

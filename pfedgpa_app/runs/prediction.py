@@ -17,9 +17,11 @@ from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import ConfigError, DataError
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.data.client import forget, schema_of
 from pfedgpa_app.data.client import load_client as load_data
 from pfedgpa_app.data.datasets import load as load_dataset
+from pfedgpa_app.data.examples import column_places
 from pfedgpa_app.data.pictures import recoloured
 from pfedgpa_app.runs.about import About, warn_of_changes
 from pfedgpa_app.runs.folder import check_data, kept_config, kept_settings
@@ -58,6 +60,11 @@ def evaluate(
     model = load_client(run, client, method)
     about = model.about
     if dataset:
+        if dataset == values_of(kept_settings(user_path(run)))["dataset"]:
+            warn_once(
+                f"dataset {dataset}: the run's clients were trained on a part of it; without "
+                "one, the client's own test examples are taken"
+            )
         inputs, labels = _labelled(about, dataset, data_dir)
     else:
         inputs, labels = _tested(about, user_path(run), client)
@@ -101,9 +108,7 @@ def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np
         )
     place = np.array([about.schema.classes.index(name) for name in found.classes])
     if (columns := about.schema.columns) and found.columns:
-        if lacking := [name for name in columns if name not in found.columns]:
-            raise DataError(f"dataset {dataset}: has no column {lacking[0]!r}, which the run had")
-        inputs = inputs[:, [found.columns.index(name) for name in columns]]
+        inputs = inputs[:, column_places(f"dataset {dataset}", found.columns, columns)]
     return inputs, place[np.concatenate([found.train_labels, found.test_labels])]
 
 
