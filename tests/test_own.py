@@ -1665,8 +1665,12 @@ class TestHome:
         if to == "onnx":
             session = onnxruntime.InferenceSession(file)
             [logits] = session.run(None, {"examples": x.numpy()})
+            classes = session.get_modelmeta().custom_metadata_map["classes"]
         else:
-            logits = torch.export.load(file).module()(x).detach().numpy()
+            extra = {"classes": ""}
+            logits = torch.export.load(file, extra_files=extra).module()(x).detach().numpy()
+            classes = extra["classes"]
+        assert json.loads(classes) == list(model.classes)
         np.testing.assert_allclose(logits, model(x).detach().numpy(), atol=1e-5)
 
 

@@ -93,6 +93,9 @@ class Result:
         axes.legend(frameon=False)
         return figure
 
+    def __str__(self) -> str:
+        return f"{self.folder}\n\n{text_table(self.table)}"
+
     def _repr_markdown_(self) -> str:
         return text_table(self.table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from io import BytesIO
@@ -130,7 +131,9 @@ def _tested(about: About, folder: Path, client: int) -> tuple[np.ndarray, np.nda
 def export(model: ClientModel, to: str, path: Path) -> Path:
     """Write a client's network, with its normalisation, as ONNX or by torch.export.
 
-    The exported network takes a batch of any size: images as floats from 0 to 1.
+    The exported network takes a batch of any size: images as floats from 0 to 1. Beside it, the
+    file has the classes' names, a list in JSON: as "classes" of ONNX's metadata, or of the extra
+    files of torch.export.
 
     Raises:
         ConfigError: a package that ONNX needs is not installed, or the network cannot be exported.
@@ -139,6 +142,7 @@ def export(model: ClientModel, to: str, path: Path) -> Path:
     kind = torch.int64 if model.about.schema.tokens else torch.float32
     example = torch.zeros(2, *model.shape, dtype=kind)
     batch = ({0: torch.export.Dim("batch")},)
+    classes = json.dumps(model.classes, ensure_ascii=False)
     try:
         traced = _traced(model, example, batch)
         if to == "onnx":
@@ -151,9 +155,10 @@ def export(model: ClientModel, to: str, path: Path) -> Path:
                 verbose=False,
             )
             assert program is not None
+            program.model_proto.metadata_props.add(key="classes", value=classes)
             written = program.model_proto.SerializeToString()
         else:
-            torch.export.save(traced, file := BytesIO())
+            torch.export.save(traced, file := BytesIO(), extra_files={"classes": classes})
             written = file.getvalue()
     except ImportError as error:
         raise ConfigError(f"--to onnx: {error}: pip install 'pfedgpa-app[onnx]'") from error

@@ -419,6 +419,7 @@ class TestSeveralRuns:
         warn_once.cache_clear()
         (copy / "table.md").unlink()  # a run's last file
         shown = Result.of(copy)._repr_markdown_()
+        assert str(Result.of(copy)) == f"{copy}\n\n{shown}"
         assert shown == (folder / "table.md").read_text().rstrip("\n")
         assert Result.of(copy).table == Result.of(folder).table
         assert f"{copy} {said}" in caplog.text
