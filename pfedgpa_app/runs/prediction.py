@@ -155,8 +155,9 @@ def export(model: ClientModel, to: str, path: Path) -> Path:
                 verbose=False,
             )
             assert program is not None
-            program.model_proto.metadata_props.add(key="classes", value=classes)
-            written = program.model_proto.SerializeToString()
+            made = program.model_proto
+            made.metadata_props.add(key="classes", value=classes)
+            written = made.SerializeToString()
         else:
             torch.export.save(traced, file := BytesIO(), extra_files={"classes": classes})
             written = file.getvalue()
