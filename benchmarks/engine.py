@@ -44,7 +44,7 @@ from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.data.client import load_client, load_schema
 from pfedgpa_app.engine import gpu_for
-from pfedgpa_app.engine.flower import processes_with
+from pfedgpa_app.engine.guard import processes_with
 from pfedgpa_app.models.networks import weights_of
 from pfedgpa_app.results.log import EVENTS, METRICS
 from pfedgpa_app.results.tables import markdown

@@ -36,7 +36,8 @@ from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.randomness import torch_generator
 from pfedgpa_app.data.client import load_client, load_schema
 from pfedgpa_app.deployment.processes import Deployment
-from pfedgpa_app.engine.flower import processes_with, stage
+from pfedgpa_app.engine.flower import stage
+from pfedgpa_app.engine.guard import processes_with
 from pfedgpa_app.results.tables import markdown
 from pfedgpa_app.training import sgd as training
 

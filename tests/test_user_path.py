@@ -20,7 +20,8 @@ import yaml
 
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
-from pfedgpa_app.engine.flower import free_port, processes_of
+from pfedgpa_app.engine.flower import free_port
+from pfedgpa_app.engine.guard import processes_of
 from pfedgpa_app.runs import experiment
 from tests.support.federations import records, summary
 from tests.support.local_grid import InProcessGrid

@@ -86,7 +86,10 @@ def _stoppable() -> Iterator[None]:
             raise KeyboardInterrupt
 
     # a background job ignores SIGINT, and SIGTERM must stop the started processes, too
-    before = {sign: signal.signal(sign, stop) for sign in (signal.SIGINT, signal.SIGTERM)}
+    signs = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signs.append(signal.SIGHUP)  # the terminal is closed, and nohup did not start us
+    before = {sign: signal.signal(sign, stop) for sign in signs}
     try:
         yield
     finally:
@@ -193,8 +196,12 @@ def _again(command: str, words: list[str], folder: Path) -> str:
     """Say which command continues a stopped one, which was given as ``words``."""
     what = "to continue"
     if command == "run":
+        from pfedgpa_app.cli.options import split
         from pfedgpa_app.runs.checkpoint import has_checkpoint
 
+        words = [word.removeprefix("--run-config=") for word in words]
+        words = [word for word in words if word not in ("-c", "--run-config")]  # for settings alone
+        words = [part for word in words for part in (split(word) if "=" in word else [word])]
         words = [word for word in words if not word.startswith(("run-name=", "resume="))]
         words += [f"run-name={folder.name}", "resume=true"]
         if not has_checkpoint(folder):

@@ -101,7 +101,7 @@ def parse_overrides(texts: list[str]) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     for text in texts:
-        for part in _split(text):
+        for part in split(text):
             key, found, value = part.partition("=")
             if not found or not key.strip():
                 raise ConfigError(f"{shown(part)}: settings are given as KEY=VALUE")
@@ -124,8 +124,8 @@ def value_of(key: str, text: str) -> Any:
     return text if wants_text and not isinstance(value, (str, list)) else value
 
 
-def _split(text: str) -> list[str]:
-    """Split at spaces that precede a KEY=, so that values may hold spaces."""
+def split(text: str) -> list[str]:
+    """Split a word of several settings at spaces that precede a KEY=; values may hold spaces."""
     from pfedgpa_app.config.names import keys
 
     parts: list[str] = []

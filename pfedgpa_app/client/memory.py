@@ -116,20 +116,24 @@ def keep(
     Args:
         again: how many rounds a resumed run may repeat; the files of that many rounds before this
             one stay. Files of later rounds are deleted: a process that was killed has left them.
+
+    Raises:
+        OSError: the file cannot be written; it names the folder. What was kept before stays.
     """
     if not state:
         return
+    if (folder := _folder(context, asked)) is not None:
+        path = folder / f"{key}@{server_round}.safetensors"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(path, state)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        files = _kept(folder, key)
+        here = files.index(path)
+        for other in (*files[: max(0, here - again)], *files[here + 1 :]):
+            other.unlink(missing_ok=True)
     context.state[key] = record_of(state)
-    folder = _folder(context, asked)
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{key}@{server_round}.safetensors"
-    write_tensors(path, state)
-    files = _kept(folder, key)
-    here = files.index(path)
-    for other in (*files[: max(0, here - again)], *files[here + 1 :]):
-        other.unlink(missing_ok=True)
 
 
 def forget_after(folder: Path, method: str, server_round: int) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pfedgpa_app.core.settings import listed
+from pfedgpa_app.core.settings import DataError, listed, near
 
 
 @dataclass(frozen=True)
@@ -69,3 +69,18 @@ class Schema:
             bool(found["pixels"]),
             tuple(map(str, found.get("columns", ()))),  # runs of earlier versions have none
         )
+
+
+def column_places(source: str, there: Sequence[str], columns: Sequence[str]) -> list[int]:
+    """Return where each of ``columns`` stands among those ``there``.
+
+    Args:
+        source: what has the columns, for messages.
+
+    Raises:
+        DataError: one is missing or there twice.
+    """
+    if odd := [name for name in columns if there.count(name) != 1]:
+        lacks = "has no column" if odd[0] not in there else "has more than one column"
+        raise DataError(f"{source}: {lacks} {odd[0]!r}{near(odd[0], there)}")
+    return [there.index(name) for name in columns]

@@ -10,8 +10,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from pfedgpa_app.core.schema import Schema
-from pfedgpa_app.core.settings import DataError, near
+from pfedgpa_app.core.schema import Schema, column_places
+from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data.imagefolder import files_below, is_image
 from pfedgpa_app.data.partition_file import delimiter_of
 from pfedgpa_app.data.pictures import BILINEAR, pixels_of, read_image
@@ -144,21 +144,6 @@ def _in_order(
                 f"{file}: row {number} has {len(row)} cells, but there are {len(there)} columns"
             )
     return [[row[place] for place in places] for row in rows]
-
-
-def column_places(source: str, there: Sequence[str], columns: Sequence[str]) -> list[int]:
-    """Return where each of ``columns`` stands among those ``there``.
-
-    Args:
-        source: what has the columns, for messages.
-
-    Raises:
-        DataError: one is missing or there twice.
-    """
-    if odd := [name for name in columns if there.count(name) != 1]:
-        lacks = "has no column" if odd[0] not in there else "has more than one column"
-        raise DataError(f"{source}: {lacks} {odd[0]!r}{near(odd[0], there)}")
-    return [there.index(name) for name in columns]
 
 
 def _numbers(file: Path, lines: Sequence[Sequence[str]]) -> np.ndarray:

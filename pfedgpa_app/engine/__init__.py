@@ -57,3 +57,10 @@ def engine_for(engine: str, device: str) -> str:
     if engine != "auto":
         return engine
     return "batched" if gpu_for(device) else "process"
+
+
+def engine_elsewhere(engine: str, device: str) -> str:
+    """The engine that the ``engine`` setting means on a machine of which only that is known."""
+    if engine != "auto":
+        return engine
+    return "batched" if device == "cuda" else "process"

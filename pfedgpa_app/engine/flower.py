@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
@@ -21,13 +19,12 @@ from typing import Any, Self
 from urllib.error import URLError
 from urllib.request import urlopen
 
-import psutil
 from flwr.common.config import get_project_config
 
 from pfedgpa_app.config.parse import in_toml
 from pfedgpa_app.core.own_code import FOLDER
 from pfedgpa_app.core.paths import INSTALLED, package_of
-from pfedgpa_app.engine import LaunchError
+from pfedgpa_app.engine import LaunchError, guard
 
 CONNECTION = "pfedgpa"
 POLL_INTERVAL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"  # environment: Flower's, in seconds
@@ -40,21 +37,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def processes_with(variable: str, value: str) -> list[psutil.Process]:
-    """Find other processes than this one whose environment has the value for the variable."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):  # it has just ended, or is somebody else's
-            if process.environ().get(variable) == value and process.pid != os.getpid():
-                found.append(process)
-    return found
-
-
-def processes_of(home: Path) -> list[int]:
-    """Find the processes whose environment names the home: all that we started, detached too."""
-    return [process.pid for process in processes_with("FLWR_HOME", str(home))]
 
 
 class Flower:
@@ -73,7 +55,7 @@ class Flower:
         self.port, self.log = free_port(), self.home / "superlink.log"
         self.env = os.environ | {
             "PATH": os.pathsep.join([*_scripts(), os.environ.get("PATH", "")]),
-            "FLWR_HOME": str(self.home),  # marks the processes
+            guard.HOME: str(self.home),  # marks the processes
             FOLDER: os.getcwd(),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -93,9 +75,12 @@ class Flower:
             f'address = "127.0.0.1:{self.port}"\n{trust}\n',
             encoding="utf-8",
         )
+        self._guard = guard.over(self.home)
         try:
             self.start_superlink()
         except OSError as error:
+            self._guard.kill()
+            self._guard.wait()
             shutil.rmtree(self.home, ignore_errors=True)
             raise LaunchError(
                 f"Flower's SuperLink cannot be started: {error}; install Flower anew: "
@@ -221,18 +206,10 @@ class Flower:
                 time.sleep(1.0)
 
     def __exit__(self, *_: object) -> None:
-        for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 5.0)):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.superlink.pid, sign)
-            for pid in processes_of(self.home):  # Ray's processes have left the group
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, sign)
-            deadline = time.monotonic() + patience
-            while time.monotonic() < deadline and processes_of(self.home):
-                self.superlink.poll()  # reaps it, should it be a zombie
-                time.sleep(0.1)
+        guard.end_all(self.home)
         self.superlink.wait()
-        shutil.rmtree(self.home, ignore_errors=True)
+        self._guard.kill()
+        self._guard.wait()
 
 
 def _scripts() -> list[str]:

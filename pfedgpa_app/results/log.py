@@ -268,7 +268,8 @@ class RunLog:
         """
         ours = type(error).__module__.startswith("pfedgpa_app.")
         text = f"{error}" if ours else f"{type(error).__name__}: {error}".removesuffix(": ")
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, OSError) and no_room:
             text = (
                 f"{error.filename or self.folder}: {error.strerror}: make room there, then go on "
                 "from the last checkpoint with resume=true"
@@ -276,7 +277,7 @@ class RunLog:
         with contextlib.suppress(OSError):
             end_whole(self.folder / EVENTS)  # the disk may have filled up in the middle of a line
             trace = "".join(traceback.format_exception(error))
-            self.event("failed", text, traceback=trace)
+            self.event("failed", text, traceback=trace, no_room=no_room)
 
     def advance(self, work: float) -> float:
         """Count ``work`` more rounds as done; return the seconds left at the recent pace."""

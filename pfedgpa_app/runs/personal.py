@@ -17,12 +17,11 @@ from pfedgpa_app.client.adjustment import LEFT, adjusted
 from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.files import write_json
 from pfedgpa_app.core.paths import user_path
-from pfedgpa_app.core.schema import Schema
+from pfedgpa_app.core.schema import Schema, column_places
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import ConfigError, DataError, near
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.core.weights import Weights, all_finite
-from pfedgpa_app.data.examples import column_places
 from pfedgpa_app.data.images import normalisation
 from pfedgpa_app.methods import federation_of
 from pfedgpa_app.models.build import forget_edited

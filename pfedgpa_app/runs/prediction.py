@@ -15,14 +15,13 @@ import torch
 from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.files import replacing
 from pfedgpa_app.core.paths import user_path
-from pfedgpa_app.core.schema import Schema
+from pfedgpa_app.core.schema import Schema, column_places
 from pfedgpa_app.core.sections import NODES
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.data.client import forget, schema_of
 from pfedgpa_app.data.client import load_client as load_data
 from pfedgpa_app.data.datasets import load as load_dataset
-from pfedgpa_app.data.examples import column_places
 from pfedgpa_app.data.pictures import recoloured
 from pfedgpa_app.runs.about import About, warn_of_changes
 from pfedgpa_app.runs.folder import check_data, kept_config, kept_settings

@@ -29,7 +29,7 @@ from pfedgpa_app.server.nodes import (
     schema_of,
     wrong_number,
 )
-from pfedgpa_app.server.sending import OneAtATime, match
+from pfedgpa_app.server.sending import OneAtATime, check_room, match
 
 logger = logging.getLogger("pfedgpa")
 
@@ -264,6 +264,9 @@ class Roster:
         """Send each client its message and return the replies by client.
 
         Silent clients, and those whose nodes are not connected, are missing from the result.
+
+        Raises:
+            OSError: as ``replies``.
         """
         self.poll()
         to = []
@@ -271,5 +274,15 @@ class Roster:
             if self.is_here(client):  # maybe under another id than before
                 message.metadata.dst_node_id = self.node_of(client)
                 to.append(message)
-        received = self.grid.send_and_receive(to, timeout=self.timeout)
-        return match(messages, received)
+        return self.replies(messages, self.grid.send_and_receive(to, timeout=self.timeout))
+
+    def replies(self, sent: dict[int, Message], received: Iterable[Message]) -> dict[int, Message]:
+        """Return by client what was ``received`` in reply to the messages ``sent``.
+
+        Raises:
+            OSError: the disk is full on which clients of a simulation keep their state.
+        """
+        found = match(sent, received)
+        if "state-dir" in self.common:  # clients keep it on this machine's disk
+            check_room(found.values(), str(self.common["state-dir"]))
+        return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import re
 import time
 from collections import Counter
@@ -123,6 +125,21 @@ def _check_all_actors_live(replies: Iterable[Message]) -> None:
                 "not replace it: start the run again with resume=true, with fewer workers if "
                 f"memory ran out ({' '.join(reason.split())[-200:]})"
             )
+
+
+def check_room(replies: Iterable[Message], folder: str) -> None:
+    """End the run if clients could not keep their state in ``folder``, for want of room.
+
+    Its next rounds would be of those clients alone whose states are small.
+
+    Raises:
+        OSError: as a client raised it.
+    """
+    for reply in replies:
+        reason = (reply.error.reason or "") if reply.has_error() else ""
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if f"{os.strerror(number)}: {folder!r}"[:-1] in reason:
+                raise OSError(number, os.strerror(number), folder)
 
 
 def match(sent: dict[int, Message], received: Iterable[Message]) -> dict[int, Message]:

@@ -24,7 +24,7 @@ from pfedgpa_app.results.log import RunLog, mean
 from pfedgpa_app.server.evaluation import Evaluator
 from pfedgpa_app.server.roster import Roster
 from pfedgpa_app.server.screening import NoUploadsError, in_words, method_fault, remedy, screened
-from pfedgpa_app.server.sending import array_bytes, match
+from pfedgpa_app.server.sending import array_bytes
 
 logger = logging.getLogger("pfedgpa")
 
@@ -123,7 +123,7 @@ class Personalised(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         server_round += self.done
-        answers = match(self._sent, replies)
+        answers = self.roster.replies(self._sent, replies)
         sent = [client for client in self._sent if client not in self._late]
         uploads, rejected = self.screened(server_round, sent, answers, self._away)
         self.note_kept(server_round, answers)
@@ -221,7 +221,7 @@ class Personalised(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         server_round += self.done
-        answers = match(self._sent, replies)
+        answers = self.roster.replies(self._sent, replies)
         scores = self.evaluator.scores(server_round, self._sent, answers)
         self.log.round(self.name, server_round, self._participants, scores, self._loss())
         self._keep(server_round)

@@ -18,7 +18,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from pfedgpa_app.config.parse import argument
 from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.own_code import FOLDER
 from pfedgpa_app.core.paths import APP_DIR
+from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.engine import PARENT
 from pfedgpa_app.results.log import last_event
@@ -82,6 +83,16 @@ class Place(Protocol):
     def machines(self) -> list[int]:
         """Return the number of cores of each machine."""
 
+    def check(self, configs: Sequence[Config], cores: int | None) -> None:
+        """Refuse runs for which no machine is large enough.
+
+        Args:
+            cores: how many each run has for itself; None: as its settings say.
+
+        Raises:
+            ConfigError: it says what they ask for, and what there is.
+        """
+
     def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
         """Start a run whose results go to ``folder``.
 
@@ -108,6 +119,9 @@ class Here:
 
     def machines(self) -> list[int]:
         return [int(cpu_count())]
+
+    def check(self, configs: Sequence[Config], cores: int | None) -> None:
+        pass
 
     def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
         return _Process(settings, app, folder, cores)
@@ -181,6 +195,18 @@ class RayCluster:
     def machines(self) -> list[int]:
         cores = (int(n["Resources"].get("CPU", 0)) for n in self.ray.nodes() if n["Alive"])
         return [number for number in cores if number]
+
+    def check(self, configs: Sequence[Config], cores: int | None) -> None:
+        most = max(self.machines(), default=0)
+        wanted = max((cores or config.workers or 1 for config in configs), default=0)
+        if wanted > most:
+            raise ConfigError(
+                f"workers = {wanted}: no machine of the Ray cluster has as many cores; the largest "
+                f"has {most}"
+            )
+        gpus = any(n["Resources"].get("GPU") for n in self.ray.nodes() if n["Alive"])
+        if not gpus and any(config.device == "cuda" for config in configs):
+            raise ConfigError("device = 'cuda': no machine of the Ray cluster has a GPU")
 
     def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
         config = resolve(settings).config
@@ -339,6 +365,9 @@ class SlurmCluster:
 
     def machines(self) -> list[int]:
         return [1] * _QUEUE  # Slurm itself queues them
+
+    def check(self, configs: Sequence[Config], cores: int | None) -> None:
+        pass  # Slurm itself refuses what it has no machine for
 
     def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
         executor = self.submitit.SlurmExecutor(self.home)

@@ -102,12 +102,15 @@ class PlannedRun:
             _require_same_data(self.folder, self.config)
 
     def _is_resumable(self) -> bool:
-        return has_checkpoint(self.folder) and last_event(self.folder).get("kind") != "failed"
+        end = last_event(self.folder)
+        may_go_on = end.get("kind") != "failed" or bool(end.get("no_room"))
+        return has_checkpoint(self.folder) and may_go_on
 
     def can_go_on(self) -> bool:
         """Whether its folder holds a checkpoint of this very run, which was killed, not failed.
 
-        A run that failed does not go on: what made it fail may lie in its checkpoint.
+        A run that failed does not go on, unless its disk was full: what made it fail may lie in
+        its checkpoint.
         """
         return self._is_resumable() and not self.differences()
 

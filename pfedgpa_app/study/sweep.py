@@ -19,7 +19,7 @@ from pfedgpa_app.config.parse import argument
 from pfedgpa_app.core.files import write_json, write_text
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.core.warning import warn_once
-from pfedgpa_app.engine import StoppedError, engine_for
+from pfedgpa_app.engine import StoppedError, engine_elsewhere, engine_for
 from pfedgpa_app.results.log import (
     EVENTS,
     clock,
@@ -56,7 +56,7 @@ Judge = Callable[[PlannedRun, Mapping[str, Any]], str | None]
 
 
 def shares(
-    runs: Sequence[PlannedRun], jobs: int | None, machines: Sequence[int]
+    runs: Sequence[PlannedRun], jobs: int | None, machines: Sequence[int], here: bool = True
 ) -> tuple[int, int | None]:
     """Return how many runs go at once, and how many workers each has (None: as its settings say).
 
@@ -65,9 +65,11 @@ def shares(
 
     Args:
         machines: the number of cores of each machine.
+        here: whether they are this one, whose GPU then decides on ``engine=auto``.
     """
     cores = sum(machines)
-    engines = {engine_for(run.config.engine, run.config.device) for run in runs}
+    engine = engine_for if here else engine_elsewhere
+    engines = {engine(run.config.engine, run.config.device) for run in runs}
     asked = [run.config.workers for run in runs if run.config.workers]
     if engines != {"process"}:
         return jobs or len(machines), None
@@ -305,7 +307,8 @@ def _run_all(
     judge: Judge,
 ) -> bool:
     console = plain_console()
-    jobs, workers = shares(runs, jobs, place.machines())
+    jobs, workers = shares(runs, jobs, place.machines(), isinstance(place, Here))
+    place.check([run.config for run in runs if not is_done(run.folder)], workers)
     show = Bars(console) if console.is_terminal else Lines(console)
     going = Sweep(runs, app, jobs, workers, show, place, judge)
     if skipped := going.done:

@@ -44,7 +44,8 @@ from pfedgpa_app.deployment import doctor, keys
 from pfedgpa_app.deployment.doctor import Node, NodeError, examine
 from pfedgpa_app.deployment.processes import Deployment
 from pfedgpa_app.deployment.rehearsal import node_config, prepared, rehearse, site_images
-from pfedgpa_app.engine.flower import CONNECTION, processes_of, stage
+from pfedgpa_app.engine.flower import CONNECTION, stage
+from pfedgpa_app.engine.guard import processes_of
 from pfedgpa_app.runs.about import read_about
 from pfedgpa_app.runs.experiment import run
 from pfedgpa_app.runs.folder import is_running

@@ -25,7 +25,8 @@ from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.data.datasets import load
 from pfedgpa_app.engine import LaunchError, local
-from pfedgpa_app.engine.flower import Flower, processes_of
+from pfedgpa_app.engine.flower import Flower
+from pfedgpa_app.engine.guard import HOME, processes_of
 from pfedgpa_app.engine.ray import Simulation
 from pfedgpa_app.runs.launcher import launch
 from tests.support.federations import PLAIN, SMALL, federate, records, small, summary
@@ -318,16 +319,44 @@ def started(folder: Path, engine: str, env: dict[str, str]) -> subprocess.Popen[
 
 
 def test_an_interrupted_ray_run_stops_what_it_started(tmp_path: Path) -> None:
+    """By its terminal, which is closed."""
     temporary = Path(tempfile.mkdtemp(dir="/tmp"))
     process = started(tmp_path, "ray", {"TMPDIR": str(temporary)})
     (home,) = temporary.glob("pfedgpa-*")
     assert len(processes_of(home)) > 3  # SuperLink, simulation, Ray
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGHUP)
     process.communicate()
     assert process.wait(timeout=600) == 130
     assert processes_of(home) == []
     assert not home.exists()
     temporary.rmdir()
+
+
+def test_a_guard_ends_what_a_killed_process_has_started(tmp_path: Path) -> None:
+    """It is SIGKILL that leaves no time to do so, as where memory is full."""
+    home = tmp_path / "home"
+    home.mkdir()
+    code = f"""if True:
+        import subprocess, time
+        from pathlib import Path
+        from pfedgpa_app.engine import guard
+        guard.over(Path({str(home)!r}))
+        subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        print("started", flush=True)
+        time.sleep(1000)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(APP_DIR), HOME: str(home)},
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"started\n"
+    assert len(processes_of(home)) == 3  # the guard, too, which spares itself
+    process.kill()
+    process.wait()
+    until(lambda: not home.exists())
+    until(lambda: not processes_of(home))
 
 
 def test_an_interrupted_process_run_stops_what_it_started(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from torch import nn
 from pfedgpa_app import cli, load_client
 from pfedgpa_app.cli.options import parse_overrides
 from pfedgpa_app.config.resolve import Resolved, resolve
+from pfedgpa_app.core import files
 from pfedgpa_app.core.files import replacing
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.sections import Config
@@ -196,6 +197,29 @@ def test_between_federations_and_in_the_final_evaluation(tmp_path: Path) -> None
         folder, _ = federate(out, resume=True, **how)
         check_same(folder, reference)
         assert records(folder, "joining.jsonl") == records(reference, "joining.jsonl")
+
+
+def test_no_room_for_what_clients_keep_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would go on with those clients whose state was written before."""
+    write, full = files.write_tensors, [True]
+
+    def until_full(path: Path, *what: Any) -> None:
+        if full[0] and path.name.startswith("scaffold.2@3"):
+            raise OSError(28, "No space left on device", str(path))
+        write(path, *what)
+
+    monkeypatch.setattr("pfedgpa_app.client.memory.write_tensors", until_full)
+    how: dict[str, Any] = {"method": "scaffold", "num_server_rounds": 4, "checkpoint_every": 1}
+    with pytest.raises(OSError, match="No space left on device"):
+        federate(tmp_path, **how)
+    end = last_event(tmp_path / "run")
+    assert "checkpoint/clients: No space left on device: make room there, then go on" in end["text"]
+    full[0] = False
+    folder, _ = federate(tmp_path, **how, resume=True)
+    whole, _ = federate(tmp_path / "whole", **how)
+    assert records(folder) == records(whole)
 
 
 def test_killed_again_and_again(tmp_path: Path) -> None:
@@ -712,6 +736,34 @@ class TestStopped:
         config = resolve(given[0][1]).config
         assert (config.resume, config.run_name, config.num_clients) == (True, folder.name, 4)
         assert capsys.readouterr().err.splitlines()[1] == again  # and again
+
+    def test_a_folder_that_is_gone_is_not_pointed_to(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def gone(_: Path, settings: dict[str, Any], *more: Any) -> str:
+            shutil.rmtree(settings["out-dir"])
+            return "the server ended"
+
+        monkeypatch.setattr("pfedgpa_app.runs.launcher.local.run", gone)
+        assert cli.main(["run", f"out-dir={tmp_path / 'out'}", "run-name=run"]) == 1
+        said = f"the server ended\nThe run's folder, {tmp_path / 'out' / 'run'}, is gone or empty"
+        assert said in capsys.readouterr().err
+
+    @pytest.mark.parametrize("option", [["-c"], ["--run-config"], []])
+    def test_a_word_that_holds_several_settings(
+        self,
+        option: list[str],
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """As Flower's --run-config has them."""
+        monkeypatch.setattr("pfedgpa_app.runs.launcher.local.run", self.stop)
+        several = f"run-name=again num-clients=4 out-dir={tmp_path}/my results seed=3"
+        assert cli.main(["run", *option, several]) == 130
+        again = capsys.readouterr().err.splitlines()[1].partition("pfedgpa run ")[2]
+        kept = ["num-clients=4", f"out-dir={tmp_path}/my results", "seed=3"]
+        assert shlex.split(again) == [*kept, "run-name=again", "resume=true"]
 
     @pytest.mark.parametrize("command", ["sweep", "compare", "tune"])
     def test_many_runs_go_on_by_the_same_command(

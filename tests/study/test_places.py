@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.study import places
 from tests.support import slurm
@@ -68,6 +70,37 @@ def test_without_slurm_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="there is no sbatch on this machine"):
         places.place_of("slurm", tmp_path)
+
+
+class Nodes:
+    """What Ray says of a cluster."""
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {"Alive": True, "Resources": {"CPU": 2.0}},
+            {"Alive": True, "Resources": {}},
+            {"Alive": False, "Resources": {"CPU": 9.0, "GPU": 1.0}},
+        ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "said"),
+    [
+        ({"workers": 4}, None, r"workers = 4: no machine .* as many cores; the largest has 2"),
+        ({}, 3, r"workers = 3: no machine"),
+        ({"device": "cuda"}, None, "device = 'cuda': no machine of the Ray cluster has a GPU"),
+        ({"workers": 2}, None, ""),
+    ],
+)
+def test_a_run_for_which_no_machine_is_large_enough_is_refused(
+    settings: dict[str, Any], cores: int | None, said: str
+) -> None:
+    """Ray would wait for one for ever."""
+    cluster = places.RayCluster.__new__(places.RayCluster)
+    cluster.ray = Nodes()
+    refused = pytest.raises(ConfigError, match=said) if said else contextlib.nullcontext()
+    with refused:
+        cluster.check([Config(), Config(**settings)], cores)
 
 
 def test_a_job_that_raised_is_not_taken_for_a_lost_machine(tmp_path: Path) -> None:

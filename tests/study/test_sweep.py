@@ -26,7 +26,7 @@ from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.data.client import forget, load_dataset
 from pfedgpa_app.engine import PARENT
 from pfedgpa_app.methods.generation import PFedGPASettings
-from pfedgpa_app.results.log import SUMMARY, is_done, say
+from pfedgpa_app.results.log import SUMMARY, RunLog, is_done, say
 from pfedgpa_app.results.tables import seeds_table
 from pfedgpa_app.runs.checkpoint import CHECKPOINT, MANIFEST
 from pfedgpa_app.runs.folder import CONFIG, locked
@@ -120,7 +120,11 @@ class TestPlan:
         other = {"learning-rate": 0.002}
         with pytest.raises(TakenError, match=r"other settings \(learning-rate = .* there"):
             runs(tmp_path, {"seed": [0]}, **other)
+        RunLog(folder, 1, 1.0).failed(OSError(28, "No space left on device"))
+        [again] = runs(tmp_path, {"seed": [0]})
+        assert again.can_go_on()
         say(folder, "failed", "too hot", 0.5)
+        assert not again.can_go_on()
         runs(tmp_path, {"seed": [0]}, **other)  # nothing is lost
         (folder / SUMMARY).write_text("[]")
         with pytest.raises(TakenError, match="other settings"):
@@ -162,6 +166,8 @@ class TestPlan:
         assert shares(many, None, [2, 4]) == (6, 1)
         assert shares(one, None, [2, 4]) == (1, 2)  # no run is on two machines
         assert shares(runs(tmp_path, over, engine="batched"), None, [8, 8]) == (2, None)
+        on_gpus = runs(tmp_path, over, device="cuda")  # of which this machine has none
+        assert shares(on_gpus, None, [8, 8], here=False) == (2, None)
         for jobs in (None, 1, 2, 3, 8, 50):
             for cores in (1, 2, 8, 12):
                 at_once, workers = shares(many, jobs, [cores])

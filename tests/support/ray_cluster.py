@@ -18,7 +18,8 @@ import psutil
 
 from benchmarks import networks
 from pfedgpa_app.core.paths import APP_DIR
-from pfedgpa_app.engine.flower import free_port, processes_of, processes_with
+from pfedgpa_app.engine.flower import free_port
+from pfedgpa_app.engine.guard import processes_of, processes_with
 
 
 class Cluster:
