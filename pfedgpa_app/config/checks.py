@@ -204,6 +204,8 @@ def without_effect(config: Config, sources: Mapping[str, str], own_test: bool) -
     if not any(federation_of(method) == kept for method in config.method):
         why["save-uploads"] = f"only {METHODS[kept].title}'s are kept, and no method has its rounds"
     why |= _idle_in_rounds(config) | _idle_in_generation(config)
+    if config.engine == "batched":
+        why |= dict.fromkeys(("workers", "timeout"), "engine = batched has no workers to wait for")
     if own_test:
         why["test-share"] = f"{config.dataset} has a test split"
     given = _given(sources)

@@ -550,6 +550,8 @@ class TestPlainFlower:
         ({"start-from": "there", "method": "fedproto,pfedgpa"}, 1),
         ({"start-from": "there", "method": "fedfomo", "validation-share": 0.2}, 1),
         ({"start-from": "there", "method": "fedavg,fedper"}, 0),
+        ({"workers": 2, "timeout": 9.0, "engine": "batched"}, 2),
+        ({"workers": 2, "timeout": 9.0, "engine": "process"}, 0),
         ({"dataset": "nodes", "train-per-client": 40, "test-per-client": 30}, 2),
         ({"dataset": "nodes", "train-per-client": "auto", "test-per-client": "auto"}, 0),
     ],
