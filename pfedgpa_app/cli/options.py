@@ -55,7 +55,7 @@ def add_app(parser: ArgumentParser) -> None:
 def add_client(parser: ArgumentParser) -> None:
     """Add the options that choose a run and a client's network in it."""
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    parser.add_argument("--client", type=int, required=True, help="the client's number: 0, 1, …")
+    parser.add_argument("--client", required=True, help="its number (0, 1, …) or its user's name")
     parser.add_argument(
         "--method", default="", help="the method whose weights to use; default: the run's last"
     )

@@ -1,14 +1,16 @@
-"""Prints and draws how many examples of each class every client holds."""
+"""Prints and draws how many examples of each class every client holds, and which users it is."""
 
 from __future__ import annotations
 
 import csv
 import os
+import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from pfedgpa_app.cli.options import add_conf, add_settings, overrides
-from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.settings import ConfigError, listed
 
 CSV, WIDEST = ".csv", 21  # how many columns a terminal has room for
 EXAMPLE = "partition --conf fashion-mnist-20 partition=dirichlet --out who-holds-what.png"
@@ -29,7 +31,7 @@ def handle(options: Namespace) -> int:
     import numpy as np
 
     from pfedgpa_app.config.resolve import resolve
-    from pfedgpa_app.data.client import class_counts, data_in_words, load_dataset
+    from pfedgpa_app.data.client import class_counts, data_in_words, load_dataset, users_of_clients
     from pfedgpa_app.results.plots import partition
     from pfedgpa_app.results.tables import markdown
 
@@ -37,22 +39,31 @@ def handle(options: Namespace) -> int:
     _check_picture(out)
     try:
         data, counts = load_dataset(config), class_counts(config)
+        users = users_of_clients(config)
     except ValueError as error:  # a partition that the data do not allow
         raise ConfigError(str(error)) from error
-    header = ["client", *data.classes]
-    rows = [[str(i), *map(str, mine)] for i, mine in enumerate(counts)]
+    header = ["client", *(["users"] if users else []), *data.classes]
     if out.suffix.lower() == CSV:
         with out.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([header, *rows])
+            csv.writer(file).writerows([header, *_rows(counts, users, sys.maxsize)])
     else:
         partition(out, np.array(counts), data.classes)
     print(data_in_words(config))
     if len(header) <= WIDEST:
-        print(markdown(header, rows))
+        print(markdown(header, _rows(counts, users)))
     else:
         print(f"{len(data.classes)} classes: for all counts, --out {out.with_suffix(CSV).name}")
     print(f"wrote {out.absolute()}")
     return 0
+
+
+def _rows(
+    counts: Sequence[Sequence[int]], users: Sequence[Sequence[str]], most: int = 3
+) -> list[list[str]]:
+    """Return the table's cells, with at most ``most`` names of one client's users, if it has any."""
+    named = [[listed(names, most)] for names in users] or [[] for _ in counts]
+    each = zip(named, counts, strict=True)
+    return [[str(i), *who, *map(str, mine)] for i, (who, mine) in enumerate(each)]
 
 
 def _check_picture(out: Path) -> None:

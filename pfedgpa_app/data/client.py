@@ -24,6 +24,7 @@ from pfedgpa_app.data.partition import (
     by_users,
     dominant_groups,
     partition,
+    users_in_turn,
     with_validation,
 )
 from pfedgpa_app.data.partition_file import by_file
@@ -82,8 +83,8 @@ def _load(config: DataSettings, name: str) -> Dataset:
 
 def forget() -> None:
     """Have everything read anew: files may have changed since this process read them."""
-    every = load, fingerprint, own_fingerprint, load_partition, load_own_client, load_client
-    for known in every:
+    every = load, fingerprint, own_fingerprint, load_partition, users_of_clients
+    for known in (*every, load_own_client, load_client):
         known.cache_clear()
 
 
@@ -198,6 +199,18 @@ def load_partition(config: DataSettings) -> list[ClientSplit]:
     return partition(data.train_labels, data.test_labels, data.classes, config)
 
 
+@remembered(2)
+def users_of_clients(config: DataSettings) -> list[list[str]]:
+    """Return the names of each client's users; [] where clients are not users.
+
+    Raises:
+        DataError: as ``load_dataset``.
+    """
+    if config.partition != "natural" or config.dataset == NODES:
+        return []
+    return users_in_turn(load_dataset(config).train_users, config.num_clients)
+
+
 def class_counts(config: DataSettings) -> list[list[int]]:
     """Count each client's training examples of each class, validation included."""
     data = load_dataset(config)
@@ -235,7 +248,7 @@ def data_in_words(config: DataSettings) -> str:
     notes = _notes(
         [split.test for split in splits], len(data.test_labels), unseen if strange else []
     )
-    users = len(np.unique(data.train_users)) if config.partition == "natural" else 0
+    users = sum(map(len, users_of_clients(config)))
     pooled = (
         f"; these clients are {users} users, dealt out in turn: for each user to be a client, set "
         f"num-clients={users}"

@@ -260,10 +260,16 @@ def with_validation(
     return splits
 
 
+def users_in_turn(users: np.ndarray, num_clients: int) -> list[list[str]]:
+    """Return the names of each client's users: all users, sorted by name, dealt out in turn."""
+    names: list[str] = np.unique(users).tolist()
+    return [names[client::num_clients] for client in range(num_clients)]
+
+
 def by_users(users: np.ndarray, test_users: np.ndarray, num_clients: int) -> list[list[np.ndarray]]:
     """Make the natural partition: the indices of each client's training and of its test images.
 
-    Users are clients, in the order of their names; if there are more, several users share a client.
+    Users are clients, as ``users_in_turn`` deals them; if there are more, several share a client.
     Test images of users without training images are nobody's.
 
     Raises:
@@ -272,13 +278,13 @@ def by_users(users: np.ndarray, test_users: np.ndarray, num_clients: int) -> lis
     """
     if not len(users) or not len(test_users):
         raise ValueError("partition = natural: the data set names no users")
-    names = np.unique(users)
-    if len(names) < num_clients:
+    dealt = users_in_turn(users, num_clients)
+    client_of = {name: client for client, names in enumerate(dealt) for name in names}
+    if len(client_of) < num_clients:
         raise ValueError(
-            f"partition = natural: the data set has {len(names)} users, fewer than num-clients = "
-            f"{num_clients}: set num-clients={len(names)}, or less"
+            f"partition = natural: the data set has {len(client_of)} users, fewer than num-clients "
+            f"= {num_clients}: set num-clients={len(client_of)}, or less"
         )
-    client_of = {name: i % num_clients for i, name in enumerate(names)}
     splits = []
     for those in (users, test_users):
         owner = np.array([client_of.get(user, -1) for user in those])

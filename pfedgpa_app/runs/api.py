@@ -38,7 +38,8 @@ class Result:
         folder: the run's folder, which holds all of its results.
         table: a record for each method, accuracies in percent: ``method``, ``accuracy_kept``,
             ``accuracy_before_ft``, ….
-        clients: a record for each method and client: ``before_ft``, ``after_ft``, ``kept``.
+        clients: a record for each method and client: ``before_ft``, ``after_ft``, ``kept``;
+            and, where clients are users, ``users``, their names.
         curves: a record for each federation and evaluated round: ``accuracy``, the mean of its
             clients.
     """
@@ -63,7 +64,7 @@ class Result:
         clients = list(Records(place / CLIENTS).new())
         return cls(place, rows_of(place), clients, _curves(place))
 
-    def model(self, client: int, method: str = "") -> ClientModel:
+    def model(self, client: int | str, method: str = "") -> ClientModel:
         """Return the network that ``client`` was given, ready to predict; see ``load_client``."""
         return load_client(self.folder, client, method)
 

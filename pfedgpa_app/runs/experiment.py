@@ -47,7 +47,15 @@ from pfedgpa_app.results.tracking import Tracking, require_installed
 from pfedgpa_app.runs import report
 from pfedgpa_app.runs.about import MODEL, WEIGHTS, write_about
 from pfedgpa_app.runs.checkpoint import CHECKPOINT
-from pfedgpa_app.runs.folder import CONFIG, holdings, keep_holdings, locked, run_folder, running
+from pfedgpa_app.runs.folder import (
+    CONFIG,
+    USERS,
+    holdings,
+    keep_holdings,
+    locked,
+    run_folder,
+    running,
+)
 from pfedgpa_app.runs.initial import (
     initial_weights,
     learn_nothing,
@@ -245,8 +253,9 @@ def _name_earlier(folder: Path, method: str) -> None:
 def _save_uploads(
     folder: Path, state: RememberedState, resolved: Resolved, costs: dict[str, float]
 ) -> None:
-    """Write a federation's uploads, and what the run's data are."""
-    uploads.save(folder / uploads.FILE, state, resolved, costs, holdings(folder))
+    """Write a federation's uploads, and what the run's data are, without users' names."""
+    held = {name: kept for name, kept in holdings(folder).items() if name != USERS}
+    uploads.save(folder / uploads.FILE, state, resolved, costs, held)
 
 
 def _lost_tracker(folder: Path, log: RunLog, kind: str, why: str) -> None:

@@ -23,8 +23,14 @@ from pfedgpa_app.core.files import write_json
 from pfedgpa_app.core.own_code import digest, still_there
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
-from pfedgpa_app.core.settings import ConfigError, DataError, listed
-from pfedgpa_app.data.client import alike, class_counts, fingerprint, load_schema
+from pfedgpa_app.core.settings import ConfigError, DataError, closest, listed, shown
+from pfedgpa_app.data.client import (
+    alike,
+    class_counts,
+    fingerprint,
+    load_schema,
+    users_of_clients,
+)
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.results import uploads
 from pfedgpa_app.results.log import EVENTS, METRICS, Records, last_event
@@ -33,7 +39,8 @@ from pfedgpa_app.runs.checkpoint import CHECKPOINT, has_checkpoint
 from pfedgpa_app.server.privacy import FILE as ASKED
 
 CONFIG, LOG, LOCK = "config.json", "flower.log", ".lock"
-HOLDINGS = "holdings.json"  # how many examples of each class every client holds
+HOLDINGS = "holdings.json"  # who every client is, and how many examples of each class it holds
+USERS = "users"  # the entry with the names of each client's users
 _BEFORE = {LOG, LOCK}  # files that can be there before the settings
 _EARLY = {CONFIG, EVENTS, HOLDINGS, MODEL, WEIGHTS, ASKED}  # those before a round's records
 NODE_LOG = "node-{}.log"  # what a rehearsal's node said
@@ -61,7 +68,7 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
 
 
 def keep_holdings(folder: Path, config: Config) -> None:
-    """Write how many examples of each class every client holds.
+    """Write how many examples of each class every client holds, and which users it is, if any.
 
     Raises:
         DataError: as ``check_unchanged`` and ``check_uploads``.
@@ -74,6 +81,8 @@ def keep_holdings(folder: Path, config: Config) -> None:
         "data": fingerprint(config),
         "files": _digests(config),
     }
+    if users := users_of_clients(config):
+        held[USERS] = users
     write_json(folder / HOLDINGS, held)
 
 
@@ -163,6 +172,29 @@ def holdings(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}: put it back, or run anew") from error
     return held
+
+
+def client_called(folder: Path, client: int | str) -> int:
+    """Return the number of the client that has this number or, if none has, a user of this name.
+
+    Raises:
+        ConfigError: there is no such client, or the folder is not a run's.
+    """
+    count, called = values_of(kept_settings(folder))["num-clients"], str(client)
+    if called in map(str, range(count)):
+        return int(called)
+    users: list[list[str]] = holdings(folder).get(USERS, [])  # earlier versions did not keep them
+    numbers = {name: number for number, names in enumerate(users) for name in names}
+    if called in numbers:
+        return numbers[called]
+    there = f"there are 0 to {count - 1}"
+    if numbers:
+        there += f", by their users' names {listed([*numbers])}"
+    meant = closest(called, numbers)
+    raise ConfigError(
+        f"{folder}: has no client {called if called.isdecimal() else shown(client)}; {there}"
+        + (f"; did you mean {meant}?" if meant else "")
+    )
 
 
 def is_running(folder: Path) -> bool:

@@ -16,8 +16,10 @@ from pfedgpa_app.diffusion import saved
 from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import text_table
 from pfedgpa_app.runs.checkpoint import CHECKPOINT, Checkpoint, CheckpointError
-from pfedgpa_app.runs.folder import CONFIG, is_running
+from pfedgpa_app.runs.folder import CONFIG, HOLDINGS, is_running
 from pfedgpa_app.runs.reading import OF_ITS_PLACE, Run, command_of, files_named
+
+MOST_NAMED = 20  # clients whose users are named
 
 
 def lines_about(path: Path) -> list[str]:
@@ -44,6 +46,10 @@ def _run(folder: Path) -> Iterator[str]:
         f"{settings['num-clients']} clients, {held}; {settings['num-server-rounds']} rounds, "
         f"{run.in_each_round()}; seed {settings['seed']}"
     )
+    if run.users:
+        named = "; ".join(map(run.named, range(len(run.users))[:MOST_NAMED]))
+        more = f"; …, all in {HOLDINGS}" if len(run.users) > MOST_NAMED else ""
+        yield f"clients by their users: {named}{more}"
     yield _state(folder)
     yield from _checkpoint(run)
     for path in files_named(saved.FILE, folder):

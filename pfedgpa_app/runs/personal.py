@@ -27,7 +27,13 @@ from pfedgpa_app.methods import federation_of
 from pfedgpa_app.models.build import forget_edited
 from pfedgpa_app.models.networks import load
 from pfedgpa_app.runs.about import REST, WEIGHTS, About, read_about, warn_of_changes
-from pfedgpa_app.runs.folder import is_running, kept_methods, kept_settings, unfinished
+from pfedgpa_app.runs.folder import (
+    client_called,
+    is_running,
+    kept_methods,
+    kept_settings,
+    unfinished,
+)
 from pfedgpa_app.training.evaluation import FinalScore
 
 ON_NODES = "on-nodes.json"  # {method: clients that keep a part of their network on their nodes}
@@ -268,10 +274,11 @@ def _check_made(
         )
 
 
-def client_weights(folder: Path, client: int, method: str = "") -> Weights:
+def client_weights(folder: Path, client: int | str, method: str = "") -> Weights:
     """Return the weights that ``client`` was evaluated with, before any fine-tuning.
 
     Args:
+        client: its number, or the name of a user of its.
         method: by default the last of the run's methods that has weights.
 
     Raises:
@@ -279,10 +286,8 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
     """
     method = the_method(folder, method)
     settings = values_of(kept_settings(folder))
-    count = settings["num-clients"]
-    if not hasattr(client, "__index__") or not 0 <= client < count:
-        raise ConfigError(f"{folder}: has no client {client!r}; there are 0 to {count - 1}")
-    founders = count - settings.get("join-clients", 0)
+    client = client_called(folder, client)
+    founders = settings["num-clients"] - settings.get("join-clients", 0)
     sent = weights_file(folder, method)
     federation = federation_of(method)
     own, by = (  # the client wrote these itself
@@ -306,11 +311,12 @@ def client_weights(folder: Path, client: int, method: str = "") -> Weights:
     return adjusted(own_weights(made, client) | kept, adjustment)
 
 
-def load_client(run: str | Path, client: int, method: str = "") -> ClientModel:
+def load_client(run: str | Path, client: int | str, method: str = "") -> ClientModel:
     """Return the network that ``client`` of a run was given, ready to predict.
 
     Args:
         run: the run's folder.
+        client: its number or, where clients are users (``partition=natural``), a user's name.
         method: whose weights; by default the last of the run's methods that has weights.
 
     Raises:

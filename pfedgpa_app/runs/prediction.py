@@ -24,7 +24,7 @@ from pfedgpa_app.data.client import load_client as load_data
 from pfedgpa_app.data.datasets import load as load_dataset
 from pfedgpa_app.data.pictures import recoloured
 from pfedgpa_app.runs.about import About, warn_of_changes
-from pfedgpa_app.runs.folder import check_data, kept_config, kept_settings
+from pfedgpa_app.runs.folder import check_data, client_called, kept_config, kept_settings
 from pfedgpa_app.runs.personal import ClientModel, load_client
 
 
@@ -41,11 +41,12 @@ def as_records(probabilities: np.ndarray, classes: Sequence[str]) -> list[dict[s
 
 
 def evaluate(
-    run: str | Path, client: int, method: str = "", dataset: str = "", data_dir: str = ""
+    run: str | Path, client: int | str, method: str = "", dataset: str = "", data_dir: str = ""
 ) -> dict[str, Any]:
     """Count how many examples a client's network classifies correctly, in all and by class.
 
     Args:
+        client: as in ``load_client``.
         dataset: as the setting names it, all of its examples; "" for the client's own test data in
             the run.
 
@@ -67,7 +68,8 @@ def evaluate(
             )
         inputs, labels = _labelled(about, dataset, data_dir)
     else:
-        inputs, labels = _tested(about, user_path(run), client)
+        folder = user_path(run)
+        inputs, labels = _tested(about, folder, client_called(folder, client))
     predicted = model.probabilities(inputs).argmax(1)
     right = predicted == labels
     counts = {

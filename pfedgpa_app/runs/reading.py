@@ -15,7 +15,7 @@ from pfedgpa_app.config.names import defaults, keys, without_idle
 from pfedgpa_app.config.parse import argument
 from pfedgpa_app.config.resolve import values_of
 from pfedgpa_app.core.sections import NODES
-from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.settings import ConfigError, listed
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.results.log import (
     CLIENTS,
@@ -26,11 +26,12 @@ from pfedgpa_app.results.log import (
     mean,
     rows_of,
 )
-from pfedgpa_app.runs.folder import CONFIG, kept_methods, kept_settings
+from pfedgpa_app.runs.folder import CONFIG, HOLDINGS, USERS, kept_methods, kept_settings
 
 Row = dict[str, Any]
 # settings of the machine that a run was on; the launcher fills them in, differently elsewhere
 OF_ITS_PLACE = ("code-dir", "engine", "workers")
+MOST_USERS = 3  # how many of one client's users are named
 _NAMED_OTHERWISE = ("conf", "out-dir", "run-name", "resume")
 
 
@@ -81,6 +82,21 @@ class Run:
             raise ConfigError(
                 f"{path} cannot be read: {error}: put it back, or remove it"
             ) from error
+
+    @cached_property
+    def users(self) -> list[list[str]]:
+        """The names of each client's users; [] where clients are not users, or are not known.
+
+        Raises:
+            ConfigError: as ``read``.
+        """
+        return list(
+            (self.read(HOLDINGS) or {}).get(USERS, [])
+        )  # earlier versions did not keep them
+
+    def named(self, client: int) -> str:
+        """Return a client's number, followed by the names of its users, if it has any."""
+        return f"{client} {listed(self.users[client], MOST_USERS)}" if self.users else str(client)
 
     @cached_property
     def ended(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import pstdev
 from typing import Any
@@ -28,6 +28,7 @@ from pfedgpa_app.runs.table import Entry, as_csv, as_latex, curves_of, table_of
 
 REPORT, COMPARISON, LATENTS = "report.html", "comparison.html", "latents.json"
 WORST = 5  # how many of the worst clients are named
+MOST_NAMED = 200  # clients in the table of their users
 _OF_THE_DATA = ("dataset", "data-dir", "image-size", "test-share")  # settings
 _SAID_OF_A_RUN = ("data", "privacy", "attack")  # kinds of events
 
@@ -242,9 +243,19 @@ def _parts_of(run: Run) -> Iterator[Row]:
     yield {
         "title": "Worst-off clients",
         "header": ["method", *(f"{i}." for i in range(1, count + 1)), "spread over clients"],
-        "rows": [_worst(name, clients, count) for name, clients in run.clients.items()],
-        "note": "Accuracy of what a client would keep, in percent; its number in brackets.",
+        "rows": [_worst(run, name, count) for name in run.clients],
+        "note": "Accuracy of what a client would keep, in percent; its number in brackets"
+        + (", and its users." if run.users else "."),
     }
+    if run.users:
+        more = len(run.users) - MOST_NAMED
+        yield {
+            "title": "Clients by their users",
+            "said": True,
+            "header": ["client", "users"],
+            "rows": [[str(i), listed(mine)] for i, mine in enumerate(run.users[:MOST_NAMED])],
+            "note": f"{more} more clients are in {HOLDINGS}." if more > 0 else "",
+        }
     if joined := [r for r in run.rows if r.get("accuracy_of_joining_clients")]:
         iterations = max(len(row["accuracy_of_joining_clients"]) for row in joined)
         yield {
@@ -276,9 +287,10 @@ def _warnings(runs: Sequence[Run]) -> Iterator[Row]:
         yield {"title": "Rejected uploads and warnings", "lines": [*list(shown)[:20], *more]}
 
 
-def _worst(name: str, clients: Mapping[int, Row], count: int) -> list[str]:
+def _worst(run: Run, name: str, count: int) -> list[str]:
+    clients = run.clients[name]
     order = sorted(clients, key=lambda c: (clients[c]["kept"], c))[:count]
-    cells = [f"{clients[c]['kept']:.1f} ({c})" for c in order]
+    cells = [f"{clients[c]['kept']:.1f} ({run.named(c)})" for c in order]
     spread = pstdev(row["kept"] for row in clients.values())
     return [name, *cells, *[""] * (count - len(cells)), f"{spread:.1f}"]
 

@@ -13,6 +13,7 @@ import psutil
 from pfedgpa_app.core.files import write_json, write_tensors, write_text
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.weights import Weights
+from pfedgpa_app.data.client import users_of_clients
 from pfedgpa_app.methods.base import Personaliser
 from pfedgpa_app.methods.halves import reported
 from pfedgpa_app.results import plots
@@ -110,10 +111,12 @@ class Summary:
             f"{method.title}: {result.before.mean():.1f} % as sent, "
             f"{result.after.mean():.1f} % after fine-tuning",
         )
+        users = users_of_clients(self.config)
         records = [
             {
                 "method": name,
                 "client": client,
+                **({"users": users[client]} if users else {}),
                 "before_ft": result.before[row],
                 "after_ft": result.after[row],
                 "kept": result.kept[row],
