@@ -21,9 +21,7 @@ def add_options(parser: ArgumentParser) -> None:
         help="onnx (needs pip install 'pfedgpa-app[onnx]') or torch (torch.export's .pt2)",
     )
     parser.add_argument(
-        "--out",
-        type=Path,
-        help="the new file; default: RUN-METHOD-client-N.onnx or .pt2, here",
+        "--out", type=Path, help="the new file; default: RUN-METHOD-client-N.onnx or .pt2, here"
     )
 
 
@@ -37,7 +35,7 @@ def handle(options: Namespace) -> int:
     folder = user_path(options.run).absolute()
     method = the_method(folder, options.method)
     ending = {"onnx": "onnx", "torch": "pt2"}[options.to]
-    client = options.client
+    client: str | int = options.client
     if not re.fullmatch(r"\w[\w.-]{,99}", client):  # a user's name that is not one for a file
         client = client_called(folder, client)
     out = options.out or Path(f"{folder.name}-{method}-client-{client}.{ending}")

@@ -60,7 +60,7 @@ def handle(options: Namespace) -> int:
 def _rows(
     counts: Sequence[Sequence[int]], users: Sequence[Sequence[str]], most: int = 3
 ) -> list[list[str]]:
-    """Return the table's cells, with at most ``most`` names of one client's users, if it has any."""
+    """Return the table's cells; of one client's users, if clients are users, ``most`` are named."""
     named = [[listed(names, most)] for names in users] or [[] for _ in counts]
     each = zip(named, counts, strict=True)
     return [[str(i), *who, *map(str, mine)] for i, (who, mine) in enumerate(each)]

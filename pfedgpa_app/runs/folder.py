@@ -24,6 +24,7 @@ from pfedgpa_app.core.own_code import digest, still_there
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, DataError, closest, listed, shown
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.data.client import (
     alike,
     class_counts,
@@ -177,14 +178,22 @@ def holdings(folder: Path) -> dict[str, Any]:
 def client_called(folder: Path, client: int | str) -> int:
     """Return the number of the client that has this number or, if none has, a user of this name.
 
+    A text that is one client's number and the name of another's user is taken with a warning.
+
     Raises:
         ConfigError: there is no such client, or the folder is not a run's.
     """
     count, called = values_of(kept_settings(folder))["num-clients"], str(client)
-    if called in map(str, range(count)):
-        return int(called)
     users: list[list[str]] = holdings(folder).get(USERS, [])  # earlier versions did not keep them
     numbers = {name: number for number, names in enumerate(users) for name in names}
+    if called in map(str, range(count)):
+        other = numbers.get(called, int(called))
+        if isinstance(client, str) and other != int(called):
+            warn_once(
+                f"{folder}: client {called} is user {listed(users[int(called)], 3)}; for user "
+                f"{called}, give its client's number, {other}"
+            )
+        return int(called)
     if called in numbers:
         return numbers[called]
     there = f"there are 0 to {count - 1}"
