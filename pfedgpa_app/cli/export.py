@@ -35,9 +35,9 @@ def handle(options: Namespace) -> int:
     folder = user_path(options.run).absolute()
     method = the_method(folder, options.method)
     ending = {"onnx": "onnx", "torch": "pt2"}[options.to]
-    client: str | int = options.client
+    client = options.client
     if not re.fullmatch(r"\w[\w.-]{,99}", client):  # a user's name that is not one for a file
-        client = client_called(folder, client)
+        client = str(client_called(folder, client))
     out = options.out or Path(f"{folder.name}-{method}-client-{client}.{ending}")
     if out.exists():
         raise ConfigError(f"{out}: already exists: give --out another name, or remove it")

@@ -6,6 +6,7 @@ import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from pfedgpa_app.data.partition import (
     users_in_turn,
     with_validation,
 )
-from pfedgpa_app.data.partition_file import by_file
+from pfedgpa_app.data.partition_file import by_file, names_in
 from pfedgpa_app.data.pictures import decoder
 
 logger = logging.getLogger("pfedgpa")
@@ -187,10 +188,9 @@ def load_partition(config: DataSettings) -> list[ClientSplit]:
     if config.partition == "natural":
         return _split(config, by_users(data.train_users, data.test_users, config.num_clients))
     if config.partition.startswith(PARTITION_FILE):
-        path = user_path(config.partition.removeprefix(PARTITION_FILE))
         train = _names(data.train_samples, data.train_labels, "train")
         test = _names(data.test_samples, data.test_labels, "test")
-        return _split(config, by_file(path, train, test, config.num_clients))
+        return _split(config, by_file(_file_of(config), train, test, config.num_clients))
     groups = len(dominant_groups(len(data.classes)))
     if config.partition == "dominant" and len(config.group_shares) not in (0, groups):
         raise DataError(
@@ -203,12 +203,24 @@ def load_partition(config: DataSettings) -> list[ClientSplit]:
 def users_of_clients(config: DataSettings) -> list[list[str]]:
     """Return the names of each client's users; [] where clients are not users.
 
+    A partition's file may name clients, each of which is then a user.
+
     Raises:
+        ConfigError: the partition's file cannot be read.
         DataError: as ``load_dataset``.
     """
-    if config.partition != "natural" or config.dataset == NODES:
+    if config.dataset == NODES:
+        return []
+    if config.partition.startswith(PARTITION_FILE):
+        return [[name] for name in names_in(_file_of(config))]
+    if config.partition != "natural":
         return []
     return users_in_turn(load_dataset(config).train_users, config.num_clients)
+
+
+def _file_of(config: DataSettings) -> Path:
+    """Return the path of the partition's file."""
+    return user_path(config.partition.removeprefix(PARTITION_FILE))
 
 
 def class_counts(config: DataSettings) -> list[list[int]]:

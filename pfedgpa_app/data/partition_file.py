@@ -7,15 +7,16 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pfedgpa_app.core.sections import PARTITION_FILE
-from pfedgpa_app.core.settings import ConfigError, shown
+from pfedgpa_app.core.settings import ConfigError, listed, shown
 
 Entry = tuple[str, str, str]  # place in the file, for messages; sample; client
+_HOW = "give the client's number, from 0, or a name to every client"
 
 
 def by_file(
@@ -23,7 +24,7 @@ def by_file(
 ) -> list[list[np.ndarray]]:
     """Return the indices of each client's samples, by split, as the file deals them.
 
-    Samples that it does not name are nobody's. Names are compared in composed Unicode: macOS
+    Samples that it does not name are nobody's. Their names are compared in composed Unicode: macOS
     lists "ä" as two characters, other systems and editors write one.
 
     Args:
@@ -32,20 +33,65 @@ def by_file(
 
     Raises:
         ConfigError: the file cannot be read, names an unknown sample or gives one to two clients,
-            names other clients than 0 to ``num_clients - 1``, or leaves a client without a training
-            or a test sample.
+            names other clients than 0 to ``num_clients - 1`` or more or fewer by name, or leaves a
+            client without a training or a test sample.
     """
     where = f"partition = {PARTITION_FILE}{path}"
     place = _places(where, [*train, *test])
-    owners = _read_owners(where, path, place)
+    entries = [*_entries(where, path)]
+    names = _names(entries)
+    owners = _owners(where, entries, names, place)
     owner = np.full(len(place), -1)
     for sample, client in owners.items():
         owner[place[sample]] = client
-    _require_clients(where, owners, num_clients)
+    _require_clients(where, owners, names, num_clients)
     parts = np.split(owner, [len(train)])
     splits = [[np.flatnonzero(part == client) for client in range(num_clients)] for part in parts]
-    _require_both_kinds(where, splits, (train, test))
+    _require_both_kinds(where, splits, (train, test), names)
     return splits
+
+
+def names_in(path: Path) -> list[str]:
+    """Return the clients' names in a partition file, in the clients' order; [] for numbers alone.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    return _names(_entries(f"partition = {PARTITION_FILE}{path}", path))
+
+
+def _names(entries: Iterable[Entry]) -> list[str]:
+    """Return the clients' names, sorted; [] if they are given by their numbers.
+
+    Raises:
+        ConfigError: some have names and some have numbers, or one has neither.
+    """
+    names, numbered = dict[str, str](), False
+    for at, sample, client in entries:
+        if re.fullmatch(r"[0-9]{1,9}", client):
+            numbered = True
+            continue
+        wrong = f"{at}: gives {shown(sample)} to {shown(client)}: {_HOW}"
+        if not client or _is_number(client):
+            raise ConfigError(wrong)
+        names.setdefault(client, wrong)
+    if names and numbered:
+        raise ConfigError(next(iter(names.values())))
+    return sorted(names)
+
+
+def _is_number(text: str) -> bool:
+    """Whether ``text`` is a number of any kind, or stands for one that is missing, as nan."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _called(client: int, names: Sequence[str]) -> str:
+    """Return what the file calls a client: its number or, if clients have ``names``, its name."""
+    return shown(names[client]) if names else str(client)
 
 
 def _places(where: str, names: Sequence[str]) -> dict[str, int]:
@@ -69,7 +115,9 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", str(name))
 
 
-def _require_clients(where: str, owners: Mapping[str, int], num_clients: int) -> None:
+def _require_clients(
+    where: str, owners: Mapping[str, int], names: Sequence[str], num_clients: int
+) -> None:
     """Check that the file names all clients from 0 to ``num_clients - 1`` and no others.
 
     Raises:
@@ -85,6 +133,8 @@ def _require_clients(where: str, owners: Mapping[str, int], num_clients: int) ->
         )
     if missing != num_clients:
         clients = f"clients 0 to {last}" if last else "client 0 alone"
+        if names:
+            clients = f"{len(names)} clients, {listed(names)}"
         raise ConfigError(
             f"{where}: the file names {clients}, but num-clients is {num_clients}: set "
             f"num-clients={missing}"
@@ -92,13 +142,17 @@ def _require_clients(where: str, owners: Mapping[str, int], num_clients: int) ->
 
 
 def _require_both_kinds(
-    where: str, splits: Sequence[Sequence[np.ndarray]], names: Sequence[np.ndarray]
+    where: str,
+    splits: Sequence[Sequence[np.ndarray]],
+    samples: Sequence[np.ndarray],
+    names: Sequence[str],
 ) -> None:
     """Check that every client has a sample to train on and one to be tested on.
 
     Args:
         splits: the indices of each client's samples, in the training and in the test split.
-        names: those of all samples in the training and in the test split.
+        samples: the names of all samples in the training and in the test split.
+        names: the clients', if they have any.
 
     Raises:
         ConfigError: it says which kind a client lacks, and which samples of that kind are free.
@@ -108,45 +162,48 @@ def _require_both_kinds(
             continue
         lacks, verb = ("test", "be tested") if len(train) else ("training", "train")
         kind = ("training", "test").index(lacks)
-        left = np.delete(names[kind], np.concatenate(splits[kind]))[:3]
+        left = np.delete(samples[kind], np.concatenate(splits[kind]))[:3]
         which = (
             f"such as {', '.join(map(repr, left.tolist()))}" if len(left) else "which others hold"
         )
         why, instead = "", ""
-        if not str(names[0][0]).startswith("train/"):  # as where the source has both splits
+        if not str(samples[0][0]).startswith("train/"):  # as where the source has both splits
             why = " (test-share decided which are which, the same in every run)"
             instead = ", or make a test split yourself (docs/own.md)"
         raise ConfigError(
-            f"{where}: client {client} would have no image to {verb} on: the file gives it "
-            f"{len(train)} training and {len(test)} test samples{why}: give it a {lacks} sample, "
+            f"{where}: client {_called(client, names)} would have no image to {verb} on: the file "
+            f"gives it {len(train)} training and {len(test)} test samples{why}: give it a {lacks} sample, "
             f"{which}{instead}"
         )
 
 
-def _read_owners(where: str, path: Path, known: Collection[str]) -> dict[str, int]:
-    """Read {sample: client}, with the samples' names in composed Unicode.
+def _owners(
+    where: str, entries: Iterable[Entry], names: Sequence[str], known: Collection[str]
+) -> dict[str, int]:
+    """Return {sample: client's number}, with the samples' names in composed Unicode.
+
+    Args:
+        names: the clients', in their order, if they have any.
 
     Raises:
-        ConfigError: the file cannot be read, names no sample, one that is not ``known`` or one for
-            two clients, or names a client by something other than a number.
+        ConfigError: the file names no sample, one that is not ``known`` or one for two clients.
     """
     owners: dict[str, int] = {}
-    for at, sample, client in _entries(where, path):
-        if not re.fullmatch(r"[0-9]{1,9}", client):
-            raise ConfigError(
-                f"{at}: gives {shown(sample)} to {shown(client)}: give the client's number, from 0"
-            )
+    numbers = {name: number for number, name in enumerate(names)}
+    for at, sample, client in entries:
         name = _composed(sample)
         if name not in known:
             raise ConfigError(
                 f"{at}: names the sample {shown(sample)}, which the data set lacks; it has "
                 f"{', '.join([*known][:3])}, …"
             )
-        owner = owners.setdefault(name, int(client))
-        if owner != int(client):
+        number = numbers[client] if names else int(client)
+        owner = owners.setdefault(name, number)
+        if owner != number:
+            ours, theirs = _called(number, names), _called(owner, names)
             raise ConfigError(
-                f"{at}: gives {shown(sample)} to client {int(client)}, and earlier to client "
-                f"{owner}: a sample belongs to one client, delete one of the two"
+                f"{at}: gives {shown(sample)} to client {ours}, and earlier to client {theirs}: a "
+                "sample belongs to one client, delete one of the two"
             )
     if not owners:
         raise ConfigError(f"{where}: names no sample")
@@ -176,7 +233,7 @@ def _json_entries(where: str, text: str) -> Iterator[Entry]:
     """Yield the entries of a JSON object {sample: client}.
 
     Raises:
-        ConfigError: the text is no such object.
+        ConfigError: the text is no such object, or names a client by neither number nor text.
     """
     try:
         found = json.loads(text, object_pairs_hook=tuple)  # a dict would hide duplicate keys
@@ -185,6 +242,8 @@ def _json_entries(where: str, text: str) -> Iterator[Entry]:
     if not isinstance(found, tuple):
         raise ConfigError(f'{where}: must be a JSON object, as in {{"cat/1.jpg": 0}}')
     for sample, client in found:
+        if isinstance(client, bool) or not isinstance(client, (int, str)):
+            raise ConfigError(f"{where}: gives {shown(sample)} to {shown(client)}: {_HOW}")
         yield where, sample, str(client)
 
 

@@ -18,8 +18,11 @@ from pfedgpa_app.config.resolve import resolve
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
-from pfedgpa_app.data.client import load_dataset, load_partition
+from pfedgpa_app.data.client import load_dataset, load_partition, users_of_clients
 from pfedgpa_app.data.partition_file import by_file
+
+
+KINDS = ("cat", "owl")
 
 
 @pytest.fixture
@@ -41,6 +44,7 @@ def photo(path: Path) -> None:
 def by(file: str, dataset: str = "imagefolder:photos") -> Config:
     """Two clients, dealt to by a file, which may have changed since it was read last."""
     load_partition.cache_clear()
+    users_of_clients.cache_clear()
     sizes: dict[str, Any] = {"train_per_client": None, "test_per_client": None}
     sizes["validation_share"] = 0.0
     return Config(dataset=dataset, num_clients=2, partition=f"file:{file}", **sizes)
@@ -58,6 +62,17 @@ class TestPartitionFile:
                 samples = [*data.train_samples[split.train], *data.test_samples[split.test]]
                 assert sorted(samples) == sorted(s for s, c in owners.items() if c == client)
 
+    def test_clients_by_name(self, here: Path) -> None:
+        """They are numbered in the order of their names."""
+        owners = {f"{kind}/{j}.png": ("west", "east")[j % 2] for kind in KINDS for j in range(30)}
+        Path("who.json").write_text(json.dumps(owners))
+        assert users_of_clients(by("who.json")) == [["east"], ["west"]]
+        data = load_dataset(by("who.json"))
+        for name, split in zip(("east", "west"), load_partition(by("who.json")), strict=True):
+            assert {owners[sample] for sample in data.train_samples[split.train]} == {name}
+        Path("who.json").write_text(json.dumps({s: int(o == "east") for s, o in owners.items()}))
+        assert users_of_clients(by("who.json")) == []
+
     @pytest.mark.parametrize(
         ("text", "said"),
         [
@@ -68,8 +83,18 @@ class TestPartitionFile:
             ),
             ('{"cat/0.png": 0, "cat/1.png": 1, "cat/2.png": 2}', "clients 0 to 2, .*num-clients=3"),
             ('{"cat/0.png": 0}', "client 0 alone, but num-clients is 2: set num-clients=1"),
-            ('{"cat/0.png": "me"}', "gives 'cat/0.png' to 'me': give the client's number"),
-            ('{"cat/0.png": true}', "gives 'cat/0.png' to 'True': give the client's number"),
+            ('{"cat/0.png": "me", "cat/1.png": 0}', "gives 'cat/0.png' to 'me': give the client's"),
+            ('{"cat/0.png": true}', "gives 'cat/0.png' to True: give the client's number"),
+            ('{"cat/0.png": "nan"}', "gives 'cat/0.png' to 'nan': give the client's number"),
+            ('{"cat/0.png": "me"}', "names 1 clients, me, but num-clients is 2: set num-clients=1"),
+            (
+                '{"cat/0.png": "me", "cat/1.png": "you"}',
+                "client 'me' would have no image to be tested on",
+            ),
+            (
+                '{"cat/0.png": "me", "cat/1.png": "you", "cat/0.png": "you"}',
+                "gives 'cat/0.png' to client 'you', and earlier to client 'me': a sample belongs",
+            ),
             ("[1]", "must be a JSON object"),
             ("{1", "is not valid JSON: .*line 1"),
             ("{}", "names no sample"),
@@ -102,7 +127,10 @@ class TestPartitionFile:
                 "line 4: gives 'cat/0.png' ",
             ),
             (b"sample,client\ncat/0.png,0\ncow/0.png,0\n", "line 3: names the sample 'cow/0.png'"),
-            (b"sample;client\ncat/0.png;eins\n", "line 2: gives 'cat/0.png' to 'eins': give the"),
+            (
+                b"sample;client\ncat/1.png;0\ncat/0.png;eins\n",
+                "line 3: gives 'cat/0.png' to 'eins': give the",
+            ),
             (b"sample,client\ncat/0.png\n", "line 2: gives 'cat/0.png' to '': give the"),
             (b"sample,client\ncat/0.png,-1\n", "line 2: gives 'cat/0.png' to '-1': give the"),
             (b"file,client\ncat/0.png,0\n", "line 1: has the columns 'file,client', but must have"),
