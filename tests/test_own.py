@@ -10,6 +10,7 @@ import random
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -42,6 +43,7 @@ from pfedgpa_app.data.client import (
     load_own,
     load_partition,
     schema_of,
+    users_of_clients,
 )
 from pfedgpa_app.data.dataset import remarks
 from pfedgpa_app.data.datasets import load
@@ -52,9 +54,11 @@ from pfedgpa_app.models import build
 from pfedgpa_app.models.build import network_of, remarks_on_weights
 from pfedgpa_app.models.layout import laid_out
 from pfedgpa_app.models.networks import head_of, weight_names, weights_of
-from pfedgpa_app.runs import api, experiment
+from pfedgpa_app.runs import api, experiment, report
+from pfedgpa_app.runs.api import Result
 from pfedgpa_app.runs.checkpoint import Checkpoint
-from pfedgpa_app.runs.folder import locked
+from pfedgpa_app.runs.folder import client_called, locked
+from pfedgpa_app.runs.inspection import lines_about
 from pfedgpa_app.runs.personal import client_weights
 from pfedgpa_app.runs.prediction import evaluate, export
 from pfedgpa_app.server.screening import NoUploadsError
@@ -1441,9 +1445,12 @@ class TestPartitions:
             assert set(data.train_users[split.train]) == {name}
             assert set(data.test_users[split.test]) == {name}
         assert "users" not in data_in_words(config)
+        assert users_of_clients(config) == [["ann"], ["bob"], ["eve"]]
         two = Config(dataset="tables:load", num_clients=2, partition="natural", **ALL)
         assert "these clients are 3 users, dealt out in turn" in data_in_words(two)
         assert [len(split.test) for split in load_partition(two)] == [8, 4]
+        assert users_of_clients(two) == [["ann", "eve"], ["bob"]]
+        assert users_of_clients(replace(two, partition="iid")) == []
         with pytest.raises(ValueError, match=r"has 3 users, fewer .* = 4: set num-clients=3"):
             load_partition(Config(dataset="tables:load", num_clients=4, partition="natural", **ALL))
         with pytest.raises(ValueError, match="the data set names no users"):
@@ -1456,6 +1463,121 @@ class TestPartitions:
         config = resolve({"dataset": "imagefolder:photos"}).config
         assert (config.train_per_client, config.test_per_client) == (None, None)
         assert config.batch_size == Config.batch_size
+
+
+SITES = """
+import numpy as np
+
+def load():
+    users = np.repeat(["west", "north", "1", "a/b"], 20)
+    x = np.random.default_rng(0).normal(size=(80, 5)).astype("float32")
+    return {"x": x, "y": np.arange(80) % 2, "users": users}
+"""
+
+
+class TestUsers:
+    """Which client is which user, and what takes users' names."""
+
+    @pytest.fixture
+    def sites(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A folder with data of four users, dealt out to three clients."""
+        (tmp_path / "sites.py").write_text(SITES)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delitem(sys.modules, "sites", raising=False)
+        return tmp_path
+
+    def run(self, place: Path, **more: Any) -> Path:
+        how = {"dataset": "sites:load", "partition": "natural", "num_clients": 3}
+        how |= {"train_per_client": "auto", "test_per_client": "auto", "method": "local,fedavg"}
+        return federate(place, **{**how, "num_server_rounds": 1, **more})[0]
+
+    def test_a_partitions_table(self, sites: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        words = ["dataset=sites:load", "partition=natural", "num-clients=3", "validation-share=0"]
+        assert cli.main(["partition", *words, "--out", "who.csv"]) == 0
+        with Path("who.csv").open() as file:
+            header, *rows = csv.reader(file)
+        assert header == ["client", "users", "0", "1"]
+        assert [row[1] for row in rows] == ["1, west", "a/b", "north"]
+        assert f"| {' | '.join(rows[0])} |" in capsys.readouterr().out
+
+    def test_what_a_run_says(self, sites: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = self.run(sites, report=True, save_uploads=True, method="fedavg,client-mean")
+        users = [["1", "west"], ["a/b"], ["north"]]
+        assert json.loads((folder / "holdings.json").read_text())["users"] == users
+        for record in Result.of(folder).clients:
+            assert record["users"] == users[record["client"]]
+        said = "\n".join(lines_about(folder))
+        assert "clients by their users: 0: 1, west; 1: a/b; 2: north\n" in said
+        page = (folder / "report.html").read_text()
+        assert "(2: north)" in page
+        assert "<td>0</td><td>1, west</td>" in page
+        assert b"north" not in (folder / "uploads.safetensors").read_bytes()
+
+    def test_clients_are_called_by_name(
+        self, sites: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = self.run(sites)
+
+        def printed(*words: str) -> str:
+            assert cli.main(list(words)) == 0
+            return capsys.readouterr().out
+
+        np.save("rows.npy", np.ones((3, 5), np.float32))
+        for name, number in (("north", "2"), ("west", "0"), ("a/b", "1")):
+            for command, more in (("evaluate", []), ("predict", ["rows.npy"])):
+                each = (
+                    printed(command, str(folder), "--client", client, "--method", "local", *more)
+                    for client in (name, number)
+                )
+                assert next(each) == next(each)
+            own = Result.of(folder).model(name, "local").network.state_dict()
+            same = load_client(folder, int(number), "local").network.state_dict()
+            assert all(torch.equal(own[key], same[key]) for key in own)
+        for name, file in (("north", "north"), ("a/b", "1")):
+            printed("export", str(folder), "--client", name, "--to", "torch")
+            assert Path(f"run-fedavg-client-{file}.pt2").is_file()
+
+    def test_a_number_is_a_clients(self, sites: Path, caplog: pytest.LogCaptureFixture) -> None:
+        folder = self.run(sites, method="fedavg")
+        assert client_called(folder, 1) == 1
+        assert "for user" not in caplog.text
+        assert client_called(folder, "1") == 1
+        assert "client 1 is user a/b; for user 1, give its client's number, 0" in caplog.text
+        self.rename(folder, "1", "2019")
+        assert (client_called(folder, "2019"), client_called(folder, 2019)) == (0, 0)
+
+    def rename(self, folder: Path, user: str, name: str) -> None:
+        text = (folder / "holdings.json").read_text()
+        assert f'"{user}"' in text
+        (folder / "holdings.json").write_text(text.replace(f'"{user}"', f'"{name}"'))
+
+    def test_a_name_that_is_not_there(
+        self, sites: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = self.run(sites, method="fedavg")
+        words = ["predict", str(folder), "rows.npy", "--client"]
+        assert cli.main([*words, "nroth"]) == 2
+        said = "has no client 'nroth'; there are 0 to 2, by their users' names 1, a/b, north, west"
+        assert f"{folder}: {said}; did you mean north?\n" in capsys.readouterr().err
+        assert cli.main([*words, "3"]) == 2
+        assert "has no client 3; there are 0 to 2, by" in capsys.readouterr().err
+
+    def test_runs_without_names(self, sites: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """One whose clients are no users, and one of an earlier version."""
+        other = self.run(sites / "other", partition="iid", report=True)
+        old = self.run(sites / "old", report=True)
+        assert "users" not in json.loads((other / "holdings.json").read_text())
+        held = json.loads((old / "holdings.json").read_text())
+        del held["users"]
+        (old / "holdings.json").write_text(json.dumps(held))
+        for folder in (other, old):
+            assert cli.main(["evaluate", str(folder), "--client", "2"]) == 0
+            assert cli.main(["evaluate", str(folder), "--client", "north"]) == 2
+            said = "has no client 'north'; there are 0 to 2\n"
+            assert capsys.readouterr().err.endswith(said)
+            assert "users" not in "\n".join(lines_about(folder))
+            assert "Clients by their users" not in report.write([folder]).read_text()
+        assert "users" not in next(iter(Result.of(other).clients))
 
 
 class TestHome:
@@ -1710,7 +1832,7 @@ def test_what_has_no_name_is_refused_from_python(settings: dict[str, Any], said:
         list(api._words(settings))
 
 
-@pytest.mark.parametrize("client", ["1", None, 1.0])
+@pytest.mark.parametrize("client", ["4", None, 1.0, True, -1])
 def test_clients_are_numbers(client: Any, here: Path) -> None:
     folder, _ = federate(here, method="fedavg", num_server_rounds=1)
     with pytest.raises(ConfigError, match=r"has no client .*; there are 0 to 3"):

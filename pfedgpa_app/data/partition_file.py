@@ -134,7 +134,7 @@ def _require_clients(
     if missing != num_clients:
         clients = f"clients 0 to {last}" if last else "client 0 alone"
         if names:
-            clients = f"{len(names)} clients, {listed(names)}"
+            clients = f"as clients {listed(names)}"
         raise ConfigError(
             f"{where}: the file names {clients}, but num-clients is {num_clients}: set "
             f"num-clients={missing}"
@@ -172,8 +172,8 @@ def _require_both_kinds(
             instead = ", or make a test split yourself (docs/own.md)"
         raise ConfigError(
             f"{where}: client {_called(client, names)} would have no image to {verb} on: the file "
-            f"gives it {len(train)} training and {len(test)} test samples{why}: give it a {lacks} sample, "
-            f"{which}{instead}"
+            f"gives it {len(train)} training and {len(test)} test samples{why}: give it a {lacks} "
+            f"sample, {which}{instead}"
         )
 
 

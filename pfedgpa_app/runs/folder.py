@@ -198,7 +198,7 @@ def client_called(folder: Path, client: int | str) -> int:
         return numbers[called]
     there = f"there are 0 to {count - 1}"
     if numbers:
-        there += f", by their users' names {listed([*numbers])}"
+        there += f", by their users' names {listed(sorted(numbers))}"
     meant = closest(called, numbers)
     raise ConfigError(
         f"{folder}: has no client {called if called.isdecimal() else shown(client)}; {there}"

@@ -96,7 +96,7 @@ class Run:
 
     def named(self, client: int) -> str:
         """Return a client's number, followed by the names of its users, if it has any."""
-        return f"{client} {listed(self.users[client], MOST_USERS)}" if self.users else str(client)
+        return f"{client}: {listed(self.users[client], MOST_USERS)}" if self.users else str(client)
 
     @cached_property
     def ended(self) -> float:

@@ -21,7 +21,6 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.data.client import load_dataset, load_partition, users_of_clients
 from pfedgpa_app.data.partition_file import by_file
 
-
 KINDS = ("cat", "owl")
 
 
@@ -86,7 +85,7 @@ class TestPartitionFile:
             ('{"cat/0.png": "me", "cat/1.png": 0}', "gives 'cat/0.png' to 'me': give the client's"),
             ('{"cat/0.png": true}', "gives 'cat/0.png' to True: give the client's number"),
             ('{"cat/0.png": "nan"}', "gives 'cat/0.png' to 'nan': give the client's number"),
-            ('{"cat/0.png": "me"}', "names 1 clients, me, but num-clients is 2: set num-clients=1"),
+            ('{"cat/0.png": "me"}', "names as clients me, but num-clients is 2: set num-clients=1"),
             (
                 '{"cat/0.png": "me", "cat/1.png": "you"}',
                 "client 'me' would have no image to be tested on",
