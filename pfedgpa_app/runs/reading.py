@@ -90,9 +90,8 @@ class Run:
         Raises:
             ConfigError: as ``read``.
         """
-        return list(
-            (self.read(HOLDINGS) or {}).get(USERS, [])
-        )  # earlier versions did not keep them
+        held = self.read(HOLDINGS) or {}
+        return list(held.get(USERS, []))  # earlier versions did not keep them
 
     def named(self, client: int) -> str:
         """Return a client's number, followed by the names of its users, if it has any."""
