@@ -7,6 +7,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from pfedgpa_app.client.cohort import SequentialCohort, compare_fine_tunings
+from pfedgpa_app.client.faults import network_named
 from pfedgpa_app.client.privacy import with_local_dp
 from pfedgpa_app.client.request import ClientRequest, describe
 
@@ -34,7 +35,7 @@ def asked(message: Message, context: Context) -> ClientRequest:
 def train_round(message: Message, context: Context) -> Message:
     """Do the round itself, without privacy."""
     request = asked(message, context)
-    with request.seeded():
+    with request.seeded(), network_named(request):
         return request.trained(request.method.train(request.task()))
 
 
@@ -42,7 +43,7 @@ def train_round(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Count this client's correct predictions on its test images."""
     request = asked(message, context)
-    with request.seeded():
+    with request.seeded(), network_named(request):
         client = SequentialCohort(request)
         client.load([request.evaluated()])
         return request.scored(client.evaluate("test")[0])
@@ -52,5 +53,5 @@ def evaluate(message: Message, context: Context) -> Message:
 def evaluate_final(message: Message, context: Context) -> Message:
     """Evaluate before fine-tuning and after each kind of it."""
     request = asked(message, context)
-    with request.seeded():
+    with request.seeded(), network_named(request):
         return compare_fine_tunings(SequentialCohort(request), [request])[0]

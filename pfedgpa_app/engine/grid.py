@@ -136,8 +136,11 @@ class LocalGrid(Grid):
 
 
 def raised(message: Message, error: BaseException) -> Message:
-    """Make the reply to ``message`` when the ClientApp has raised ``error``, as Flower makes it."""
-    where = "".join(traceback.format_exception(error)[-2:])
+    """Make the reply to ``message`` when the ClientApp has raised ``error``.
+
+    It is as Flower makes it, with the whole traceback.
+    """
+    where = "".join(traceback.format_exception(error))
     reason = f"{type(error)}:<'{error}'>\n{where}"
     code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
     return Message(Error(code=code, reason=reason), reply_to=message)

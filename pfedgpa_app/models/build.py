@@ -22,6 +22,7 @@ from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import TORCHVISION, TrainingSettings
 from pfedgpa_app.core.settings import ConfigError, listed, near
 from pfedgpa_app.core.weights import NOT_FINITE, Weights, all_finite, module_of
+from pfedgpa_app.models.faults import fault_of, token_range
 from pfedgpa_app.models.layout import choose_layout
 from pfedgpa_app.models.networks import (
     MADE_FOR_ANY,
@@ -53,6 +54,24 @@ def tensors_of(settings: TrainingSettings, schema: Schema) -> Mapping[str, Tenso
         ConfigError: as ``network_of``.
     """
     return _template_of(settings, schema).state_dict()
+
+
+def try_tokens(settings: TrainingSettings, schema: Schema, tokens: Tensor) -> None:
+    """Refuse a network that fails on ``tokens``, examples of the data that hold the extreme ones.
+
+    Raises:
+        ConfigError: it says which the extreme ones are.
+    """
+    network, model = network_of(settings, schema).eval(), settings.model
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            network(tokens)
+    except Exception as error:  # whatever foreign code raises
+        raise ConfigError(
+            f"model = {model!r}: fails on the data's tokens, which run from "
+            f"{token_range([tokens])}: {fault_of(error, network, model)}; an embedding needs a row "
+            "for every token, and counts them from 0"
+        ) from error
 
 
 def forget_edited() -> None:

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.core.schema import Schema
-from pfedgpa_app.core.sections import Config
+from pfedgpa_app.core.sections import NODES, Config
 from pfedgpa_app.core.settings import ConfigError, listed
 from pfedgpa_app.core.weights import Weights, layers, own_statistics
-from pfedgpa_app.data.client import load_partition, load_schema
+from pfedgpa_app.data.client import load_dataset, load_partition, load_schema
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.methods import METHODS, federations, rounds_class
 from pfedgpa_app.methods.base import NOTHING
 from pfedgpa_app.methods.halves import shared_names
-from pfedgpa_app.models.build import classifier_bias, network_of
+from pfedgpa_app.models.build import classifier_bias, network_of, try_tokens
 from pfedgpa_app.models.networks import fixed_of, weight_names, weights_of
 from pfedgpa_app.training.sgd import no_step_on_one
 
@@ -46,12 +46,24 @@ def initial_weights(config: Config, schema: Schema) -> Weights:
         raise ConfigError(
             f"batch-size = 1: the network's {why}: set 2 or more, or use nn.GroupNorm in its place"
         )
+    if schema.tokens and config.dataset != NODES:
+        try_tokens(config, schema, _extreme_examples(config))
     initial = weights_of(network)
     if not config.start_from:
         return initial
     begun = warm_start(Path(config.start_from), initial)
     _check_fixed(config, origin(config, schema)["fixed"])
     return begun
+
+
+def _extreme_examples(config: Config) -> Tensor:
+    """Return the data's examples that hold the smallest and the largest number, [2, …]."""
+    data = load_dataset(config)
+    splits = [split for split in (data.train_images, data.test_images) if split.size]
+    lows = [split[np.unravel_index(split.argmin(), split.shape)[0]] for split in splits]
+    highs = [split[np.unravel_index(split.argmax(), split.shape)[0]] for split in splits]
+    low, high = min(lows, key=np.min), max(highs, key=np.max)
+    return torch.from_numpy(np.stack([low, high]))
 
 
 def origin(config: Config, schema: Schema) -> dict[str, Any]:

@@ -12,10 +12,15 @@ from flwr.app import Message, MessageType
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.messages import record_of
-from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.results.log import RunLog
 from pfedgpa_app.server.roster import Roster
-from pfedgpa_app.server.screening import NoUploadsError, check_counts, failure, method_fault
+from pfedgpa_app.server.screening import (
+    NoUploadsError,
+    check_counts,
+    failure,
+    first_error,
+    own_fault,
+)
 from pfedgpa_app.server.sending import array_bytes
 from pfedgpa_app.training.evaluation import FinalScore, FineTuning
 
@@ -106,7 +111,8 @@ class Evaluator:
             for client, counts in self._counted(method, rounds, messages, answers, len(asked))
         }
         if not scores:
-            raise NoUploadsError(f"{method}: no client could evaluate its weights")
+            why = f"{method}: no client could evaluate its weights"
+            raise NoUploadsError(why) from first_error(answers)
         return scores, sent
 
     def _counted(
@@ -120,7 +126,7 @@ class Evaluator:
         """Yield (client, its counts) of every usable evaluation; unusable ones are logged.
 
         Raises:
-            MethodError: every client fails, and the method's own code is the reason.
+            MethodError, NetworkError: every client fails, and that is the reason.
         """
         wrong: list[str] = []
         when = f"round {server_round}" if fine_tunings is None else "last evaluation"
@@ -139,5 +145,5 @@ class Evaluator:
                 wrong.append(reason)
             else:
                 yield client, counts
-        if len(wrong) == len(sent) and (fault := method_fault(wrong)):
-            raise MethodError(fault)
+        if len(wrong) == len(sent) and (fault := own_fault(wrong)):
+            raise fault from first_error(answers)

@@ -9,9 +9,8 @@ from flwr.app import MessageType
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.methods import name_of
 from pfedgpa_app.methods.base import Personaliser
-from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.methods.halves import first_downloads, joined
-from pfedgpa_app.server.screening import method_fault
+from pfedgpa_app.server.screening import first_error, own_fault
 from pfedgpa_app.server.strategy import Personalised
 
 
@@ -26,6 +25,7 @@ def join(
 
     Raises:
         MethodError: the method's own code fails, at the server or at every client.
+        NetworkError: the network fails at every client.
     """
     config, roster, initial = strategy.config, strategy.roster, strategy.initial
     rounds, last = config.num_server_rounds, config.num_server_rounds + config.join_iterations
@@ -49,8 +49,8 @@ def join(
         strategy.note_kept(server_round, answers)
         if uploads:
             given = given | joined(name, method, initial, server_round, uploads)
-        elif fault := method_fault(rejected.values()):
-            raise MethodError(fault)
+        elif fault := own_fault(rejected.values()):
+            raise fault from first_error(answers)
         sent = _sent(strategy, given, server_round)
         curve.append(strategy.evaluator.accuracies(sent, server_round, server_round == last))
     return curve, sent

@@ -26,6 +26,7 @@ from pfedgpa_app.core.weights import (
 )
 from pfedgpa_app.messages import bytes_of
 from pfedgpa_app.methods.contract import MethodError
+from pfedgpa_app.models.faults import NetworkError
 from pfedgpa_app.training.evaluation import TEMPERATURES
 
 _WHAT: dict[int, str] = {  # Flower's error codes in words, for the log
@@ -39,7 +40,11 @@ _LAST_WORDS = re.compile(r"^(?:\w+\.)*(\w*(?:Error|Exception)\b.*)", re.MULTILIN
 MOST_EXAMPLES = 2**53  # the most that a client may claim; float64 counts no further
 _HEADER = 4096  # bytes; NumPy's format needs some 128
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_BY_METHOD = "failed: method "
+_TRACEBACK = "Traceback (most recent call last):\n"
+_BY_OWN_CODE: dict[str, type[MethodError | NetworkError]] = {
+    "failed: method ": MethodError,
+    "failed: network ": NetworkError,
+}
 _TOO_LARGE = " times as large as usual"
 _RAISED = re.compile(r"<class '(?:\w+\.)*(\w+)'>:<'(.*)'>", re.DOTALL)  # as Flower reports errors
 
@@ -48,10 +53,17 @@ class NoUploadsError(RuntimeError):
     """Too few uploads of a round, or no final evaluation, can be used: the run cannot go on."""
 
 
+class ClientError(Exception):
+    """An error at a client, shown as the client's reply has it, with a simulation's traceback."""
+
+    def __str__(self) -> str:
+        return f"at a client\n{self.args[0]}"
+
+
 def failure(reply: Message) -> str:
     """Return why a client failed, by its error reply, in one short text."""
     code, said = reply.error.code, cause(reply)
-    if said.startswith(f"{MethodError.__name__}: "):
+    if said.startswith(tuple(f"{kind.__name__}: " for kind in _BY_OWN_CODE.values())):
         return f"failed: {said.partition(': ')[2]}"[:600]
     return f"{_WHAT.get(code, 'failed')} (code {code}): {said[-300:]}"
 
@@ -59,15 +71,23 @@ def failure(reply: Message) -> str:
 def cause(reply: Message) -> str:
     """Return what went wrong at the client, by its error reply."""
     reason = _ANSI.sub("", reply.error.reason or "no reason given").strip()
-    said = _LAST_WORDS.findall(reason)
-    return said[-1] if said else _RAISED.sub(r"\1: \2", reason)
+    # the last of errors that caused one another
+    said = _LAST_WORDS.findall(reason.rpartition(_TRACEBACK)[2])
+    return said[-1] if said else _RAISED.sub(r"\1: \2", reason.partition(_TRACEBACK)[0].strip())
 
 
-def method_fault(reasons: Collection[str]) -> str:
-    """Return what a method's own code did wrong if that alone made clients fail; else ""."""
-    if reasons and all(reason.startswith(_BY_METHOD) for reason in reasons):
-        return next(iter(reasons)).removeprefix("failed: ")
-    return ""
+def own_fault(reasons: Collection[str]) -> MethodError | NetworkError | None:
+    """Return the error of a method's own code, or of the network, if that alone failed clients."""
+    for begins, kind in _BY_OWN_CODE.items():
+        if reasons and all(reason.startswith(begins) for reason in reasons):
+            return kind(next(iter(reasons)).removeprefix("failed: "))
+    return None
+
+
+def first_error(answers: Mapping[int, Message]) -> ClientError | None:
+    """Return the first error among clients' replies, which --debug shows."""
+    reasons = (reply.error.reason for reply in answers.values() if reply.has_error())
+    return next((ClientError(reason) for reason in reasons), None)
 
 
 def in_words(rejected: Mapping[int, str], most: int = 3) -> str:

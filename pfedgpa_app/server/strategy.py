@@ -18,12 +18,18 @@ from pfedgpa_app.core.uploads import Upload
 from pfedgpa_app.core.weights import Weights
 from pfedgpa_app.messages import record_of
 from pfedgpa_app.methods.base import Rounds
-from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.methods.halves import ServerHalf
 from pfedgpa_app.results.log import RunLog, mean
 from pfedgpa_app.server.evaluation import Evaluator
 from pfedgpa_app.server.roster import Roster
-from pfedgpa_app.server.screening import NoUploadsError, in_words, method_fault, remedy, screened
+from pfedgpa_app.server.screening import (
+    NoUploadsError,
+    first_error,
+    in_words,
+    own_fault,
+    remedy,
+    screened,
+)
 from pfedgpa_app.server.sending import array_bytes
 
 logger = logging.getLogger("pfedgpa")
@@ -131,8 +137,9 @@ class Personalised(Strategy):
         self.bytes_up += round_up
         self.bytes_down += self._round_down
         if len(uploads) < self.config.min_uploads:
-            if fault := method_fault(rejected.values()):
-                raise MethodError(fault)
+            error = first_error(answers)
+            if fault := own_fault(rejected.values()):
+                raise fault from error
             count = f"only {len(uploads)}" if uploads else "none"
             asked = len(self._sent) + len(self._away)
             raise NoUploadsError(
@@ -144,7 +151,7 @@ class Personalised(Strategy):
                     self.method.suspects(self.name, self.config),
                     self.config.local_dp_epsilon > 0,
                 )
-            )
+            ) from error
         self._participants = {
             client: {"train_loss": upload.loss}
             | ({"malicious": True} if client in self.config.malicious_clients else {})
