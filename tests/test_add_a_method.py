@@ -350,6 +350,47 @@ class TestServerHalf:
         assert f"method mine: {said}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("hook", "said"),
+    [
+        (
+            "def personalise(self, more): pass",
+            "its personalise(self, more) must take what personalise(self) takes: missing a requi",
+        ),
+        (
+            "def aggregate(self, uploads): pass",
+            "its aggregate(self, uploads) must take what aggregate(self, server_round, uploads)",
+        ),
+        (
+            "def train(self, task): pass",
+            "its train(self, task) must take what @classmethod train(cls, task) takes: missing",
+        ),
+        (
+            "@staticmethod\n    def start(state): pass",
+            "its @staticmethod start(state) must take what @staticmethod start(weights, state)",
+        ),
+        ("@classmethod\n    def shared(cls, names): pass", "its @classmethod shared(cls, names)"),
+        ("def __init__(self): pass", "its __init__(self) must take"),
+        ("report = None", "its report is None, not a function"),
+    ],
+)
+def test_hooks_that_cannot_be_called_are_refused_in_time(
+    mine: Callable[[str], str], capsys: pytest.CaptureFixture[str], hook: str, said: str
+) -> None:
+    assert cli.main(["run", f"method={mine(f'    {hook}')}"]) == 2
+    assert f"method = 'mine:Mine': {said}" in capsys.readouterr().err
+    assert not Path("results").exists()
+
+
+def test_hooks_may_take_more_with_defaults(mine: Callable[[str], str]) -> None:
+    hooks = [
+        "def personalise(self, more=0): pass",
+        "def aggregate(self, *uploads): pass",
+        "@classmethod\n    def start(cls, weights, state, *, more=0): pass",
+    ]
+    assert names.method_named(mine("".join(f"    {hook}\n" for hook in hooks))) == "mine"
+
+
 class TestClientHalf:
     @pytest.mark.parametrize(
         ("returns", "said"),

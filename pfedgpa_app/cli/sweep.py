@@ -51,7 +51,7 @@ def handle(options: Namespace) -> int:
     for file in files:
         base, varied = read(Path(file))
         settings, over = settings | base, over | varied
-    over |= _varied(options.over)
+    over |= _varied(options.over, settings | overrides)
     if not over:
         raise ConfigError("nothing to sweep over: give a file with over:, or --over KEY=V1,V2")
     for key in overrides:
@@ -70,17 +70,20 @@ def handle(options: Namespace) -> int:
     return 0 if done else 1
 
 
-def _varied(texts: list[str]) -> dict[str, list[Any]]:
-    """Return {setting: its values} of the ``--over`` options."""
+def _varied(texts: list[str], settings: dict[str, Any]) -> dict[str, list[Any]]:
+    """Return {setting: its values} of the ``--over`` options; all runs have ``settings``."""
     from pfedgpa_app.config.names import known
+    from pfedgpa_app.study.plan import know_varied
 
-    over: dict[str, list[Any]] = {}
+    over: dict[str, list[str]] = {}
     for text in texts:
         key, found, values = text.partition("=")
         if not found:
             raise ConfigError(f"--over {text!r}: must be KEY=V1,V2")
-        known(key, "--over")
         if key in over:
             raise ConfigError(f"--over {key}: is given twice")
-        over[key] = [shared.value_of(key, v) for v in shared.items(f"--over {key}", values)]
-    return over
+        over[key] = shared.items(f"--over {key}", values)
+    know_varied(settings, over)
+    for key in over:
+        known(key, "--over")
+    return {key: [shared.value_of(key, v) for v in values] for key, values in over.items()}

@@ -47,14 +47,14 @@ def handle(options: Namespace) -> int:
     if options.trials is not None and options.trials < 1:
         raise ConfigError(f"--trials {options.trials}: must be at least 1")
     shared.refuse_as_settings(overrides, {"conf": "--conf", "method": "--methods"})
+    named = options.methods not in (None, "all")
+    methods = shared.methods_named(options.methods, overrides) if named else []
     config = resolve({"conf": options.conf}).config
     every = tunable()
     if options.methods == "all":
         methods = every
     elif options.methods is None:
         methods = [m for m in every if m in {federation_of(name) for name in config.method}]
-    else:
-        methods = shared.methods_named(options.methods, overrides)
     if not methods:
         raise ConfigError(
             f"--conf {options.conf}: none of its methods ({', '.join(config.method)}) has settings "

@@ -6,6 +6,7 @@ A value is looked up in three places, the later one winning: its default, the ex
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import types
@@ -30,7 +31,7 @@ from pfedgpa_app.config.parse import Scalar, fields_of, flat, flatten, parse
 from pfedgpa_app.core.paths import APP_DIR, YAML, user_path
 from pfedgpa_app.core.sections import PARTITION_FILE, Config, S
 from pfedgpa_app.core.settings import ConfigError, near
-from pfedgpa_app.methods.own import reference_of
+from pfedgpa_app.methods.own import STUDIED, reference_of
 
 
 def conf_path(conf: str) -> Path:
@@ -212,14 +213,37 @@ def _default_conf(overrides: Mapping[str, Any]) -> str:
     return str(default if dataset == keys()["dataset"].default else "own")
 
 
-def _know_methods(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
-    """Register methods given by import path before their settings are looked at."""
+def know_methods(run_config: Mapping[str, Any], more: Iterable[str] = ()) -> None:
+    """Register the methods of ``run_config``, of its ``conf`` file and ``more``.
+
+    From then on the settings of those that were given by import path are known.
+
+    Raises:
+        ConfigError: as ``resolve``, of the conf file and methods alone.
+    """
+    conf = str(run_config.get("conf") or _default_conf(run_config))
+    _know_methods([*_conf_layers(conf, run_config), (RUN_CONFIG, run_config)], more)
+
+
+def _know_methods(
+    layers: Iterable[tuple[str, Mapping[str, Any]]], more: Iterable[str] = ()
+) -> None:
+    """Register methods given by import path before their settings are looked at.
+
+    Args:
+        more: methods that no layer names.
+    """
     code_dir = ""
     for source, layer in layers:  # all layers: a file may have settings of a method that is not run
         code_dir = str(layer.get("code-dir", code_dir))
         if method := layer.get("method"):
             for name in parse(keys()["method"], method, source):
                 method_named(name, code_dir)
+    for name in more:
+        method_named(name, code_dir)
+    for name in filter(None, os.environ.get(STUDIED, "").split(",")):
+        with contextlib.suppress(ConfigError):  # another experiment's, whose code is not here
+            method_named(name, code_dir)
 
 
 @lru_cache(maxsize=4)

@@ -13,9 +13,14 @@ from pfedgpa_app.core.own_code import imported, is_reference
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, listed, near, shown
 from pfedgpa_app.methods import METHODS, federation_of
-from pfedgpa_app.methods.base import FINE_TUNINGS, Personaliser
+from pfedgpa_app.methods.averaging import Averaging
+from pfedgpa_app.methods.base import FINE_TUNINGS, Personaliser, Rounds
 
 GROUP = "pfedgpa.methods"  # entry points: a method's name, and where its class is
+# environment: import paths of methods that a study has beside those of a run; the experiment's file
+# may have settings of them
+STUDIED = "PFEDGPA_METHODS"
+_HOOKS = (types.FunctionType, classmethod, staticmethod)
 _REFERENCES: dict[str, str] = {}  # {name: the import path that the user gave}
 
 logger = logging.getLogger("pfedgpa")
@@ -68,6 +73,11 @@ def reference_of(name: str) -> str:
     return _REFERENCES.get(name, name)
 
 
+def studied() -> str:
+    """The import paths of the user's own methods that this process knows, for ``STUDIED``."""
+    return ",".join(reference for name, reference in _REFERENCES.items() if name in METHODS)
+
+
 def _register(name: str, kind: object, source: str) -> None:
     if not isinstance(kind, type) or not issubclass(kind, Personaliser):
         raise ConfigError(
@@ -78,6 +88,9 @@ def _register(name: str, kind: object, source: str) -> None:
         raise ConfigError(f"{source}: there is already a method {name}: rename the class")
     _check_settings(kind, source)
     _check_fine_tuning(kind, source)
+    _check_hooks(kind, source)
+    if isinstance(own := getattr(kind, "of", None), type):
+        _check_hooks(own, f"{source}: its rounds, {own.__name__}")
     if "title" not in vars(kind):
         kind.title = kind.__name__
     METHODS[name] = kind
@@ -148,6 +161,41 @@ def _check_fine_tuning(kind: type[Personaliser[Any]], source: str) -> None:
             f'{source}: its `fine_tuning` is "own": give it an own_fine_tuning, which says what '
             "that is"
         )
+
+
+def _check_hooks(kind: type, source: str) -> None:
+    """Refuse a hook that cannot be called as the one of its base class is.
+
+    Raises:
+        ConfigError: otherwise the run would fail when it is called, maybe after the last round.
+    """
+    for base in (Rounds, Personaliser, Averaging):
+        names = [n for n in vars(base) if n == "__init__" or not n.startswith("_")]
+        for name in names if issubclass(kind, base) else ():
+            hook, own = vars(base)[name], inspect.getattr_static(kind, name)
+            if isinstance(hook, _HOOKS) and own is not hook:
+                _check_hook(name, hook, own, source)
+
+
+def _check_hook(name: str, hook: Any, own: Any, source: str) -> None:
+    # as it is called: on an instance, or on the class
+    place = object() if isinstance(hook, types.FunctionType) else None
+    called = inspect.signature(hook.__get__(place, object))
+    try:
+        inspect.signature(own.__get__(place, object)).bind(*called.parameters)
+    except (TypeError, AttributeError) as error:
+        if not isinstance(own, _HOOKS):
+            raise ConfigError(f"{source}: its {name} is {shown(own)}, not a function") from error
+        raise ConfigError(
+            f"{source}: its {_head(name, own)} must take what {_head(name, hook)} takes: {error}"
+        ) from error
+
+
+def _head(name: str, function: Any) -> str:
+    """A function with the names of its parameters, as in "@classmethod train(cls, task)"."""
+    bare = getattr(function, "__func__", function)
+    kind = "" if bare is function else f"@{type(function).__name__} "
+    return f"{kind}{name}({', '.join(inspect.signature(bare).parameters)})"
 
 
 def _declared(kind: type) -> list[str]:

@@ -31,6 +31,7 @@ from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.engine import PARENT
+from pfedgpa_app.methods.own import STUDIED, studied
 from pfedgpa_app.results.log import last_event
 from pfedgpa_app.runs.folder import LOCK
 from pfedgpa_app.runs.launcher import with_absolute_paths
@@ -124,7 +125,7 @@ class Here:
         pass
 
     def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
-        return _Process(settings, app, folder, cores)
+        return _Process(settings, app, folder, cores, studied())
 
     def close(self) -> None:
         pass
@@ -133,11 +134,14 @@ class Here:
 class _Process:
     """A run in a process of this machine."""
 
-    def __init__(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> None:
+    def __init__(
+        self, settings: Settings, app: Path, folder: Path, cores: int | None, methods: str
+    ) -> None:
+        """``methods``: as ``studied``."""
         self.folder = folder
         # not a pipe: if a user's own code wrote more than one holds, the run would block
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
-        env = os.environ | {PARENT: str(os.getpid())}
+        env = os.environ | {PARENT: str(os.getpid()), STUDIED: methods}
         if cores:
             settings = {**settings, "workers": cores}
             env["OMP_NUM_THREADS"] = str(cores)  # the server's share, too
@@ -220,7 +224,7 @@ class RayCluster:
         if "data-dir" not in settings:  # each machine has a data folder of its own
             del there["data-dir"]
         # this package's own app lies somewhere else there
-        given = there, None if app.samefile(APP_DIR) else app, cores, os.getcwd()
+        given = there, None if app.samefile(APP_DIR) else app, cores, os.getcwd(), studied()
         return _Task(self.ray, task.remote(*given), folder)
 
     def close(self) -> None:
@@ -282,9 +286,15 @@ class _Task:
 
 
 def carry_out(
-    settings: dict[str, Any], app: Path | None, cores: int | None, users_folder: str
+    settings: dict[str, Any],
+    app: Path | None,
+    cores: int | None,
+    users_folder: str,
+    methods: str,
 ) -> Iterator[str | Event | tuple[int, str, bytes]]:
     """Run on the machine where Ray calls this, as one of its tasks.
+
+    ``methods`` is as ``studied`` where the study was started.
 
     Yields the machine's node ID in the cluster, then each new event of the run, and at last the
     run's exit status, its errors and its packed folder.
@@ -297,7 +307,7 @@ def carry_out(
     if not Path(settings["code-dir"]).is_dir():  # the user has no code of their own there
         del settings["code-dir"]
     os.environ[FOLDER] = users_folder if Path(users_folder).is_dir() else os.getcwd()
-    run = _Process(settings | {"out-dir": str(home)}, app or APP_DIR, folder, cores)
+    run = _Process(settings | {"out-dir": str(home)}, app or APP_DIR, folder, cores, methods)
     told: Event = {}
     try:
         while (status := run.status()) is None:
@@ -381,7 +391,7 @@ class SlurmCluster:
         )
         there = with_absolute_paths(settings, config)
         try:
-            job = executor.submit(on_slurm, there, app, cores)
+            job = executor.submit(on_slurm, there, app, cores, studied())
         except self.submitit.core.utils.FailedJobError as error:
             raise ConfigError(f"--on slurm: sbatch refused: {error}") from error
         return _Job(self.submitit, job, folder)
@@ -421,9 +431,12 @@ class _Job:
                 time.sleep(0.1)
 
 
-def on_slurm(settings: Settings, app: Path, cores: int | None) -> tuple[int, str]:
-    """Run on the machine where Slurm calls this; return the run's exit status and errors."""
-    run = _Process(settings, app, Path(settings["out-dir"], settings["run-name"]), cores)
+def on_slurm(settings: Settings, app: Path, cores: int | None, methods: str) -> tuple[int, str]:
+    """Run on the machine where Slurm calls this; return the run's exit status and errors.
+
+    ``methods`` is as ``studied`` where the study was started.
+    """
+    run = _Process(settings, app, Path(settings["out-dir"], settings["run-name"]), cores, methods)
     run.wait()
     return run.process.returncode, run.said()
 

@@ -13,7 +13,13 @@ from typing import Any
 from pfedgpa_app.config import yaml_file
 from pfedgpa_app.config.names import known, without_idle
 from pfedgpa_app.config.parse import flat
-from pfedgpa_app.config.resolve import Resolved, differences, resolve, with_absolute_files
+from pfedgpa_app.config.resolve import (
+    Resolved,
+    differences,
+    know_methods,
+    resolve,
+    with_absolute_files,
+)
 from pfedgpa_app.core.sections import OF_PARTITION, Config
 from pfedgpa_app.core.settings import ConfigError, DataError
 from pfedgpa_app.core.warning import warn_once
@@ -51,10 +57,23 @@ def read(path: Path) -> tuple[Settings, dict[str, list[Any]]]:
         raise ConfigError(f"{path}: settings: and over: must map settings to values")
     settings, over = flat(settings, f"{path}: settings"), flat(over, f"{path}: over")
     for key, values in over.items():
-        known(key, f"{path}: over")
         if not isinstance(values, list) or not values:
             raise ConfigError(f"{path}: over: {key}: must be a list of values")
+    know_varied(settings, over)
+    for key in over:
+        known(key, f"{path}: over")
     return settings, over
+
+
+def know_varied(settings: Settings, over: Mapping[str, Sequence[Any]]) -> None:
+    """Register the methods of a sweep, so that the settings of the user's own are known.
+
+    Raises:
+        ConfigError: one cannot be imported, or is no method.
+    """
+    varied = [name for value in over.get("method", ()) for name in _names(value)]
+    for conf in over.get("conf", [settings.get("conf", "")]):
+        know_methods(settings | {"conf": conf}, varied)
 
 
 def images_trained(config: Config) -> float:
@@ -126,10 +145,12 @@ def expand(settings: Settings, over: Mapping[str, Sequence[Any]], out: Path) -> 
         TakenError: a folder with another run's results.
     """
     runs = []
-    every = [name for value in over.get("method", ()) for name in _names(value)]
+    know_varied(settings, over)
+    every = [own_name(name) for value in over.get("method", ()) for name in _names(value)]
     for values in itertools.product(*over.values()):
         varied = dict(zip(over, values, strict=True))
-        own = settings_of(settings, _names(varied.get("method", ())), every)
+        named = [own_name(name) for name in _names(varied.get("method", ()))]
+        own = settings_of(settings, named, every)
         own = _dealt(own, varied.get("partition"), over.get("partition", ()))
         config = resolve(own | varied).config
         chosen = with_absolute_files(own | varied, config)  # as runs keep them

@@ -29,7 +29,7 @@ from pfedgpa_app.study.compare import (
     plan,
     table,
 )
-from pfedgpa_app.study.plan import PlannedRun, TakenError, expand
+from pfedgpa_app.study.plan import PlannedRun, TakenError, expand, read
 from tests.support.federations import SMALL, known_for_a_while
 
 
@@ -273,6 +273,59 @@ def test_compare_runs_resumes_and_writes(
     assert [row.split("|")[2].strip() for row in rows] == ["2", "2"]
     assert not list(out.glob("*/weights"))
     assert cli.main(["compare", "--methods", "fedsvg"]) == 2
+
+
+CLIP = """
+from dataclasses import dataclass
+from pfedgpa_app.core.settings import MethodSettings, setting
+from pfedgpa_app.methods.fedavg import FedAvg
+
+
+@dataclass(frozen=True)
+class FedClipSettings(MethodSettings):
+    norm: float = setting(1.0, "the largest norm of an update", above=0, grid=(0.3, 3.0))
+
+
+class FedClip(FedAvg):
+    settings = FedClipSettings
+    tuned = ("norm",)
+"""
+
+
+@pytest.fixture
+def clip(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An experiment with a setting of a method of the user's own, which it does not name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "clip", raising=False)
+    (tmp_path / "clip.py").write_text(CLIP)
+    experiment.write_text(f"{experiment.read_text()}fedclip.norm: 0.5\n")
+    with known_for_a_while("fedclip"):
+        yield experiment
+
+
+class TestSettingsOfTheUsersOwnMethods:
+    def test_go_to_its_runs_of_a_comparison_and_not_to_others(self, clip: Path) -> None:
+        words = ["compare", "--conf", clip.name, "--methods", "fedavg,clip:FedClip,fedper"]
+        assert cli.main([*words, "--seeds", "0", "--out", "out", "save-weights=false"]) == 0
+        assert {*finished(Path("out"))["small"]} == {"fedavg", "fedclip", "fedper"}
+        for folder in Path("out").glob("small*/"):
+            kept = json.loads((folder / "config.json").read_text())
+            assert kept["fedclip.norm"] == {"value": 0.5, "from": "small.yaml"}
+
+    def test_may_be_varied_in_a_sweep(self, clip: Path, tmp_path: Path) -> None:
+        file = tmp_path / "plan.yaml"
+        file.write_text("over: {method: [fedavg, 'clip:FedClip'], seed: [0]}")
+        settings, over = read(file)
+        conf = {"conf": clip.name, "fedclip.norm": 0.3}
+        averaged, clipped = expand(settings | conf, over, tmp_path / "out")
+        assert "fedclip.norm" not in averaged.settings
+        assert clipped.settings["fedclip.norm"] == 0.3
+        words = ["sweep", "--conf", clip.name, "method=clip:FedClip", "--over", "seed=0"]
+        assert cli.main([*words, "--over", "fedclip.norm=0.3,-1", "--out", "out"]) == 2
+
+    def test_are_known_to_tune(self, clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cli.main(["tune", "--conf", clip.name, "--methods", "clip:FedClip"]) == 2
+        assert "must list clip:FedClip under method" in capsys.readouterr().err
 
 
 # what a comparison shows
