@@ -543,6 +543,24 @@ class TestNetworks:
         assert re.search(f"^pfedgpa: model = .*{said}", error), error
         assert not (nets / "results").exists() or not list((nets / "results").glob("*/*"))
 
+    @pytest.mark.parametrize(
+        ("model", "schema", "said"),
+        [
+            ("auto", Schema("x", ("a", "b"), (28, 28)), r"grey images, give x\[:, None\]"),
+            ("conv", Schema("x", ("a", "b"), (3, 64)), r"grey images, give x\[:, None\]"),
+            (
+                "nets:small",
+                Schema("x", ("a", "b"), (1, 8, 8), tokens=True),
+                "; whole numbers other than uint8 pixels are tokens.*: convert measurements to f",
+            ),
+        ],
+    )
+    def test_how_examples_would_fit_is_said(
+        self, nets: Path, model: str, schema: Schema, said: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=said):
+            made(model, schema)
+
     def test_a_users_file_does_not_stand_in_for_a_library(self, nets: Path) -> None:
         (nets / "xmlrpc.py").write_text("raise SystemExit('the wrong one')")
         made("nets:small")
@@ -941,9 +959,9 @@ class TestData:
             assert found.classes == ("cat", "dog", "owl")
         for missing in (None, float("nan")):
             for labels in (pandas.Series([missing, *names[1:]]), [*names[:59], missing]):
-                with pytest.raises(DataError, match=r"y_train has text, but row (0|59) has none"):
+                with pytest.raises(DataError, match=r"y has text, but row (0|59) has none"):
                     dataset_of("mine", {"x": frame[["age"]], "y": labels}, 0.2)
-        said = r"x_train holds objects.*, in town \(row 0 has 'Ulm'\), job \(row 0 .*: encode these"
+        said = r"x holds objects.*, in town \(row 0 has 'Ulm'\), job \(row 0 .*: encode these"
         with pytest.raises(DataError, match=said):
             dataset_of("mine", {"x": frame, "y": names}, 0.2)
 
@@ -1076,10 +1094,12 @@ class TestData:
         [
             ("text", "is a str, but must be a dict"),
             ((ROWS, LABELS, ROWS), "is a tuple of 3"),
-            ({"x": ROWS}, "has no y_train"),
+            ({"x": ROWS}, "has no y$"),
+            ({"x_train": ROWS}, "has no y_train$"),
+            ({"train_images": ROWS}, "has no y_train$"),
             ({"x": ROWS, "y": LABELS, "clases": []}, "unknown name 'clases'; did you mean classes"),
-            ({"x": ROWS, "y": LABELS[1:]}, "x_train has 60 examples, but y_train has 59"),
-            ({"x": ROWS[:0], "y": LABELS[:0]}, "x_train is empty"),
+            ({"x": ROWS, "y": LABELS[1:]}, "x has 60 examples, but y has 59"),
+            ({"x": ROWS[:0], "y": LABELS[:0]}, "x is empty"),
             ({"x": ROWS, "y": LABELS, "classes": ["a", "b"]}, "label 2, which is not one of the 2"),
             ({"x": ROWS, "y": LABELS, "classes": ["a", "b", "a"]}, "of different names"),
             ({"x": ROWS, "y": LABELS * 0}, "must have 2 or more classes"),
@@ -1087,32 +1107,43 @@ class TestData:
                 {"x": ROWS, "y": LABELS + 0.5},
                 "has 0.5 in row 0: give a whole number or a name",
             ),
-            ({"x": ROWS, "y": np.where(LABELS > 1, np.nan, LABELS)}, "y_train has nan in row 2"),
+            ({"x": ROWS, "y": np.where(LABELS > 1, np.nan, LABELS)}, "y has nan in row 2"),
             (
                 {"x": ROWS, "y": np.eye(3)[LABELS]},
-                r"y_train.argmax\(1\) makes one label of each",
+                r"y.argmax\(1\) makes one label of each",
             ),
             ({"x": ROWS / np.where(ROWS > 2, 0, 1), "y": LABELS}, "a number that is not finite"),
-            ({"x": [[1, 2], [3]] * 30, "y": LABELS}, "x_train is not an array"),
-            ({"x": ROWS.astype(object), "y": LABELS}, "x_train holds objects"),
-            ({"x": ROWS.astype(complex), "y": LABELS}, "x_train holds complex128"),
+            (
+                {"x": [[1, 2], [3]] * 30, "y": LABELS},
+                "x has examples that differ in length, as row 0 with 2 and row 1 with 1: pad them",
+            ),
+            (
+                {"x": [np.zeros((3, 2, 2)), np.zeros((3, 2, 4))] * 30, "y": LABELS},
+                r"x has examples that differ in shape, as row 0 with \[3, 2, 2\] and row 1",
+            ),
+            (
+                {"x_train": np.array(["a b", "c"] * 30), "y_train": LABELS},
+                "x_train holds text, as 'a b', but must hold numbers: make token ids of texts",
+            ),
+            ({"x": ROWS.astype(object), "y": LABELS}, "x holds objects"),
+            ({"x": ROWS.astype(complex), "y": LABELS}, "x holds complex128"),
             ((ROWS, LABELS, ROWS[:, :4], LABELS), r"of shape \[5\], x_test float32 of \[4\]"),
             ((ROWS, LABELS, ROWS, LABELS.astype(str)), "y_train holds numbers, but y_test text"),
             (
                 {"x": torch.tensor(ROWS).to_sparse(), "y": LABELS},
-                "x_train is not an array: .*Sparse",
+                "x is not an array: .*Sparse",
             ),
             (
                 {"x": ROWS, "y": LABELS, "users": np.array([["a", "b"]] * 60)},
-                r"users_train is of shape \[60, 2\]: give one user for each example$",
+                r"users is of shape \[60, 2\]: give one user for each example$",
             ),
             (
                 {"x": ROWS, "y": LABELS, "users": ["a"] * 59 + [None]},
-                "users_train names no user in row 59: fill it in",
+                "users names no user in row 59: fill it in",
             ),
             (
                 {"x": ROWS, "y": LABELS, "users": [1.0] * 59 + [np.nan]},
-                "users_train names no user in row 59",
+                "users names no user in row 59",
             ),
             (
                 {
@@ -1120,14 +1151,14 @@ class TestData:
                     "y": LABELS,
                     "users": np.array(["2026-12-01"] * 59 + ["NaT"], "M8[ns]"),
                 },
-                "users_train names no user in row 59",
+                "users names no user in row 59",
             ),
             (
                 {"x": ROWS, "y": LABELS, "users": [{"name": "ann"}] * 60},
-                "users_train has {'name': 'ann'} in row 0: name one user",
+                "users has {'name': 'ann'} in row 0: name one user",
             ),
-            ({"x": ROWS, "y": LABELS, "users": [[1], [2, 3]] * 30}, "users_train "),
-            ({"x": ROWS, "y": np.array([b"\xff"] * 60)}, "y_train is not an array: 'utf-8'"),
+            ({"x": ROWS, "y": LABELS, "users": [[1], [2, 3]] * 30}, "users "),
+            ({"x": ROWS, "y": np.array([b"\xff"] * 60)}, "y is not an array: 'utf-8'"),
         ],
     )
     def test_what_is_no_data_set_is_refused(self, found: Any, said: str) -> None:
@@ -1136,6 +1167,21 @@ class TestData:
             pytest.raises(DataError, match=f"^dataset mine: .*{said}"),
         ):
             dataset_of("mine", found, 0.2)
+
+    def test_what_pandas_holds_is_refused_in_its_words(self) -> None:
+        pandas = pytest.importorskip("pandas")
+        lists = pandas.Series([np.arange(3), np.arange(5)] * 30)
+        with pytest.raises(DataError, match="differ in length, as row 0 with 3 and row 1 with 5"):
+            dataset_of("mine", {"x": lists, "y": LABELS}, 0.2)
+        frame = pandas.DataFrame({"age": ROWS[:, 0], "risk": LABELS})
+        how = r'; of a frame, give {"x": frame\[COLUMNS\], "y": frame\[LABEL\]}$'
+        with pytest.raises(DataError, match=f"is a DataFrame, .*{how}"):
+            dataset_of("mine", frame, 0.2)
+
+    def test_whole_numbers_in_the_shape_of_images_are_remarked_on(self) -> None:
+        found = {"x": np.zeros((60, 8, 8), np.uint16), "y": LABELS}
+        [remark] = remarks(dataset_of("mine", found, 0.2))
+        assert "holds whole numbers; whole numbers other than uint8 pixels are tokens" in remark
 
     def test_features_that_nobody_scaled_are_named(self, tmp_path: Path) -> None:
         found = {"x": ROWS * [1, 1, 1e5, 1, 1], "y": LABELS}
@@ -1453,8 +1499,13 @@ class TestPartitions:
         assert users_of_clients(replace(two, partition="iid")) == []
         with pytest.raises(ValueError, match=r"has 3 users, fewer .* = 4: set num-clients=3"):
             load_partition(Config(dataset="tables:load", num_clients=4, partition="natural", **ALL))
-        with pytest.raises(ValueError, match="the data set names no users"):
+        with pytest.raises(ValueError, match=r"the data set names no users$"):
             load_partition(Config(num_clients=4, partition="natural", **ALL))
+        some, none = np.array(["ann", "bob"]), np.array([], dtype=str)
+        with pytest.raises(ValueError, match=r"names users_train, but not users_test$"):
+            by_users(some, none, 2)
+        with pytest.raises(ValueError, match=r"names users_test, but not users_train$"):
+            by_users(none, some, 2)
         with pytest.raises(ValueError, match="user eve has no test example: give it one, or leave"):
             by_users(data.train_users, data.test_users[data.test_users != "eve"], 3)
 

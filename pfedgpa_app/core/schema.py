@@ -10,6 +10,11 @@ from typing import Any
 
 from pfedgpa_app.core.settings import DataError, listed, near
 
+WHOLE_NUMBERS = (
+    "whole numbers other than uint8 pixels are tokens, which networks look up: convert "
+    "measurements to floats"
+)
+
 
 @dataclass(frozen=True)
 class Schema:

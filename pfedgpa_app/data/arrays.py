@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -46,6 +47,22 @@ def dataset_of(name: str, found: Any, test_share: float) -> Dataset:
     Raises:
         DataError: the text says what is wrong with it, and what to do.
     """
+    try:
+        return _dataset_of(name, found, test_share)
+    except DataError as error:
+        raise DataError(_in_their_names(str(error), found)) from error
+
+
+def _in_their_names(text: str, found: Any) -> str:
+    """Return a message with the names that the user's own dict has for its arrays."""
+    given = {*map(str, found)} if isinstance(found, Mapping) else set()
+    theirs = {own: also for also, own in ALSO.items() if also in given}
+    if given.intersection(ALONE):
+        theirs |= {f"{key}_train": key for key in ALONE if f"{key}_train" not in given}
+    return re.sub(r"\b(x|y|users)_(train|test)\b", lambda m: theirs.get(m[0], m[0]), text)
+
+
+def _dataset_of(name: str, found: Any, test_share: float) -> Dataset:
     parts = _by_name(name, found)
     arrays = {key: _array(name, key, parts[key]) for key in KEYS if key in parts}
     users = {key: _users(name, key, parts[key]) for key in USERS if key in parts}
@@ -101,9 +118,11 @@ def _by_name(name: str, found: Any) -> dict[str, Any]:
             )
         return dict(zip((*KEYS, "classes"), found, strict=False))
     if not isinstance(found, Mapping):
+        frame = hasattr(found, "columns")
+        how = '; of a frame, give {"x": frame[COLUMNS], "y": frame[LABEL]}' if frame else ""
         raise DataError(
             f"dataset {name}: is a {type(found).__name__}, but must be a dict of "
-            f"{', '.join(KEYS)}, a tuple of these, or one or two torch Datasets"
+            f"{', '.join(KEYS)}, a tuple of these, or one or two torch Datasets{how}"
         )
     parts = {ALSO.get(str(key), str(key)): value for key, value in found.items()}
     parts |= {f"{k}_train": parts.pop(k) for k in ALONE if k in parts}
@@ -176,7 +195,8 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
         if array.dtype == object and _is_of_numbers(value):  # of several types, or some missing
             array = value.to_numpy(dtype=float, na_value=np.nan)
     except (ValueError, TypeError, RuntimeError) as error:  # torch's own are of all three kinds
-        raise DataError(f"dataset {name}: {key} is not an array: {error}") from error
+        why = _uneven(key, value) or f"is not an array: {error}"
+        raise DataError(f"dataset {name}: {key} {why}") from error
     if not key.startswith("x") and array.ndim == 2 and array.shape[1] == 1:
         value = array = array[:, 0]  # a frame of one column
     if array.ndim == 1 and array.dtype.kind in "UO":
@@ -186,11 +206,29 @@ def _array(name: str, key: str, value: Any) -> np.ndarray:
             raise DataError(f"dataset {name}: {key} has text, but row {row} has none: fill it in")
         array = array.astype(str) if all(texts) else array  # pandas keeps text as objects
     if array.dtype == object or not array.ndim:
-        raise DataError(
-            f"dataset {name}: {key} holds {'objects' if array.ndim else 'one value'}, not numbers "
-            f"in rows of equal length{_in_columns(value)}"
-        )
+        kind = "objects" if array.ndim else "one value"
+        what = f"holds {kind}, not numbers in rows of equal length{_in_columns(value)}"
+        raise DataError(f"dataset {name}: {key} {_uneven(key, value) or what}")
     return array
+
+
+def _uneven(key: str, examples: Any) -> str:
+    """Say which of the ``examples``, lists or arrays, differ in length or shape; "" if none do."""
+    rows = list(examples) if key.startswith("x") and isinstance(examples, Iterable) else []
+    if not all(
+        isinstance(row, (Sequence, np.ndarray)) and not isinstance(row, str) for row in rows
+    ):
+        return ""
+    shapes = [row.shape if isinstance(row, np.ndarray) else (len(row),) for row in rows]
+    for number, shape in enumerate(shapes):
+        if shape != shapes[0]:
+            first, other = (s[0] if len(s) == 1 else list(s) for s in (shapes[0], shape))
+            what = "shape" if isinstance(first, list) else "length"
+            return (
+                f"has examples that differ in {what}, as row 0 with {first} and row {number} with "
+                f"{other}: pad them to one"
+            )
+    return ""
 
 
 def _decoded(array: np.ndarray) -> np.ndarray:
@@ -428,4 +466,8 @@ def _inputs(name: str, key: str, array: np.ndarray, columns: Sequence[str]) -> n
         return np.ascontiguousarray(array)
     if array.dtype.kind in "iub":
         return np.ascontiguousarray(array.astype(np.int64))
-    raise DataError(f"dataset {name}: {key} holds {array.dtype}, but must hold numbers")
+    kind, how = str(array.dtype), ""
+    if array.dtype.kind == "U":
+        kind = f"text, as {shown(str(array.flat[0]))}"
+        how = ": make token ids of texts, padded to one length, and numbers of categories"
+    raise DataError(f"dataset {name}: {key} holds {kind}, but must hold numbers{how}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pfedgpa_app.core.schema import WHOLE_NUMBERS
 from pfedgpa_app.core.settings import DataError, listed
 
 SPLITS = ("train", "test")
@@ -77,6 +78,9 @@ def remarks(data: Dataset) -> Iterator[str]:
         )
     if data.pixels and (text := _dark(data)):
         yield text
+    if data.tokens and len(data.shape) > 1:
+        shape = f"an example is of shape {list(data.shape)}"
+        yield f"dataset {data.name}: {shape} and holds whole numbers; {WHOLE_NUMBERS}"
     if data.tokens or data.pixels:
         return
     if len(data.shape) == 3 and channels_last(data.shape):

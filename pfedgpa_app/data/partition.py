@@ -276,8 +276,12 @@ def by_users(users: np.ndarray, test_users: np.ndarray, num_clients: int) -> lis
         ValueError: the images' users are unknown, or fewer than clients, or one whose client has
             no test image.
     """
-    if not len(users) or not len(test_users):
-        raise ValueError("partition = natural: the data set names no users")
+    known = {"users_train": len(users), "users_test": len(test_users)}
+    if lacks := [name for name in known if not known[name]]:
+        some = [f"{name}, but not {lacks[0]}" for name in known if known[name]]
+        raise ValueError(
+            f"partition = natural: the data set names {some[0] if some else 'no users'}"
+        )
     dealt = users_in_turn(users, num_clients)
     client_of = {name: client for client, names in enumerate(dealt) for name in names}
     if len(client_of) < num_clients:

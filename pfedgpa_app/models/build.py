@@ -18,7 +18,7 @@ from pfedgpa_app.core import own_code
 from pfedgpa_app.core.own_code import imported, in_users_folder, is_reference
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.randomness import seeded
-from pfedgpa_app.core.schema import Schema
+from pfedgpa_app.core.schema import WHOLE_NUMBERS, Schema
 from pfedgpa_app.core.sections import TORCHVISION, TrainingSettings
 from pfedgpa_app.core.settings import ConfigError, listed, near
 from pfedgpa_app.core.weights import NOT_FINITE, Weights, all_finite, module_of
@@ -187,16 +187,16 @@ def _made(model: str, code_dir: str, schema: Schema) -> nn.Module:
     if model == "auto":
         if schema.tokens or len(shape) not in (1, 3):
             what = "whole numbers" if schema.tokens else f"examples of shape {list(shape)}"
-            floats = "convert measurements and counts to floats, or " if schema.tokens else ""
             raise ConfigError(
-                f"model = auto: no built-in network takes {what}: {floats}give your own, "
-                "model=MODULE:CALLABLE (docs/own.md)"
+                f"model = auto: no built-in network takes {what}: {_otherwise(schema)}give your "
+                "own, model=MODULE:CALLABLE (docs/own.md)"
             )
         model = SHAPES.get(shape) or ("mlp" if len(shape) == 1 else "conv")
     if model in MADE_FOR_ANY:
         fits = len(shape) == (1 if model == "mlp" else 3)
         if not fits or schema.tokens:
-            raise ConfigError(f"model = {model}: does not take examples of shape {list(shape)}")
+            what = f"does not take examples of shape {list(shape)}"
+            raise ConfigError(f"model = {model}: {what}: {_otherwise(schema)}set model=auto")
         return MADE_FOR_ANY[model](classes, shape)
     fitting = next(s for s, name in SHAPES.items() if name == model)
     if shape != fitting:
@@ -206,6 +206,15 @@ def _made(model: str, code_dir: str, schema: Schema) -> nn.Module:
             "any size"
         )
     return NETWORKS[model](classes)
+
+
+def _otherwise(schema: Schema) -> str:
+    """Say how examples may be given so that a built-in network takes them."""
+    if schema.tokens:
+        return "convert measurements and counts to floats, or "
+    if len(schema.shape) == 2:
+        return "if they are grey images, give x[:, None], of one channel; otherwise "
+    return ""
 
 
 def _torchvisions(model: str, classes: int) -> nn.Module:
@@ -426,9 +435,10 @@ def _logits(network: nn.Module, examples: Tensor, model: str, classes: int) -> T
     try:
         logits = network(examples)
     except Exception as error:  # whatever foreign code raises
+        whole = "" if examples.is_floating_point() else f"; {WHOLE_NUMBERS}"
         raise ConfigError(
             f"model = {model!r}: does not take {number} of shape {list(examples.shape[1:])} "
-            f"({examples.dtype}): {type(error).__name__}: {error}"
+            f"({examples.dtype}): {type(error).__name__}: {error}{whole}"
         ) from error
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         kind = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
