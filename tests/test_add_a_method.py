@@ -382,6 +382,26 @@ def test_hooks_that_cannot_be_called_are_refused_in_time(
     assert not Path("results").exists()
 
 
+def test_settings_of_a_method_of_ones_own_are_listed(
+    mine: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = mine("    pass\n")
+    own = "from dataclasses import dataclass\nfrom pfedgpa_app.core.settings import *\n\n"
+    own += "@dataclass(frozen=True)\nclass Own(MethodSettings):\n"
+    own += "    keep: float = setting(0.5, 'how much is kept')\n"
+    Path("mine.py").write_text(own + MINE + "    settings = Own\n")
+    assert cli.main(["settings", method]) == 0
+    assert "mine.keep = 0.5\n    how much is kept\n" in capsys.readouterr().out
+
+
+def test_a_method_by_its_files_name_alone_is_hinted_at(
+    mine: Callable[[str], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine("    pass\n")
+    assert cli.main(["run", "method=mine"]) == 2
+    assert "method: no method 'mine'; did you mean mine:Mine?" in capsys.readouterr().err
+
+
 def test_hooks_may_take_more_with_defaults(mine: Callable[[str], str]) -> None:
     hooks = [
         "def personalise(self, more=0): pass",

@@ -1821,6 +1821,19 @@ class TestHome:
         Path("put away").rename(folder / "weights")
         assert cli.main(["predict", "photos", "--client", "0", "other.png"]) == 2
         assert "is not a run's folder" in capsys.readouterr().err
+        for place, said in (
+            ("labels.csv", "labels.csv: labelled data are given as npz:FILE with the arrays x"),
+            ("new.npz", "new.npz: labelled arrays are given as npz:new.npz, with x and y"),
+            ("photos", "photos: labelled images are given as imagefolder:photos, with a folder"),
+        ):
+            Path(place).touch()
+            assert cli.main(["evaluate", str(folder), "--client", "0", place]) == 2
+            assert f"pfedgpa: {said}" in capsys.readouterr().err
+        for command in ("predict . --client 0 other.png", "inspect .", "export-metrics . --to"):
+            words = [*command.split(), *(["tensorboard"] if command.endswith("--to") else [])]
+            assert cli.main(words) == 2
+            said = "is not a run's folder, but holds runs: name one of run\n"
+            assert said in capsys.readouterr().err, command
         assert cli.main(["evaluate", str(folder), "--client", "0", "imagefolder:photos"]) == 2
         assert "has examples of shape [3, 16, 16]" in capsys.readouterr().err
 

@@ -14,17 +14,18 @@ def add_options(parser: ArgumentParser) -> None:
         "names",
         nargs="*",
         metavar="NAME",
-        help="a method, a section of settings (data, training, …) or a setting; default: all",
+        help="a method (your own: MODULE:CLASS), a section of settings (data, training, …) or a "
+        "setting; default: all",
     )
     add_conf(parser)
 
 
 def handle(options: Namespace) -> int:
-    from pfedgpa_app.config.names import keys, keys_of
+    from pfedgpa_app.config.names import keys, keys_of, method_named
     from pfedgpa_app.config.parse import argument
     from pfedgpa_app.config.resolve import resolve
 
-    names, conf = options.names, options.conf
+    names, conf = [method_named(name) for name in options.names], options.conf
     here = resolve({"conf": conf}).as_dict() if conf else {}  # knows methods of the user's own
     chosen = [key for name in names for key in keys_of(name)] if names else list(keys().values())
     for key in {key.name: key for key in chosen}.values():

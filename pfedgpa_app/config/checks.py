@@ -74,7 +74,7 @@ def _refuse_idle(config: Config, sources: Mapping[str, str]) -> None:
 def _check(config: Config) -> None:
     """Refuse values that do not fit together."""
     for name in config.method:
-        require_method(name, "method")
+        require_method(name, "method", config.code_dir)
     if len(set(config.method)) < len(config.method):
         raise ConfigError(f"method = {','.join(config.method)}: names a method twice")
     require_model(config.model)

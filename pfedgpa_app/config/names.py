@@ -29,7 +29,7 @@ from pfedgpa_app.core.settings import ConfigError, near
 from pfedgpa_app.data import DATASETS, is_known_dataset
 from pfedgpa_app.methods import METHODS
 from pfedgpa_app.methods.baselines import FromUploads
-from pfedgpa_app.methods.own import register_installed, registered
+from pfedgpa_app.methods.own import reference_in, register_installed, registered
 
 register_installed()
 
@@ -137,10 +137,11 @@ def _by_title(title: str) -> str:
     return next((name for name, kind in METHODS.items() if kind.title == title), title)
 
 
-def require_method(name: str, source: str) -> None:
-    """Refuse a ``name`` that no method has."""
+def require_method(name: str, source: str, code_dir: str = "") -> None:
+    """Refuse a ``name`` that no method has; the user may mean one of their own in ``code_dir``."""
     if name not in METHODS:
-        meant = near(_by_title(name), METHODS)
+        own = reference_in(name, code_dir)
+        meant = f"; did you mean {own}?" if own else near(_by_title(name), METHODS)
         raise ConfigError(f"{source}: no method {name!r}{meant} Methods: {', '.join(METHODS)}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
@@ -16,6 +17,7 @@ from pfedgpa_app.data.imagefolder import files_below, is_image
 from pfedgpa_app.data.partition_file import delimiter_of
 from pfedgpa_app.data.pictures import BILINEAR, pixels_of, read_image
 
+_DECIMAL = re.compile(r"^(\s*[+-]?\d+),(\d+(?:[eE][+-]?\d+)?\s*)$")  # a decimal comma
 ARRAYS = (".npy", ".npz", ".csv")
 
 
@@ -112,12 +114,30 @@ def _array(file: Path, schema: Schema) -> np.ndarray:
 
 
 def _lines(file: Path) -> list[list[str]]:
-    """Return the lines of a CSV file, but empty ones."""
+    """Return the lines of a CSV file, but empty ones.
+
+    Where semicolons separate cells, numbers may have decimal commas, as Excel writes them.
+    """
     text = file.read_bytes().decode("utf-8-sig")
-    # columns' names, in the first line, may have commas and semicolons of their own
-    last = text.rstrip("\r\n").rpartition("\n")[2]
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(last))
-    return [line for line in rows if line]
+    mark = _separator(text.splitlines())
+    lines = [line for line in csv.reader(io.StringIO(text, newline=""), delimiter=mark) if line]
+    if mark == ";":
+        lines = [[_DECIMAL.sub(r"\1.\2", cell) for cell in line] for line in lines]
+    return lines
+
+
+def _separator(lines: Sequence[str]) -> str:
+    """Return what separates cells: the last line has as many of them as the first.
+
+    Columns' names, in the first line, may have commas and semicolons of their own, and numbers, in
+    the last, decimal commas.
+    """
+    first, last = next(iter(lines), ""), next((line for line in reversed(lines) if line), "")
+    for mark in (";", "\t", ","):
+        cells = [len(row) for row in csv.reader([first, last], delimiter=mark)]
+        if mark in last and len({*cells}) == 1:
+            return mark
+    return delimiter_of(last)
 
 
 def _in_order(

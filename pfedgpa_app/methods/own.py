@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.metadata
 import inspect
@@ -10,6 +11,7 @@ import types
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pfedgpa_app.core.own_code import imported, is_reference
+from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError, listed, near, shown
 from pfedgpa_app.methods import METHODS, federation_of
@@ -61,6 +63,18 @@ def registered(method: str, code_dir: str) -> tuple[str, bool]:
         _register(name, kind, f"method = {method!r}")
     _REFERENCES[name] = method
     return name, is_new
+
+
+def reference_in(module: str, code_dir: str) -> str:
+    """Return the import path of the method in the file ``module``.py; "" unless it has just one."""
+    file = user_path(code_dir or ".") / f"{module}.py"
+    try:
+        statements = ast.parse(file.read_bytes()).body
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    classes = [each for each in statements if isinstance(each, ast.ClassDef) and each.bases]
+    names = [each.name for each in classes if not ast.unparse(each.bases[0]).endswith("Settings")]
+    return f"{module}:{names[0]}" if len(names) == 1 and module.isidentifier() else ""
 
 
 def own_name(reference: str) -> str:

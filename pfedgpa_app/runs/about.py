@@ -15,7 +15,7 @@ from pfedgpa_app.core.own_code import sources, still_there
 from pfedgpa_app.core.paths import user_path
 from pfedgpa_app.core.schema import Schema
 from pfedgpa_app.core.sections import Config, TrainingSettings
-from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.settings import ConfigError, listed
 from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.data.images import normalisation
 from pfedgpa_app.methods.own import reference_of
@@ -120,6 +120,12 @@ def warn_of_changes(folder: Path, about: About, reference: str) -> None:
         warn_once(text)
 
 
+def runs_in(folder: Path) -> str:
+    """Say that ``folder`` is not a run's, but holds those of some; "" if it does not."""
+    runs = sorted(path.parent.name for path in folder.glob(f"*/{MODEL}"))
+    return f"is not a run's folder, but holds runs: name one of {listed(runs)}" if runs else ""
+
+
 def read_about(folder: Path) -> About:
     """Read what ``write_about`` wrote for the run in ``folder``.
 
@@ -137,8 +143,7 @@ def read_about(folder: Path) -> About:
         found["code_dir"] = still_there(found["code_dir"], found["model"])
         return About(schema, **{name: found[name] for name in names}, code=code)
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{folder}: is not a run's folder, or is from a version that kept no {MODEL}"
-        ) from error
+        own = runs_in(folder) or f"is not a run's folder, or is from a version that kept no {MODEL}"
+        raise ConfigError(f"{folder}: {own}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}: put it back, or run anew") from error

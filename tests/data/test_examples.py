@@ -53,6 +53,15 @@ def test_cells_may_be_separated_as_excel_does(tmp_path: Path, separator: str, he
     assert examples([rows], THREE, resize=False)[1].tolist() == [[1.5, 2, 3], [4, 5, 6]]
 
 
+@pytest.mark.parametrize("head", ["", "age;height;weight\n", "age;height (m, cm);weight\n"])
+def test_numbers_may_have_decimal_commas_as_excel_writes_them(tmp_path: Path, head: str) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text(f"{head}1,5;2;-3,25e1\n0,4;1,1;0,2\n")
+    assert examples([rows], THREE, resize=False)[1].tolist() == pytest.approx(
+        np.array([[1.5, 2, -32.5], [0.4, 1.1, 0.2]])
+    )
+
+
 def test_a_number_that_is_not_finite_is_found(tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("1,2,3\n4,nan,6\n")
