@@ -90,9 +90,11 @@ def in_full(name: str) -> str:
 def known(name: str, source: str) -> Key:
     """Return the setting called ``name``, or raise a ConfigError that says where it stands."""
     if name not in keys():
-        meant = near(in_full(name), keys())
+        meant, own = near(in_full(name), keys()), ""
+        if name.rpartition(".")[0] not in ("", *METHODS):
+            own = "; those of a method of your own are there where method= names it"
         raise ConfigError(
-            f"{name} ({source}): no such setting{meant} All settings: pfedgpa settings"
+            f"{name} ({source}): no such setting{meant} All settings: pfedgpa settings{own}"
         )
     return keys()[name]
 

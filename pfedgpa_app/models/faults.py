@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,20 +29,21 @@ def fault_of(error: BaseException, network: nn.Module, model: str) -> str:
         network: the run's network, or one like it: copies of it may be at work, too.
         model: the setting that names it.
     """
-    cause = error.__cause__ or error
-    frames = list(traceback.walk_tb(cause.__traceback__))
-    inside = [i for i, (frame, _) in enumerate(frames) if _is_of(frame.f_locals, network)]
-    if not inside:
-        return ""
+    for cause in filter(None, (error, error.__cause__)):
+        frames = list(traceback.walk_tb(cause.__traceback__))
+        inside = [i for i, (frame, _) in enumerate(frames) if _is_of(frame.f_locals, network)]
+        if inside:
+            said = " ".join(str(cause).split())[:_LONGEST]
+            what = f"{type(cause).__name__}: {said}".removesuffix(": ")
+            return what + _place(frames[inside[0] :], model)
+    return ""
+
+
+def _place(frames: list[tuple[FrameType, int]], model: str) -> str:
+    """The innermost line among ``frames`` that is of the code of ``model``, the user's own."""
     files = {str(file) for file in sources(model)}
-    places = [
-        f" ({Path(frame.f_code.co_filename).name}, line {line})"
-        for frame, line in frames[inside[0] :]
-        if frame.f_code.co_filename in files
-    ]
-    said = " ".join(str(cause).split())[:_LONGEST]
-    what = f"{type(cause).__name__}: {said}".removesuffix(": ")
-    return f"{what}{places[-1] if places else ''}"
+    lines = [(f.f_code.co_filename, line) for f, line in frames if f.f_code.co_filename in files]
+    return f" ({Path(lines[-1][0]).name}, line {lines[-1][1]})" if lines else ""
 
 
 def token_range(tokens: Iterable[Tensor]) -> str:

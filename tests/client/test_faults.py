@@ -23,7 +23,7 @@ from pfedgpa_app.methods.averaging import Averaging
 
 def mended(x):
     if len(x) > 2:
-        raise ValueError("so many\\nat once")
+        raise ValueError("so many\\nat once") from KeyError("x")
     return x
 
 
