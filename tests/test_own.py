@@ -1063,7 +1063,7 @@ class TestData:
         for key in ("y", "users"):
             found = {"x": frame, "y": labels, "users": users}
             found[key] = found[key].sample(frac=1, random_state=0)
-            with pytest.raises(DataError, match=f"x_train and {key}_train have different row ind"):
+            with pytest.raises(DataError, match=f"x and {key} have different row ind"):
                 dataset_of("mine", found, 0.2)
             found[key] = found[key].to_numpy()
             dataset_of("mine", found, 0.2)
