@@ -25,6 +25,7 @@ from pfedgpa_app.core.weights import Weights, all_finite
 from pfedgpa_app.data.images import normalisation
 from pfedgpa_app.methods import federation_of
 from pfedgpa_app.models.build import forget_edited
+from pfedgpa_app.models.faults import fault_of, token_range
 from pfedgpa_app.models.networks import load
 from pfedgpa_app.runs.about import REST, WEIGHTS, About, read_about, warn_of_changes
 from pfedgpa_app.runs.folder import (
@@ -98,8 +99,11 @@ class ClientModel(nn.Module):
         try:
             parts = [self(part).softmax(1) for part in every.split(AT_ONCE)]
         except Exception as error:  # the user's own network may raise anything
-            kind = type(error).__name__
-            raise DataError(f"the network cannot take these examples: {kind}: {error}") from error
+            what = fault_of(error, self.network, self.about.model)
+            what = what or f"{type(error).__name__}: {error}"
+            if self.about.schema.tokens:
+                what += f"; their tokens run from {token_range([every])}"
+            raise DataError(f"the network cannot take these examples: {what}") from error
         return np.asarray(torch.cat(parts))
 
 

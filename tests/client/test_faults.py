@@ -6,12 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pfedgpa_app import cli
+from pfedgpa_app.core.schema import Schema
+from pfedgpa_app.core.sections import TrainingSettings
+from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.methods.contract import MethodError
 from pfedgpa_app.models import build
 from pfedgpa_app.models.faults import NetworkError
+from pfedgpa_app.runs.about import About
+from pfedgpa_app.runs.personal import ClientModel
 from tests.support.federations import federate, known_for_a_while, records
 
 FAILING = '''
@@ -156,6 +162,15 @@ def test_tokens_that_it_does_not_know_are_refused_in_time(
     assert f"'failing:words': fails on the data's tokens, which run from {held}: IndexError" in err
     assert f"(failing.py, line {line_of('enumerate(self.emb')})" in err
     assert not (here / "results" / "run").exists()
+
+
+def test_tokens_to_predict_that_it_does_not_know(here: Path) -> None:
+    schema = Schema("texts", tuple("abcd"), (2,), tokens=True)
+    network = build.network_of(TrainingSettings(model="failing:words", code_dir=str(here)), schema)
+    about = About(schema, "failing:words", "", 0, str(here), 0)
+    said = rf"index out of .* \(failing.py, line {line_of('enumerate(self.emb')}\); .* from -1 to 7"
+    with pytest.raises(DataError, match=said):
+        ClientModel(network, about).probabilities(np.array([[1, 7], [-1, 3]]))
 
 
 def test_a_methods_own_modules_are_not_the_network(here: Path) -> None:
