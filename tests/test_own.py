@@ -193,6 +193,32 @@ def half(classes, shape):
 def brain(classes, shape):
     return OfType(classes, torch.bfloat16)
 
+def brainy_below(classes, shape):
+    """Of another type in what is not sent."""
+    class Below(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(64, 16).to(torch.bfloat16).requires_grad_(False)
+            self.head = nn.Linear(16, classes)
+
+        def forward(self, x):
+            return self.head(self.body(x.flatten(1).bfloat16()).float().relu())
+    return Below()
+
+def branching(classes, shape):
+    """A frozen branch is used last, and makes nothing of the output."""
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(64, classes)
+            self.side = nn.Linear(64, 1).requires_grad_(False)
+
+        def forward(self, x):
+            logits = self.head(x.flatten(1))
+            self.seen = self.side(x.flatten(1))
+            return logits
+    return Branching()
+
 def frozen_below(classes, shape):
     """A body that is used as it is, but for what its BatchNorm sees."""
     body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU())
@@ -713,6 +739,14 @@ class TestMethods:
         assert {*summary(folder)} == {*methods.split(",")}
         assert summary(folder)["fedproto"]["accuracy_before_ft"] > 50
 
+    @pytest.mark.parametrize("kind", ["brainy_below", "branching"])
+    def test_what_is_not_sent_or_makes_no_output_does_not_matter(
+        self, kind: str, nets: Path
+    ) -> None:
+        how: dict[str, Any] = {"method": "fedproto", "num_server_rounds": 1, "evaluate_every": 0}
+        federate(nets, model=f"nets:{kind}", **how)
+        federate(nets / "adjusted", model=f"nets:{kind}", **how | {"method": "fedavg"})
+
     def test_a_type_that_messages_cannot_hold(self, nets: Path) -> None:
         with pytest.raises(ConfigError, match=r"its 1\.weight is of bfloat16, .* make it float32"):
             made("nets:brain")
@@ -1043,8 +1077,20 @@ class TestData:
         """As HDF5, tables and people write them."""
         found = dataset_of("mine", {"x": ROWS, "y": LABELS, "users": users}, 0.2)
         who = set(found.train_users) | set(found.test_users)
-        days = {each[:10] for each in who}
-        assert who == names if names else days == {"2026-12-01", "2026-12-02", "2027-01-01"}
+        assert who == (names or {"2026-12-01", "2026-12-02", "2027-01-01"})
+
+    def test_dates_are_the_same_users_in_whatever_holds_them(self) -> None:
+        pandas = pytest.importorskip("pandas")
+        texts = ["2026-12-01", "2026-12-02T07:30", "2027-01-01"]
+        days = pandas.Series([pandas.Timestamp(text) for text in texts])
+        held = days[LABELS].reset_index(drop=True)
+        named = {"2026-12-01", "2026-12-02T07:30:00", "2027-01-01"}
+        for users in (held, held.to_numpy(), held.to_list(), held.to_frame()):
+            found = dataset_of("mine", {"x": ROWS, "y": LABELS, "users": users}, 0.2)
+            assert set(found.train_users) == named
+        zoned = held.dt.tz_localize("UTC")
+        found = dataset_of("mine", {"x": ROWS, "y": LABELS, "users": zoned}, 0.2)
+        assert set(found.train_users) == {f"{day:%Y-%m-%dT%H:%M:%S}+00:00" for day in days}
 
     def test_labels_of_bytes_are_text(self) -> None:
         for kind in ("S", object):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -250,12 +251,10 @@ def _users(name: str, key: str, value: Any) -> np.ndarray:
     """
     if hasattr(value, "detach"):
         value = _of_tensor(value.detach().cpu())
-    if getattr(getattr(value, "dtype", None), "kind", "") == "M":
-        dates = np.asarray(value)  # which NumPy would turn into numbers
-        value = dates.astype(str).astype(object)
-        value[np.isnat(dates)] = None
     try:
-        array = np.asarray(value, dtype=object)
+        array = np.asarray(value)
+        dates = array.dtype.kind == "M"  # as objects, those of nanoseconds would be numbers
+        array = np.asarray(array.astype("M8[us]") if dates else value, dtype=object)
     except ValueError as error:
         raise DataError(f"dataset {name}: {key} is not an array: {error}") from error
     if array.ndim == 2 and array.shape[1] == 1:
@@ -277,6 +276,8 @@ def _user(name: str, key: str, row: int, user: Any) -> str:
             return str(int(user))  # tables turn whole numbers into such
         if np.isnan(user):
             user = None
+    if isinstance(user, date) and type(user).__name__ not in _MISSING:
+        return user.isoformat().removesuffix("T00:00:00")
     if user is None or type(user).__name__ in _MISSING:
         raise DataError(f"dataset {name}: {key} names no user in row {row}: fill it in")
     return str(user)

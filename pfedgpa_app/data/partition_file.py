@@ -226,7 +226,8 @@ def _entries(where: str, path: Path) -> Iterator[Entry]:
             f"{where}, line {line}: is not in UTF-8: save it as UTF-8 (in Excel, as CSV UTF-8)"
         ) from error
     is_json = path.suffix.lower() == ".json" or text.lstrip().startswith("{")
-    return (_json_entries if is_json else _csv_entries)(where, text)
+    for at, sample, client in (_json_entries if is_json else _csv_entries)(where, text):
+        yield at, sample, _composed(client.strip())
 
 
 def _json_entries(where: str, text: str) -> Iterator[Entry]:

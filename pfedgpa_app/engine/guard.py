@@ -1,7 +1,7 @@
 """End the processes of a home when whoever started them is gone, however it ended.
 
-As a process of its own: ``python -m pfedgpa_app.engine.guard HOME``. It waits for the end of its
-standard input, which the system closes with the process that holds the other end.
+As a process of its own: ``python -m pfedgpa_app.engine.guard HOME PARENT``. It ends its parent's
+home once its parent is gone.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def end_all(home: Path) -> None:
 def over(home: Path) -> subprocess.Popen[bytes]:
     """Start a guard over the home; it ends with ``kill``."""
     return subprocess.Popen(
-        [sys.executable, "-B", "-P", "-m", __name__, str(home)],
-        stdin=subprocess.PIPE,
+        [sys.executable, "-B", "-P", "-m", __name__, str(home), str(os.getpid())],
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,  # signals from a terminal are for who is guarded
@@ -59,5 +59,6 @@ def over(home: Path) -> subprocess.Popen[bytes]:
 
 
 if __name__ == "__main__":
-    sys.stdin.buffer.read()
+    while os.getppid() == int(sys.argv[2]):
+        time.sleep(1.0)
     end_all(Path(sys.argv[1]))

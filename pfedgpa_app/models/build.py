@@ -94,7 +94,7 @@ def classifier_bias(settings: TrainingSettings, schema: Schema) -> str:
     if after := used_after(network, module_of(last)):
         raise ConfigError(
             f"logit-adjustment = true: changes the last layer's bias, but the network uses {after} "
-            f"after {module_of(last)}: train that, or leave out head="
+            f"after {module_of(last)}: train that, or name it by head="
         )
     if bias not in weight_names(network) or not is_one:
         raise ConfigError(
@@ -124,8 +124,9 @@ def _template(
     made = _made_by(seed, model, code_dir, schema)
     if is_reference(model):
         _check_alike(made, _made_by(seed, model, code_dir, schema), model)
+    used, outputs = _used_in_order(made, model, schema)
+    order_weights(made, used, head, outputs)
     _check_types(made, model)
-    order_weights(made, _used_in_order(made, model, schema), head)
     if weights:
         _load_from(made, weights)
     choose_layout(made, schema.shape)
@@ -133,14 +134,15 @@ def _template(
 
 
 def _check_types(network: nn.Module, model: str) -> None:
-    """Refuse a network with weights of a type that NumPy, and so Flower's messages, cannot hold.
+    """Refuse a network that shares weights of a type which Flower's messages cannot hold.
 
     Raises:
         ConfigError: it names one.
     """
-    for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point() and tensor.dtype not in _TYPES:
-            kind = str(tensor.dtype).removeprefix("torch.")
+    tensors = network.state_dict()
+    for name in weight_names(network):
+        if tensors[name].dtype not in _TYPES:
+            kind = str(tensors[name].dtype).removeprefix("torch.")
             raise ConfigError(
                 f"model = {model!r}: its {name} is of {kind}, which messages cannot hold: make it "
                 "float32; precision=bfloat16 trains such weights faster"
@@ -332,16 +334,19 @@ def _read(path: Path) -> Weights:
     return dict(found)
 
 
-def _used_in_order(network: nn.Module, model: str, schema: Schema) -> list[str]:
+def _used_in_order(network: nn.Module, model: str, schema: Schema) -> tuple[list[str], list[str]]:
     """Return the names of the modules in the order in which an example passes them.
+
+    Beside them, the names of those whose output is the network's.
 
     Raises:
         ConfigError: the network does not take such examples, returns no logits of all classes, or
             cannot be trained.
     """
-    probe, used = copy.deepcopy(network), list[str]()
+    probe, used, made = copy.deepcopy(network), list[str](), dict[str, Any]()
     for name, module in probe.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: used.append(name))
+        module.register_forward_hook(lambda *given, name=name: made.update({name: given[-1]}))
     with torch.random.fork_rng(devices=[]):
         examples, classes = _examples(schema), len(schema.classes)
         _check_alone(probe.eval(), examples, model, classes)
@@ -364,7 +369,7 @@ def _used_in_order(network: nn.Module, model: str, schema: Schema) -> list[str]:
             f"model = {model!r}: {', '.join(idle[:3])} takes no part in its output: leave it out, "
             "or freeze it with requires_grad_(False)"
         )
-    return _ordered(used, last_uses)
+    return _ordered(used, last_uses), [name for name, output in made.items() if output is logits]
 
 
 def _last_uses(logits: Tensor, trained: dict[str, nn.Parameter]) -> dict[str, int]:

@@ -8,6 +8,7 @@ pooling first leaves the activation a quarter of the work.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 
 from torch import nn
 
@@ -113,12 +114,15 @@ def weight_names(network: nn.Module) -> list[str]:
     return [n for n in network.state_dict() if n in trained or is_statistic(n)]
 
 
-def order_weights(network: nn.Module, used: list[str], head: str) -> None:
+def order_weights(
+    network: nn.Module, used: list[str], head: str, outputs: Collection[str] = ()
+) -> None:
     """Order ``weight_names`` by use, with ``head`` last, whatever order they were declared in.
 
     Args:
         used: the names of the modules, in the order of use.
         head: the module whose weights come last; "" for the one that is used last.
+        outputs: the names of the modules whose output is the network's.
 
     Raises:
         ConfigError: there is no such module, nothing of it is trained, or it is several layers.
@@ -149,7 +153,9 @@ def order_weights(network: nn.Module, used: list[str], head: str) -> None:
         names = [name for name in names if name not in last] + last
     setattr(network, _ORDER, tuple(names))
     owners = {module_of(name) for name, _ in network.named_parameters(remove_duplicate=False)}
-    setattr(network, _USED, tuple(name for name in used if name in owners))
+    # what is used after the head does not matter if the head makes the output
+    after = [] if module_of(names[-1]) in outputs else [name for name in used if name in owners]
+    setattr(network, _USED, tuple(after))
 
 
 def used_after(network: nn.Module, module: str) -> str:

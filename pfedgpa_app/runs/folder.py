@@ -34,7 +34,7 @@ from pfedgpa_app.data.client import (
 )
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.results import uploads
-from pfedgpa_app.results.log import EVENTS, METRICS, Records, last_event
+from pfedgpa_app.results.log import CLIENTS, EVENTS, METRICS, SUMMARY, Records, last_event
 from pfedgpa_app.runs.about import MODEL, WEIGHTS, runs_in
 from pfedgpa_app.runs.checkpoint import CHECKPOINT, has_checkpoint
 from pfedgpa_app.server.privacy import FILE as ASKED
@@ -44,6 +44,7 @@ HOLDINGS = "holdings.json"  # who every client is, and how many examples of each
 USERS = "users"  # the entry with the names of each client's users
 _BEFORE = {LOG, LOCK}  # files that can be there before the settings
 _EARLY = {CONFIG, EVENTS, HOLDINGS, MODEL, WEIGHTS, ASKED}  # those before a round's records
+_RESULTS = {METRICS, CLIENTS, SUMMARY, CHECKPOINT, uploads.FILE, saved.FILE}
 NODE_LOG = "node-{}.log"  # what a rehearsal's node said
 
 
@@ -196,6 +197,8 @@ def client_called(folder: Path, client: int | str) -> int:
         return int(called)
     if called in numbers:
         return numbers[called]
+    if re.fullmatch(r"\+?[0-9]{1,9}", called) and int(called) < count:
+        return int(called)
     there = f"there are 0 to {count - 1}"
     if numbers:
         there += f", by their users' names {listed(sorted(numbers))}"
@@ -317,7 +320,7 @@ def _free(folder: Path, name: str) -> None:
     """
     names = {path.name for path in folder.iterdir() if not _is_early(path)} - _BEFORE
     failed = last_event(folder).get("kind") == "failed"
-    if failed and names and METRICS not in names:
+    if failed and names and not names & _RESULTS:
         raise ConfigError(
             f"run-name = {name!r}: the run in {folder} failed before its first round ended, but "
             f"{listed(sorted(names))} is there, too: remove that, or choose another name"

@@ -27,7 +27,6 @@ from pfedgpa_app.methods.halves import ServerHalf, begun
 from pfedgpa_app.results import tracking, uploads
 from pfedgpa_app.results.log import EVENTS, Records, clock, is_done, last_event, say
 from pfedgpa_app.runs.folder import (
-    CONFIG,
     LOG,
     check_unchanged,
     check_uploads,
@@ -209,8 +208,8 @@ def launch(
     reason = watched(folder, console, there, run_it)
     if reason:
         left = f"Results so far and Flower's log are in {folder}"
-        if not (folder / CONFIG).exists():
-            left = f"The run's folder, {folder}, is gone or empty: nothing is left of it"
+        if not folder.exists():
+            left = f"The run's folder, {folder}, is gone, and Flower's log with it"
         text = f"{reason}\n{left}"
         raise LaunchError(text) from _raised_there(folder)
     return folder

@@ -83,7 +83,7 @@ class ClientModel(nn.Module):
             DataError: examples of another shape or kind, with numbers that are not finite, or that
                 the network cannot take; a frame that lacks a column.
         """
-        if hasattr(examples, "columns"):
+        if hasattr(examples, "iloc"):
             examples = _rows_of(examples, self.about.schema.columns)
         every = torch.as_tensor(np.ascontiguousarray(examples))
         if tuple(every.shape[1:]) != self.shape:

@@ -61,7 +61,7 @@ def evaluate(
     model = load_client(run, client, method)
     about = model.about
     if dataset:
-        if dataset == values_of(kept_settings(user_path(run)))["dataset"]:
+        if _is_same(dataset, values_of(kept_settings(user_path(run)))["dataset"]):
             warn_once(
                 f"dataset {dataset}: the run's clients were trained on a part of it; without "
                 "one, the client's own test examples are taken"
@@ -82,6 +82,14 @@ def evaluate(
         "accuracy": 100 * float(right.mean()),
         "classes": {name: pair for name, pair in counts.items() if pair[1]},
     }
+
+
+def _is_same(one: str, other: str) -> bool:
+    """Whether two data sets, as the setting names them, are one, or of one file."""
+    paths = [user_path(name.partition(":")[2] or name) for name in (one, other)]
+    if not all(path.exists() for path in paths):
+        return one == other
+    return paths[0].samefile(paths[1])
 
 
 def _labelled(about: About, dataset: str, data_dir: str) -> tuple[np.ndarray, np.ndarray]:

@@ -30,6 +30,7 @@ from pfedgpa_app.core.own_code import FOLDER
 from pfedgpa_app.core.paths import APP_DIR
 from pfedgpa_app.core.sections import Config
 from pfedgpa_app.core.settings import ConfigError
+from pfedgpa_app.core.warning import warn_once
 from pfedgpa_app.engine import PARENT
 from pfedgpa_app.methods.own import STUDIED, studied
 from pfedgpa_app.results.log import last_event
@@ -85,13 +86,10 @@ class Place(Protocol):
         """Return the number of cores of each machine."""
 
     def check(self, configs: Sequence[Config], cores: int | None) -> None:
-        """Refuse runs for which no machine is large enough.
+        """Warn of runs for which no machine is large enough.
 
         Args:
             cores: how many each run has for itself; None: as its settings say.
-
-        Raises:
-            ConfigError: it says what they ask for, and what there is.
         """
 
     def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
@@ -204,13 +202,16 @@ class RayCluster:
         most = max(self.machines(), default=0)
         wanted = max((cores or config.workers or 1 for config in configs), default=0)
         if wanted > most:
-            raise ConfigError(
-                f"workers = {wanted}: no machine of the Ray cluster has as many cores; the largest "
-                f"has {most}"
+            warn_once(
+                f"workers = {wanted}: no machine of the Ray cluster has as many cores now; the "
+                f"largest has {most}: runs wait until one joins"
             )
         gpus = any(n["Resources"].get("GPU") for n in self.ray.nodes() if n["Alive"])
         if not gpus and any(config.device == "cuda" for config in configs):
-            raise ConfigError("device = 'cuda': no machine of the Ray cluster has a GPU")
+            warn_once(
+                "device = 'cuda': no machine of the Ray cluster has a GPU now: runs wait until one "
+                "joins"
+            )
 
     def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
         config = resolve(settings).config
@@ -377,7 +378,7 @@ class SlurmCluster:
         return [1] * _QUEUE  # Slurm itself queues them
 
     def check(self, configs: Sequence[Config], cores: int | None) -> None:
-        pass  # Slurm itself refuses what it has no machine for
+        pass  # Slurm itself tells what it has no machine for
 
     def start(self, settings: Settings, app: Path, folder: Path, cores: int | None) -> Going:
         executor = self.submitit.SlurmExecutor(self.home)

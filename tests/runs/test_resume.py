@@ -746,7 +746,7 @@ class TestStopped:
 
         monkeypatch.setattr("pfedgpa_app.runs.launcher.local.run", gone)
         assert cli.main(["run", f"out-dir={tmp_path / 'out'}", "run-name=run"]) == 1
-        said = f"the server ended\nThe run's folder, {tmp_path / 'out' / 'run'}, is gone or empty"
+        said = f"the server ended\nThe run's folder, {tmp_path / 'out' / 'run'}, is gone"
         assert said in capsys.readouterr().err
 
     @pytest.mark.parametrize("option", [["-c"], ["--run-config"], []])
@@ -876,6 +876,17 @@ class TestFolder:
         [row] = json.loads((folder / "summary.json").read_text())
         assert row["method"] == "fedavg"
         assert not (folder / "node-0.log").exists()
+
+    def test_one_that_learned_from_kept_uploads_does(self, tmp_path: Path) -> None:
+        """It has no round, but results."""
+        run = tmp_path / "run"
+        run.mkdir()
+        (run / "config.json").write_text(json.dumps(self.resolved(tmp_path).as_dict()))
+        (run / "summary.json").write_text("[]")
+        RunLog(run, 1, 1.0).failed(ValueError("too hot"))
+        with pytest.raises(ConfigError, match="holds another run's results"):
+            run_folder(self.resolved(tmp_path, run_name="run"))
+        assert (run / "summary.json").exists()
 
     def test_a_run_that_goes_on_is_left_alone(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
