@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -207,6 +209,8 @@ class Flower:
 
     def __exit__(self, *_: object) -> None:
         guard.end_all(self.home)
+        with contextlib.suppress(ProcessLookupError):  # should its environment be unreadable
+            os.killpg(self.superlink.pid, signal.SIGKILL)
         self.superlink.wait()
         self._guard.kill()
         self._guard.wait()
