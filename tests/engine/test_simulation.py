@@ -310,6 +310,7 @@ def started(folder: Path, engine: str, env: dict[str, str]) -> subprocess.Popen[
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup may run the tests
     )
     assert process.stdout is not None
     for line in process.stdout:
