@@ -14,7 +14,7 @@ import numpy as np
 from pfedgpa_app.core.schema import Schema, column_places
 from pfedgpa_app.core.settings import DataError
 from pfedgpa_app.data.imagefolder import files_below, is_image
-from pfedgpa_app.data.partition_file import delimiter_of
+from pfedgpa_app.data.partition_file import delimiter_of, is_number
 from pfedgpa_app.data.pictures import BILINEAR, pixels_of, read_image
 
 _DECIMAL = re.compile(r"^(\s*[+-]?\d+),(\d+(?:[eE][+-]?\d+)?\s*)$")  # a decimal comma
@@ -152,7 +152,7 @@ def _in_order(
         DataError: a column is missing or there twice, or a row has another length.
     """
     there = [name.strip() for name in lines[0]] if lines else []
-    if not lines or (_is_number(there[0]) and not (columns and set(columns) <= set(there))):
+    if not lines or (is_number(there[0]) and not (columns and set(columns) <= set(there))):
         return list(lines)
     rows = list(lines[1:])
     if not columns:
@@ -177,15 +177,7 @@ def _numbers(file: Path, lines: Sequence[Sequence[str]]) -> np.ndarray:
         return np.array(lines, dtype=np.float64)
     except ValueError as error:
         for row, line in enumerate(lines):
-            if others := [cell for cell in line if not _is_number(cell)]:
+            if others := [cell for cell in line if not is_number(cell)]:
                 said = f"{file}: row {row} has {others[0]!r}, which is not a number"
                 raise DataError(said) from error
         raise
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -72,7 +72,7 @@ def _names(entries: Iterable[Entry]) -> list[str]:
             numbered = True
             continue
         wrong = f"{at}: gives {shown(sample)} to {shown(client)}: {_HOW}"
-        if not client or _is_number(client):
+        if not client or is_number(client):
             raise ConfigError(wrong)
         names.setdefault(client, wrong)
     if names and numbered:
@@ -80,7 +80,7 @@ def _names(entries: Iterable[Entry]) -> list[str]:
     return sorted(names)
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
     """Whether ``text`` is a number of any kind, or stands for one that is missing, as nan."""
     try:
         float(text)
