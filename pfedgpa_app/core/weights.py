@@ -171,3 +171,14 @@ def body(names: Sequence[str], head_layers: int = 1) -> list[str]:
     """Return the names of the weights below the last ``head_layers`` layers."""
     head = last_layers(names, head_layers)
     return [name for name in names if name not in head]
+
+
+def can_be_sent(tensor: Tensor) -> bool:
+    """Whether NumPy, through which tensors are sent, can hold the tensor."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    try:
+        torch.empty(0, dtype=tensor.dtype).numpy()
+    except (TypeError, RuntimeError):
+        return False
+    return True

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pfedgpa_app.core.settings import ConfigError, DataError, listed
-from pfedgpa_app.core.weights import Weights, finite_elsewhere
+from pfedgpa_app.core.weights import Weights, can_be_sent, finite_elsewhere
 
 GUIDE = "docs/add-a-method.md"
 _LONGEST = 200  # most characters of an exception's text that are shown
@@ -96,23 +96,12 @@ def check_tensors(hook: Hook, weights: Any, what: str = "") -> None:
         entry = f"{what} {name!r}".strip()
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise hook.wrong(f"returned {kind_of(tensor)} as {entry}", wanted)
-        if not _can_be_sent(tensor):
+        if not can_be_sent(tensor):
             kind = str(tensor.dtype if tensor.layout is torch.strided else tensor.layout)
             raise hook.wrong(
                 f"returned a tensor of {kind} as {entry}",
                 "Flower cannot send such a tensor; .to_dense().float() makes one that it can",
             )
-
-
-def _can_be_sent(tensor: Tensor) -> bool:
-    """Whether NumPy, through which tensors are sent, can hold the tensor."""
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        return False
-    try:
-        torch.empty(0, dtype=tensor.dtype).numpy()
-    except (TypeError, RuntimeError):
-        return False
-    return True
 
 
 def check_shapes(hook: Hook, weights: Weights, like: Mapping[str, Tensor]) -> None:

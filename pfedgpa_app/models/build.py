@@ -21,7 +21,7 @@ from pfedgpa_app.core.randomness import seeded
 from pfedgpa_app.core.schema import WHOLE_NUMBERS, Schema
 from pfedgpa_app.core.sections import TORCHVISION, TrainingSettings
 from pfedgpa_app.core.settings import ConfigError, listed, near
-from pfedgpa_app.core.weights import NOT_FINITE, Weights, all_finite, module_of
+from pfedgpa_app.core.weights import NOT_FINITE, Weights, all_finite, can_be_sent, module_of
 from pfedgpa_app.models.faults import fault_of, token_range
 from pfedgpa_app.models.layout import choose_layout
 from pfedgpa_app.models.networks import (
@@ -33,8 +33,6 @@ from pfedgpa_app.models.networks import (
     used_after,
     weight_names,
 )
-
-_TYPES = (torch.float16, torch.float32, torch.float64)
 
 
 def network_of(settings: TrainingSettings, schema: Schema) -> nn.Module:
@@ -141,7 +139,7 @@ def _check_types(network: nn.Module, model: str) -> None:
     """
     tensors = network.state_dict()
     for name in weight_names(network):
-        if tensors[name].dtype not in _TYPES:
+        if not can_be_sent(tensors[name]):
             kind = str(tensors[name].dtype).removeprefix("torch.")
             raise ConfigError(
                 f"model = {model!r}: its {name} is of {kind}, which messages cannot hold: make it "

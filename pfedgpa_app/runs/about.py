@@ -120,7 +120,7 @@ def warn_of_changes(folder: Path, about: About, reference: str) -> None:
         warn_once(text)
 
 
-def runs_in(folder: Path) -> str:
+def runs_below(folder: Path) -> str:
     """Say that ``folder`` is not a run's, but holds those of some; "" if it does not."""
     runs = sorted(path.parent.name for path in folder.glob(f"*/{MODEL}"))
     return f"is not a run's folder, but holds runs: name one of {listed(runs)}" if runs else ""
@@ -143,7 +143,10 @@ def read_about(folder: Path) -> About:
         found["code_dir"] = still_there(found["code_dir"], found["model"])
         return About(schema, **{name: found[name] for name in names}, code=code)
     except FileNotFoundError as error:
-        own = runs_in(folder) or f"is not a run's folder, or is from a version that kept no {MODEL}"
+        own = (
+            runs_below(folder)
+            or f"is not a run's folder, or is from a version that kept no {MODEL}"
+        )
         raise ConfigError(f"{folder}: {own}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}: put it back, or run anew") from error

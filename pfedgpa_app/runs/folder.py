@@ -35,7 +35,7 @@ from pfedgpa_app.data.client import (
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.results import uploads
 from pfedgpa_app.results.log import CLIENTS, EVENTS, METRICS, SUMMARY, Records, last_event
-from pfedgpa_app.runs.about import MODEL, WEIGHTS, runs_in
+from pfedgpa_app.runs.about import MODEL, WEIGHTS, runs_below
 from pfedgpa_app.runs.checkpoint import CHECKPOINT, has_checkpoint
 from pfedgpa_app.server.privacy import FILE as ASKED
 
@@ -255,7 +255,7 @@ def kept_settings(folder: Path) -> dict[str, Any]:
     try:
         kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        if several := runs_in(folder):
+        if several := runs_below(folder):
             raise ConfigError(f"{folder}: {several}") from error
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(kept, dict) or not all(isinstance(e, dict) for e in kept.values()):

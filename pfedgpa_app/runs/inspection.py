@@ -15,7 +15,7 @@ from pfedgpa_app.core.settings import ConfigError
 from pfedgpa_app.diffusion import saved
 from pfedgpa_app.results.log import EVENTS, SUMMARY, Records, is_done, last_event, rows_of
 from pfedgpa_app.results.tables import text_table
-from pfedgpa_app.runs.about import runs_in
+from pfedgpa_app.runs.about import runs_below
 from pfedgpa_app.runs.checkpoint import CHECKPOINT, Checkpoint, CheckpointError
 from pfedgpa_app.runs.folder import CONFIG, HOLDINGS, is_running
 from pfedgpa_app.runs.reading import OF_ITS_PLACE, Run, command_of, files_named
@@ -33,7 +33,7 @@ def lines_about(path: Path) -> list[str]:
         return list(_run(path))
     if path.is_file():
         return list(_distribution(path))
-    if several := runs_in(path):
+    if several := runs_below(path):
         raise ConfigError(f"{path}: {several}")
     kind = "a folder without a run" if path.is_dir() else "neither a file nor a folder"
     raise ConfigError(f"{path}: is {kind}: give a run's folder, or a distribution.safetensors")
